@@ -1,0 +1,260 @@
+"""What travels between the server and its clients in one round, and nothing else.
+
+A round is *plan, then sum*::
+
+    broadcast -> local training -> statistics -> PLAN (a table of weights) -> updates -> SUM -> new model
+
+    server -> client   Broadcast   weights (in wire precision) and the algorithm's state
+    client -> server   Statistics  about 1 MB of sums over tokens; never a token, never text
+    server -> client   Request     the parameter groups whose planned weight is not zero
+    client -> server   Update      those groups' updates (in wire precision)
+
+Axis legend, used in names everywhere (``prob_L_E`` has shape [L, E]):
+
+    C clients   L MoE layers (ordinal of the router)   E experts   K top-k   T tokens
+    H hidden size   S sketch width of updates   D sketch width of centroids   G parameter groups
+    N values of one parameter group, flattened
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Kind = Literal["shared", "gate", "expert"]
+Scoring = Literal["softmax", "sigmoid"]
+WireDtype = Literal["float32", "bfloat16", "int8"]
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class ParameterGroup:
+    """The unit of aggregation: all that is not MoE (`shared`), one router row, or one expert."""
+
+    kind: Kind
+    layer: int = 0
+    expert: int = 0
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "shared" else f"{self.kind}[{self.layer},{self.expert}]"
+
+
+SHARED = ParameterGroup("shared")
+Weights = dict[ParameterGroup, Tensor]  # group -> flat float32 [N]
+State = dict[str, Tensor]  # an algorithm's state between rounds: named tensors, broadcast and checkpointed
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The model as the server sees it: how many values each parameter group trains. No parameter names.
+
+    A group that trains nothing has size 0; it keeps its place in `groups`, so plans of all models look alike.
+    """
+
+    layers: int
+    experts: int
+    sizes: Mapping[ParameterGroup, int]
+
+    @cached_property
+    def groups(self) -> tuple[ParameterGroup, ...]:
+        """All G = 1 + 2·L·E groups in plan order: shared, then gates, then experts, layer by layer."""
+        cells = [(layer, expert) for layer in range(self.layers) for expert in range(self.experts)]
+        return (
+            SHARED,
+            *(ParameterGroup("gate", *cell) for cell in cells),
+            *(ParameterGroup("expert", *cell) for cell in cells),
+        )
+
+    def table(self, shared: Tensor, gate: Tensor, expert: Tensor) -> Tensor:
+        """Join [..., ], [..., L, E] and [..., L, E] into one [..., G] in the order of `groups`."""
+        return torch.cat([shared.unsqueeze(-1), gate.flatten(-2), expert.flatten(-2)], dim=-1)
+
+    def split(self, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The inverse of `table`: [..., G] into shared [...], gate [..., L, E], expert [..., L, E]."""
+        cells = self.layers * self.experts
+        grid = (*table.shape[:-1], self.layers, self.experts)
+        return table[..., 0], table[..., 1 : 1 + cells].reshape(grid), table[..., 1 + cells :].reshape(grid)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One group's values in wire precision: float32, bfloat16, or int8 with one float32 scale a block (see `wire`)."""
+
+    values: Tensor  # [N]
+    scale: Tensor | None = None  # [ceil(N / block)], int8 only
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + (self.scale.nbytes if self.scale is not None else 0)
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """Server to client: where the round starts."""
+
+    round: int
+    weights: Mapping[ParameterGroup, Packed]
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.weights.values()) + sum(t.nbytes for t in self.state.values())
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Client to server, before any update: sums over the non-padding tokens of the last local epoch.
+
+    An expert that fewer than `min_tokens` tokens (or fewer than 4 examples) reached is withheld: load and centroid
+    are zero, it counts as not held. Updates and centroids travel as seeded random projections (`maths.sketch`) in
+    half precision; update sketches are scaled to unit norm, their true norms are in `norm_G`.
+    """
+
+    client: str
+    round: int
+    examples: int  # n_c: training examples used in this round
+    tokens: int  # non-padding tokens behind the routing statistics
+    loss: float  # mean training loss per answer token, nats
+    prob_L_E: Tensor  # float32: mean router probability [P]
+    load_L_E: Tensor  # float32: tokens with e among their top-k [P]
+    margin_L_E: Tensor  # float32: mean decision margin [P idea, O formula]
+    centroid_L_E_D: Tensor  # float16 times centroid_scale_L: sketch of the mean router input [P; the sketch is O]
+    centroid_scale_L: Tensor  # float32
+    update_L_E_S: Tensor  # float16, unit norm (or zero): sketch of the expert's update [P; the sketch is O]
+    norm_G: Tensor  # float32: Euclidean norm of each group's update, checked again on arrival [O]
+    metrics: Mapping[str, float] = field(default_factory=dict)  # names carry their units
+
+    @property
+    def held_L_E(self) -> Tensor:
+        """Boolean [L, E]: this client reported the expert."""
+        return self.load_L_E > 0
+
+    @property
+    def nbytes(self) -> int:
+        return 24 + 8 * len(self.metrics) + sum(v.nbytes for v in vars(self).values() if isinstance(v, Tensor))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A weight for each client and group: the whole difference between one algorithm and another.
+
+    new[g] = old[g] + Σ_c weight[c, g] · clip[c, g] · Δ_c[g], normalised by the weight that arrived. Clip factors
+    never enter the normaliser. Zero weight: the group is never uploaded.
+    """
+
+    clients: tuple[str, ...]
+    weight_C_G: Tensor  # float32, non-negative; a column sums to 1, or to 0 if nobody's update is wanted
+    clip_C_G: Tensor | None = None  # float32 in [0, 1]; None: no clipping
+
+    def requests(self, round: int, layout: Layout) -> list[Request]:
+        """What to ask of each client: its groups of nonzero weight that train anything."""
+        trains_G = torch.tensor([layout.sizes[group] > 0 for group in layout.groups])
+        wanted_C_G = (self.weight_C_G > 0) & trains_G
+        return [
+            Request(client, round, tuple(layout.groups[i] for i in wanted.nonzero().flatten().tolist()))
+            for client, wanted in zip(self.clients, wanted_C_G, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Server to client, after the plan: hand over these groups of the update you kept."""
+
+    client: str
+    round: int
+    groups: tuple[ParameterGroup, ...]
+
+
+@dataclass(frozen=True)
+class Update:
+    """Client to server: the requested groups of its update (trained minus received weights)."""
+
+    client: str
+    round: int
+    groups: Mapping[ParameterGroup, Packed]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.groups.values())
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one set of examples; `client` is None for the global test set."""
+
+    client: str | None
+    examples: int
+    loss: float  # mean negative log-likelihood per answer token, nats
+    accuracy: float | None  # share of right answers, or exact matches; None for plain language modelling
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that dropped out of the round: who, where and why."""
+
+    client: str
+    stage: Literal["train", "update", "evaluate"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """One router's forward pass over the non-padding tokens of a batch."""
+
+    logits_T_E: Tensor  # float32, differentiable
+    topk_T_K: Tensor  # int64: the experts each token was sent to
+    scoring: Scoring
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a penalty may see of one training step."""
+
+    routing: Sequence[LayerRouting]  # L entries
+    drift: Callable[[], Tensor]  # ‖w − w_received‖² over all that is trained, differentiable scalar
+    state: Mapping[str, Tensor]  # the algorithm's broadcast state
+    prob_L_E: Tensor | None  # this client's own routing distribution when it last took part
+
+
+class Algorithm(Protocol):
+    """An algorithm is a plan, and maybe a penalty on the client's loss. Options are fields of a frozen dataclass."""
+
+    @property
+    def centre_gates(self) -> bool:
+        """Whether clients subtract the mean over experts from their router rows' updates (softmax routers only)."""
+
+    def plan(self, reports: Sequence[Statistics], layout: Layout, state: State) -> tuple[Plan, State]:
+        """Weights for this round's updates, and the state for the next round."""
+
+    def penalty(self, step: Step) -> Tensor | None:
+        """A differentiable scalar added to the task loss, or None for none."""
+
+
+class Accumulator(Protocol):
+    """Takes updates as they arrive; checks and sums each at once, so none is kept."""
+
+    def add(self, update: Update) -> Failure | None:
+        """Add one client's update, or say why it was refused."""
+
+
+class Federation(Protocol):
+    """How a round reaches the clients: the narrow seam between the round loop and an engine."""
+
+    def members(self) -> Sequence[str]:
+        """Ids of all clients that may be asked, in a fixed order."""
+
+    def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterable[Statistics | Failure]:
+        """Local training; results in any order, each as it comes."""
+
+    def collect(self, requests: Sequence[Request], accumulator: Accumulator) -> list[Failure]:
+        """Fetch the requested groups and hand each update to the accumulator, in the order of `requests`."""
+
+    def evaluate(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterable[Evaluation | Failure]:
+        """Score the broadcast weights on each client's own held-out part."""
+
+
+Metrics = dict[str, Any]
