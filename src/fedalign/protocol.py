@@ -89,6 +89,7 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
+        """Bytes on the wire."""
         return self.values.nbytes + (self.scale.nbytes if self.scale is not None else 0)
 
 
@@ -102,6 +103,7 @@ class Broadcast:
 
     @property
     def nbytes(self) -> int:
+        """Bytes on the wire."""
         return sum(p.nbytes for p in self.weights.values()) + sum(t.nbytes for t in self.state.values())
 
 
@@ -135,6 +137,7 @@ class Statistics:
 
     @property
     def nbytes(self) -> int:
+        """Bytes on the wire."""
         return 24 + 8 * len(self.metrics) + sum(v.nbytes for v in vars(self).values() if isinstance(v, Tensor))
 
 
@@ -179,6 +182,7 @@ class Update:
 
     @property
     def nbytes(self) -> int:
+        """Bytes on the wire."""
         return sum(p.nbytes for p in self.groups.values())
 
 

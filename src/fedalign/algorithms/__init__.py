@@ -1,0 +1,1 @@
+"""One file per paper: a plan, and maybe a penalty."""

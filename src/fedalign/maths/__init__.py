@@ -1,0 +1,1 @@
+"""The equations: pure functions on tensors, torch only."""

@@ -1,0 +1,1 @@
+"""The only place that knows how Hugging Face spells Mixture-of-Experts models."""
