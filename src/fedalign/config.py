@@ -1,0 +1,183 @@
+"""Every knob of a run: TOML in, frozen models out. An error names the key, the value and the choices.
+
+``examples/every_key.toml`` documents each key; a test keeps it complete. ``[algorithm]`` holds a name and that
+algorithm's own options, so a new algorithm brings its knobs with it.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from fedalign.algorithms import make
+from fedalign.errors import UserError, unknown
+from fedalign.protocol import Algorithm, WireDtype
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A table of the TOML file: immutable, and no key is ever ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    """`[run]`."""
+
+    seed: Count = 0
+    rounds: Positive = 10
+    device: str = "auto"  # auto: cuda if there is one, else cpu
+    threads: Count = 0  # CPU threads of torch; 0 leaves torch's own choice
+
+
+class ModelConfig(Section):
+    """`[model]`: any Hugging Face MoE model; "demo" is the small OLMoE that comes with the package."""
+
+    path: str = "demo"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class Columns(Section):
+    """`[data.columns]`: what the columns of the user's file are called."""
+
+    text: str = "text"
+    label: str = "label"
+    prompt: str = "prompt"
+    response: str = "response"
+    messages: str = "messages"
+    question: str = "question"
+    choices: str = "choices"
+    answer: str = "answer"
+    client: str = "client"
+
+
+class DataConfig(Section):
+    """`[data]`: "docstrings" (embedded), a file, a folder of files, or a hub id."""
+
+    train: str = "docstrings"
+    test: str | None = None  # None: the source's own test split if it has one
+    kind: Literal["classification", "instruction", "chat", "multiple_choice", "text"] = "classification"
+    subset: str | None = None  # a hub data set's configuration name
+    train_split: str = "train"
+    test_split: str = "test"
+    columns: Columns = Columns()
+    labels: Annotated[tuple[str, ...], Field(strict=False)] = ()  # names of the classes; needed where the label column holds integers
+    template: str | None = None  # a prompt with {column} fields; None: the kind's default
+    max_train: Count = 0  # examples drawn at random; 0: all
+    max_test: Count = 0
+    max_length: Count = 0  # tokens of one example; 0: what the model allows
+    too_long: Literal["error", "truncate", "drop"] = "error"
+
+
+class ClientsConfig(Section):
+    """`[clients]`: how many there are and what each of them holds."""
+
+    count: Positive = 10
+    partition: Literal["dirichlet", "iid", "pathological", "size", "natural", "files"] = "dirichlet"
+    alpha: Annotated[float, Field(gt=0)] = 0.1  # dirichlet: small is skewed
+    classes: Positive = 2  # pathological: classes a client holds
+    size_growth: Literal["linear", "square", "exponential"] = "linear"  # size: examples by client index
+    min_examples: Positive = 10
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1  # each client's own test part
+    sample: Share = 1.0  # share of the clients asked each round
+
+
+class TrainingConfig(Section):
+    """`[training]`: one client's local step."""
+
+    epochs: Positive = 1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Count = 0
+    batch_tokens: Positive = 2048  # tokens of a batch, padding included
+    batch_examples: Positive = 16  # and at most so many examples
+    accumulate: Positive = 1  # batches an optimizer step
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
+    balance_coefficient: Annotated[float, Field(ge=0)] = 0.0  # of the Switch load-balancing loss
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; weights and routers stay float32
+    keep_optimizer: bool = False  # carry the optimizer's state to the client's next round
+
+
+class StatisticsConfig(Section):
+    """`[statistics]`: what a client reports before its update is asked for."""
+
+    update_width: Positive = 256
+    centroid_width: Positive = 128
+    min_tokens: Positive = 32  # experts with fewer tokens are withheld ...
+    min_examples: Positive = 4  # ... and those reached from fewer examples
+
+
+class AlgorithmConfig(Section):
+    """`[algorithm]`: a name, and the algorithm's own options (checked by the algorithm)."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str = "fedalign_moe"
+
+    def build(self) -> Algorithm:
+        """The algorithm itself; a wrong name or option is a UserError."""
+        return make(self.name, self.model_extra or {})
+
+
+class WireConfig(Section):
+    """`[wire]`: precision of what travels; rounding happens before any engine sees it."""
+
+    dtype: WireDtype = "float32"
+
+
+class ServerConfig(Section):
+    """`[server]`: when a round counts."""
+
+    min_arrived: Share = 0.5  # share of a group's planned weight that must arrive for it to change
+    min_clients: Positive = 1  # fewer usable replies than this end the run
+
+
+class EvaluationConfig(Section):
+    """`[evaluation]`: on the global test set and on each client's own held-out part."""
+
+    every: Positive = 1  # rounds
+    clients: bool = True
+    batch_tokens: Positive = 8192
+    length_normalise: bool = False  # score choices by mean instead of summed log-likelihood
+    max_new_tokens: Positive = 64  # exact match by greedy generation (instruction, chat)
+    generate: bool = False
+
+
+class FederationConfig(Section):
+    """`[federation]`: the engine that reaches the clients."""
+
+    engine: Literal["in_process"] = "in_process"
+
+
+class TrackingConfig(Section):
+    """`[tracking]`."""
+
+    tensorboard: bool = True
+
+
+class Config(Section):
+    """One run, fully described."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    clients: ClientsConfig = ClientsConfig()
+    training: TrainingConfig = TrainingConfig()
+    statistics: StatisticsConfig = StatisticsConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    wire: WireConfig = WireConfig()
+    server: ServerConfig = ServerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    federation: FederationConfig = FederationConfig()
+    tracking: TrackingConfig = TrackingConfig()
