@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from fedalign.algorithms import make
@@ -71,7 +72,9 @@ class DataConfig(Section):
     train_split: str = "train"
     test_split: str = "test"
     columns: Columns = Columns()
-    labels: Annotated[tuple[str, ...], Field(strict=False)] = ()  # names of the classes; needed where the label column holds integers
+    labels: Annotated[
+        tuple[str, ...], Field(strict=False)
+    ] = ()  # names of the classes; needed where the label column holds integers
     template: str | None = None  # a prompt with {column} fields; None: the kind's default
     max_train: Count = 0  # examples drawn at random; 0: all
     max_test: Count = 0
@@ -181,3 +184,99 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     federation: FederationConfig = FederationConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        self.algorithm.build()
+        return self
+
+    def to_toml(self) -> str:
+        """The whole configuration as TOML, every key with its value; reading it back gives an equal Config."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file and apply ``section.key=value`` overrides in order.
+
+    Values are TOML (``2e-5``, ``true``, ``["a", "b"]``); what is not valid TOML is taken as a string. Choosing
+    another algorithm by an override drops the options that the file gives to its own.
+
+    Raises:
+        UserError: The file is missing or not TOML, or a key or value is wrong.
+    """
+    tables = _read(path) if path else {}
+    named_by_file = tables.get("algorithm", {}).get("name", AlgorithmConfig().name) if tables else None
+    for override in overrides:
+        keys, value = _parse_override(override)
+        if keys == ["algorithm", "name"] and value != named_by_file:
+            tables["algorithm"] = {}
+        _place(tables, keys, value, override)
+    return parse_config(tables)
+
+
+def parse_config(tables: Mapping[str, Any]) -> Config:
+    """Check a whole configuration; every problem is told, one line each."""
+    try:
+        return Config.model_validate(tables)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"config file {str(path)!r}: no such file. Give the path of a TOML file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {str(path)!r}: cannot be read ({error}). Give the path of a TOML file.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"config file {str(path)!r}: not valid TOML: {error}") from None
+
+
+def _parse_override(override: str) -> tuple[list[str], Any]:
+    key, equals, text = override.partition("=")
+    keys = [part.strip() for part in key.split(".")]
+    if not equals or len(keys) < 2 or not all(keys):
+        raise UserError(f"--set {override!r}: write section.key=value, for example training.learning_rate=2e-5")
+    try:
+        return keys, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return keys, text.strip()
+
+
+def _place(tables: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    for depth, key in enumerate(keys[:-1]):
+        tables = tables.setdefault(key, {})
+        if not isinstance(tables, dict):
+            raise UserError(f"--set {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a section")
+    tables[keys[-1]] = value
+
+
+def _explain(problem: ErrorDetails) -> str:
+    """One pydantic error as `key = value: rule. Choices.`."""
+    location, value = [str(part) for part in problem["loc"]], problem["input"]
+    if problem["type"] == "value_error" and "error" in problem.get("ctx", {}):
+        return str(problem["ctx"]["error"])  # our own message, whole
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        return str(unknown("key" if len(location) > 1 else "section", key, _known(location[:-1])))
+    shown = json.dumps(value, default=str)
+    if problem["type"] == "literal_error":
+        return str(unknown(key, value, _choices(problem["ctx"]["expected"])))
+    return f"{key} = {shown}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+
+
+def _choices(expected: str) -> list[str]:
+    return [part.strip("'") for part in expected.replace(" or ", ", ").split(", ")]
+
+
+def _known(location: Iterable[str]) -> list[str]:
+    """The keys of a section, written in full."""
+    section: type[BaseModel] = Config
+    prefix = ""
+    for name in location:
+        annotation = section.model_fields[name].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        section, prefix = annotation, f"{prefix}{name}."
+    return [prefix + field for field in section.model_fields]

@@ -1,0 +1,47 @@
+# Two commands are all the set-up: `make demo` runs the main job, `make test` everything the project checks.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check format bench clean
+
+help: ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(VENV)/.package: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing fedalign-moe into $(VENV) ..."
+	@$(PIP) torch
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.package
+	@echo "Installing the project's own checks ..."
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+venv: $(VENV)/.tools ## the virtual environment, with everything
+
+demo: $(VENV)/.package ## ten clients, one small MoE, FedAlign-MoE: a few minutes
+	@$(BIN)/fedalign run examples/demo.toml --out runs/demo --overwrite
+
+test: $(VENV)/.tools check ## set up, then format, lint, types, import contracts and tests
+
+check: ## what `make test` checks, in the environment that is there
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/pytest
+
+format: ## rewrite the sources as `check` wants them
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.package ## every benchmark, one after another
+	@for script in client_step server_sum plan_scale; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+clean: ## remove what was made
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

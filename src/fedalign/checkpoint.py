@@ -1,0 +1,181 @@
+"""What survives a crash: the server's state after each round, and what each client keeps for itself.
+
+Everything is written beside its place and renamed into it, so a kill at any moment leaves the old state or the new
+one, never half of either. The last two rounds stay.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedalign.errors import UserError
+from fedalign.protocol import SHARED, Metrics, Packed, ParameterGroup, State, Weights
+
+KEPT_ROUNDS = 2
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A fresh folder to fill; on a clean exit it takes the place of `folder` at once."""
+    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    for stale in (new, old):
+        shutil.rmtree(stale, ignore_errors=True)
+    new.mkdir(parents=True)
+    yield new
+    for file in new.rglob("*"):
+        if file.is_file():
+            _flush(file)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's whole content at once."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    _flush(new)
+    new.replace(path)
+
+
+def _flush(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rounds(folder: Path) -> list[tuple[int, Path]]:
+    """Complete rounds kept in `folder`, oldest first."""
+    return sorted((int(path.name.removeprefix("round-")), path) for path in folder.glob("round-*") if path.is_dir())
+
+
+def _forget(folder: Path) -> None:
+    for _, path in _rounds(folder)[:-KEPT_ROUNDS]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def group_key(group: ParameterGroup) -> str:
+    """A group's name in a file."""
+    return str(group)
+
+
+def parse_group(key: str) -> ParameterGroup:
+    """The inverse of `group_key`.
+
+    >>> parse_group("expert[3,5]")
+    ParameterGroup(kind='expert', layer=3, expert=5)
+    """
+    if key == SHARED.kind:
+        return SHARED
+    kind, _, cell = key.rstrip("]").partition("[")
+    layer, expert = cell.split(",")
+    return ParameterGroup("gate" if kind == "gate" else "expert", int(layer), int(expert))
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that the next round depends on, and the metrics of the rounds before it."""
+
+    round: int  # rounds completed
+    weights: Weights  # the fp32 master of what is trained
+    algorithm: State
+    history: tuple[Metrics, ...]  # one entry a round, the evaluation before round 1 first
+
+
+class Checkpoints:
+    """The server's checkpoints in one folder, for one model and one configuration."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
+        self.folder = folder
+        self.identity = dict(identity)  # what must agree on resume: name -> fingerprint
+
+    def save(self, state: ServerState) -> None:
+        """Write the state after a complete round."""
+        with replacing(self.folder / f"round-{state.round:05d}") as folder:
+            save_file({group_key(g): w.contiguous() for g, w in state.weights.items()}, folder / "weights.safetensors")
+            save_file({name: t.contiguous() for name, t in state.algorithm.items()}, folder / "algorithm.safetensors")
+            about = {"round": state.round, "identity": self.identity, "history": state.history}
+            (folder / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        _forget(self.folder)
+
+    def load(self) -> ServerState | None:
+        """The latest complete round, or None where there is none.
+
+        Raises:
+            UserError: The checkpoint is damaged, or of another model or configuration.
+        """
+        kept = _rounds(self.folder)
+        if not kept:
+            return None
+        folder = kept[-1][1]
+        try:
+            about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            self._check(folder, about["identity"])
+            weights = {parse_group(k): w for k, w in load_file(folder / "weights.safetensors").items()}
+            algorithm = load_file(folder / "algorithm.safetensors")
+            return ServerState(about["round"], weights, algorithm, tuple(about["history"]))
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise UserError(
+                f"checkpoint {str(folder)!r}: damaged ({error}). Delete that folder to resume from the round before it."
+            ) from None
+
+    def _check(self, folder: Path, identity: Mapping[str, str]) -> None:
+        for name, mine in self.identity.items():
+            if identity.get(name) != mine:
+                raise UserError(
+                    f"checkpoint {str(folder)!r}: made with another {name} ({identity.get(name)}, this one is {mine}). "
+                    f"Resume with the run's own config.toml, or start anew with another --out."
+                )
+
+
+class ClientMemory:
+    """What one client keeps on its own disk: the update it has not handed over, and its state between rounds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def keep(self, round: int, update: Mapping[ParameterGroup, Packed], state: Mapping[str, Tensor]) -> None:
+        """Keep a round's update in wire precision, and the state that the client's next round starts from."""
+        arrays: dict[str, Tensor] = {}
+        for group, packed in update.items():
+            arrays[group_key(group)] = packed.values
+            if packed.scale is not None:
+                arrays[f"{group_key(group)}.scale"] = packed.scale
+        with replacing(self.folder / f"round-{round:05d}") as folder:
+            save_file(arrays, folder / "update.safetensors")
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "state.safetensors")
+        _forget(self.folder)
+
+    def update(self, round: int, groups: Sequence[ParameterGroup]) -> dict[ParameterGroup, Packed]:
+        """Read the asked groups of a kept update; nothing else is loaded."""
+        with safe_open(self.folder / f"round-{round:05d}" / "update.safetensors", framework="pt") as file:
+            names = set(file.keys())
+
+            def read(name: str) -> Any:
+                return file.get_tensor(name) if name in names else None
+
+            return {group: Packed(read(group_key(group)), read(f"{group_key(group)}.scale")) for group in groups}
+
+    def before(self, round: int) -> dict[str, Tensor]:
+        """The state of the latest round before `round`; empty for a client that has not taken part yet."""
+        earlier = [path for number, path in _rounds(self.folder) if number < round]
+        return load_file(earlier[-1] / "state.safetensors") if earlier else {}
+
+    def forget_updates(self) -> None:
+        """Free the disk that kept updates take, once a run is complete."""
+        for _, folder in _rounds(self.folder):
+            (folder / "update.safetensors").unlink(missing_ok=True)

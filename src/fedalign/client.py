@@ -1,0 +1,331 @@
+"""One client's side of a round: train, keep the update, report statistics, hand over what the plan asks for.
+
+A plain PyTorch loop. Statistics are streamed from the last local epoch's own forward passes; the update is the
+difference of float32 masters, rounded to wire precision here, before any engine sees it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import get_scheduler
+
+from fedalign.checkpoint import ClientMemory
+from fedalign.config import Config, TrainingConfig
+from fedalign.data.batches import Batch, Encoded, batches
+from fedalign.evaluation import TestSet, evaluate
+from fedalign.forward import answer_logits
+from fedalign.maths.sketch import Sketch
+from fedalign.moe.model import MoEModel
+from fedalign.moe.probe import Captured, RoutingProbe, RoutingStatistics, balancing_loss, idle_experts
+from fedalign.protocol import (
+    Algorithm,
+    Broadcast,
+    Evaluation,
+    Packed,
+    ParameterGroup,
+    Request,
+    Statistics,
+    Step,
+    Update,
+    Weights,
+)
+from fedalign.wire import pack, unpack
+
+
+class TrainingFailedError(Exception):
+    """This client has nothing usable to report this round; the message says why."""
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """What one client holds. It never leaves."""
+
+    name: str
+    train: Sequence[Encoded]
+    held_out: TestSet | None
+    memory: ClientMemory
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed for one purpose, the same on every machine.
+
+    >>> derive_seed(0, 1, "client-00") == derive_seed(0, 1, "client-00") != derive_seed(0, 2, "client-00")
+    True
+    """
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class Trainer:
+    """The client step on one loaded model; in process, clients take turns on it."""
+
+    def __init__(self, moe: MoEModel, tokenizer: Any, algorithm: Algorithm, config: Config) -> None:
+        self.moe = moe
+        self.tokenizer = tokenizer
+        self.algorithm = algorithm
+        self.config = config
+
+    def train(self, client: ClientData, broadcast: Broadcast) -> Statistics:
+        """Train on the client's own examples, keep the update on its disk, and report.
+
+        Raises:
+            TrainingFailedError: The loss or the update is not finite.
+        """
+        received = unpack_weights(broadcast.weights)
+        self.moe.write(received)
+        remembered = client.memory.before(broadcast.round)
+        seed = derive_seed(self.config.run.seed, broadcast.round, client.name)
+        started = time.perf_counter()
+        with torch.random.fork_rng(devices=_cuda_devices(self.moe.device)):
+            torch.manual_seed(seed)
+            fit = LocalFit(self, client, broadcast, remembered)
+            fit.run()
+        update = self._update(received)
+        norm_G = torch.stack([update[group].norm() for group in self.moe.layout.groups])
+        if not bool(norm_G.isfinite().all()):
+            broken = self.moe.layout.groups[int((~norm_G.isfinite()).nonzero()[0])]
+            raise TrainingFailedError(f"its update of {broken} is not finite")
+        statistics = self._report(client, broadcast.round, fit, update, norm_G, time.perf_counter() - started)
+        packed = {
+            group: pack(delta, self.config.wire.dtype, derive_seed(seed, group)) for group, delta in update.items()
+        }
+        client.memory.keep(broadcast.round, packed, {"prob_L_E": statistics.prob_L_E, **fit.optimizer_state()})
+        return statistics
+
+    def _update(self, received: Weights) -> Weights:
+        """Trained minus received weights; softmax routers' rows centred if the algorithm weights them one by one."""
+        update = {group: value.sub_(received[group]) for group, value in self.moe.read().items()}
+        if self.algorithm.centre_gates:
+            for layer, info in enumerate(self.moe.layers):
+                if info.scoring == "softmax":
+                    rows = [ParameterGroup("gate", layer, expert) for expert in range(self.moe.experts)]
+                    mean = torch.stack([update[row] for row in rows]).mean(0)
+                    for row in rows:
+                        update[row] -= mean
+        return update
+
+    def _report(
+        self, client: ClientData, round: int, fit: LocalFit, update: Weights, norm_G: Tensor, seconds: float
+    ) -> Statistics:
+        options, layout, seed = self.config.statistics, self.moe.layout, self.config.run.seed
+        routing = fit.statistics.finish(options.min_tokens, options.min_examples)
+        prob_L_E, load_L_E, margin_L_E, centroid_L_E_H, tokens = routing
+        centroid_L_E_D = Sketch(options.centroid_width, seed).project_rows(centroid_L_E_H.cpu())
+        scale_L = centroid_L_E_D.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
+        sketch = Sketch(options.update_width, seed)
+        update_L_E_S = torch.stack(
+            [
+                sketch.project(update[ParameterGroup("expert", layer, expert)])
+                for layer in range(layout.layers)
+                for expert in range(layout.experts)
+            ]
+        ).view(layout.layers, layout.experts, -1)
+        return Statistics(
+            client=client.name,
+            round=round,
+            examples=len(client.train),
+            tokens=int(tokens),
+            loss=fit.mean_loss,
+            prob_L_E=prob_L_E.cpu(),
+            load_L_E=load_L_E.cpu(),
+            margin_L_E=margin_L_E.cpu(),
+            centroid_L_E_D=(centroid_L_E_D / scale_L[:, None, None]).half(),
+            centroid_scale_L=scale_L,
+            update_L_E_S=torch.nn.functional.normalize(update_L_E_S, dim=-1).half(),
+            norm_G=norm_G,
+            metrics={"train_seconds": seconds, "steps": float(fit.steps)},
+        )
+
+    def hand_over(self, client: ClientData, request: Request) -> Update:
+        """Read the asked groups of the kept update from disk; the model is not needed."""
+        return Update(client.name, request.round, client.memory.update(request.round, request.groups))
+
+    def evaluate(self, client: ClientData, broadcast: Broadcast | None = None) -> Evaluation | None:
+        """Score the client's own held-out part, on the broadcast weights or on those the model holds."""
+        if broadcast is not None:
+            self.moe.write(unpack_weights(broadcast.weights))
+        if client.held_out is None:
+            return None
+        return evaluate(self.moe, client.held_out, self.config.evaluation, self.tokenizer, client.name)
+
+
+class LocalFit:
+    """The local epochs of one client in one round."""
+
+    def __init__(
+        self, trainer: Trainer, client: ClientData, broadcast: Broadcast, remembered: Mapping[str, Tensor]
+    ) -> None:
+        self.moe, self.algorithm, self.options = trainer.moe, trainer.algorithm, trainer.config.training
+        self.client = client
+        self.seed = derive_seed(trainer.config.run.seed, broadcast.round, client.name, "order")
+        device = self.moe.device
+        self.state = {name: value.to(device) for name, value in broadcast.state.items()}
+        self.prob_L_E = remembered["prob_L_E"].to(device) if "prob_L_E" in remembered else None
+        self.statistics = RoutingStatistics(len(self.moe.layers), self.moe.experts, self.moe.hidden, device)
+        self.parameters = [p for p in self.moe.model.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.parameters, self.options)
+        if self.options.keep_optimizer:
+            restore_optimizer(self.optimizer, self.parameters, remembered)
+        self.steps = 0
+        self._start: list[Tensor] | None = None
+        self._nll_sum, self._answer_tokens = 0.0, 0
+
+    @property
+    def mean_loss(self) -> float:
+        """Task loss of the last epoch, nats per answer token."""
+        return self._nll_sum / max(1, self._answer_tokens)
+
+    def run(self) -> None:
+        """All local epochs."""
+        self.moe.model.train()
+        schedule = self._schedule()
+        autocast = make_autocast(self.moe.device, self.options.precision)
+        with RoutingProbe(self.moe) as probe:
+            for epoch in range(self.options.epochs):
+                self._nll_sum, self._answer_tokens = 0.0, 0
+                last = epoch == self.options.epochs - 1
+                for group in grouped(self._batches(epoch), self.options.accumulate):
+                    self._step(group, probe, autocast, record=last)
+                    schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """What the client's next round needs, if the optimizer is kept."""
+        return dump_optimizer(self.optimizer, self.parameters) if self.options.keep_optimizer else {}
+
+    def _batches(self, epoch: int) -> Iterator[Batch]:
+        options = self.options
+        seed = derive_seed(self.seed, epoch)
+        return batches(self.client.train, options.batch_tokens, options.batch_examples, seed=seed)
+
+    def _schedule(self) -> Any:
+        name = "constant_with_warmup" if self.options.schedule == "constant" else self.options.schedule
+        steps = 0  # a constant rate needs no count, and counting collates every batch
+        if self.options.schedule != "constant":
+            epochs = range(self.options.epochs)
+            steps = sum(math.ceil(sum(1 for _ in self._batches(e)) / self.options.accumulate) for e in epochs)
+        return get_scheduler(name, self.optimizer, self.options.warmup_steps, steps)
+
+    def _step(self, group: Sequence[Batch], probe: RoutingProbe, autocast: Any, record: bool) -> None:
+        """One optimizer step on one or more batches."""
+        answer_tokens = sum(batch.answer_tokens for batch in group)
+        self.optimizer.zero_grad(set_to_none=True)
+        idle_L_E: Tensor | None = None
+        for batch in group:
+            on_device = batch.to(self.moe.device)
+            with probe.capture(on_device.attention_mask_B_S, on_device.decoder_mask_B_S) as captured, autocast():
+                nll_N = answer_logits(self.moe, on_device).nll_N
+            nll_sum = nll_N.sum()
+            share = batch.answer_tokens / answer_tokens
+            loss = nll_sum / answer_tokens
+            for extra in self._penalties(captured):
+                loss = loss + share * extra
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._nll_sum += self._finite(nll_sum)
+            self._answer_tokens += batch.answer_tokens
+            idle = idle_experts(captured)
+            idle_L_E = idle if idle_L_E is None else idle_L_E & idle
+            if record:
+                self.statistics.update(captured)
+        if self.options.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
+        assert idle_L_E is not None
+        with self._holding_still(idle_L_E):
+            self.optimizer.step()
+        self.steps += 1
+
+    def _finite(self, nll_sum: Tensor) -> float:
+        value = float(nll_sum)
+        if not math.isfinite(value):
+            raise TrainingFailedError(f"its loss is {value} at step {self.steps + 1}")
+        return value
+
+    def _penalties(self, captured: Captured) -> Iterator[Tensor]:
+        penalty = self.algorithm.penalty(Step(captured.routing, self._drift, self.state, self.prob_L_E))
+        if penalty is not None:
+            yield penalty
+        if self.options.balance_coefficient:
+            yield self.options.balance_coefficient * balancing_loss(captured.routing, self.moe.experts)
+
+    def _drift(self) -> Tensor:
+        """‖w − w_received‖²; the received weights are copied when first asked for."""
+        if self._start is None:
+            if self.steps:
+                raise RuntimeError("a penalty on the drift must use it from the first step on")
+            self._start = [p.detach().clone() for p in self.parameters]
+        pairs = zip(self.parameters, self._start, strict=True)
+        return torch.stack([(p - start).square().sum() for p, start in pairs]).sum()
+
+    @contextlib.contextmanager
+    def _holding_still(self, idle_L_E: Tensor) -> Iterator[None]:
+        """Idle experts stay where they are: AdamW would move them by momentum, and the plan read that as direction."""
+        cells = [ParameterGroup("expert", *cell) for cell in idle_L_E.nonzero().tolist()]
+        before = [(view, view.clone()) for cell in cells for view in self.moe.views[cell]]
+        yield
+        for view, value in before:
+            view.copy_(value)
+
+
+def unpack_weights(weights: Mapping[ParameterGroup, Packed]) -> Weights:
+    """Wire precision to float32, group by group."""
+    return {group: unpack(packed) for group, packed in weights.items()}
+
+
+def grouped(items: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    """Consecutive lists of `size`; the last may be shorter."""
+    while part := list(itertools.islice(items, size)):
+        yield part
+
+
+def make_optimizer(parameters: Sequence[Tensor], options: TrainingConfig) -> Optimizer:
+    """AdamW or plain SGD; weight decay on matrices only."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=options.learning_rate)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
+
+
+def dump_optimizer(optimizer: Optimizer, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The optimizer's tensors by parameter index."""
+    return {
+        f"optimizer.{index}.{name}": value.detach().cpu()
+        for index, parameter in enumerate(parameters)
+        for name, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_optimizer(optimizer: Optimizer, parameters: Sequence[Tensor], remembered: Mapping[str, Tensor]) -> None:
+    """The inverse of `dump_optimizer`; nothing remembered leaves the optimizer fresh."""
+    for key, value in remembered.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            parameter = parameters[int(index)]
+            optimizer.state[parameter][name] = value.clone().to(parameter.device)
+
+
+def make_autocast(device: torch.device, precision: str) -> Any:
+    """A factory of contexts: bfloat16 where asked for, or where the hardware has it and the choice is ours."""
+    wanted = precision == "bfloat16" or (
+        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
+
+
+def _cuda_devices(device: torch.device) -> list[int]:
+    return [device.index or 0] if device.type == "cuda" else []

@@ -1,0 +1,41 @@
+"""The embedded engine: clients in this process, one after another, on one loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from fedalign.client import ClientData, Trainer, TrainingFailedError, unpack_weights
+from fedalign.protocol import Accumulator, Broadcast, Evaluation, Failure, Request, Statistics
+
+
+class InProcess:
+    """A `protocol.Federation` whose messages are calls."""
+
+    def __init__(self, trainer: Trainer, clients: Mapping[str, ClientData]) -> None:
+        self.trainer = trainer
+        self.clients = clients
+
+    def members(self) -> Sequence[str]:
+        """All clients, in the order of the partition."""
+        return list(self.clients)
+
+    def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
+        """Train one client after another; a client whose loss or update is not finite is a Failure."""
+        for name in clients:
+            try:
+                yield self.trainer.train(self.clients[name], broadcast)
+            except TrainingFailedError as error:
+                yield Failure(name, "train", str(error))
+
+    def collect(self, requests: Sequence[Request], accumulator: Accumulator) -> list[Failure]:
+        """Read kept updates in the order of `requests`, one in memory at a time."""
+        answers = (accumulator.add(self.trainer.hand_over(self.clients[r.client], r)) for r in requests)
+        return [failure for failure in answers if failure is not None]
+
+    def evaluate(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Evaluation | Failure]:
+        """Score each client's held-out part; clients without one have nothing to say."""
+        self.trainer.moe.write(unpack_weights(broadcast.weights))
+        for name in clients:
+            score = self.trainer.evaluate(self.clients[name])
+            if score is not None:
+                yield score

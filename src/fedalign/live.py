@@ -1,0 +1,125 @@
+"""What a person sees while a run goes on: a table with a line a round, and what is happening now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from fedalign.checkpoint import ServerState
+from fedalign.protocol import Metrics
+
+ROWS = 25  # of the live table; older rounds are in metrics.jsonl
+
+
+class LiveTable:
+    """A `server.Observer` for a terminal; where output goes to a file it prints a line a round instead."""
+
+    def __init__(self, console: Console, rounds: int, title: str, history: Sequence[Metrics] = ()) -> None:
+        self.console, self.rounds, self.title = console, rounds, title
+        self.history = list(history)
+        self._fresh_from = len(self.history)
+        self._started = time.monotonic()
+        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        self._task = self._bar.add_task("starting", total=1)
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4)
+
+    def __enter__(self) -> LiveTable:
+        if self.console.is_terminal:
+            self._live.start()
+        else:
+            self.console.print(self.title)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self._bar.update(self._task, visible=False)
+            self._live.stop()
+
+    def progress(self, round: int, stage: str, done: int, total: int) -> None:
+        """Move the bar."""
+        where = f"round {round}" if round else "start"
+        self._bar.update(self._task, description=f"{where}: {stage}", completed=done, total=total)
+
+    def completed(self, state: ServerState, improved: bool) -> None:
+        """Add the round's line."""
+        self.history.append(state.history[-1])
+        if not self.console.is_terminal:
+            cells = zip(COLUMNS, row(self.history, len(self.history) - 1, self.time_left()), strict=True)
+            self.console.print("  ".join(f"{name} {value}" for name, value in cells), soft_wrap=True)
+        for failure in state.history[-1].get("failures", ()):
+            self.console.print(f"[yellow]round {state.round}: {failure['client']} left out: {failure['reason']}")
+
+    def time_left(self) -> str:
+        """From the rounds that this process has run."""
+        done = sum(1 for line in self.history[self._fresh_from :] if line["round"])
+        if not done:
+            return "..."
+        last = self.history[-1]["round"]
+        return clock((time.monotonic() - self._started) / done * (self.rounds - last))
+
+    def _render(self) -> RenderableType:
+        table = Table(title=self.title, title_justify="left")
+        for name in COLUMNS:
+            table.add_column(name, justify="right")
+        for index in range(max(0, len(self.history) - ROWS), len(self.history)):
+            newest = index == len(self.history) - 1
+            table.add_row(*row(self.history, index, self.time_left() if newest else ""))
+        return Group(table, self._bar)
+
+
+COLUMNS = ("round", "accuracy", "worst client", "loss", "routing divergence", "sent up", "time left")
+
+
+def row(history: Sequence[Metrics], index: int, time_left: str) -> tuple[str, ...]:
+    """The cells of one round, in the order of `COLUMNS`."""
+    line = history[index]
+    accuracy = line.get("accuracy", line.get("client_accuracy_mean"))
+    loss = line.get("loss_nats", line.get("client_loss_mean_nats"))
+    sent = sum(past.get("bytes_up", 0) for past in history[: index + 1])
+    return (
+        str(line["round"]),
+        percent(accuracy),
+        percent(line.get("client_accuracy_worst")),
+        "-" if loss is None else f"{loss:.3f}",
+        f"{line['routing_divergence_nats']:.4f}" if "routing_divergence_nats" in line else "-",
+        size(sent),
+        time_left,
+    )
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage with one decimal.
+
+    >>> percent(0.8125), percent(None)
+    ('81.2 %', '-')
+    """
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def size(nbytes: float) -> str:
+    """Bytes in the unit a person would choose.
+
+    >>> size(999), size(1_500_000)
+    ('999 B', '1.5 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss.
+
+    >>> clock(75), clock(3700)
+    ('1:15', '1:01:40')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,157 @@
+"""What a run leaves behind: its folder, and what each file in it holds.
+
+config.toml     as resolved           metrics.jsonl   one line a round, all numbers
+summary.json    how it went           checkpoint/     to resume from
+model/  best/   Hugging Face folders  clients/        what each client keeps for itself
+events.*        for TensorBoard
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from fedalign.checkpoint import ServerState, replacing, write_text
+from fedalign.config import Config
+from fedalign.errors import UserError
+from fedalign.protocol import Metrics, Weights
+
+SaveModel = Callable[[Weights, Path], None]
+
+
+class RunFolder:
+    """One run's output folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.checkpoint = path / "checkpoint"
+        self.clients = path / "clients"
+        self.model = path / "model"
+        self.best = path / "best"
+
+    def check_free(self, overwrite: bool) -> None:
+        """Refuse a place where a run or anything else would be lost.
+
+        Raises:
+            UserError: The folder holds a run and `overwrite` is not set, or holds something that is not a run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {str(self.path)!r}: is a file. Give a folder that does not exist yet.")
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not self.config.exists():
+            raise UserError(f"--out {str(self.path)!r}: is not empty and holds no run. Give a new or empty folder.")
+        if not overwrite:
+            raise UserError(
+                f"--out {str(self.path)!r}: already holds a run. Go on with it: fedalign run --resume {self.path}; "
+                f"replace it: --overwrite; or give another --out."
+            )
+
+    def begin(self, config: Config) -> None:
+        """Make the folder anew with the resolved configuration."""
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True)
+        write_text(self.config, config.to_toml())
+
+    def require_run(self) -> None:
+        """Refuse to resume where there is no run."""
+        if not self.config.exists():
+            raise UserError(f"--resume {str(self.path)!r}: holds no run (no config.toml). Give the --out of a run.")
+
+
+class Recorder:
+    """A `server.Observer` that keeps the result files true after every round."""
+
+    def __init__(self, folder: RunFolder, config: Config, save_model: SaveModel, resumed: ServerState) -> None:
+        self.folder = folder
+        self.config = config
+        self.save_model = save_model
+        self._write_metrics(resumed.history)  # lines of a round that was cut off are dropped
+        self._events = (
+            SummaryWriter(str(folder.path), purge_step=resumed.round + 1) if config.tracking.tensorboard else None
+        )
+
+    def progress(self, round: int, stage: str, done: int, total: int) -> None:
+        """Nothing to record."""
+
+    def completed(self, state: ServerState, improved: bool) -> None:
+        """Add the round's line and events; keep the model if it is the best yet."""
+        self._write_metrics(state.history)
+        if self._events is not None:
+            for name, value in _scalars(state.history[-1]):
+                self._events.add_scalar(name, value, state.round)
+            self._events.flush()
+        if improved:
+            with replacing(self.folder.best) as folder:
+                self.save_model(state.weights, folder)
+
+    def finish(self, state: ServerState) -> dict[str, Any]:
+        """Write the final model and the summary; return the summary."""
+        if self._events is not None:
+            self._events.close()
+        with replacing(self.folder.model) as folder:
+            self.save_model(state.weights, folder)
+        summary = summarise(self.config, state.history)
+        write_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def _write_metrics(self, history: Sequence[Metrics]) -> None:
+        write_text(self.folder.metrics, "".join(json.dumps(line) + "\n" for line in history))
+
+
+def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
+    """The run in one flat record. Accuracies are shares in [0, 1], losses nats per answer token."""
+    scored = [line for line in history if "loss_nats" in line or "client_loss_mean_nats" in line]
+    first, last = scored[0], scored[-1]
+    accuracy = "accuracy" if "accuracy" in first else "client_accuracy_mean"
+    best = max((line for line in scored), key=lambda line: line.get(accuracy, -_loss(line)))
+    return {
+        "algorithm": config.algorithm.name,
+        "seed": config.run.seed,
+        "rounds": history[-1]["round"],
+        "initial_accuracy": first.get(accuracy),
+        "final_accuracy": last.get(accuracy),
+        "best_accuracy": best.get(accuracy),
+        "best_round": best["round"],
+        "accuracy_of": "global test set" if accuracy == "accuracy" else "clients' held-out parts, mean",
+        "initial_loss": _loss(first),
+        "final_loss": _loss(last),
+        "client_accuracies": last.get("client_accuracies", {}),
+        "bytes_up": sum(line.get("bytes_up", 0) for line in history),
+        "bytes_down": sum(line.get("bytes_down", 0) for line in history),
+        "failures": [failure | {"round": line["round"]} for line in history for failure in line.get("failures", ())],
+        "seconds": sum(line.get("round_seconds", 0.0) for line in history),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    packages = ("fedalign-moe", "torch", "transformers", "tokenizers", "safetensors", "flwr-datasets", "numpy")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+
+
+def _loss(line: Mapping[str, Any]) -> float:
+    return float(line.get("loss_nats", line.get("client_loss_mean_nats", float("inf"))))
+
+
+def _scalars(line: Metrics) -> list[tuple[str, float]]:
+    """All numbers of a round, nested ones by path."""
+    scalars: list[tuple[str, float]] = []
+    for name, value in line.items():
+        if isinstance(value, Mapping):
+            scalars += [(f"{name}/{key}", item) for key, item in value.items()]
+        elif isinstance(value, int | float) and name != "round":
+            scalars.append((name, value))
+    return scalars

@@ -1,0 +1,310 @@
+"""The round loop, written once, against a Federation, and knowing no algorithm by name.
+
+broadcast -> local training -> statistics -> plan -> updates -> sum -> evaluate -> checkpoint
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics as stats
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedalign.checkpoint import Checkpoints, ServerState
+from fedalign.config import Config
+from fedalign.errors import UserError
+from fedalign.maths.average import StreamingSum
+from fedalign.protocol import (
+    Accumulator,
+    Algorithm,
+    Broadcast,
+    Evaluation,
+    Failure,
+    Federation,
+    Layout,
+    Metrics,
+    Plan,
+    State,
+    Statistics,
+    Update,
+    Weights,
+)
+from fedalign.wire import broadcast_dtype, pack
+
+
+class Observer(Protocol):
+    """Whoever wants to know how the run goes: the live table, the result files."""
+
+    def progress(self, round: int, stage: str, done: int, total: int) -> None:
+        """`done` of `total` clients have finished a stage."""
+
+    def completed(self, state: ServerState, improved: bool) -> None:
+        """A round is complete (round 0 is the evaluation before training); `improved`: its score is the best yet."""
+
+
+@dataclass
+class Traffic:
+    """Bytes of one round as they would travel, all clients together."""
+
+    down: int = 0
+    statistics: int = 0
+    updates: int = 0
+    by_client: dict[str, int] = field(default_factory=dict)  # up
+
+    def up(self, client: str, nbytes: int) -> None:
+        """Count what a client sent."""
+        self.by_client[client] = self.by_client.get(client, 0) + nbytes
+
+
+class CountingSum:
+    """An accumulator that counts what arrives before it passes it on."""
+
+    def __init__(self, inner: Accumulator, traffic: Traffic, arrived: Callable[[], None]) -> None:
+        self.inner, self.traffic, self.arrived = inner, traffic, arrived
+
+    def add(self, update: Update) -> Failure | None:
+        """Count and pass on."""
+        self.traffic.updates += update.nbytes
+        self.traffic.up(update.client, update.nbytes)
+        self.arrived()
+        return self.inner.add(update)
+
+
+class Server:
+    """Runs rounds until the configured number is complete."""
+
+    def __init__(
+        self,
+        federation: Federation,
+        algorithm: Algorithm,
+        layout: Layout,
+        config: Config,
+        checkpoints: Checkpoints,
+        evaluate: Callable[[Weights], Evaluation | None],
+        observer: Observer,
+    ) -> None:
+        self.federation = federation
+        self.algorithm = algorithm
+        self.layout = layout
+        self.config = config
+        self.checkpoints = checkpoints
+        self.evaluate = evaluate
+        self.observer = observer
+
+    def run(self, state: ServerState) -> ServerState:
+        """Continue from `state`; each complete round is checkpointed before it is announced.
+
+        Raises:
+            UserError: Too few clients had anything usable to say.
+        """
+        if not state.history:
+            traffic = Traffic()
+            metrics = self._scores(state.weights, 0, traffic)
+            state = self._complete(state, metrics | {"bytes_up": 0, "bytes_down": traffic.down})
+        while state.round < self.config.run.rounds:
+            state = self._round(state)
+        return state
+
+    def _round(self, state: ServerState) -> ServerState:
+        started, number, traffic = time.perf_counter(), state.round + 1, Traffic()
+        chosen = select(self.federation.members(), self.config.clients.sample, self.config.run.seed, number)
+        reports, failures = self._train(state, number, chosen, traffic)
+        if len(reports) < self.config.server.min_clients:
+            reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in failures) or "nobody replied"
+            raise UserError(
+                f"round {number}: {len(reports)} of {len(chosen)} clients can be used, server.min_clients = "
+                f"{self.config.server.min_clients} are needed ({reasons}). The last complete round is kept; try a "
+                f"lower training.learning_rate, or training.precision = 'float32'."
+            )
+        plan, algorithm_state = self.algorithm.plan(reports, self.layout, state.algorithm)
+        weights, lost, skipped = self._sum(state.weights, plan, reports, number, traffic)
+        metrics = {
+            **self._scores(weights, number, traffic),
+            **describe_training(reports),
+            **describe_plan(plan, self.layout, traffic, skipped),
+            "clients": [report.client for report in reports],
+            "failures": [vars(failure) for failure in (*failures, *lost)],
+            "round_seconds": time.perf_counter() - started,
+        }
+        return self._complete(replace(state, round=number, weights=weights, algorithm=algorithm_state), metrics)
+
+    def _broadcast(self, weights: Weights, state: State, round: int) -> Broadcast:
+        dtype = broadcast_dtype(self.config.wire.dtype)
+        return Broadcast(round, {group: pack(value, dtype, seed=0) for group, value in weights.items()}, state)
+
+    def _train(
+        self, state: ServerState, number: int, chosen: Sequence[str], traffic: Traffic
+    ) -> tuple[list[Statistics], list[Failure]]:
+        broadcast = self._broadcast(state.weights, state.algorithm, number)
+        traffic.down += broadcast.nbytes * len(chosen)
+        reports: dict[str, Statistics] = {}
+        failures: list[Failure] = []
+        self.observer.progress(number, "training", 0, len(chosen))
+        for reply in self.federation.train(broadcast, chosen):
+            if isinstance(reply, Statistics):
+                traffic.statistics += reply.nbytes
+                traffic.up(reply.client, reply.nbytes)
+                problem = check_statistics(reply, self.layout)
+                if problem is None:
+                    reports[reply.client] = reply
+                else:
+                    failures.append(Failure(reply.client, "train", problem))
+            else:
+                failures.append(reply)
+            self.observer.progress(number, "training", len(reports) + len(failures), len(chosen))
+        return [reports[name] for name in chosen if name in reports], failures  # arrival order must not matter
+
+    def _sum(
+        self, old: Weights, plan: Plan, reports: Sequence[Statistics], number: int, traffic: Traffic
+    ) -> tuple[Weights, list[Failure], int]:
+        total = StreamingSum(self.layout, plan, {report.client: report.norm_G for report in reports})
+        requests = [request for request in plan.requests(number, self.layout) if request.groups]
+        done = 0
+
+        def arrived() -> None:
+            nonlocal done
+            done += 1
+            self.observer.progress(number, "summing", done, len(requests))
+
+        failures = self.federation.collect(requests, CountingSum(total, traffic, arrived))
+        new, unchanged = total.result(old, self.config.server.min_arrived)
+        return new, failures, len(unchanged)
+
+    def _scores(self, weights: Weights, number: int, traffic: Traffic) -> Metrics:
+        last = number == self.config.run.rounds
+        if number % self.config.evaluation.every and not last:
+            return {"round": number}
+        metrics: Metrics = {"round": number}
+        self.observer.progress(number, "evaluating", 0, 1)
+        overall = self.evaluate(weights)
+        scores: list[Evaluation] = []
+        if self.config.evaluation.clients and self.config.clients.held_out:
+            members = self.federation.members()
+            broadcast = self._broadcast(weights, {}, number)
+            traffic.down += broadcast.nbytes * len(members)
+            for score in self.federation.evaluate(broadcast, members):
+                if isinstance(score, Evaluation):
+                    scores.append(score)
+                    self.observer.progress(number, "evaluating", len(scores), len(members))
+        return metrics | describe_scores(overall, scores)
+
+    def _complete(self, state: ServerState, metrics: Metrics) -> ServerState:
+        earlier = [score for past in state.history if (score := merit(past)) is not None]
+        score = merit(metrics)
+        state = replace(state, history=(*state.history, metrics))
+        self.checkpoints.save(state)
+        self.observer.completed(state, improved=score is not None and score > max(earlier, default=-math.inf))
+        return state
+
+
+def select(members: Sequence[str], share: float, seed: int, round: int) -> list[str]:
+    """The clients of a round: a random share, at least one, in the order of `members`.
+
+    >>> select(["a", "b", "c", "d"], 0.5, seed=0, round=1) == select(["a", "b", "c", "d"], 0.5, seed=0, round=1)
+    True
+    """
+    count = max(1, round_half_up(share * len(members)))
+    chosen = set(random.Random(f"{seed}/{round}/select").sample(list(members), count))
+    return [member for member in members if member in chosen]
+
+
+def round_half_up(value: float) -> int:
+    """2.5 becomes 3, always."""
+    return math.floor(value + 0.5)
+
+
+def check_statistics(report: Statistics, layout: Layout) -> str | None:
+    """Why a report cannot be used, or None."""
+    if report.examples <= 0:
+        return f"it reports {report.examples} examples"
+    if not math.isfinite(report.loss):
+        return f"its loss is {report.loss}"
+    cells = (layout.layers, layout.experts)
+    for name, value in vars(report).items():
+        if isinstance(value, Tensor):
+            if name.endswith(("_L_E", "_L_E_D", "_L_E_S")) and value.shape[:2] != cells:
+                return f"{name} has shape {list(value.shape)}, expected {list(cells)} first"
+            if not bool(value.isfinite().all()):
+                return f"{name} is not finite"
+    if report.norm_G.shape != (len(layout.groups),):
+        return f"norm_G has shape {list(report.norm_G.shape)}, expected [{len(layout.groups)}]"
+    return None
+
+
+def merit(metrics: Mapping[str, object]) -> float | None:
+    """What "best" means: global accuracy, else mean client accuracy, else minus the loss."""
+    for name, sign in (("accuracy", 1), ("client_accuracy_mean", 1), ("loss_nats", -1), ("client_loss_mean_nats", -1)):
+        value = metrics.get(name)
+        if isinstance(value, float):
+            return sign * value
+    return None
+
+
+def describe_scores(overall: Evaluation | None, scores: Sequence[Evaluation]) -> Metrics:
+    """Scores by name: global, and over the clients' own held-out parts."""
+    metrics: Metrics = {}
+    if overall is not None:
+        metrics |= {"loss_nats": overall.loss, "perplexity": _exp(overall.loss), "test_examples": overall.examples}
+        if overall.accuracy is not None:
+            metrics["accuracy"] = overall.accuracy
+    if scores:
+        examples = sum(score.examples for score in scores)
+        loss = sum(score.loss * score.examples for score in scores) / examples
+        metrics["client_loss_mean_nats"] = loss
+        metrics["client_losses_nats"] = {str(score.client): score.loss for score in scores}
+    accuracies = {str(score.client): score.accuracy for score in scores if score.accuracy is not None}
+    if accuracies:
+        metrics |= {
+            "client_accuracies": accuracies,
+            "client_accuracy_mean": stats.fmean(accuracies.values()),
+            "client_accuracy_worst": min(accuracies.values()),
+            "client_accuracy_spread": stats.pstdev(accuracies.values()),
+        }
+    return metrics
+
+
+def describe_training(reports: Sequence[Statistics]) -> Metrics:
+    """What the statistics tell about the round."""
+    examples = sum(report.examples for report in reports)
+    return {
+        "train_loss_nats": sum(report.loss * report.examples for report in reports) / examples,
+        "train_examples": examples,
+        "routing_divergence_nats": routing_divergence(torch.stack([report.prob_L_E for report in reports])),
+        "experts_held_share": float(torch.stack([report.held_L_E for report in reports]).float().mean()),
+        "experts_held_by_nobody": int((~torch.stack([r.held_L_E for r in reports]).any(0)).sum()),
+        "client_train_seconds": sum(report.metrics.get("train_seconds", 0.0) for report in reports),
+    }
+
+
+def routing_divergence(prob_C_L_E: Tensor) -> float:
+    """Mean over clients and layers of KL(p̄_c ‖ mean over clients of p̄_c), nats.
+
+    >>> routing_divergence(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))  # doctest: +ELLIPSIS
+    0.693...
+    """
+    mean_L_E = prob_C_L_E.mean(0)
+    return float(torch.special.xlogy(prob_C_L_E, prob_C_L_E / mean_L_E).nansum(-1).mean())
+
+
+def describe_plan(plan: Plan, layout: Layout, traffic: Traffic, skipped: int) -> Metrics:
+    """How selective the plan was, and what it cost."""
+    size_G = torch.tensor([layout.sizes[group] for group in layout.groups], dtype=torch.float64)
+    asked = float((plan.weight_C_G > 0).double() @ size_G @ torch.ones(len(plan.clients), dtype=torch.float64))
+    return {
+        "uploaded_share": asked / (float(size_G.sum()) * len(plan.clients)),
+        "groups_unchanged": skipped,
+        "bytes_up": traffic.statistics + traffic.updates,
+        "bytes_up_statistics": traffic.statistics,
+        "bytes_up_by_client": traffic.by_client,
+        "bytes_down": traffic.down,
+    }
+
+
+def _exp(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
