@@ -1,0 +1,299 @@
+"""Which modules of a Hugging Face model are routers and experts: a table, and a search for families not in it.
+
+A row says where a family deviates from the usual spelling: router `<block>.gate` with `weight` [E, H] that returns
+(logits [T, E], weights [T, K], experts [T, K]), experts fused beside it with a leading axis E. Adding a family is one
+row here and one tiny config in the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fedalign.errors import UserError
+from fedalign.protocol import Scoring
+
+Dispatch = Literal["index", "one_hot", "logits"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family's spelling. Paths are suffixes of module names."""
+
+    router: str = "mlp.gate"
+    experts: str = "mlp.experts"
+    scoring: Scoring = "softmax"
+    logits: int = 0  # which output of the router is its logits
+    dispatch: Dispatch = "index"  # how it says where tokens go: chosen experts, one-hot, or the top-k of its logits
+    chosen: int = 2  # which output says so
+    top_k: int | None = None  # only where no attribute of the router or the config says it
+
+
+FAMILIES: dict[str, Family] = {
+    "deepseek_v2": Family(),
+    "deepseek_v3": Family(scoring="sigmoid"),
+    "gpt_oss": Family(router="mlp.router"),
+    "granitemoe": Family(router="block_sparse_moe.router", experts="block_sparse_moe.experts"),
+    "mixtral": Family(),
+    "olmoe": Family(),
+    "phimoe": Family(router="mlp.router"),
+    "qwen2_moe": Family(),
+    "qwen3_moe": Family(),
+    "switch_transformers": Family(router="mlp.router", logits=2, dispatch="one_hot", chosen=0, top_k=1),
+}
+
+REFUSED = {
+    "nllb_moe": "its code in transformers is broken: only experts 0 and 1 ever run",
+}
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One router and its experts, as transformers spells them."""
+
+    router: str  # module path
+    experts: str  # module path
+    scoring: Scoring
+    size: int  # E
+    top_k: int  # K
+    hidden: int  # H
+    in_decoder: bool  # its tokens are those of the decoder of an encoder-decoder model
+    logits: int  # the rest as in `Family`
+    dispatch: Dispatch
+    chosen: int
+
+
+def detect(model: PreTrainedModel) -> tuple[str, tuple[MoELayer, ...]]:
+    """Find all MoE layers of a transformers model, in the order of its modules.
+
+    Returns:
+        How they were found and how sure that is (for people), and the layers.
+
+    Raises:
+        UserError: the family is refused, the model is dense, or its MoE layers cannot be understood.
+    """
+    config = model.config
+    refuse(config)
+    if row := FAMILIES.get(config.model_type):
+        found, layers = "table", tuple(_from_table(model, row))
+    else:
+        found, layers = _autodetected(model)
+    if not layers:
+        raise _nothing_found(model)
+    for layer in layers:
+        if layer.top_k > layer.size:
+            raise UserError(
+                f"top-k = {layer.top_k}: must be at most the number of experts, {layer.size} ({layer.router})"
+            )
+    if len({(layer.size, layer.top_k, layer.hidden) for layer in layers}) > 1:
+        sizes = sorted({f"{layer.size} experts, top-{layer.top_k}, hidden {layer.hidden}" for layer in layers})
+        raise UserError(
+            f"model = {config.model_type}: all MoE layers must be of one size, but it has {'; '.join(sizes)}"
+        )
+    return found, layers
+
+
+def refuse(config: Any) -> None:
+    """Raise a UserError if this family is known not to work. Cheap: needs no weights."""
+    if reason := REFUSED.get(config.model_type):
+        raise UserError(f"model = {config.model_type}: refused: {reason}. Choose one of: {', '.join(sorted(FAMILIES))}")
+
+
+def _from_table(model: PreTrainedModel, row: Family) -> Iterator[MoELayer]:
+    for path, _ in model.named_modules():
+        if path.endswith(f".{row.router}"):
+            yield _layer(model, path, path.removesuffix(row.router) + row.experts, row)
+
+
+def _layer(model: PreTrainedModel, router: str, experts: str, row: Family) -> MoELayer:
+    module = model.get_submodule(router)
+    size, hidden = router_weight(module).shape
+    return MoELayer(
+        router=router,
+        experts=experts,
+        size=size,
+        top_k=row.top_k or _top_k(module, model.config),
+        hidden=hidden,
+        in_decoder=is_encoder_decoder(model.config) and "decoder" in router.split("."),
+        scoring=row.scoring,
+        logits=row.logits,
+        dispatch=row.dispatch,
+        chosen=row.chosen,
+    )
+
+
+def is_encoder_decoder(config: Any) -> bool:
+    """Whether a config is of a model with an encoder and a decoder."""
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def router_weight(router: nn.Module) -> Tensor:
+    """The [E, H] matrix of a router: its own or its only linear child's."""
+    matrices = [p for p in router.parameters() if p.dim() == 2 and min(p.shape) > 1]
+    if len(matrices) != 1:
+        raise UserError(
+            f"router = {type(router).__name__}: must hold one weight [experts, hidden], but holds {len(matrices)}"
+        )
+    return matrices[0]
+
+
+def _top_k(router: nn.Module, config: Any) -> int:
+    names = ("top_k", "num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_experts_per_token")
+    for holder in (router, config.get_text_config()):
+        for name in names:
+            if isinstance(value := getattr(holder, name, None), int):
+                return value
+    raise UserError(
+        f"model = {config.model_type}: its config must say to how many experts a token goes ({', '.join(names)})"
+    )
+
+
+# --- families that are not in the table ---------------------------------------------------------------------------
+
+
+def _autodetected(model: PreTrainedModel) -> tuple[str, tuple[MoELayer, ...]]:
+    """Routers from transformers' own recorder of router logits, else from shapes; then watch one of them route."""
+    modules = dict(model.named_modules())
+    recorded = dict(_recorded_routers(model))
+    layers, seen = [], set()
+    for path, logits in (recorded or dict.fromkeys(_shaped_routers(modules), 0)).items():
+        experts = _experts_beside(modules, path)
+        if experts is None:
+            continue
+        layer, certainty = _watched(_layer(model, path, experts, Family(logits=logits)), modules[path])
+        layers.append(layer)
+        seen.add(certainty)
+    how = "transformers' recorder" if recorded else "shapes"
+    return f"autodetected: routers by {how}; {'; '.join(sorted(seen))}", tuple(layers)
+
+
+def _recorded_routers(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
+    """Paths of the routers that transformers itself records, with the index of the logits among their outputs."""
+    specs = [
+        spec
+        for module in model.modules()
+        for spec in _as_list((getattr(module, "_can_record_outputs", None) or {}).get("router_logits"))
+    ]
+    for path, module in model.named_modules():
+        for spec in specs:
+            wanted = getattr(spec, "target_class", spec)
+            part = (getattr(spec, "layer_name", None) or "").strip(".")
+            if isinstance(wanted, type) and isinstance(module, wanted) and f".{part}." in f".{path}..":
+                yield path, getattr(spec, "index", 0)
+                break
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _shaped_routers(modules: dict[str, nn.Module]) -> Iterator[str]:
+    """Paths of modules with a weight [E, H] beside a module of E experts."""
+    for path, module in modules.items():
+        size = expert_count(module)
+        parent = path.rpartition(".")[0]
+        if size is None or not parent:
+            continue
+        for name, child in modules[parent].named_children():
+            weight = getattr(child, "weight", None)
+            if child is not module and isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] == size:
+                yield f"{parent}.{name}"
+                break
+
+
+def _experts_beside(modules: dict[str, nn.Module], router: str) -> str | None:
+    """The module of E experts in the router's block, or in the layer around it."""
+    size = router_weight(modules[router]).shape[0]
+    block = router
+    for _ in range(2):
+        block = block.rpartition(".")[0]
+        for name, child in modules[block].named_children():
+            path = f"{block}.{name}" if block else name
+            if path != router and expert_count(child) == size:
+                return path
+    return None
+
+
+def expert_count(module: nn.Module) -> int | None:
+    """E if the module holds experts: fused with a leading axis (as transformers marks them, or 3-D), or as children."""
+    leading = {p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3}
+    marked = hasattr(module, "_is_expert_parallel") or bool(leading)
+    if marked:
+        return leading.pop() if len(leading) == 1 else None
+    children = list(module.children())
+    alike = isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len({type(c) for c in children}) == 1
+    return len(children) if alike and len(children) > 1 else None
+
+
+@torch.no_grad()
+def _watched(layer: MoELayer, router: nn.Module) -> tuple[MoELayer, str]:
+    """Run the router on random tokens to see which output names the chosen experts, and how it scores them."""
+    weight = router_weight(router)
+    generator = torch.Generator().manual_seed(0)
+    hidden_T_H = torch.randn(64, layer.hidden, generator=generator).to(weight)
+    was_training = router.training
+    router.eval()
+    try:
+        outputs = router(hidden_T_H)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        outputs = ()
+    finally:
+        router.train(was_training)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    shape = (len(hidden_T_H), layer.top_k)
+    chosen = next((i for i, o in enumerate(outputs) if _is_tensor(o, shape) and not o.is_floating_point()), None)
+    weights = next(
+        (o for i, o in enumerate(outputs) if i != layer.logits and _is_tensor(o, shape) and o.is_floating_point()), None
+    )
+    if chosen is None:
+        return replace(
+            layer, dispatch="logits"
+        ), "choice taken as the top-k of the logits, scoring assumed to be softmax"
+    layer = replace(layer, chosen=chosen)
+    logits_T_E = outputs[layer.logits].float()
+    fits = (
+        []
+        if weights is None
+        else [s for s in get_args(Scoring) if _fits(weights.float(), logits_T_E, outputs[chosen], s)]
+    )
+    if len(fits) != 1:
+        return layer, "choice seen by running a router, scoring assumed to be softmax"
+    return replace(layer, scoring=fits[0]), "choice and scoring seen by running a router"
+
+
+def _is_tensor(value: object, shape: tuple[int, int]) -> bool:
+    return isinstance(value, Tensor) and value.shape == shape
+
+
+def _fits(weight_T_K: Tensor, logits_T_E: Tensor, topk_T_K: Tensor, scoring: Scoring) -> bool:
+    """Whether the weights are these scores up to a factor (one per token, since many renormalise over the top-k)."""
+    score_T_E = logits_T_E.softmax(-1) if scoring == "softmax" else logits_T_E.sigmoid()
+    ratio_T_K = weight_T_K / score_T_E.gather(1, topk_T_K)
+    axis = 1 if ratio_T_K.shape[1] > 1 else 0
+    return bool((ratio_T_K.amax(axis) <= 1.001 * ratio_T_K.amin(axis)).all())
+
+
+def _nothing_found(model: PreTrainedModel) -> UserError:
+    config = model.config
+    choices = f"Choose one of: {', '.join(sorted(FAMILIES))}, or another model with a router"
+    keys = [key for key in config.get_text_config().to_dict() if "expert" in key]
+    if config.model_type not in FAMILIES and not keys:
+        return UserError(f"model = {config.model_type}: a dense model, it has no routed experts. {choices}")
+    tree = module_tree(model)
+    return UserError(f"model = {config.model_type}: no router with experts beside it was found among {tree}. {choices}")
+
+
+def module_tree(model: PreTrainedModel, limit: int = 60) -> str:
+    """All kinds of modules in a model on one line, layer numbers folded into `*`."""
+    kinds = {
+        ".".join("*" if part.isdigit() else part for part in path.split(".")): type(module).__name__
+        for path, module in model.named_modules()
+        if path
+    }
+    names = [f"{path} ({kind})" for path, kind in kinds.items()]
+    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,337 @@
+"""A loaded Mixture-of-Experts model, and its parameter groups: above this file there are no parameter names.
+
+Row e of a router (with its biases) is `gate[l, e]`, the slice of expert e (with its biases) is `expert[l, e]`, all
+else is `shared` (ALGORITHM.md, "Plan, then sum"). Groups are cut from `named_parameters()`, in which tied weights
+appear once, never from checkpoint files, whose names differ from those in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from fedalign.errors import UserError, unknown
+from fedalign.moe.families import MoELayer, detect, is_encoder_decoder, refuse
+from fedalign.protocol import SHARED, Kind, Layout, ParameterGroup, Weights
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+Owners = tuple[tuple[ParameterGroup, ...], int | None]  # groups, and the axis along which a parameter is cut into them
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the values of one parameter belong: to one group, or index by index of `axis` to one group each."""
+
+    name: str
+    parameter: nn.Parameter
+    groups: tuple[ParameterGroup, ...]
+    axis: int | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """The kind that all its groups share."""
+        return self.groups[0].kind
+
+    def view(self, group: ParameterGroup) -> Tensor:
+        """The part that belongs to `group`: the parameter's own storage, outside autograd."""
+        whole = self.parameter.detach()
+        return whole if self.axis is None else whole.select(self.axis, self.groups.index(group))
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `fedalign inspect` shows of a model. Numbers of parameters count every parameter once, trained or not."""
+
+    family: str
+    found: str  # "table", or how it was autodetected and how sure that is
+    dtype: str
+    moe_layers: int
+    dense_layers: int
+    experts: int
+    top_k: int
+    hidden: int
+    scoring: tuple[str, ...]
+    max_length: int | None  # tokens; None: no limit
+    routers: tuple[str, ...]  # module paths, layer by layer
+    expert_modules: tuple[str, ...]
+    shared_experts: tuple[str, ...]  # always on, part of `shared`
+    selection_biases: tuple[str, ...]  # buffers that only choose experts: broadcast, never trained
+    parameters: int
+    active_parameters: int  # used for one token
+    trainable_parameters: int
+    trainable_megabytes: float  # on the wire, in float32
+    group_parameters: Mapping[str, int]  # trainable ones: all of `shared`, one `gate` row, one `expert`
+
+
+class MoEModel:
+    """A transformers model whose trainable values are addressed by parameter group.
+
+    Attributes:
+        model: the transformers model itself; call it as usual.
+        family: its `model_type`.
+        found: how its MoE layers were found.
+        layers: its L MoE layers.
+        slots: every parameter, trainable or not, with the groups its values belong to.
+        layout: number of trainable values of each group. What is frozen later is still in it: wrap again then.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.family: str = model.config.model_type
+        self.found, self.layers = detect(model)
+        for layer in self.layers:
+            _keep_in_float32(model.get_submodule(layer.router))
+        self.slots = tuple(_slots(model, self.layers))
+        self._owners: dict[ParameterGroup, list[Slot]] = defaultdict(list)
+        for slot in self.slots:
+            for group in slot.groups if slot.parameter.requires_grad else ():
+                self._owners[group].append(slot)
+        self.layout = self._layout()
+
+    @classmethod
+    def wrap(cls, model: PreTrainedModel) -> Self:
+        """Address an already loaded transformers model by parameter group. Its routers become float32 in place.
+
+        Raises:
+            UserError: the model is dense, of a refused family, or its MoE layers cannot be understood.
+        """
+        return cls(model)
+
+    @classmethod
+    def load(
+        cls,
+        path_or_id: str | Path,
+        *,
+        dtype: str = "float32",
+        device: str | torch.device = "cpu",
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+    ) -> Self:
+        """Load a folder saved by transformers, or a model of the Hub.
+
+        Raises:
+            UserError: there is no such model, it is broken or incomplete, or `wrap` refuses it.
+        """
+        if dtype not in DTYPES:
+            raise unknown("model.dtype", dtype, DTYPES)
+        _check_folder(path_or_id)
+        options = {"trust_remote_code": trust_remote_code, "revision": revision}
+        try:
+            config = AutoConfig.from_pretrained(path_or_id, **options)
+            refuse(config)
+            auto = AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+            model, report = auto.from_pretrained(
+                path_or_id, config=config, dtype=DTYPES[dtype], output_loading_info=True, **options
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"model = {str(path_or_id)!r}: cannot be loaded: {_one_line(error)}") from error
+        _check_complete(path_or_id, model, report["missing_keys"])
+        return cls(model.to(device))
+
+    @property
+    def experts(self) -> int:
+        """E, experts of each layer."""
+        return self.layers[0].size
+
+    @property
+    def top_k(self) -> int:
+        """K, experts a token is sent to."""
+        return self.layers[0].top_k
+
+    @property
+    def hidden(self) -> int:
+        """H, size of what enters a router."""
+        return self.layers[0].hidden
+
+    @property
+    def is_seq2seq(self) -> bool:
+        """Whether it has an encoder and a decoder."""
+        return is_encoder_decoder(self.model.config)
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence in tokens; None if positions are relative and nothing limits it."""
+        text = self.model.config.get_text_config()
+        return getattr(text, "max_position_embeddings", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return self.slots[0].parameter.device
+
+    @property
+    def views(self) -> dict[ParameterGroup, tuple[Tensor, ...]]:
+        """Every trainable value exactly once, by group, as views of the parameters' own storage."""
+        return {group: self._views(group) for group in self.layout.groups}
+
+    def read(self, groups: Iterable[ParameterGroup] | None = None) -> Weights:
+        """Flat float32 copies [N] of the groups (all by default), on the model's device."""
+        groups = self.layout.groups if groups is None else groups
+        return {group: self._flat(group) for group in groups}
+
+    @torch.no_grad()
+    def write(self, weights: Mapping[ParameterGroup, Tensor]) -> None:
+        """Overwrite the groups in place from flat tensors [N] of any float type and device.
+
+        Raises:
+            ValueError: a group of another model or of another size.
+        """
+        for group, flat in weights.items():
+            if flat.numel() != self.layout.sizes.get(group):
+                raise ValueError(
+                    f"{group}: {flat.numel()} values, the model trains {self.layout.sizes.get(group, 'none such')}"
+                )
+            start = 0
+            for view in self._views(group):
+                view.copy_(flat[start : start + view.numel()].view_as(view))
+                start += view.numel()
+
+    def save(self, folder: str | Path) -> None:
+        """Save as an ordinary transformers folder; the same weights give the same bytes."""
+        self.model.save_pretrained(folder)
+
+    def fingerprint(self) -> str:
+        """64 hex digits, the same for all weights of one architecture with the same parts trained."""
+        config = self.model.config.to_dict()
+        for volatile in ("transformers_version", "_name_or_path", "dtype", "use_cache"):
+            config.pop(volatile, None)
+        groups = [(str(group), size) for group, size in self.layout.sizes.items()]
+        shapes = [(slot.name, tuple(slot.parameter.shape)) for slot in self.slots]
+        text = json.dumps([config, groups, shapes], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def describe(self) -> Description:
+        """What this model's MoE layers are, for people."""
+        total = sum(slot.parameter.numel() for slot in self.slots)
+        routed = sum(slot.parameter.numel() for slot in self.slots if slot.kind == "expert")
+        trainable = sum(self.layout.sizes.values())
+        config = self.model.config.get_text_config()
+        depth = sum(getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "num_decoder_layers"))
+        return Description(
+            family=self.family,
+            found=self.found,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            moe_layers=len(self.layers),
+            dense_layers=max(0, depth - len(self.layers)),
+            experts=self.experts,
+            top_k=self.top_k,
+            hidden=self.hidden,
+            scoring=tuple(sorted({layer.scoring for layer in self.layers})),
+            max_length=self.max_length,
+            routers=tuple(layer.router for layer in self.layers),
+            expert_modules=tuple(layer.experts for layer in self.layers),
+            shared_experts=tuple(self._shared_experts()),
+            selection_biases=tuple(
+                name for name, _ in self.model.named_buffers() if name.endswith("e_score_correction_bias")
+            ),
+            parameters=total,
+            active_parameters=total - routed * (self.experts - self.top_k) // self.experts,
+            trainable_parameters=trainable,
+            trainable_megabytes=trainable * 4 / 1e6,
+            group_parameters={
+                "shared": self.layout.sizes[SHARED],
+                "gate": self.layout.sizes[ParameterGroup("gate")],
+                "expert": self.layout.sizes[ParameterGroup("expert")],
+            },
+        )
+
+    def _layout(self) -> Layout:
+        names = Layout(len(self.layers), self.experts, {})
+        return Layout(names.layers, names.experts, {g: sum(v.numel() for v in self._views(g)) for g in names.groups})
+
+    def _views(self, group: ParameterGroup) -> tuple[Tensor, ...]:
+        return tuple(slot.view(group) for slot in self._owners.get(group, ()))
+
+    def _flat(self, group: ParameterGroup) -> Tensor:
+        parts = [view.reshape(-1).float() for view in self._views(group)]
+        return torch.cat(parts) if parts else torch.empty(0, device=self.device)
+
+    def _shared_experts(self) -> Iterator[str]:
+        for layer in self.layers:
+            block = layer.router.rpartition(".")[0]
+            for name, module in self.model.get_submodule(block).named_children():
+                if name.startswith("shared_") and not name.endswith("gate"):
+                    yield f"{block}.{name} ({type(module).__name__})"
+
+
+def _slots(model: PreTrainedModel, layers: Iterable[MoELayer]) -> Iterator[Slot]:
+    owned: dict[nn.Parameter, Owners] = {}
+    for index, layer in enumerate(layers):
+        owned |= _gate_rows(model.get_submodule(layer.router), index, layer.size)
+        owned |= _expert_slices(model.get_submodule(layer.experts), index, layer.size)
+    for name, parameter in model.named_parameters():
+        yield Slot(name, parameter, *owned.get(parameter, ((SHARED,), None)))
+
+
+def _gate_rows(router: nn.Module, layer: int, size: int) -> dict[nn.Parameter, Owners]:
+    """Weights [E, H], biases [E] and [1, E]; a norm or scale without an axis of length E stays shared."""
+    rows = tuple(ParameterGroup("gate", layer, expert) for expert in range(size))
+    axes = ((p, axis) for p in router.parameters() for axis in (p.dim() - 1, 0) if p.dim() and p.shape[axis] == size)
+    return {parameter: (rows, axis) for parameter, axis in axes}
+
+
+def _expert_slices(experts: nn.Module, layer: int, size: int) -> dict[nn.Parameter, Owners]:
+    """Fused tensors [E, ...] slice by slice, or E child modules; what all experts use in common stays shared."""
+    slices = tuple(ParameterGroup("expert", layer, expert) for expert in range(size))
+    owned: dict[nn.Parameter, Owners] = {
+        parameter: (slices, 0) for parameter in experts.parameters(recurse=False) if parameter.shape[:1] == (size,)
+    }
+    if not owned:
+        for group, child in zip(slices, experts.children(), strict=True):
+            owned |= dict.fromkeys(child.parameters(), ((group,), None))
+    return owned
+
+
+def _keep_in_float32(router: nn.Module) -> None:
+    """Hold and run the router in float32, also under autocast: bfloat16 adds 21 % noise to its gradient."""
+    router.float()
+    if isinstance(getattr(router, "dtype", None), torch.dtype):
+        router.dtype = torch.float32  # type: ignore[assignment]  # Switch would cast its weight to this at the first forward pass
+    # a bound method, not a closure: a deep copy of the model then runs the copy's weights
+    router.forward = MethodType(_forward_in_float32, router)
+
+
+def _forward_in_float32(router: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    with torch.autocast(hidden.device.type, enabled=False):
+        return type(router).forward(router, hidden.float(), *args, **kwargs)
+
+
+def _check_folder(path_or_id: str | Path) -> None:
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model = {str(path_or_id)!r}: the folder must hold a config.json and weights")
+    elif (
+        isinstance(path_or_id, Path)
+        or path.is_absolute()
+        or str(path_or_id).startswith(".")
+        or str(path_or_id).count("/") > 1
+    ):
+        raise UserError(
+            f"model = {str(path_or_id)!r}: no such folder. Give a folder saved by transformers, or a Hub id"
+        )
+
+
+def _check_complete(path_or_id: str | Path, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    absent = sorted(set(missing) & {name for name, _ in model.named_parameters()})
+    if absent:
+        few = ", ".join(absent[:3])
+        raise UserError(
+            f"model = {str(path_or_id)!r}: the checkpoint must hold every weight; {len(absent)} lack: {few}"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
