@@ -1,4 +1,7 @@
-"""Tiny models of every family, built from their configs: 2 or 3 layers, 4 experts, top-2, hidden 32, random weights."""
+"""Tiny models of every family, built from their configs: 2 or 3 layers, 4 experts, top-2, hidden 32, random weights.
+
+`llama` is there too, for a dense one.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,12 @@ _COMMON = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "num_experts_per_tok": 2,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_ABSOLUTE = {"max_position_embeddings": 128}
+_TOP_2 = {"num_experts_per_tok": 2}
 _GROUPED = {  # one dense layer first, experts in two groups of which one is open to a token
     "num_hidden_layers": 3,
     "first_k_dense_replace": 1,
@@ -91,7 +94,8 @@ ALL = [*TABLE, *AUTODETECTED]
 
 def build(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A tiny random model in evaluation mode, whose routers really prefer some experts."""
-    config = AutoConfig.for_model(family, **{**_COMMON, **CONFIGS.get(family, {}), **changes})
+    extra = {"switch_transformers": {}, "llama": _ABSOLUTE}.get(family, _ABSOLUTE | _TOP_2)
+    config = AutoConfig.for_model(family, **_COMMON | extra | CONFIGS.get(family, {}) | changes)
     auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -79,7 +79,7 @@ def detect(model: PreTrainedModel) -> tuple[str, tuple[MoELayer, ...]]:
     """
     config = model.config
     refuse(config)
-    if row := FAMILIES.get(config.model_type):
+    if row := FAMILIES.get(family_of(config)):
         found, layers = "table", tuple(_from_table(model, row))
     else:
         found, layers = _autodetected(model)
@@ -93,15 +93,15 @@ def detect(model: PreTrainedModel) -> tuple[str, tuple[MoELayer, ...]]:
     if len({(layer.size, layer.top_k, layer.hidden) for layer in layers}) > 1:
         sizes = sorted({f"{layer.size} experts, top-{layer.top_k}, hidden {layer.hidden}" for layer in layers})
         raise UserError(
-            f"model = {config.model_type}: all MoE layers must be of one size, but it has {'; '.join(sizes)}"
+            f"model = {family_of(config)}: all MoE layers must be of one size, but it has {'; '.join(sizes)}"
         )
     return found, layers
 
 
 def refuse(config: Any) -> None:
     """Raise a UserError if this family is known not to work. Cheap: needs no weights."""
-    if reason := REFUSED.get(config.model_type):
-        raise UserError(f"model = {config.model_type}: refused: {reason}. Choose one of: {', '.join(sorted(FAMILIES))}")
+    if reason := REFUSED.get(family_of(config)):
+        raise UserError(f"model = {family_of(config)}: refused: {reason}. Choose one of: {', '.join(sorted(FAMILIES))}")
 
 
 def _from_table(model: PreTrainedModel, row: Family) -> Iterator[MoELayer]:
@@ -127,6 +127,11 @@ def _layer(model: PreTrainedModel, router: str, experts: str, row: Family) -> Mo
     )
 
 
+def family_of(config: Any) -> str:
+    """The family's name as our tables spell it: transformers' `model_type`, always with underscores."""
+    return str(config.model_type).replace("-", "_")
+
+
 def is_encoder_decoder(config: Any) -> bool:
     """Whether a config is of a model with an encoder and a decoder."""
     return bool(getattr(config, "is_encoder_decoder", False))
@@ -149,7 +154,7 @@ def _top_k(router: nn.Module, config: Any) -> int:
             if isinstance(value := getattr(holder, name, None), int):
                 return value
     raise UserError(
-        f"model = {config.model_type}: its config must say to how many experts a token goes ({', '.join(names)})"
+        f"model = {family_of(config)}: its config must say to how many experts a token goes ({', '.join(names)})"
     )
 
 
@@ -279,16 +284,14 @@ def _fits(weight_T_K: Tensor, logits_T_E: Tensor, topk_T_K: Tensor, scoring: Sco
 
 
 def _nothing_found(model: PreTrainedModel) -> UserError:
-    config = model.config
+    family, tree = family_of(model.config), module_tree(model)
     choices = f"Choose one of: {', '.join(sorted(FAMILIES))}, or another model with a router"
-    keys = [key for key in config.get_text_config().to_dict() if "expert" in key]
-    if config.model_type not in FAMILIES and not keys:
-        return UserError(f"model = {config.model_type}: a dense model, it has no routed experts. {choices}")
-    tree = module_tree(model)
-    return UserError(f"model = {config.model_type}: no router with experts beside it was found among {tree}. {choices}")
+    if family in FAMILIES or "expert" in tree.lower() or "router" in tree.lower():
+        return UserError(f"model = {family}: no router with experts beside it was found among {tree}. {choices}")
+    return UserError(f"model = {family}: a dense model, it has no routed experts. {choices}")
 
 
-def module_tree(model: PreTrainedModel, limit: int = 60) -> str:
+def module_tree(model: PreTrainedModel, limit: int = 100) -> str:
     """All kinds of modules in a model on one line, layer numbers folded into `*`."""
     kinds = {
         ".".join("*" if part.isdigit() else part for part in path.split(".")): type(module).__name__

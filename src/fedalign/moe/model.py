@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from fedalign.errors import UserError, unknown
-from fedalign.moe.families import MoELayer, detect, is_encoder_decoder, refuse
+from fedalign.moe.families import MoELayer, detect, family_of, is_encoder_decoder, refuse
 from fedalign.protocol import SHARED, Kind, Layout, ParameterGroup, Weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SELECTION_BIAS = "e_score_correction_bias"  # added to the scores only to choose experts: no gradient reaches it
 
 Owners = tuple[tuple[ParameterGroup, ...], int | None]  # groups, and the axis along which a parameter is cut into them
 
@@ -67,7 +68,7 @@ class Description:
     routers: tuple[str, ...]  # module paths, layer by layer
     expert_modules: tuple[str, ...]
     shared_experts: tuple[str, ...]  # always on, part of `shared`
-    selection_biases: tuple[str, ...]  # buffers that only choose experts: broadcast, never trained
+    selection_biases: tuple[str, ...]  # they only choose experts: kept as loaded, not trained
     parameters: int
     active_parameters: int  # used for one token
     trainable_parameters: int
@@ -80,7 +81,7 @@ class MoEModel:
 
     Attributes:
         model: the transformers model itself; call it as usual.
-        family: its `model_type`.
+        family: its `model_type`, with underscores.
         found: how its MoE layers were found.
         layers: its L MoE layers.
         slots: every parameter, trainable or not, with the groups its values belong to.
@@ -89,7 +90,7 @@ class MoEModel:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.family: str = model.config.model_type
+        self.family = family_of(model.config)
         self.found, self.layers = detect(model)
         for layer in self.layers:
             _keep_in_float32(model.get_submodule(layer.router))
@@ -138,6 +139,9 @@ class MoEModel:
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"model = {str(path_or_id)!r}: cannot be loaded: {_one_line(error)}") from error
         _check_complete(path_or_id, model, report["missing_keys"])
+        for name, parameter in model.named_parameters():
+            if name.endswith(SELECTION_BIAS):
+                parameter.requires_grad_(False)  # loading forgets that ernie4_5_moe's is frozen
         return cls(model.to(device))
 
     @property
@@ -205,7 +209,7 @@ class MoEModel:
     def fingerprint(self) -> str:
         """64 hex digits, the same for all weights of one architecture with the same parts trained."""
         config = self.model.config.to_dict()
-        for volatile in ("transformers_version", "_name_or_path", "dtype", "use_cache"):
+        for volatile in ("transformers_version", "architectures", "_name_or_path", "dtype", "use_cache"):
             config.pop(volatile, None)
         groups = [(str(group), size) for group, size in self.layout.sizes.items()]
         shapes = [(slot.name, tuple(slot.parameter.shape)) for slot in self.slots]
@@ -233,9 +237,7 @@ class MoEModel:
             routers=tuple(layer.router for layer in self.layers),
             expert_modules=tuple(layer.experts for layer in self.layers),
             shared_experts=tuple(self._shared_experts()),
-            selection_biases=tuple(
-                name for name, _ in self.model.named_buffers() if name.endswith("e_score_correction_bias")
-            ),
+            selection_biases=tuple(name for name in self.model.state_dict() if name.endswith(SELECTION_BIAS)),
             parameters=total,
             active_parameters=total - routed * (self.experts - self.top_k) // self.experts,
             trainable_parameters=trainable,

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from fedalign.errors import UserError
+from fedalign.moe.families import FAMILIES, detect, expert_count, module_tree, refuse
+from fedalign.moe.model import MoEModel
+from tests.moe import tiny
+
+
+@pytest.mark.parametrize("family", tiny.ALL)
+def test_every_layer_is_found_with_its_sizes(family: str, tiny_moe: Callable[[str], MoEModel]) -> None:
+    moe = tiny_moe(family)
+    assert len(moe.layers) == 2
+    assert (moe.experts, moe.hidden) == (tiny.EXPERTS, tiny.HIDDEN)
+    assert moe.top_k == (1 if family == "switch_transformers" else 2)
+    assert [layer.in_decoder for layer in moe.layers] == [False, family == "switch_transformers"]
+
+
+@pytest.mark.parametrize("family", tiny.TABLE)
+def test_the_search_finds_what_the_table_says(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if family == "switch_transformers":
+        pytest.skip("its one-hot dispatch is only in the table")
+    model = tiny.build(family)
+    _, expected = detect(model)
+    monkeypatch.delitem(FAMILIES, family)
+    found, layers = detect(model)
+    if family == "phimoe":  # sparsemixer's weights are neither softmax nor sigmoid scores
+        assert "scoring assumed" in found
+    else:
+        assert found.endswith("choice and scoring seen by running a router")
+    assert layers == expected
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "glm4_moe"])
+def test_shapes_alone_find_routers_where_transformers_records_none(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.build(family)
+    _, expected = detect(model)
+    monkeypatch.delitem(FAMILIES, family, raising=False)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            monkeypatch.setattr(type(module), "_can_record_outputs", {})
+    found, layers = detect(model)
+    assert "routers by shapes" in found
+    assert layers == expected
+
+
+def test_a_dense_model_is_refused() -> None:
+    with pytest.raises(UserError, match=r"model = llama: a dense model.*Choose one of: deepseek_v2, "):
+        detect(tiny.build("llama"))
+
+
+def test_a_moe_family_without_moe_layers_is_refused_with_its_modules() -> None:
+    with pytest.raises(UserError, match=r"model = deepseek_v3: no router.*model.layers.\*.mlp \(DeepseekV3MLP\)"):
+        detect(tiny.build("deepseek_v3", first_k_dense_replace=3))
+
+
+def test_an_unknown_layout_is_refused_with_its_modules() -> None:
+    with pytest.raises(UserError, match=r"model = dbrx: no router with experts beside it.*router \(DbrxRouter\)"):
+        detect(_dbrx())
+
+
+def _dbrx() -> PreTrainedModel:
+    ffn = {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 16, "hidden_size": 32}
+    config = AutoConfig.for_model(
+        "dbrx",
+        d_model=32,
+        n_heads=4,
+        n_layers=1,
+        vocab_size=64,
+        ffn_config=ffn,
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_nllb_moe_is_refused_with_the_reason() -> None:
+    with pytest.raises(UserError, match=r"nllb_moe: refused: .*broken.*only experts 0 and 1"):
+        refuse(AutoConfig.for_model("nllb-moe"))
+
+
+def test_more_choices_than_experts_are_refused() -> None:
+    with pytest.raises(UserError, match=r"top-k = 5: must be at most the number of experts, 4"):
+        detect(tiny.build("olmoe", num_experts_per_tok=5))
+
+
+def test_layers_of_different_size_are_refused() -> None:
+    model, other = tiny.build("olmoe"), tiny.build("olmoe", num_experts=8)
+    model.model.layers[1] = other.model.layers[1]
+    with pytest.raises(UserError, match=r"must be of one size.*4 experts.*8 experts"):
+        detect(model)
+
+
+def test_expert_count_of_each_layout() -> None:
+    fused = nn.Module()
+    fused.up = nn.Parameter(torch.zeros(6, 2, 3))
+    assert expert_count(fused) == 6
+    assert expert_count(nn.ModuleList(nn.Linear(2, 2) for _ in range(3))) == 3
+    assert expert_count(nn.ModuleList([nn.Linear(2, 2), nn.ReLU()])) is None
+    assert expert_count(nn.Linear(2, 2)) is None
+
+
+def test_module_tree_folds_layers_and_is_one_line() -> None:
+    tree = module_tree(tiny.build("llama"))
+    assert tree.count("mlp (LlamaMLP)") == 1
+    assert "\n" not in tree
+    assert module_tree(tiny.build("llama"), limit=2).endswith("more")

@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from fedalign.errors import UserError
+from fedalign.moe.model import MoEModel
+from fedalign.protocol import SHARED, ParameterGroup
+from tests.moe import tiny
+
+Tiny = Callable[[str], MoEModel]
+
+
+@pytest.mark.parametrize("family", tiny.ALL)
+def test_groups_cover_every_trainable_value_exactly_once(family: str) -> None:
+    moe = MoEModel.wrap(tiny.build(family))
+    with torch.no_grad():
+        for parameter in moe.model.parameters():
+            parameter.zero_()
+        for views in moe.views.values():
+            for view in views:
+                view.add_(1)
+    for name, parameter in moe.model.named_parameters():
+        assert torch.all(parameter == (1.0 if parameter.requires_grad else 0.0)), name
+    trained = sum(p.numel() for p in moe.model.parameters() if p.requires_grad)
+    assert sum(moe.layout.sizes.values()) == trained
+    assert tuple(moe.layout.sizes) == moe.layout.groups
+
+
+@pytest.mark.parametrize("family", tiny.ALL)
+def test_views_are_views_of_the_parameters(family: str, tiny_moe: Tiny) -> None:
+    moe = tiny_moe(family)
+    storages = {p.untyped_storage().data_ptr() for p in moe.model.parameters()}
+    assert all(view.untyped_storage().data_ptr() in storages for views in moe.views.values() for view in views)
+    assert not any(view.requires_grad for views in moe.views.values() for view in views)
+
+
+@pytest.mark.parametrize("family", tiny.ALL)
+def test_sizes_of_gates_and_experts(family: str, tiny_moe: Tiny) -> None:
+    sizes = tiny_moe(family).layout.sizes
+    gate = 33 if family == "gpt_oss" else 32  # a row of H, and its bias
+    expert = {
+        "gpt_oss": 3 * 16 * 32 + 2 * 16 + 32,  # with biases
+        "switch_transformers": 2 * 16 * 32,  # no gate projection
+    }.get(family, 3 * 16 * 32)
+    assert {n for g, n in sizes.items() if g.kind == "gate"} == {gate}
+    assert {n for g, n in sizes.items() if g.kind == "expert"} == {expert}
+
+
+@pytest.mark.parametrize("family", tiny.ALL)
+def test_read_then_write_restores_everything(family: str) -> None:
+    moe = MoEModel.wrap(tiny.build(family))
+    before = {name: p.clone() for name, p in moe.model.named_parameters()}
+    saved = moe.read()
+    moe.write({group: torch.zeros_like(values) for group, values in saved.items()})
+    assert all(not p.any() for p in moe.model.parameters() if p.requires_grad)
+    moe.write(saved)
+    assert all(torch.equal(p, before[name]) for name, p in moe.model.named_parameters())
+
+
+@pytest.mark.parametrize("family", tiny.ALL)
+@pytest.mark.parametrize("kind", ["gate", "expert"])
+def test_writing_one_group_changes_only_that_group(family: str, kind: str) -> None:
+    moe = MoEModel.wrap(tiny.build(family))
+    group = ParameterGroup(kind, layer=1, expert=2)  # type: ignore[arg-type]
+    before = moe.read()
+    moe.write({group: before[group] + 1})
+    changed = {g for g, values in moe.read().items() if not torch.equal(values, before[g])}
+    assert changed == {group}
+
+
+def test_an_expert_is_what_its_tokens_are_computed_with() -> None:
+    """Rebuild one fused expert's output from its views."""
+    moe = MoEModel.wrap(tiny.build("mixtral"))
+    hidden = torch.randn(5, tiny.HIDDEN)
+    experts = moe.model.get_submodule(moe.layers[0].experts)
+    gate_up, down = moe.views[ParameterGroup("expert", 0, 3)]
+    gate, up = (hidden @ gate_up.T).chunk(2, dim=-1)
+    rebuilt = (torch.nn.functional.silu(gate) * up) @ down.T
+    with torch.no_grad():
+        output = experts(hidden, torch.full((5, 1), 3), torch.ones(5, 1))
+    torch.testing.assert_close(output, rebuilt)
+
+
+def test_gate_row_is_the_experts_router_row(tiny_moe: Tiny) -> None:
+    moe = tiny_moe("gpt_oss")
+    router = moe.model.get_submodule(moe.layers[1].router)
+    expected = torch.cat([router.weight[2], router.bias[2:3]])
+    torch.testing.assert_close(moe.read([ParameterGroup("gate", 1, 2)])[ParameterGroup("gate", 1, 2)], expected)
+
+
+def test_tied_embeddings_are_shared_once() -> None:
+    tied, untied = (MoEModel.wrap(tiny.build("granitemoe", tie_word_embeddings=tie)) for tie in (True, False))
+    assert untied.layout.sizes[SHARED] - tied.layout.sizes[SHARED] == tiny.VOCABULARY * tiny.HIDDEN
+
+
+def test_frozen_parameters_are_in_no_group() -> None:
+    model = tiny.build("olmoe")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("experts" in name)
+    moe = MoEModel.wrap(model)
+    assert {g.kind for g, size in moe.layout.sizes.items() if size} == {"expert"}
+    assert moe.read([SHARED])[SHARED].shape == (0,)
+
+
+def test_a_trained_selection_bias_belongs_to_the_gate_rows() -> None:
+    model = tiny.build("ernie4_5_moe")
+    model.requires_grad_(True)
+    moe = MoEModel.wrap(model)
+    assert moe.layout.sizes[ParameterGroup("gate", 0, 0)] == tiny.HIDDEN + 1
+    bias = model.get_submodule(moe.layers[0].router).moe_statics.e_score_correction_bias
+    row = moe.read([ParameterGroup("gate", 0, 2)])[ParameterGroup("gate", 0, 2)]
+    assert bias[0, 2] in row
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_selection_bias_buffers_are_described_and_not_trained(family: str, tiny_moe: Tiny) -> None:
+    moe = tiny_moe(family)
+    assert len(moe.describe().selection_biases) == 2
+    assert not any("correction_bias" in slot.name for slot in moe.slots)
+
+
+def test_a_frozen_selection_bias_stays_frozen_when_loaded(tmp_path: Path) -> None:
+    tiny.build("ernie4_5_moe").save_pretrained(tmp_path)
+    moe = MoEModel.load(tmp_path)
+    assert moe.layout.sizes[ParameterGroup("gate", 0, 0)] == tiny.HIDDEN
+    assert len(moe.describe().selection_biases) == 2
+
+
+def test_write_checks_sizes_and_groups(tiny_moe: Tiny) -> None:
+    moe = tiny_moe("olmoe")
+    group = ParameterGroup("gate", 0, 0)
+    with pytest.raises(ValueError, match=r"gate\[0,0\]: 3 values, the model trains 32"):
+        moe.write({group: torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"gate\[7,0\]"):
+        moe.write({ParameterGroup("gate", 7, 0): torch.zeros(32)})
+
+
+@pytest.mark.parametrize("family", tiny.ALL)
+def test_saved_model_loads_with_plain_transformers_and_again(family: str, tmp_path: Path, tiny_moe: Tiny) -> None:
+    moe = tiny_moe(family)
+    moe.save(tmp_path)
+    auto = AutoModelForSeq2SeqLM if moe.is_seq2seq else AutoModelForCausalLM
+    inputs = tiny.batch(family)
+    with torch.no_grad():
+        expected = moe.model(**inputs).logits
+        assert torch.equal(auto.from_pretrained(tmp_path)(**inputs).logits, expected)
+        again = MoEModel.load(str(tmp_path))
+        assert torch.equal(again.model(**inputs).logits, expected)
+    assert again.layers == moe.layers
+    assert again.fingerprint() == moe.fingerprint()
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "switch_transformers"])
+def test_saving_twice_gives_the_same_bytes(family: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        MoEModel.wrap(tiny.build(family)).save(tmp_path / name)
+    files = {name: {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("a", "b")}
+    assert files["a"] == files["b"]
+    assert "model.safetensors" in files["a"]
+
+
+def test_fingerprint_tells_models_apart_but_not_weights(tiny_moe: Tiny) -> None:
+    olmoe = tiny_moe("olmoe").fingerprint()
+    assert MoEModel.wrap(tiny.build("olmoe", seed=5)).fingerprint() == olmoe
+    assert MoEModel.wrap(tiny.build("olmoe", num_experts=8)).fingerprint() != olmoe
+    assert tiny_moe("qwen3_moe").fingerprint() != olmoe
+    frozen = tiny.build("olmoe")
+    frozen.lm_head.requires_grad_(False)
+    assert MoEModel.wrap(frozen).fingerprint() != olmoe
+
+
+def test_describe(tiny_moe: Tiny) -> None:
+    olmoe, deepseek = tiny_moe("olmoe").describe(), tiny_moe("deepseek_v3").describe()
+    assert olmoe.found == "table"
+    assert (olmoe.moe_layers, olmoe.dense_layers, deepseek.moe_layers, deepseek.dense_layers) == (2, 0, 2, 1)
+    assert olmoe.parameters - olmoe.active_parameters == 2 * 2 * 3 * 16 * 32  # 2 layers, 2 idle experts each
+    assert olmoe.trainable_megabytes == pytest.approx(olmoe.parameters * 4e-6)
+    assert olmoe.group_parameters == {"shared": olmoe.parameters - 8 * (1536 + 32), "gate": 32, "expert": 1536}
+    assert olmoe.shared_experts == ()
+    assert deepseek.shared_experts[0] == "model.layers.1.mlp.shared_experts (DeepseekV3MLP)"
+    assert deepseek.scoring == ("sigmoid",)
+    assert tiny_moe("switch_transformers").describe().dense_layers == 2
+    assert tiny_moe("switch_transformers").max_length is None
+    assert tiny_moe("olmoe").max_length == 128
+    assert tiny_moe("qwen2_moe").describe().shared_experts == (
+        "model.layers.0.mlp.shared_expert (Qwen2MoeMLP)",
+        "model.layers.1.mlp.shared_expert (Qwen2MoeMLP)",
+    )
+
+
+@pytest.mark.parametrize("family", tiny.TABLE)
+def test_routers_stay_float32_in_a_bfloat16_model(family: str, tmp_path: Path) -> None:
+    tiny.build(family).save_pretrained(tmp_path)
+    moe = MoEModel.load(tmp_path, dtype="bfloat16")
+    kinds = {slot.kind: {s.parameter.dtype for s in moe.slots if s.kind == slot.kind} for slot in moe.slots}
+    assert kinds["gate"] == {torch.float32}
+    assert kinds["expert"] == {torch.bfloat16}
+    seen = []
+    router = moe.model.get_submodule(moe.layers[0].router)
+    router.register_forward_hook(lambda _, __, output: seen.append(output[moe.layers[0].logits].dtype))
+    loss = moe.model(**tiny.batch(family)).logits.float().square().mean()
+    loss.backward()
+    assert seen == [torch.float32]
+    assert {slot.parameter.dtype for slot in moe.slots if slot.kind == "gate"} == {torch.float32}
+    assert all(values.dtype == torch.float32 for values in moe.read().values())
+
+
+def test_routers_run_in_float32_under_autocast() -> None:
+    moe = MoEModel.wrap(tiny.build("olmoe"))
+    router = moe.model.get_submodule(moe.layers[0].router)
+    hidden = torch.randn(7, tiny.HIDDEN)
+    with torch.no_grad():
+        expected = router(hidden)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(router(hidden)[0], expected)
+            assert (hidden @ router.weight.T).dtype == torch.bfloat16  # what it would have computed
+
+
+def test_a_deep_copy_runs_its_own_router() -> None:
+    model = MoEModel.wrap(tiny.build("olmoe")).model
+    clone = copy.deepcopy(model)
+    with torch.no_grad():
+        clone.model.layers[0].mlp.gate.weight.zero_()
+        hidden = torch.randn(3, tiny.HIDDEN)
+        assert not clone.model.layers[0].mlp.gate(hidden)[0].any()
+        assert model.model.layers[0].mlp.gate(hidden)[0].any()
+
+
+def test_wrapping_twice_is_harmless() -> None:
+    model = tiny.build("olmoe")
+    inputs = tiny.batch("olmoe")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        MoEModel.wrap(model)
+        MoEModel.wrap(model)
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_load_says_what_is_wrong_with_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere': no such folder. Give a folder saved by transformers, or a Hub id"):
+        MoEModel.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"must hold a config.json"):
+        MoEModel.load(tmp_path)
+    with pytest.raises(UserError, match=r"model.dtype = 'floaty32': unknown.*bfloat16, float16, float32"):
+        MoEModel.load(tmp_path, dtype="floaty32")
+    (tmp_path / "config.json").write_text("{not json")
+    with pytest.raises(UserError, match=r"cannot be loaded"):
+        MoEModel.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_family"}))
+    with pytest.raises(UserError, match=r"cannot be loaded.*no_such_family"):
+        MoEModel.load(tmp_path)
+
+
+def test_load_says_what_is_wrong_with_the_weights(tmp_path: Path) -> None:
+    tiny.build("olmoe").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"cannot be loaded"):
+        MoEModel.load(tmp_path)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"cannot be loaded"):
+        MoEModel.load(tmp_path)
+
+
+def test_an_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
+    model = tiny.build("olmoe")
+    state = {name: t for name, t in model.state_dict().items() if "layers.1.mlp.gate" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(UserError, match=r"must hold every weight; 1 lack: model.layers.1.mlp.gate.weight"):
+        MoEModel.load(tmp_path)
+
+
+def test_an_unreachable_hub_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"model = 'nobody/nothing': cannot be loaded") as caught:
+        MoEModel.load("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_refused_family_is_told_before_its_weights_are_read(tmp_path: Path) -> None:
+    AutoConfig.for_model("nllb-moe").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"nllb_moe: refused"):
+        MoEModel.load(tmp_path)
+
+
+def test_a_dense_checkpoint_is_refused(tmp_path: Path) -> None:
+    tiny.build("llama").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model = llama: a dense model"):
+        MoEModel.load(tmp_path)
