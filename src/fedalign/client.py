@@ -72,6 +72,7 @@ class Trainer:
 
     def __init__(self, moe: MoEModel, tokenizer: Any, algorithm: Algorithm, config: Config) -> None:
         self.moe = moe
+        self.views = moe.views  # of storage that training and writing change in place
         self.tokenizer = tokenizer
         self.algorithm = algorithm
         self.config = config
@@ -92,20 +93,19 @@ class Trainer:
             fit = LocalFit(self, client, broadcast, remembered)
             fit.run()
         update = self._update(received)
-        norm_G = torch.stack([update[group].norm() for group in self.moe.layout.groups])
+        norm_G = torch.stack([update[group].norm() for group in self.moe.layout.groups]).cpu()
         if not bool(norm_G.isfinite().all()):
             broken = self.moe.layout.groups[int((~norm_G.isfinite()).nonzero()[0])]
             raise TrainingFailedError(f"its update of {broken} is not finite")
         statistics = self._report(client, broadcast.round, fit, update, norm_G, time.perf_counter() - started)
-        packed = {
-            group: pack(delta, self.config.wire.dtype, derive_seed(seed, group)) for group, delta in update.items()
-        }
+        wire = self.config.wire.dtype
+        packed = {group: pack(delta.cpu(), wire, derive_seed(seed, group)) for group, delta in update.items()}
         client.memory.keep(broadcast.round, packed, {"prob_L_E": statistics.prob_L_E, **fit.optimizer_state()})
         return statistics
 
     def _update(self, received: Weights) -> Weights:
         """Trained minus received weights; softmax routers' rows centred if the algorithm weights them one by one."""
-        update = {group: value.sub_(received[group]) for group, value in self.moe.read().items()}
+        update = {g: value.sub_(received[g].to(value.device)) for g, value in self.moe.read().items()}
         if self.algorithm.centre_gates:
             for layer, info in enumerate(self.moe.layers):
                 if info.scoring == "softmax":
@@ -120,29 +120,26 @@ class Trainer:
     ) -> Statistics:
         options, layout, seed = self.config.statistics, self.moe.layout, self.config.run.seed
         routing = fit.statistics.finish(options.min_tokens, options.min_examples)
-        prob_L_E, load_L_E, margin_L_E, centroid_L_E_H, tokens = routing
-        centroid_L_E_D = Sketch(options.centroid_width, seed).project_rows(centroid_L_E_H.cpu())
+        held_L_E = routing.load_L_E > 0
+        centroid_L_E_D = sketched(routing.centroid_L_E_H.flatten(0, 1), options.centroid_width, seed).unflatten(
+            0, held_L_E.shape
+        )
         scale_L = centroid_L_E_D.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
-        sketch = Sketch(options.update_width, seed)
-        update_L_E_S = torch.stack(
-            [
-                sketch.project(update[ParameterGroup("expert", layer, expert)])
-                for layer in range(layout.layers)
-                for expert in range(layout.experts)
-            ]
-        ).view(layout.layers, layout.experts, -1)
+        experts = [update[group] for group in layout.groups if group.kind == "expert"]
+        update_L_E_S = sketched(experts, options.update_width, seed).unflatten(0, held_L_E.shape)
+        update_L_E_S = torch.nn.functional.normalize(update_L_E_S, dim=-1) * held_L_E.cpu().unsqueeze(-1)
         return Statistics(
             client=client.name,
             round=round,
             examples=len(client.train),
-            tokens=int(tokens),
+            tokens=routing.tokens,
             loss=fit.mean_loss,
-            prob_L_E=prob_L_E.cpu(),
-            load_L_E=load_L_E.cpu(),
-            margin_L_E=margin_L_E.cpu(),
+            prob_L_E=routing.prob_L_E.cpu(),
+            load_L_E=routing.load_L_E.cpu(),
+            margin_L_E=routing.margin_L_E.cpu(),
             centroid_L_E_D=(centroid_L_E_D / scale_L[:, None, None]).half(),
             centroid_scale_L=scale_L,
-            update_L_E_S=torch.nn.functional.normalize(update_L_E_S, dim=-1).half(),
+            update_L_E_S=update_L_E_S.half(),
             norm_G=norm_G,
             metrics={"train_seconds": seconds, "steps": float(fit.steps)},
         )
@@ -173,6 +170,7 @@ class LocalFit:
         self.state = {name: value.to(device) for name, value in broadcast.state.items()}
         self.prob_L_E = remembered["prob_L_E"].to(device) if "prob_L_E" in remembered else None
         self.statistics = RoutingStatistics(len(self.moe.layers), self.moe.experts, self.moe.hidden, device)
+        self.views = trainer.views
         self.parameters = [p for p in self.moe.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, self.options)
         if self.options.keep_optimizer:
@@ -271,10 +269,16 @@ class LocalFit:
     def _holding_still(self, idle_L_E: Tensor) -> Iterator[None]:
         """Idle experts stay where they are: AdamW would move them by momentum, and the plan read that as direction."""
         cells = [ParameterGroup("expert", *cell) for cell in idle_L_E.nonzero().tolist()]
-        before = [(view, view.clone()) for cell in cells for view in self.moe.views[cell]]
+        before = [(view, view.clone()) for cell in cells for view in self.views[cell]]
         yield
         for view, value in before:
             view.copy_(value)
+
+
+def sketched(vectors: Sequence[Tensor] | Tensor, width: int, seed: int) -> Tensor:
+    """The sketch of each vector: [number of vectors, width], on the CPU."""
+    sketch = Sketch(width, seed)
+    return torch.stack([sketch.project(vector) for vector in vectors]).cpu()
 
 
 def unpack_weights(weights: Mapping[ParameterGroup, Packed]) -> Weights:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
@@ -19,11 +20,10 @@ ROWS = 25  # of the live table; older rounds are in metrics.jsonl
 class LiveTable:
     """A `server.Observer` for a terminal; where output goes to a file it prints a line a round instead."""
 
-    def __init__(self, console: Console, rounds: int, title: str, history: Sequence[Metrics] = ()) -> None:
-        self.console, self.rounds, self.title = console, rounds, title
-        self.history = list(history)
-        self._fresh_from = len(self.history)
-        self._started = time.monotonic()
+    def __init__(self, console: Console, rounds: int) -> None:
+        self.console, self.rounds = console, rounds
+        self.history: Sequence[Metrics] = ()
+        self._started, self._done = time.monotonic(), 0  # rounds of this process
         self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         self._task = self._bar.add_task("starting", total=1)
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4)
@@ -31,8 +31,6 @@ class LiveTable:
     def __enter__(self) -> LiveTable:
         if self.console.is_terminal:
             self._live.start()
-        else:
-            self.console.print(self.title)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -42,33 +40,34 @@ class LiveTable:
 
     def progress(self, round: int, stage: str, done: int, total: int) -> None:
         """Move the bar."""
-        where = f"round {round}" if round else "start"
+        where = f"round {round} of {self.rounds}" if round else "before round 1"
         self._bar.update(self._task, description=f"{where}: {stage}", completed=done, total=total)
 
     def completed(self, state: ServerState, improved: bool) -> None:
         """Add the round's line."""
-        self.history.append(state.history[-1])
+        self.history = state.history
+        self._done += state.round > 0
         if not self.console.is_terminal:
             cells = zip(COLUMNS, row(self.history, len(self.history) - 1, self.time_left()), strict=True)
-            self.console.print("  ".join(f"{name} {value}" for name, value in cells), soft_wrap=True)
+            self.console.print(" | ".join(f"{name} {value}" for name, value in cells), soft_wrap=True)
         for failure in state.history[-1].get("failures", ()):
-            self.console.print(f"[yellow]round {state.round}: {failure['client']} left out: {failure['reason']}")
+            text = f"round {state.round}: {failure['client']} left out ({failure['stage']}): {failure['reason']}"
+            self.console.print(text, style="yellow", markup=False, soft_wrap=True)
 
     def time_left(self) -> str:
         """From the rounds that this process has run."""
-        done = sum(1 for line in self.history[self._fresh_from :] if line["round"])
-        if not done:
+        if not self._done:
             return "..."
-        last = self.history[-1]["round"]
-        return clock((time.monotonic() - self._started) / done * (self.rounds - last))
+        rounds_left = self.rounds - int(self.history[-1]["round"])
+        return clock((time.monotonic() - self._started) / self._done * rounds_left)
 
     def _render(self) -> RenderableType:
-        table = Table(title=self.title, title_justify="left")
+        table = Table(box=box.SIMPLE_HEAD)
         for name in COLUMNS:
             table.add_column(name, justify="right")
-        for index in range(max(0, len(self.history) - ROWS), len(self.history)):
-            newest = index == len(self.history) - 1
-            table.add_row(*row(self.history, index, self.time_left() if newest else ""))
+        newest = len(self.history) - 1
+        for index in range(max(0, newest + 1 - ROWS), newest + 1):
+            table.add_row(*row(self.history, index, self.time_left() if index == newest else ""))
         return Group(table, self._bar)
 
 

@@ -163,7 +163,8 @@ class Server:
     def _sum(
         self, old: Weights, plan: Plan, reports: Sequence[Statistics], number: int, traffic: Traffic
     ) -> tuple[Weights, list[Failure], int]:
-        total = StreamingSum(self.layout, plan, {report.client: report.norm_G for report in reports})
+        norms = {report.client: report.norm_G for report in reports}
+        total = StreamingSum(self.layout, plan, norms, self.config.wire.dtype)
         requests = [request for request in plan.requests(number, self.layout) if request.groups]
         done = 0
 
@@ -173,8 +174,8 @@ class Server:
             self.observer.progress(number, "summing", done, len(requests))
 
         failures = self.federation.collect(requests, CountingSum(total, traffic, arrived))
-        new, unchanged = total.result(old, self.config.server.min_arrived)
-        return new, failures, len(unchanged)
+        share = self.config.server.min_arrived
+        return total.result(old, share), failures, len(total.unchanged(share))
 
     def _scores(self, weights: Weights, number: int, traffic: Traffic) -> Metrics:
         last = number == self.config.run.rounds

@@ -1,0 +1,220 @@
+"""The command line: `fedalign run` and `fedalign inspect`. A user's mistake is one message and exit code 2."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedalign import __version__
+from fedalign.errors import UserError
+
+if TYPE_CHECKING:
+    from fedalign.moe.model import Description
+    from fedalign.results import RunFolder
+    from fedalign.run import Estimate, Prepared
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Federated fine-tuning of Mixture-of-Experts language models: align routing, average experts that agree.",
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+RUN_EXAMPLES = """
+[bold]Examples[/bold]
+
+  fedalign run                                             the embedded data and model, a few minutes
+
+  fedalign run my.toml --out runs/a                        your data, your model
+
+  fedalign run my.toml --set training.learning_rate=2e-5 --set algorithm.name=fedavg
+
+  fedalign run my.toml --dry-run                           what it would take, without training
+
+  fedalign run --resume runs/a                             after a crash or Ctrl-C
+"""
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command(epilog=RUN_EXAMPLES)
+def run(
+    config: Annotated[
+        Path | None, typer.Argument(help="TOML file; none: the embedded demo.", show_default=False)
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key; may be repeated.")
+    ] = None,
+    out_: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where results go. [default: runs/NAME-ALGORITHM-SEED]")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="DIR", help="Go on after the last complete round of that run.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that --out holds.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run would take; train nothing.")] = False,
+) -> None:
+    """Fine-tune one MoE model across clients that keep their data."""
+    from fedalign import run as runs  # torch and transformers load only when something is run
+    from fedalign.config import load_config
+
+    overrides = set_ or []
+    if resume is not None:
+        if config is not None or out_ is not None or overwrite or dry_run:
+            raise UserError("--resume: takes the run's folder alone. Leave out CONFIG, --out, --overwrite, --dry-run.")
+        settings, folder = runs.resumed_config(resume, overrides), runs.RunFolder(resume)
+    else:
+        settings = load_config(config, overrides)
+        name = f"{config.stem if config else 'demo'}-{settings.algorithm.name}-{settings.run.seed}"
+        folder = runs.RunFolder(out_ or Path("runs") / name)
+        if not dry_run:
+            folder.check_free(overwrite)
+    with out.status("Loading the model and the data ..."):
+        prepared = runs.prepare(settings, folder.clients)
+    _print_headline(prepared)
+    if dry_run:
+        with out.status("Measuring one forward and backward pass ..."):
+            estimate = runs.estimate(prepared)
+        _print_estimate(estimate)
+        return
+    if resume is None:
+        folder.begin(settings)
+    _execute(prepared, folder)
+
+
+def _execute(prepared: Prepared, folder: RunFolder) -> None:
+    from fedalign.live import LiveTable
+    from fedalign.run import execute
+
+    try:
+        with LiveTable(out, prepared.config.run.rounds) as table:
+            summary = execute(prepared, folder, table)
+    except KeyboardInterrupt:
+        _say(f"\nInterrupted. Complete rounds are kept; go on with: fedalign run --resume {folder.path}")
+        raise typer.Exit(130) from None
+    _print_summary(summary, folder)
+
+
+@app.command(epilog="[bold]Example[/bold]\n\n  fedalign inspect allenai/OLMoE-1B-7B-0924")
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="PATH_OR_HUB_ID", help='A folder, a hub id, or "demo".')],
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the code that comes with the model.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+) -> None:
+    """What a model's MoE layers are: router, experts, K, shared experts, parameter groups and sizes."""
+    from fedalign.run import load_model
+
+    with out.status("Loading the model ..."):
+        moe = load_model(model, trust_remote_code=trust_remote_code, revision=revision)
+    _print_table(model, _description_rows(moe.describe()))
+
+
+def _description_rows(about: Description) -> list[tuple[str, str]]:
+    from fedalign.live import size
+
+    groups = [f"{kind} {count:,} ({size(4 * count)})" for kind, count in about.group_parameters.items()]
+    return [
+        ("family", f"{about.family}, found by {about.found}"),
+        ("parameters", f"{about.parameters:,}, active for a token {about.active_parameters:,}, {about.dtype}"),
+        ("layers", f"{about.moe_layers} MoE, {about.dense_layers} dense"),
+        ("experts", f"{about.experts} a layer, top-{about.top_k}, {' and '.join(about.scoring)} scoring"),
+        ("router", f"{_folded(about.routers)}, input {about.hidden}"),
+        ("expert module", _folded(about.expert_modules)),
+        ("shared experts", _folded(about.shared_experts) or "none"),
+        ("selection biases", _folded(about.selection_biases) or "none"),
+        ("longest sequence", f"{about.max_length:,} tokens" if about.max_length else "no limit"),
+        ("parameter groups", f"shared, {about.moe_layers * about.experts} gate rows, as many experts"),
+        ("size of one", "; ".join(groups)),
+        ("on the wire", f"{about.trainable_parameters:,} trainable, {about.trainable_megabytes:.1f} MB in float32"),
+    ]
+
+
+def _folded(paths: Sequence[str]) -> str:
+    """Module paths with their layer numbers folded into one range."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in paths))
+
+
+def _print_headline(prepared: Prepared) -> None:
+    moe, config = prepared.moe, prepared.config
+    examples = [len(client.train) for client in prepared.clients.values()]
+    parameters = sum(p.numel() for p in moe.model.parameters())
+    _say(
+        f"{config.algorithm.name}: {len(examples)} clients with {min(examples)} to {max(examples)} examples, "
+        f"{moe.family} with {parameters / 1e6:.1f}M parameters "
+        f"({moe.layout.layers} MoE layers x {moe.experts} experts, top-{moe.top_k})"
+    )
+
+
+def _print_estimate(estimate: Estimate) -> None:
+    from fedalign.live import clock, size
+
+    examples = list(estimate.examples.values())
+    rows = [
+        ("parameters", f"{estimate.parameters:,}, of which trained {estimate.trained:,}"),
+        ("clients", f"{estimate.clients}, asked each round {estimate.clients_a_round}"),
+        ("training examples", f"{sum(examples):,} in all, {min(examples):,} to {max(examples):,} a client"),
+        ("sent down a round", size(estimate.bytes_down_a_round)),
+        ("sent up a round", f"at most {size(estimate.bytes_up_a_round_at_most)}"),
+        ("statistics of a client", size(estimate.bytes_statistics_a_client)),
+        ("memory", f"about {size(estimate.memory)} and activations"),
+        ("time a round", f"about {clock(estimate.seconds_a_round)} (from one measured pass)"),
+        ("time of the run", f"about {clock(estimate.seconds)}"),
+    ]
+    _print_table("dry run: nothing was trained or written", rows)
+
+
+def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
+    from fedalign.live import clock, percent, size
+
+    rows = [
+        ("accuracy", f"{percent(summary['initial_accuracy'])} -> {percent(summary['final_accuracy'])}"),
+        ("best", f"{percent(summary['best_accuracy'])} in round {summary['best_round']}"),
+        ("loss", f"{summary['initial_loss']:.3f} -> {summary['final_loss']:.3f} nats a token"),
+        ("sent up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),
+        ("time", clock(summary["seconds"])),
+        ("results", f"{folder.path}/ (summary.json, metrics.jsonl, model/, best/, checkpoint/)"),
+        ("look closer", f"tensorboard --logdir {folder.path}"),
+        ("compare", "fedalign run --set algorithm.name=fedavg"),
+    ]
+    _print_table(f"{summary['algorithm']} after {summary['rounds']} rounds", rows)
+
+
+def _print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    out.print(table)
+
+
+def _say(text: str) -> None:
+    out.print(text, markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point of the `fedalign` command."""
+    try:
+        app()
+    except UserError as error:
+        err.print("Error:", style="bold red", end=" ")
+        err.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(2)
