@@ -207,7 +207,7 @@ def _refuse_reentrant(model: nn.Module) -> None:
         if enabled and getattr(checkpoint, "keywords", {}).get("use_reentrant"):
             raise UserError(
                 "gradient checkpointing: use_reentrant = True: it silently cuts gradients from captured logits. "
-                'Choose gradient_checkpointing_enable({"use_reentrant": False})'
+                "Choose use_reentrant = False"
             )
 
 
