@@ -75,16 +75,17 @@ def run(
     """Fine-tune one MoE model across clients that keep their data."""
     from fedalign import run as runs  # torch and transformers load only when something is run
     from fedalign.config import load_config
+    from fedalign.results import RunFolder
 
     overrides = set_ or []
     if resume is not None:
         if config is not None or out_ is not None or overwrite or dry_run:
             raise UserError("--resume: takes the run's folder alone. Leave out CONFIG, --out, --overwrite, --dry-run.")
-        settings, folder = runs.resumed_config(resume, overrides), runs.RunFolder(resume)
+        settings, folder = runs.resumed_config(resume, overrides), RunFolder(resume)
     else:
         settings = load_config(config, overrides)
         name = f"{config.stem if config else 'demo'}-{settings.algorithm.name}-{settings.run.seed}"
-        folder = runs.RunFolder(out_ or Path("runs") / name)
+        folder = RunFolder(out_ or Path("runs") / name)
         if not dry_run:
             folder.check_free(overwrite)
     with out.status("Loading the model and the data ..."):

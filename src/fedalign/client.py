@@ -121,12 +121,11 @@ class Trainer:
         options, layout, seed = self.config.statistics, self.moe.layout, self.config.run.seed
         routing = fit.statistics.finish(options.min_tokens, options.min_examples)
         held_L_E = routing.load_L_E > 0
-        centroid_L_E_D = sketched(routing.centroid_L_E_H.flatten(0, 1), options.centroid_width, seed).unflatten(
-            0, held_L_E.shape
-        )
+        cells = (layout.layers, layout.experts, -1)
+        centroid_L_E_D = sketched(routing.centroid_L_E_H.flatten(0, 1), options.centroid_width, seed).view(cells)
         scale_L = centroid_L_E_D.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
         experts = [update[group] for group in layout.groups if group.kind == "expert"]
-        update_L_E_S = sketched(experts, options.update_width, seed).unflatten(0, held_L_E.shape)
+        update_L_E_S = sketched(experts, options.update_width, seed).view(cells)
         update_L_E_S = torch.nn.functional.normalize(update_L_E_S, dim=-1) * held_L_E.cpu().unsqueeze(-1)
         return Statistics(
             client=client.name,
@@ -221,10 +220,10 @@ class LocalFit:
         self.optimizer.zero_grad(set_to_none=True)
         idle_L_E: Tensor | None = None
         for batch in group:
-            on_device = batch.to(self.moe.device)
-            with probe.capture(on_device.attention_mask_B_S, on_device.decoder_mask_B_S) as captured, autocast():
-                nll_N = answer_logits(self.moe, on_device).nll_N
-            nll_sum = nll_N.sum()
+            here = batch.to(self.moe.device)
+            capture = probe.capture(here.attention_mask_B_S, here.decoder_attention_mask_B_T)
+            with capture as captured, autocast():
+                nll_sum = answer_logits(self.moe, here).nll_N.sum()
             share = batch.answer_tokens / answer_tokens
             loss = nll_sum / answer_tokens
             for extra in self._penalties(captured):
@@ -244,7 +243,7 @@ class LocalFit:
         self.steps += 1
 
     def _finite(self, nll_sum: Tensor) -> float:
-        value = float(nll_sum)
+        value = float(nll_sum.detach())
         if not math.isfinite(value):
             raise TrainingFailedError(f"its loss is {value} at step {self.steps + 1}")
         return value

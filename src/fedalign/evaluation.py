@@ -6,15 +6,16 @@ forward pass scores them all. Language modelling: loss. Instruction and chat: lo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedalign.config import EvaluationConfig
-from fedalign.data.batches import Batch, Encoded, Encoder, batches
+from fedalign.data.batches import IGNORED, Batch, Encoded, Encoder, batches
 from fedalign.data.formats import Example
 from fedalign.forward import answer_logits
 from fedalign.moe.model import MoEModel
@@ -28,23 +29,30 @@ class TestSet:
     __test__ = False  # not a test class
 
     encoded: Sequence[Encoded]  # with the right answer
-    choices: Sequence[Sequence[Encoded]]  # one entry an example, one encoding a choice; empty without choices
-    right_N: Tensor  # int64: index of the right choice
-    answers: Sequence[str]  # what an exact match must equal
+    choices: Sequence[Sequence[Encoded]] = ()  # of each example, if it has any
+    right_N: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # index of the right choice
+    prompts: Sequence[list[int]] = ()  # what a generated answer continues,
+    answers: Sequence[str] = ()  # and what it should be
 
     @classmethod
     def prepare(cls, examples: Sequence[Example], encoder: Encoder) -> TestSet:
         """Encode right answers and, where there are any, all choices."""
-        chosen = [example for example in examples if example.choices]
-        return cls(
-            encoded=encoder.encode_all(examples),
-            choices=[encoder.encode_choices(example) for example in chosen],
-            right_N=torch.tensor([example.choices.index(example.answer) for example in chosen], dtype=torch.int64),
-            answers=[example.answer.strip() for example in examples],
-        )
+        if not examples[0].choices:
+            encoded = encoder.encode(examples)
+            kept = [examples[one.example] for one in encoded]  # too long ones may have been dropped
+            answers = [_last_answer(example).strip() for example in kept]
+            return cls(encoded, prompts=encoder.encode_prompts(kept), answers=answers)
+        groups = [list(group) for _, group in itertools.groupby(encoder.encode_choices(examples), lambda e: e.example)]
+        kept = [examples[group[0].example] for group in groups]
+        right = [example.choices.index(example.answer) for example in kept]
+        return cls([group[i] for group, i in zip(groups, right, strict=True)], groups, torch.tensor(right))
 
     def __len__(self) -> int:
         return len(self.encoded)
+
+
+def _last_answer(example: Example) -> str:
+    return example.messages[-1][1] if example.messages else example.answer
 
 
 @torch.no_grad()
@@ -69,9 +77,9 @@ def _batches(encoded: Sequence[Encoded], config: EvaluationConfig, device: torch
 
 def _score_choices(moe: MoEModel, tests: TestSet, config: EvaluationConfig) -> tuple[float, int, int]:
     """Sum of the right answers' NLL, their tokens, and how many examples were answered rightly."""
-    answer_tokens = [[_answer_tokens(choice) for choice in choices] for choices in tests.choices]
-    if all(len(tokens) == 1 for example in answer_tokens for tokens in example):
-        return _score_single_tokens(moe, tests, config, torch.tensor([[t[0] for t in e] for e in answer_tokens]))
+    tokens = [[[t for t in choice.labels if t != IGNORED] for choice in choices] for choices in tests.choices]
+    if len({len(choices) for choices in tokens}) == 1 and all(len(t) == 1 for choices in tokens for t in choices):
+        return _score_single_tokens(moe, tests, config, torch.tensor(tokens).squeeze(2))
     flat = [choice for choices in tests.choices for choice in choices]
     nll_F, length_F = torch.zeros(len(flat), dtype=torch.float64), torch.zeros(len(flat), dtype=torch.int64)
     for batch in _batches(flat, config, moe.device):
@@ -81,9 +89,8 @@ def _score_choices(moe: MoEModel, tests: TestSet, config: EvaluationConfig) -> t
         length_F.index_add_(0, rows, torch.ones_like(rows))
     score_F = nll_F / length_F if config.length_normalise else nll_F
     counts = [len(choices) for choices in tests.choices]
-    first_N = torch.tensor([0, *counts[:-1]]).cumsum(0)
-    best_N = torch.stack([part.argmin() for part in score_F.split(counts)])
-    right_F = first_N + tests.right_N
+    best_N = torch.stack([part.argmin() for part in torch.split(score_F, counts)])
+    right_F = torch.tensor([0, *counts[:-1]]).cumsum(0) + tests.right_N
     return float(nll_F[right_F].sum()), int(length_F[right_F].sum()), int((best_N == tests.right_N).sum())
 
 
@@ -100,31 +107,17 @@ def _score_single_tokens(
     return nll_sum, len(tests), right
 
 
-def _answer_tokens(encoded: Encoded) -> list[int]:
-    return [label for label in encoded.labels if label != -100]
-
-
 def _exact_matches(moe: MoEModel, tests: TestSet, config: EvaluationConfig, tokenizer: Any) -> int:
     """Greedy continuations of each prompt that equal the answer but for white space at the ends."""
     matches = 0
-    for encoded, answer in zip(tests.encoded, tests.answers, strict=True):
-        prompt = encoded.input_ids if moe.is_seq2seq else _prompt(encoded)
+    for prompt, answer in zip(tests.prompts, tests.answers, strict=True):
         output = moe.model.generate(
             torch.tensor([prompt], device=moe.device),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=moe.device),
             max_new_tokens=config.max_new_tokens,
             do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
         new = output[0] if moe.is_seq2seq else output[0, len(prompt) :]
         matches += tokenizer.decode(new, skip_special_tokens=True).strip() == answer
     return matches
-
-
-def _prompt(encoded: Encoded) -> list[int]:
-    """The tokens before the last answer."""
-    answer_starts = [i for i, label in enumerate(encoded.labels) if label != -100]
-    start = answer_starts[-1]
-    while start > 0 and encoded.labels[start - 1] != -100:
-        start -= 1
-    return list(encoded.input_ids[:start])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedalign.data.batches import Batch
+from fedalign.data.batches import IGNORED, Batch
 from fedalign.moe.model import MoEModel
 
 
@@ -35,13 +35,11 @@ class AnswerLogits:
 
 def answer_logits(moe: MoEModel, batch: Batch) -> AnswerLogits:
     """Run the model on a batch; predict each token whose label is not -100."""
-    labels_B_S = batch.labels_B_S
-    if not moe.is_seq2seq:  # position t predicts the token at t + 1
-        labels_B_S = nn.functional.pad(labels_B_S[:, 1:], (0, 1), value=-100)
-    row_N, position_N = torch.nonzero(labels_B_S != -100, as_tuple=True)
+    target_B_S = batch.targets_B_S
+    row_N, position_N = torch.nonzero(target_B_S != IGNORED, as_tuple=True)
     with _cut_head(moe.model, row_N, position_N):
         logits_N_V = moe.model(**batch.inputs(), use_cache=False).logits.squeeze(0)
-    return AnswerLogits(logits_N_V.float(), labels_B_S[row_N, position_N], row_N)
+    return AnswerLogits(logits_N_V.float(), target_B_S[row_N, position_N], row_N)
 
 
 @contextmanager

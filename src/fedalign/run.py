@@ -72,10 +72,10 @@ def prepare(config: Config, client_folder: Path) -> Prepared:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     train = load_examples(config.data.train, config.data, "train", config.run.seed)
-    test = load_test(config)
+    test = load_examples(config.data.test or config.data.train, config.data, "test", config.run.seed)
     parts = partition(train, config.clients, config.run.seed)
     splits = {
-        name: hold_out(indices, config.clients.held_out, train, derive_seed(config.run.seed, name, "held out"))
+        name: hold_out(indices, config.clients.held_out, derive_seed(config.run.seed, "held out"), name)
         for name, indices in parts.items()
     }
     moe = load_model(
@@ -89,11 +89,17 @@ def prepare(config: Config, client_folder: Path) -> Prepared:
         trust_remote_code=config.model.trust_remote_code,
         revision=config.model.revision,
     )
-    encoder = Encoder(tokenizer, pick_length(config, moe), moe.is_seq2seq, config.data.too_long)
+    encoder = Encoder(
+        tokenizer,
+        pick_length(config, moe),
+        moe.is_seq2seq,
+        config.data.too_long,
+        decoder_start=getattr(moe.model.config, "decoder_start_token_id", None),
+    )
     clients = {
         name: ClientData(
             name=name,
-            train=encoder.encode_all(_pick(train, kept)),
+            train=encoder.encode(_pick(train, kept)),
             held_out=TestSet.prepare(_pick(train, held), encoder) if held else None,
             memory=ClientMemory(client_folder / name),
         )
@@ -112,14 +118,6 @@ def load_model(
 ) -> MoEModel:
     """Load any Hugging Face MoE model, or the demo's."""
     return MoEModel.load(model_path(name), device=device, trust_remote_code=trust_remote_code, revision=revision)
-
-
-def load_test(config: Config) -> list[Example]:
-    """The global test set: the configured one, or the source's own; empty if there is none."""
-    source = config.data.test or config.data.train
-    if config.data.test is None and config.data.train != "docstrings":
-        return []
-    return load_examples(source, config.data, "test", config.run.seed)
 
 
 def _pick(examples: Sequence[Example], indices: Sequence[int]) -> list[Example]:
@@ -142,14 +140,14 @@ def pick_device(name: str) -> str:
     return name
 
 
-def pick_length(config: Config, moe: MoEModel) -> int | None:
+def pick_length(config: Config, moe: MoEModel) -> int:
     """The longest example in tokens: as asked, at most what the model allows."""
     asked, allowed = config.data.max_length, moe.max_length
     if asked and allowed and asked > allowed:
         raise UserError(
             f"data.max_length = {asked}: the model allows {allowed} tokens. Choose 1 to {allowed}, or 0 for all of it."
         )
-    return asked or allowed
+    return asked or allowed or 0
 
 
 def identity(config: Config, moe: MoEModel) -> dict[str, str]:

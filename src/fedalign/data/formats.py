@@ -85,7 +85,6 @@ def load_examples(source: str, data: DataConfig, split: Split, seed: int) -> lis
     rows = list(read_rows(source, data, split))
     if not rows:
         return []
-    check_columns(rows[0], data)
     to_example = FORMATS[data.kind]
     examples = [_with_owner(to_example(row, data), row, data) for row in rows]
     if data.kind == "classification":
@@ -223,12 +222,14 @@ def _choice(row: Row, column: str, choices: Sequence[str]) -> int:
 
 
 def _with_owner(example: Example, row: Row, data: DataConfig) -> Example:
-    """Add client and file, and a label where the user named a column for it."""
-    client = row.values.get(data.columns.client)
-    label = example.label
-    if not label and "label" in data.columns.model_fields_set:
-        label = str(row.get(data.columns.label))
-    return replace(example, label=label, client="" if client is None else str(client), file=row.file)
+    """Add file, client and, to partition by, label: the last two where the row has such a column."""
+    client, label = row.values.get(data.columns.client), row.values.get(data.columns.label)
+    return replace(
+        example,
+        label=example.label or ("" if label is None else str(label)),
+        client="" if client is None else str(client),
+        file=row.file,
+    )
 
 
 def _with_classes(examples: list[Example], rows: list[Row], data: DataConfig, split: Split) -> list[Example]:
@@ -249,12 +250,6 @@ def _with_classes(examples: list[Example], rows: list[Row], data: DataConfig, sp
     # Answers of one prompt form differ by the label alone, so the choices are made once.
     spaced = {space: tuple(space + name for name in names) for space in ("", " ")}
     return [replace(example, choices=spaced[" " if example.answer.startswith(" ") else ""]) for example in examples]
-
-
-def check_columns(row: Row, data: DataConfig) -> None:
-    """A column that the user named must be there, even one that is otherwise optional."""
-    if "client" in data.columns.model_fields_set and data.columns.client not in row.values:
-        row.get(data.columns.client)
 
 
 def _short(value: object, limit: int = 120) -> str:

@@ -1,0 +1,150 @@
+"""Tokens per second of the client step, with alignment on, against a plain PyTorch loop on the same model and batches.
+
+    python benchmarks/client_step.py
+    python benchmarks/client_step.py --model demo --repeats 9 --threads 1
+
+Each repeat times all variants one after another, in turn, so that a machine that slows down slows all of them; ratios
+are taken within a repeat. `plain` is the same forward pass (head cut to answers), AdamW and clipping, nothing else;
+`labels` is the loop of most tutorials, `model(labels=...)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+from fedalign.checkpoint import ClientMemory
+from fedalign.client import ClientData, LocalFit, Trainer, derive_seed
+from fedalign.config import Config, load_config
+from fedalign.data.batches import Encoded, batches
+from fedalign.demo import model_folder
+from fedalign.forward import answer_logits
+from fedalign.moe.model import MoEModel
+from fedalign.protocol import Broadcast
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "demo": lambda: MoEModel.load(model_folder()).model,
+    "small": lambda: OlmoeForCausalLM(
+        OlmoeConfig(
+            vocab_size=8192,
+            hidden_size=512,
+            intermediate_size=512,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_experts=16,
+            num_experts_per_tok=4,
+            max_position_embeddings=512,
+        )
+    ),
+}
+
+
+def examples(count: int, vocabulary: int, seed: int) -> list[Encoded]:
+    """Prompts of 20 to 80 random tokens with a one-token answer: the shape of a classification task."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for index in range(count):
+        length = int(torch.randint(20, 81, (1,), generator=generator))
+        tokens = torch.randint(5, vocabulary, (length,), generator=generator).tolist()
+        made.append(Encoded(tokens, [-100] * (length - 1) + tokens[-1:], index))
+    return made
+
+
+def plain(moe: MoEModel, data: list[Encoded], config: Config, with_labels: bool) -> None:
+    """A training loop without anything federated."""
+    options = config.training
+    parameters = list(moe.model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0, fused=True)
+    moe.model.train()
+    seed = derive_seed(derive_seed(config.run.seed, 1, "client", "order"), 0)
+    for batch in batches(data, options.batch_tokens, options.batch_examples, seed=seed):
+        optimizer.zero_grad(set_to_none=True)
+        if with_labels:
+            loss = moe.model(**batch.inputs(), labels=batch.labels_B_S, use_cache=False).loss
+        else:
+            loss = answer_logits(moe, batch).nll_N.sum() / batch.answer_tokens
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
+        float(loss.detach())
+        optimizer.step()
+
+
+def federated(moe: MoEModel, data: list[Encoded], config: Config, folder: Path) -> None:
+    """The same epoch by the package's client step, as in round 2: with a routing target and an own distribution."""
+    client = ClientData("client", data, None, ClientMemory(folder))
+    trainer = Trainer(moe, None, config.algorithm.build(), config)
+    uniform_L_E = torch.full((moe.layout.layers, moe.experts), 1 / moe.experts)
+    fit = LocalFit(trainer, client, Broadcast(1, {}, {"target_L_E": uniform_L_E}), {"prob_L_E": uniform_L_E})
+    fit.run()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=[*MODELS, "both"], default="both")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--examples", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(
+        f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, seed {arguments.seed}, {arguments.repeats} repeats"
+    )
+    for name in MODELS if arguments.model == "both" else [arguments.model]:
+        measure(name, arguments)
+
+
+def measure(name: str, arguments: argparse.Namespace) -> None:
+    """All variants on one model."""
+    torch.manual_seed(arguments.seed)
+    moe = MoEModel.wrap(MODELS[name]())
+    data = examples(arguments.examples, moe.model.config.vocab_size, arguments.seed)
+    tokens = sum(len(example.input_ids) for example in data)
+    start = {group: value.clone() for group, value in moe.read().items()}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def client_step(algorithm: str) -> Callable[[], None]:
+            config = load_config(None, [f"algorithm.name={algorithm}"])
+            return lambda: federated(moe, data, config, Path(folder))
+
+        config = load_config()
+        variants: dict[str, Callable[[], None]] = {
+            "plain": lambda: plain(moe, data, config, with_labels=False),
+            "labels": lambda: plain(moe, data, config, with_labels=True),
+            "fedavg": client_step("fedavg"),
+            "fedalign_moe": client_step("fedalign_moe"),
+        }
+        seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+        for repeat in range(arguments.repeats + 1):
+            for variant, run in variants.items():
+                moe.write(start)
+                began = time.perf_counter()
+                run()
+                if repeat:  # the first warms up
+                    seconds[variant].append(time.perf_counter() - began)
+    print(
+        f"\n{name}: {sum(p.numel() for p in moe.model.parameters()) / 1e6:.1f}M parameters, {tokens:,} tokens an epoch"
+    )
+    print(f"{'variant':14}{'tokens/s':>10}{'ratio to plain: median':>26}{'min':>8}{'max':>8}")
+    for variant, times in seconds.items():
+        ratios = [base / own for base, own in zip(seconds["plain"], times, strict=True)]
+        print(
+            f"{variant:14}{tokens / statistics.median(times):>10,.0f}{statistics.median(ratios):>26.3f}"
+            f"{min(ratios):>8.3f}{max(ratios):>8.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

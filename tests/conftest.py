@@ -1,0 +1,89 @@
+"""A tiny model folder with a tokenizer, and small files of text: all that a whole run needs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tests.moe.tiny import build
+
+SUBJECTS = {
+    "animals": ["the dog runs", "a cat sleeps", "the horse eats", "a bird sings", "the fish swims"],
+    "weather": ["rain falls", "the sun shines", "wind blows", "snow covers hills", "clouds gather"],
+    "food": ["bread is baked", "soup is hot", "we eat rice", "the apple is sweet", "tea with milk"],
+}
+PLACES = ["in town", "at home", "by the river", "on monday", "in the north", "every day", "once more", "near here"]
+
+
+def rows() -> list[dict[str, str]]:
+    """120 short texts of three classes and two owners."""
+    return [
+        {"text": f"{text} {place}", "label": label, "owner": "north" if i % 2 else "south"}
+        for label, texts in SUBJECTS.items()
+        for text in texts
+        for i, place in enumerate(PLACES)
+    ]
+
+
+def write_jsonl(path: Path, lines: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def save_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=384, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([row["text"] + " " + row["label"] for row in rows()], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`model_folder(family, **config)`: a tiny model of that family on disk, with a tokenizer."""
+
+    def make(family: str = "olmoe", **changes: object) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        build(family, vocab_size=384, **changes).save_pretrained(folder)
+        save_tokenizer(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def olmoe(model_folder: Callable[..., Path]) -> Path:
+    return model_folder("olmoe")
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.jsonl and test.jsonl."""
+    folder = tmp_path_factory.mktemp("texts")
+    every = rows()
+    write_jsonl(folder / "train.jsonl", [row for i, row in enumerate(every) if i % 4])
+    write_jsonl(folder / "test.jsonl", every[::4])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def settings(olmoe: Path, texts: Path) -> list[str]:
+    """Overrides for a run that takes a second or two."""
+    return [
+        f"model.path={olmoe}",
+        f"data.train={texts / 'train.jsonl'}",
+        f"data.test={texts / 'test.jsonl'}",
+        "clients.count=3",
+        "clients.alpha=1.0",
+        "clients.min_examples=5",
+        "training.learning_rate=1e-2",
+        "training.epochs=2",
+        "statistics.min_tokens=4",
+        "run.rounds=3",
+    ]
