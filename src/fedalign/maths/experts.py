@@ -34,7 +34,8 @@ def directions(vector_C_E_H: Tensor) -> Tensor:
     # dividing by the largest entry first keeps squares of very small or large vectors within float32
     peak_C_E_1 = vector_C_E_H.abs().amax(dim=-1, keepdim=True)
     vector_C_E_H = vector_C_E_H / peak_C_E_1.where(peak_C_E_1 > 0, torch.ones_like(peak_C_E_1))
-    return vector_C_E_H / torch.linalg.vector_norm(vector_C_E_H, dim=-1, keepdim=True).clamp_min(0.5)
+    norm_C_E_1: Tensor = torch.linalg.vector_norm(vector_C_E_H, dim=-1, keepdim=True)
+    return vector_C_E_H / norm_C_E_1.clamp_min(0.5)  # at least 1 now, unless the vector is zero
 
 
 def centred_directions(centroid_C_E_H: Tensor, load_C_E: Tensor) -> Tensor:

@@ -165,7 +165,9 @@ def routing_penalty(
     target_E = full(target_E.detach()).clamp_min(TARGET_FLOOR)
     target_T_E = (target_E / target_E.sum(dim=-1, keepdim=True)).unsqueeze(-2).to(log_p_T_E.dtype)
     strength_T_E = full(strength_E.detach()).unsqueeze(-2).to(log_p_T_E.dtype)
-    tokens = max(log_p_T_E.shape[-2], 1)
+    tokens = log_p_T_E.shape[-2]
+    if tokens == 0:
+        return log_p_T_E.sum()
     if granularity == "token":
         topk_T_K = topk_T_K.long()
         whole = log_p_T_E.shape

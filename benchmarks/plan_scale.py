@@ -1,0 +1,102 @@
+"""Time and memory of one aggregation plan for many clients, from synthetic statistics.
+
+The clients fall into two roles for each expert, so that the gates have something to decide; a tenth of the experts is
+not held. Peak memory is that of the whole process, measured by the operating system; what the statistics alone occupy
+is printed beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import resource
+import statistics as stats
+import time
+
+import torch
+
+from fedalign.algorithms import ALGORITHMS, make
+from fedalign.protocol import SHARED, Layout, ParameterGroup, Statistics
+
+
+def layout_of(layers: int, experts: int) -> Layout:
+    """A model of the given number of layers and experts, small groups (a plan does not look at sizes)."""
+    empty = Layout(layers, experts, {})
+    return Layout(layers, experts, {g: 1000 if g == SHARED or g.kind == "expert" else 10 for g in empty.groups})
+
+
+def report(client: int, layout: Layout, update_width: int, centroid_width: int, seed: int) -> Statistics:
+    """One client's statistics: two roles for each expert, common structure plus the client's own noise."""
+    common = torch.Generator().manual_seed(seed)
+    own = torch.Generator().manual_seed(seed * 1_000_003 + client + 1)
+    grid = (layout.layers, layout.experts)
+    role_L_E_1 = torch.randint(0, 2, (*grid, 1), generator=own)
+    centroid = torch.where(role_L_E_1 > 0, *torch.randn(2, *grid, centroid_width, generator=common))
+    update = torch.where(role_L_E_1 > 0, *torch.randn(2, *grid, update_width, generator=common))
+    centroid = centroid + torch.randn(centroid.shape, generator=own)
+    update = torch.nn.functional.normalize(update + 2 * torch.randn(update.shape, generator=own), dim=-1)
+    load_L_E = torch.randint(32, 4000, grid, generator=own) * (torch.rand(grid, generator=own) > 0.1)
+    return Statistics(
+        client=f"client-{client}",
+        round=1,
+        examples=int(torch.randint(20, 600, (), generator=own)),
+        tokens=100_000,
+        loss=1.0,
+        prob_L_E=torch.rand(grid, generator=own).softmax(dim=-1),
+        load_L_E=load_L_E.float(),
+        margin_L_E=torch.rand(grid, generator=own) / 4,
+        centroid_L_E_D=(centroid * (load_L_E > 0).unsqueeze(-1)).half(),
+        centroid_scale_L=torch.ones(layout.layers),
+        update_L_E_S=update.half(),
+        norm_G=torch.rand(len(layout.groups), generator=own) + 0.5,
+    )
+
+
+def peak_bytes() -> int:
+    """The most memory this process has had so far."""
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main() -> None:
+    """Print a row for each algorithm."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=1000)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--update-width", type=int, default=256, help="sketch width of an expert's update")
+    parser.add_argument("--centroid-width", type=int, default=128, help="sketch width of a centroid")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--algorithms", nargs="+", choices=sorted(ALGORITHMS), default=["fedavg", "fedalign_moe"])
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    layout = layout_of(args.layers, args.experts)
+    reports = [report(c, layout, args.update_width, args.centroid_width, args.seed) for c in range(args.clients)]
+    print(
+        f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}, seed {args.seed}"
+    )
+    print(f"{args.clients} clients, {args.layers} layers, {args.experts} experts")
+    print(f"statistics of one client: {reports[0].nbytes:,} bytes on the wire ({reports[0].nbytes / 2**20:.3f} MiB)")
+    before = peak_bytes()
+    print(f"process with all statistics in memory: {before / 2**20:,.0f} MiB")
+    print(
+        f"{'algorithm':<14}{'seconds (median of ' + str(args.repeats) + ')':>26}{'min':>8}{'max':>8}{'zero weights':>14}{'peak above':>14}"
+    )
+    for name in args.algorithms:
+        seconds = []
+        for _ in range(args.repeats):
+            start = time.perf_counter()
+            plan, _ = make(name, {}).plan(reports, layout, {})
+            seconds.append(time.perf_counter() - start)
+        zero = float((layout.split(plan.weight_C_G)[2] == 0).float().mean())
+        above = (peak_bytes() - before) / 2**20
+        print(
+            f"{name:<14}{stats.median(seconds):>26.2f}{min(seconds):>8.2f}{max(seconds):>8.2f}{zero:>14.1%}{above:>10,.0f} MiB"
+        )
+
+
+if __name__ == "__main__":
+    main()

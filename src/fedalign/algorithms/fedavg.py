@@ -1,0 +1,40 @@
+"""FedAvg: the mean of the clients' updates, weighted by their data (McMahan et al. 2017, arXiv 1602.05629).
+
+w ← w + Σ_c (n_c / Σ n) · Δ_c          n_c: training examples client c used in the round
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedalign.protocol import Layout, Plan, State, Statistics, Step
+
+
+def data_share(reports: Sequence[Statistics]) -> Tensor:
+    """n_c / Σ n, float32 [C]."""
+    examples_C = torch.tensor([report.examples for report in reports], dtype=torch.float64)
+    return (examples_C / examples_C.sum().clamp_min(1)).float()
+
+
+@dataclass(frozen=True)
+class FedAvg:
+    """One weight a client, the same for all of its groups."""
+
+    @property
+    def centre_gates(self) -> bool:
+        """All router rows have the same weight, so a vector common to them cancels anyway."""
+        return False
+
+    def plan(self, reports: Sequence[Statistics], layout: Layout, state: State) -> tuple[Plan, State]:
+        """n_c / Σ n for every group."""
+        share_C = data_share(reports)
+        weight_C_G = share_C.unsqueeze(1).repeat(1, len(layout.groups))
+        return Plan(tuple(report.client for report in reports), weight_C_G), state
+
+    def penalty(self, step: Step) -> Tensor | None:
+        """None: clients minimise their own loss."""
+        return None

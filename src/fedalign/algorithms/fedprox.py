@@ -1,0 +1,29 @@
+"""FedProx: FedAvg whose clients are held near the weights they received (Li et al. 2020, arXiv 1812.06127).
+
+L = L_task + (μ / 2) · ‖w − w_received‖²
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedalign.algorithms.fedavg import FedAvg
+from fedalign.protocol import Step
+
+
+@dataclass(frozen=True)
+class FedProx(FedAvg):
+    """FedAvg with a proximal term."""
+
+    mu: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mu < math.inf:
+            raise ValueError(f"mu = {self.mu}: must be at least 0 and finite")
+
+    def penalty(self, step: Step) -> Tensor | None:
+        """(μ / 2) · ‖w − w_received‖²."""
+        return self.mu / 2 * step.drift() if self.mu else None
