@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -29,9 +30,9 @@ def test_the_search_finds_what_the_table_says(family: str, monkeypatch: pytest.M
     monkeypatch.delitem(FAMILIES, family)
     found, layers = detect(model)
     if family == "phimoe":  # sparsemixer's weights are neither softmax nor sigmoid scores
-        assert "scoring assumed" in found
+        assert found.endswith("choice seen in a trial run, scoring assumed to be softmax")
     else:
-        assert found.endswith("choice and scoring seen by running a router")
+        assert found.endswith("choice and scoring seen in a trial run")
     assert layers == expected
 
 
@@ -84,9 +85,47 @@ def test_nllb_moe_is_refused_with_the_reason() -> None:
         refuse(AutoConfig.for_model("nllb-moe"))
 
 
-def test_more_choices_than_experts_are_refused() -> None:
+@pytest.mark.parametrize("family", ["olmoe", "glm4_moe"])
+def test_more_choices_than_experts_are_refused(family: str) -> None:
     with pytest.raises(UserError, match=r"top-k = 5: must be at most the number of experts, 4"):
-        detect(tiny.build("olmoe", num_experts_per_tok=5))
+        detect(tiny.build(family, num_experts_per_tok=5))
+
+
+def test_a_selection_bias_passed_to_the_router_is_seen_in_the_choice() -> None:
+    """MiniMax-M2 scores with sigmoids and hands its router a bias: neither shows without running the model."""
+    moe = MoEModel.wrap(tiny.build("minimax_m2", num_local_experts=4, head_dim=8))
+    assert {(layer.scoring, layer.dispatch) for layer in moe.layers} == {("sigmoid", "index")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda output: (output[0].softmax(-1), *output[1:]), r"must return logits.*but returns probabilities"),
+        (lambda output: (output[0][:, :2], *output[1:]), r"output 0 must be logits over 4 experts"),
+        (lambda output: output[1:], r"glm4_moe: must run on plain tokens, but fails: not enough values"),
+    ],
+)
+def test_what_a_trial_run_shows_to_be_unusable_is_refused(change: Callable[[Any], Any], message: str) -> None:
+    model = tiny.build("glm4_moe")
+    model.model.layers[1].mlp.gate.register_forward_hook(lambda _, __, output: change(output))
+    with pytest.raises(UserError, match=message):
+        detect(model)
+
+
+def test_a_trial_run_leaves_the_model_as_it_was() -> None:
+    model = tiny.build("glm4_moe").train()
+    detect(model)
+    assert model.training
+    assert not any(module._forward_hooks for name, module in model.named_modules() if name.endswith("mlp.gate"))
+
+
+def test_experts_without_a_router_are_refused() -> None:
+    model = tiny.build("glm4_moe")
+    model.model.layers[1].mlp.gate = nn.Identity()
+    with pytest.raises(
+        UserError, match=r"every module of experts needs a router, but model.layers.1.mlp.experts has none"
+    ):
+        detect(model)
 
 
 def test_layers_of_different_size_are_refused() -> None:

@@ -7,7 +7,7 @@ row here and one tiny config in the tests.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -85,11 +85,6 @@ def detect(model: PreTrainedModel) -> tuple[str, tuple[MoELayer, ...]]:
         found, layers = _autodetected(model)
     if not layers:
         raise _nothing_found(model)
-    for layer in layers:
-        if layer.top_k > layer.size:
-            raise UserError(
-                f"top-k = {layer.top_k}: must be at most the number of experts, {layer.size} ({layer.router})"
-            )
     if len({(layer.size, layer.top_k, layer.hidden) for layer in layers}) > 1:
         sizes = sorted({f"{layer.size} experts, top-{layer.top_k}, hidden {layer.hidden}" for layer in layers})
         raise UserError(
@@ -113,11 +108,14 @@ def _from_table(model: PreTrainedModel, row: Family) -> Iterator[MoELayer]:
 def _layer(model: PreTrainedModel, router: str, experts: str, row: Family) -> MoELayer:
     module = model.get_submodule(router)
     size, hidden = router_weight(module).shape
+    top_k = row.top_k or _top_k(module, model.config)
+    if top_k > size:
+        raise UserError(f"top-k = {top_k}: must be at most the number of experts, {size} (router {router})")
     return MoELayer(
         router=router,
         experts=experts,
         size=size,
-        top_k=row.top_k or _top_k(module, model.config),
+        top_k=top_k,
         hidden=hidden,
         in_decoder=is_encoder_decoder(model.config) and "decoder" in router.split("."),
         scoring=row.scoring,
@@ -162,19 +160,26 @@ def _top_k(router: nn.Module, config: Any) -> int:
 
 
 def _autodetected(model: PreTrainedModel) -> tuple[str, tuple[MoELayer, ...]]:
-    """Routers from transformers' own recorder of router logits, else from shapes; then watch one of them route."""
+    """Routers from transformers' own recorder of router logits, else from shapes; then watch them route."""
     modules = dict(model.named_modules())
     recorded = dict(_recorded_routers(model))
-    layers, seen = [], set()
-    for path, logits in (recorded or dict.fromkeys(_shaped_routers(modules), 0)).items():
-        experts = _experts_beside(modules, path)
-        if experts is None:
-            continue
-        layer, certainty = _watched(_layer(model, path, experts, Family(logits=logits)), modules[path])
-        layers.append(layer)
-        seen.add(certainty)
+    routers = recorded or dict.fromkeys(_shaped_routers(modules), 0)
+    layers = [
+        _layer(model, path, experts, Family(logits=logits))
+        for path, logits in routers.items()
+        if (experts := _experts_beside(modules, path))
+    ]
+    if not layers:
+        return "", ()
+    marked = {path for path, module in modules.items() if hasattr(module, "_is_expert_parallel")}
+    if orphans := sorted(marked - {layer.experts for layer in layers}):
+        raise UserError(
+            f"model = {family_of(model.config)}: every module of experts needs a router, but {orphans[0]} has none"
+        )
+    watched = list(_watched(model, layers))
     how = "transformers' recorder" if recorded else "shapes"
-    return f"autodetected: routers by {how}; {'; '.join(sorted(seen))}", tuple(layers)
+    certainty = "; ".join(sorted({sure for _, sure in watched}))
+    return f"autodetected: routers by {how}; {certainty}", tuple(layer for layer, _ in watched)
 
 
 def _recorded_routers(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
@@ -235,44 +240,57 @@ def expert_count(module: nn.Module) -> int | None:
     return len(children) if alike and len(children) > 1 else None
 
 
+def _watched(model: PreTrainedModel, layers: Sequence[MoELayer]) -> Iterator[tuple[MoELayer, str]]:
+    """Run the model on a few tokens to see which router output names the chosen experts, and how it scores them."""
+    outputs = _trial(model, [layer.router for layer in layers])
+    for layer in layers:
+        output = outputs.get(layer.router)
+        yield _understood(layer, output if isinstance(output, tuple) else (output,))
+
+
 @torch.no_grad()
-def _watched(layer: MoELayer, router: nn.Module) -> tuple[MoELayer, str]:
-    """Run the router on random tokens to see which output names the chosen experts, and how it scores them."""
-    weight = router_weight(router)
-    generator = torch.Generator().manual_seed(0)
-    hidden_T_H = torch.randn(64, layer.hidden, generator=generator).to(weight)
-    was_training = router.training
-    router.eval()
+def _trial(model: PreTrainedModel, paths: Sequence[str]) -> dict[str, Any]:
+    """What each of these modules returns when the model reads 32 tokens."""
+    ids_B_S = torch.arange(32, device=model.device).view(2, 16) % model.config.get_text_config().vocab_size
+    decoder = {"decoder_input_ids": ids_B_S} if is_encoder_decoder(model.config) else {}
+    outputs: dict[str, Any] = {}
+    handles = [
+        model.get_submodule(path).register_forward_hook(lambda _, __, output, path=path: outputs.update({path: output}))
+        for path in paths
+    ]
+    was_training = model.training
     try:
-        outputs = router(hidden_T_H)
-    except (TypeError, ValueError, RuntimeError, IndexError):
-        outputs = ()
+        model.eval()(input_ids=ids_B_S, use_cache=False, **decoder)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise UserError(f"model = {family_of(model.config)}: must run on plain tokens, but fails: {cause}") from error
     finally:
-        router.train(was_training)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    shape = (len(hidden_T_H), layer.top_k)
-    chosen = next((i for i, o in enumerate(outputs) if _is_tensor(o, shape) and not o.is_floating_point()), None)
-    weights = next(
-        (o for i, o in enumerate(outputs) if i != layer.logits and _is_tensor(o, shape) and o.is_floating_point()), None
-    )
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def _understood(layer: MoELayer, outputs: tuple[Any, ...]) -> tuple[MoELayer, str]:
+    """The layer with its dispatch and scoring as seen in a router's outputs, and how sure they are."""
+    logits = outputs[layer.logits] if layer.logits < len(outputs) else None
+    if not isinstance(logits, Tensor) or logits.shape[-1] != layer.size:
+        raise UserError(f"router = {layer.router}: output {layer.logits} must be logits over {layer.size} experts")
+    logits_T_E = logits.reshape(-1, layer.size).float()
+    if (logits_T_E.sum(1) - 1).abs().max() < 1e-3 and logits_T_E.min() >= 0:
+        raise UserError(f"router = {layer.router}: must return logits over the experts, but returns probabilities")
+    shape = (len(logits_T_E), layer.top_k)
+    fitting = [(index, o) for index, o in enumerate(outputs) if isinstance(o, Tensor) and o.shape == shape]
+    chosen = next((index for index, o in fitting if not o.is_floating_point()), None)
     if chosen is None:
-        return replace(
-            layer, dispatch="logits"
-        ), "choice taken as the top-k of the logits, scoring assumed to be softmax"
+        return replace(layer, dispatch="logits"), "choice assumed to be the top-k of the logits, scoring to be softmax"
     layer = replace(layer, chosen=chosen)
-    logits_T_E = outputs[layer.logits].float()
-    fits = (
-        []
-        if weights is None
-        else [s for s in get_args(Scoring) if _fits(weights.float(), logits_T_E, outputs[chosen], s)]
-    )
-    if len(fits) != 1:
-        return layer, "choice seen by running a router, scoring assumed to be softmax"
-    return replace(layer, scoring=fits[0]), "choice and scoring seen by running a router"
-
-
-def _is_tensor(value: object, shape: tuple[int, int]) -> bool:
-    return isinstance(value, Tensor) and value.shape == shape
+    weights = next((o.float() for index, o in fitting if index != layer.logits and o.is_floating_point()), None)
+    if weights is not None:
+        fits = [scoring for scoring in get_args(Scoring) if _fits(weights, logits_T_E, outputs[chosen], scoring)]
+        if len(fits) == 1:
+            return replace(layer, scoring=fits[0]), "choice and scoring seen in a trial run"
+    return layer, "choice seen in a trial run, scoring assumed to be softmax"
 
 
 def _fits(weight_T_K: Tensor, logits_T_E: Tensor, topk_T_K: Tensor, scoring: Scoring) -> bool:
