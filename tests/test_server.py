@@ -198,7 +198,7 @@ def test_sampling_asks_a_share_and_is_repeatable(tmp_path: Path) -> None:
     assert chosen == [select(members, 0.3, seed=1, round=r) for r in range(20)]
     assert len({tuple(c) for c in chosen}) > 5
     assert select(members, 0.01, seed=1, round=1)
-    federation = Scripted({name: (10, 1.0) for name in members})
+    federation = Scripted(dict.fromkeys(members, (10, 1.0)))
     run(tmp_path, federation, "clients.sample=0.3")
     assert federation.asked == select(members, 0.3, seed=0, round=1)
 

@@ -75,8 +75,10 @@ def run(
     """Fine-tune one MoE model across clients that keep their data."""
     from fedalign import run as runs  # torch and transformers load only when something is run
     from fedalign.config import load_config
+    from fedalign.moe.model import quiet
     from fedalign.results import RunFolder
 
+    quiet()
     overrides = set_ or []
     if resume is not None:
         if config is not None or out_ is not None or overwrite or dry_run:
@@ -121,8 +123,10 @@ def inspect(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
 ) -> None:
     """What a model's MoE layers are: router, experts, K, shared experts, parameter groups and sizes."""
+    from fedalign.moe.model import quiet
     from fedalign.run import load_model
 
+    quiet()
     with out.status("Loading the model ..."):
         moe = load_model(model, trust_remote_code=trust_remote_code, revision=revision)
     _print_table(model, _description_rows(moe.describe()))
@@ -191,11 +195,12 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
         ("loss", f"{summary['initial_loss']:.3f} -> {summary['final_loss']:.3f} nats a token"),
         ("sent up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),
         ("time", clock(summary["seconds"])),
-        ("results", f"{folder.path}/ (summary.json, metrics.jsonl, model/, best/, checkpoint/)"),
-        ("look closer", f"tensorboard --logdir {folder.path}"),
-        ("compare", "fedalign run --set algorithm.name=fedavg"),
     ]
     _print_table(f"{summary['algorithm']} after {summary['rounds']} rounds", rows)
+    other = "fedavg" if summary["algorithm"] != "fedavg" else "fedalign_moe"
+    _say(f"Results   {folder.path}: model/ and best/ (load them with transformers), summary.json, metrics.jsonl")
+    _say(f"Look      tensorboard --logdir {folder.path}")
+    _say(f"Compare   fedalign run {folder.config} --set algorithm.name={other}")
 
 
 def _print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:

@@ -14,9 +14,15 @@ def unknown(what: str, value: object, choices: Iterable[str]) -> UserError:
     """An error for a value outside a closed set.
 
     >>> print(unknown("algorithm.name", "fedalgin", ["fedavg", "fedalign_moe"]))
-    algorithm.name = 'fedalgin': unknown. Choose one of: fedavg, fedalign_moe. Did you mean 'fedalign_moe'?
+    algorithm.name = 'fedalgin': unknown. Choose one of: fedalign_moe, fedavg. Did you mean 'fedalign_moe'?
     """
     names = sorted(choices)
-    close = difflib.get_close_matches(str(value), names, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    likeness = {name: _likeness(str(value), name) for name in names}
+    best = max(names, key=likeness.__getitem__, default="")
+    hint = f" Did you mean {best!r}?" if likeness.get(best, 0) > 0.6 else ""
     return UserError(f"{what} = {value!r}: unknown. Choose one of: {', '.join(names)}.{hint}")
+
+
+def _likeness(value: str, name: str) -> float:
+    """In [0, 1]; a good beginning of a longer name counts as much as the whole of it."""
+    return max(difflib.SequenceMatcher(None, value, part).ratio() for part in (name, name[: len(value)]))

@@ -17,9 +17,11 @@ from types import MethodType
 from typing import Any, Self
 
 import torch
+from huggingface_hub.utils import enable_progress_bars
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from fedalign.errors import UserError, unknown
 from fedalign.moe.families import MoELayer, detect, family_of, is_encoder_decoder, refuse
@@ -33,7 +35,7 @@ Owners = tuple[tuple[ParameterGroup, ...], int | None]  # groups, and the axis a
 
 @dataclass(frozen=True)
 class Slot:
-    """Where the values of one parameter belong: to one group, or index by index of `axis` to one group each."""
+    """Where the values of one parameter belong: to one group, or index e of `axis` to the group of expert e."""
 
     name: str
     parameter: nn.Parameter
@@ -48,7 +50,7 @@ class Slot:
     def view(self, group: ParameterGroup) -> Tensor:
         """The part that belongs to `group`: the parameter's own storage, outside autograd."""
         whole = self.parameter.detach()
-        return whole if self.axis is None else whole.select(self.axis, self.groups.index(group))
+        return whole if self.axis is None else whole.select(self.axis, group.expert)
 
 
 @dataclass(frozen=True)
@@ -127,18 +129,19 @@ class MoEModel:
         """
         if dtype not in DTYPES:
             raise unknown("model.dtype", dtype, DTYPES)
-        _check_folder(path_or_id)
+        source = _source(path_or_id)
         options = {"trust_remote_code": trust_remote_code, "revision": revision}
         try:
-            config = AutoConfig.from_pretrained(path_or_id, **options)
+            config = AutoConfig.from_pretrained(source, **options)
             refuse(config)
             auto = AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
             model, report = auto.from_pretrained(
-                path_or_id, config=config, dtype=DTYPES[dtype], output_loading_info=True, **options
+                source, config=config, dtype=DTYPES[dtype], output_loading_info=True, **options
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"model = {str(path_or_id)!r}: cannot be loaded: {_one_line(error)}") from error
-        _check_complete(path_or_id, model, report["missing_keys"])
+            place = "" if Path(source).is_dir() else "no such folder, and from the Hub it "
+            raise UserError(f"model = {source!r}: {place}cannot be loaded: {_one_line(error)}") from error
+        _check_complete(source, model, report["missing_keys"])
         for name, parameter in model.named_parameters():
             if name.endswith(SELECTION_BIAS):
                 parameter.requires_grad_(False)  # loading forgets that ernie4_5_moe's is frozen
@@ -310,30 +313,30 @@ def _forward_in_float32(router: nn.Module, hidden: Tensor, *args: Any, **kwargs:
         return type(router).forward(router, hidden.float(), *args, **kwargs)
 
 
-def _check_folder(path_or_id: str | Path) -> None:
-    path = Path(path_or_id).expanduser()
+def _source(path_or_id: str | Path) -> str:
+    """The folder, or else the Hub id; a UserError if it is clearly meant as a folder and is none."""
+    path, text = Path(path_or_id).expanduser(), str(path_or_id)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"model = {str(path_or_id)!r}: the folder must hold a config.json and weights")
-    elif (
-        isinstance(path_or_id, Path)
-        or path.is_absolute()
-        or str(path_or_id).startswith(".")
-        or str(path_or_id).count("/") > 1
-    ):
-        raise UserError(
-            f"model = {str(path_or_id)!r}: no such folder. Give a folder saved by transformers, or a Hub id"
-        )
+            raise UserError(f"model = {text!r}: the folder must hold a config.json and weights")
+        return str(path)
+    if isinstance(path_or_id, Path) or path.is_absolute() or text.startswith(".") or text.count("/") > 1:
+        raise UserError(f"model = {text!r}: no such folder. Give a folder saved by transformers, or a Hub id")
+    return text
 
 
-def _check_complete(path_or_id: str | Path, model: PreTrainedModel, missing: Iterable[str]) -> None:
+def _check_complete(source: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
     absent = sorted(set(missing) & {name for name, _ in model.named_parameters()})
     if absent:
         few = ", ".join(absent[:3])
-        raise UserError(
-            f"model = {str(path_or_id)!r}: the checkpoint must hold every weight; {len(absent)} lack: {few}"
-        )
+        raise UserError(f"model = {source!r}: the checkpoint must hold every weight; {len(absent)} lack: {few}")
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def quiet() -> None:
+    """Hide transformers' bars for loading and writing weights; those of downloads stay. For command lines."""
+    transformers_logging.disable_progress_bar()
+    enable_progress_bars()

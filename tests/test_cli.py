@@ -1,0 +1,198 @@
+"""The command line: what a user sees, and what bad input gets: one message, exit code 2, nothing written."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedalign import __version__
+from fedalign.cli import main
+from tests.conftest import rows, write_jsonl
+from tests.moe.tiny import build
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def fedalign(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Run the command in this process: exit code, standard output, standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["fedalign", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        output = capfd.readouterr()
+        return code, output.out, output.err
+
+    return run
+
+
+def sets(settings: list[str], *more: str) -> list[str]:
+    return [word for setting in (*settings, *more) for word in ("--set", setting)]
+
+
+def test_help_has_examples(fedalign: Command) -> None:
+    code, out, _ = fedalign("run", "--help")
+    assert code == 0
+    assert "fedalign run my.toml --out runs/a" in out
+    assert "--resume" in out
+    assert "fedalign inspect allenai" in fedalign("inspect", "--help")[1]
+    assert fedalign("--version")[1].strip() == __version__
+
+
+def test_a_run_tells_how_it_goes_and_where_the_results_lie(
+    fedalign: Command, settings: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    code, text, errors = fedalign("run", "--out", str(out), *sets(settings))
+    assert code == 0, errors
+    assert "3 clients with" in text
+    assert [line.split("|")[0].strip() for line in text.splitlines() if line.startswith("round ")] == [
+        f"round {number}" for number in range(4)
+    ]
+    for word in ("accuracy", "worst client", "routing divergence", "sent up", "time left", str(out)):
+        assert word in text
+    assert "it/s" not in errors  # no progress bars of other libraries
+    code, text, _ = fedalign("run", "--resume", str(out), "--set", "run.rounds=4")
+    assert code == 0
+    assert json.loads((out / "summary.json").read_text())["rounds"] == 4
+
+
+def test_a_dry_run_writes_nothing(fedalign: Command, settings: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code, text, _ = fedalign("run", "--dry-run", "--out", str(out), *sets(settings))
+    assert code == 0
+    for word in ("parameters", "sent up a round", "memory", "time a round", "nothing was trained"):
+        assert word in text
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("olmoe", ["olmoe, found by table", "4 a layer, top-2, softmax", "mlp.gate", "2 MoE, 0 dense"]),
+        ("deepseek_v3", ["sigmoid", "shared_experts", "e_score_correction_bias", "2 MoE, 1 dense"]),
+        ("minimax", ["autodetected"]),
+    ],
+)
+def test_inspect(fedalign: Command, tmp_path: Path, family: str, words: list[str]) -> None:
+    build(family).save_pretrained(tmp_path)
+    code, text, _ = fedalign("inspect", str(tmp_path))
+    assert code == 0
+    flowing = " ".join(text.split())
+    for word in words:
+        assert word in flowing
+
+
+def refused(result: tuple[int, str, str], *words: str) -> None:
+    code, _, errors = result
+    assert code == 2, errors
+    assert "Traceback" not in errors
+    assert errors.startswith("Error: ")
+    for word in words:
+        assert re.search(word, errors), errors
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("algorithm.name=fedalgin", ["fedalgin", "fedavg, fedprox", "Did you mean 'fedalign_moe'"]),
+        ("algorithm.lambda=1", ["lambda", "reg_strength"]),
+        ("training.leraning_rate=1", ["training.leraning_rate", "training.learning_rate"]),
+        ("data.kind=poem", ["poem", "multiple_choice"]),
+        ("clients.alpha=0", ["clients.alpha = 0", "greater than 0"]),
+        ("clients.count=500", ["clients.count", "500", "90"]),
+        ("clients.min_examples=80", ["clients.min_examples", "80"]),
+        ("data.columns.label=topic", ["topic", "text, label, owner"]),
+        ("clients.partition=natural", ["client", "data.columns.client"]),
+        ("data.max_length=4096", ["data.max_length = 4096", "128"]),
+        ("data.max_length=6", ["tokens", "6", "truncate"]),
+        ("data.train=none.jsonl", ["none.jsonl", "no such file"]),
+        ("model.path=./none", ["none", "no such folder"]),
+        ("run.device=abacus", ["abacus", "cpu"]),
+    ],
+)
+def test_bad_input(fedalign: Command, settings: list[str], tmp_path: Path, change: str, words: list[str]) -> None:
+    out = tmp_path / "run"
+    refused(fedalign("run", "--out", str(out), *sets(settings, change)), *words)
+    assert not out.exists()
+
+
+def test_bad_data(fedalign: Command, settings: list[str], tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    refused(fedalign("run", *out, *sets(settings, f"data.train={empty}")), "empty")
+    strange = write_jsonl(tmp_path / "strange.jsonl", [{"text": "the moon", "label": "astronomy"}])
+    refused(fedalign("run", *out, *sets(settings, f"data.test={strange}")), "astronomy", "animals")
+    few = [row | {"owner": "lonely" if i == 0 else row["owner"]} for i, row in enumerate(rows())]
+    lonely = write_jsonl(tmp_path / "lonely.jsonl", few)
+    owners = ["clients.partition=natural", "data.columns.client=owner", "clients.min_examples=1"]
+    refused(fedalign("run", *out, *sets(settings, f"data.train={lonely}", *owners)), "lonely", "clients.held_out")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("llama", {}, ["llama", "dense"]),
+        ("olmoe", {"num_experts_per_tok": 5}, ["top-k = 5", "4"]),
+    ],
+)
+def test_bad_models(
+    fedalign: Command,
+    settings: list[str],
+    tmp_path: Path,
+    model_folder: Callable[..., Path],
+    family: str,
+    changes: dict[str, int],
+    words: list[str],
+) -> None:
+    folder = model_folder(family, **changes)
+    refused(fedalign("inspect", str(folder)), *words)
+    refused(fedalign("run", "--out", str(tmp_path / "run"), *sets(settings, f"model.path={folder}")), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_nllb_moe_is_refused_with_the_reason(fedalign: Command, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nllb-moe", "architectures": ["NllbMoeModel"]}))
+    refused(fedalign("inspect", str(tmp_path)), "nllb", "broken")
+
+
+def test_nothing_is_overwritten_unasked(fedalign: Command, settings: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    short = sets(settings, "run.rounds=1")
+    assert fedalign("run", "--out", str(out), *short)[0] == 0
+    before = (out / "summary.json").read_bytes()
+    refused(fedalign("run", "--out", str(out), *short), "already holds a run", "--resume", "--overwrite")
+    refused(fedalign("run", "--out", str(out), "--overwrite", *sets(settings, "clients.count=500")), "500")
+    assert (out / "summary.json").read_bytes() == before
+    assert fedalign("run", "--out", str(out), "--overwrite", *short)[0] == 0
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("dear")
+    refused(fedalign("run", "--out", str(tmp_path / "letters"), "--overwrite", *short), "holds no run")
+    refused(fedalign("run", "--out", str(tmp_path / "letters" / "dear.txt"), *short), "is a file")
+
+
+def test_resume_with_another_model_is_refused(
+    fedalign: Command, settings: list[str], tmp_path: Path, model_folder: Callable[..., Path]
+) -> None:
+    out = tmp_path / "run"
+    assert fedalign("run", "--out", str(out), *sets(settings, "run.rounds=1"))[0] == 0
+    config = out / "config.toml"
+    other = model_folder("mixtral")
+    config.write_text(re.sub(r'path = ".*"', f'path = "{other}"', config.read_text()))
+    refused(fedalign("run", "--resume", str(out), "--set", "run.rounds=2"), "another model")
+    refused(fedalign("run", "--resume", str(tmp_path / "none")), "holds no run")
+    refused(fedalign("run", "--resume", str(out), "--overwrite"), "--resume")
+    refused(fedalign("run", "--resume", str(out), "--set", "training.epochs=9"), "training.epochs=9", "run.rounds")
+
+
+def test_an_exploding_run_stops_clearly(fedalign: Command, settings: list[str], tmp_path: Path) -> None:
+    result = fedalign("run", "--out", str(tmp_path / "run"), *sets(settings, "training.learning_rate=1e30"))
+    refused(result, "round 1: 0 of 3 clients", "client-00: ", "learning_rate")
