@@ -15,7 +15,6 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,7 +128,6 @@ class Encoder:
         self.end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         self.decoder_start = decoder_start if decoder_start is not None else tokenizer.pad_token_id
         self.before, self.after = _special_tokens(tokenizer)
-        self._choices = lru_cache(maxsize=4096)(self._choice_ids)
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """One sequence for each example, in order; with "drop", without the examples that are too long."""
@@ -137,21 +135,18 @@ class Encoder:
             found = (self._chat(i, example) for i, example in enumerate(examples))
             return [encoded for encoded in found if encoded is not None]
         prompts = self._ids([example.prompt for example in examples])
-        answers = self._ids([example.answer for example in examples])
-        found = (
-            self._join(i, prompt, answer + self._ending(example))
-            for i, (example, prompt, answer) in enumerate(zip(examples, prompts, answers, strict=True))
-        )
-        return [encoded for encoded in found if encoded is not None]
+        answers = self._answers(examples)
+        joined = (self._join(i, *pair) for i, pair in enumerate(zip(prompts, answers, strict=True)))
+        return [encoded for encoded in joined if encoded is not None]
 
     def encode_choices(self, examples: Sequence[Example]) -> list[Encoded]:
         """One sequence for each choice of each example, for scoring; choices of one example share one prompt."""
-        prompts = self._ids([example.prompt for example in examples])
+        ids_by_choices = self._choices(examples)
         encoded: list[Encoded] = []
-        for i, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
-            choices = self._choices(example.choices)
+        for i, (example, prompt) in enumerate(zip(examples, self._ids([e.prompt for e in examples]), strict=True)):
+            choices = ids_by_choices[example.choices]
             longest = max(map(len, choices), default=0)
-            joined = [self._join(i, prompt, list(ids), choice, longest) for choice, ids in enumerate(choices)]
+            joined = (self._join(i, prompt, answer, choice, longest) for choice, answer in enumerate(choices))
             encoded += [one for one in joined if one is not None]
         return encoded
 
@@ -174,30 +169,41 @@ class Encoder:
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [list(ids) for ids in encoded["input_ids"]]
 
-    def _ending(self, example: Example) -> list[int]:
-        if not example.choices or self.is_seq2seq:
-            return self.end
-        choices = self._choices(example.choices)
-        return self.end if len(choices[0]) and choices[0][-1:] == tuple(self.end) else []
+    def _answers(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Tokens of each answer with its end token; one of several choices has the tokens it is scored by."""
+        ids_by_choices = self._choices(examples)
+        free = iter(self._ids([example.answer for example in examples if not example.choices]))
+        return [
+            ids_by_choices[example.choices][example.choices.index(example.answer)]
+            if example.choices
+            else next(free) + self.end
+            for example in examples
+        ]
 
-    def _choice_ids(self, choices: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-        ids = [tuple(one) for one in self._ids(list(choices))]
-        needs_end = self.is_seq2seq or any(a != b and b[: len(a)] == a for a, b in itertools.permutations(set(ids), 2))
-        return tuple(one + tuple(self.end if needs_end else ()) for one in ids)
+    def _choices(self, examples: Sequence[Example]) -> dict[tuple[str, ...], list[list[int]]]:
+        """Tokens of each set of choices among the examples, tokenised in one call."""
+        sets = list(dict.fromkeys(example.choices for example in examples if example.choices))
+        ids = iter(self._ids([choice for choices in sets for choice in choices]))
+        found: dict[tuple[str, ...], list[list[int]]] = {(): []}
+        for choices in sets:
+            own = [next(ids) for _ in choices]
+            end = self.end if self.is_seq2seq or _one_begins_another(own) else []
+            found[choices] = [one + end for one in own]
+        return found
 
     def _join(
         self, example: int, prompt: list[int], answer: list[int], choice: int = -1, longest: int | None = None
     ) -> Encoded | None:
         """Prompt and answer as the model reads them; `longest`: tokens of the longest answer to this prompt."""
         head, tail = self.before, self.after if self.is_seq2seq else []
-        reserved = len(head) + len(tail) + (0 if self.is_seq2seq else longest or len(answer))
-        room = self.max_length - reserved if self.max_length else len(prompt)
-        fits = len(prompt) <= room and not (self.is_seq2seq and 0 < self.max_length < len(answer))
-        if not fits:
-            length = len(prompt) + reserved if not self.is_seq2seq else max(len(prompt) + reserved, len(answer))
+        longest = longest or len(answer)
+        # An encoder-decoder model reads prompt and answer apart, each within the limit.
+        beside = len(head) + len(tail) + (0 if self.is_seq2seq else longest)
+        length = max(len(prompt) + beside, longest if self.is_seq2seq else 0)
+        if 0 < self.max_length < length:
             if not self._may_cut(example, length):
                 return None
-            prompt = prompt[max(0, len(prompt) - max(0, room)) :]
+            prompt = prompt[max(0, len(prompt) + beside - self.max_length) :]
             answer = answer[: self.max_length - (0 if self.is_seq2seq else len(head))]
         if self.is_seq2seq:
             return Encoded(head + prompt + tail, answer, example, choice, [self.decoder_start, *answer[:-1]])
@@ -320,6 +326,16 @@ def _collate(sequences: Sequence[Encoded], rows: tuple[int, ...]) -> Batch:
 def _padded(ids_by_row: Sequence[list[int]], padding: int) -> Tensor:
     length = max(map(len, ids_by_row))
     return torch.tensor([ids + [padding] * (length - len(ids)) for ids in ids_by_row])
+
+
+def _one_begins_another(sequences: Sequence[list[int]]) -> bool:
+    """Whether one sequence is a proper beginning of another; in sorted order such a pair has one side by side.
+
+    >>> _one_begins_another([[5, 6], [7], [5]]), _one_begins_another([[5, 6], [5, 7], [5, 6]])
+    (True, False)
+    """
+    ordered = sorted(sequences)
+    return any(a != b and b[: len(a)] == a for a, b in itertools.pairwise(ordered))
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -85,6 +85,7 @@ def load_examples(source: str, data: DataConfig, split: Split, seed: int) -> lis
     rows = list(read_rows(source, data, split))
     if not rows:
         return []
+    _check_named_columns(rows[0], data)
     to_example = FORMATS[data.kind]
     examples = [_with_owner(to_example(row, data), row, data) for row in rows]
     if data.kind == "classification":
@@ -101,8 +102,8 @@ def load_examples(source: str, data: DataConfig, split: Split, seed: int) -> lis
 
 def classification(row: Row, data: DataConfig) -> Example:
     """Text and label: the answer is the label's name."""
-    label = _label(row, data.columns.label, data)
     prompt = _prompt(row, data, "{text}\nLabel:", text=data.columns.text)
+    label = _label(row, data.columns.label, data)
     return Example(prompt, _answer(prompt, label), label=label)
 
 
@@ -250,6 +251,14 @@ def _with_classes(examples: list[Example], rows: list[Row], data: DataConfig, sp
     # Answers of one prompt form differ by the label alone, so the choices are made once.
     spaced = {space: tuple(space + name for name in names) for space in ("", " ")}
     return [replace(example, choices=spaced[" " if example.answer.startswith(" ") else ""]) for example in examples]
+
+
+def _check_named_columns(row: Row, data: DataConfig) -> None:
+    """Client and label are read where they are, but if the user gave them another name, that column must be there."""
+    for role in ("client", "label"):
+        column = getattr(data.columns, role)
+        if column != role and column not in row.values:
+            row.get(column)
 
 
 def _short(value: object, limit: int = 120) -> str:
