@@ -189,6 +189,8 @@ def test_describe(tiny_moe: Tiny) -> None:
     assert tiny_moe("switch_transformers").describe().dense_layers == 2
     assert tiny_moe("switch_transformers").max_length is None
     assert tiny_moe("olmoe").max_length == 128
+    beside = MoEModel.wrap(tiny.build("granitemoeshared", num_local_experts=4, shared_intermediate_size=16)).describe()
+    assert beside.shared_experts[0] == "model.layers.0.shared_mlp (GraniteMoeSharedMLP)"
     assert tiny_moe("qwen2_moe").describe().shared_experts == (
         "model.layers.0.mlp.shared_expert (Qwen2MoeMLP)",
         "model.layers.1.mlp.shared_expert (Qwen2MoeMLP)",
@@ -279,7 +281,9 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_an_unreachable_hub_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"model = 'nobody/nothing': cannot be loaded") as caught:
+    with pytest.raises(
+        UserError, match=r"model = 'nobody/nothing': no such folder, and from the Hub it cannot be loaded"
+    ) as caught:
         MoEModel.load("nobody/nothing")
     assert "\n" not in str(caught.value)
 

@@ -119,6 +119,22 @@ def test_gradients_flow_from_captured_logits_to_the_router(family: str) -> None:
         assert gradient.any()
 
 
+def test_reading_statistics_first_keeps_the_gradients(tiny_moe: Tiny) -> None:
+    moe = tiny_moe("olmoe")
+    captured = run(moe, tiny.batch("olmoe"))
+    RoutingStatistics(len(moe.layers), moe.experts, moe.hidden).update(captured)
+    with torch.no_grad():
+        routing = captured.routing
+    assert all(layer.logits_T_E.requires_grad for layer in routing)
+
+
+def test_nothing_is_recorded_for_gradients_in_an_evaluation(tiny_moe: Tiny) -> None:
+    moe = tiny_moe("olmoe")
+    with torch.no_grad():
+        captured = run(moe, tiny.batch("olmoe"))
+    assert not any(layer.logits_T_E.requires_grad for layer in captured.routing)
+
+
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
 def test_selection_bias_moves_the_choice_and_not_the_logits(family: str) -> None:
     moe = MoEModel.wrap(tiny.build(family, n_group=1))

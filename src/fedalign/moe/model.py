@@ -17,7 +17,7 @@ from types import MethodType
 from typing import Any, Self
 
 import torch
-from huggingface_hub.utils import enable_progress_bars
+from huggingface_hub.utils.tqdm import enable_progress_bars
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
@@ -266,9 +266,10 @@ class MoEModel:
     def _shared_experts(self) -> Iterator[str]:
         for layer in self.layers:
             block = layer.router.rpartition(".")[0]
-            for name, module in self.model.get_submodule(block).named_children():
-                if name.startswith("shared_") and not name.endswith("gate"):
-                    yield f"{block}.{name} ({type(module).__name__})"
+            for place in (block, block.rpartition(".")[0]):  # granitemoeshared has it beside the block
+                for name, module in self.model.get_submodule(place).named_children():
+                    if name.startswith("shared_") and not name.endswith("gate"):
+                        yield f"{place}.{name} ({type(module).__name__})"
 
 
 def _slots(model: PreTrainedModel, layers: Iterable[MoELayer]) -> Iterator[Slot]:
@@ -303,7 +304,8 @@ def _keep_in_float32(router: nn.Module) -> None:
     """Hold and run the router in float32, also under autocast: bfloat16 adds 21 % noise to its gradient."""
     router.float()
     if isinstance(getattr(router, "dtype", None), torch.dtype):
-        router.dtype = torch.float32  # type: ignore[assignment]  # Switch would cast its weight to this at the first forward pass
+        # Switch would cast its weight to this at the first forward pass
+        router.dtype = torch.float32  # type: ignore[assignment]
     # a bound method, not a closure: a deep copy of the model then runs the copy's weights
     router.forward = MethodType(_forward_in_float32, router)
 

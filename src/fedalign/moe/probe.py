@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -29,9 +30,9 @@ from fedalign.protocol import LayerRouting, Scoring
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers that saw the same tokens, handled as one tensor (M of the L layers): small models are all overhead."""
+    """M neighbouring layers that saw the same tokens, as one tensor: small models are all overhead."""
 
-    ordinals: tuple[int, ...]  # which layers
+    ordinals: range  # which layers
     scoring: Scoring
     logits_M_T_E: Tensor  # differentiable
     topk_M_T_K: Tensor
@@ -67,13 +68,14 @@ class Captured:
         self._seen[index] = (hidden.detach(), output)
 
     @cached_property
+    @torch.enable_grad()  # what is first asked for where gradients are off must still carry them
     def routing(self) -> list[LayerRouting]:
         """What a penalty may see of each layer: non-padding tokens only, differentiable."""
-        entries: dict[int, LayerRouting] = {}
-        for stack in self.stacks:
-            for row, ordinal in enumerate(stack.ordinals):
-                entries[ordinal] = LayerRouting(stack.logits_M_T_E[row], stack.topk_M_T_K[row], stack.scoring)
-        return [entries[ordinal] for ordinal in range(len(self._layers))]
+        return [
+            LayerRouting(logits_T_E, topk_T_K, stack.scoring)
+            for stack in self.stacks
+            for logits_T_E, topk_T_K in zip(stack.logits_M_T_E.unbind(), stack.topk_M_T_K.unbind(), strict=True)
+        ]
 
     def hidden_T_H(self, index: int) -> Tensor:
         """What entered the router of layer `index`, for the same tokens as `routing`; detached."""
@@ -81,20 +83,20 @@ class Captured:
         return self._select(hidden.reshape(-1, self._layers[index].hidden), 0, index)
 
     @cached_property
+    @torch.enable_grad()  # as above
     def stacks(self) -> list[Stack]:
-        """All layers, those of the same tokens and scoring together."""
-        alike: dict[tuple[bool, Scoring], list[int]] = defaultdict(list)
-        for ordinal, layer in enumerate(self._layers):
-            alike[layer.in_decoder, layer.scoring].append(ordinal)
-        return [self._stack(ordinals) for ordinals in alike.values()]
+        """All layers, neighbours of the same tokens and scoring together."""
+        ordinals = range(len(self._layers))
+        runs = groupby(ordinals, key=lambda o: (self._layers[o].in_decoder, self._layers[o].scoring))
+        return [self._stack(list(run)) for _, run in runs]
 
-    def _stack(self, ordinals: list[int]) -> Stack:
+    def _stack(self, ordinals: Sequence[int]) -> Stack:
         first = ordinals[0]
         read = [_decision(self._layers[ordinal], self._entry(ordinal)[1]) for ordinal in ordinals]
         logits, topk, received = zip(*read, strict=True)
         keep_T, (examples, length) = self._kept(first)
         return Stack(
-            ordinals=tuple(ordinals),
+            ordinals=range(first, ordinals[-1] + 1),
             scoring=self._layers[first].scoring,
             logits_M_T_E=self._select(torch.stack(logits), 1, first),
             topk_M_T_K=self._select(torch.stack(topk), 1, first),
@@ -240,7 +242,7 @@ class RoutingStatistics:
                 self._add(stack, captured)
 
     def _add(self, stack: Stack, captured: Captured) -> None:
-        rows = list(stack.ordinals)
+        rows = slice(stack.ordinals.start, stack.ordinals.stop)
         prob_M_T_E = router_log_prob(stack.logits_M_T_E.detach(), stack.scoring).exp()
         chosen_M_E, dispatch_M_T_E = stack.choice_M_T_E.sum(1), stack.dispatch_M_T_E
         layers, _, experts = prob_M_T_E.shape
@@ -252,7 +254,7 @@ class RoutingStatistics:
         self._load[rows] += dispatch_M_T_E.sum(1)
         self._margin[rows] += decision_margin(prob_M_T_E, stack.topk_M_T_K) * chosen_M_E
         self._examples[rows] += (reached_M_B_E > 0).sum(1)
-        for row, ordinal in enumerate(rows):
+        for row, ordinal in enumerate(stack.ordinals):
             self._tokens[ordinal] += len(stack.example_T)
             self._hidden[ordinal] += dispatch_M_T_E[row].T @ captured.hidden_T_H(ordinal).float()
 
@@ -275,12 +277,7 @@ def idle_experts(captured: Captured) -> Tensor:
     Padding does not count: nothing that enters the loss depends on what an expert makes of it, so an expert reached by
     padding alone has no gradient, only the optimiser's momentum and decay, which are to be masked.
     """
-    rows = {
-        ordinal: row
-        for stack in captured.stacks
-        for ordinal, row in zip(stack.ordinals, (stack.dispatch_M_T_E.sum(1) == 0).unbind(), strict=True)
-    }
-    return torch.stack([rows[ordinal] for ordinal in range(len(rows))])
+    return torch.cat([stack.dispatch_M_T_E.sum(1) == 0 for stack in captured.stacks])
 
 
 def balancing_loss(routing: Sequence[LayerRouting], experts: int) -> Tensor:
