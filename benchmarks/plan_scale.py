@@ -16,7 +16,7 @@ import time
 import torch
 
 from fedalign.algorithms import ALGORITHMS, make
-from fedalign.protocol import SHARED, Layout, ParameterGroup, Statistics
+from fedalign.protocol import SHARED, Layout, Statistics
 
 
 def layout_of(layers: int, experts: int) -> Layout:
@@ -31,10 +31,10 @@ def report(client: int, layout: Layout, update_width: int, centroid_width: int, 
     own = torch.Generator().manual_seed(seed * 1_000_003 + client + 1)
     grid = (layout.layers, layout.experts)
     role_L_E_1 = torch.randint(0, 2, (*grid, 1), generator=own)
-    centroid = torch.where(role_L_E_1 > 0, *torch.randn(2, *grid, centroid_width, generator=common))
-    update = torch.where(role_L_E_1 > 0, *torch.randn(2, *grid, update_width, generator=common))
-    centroid = centroid + torch.randn(centroid.shape, generator=own)
-    update = torch.nn.functional.normalize(update + 2 * torch.randn(update.shape, generator=own), dim=-1)
+    centroids = torch.randn(2, *grid, centroid_width, generator=common)
+    updates = torch.randn(2, *grid, update_width, generator=common)
+    centroid = torch.where(role_L_E_1 > 0, centroids[0], centroids[1]) + torch.randn(centroids[0].shape, generator=own)
+    update = torch.where(role_L_E_1 > 0, updates[0], updates[1]) + 2 * torch.randn(updates[0].shape, generator=own)
     load_L_E = torch.randint(32, 4000, grid, generator=own) * (torch.rand(grid, generator=own) > 0.1)
     return Statistics(
         client=f"client-{client}",
@@ -47,7 +47,7 @@ def report(client: int, layout: Layout, update_width: int, centroid_width: int, 
         margin_L_E=torch.rand(grid, generator=own) / 4,
         centroid_L_E_D=(centroid * (load_L_E > 0).unsqueeze(-1)).half(),
         centroid_scale_L=torch.ones(layout.layers),
-        update_L_E_S=update.half(),
+        update_L_E_S=torch.nn.functional.normalize(update, dim=-1).half(),
         norm_G=torch.rand(len(layout.groups), generator=own) + 0.5,
     )
 
@@ -75,16 +75,12 @@ def main() -> None:
 
     layout = layout_of(args.layers, args.experts)
     reports = [report(c, layout, args.update_width, args.centroid_width, args.seed) for c in range(args.clients)]
-    print(
-        f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}, seed {args.seed}"
-    )
+    print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, seed {args.seed}")
     print(f"{args.clients} clients, {args.layers} layers, {args.experts} experts")
     print(f"statistics of one client: {reports[0].nbytes:,} bytes on the wire ({reports[0].nbytes / 2**20:.3f} MiB)")
     before = peak_bytes()
     print(f"process with all statistics in memory: {before / 2**20:,.0f} MiB")
-    print(
-        f"{'algorithm':<14}{'seconds (median of ' + str(args.repeats) + ')':>26}{'min':>8}{'max':>8}{'zero weights':>14}{'peak above':>14}"
-    )
+    print(f"algorithm     seconds (median of {args.repeats})  min-max        zero weights of experts  peak above that")
     for name in args.algorithms:
         seconds = []
         for _ in range(args.repeats):
@@ -93,9 +89,8 @@ def main() -> None:
             seconds.append(time.perf_counter() - start)
         zero = float((layout.split(plan.weight_C_G)[2] == 0).float().mean())
         above = (peak_bytes() - before) / 2**20
-        print(
-            f"{name:<14}{stats.median(seconds):>26.2f}{min(seconds):>8.2f}{max(seconds):>8.2f}{zero:>14.1%}{above:>10,.0f} MiB"
-        )
+        spread = f"{min(seconds):.2f}-{max(seconds):.2f}"
+        print(f"{name:<14}{stats.median(seconds):<22.2f} {spread:<15}{zero:<25.1%}{above:,.0f} MiB")
 
 
 if __name__ == "__main__":

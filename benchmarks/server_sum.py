@@ -98,9 +98,7 @@ def main() -> None:
     if args.row:
         print(measure(args, args.clients[0]))
         return
-    print(
-        f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}, seed {args.seed}"
-    )
+    print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, seed {args.seed}")
     print(f"{args.megabytes} MB float32 model, {args.layers} layers x {args.experts} experts, sent as {args.dtype}")
     print("clients  MB/client  sum GB/s  copy GB/s   ratio  p10-p90   overall GB/s   peak memory of the process")
     for clients in args.clients:

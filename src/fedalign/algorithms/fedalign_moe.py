@@ -35,7 +35,7 @@ from fedalign.maths.routing import (
 from fedalign.protocol import LayerRouting, Layout, Plan, State, Statistics, Step
 
 TARGET = "target_L_E"
-PAIRS = 1 << 22  # entries of one [E, C, C] table at a time: 16 MB
+PAIRS = 1 << 20  # entries of one [E, C, C] table at a time: 4 MB stay in cache
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from torch import Tensor
 from fedalign.protocol import Failure, Layout, Packed, ParameterGroup, Plan, Update, Weights, WireDtype
 from fedalign.wire import BLOCK, TORCH_DTYPE, scale_into
 
-CHUNK = 1 << 18  # values unpacked at a time; a multiple of BLOCK
+CHUNK = 1 << 18  # packed values worked on at a time; a multiple of BLOCK
+DIRECT = 1 << 20  # float32 values worked on at a time: nothing to unpack, so fewer and larger calls
 NORM_SLACK = 0.02  # wire rounding may lengthen an update: bfloat16 by 0.4 %, int8 by about 0.2 %
 
 
@@ -142,9 +143,9 @@ class StreamingSum:
 
     def _chunks(self, packed: Packed) -> Iterator[tuple[int, Tensor]]:
         """Start and float32 values of each chunk; one buffer serves them all."""
-        if self._dtype == "float32":  # nothing to unpack, so chunks may be larger: fewer calls
-            for start in range(0, len(packed.values), 4 * CHUNK):
-                yield start, packed.values[start : start + 4 * CHUNK]
+        if self._dtype == "float32":
+            for start in range(0, len(packed.values), DIRECT):
+                yield start, packed.values[start : start + DIRECT]
             return
         if not len(self._buffer):
             self._buffer = torch.empty(CHUNK)

@@ -96,14 +96,20 @@ def adaptive_threshold(similarity_E_C_C: Tensor, held_C_E: Tensor, beta: float =
         threshold_E; -1, which lets everything pass, with fewer than two holders.
     """
     similarity_E_C_C = full(similarity_E_C_C)
-    held_E_C = held_C_E.bool().T
-    unpaired_E_C_C = ~(held_E_C.unsqueeze(2) & held_E_C.unsqueeze(1)).triu_(1)
-    holders_E = held_E_C.sum(dim=1)
-    pairs_E = (holders_E * (holders_E - 1) // 2).clamp_min(1)
-    mean_E = similarity_E_C_C.masked_fill(unpaired_E_C_C, 0).sum(dim=(1, 2)) / pairs_E
-    deviation_E_C_C = (similarity_E_C_C - mean_E[:, None, None]).masked_fill_(unpaired_E_C_C, 0)
-    std_E = (deviation_E_C_C.square_().sum(dim=(1, 2)) / pairs_E).sqrt()
+    held_E_C_1 = held_C_E.bool().T.unsqueeze(2).to(similarity_E_C_C.dtype)
+    holders_E = held_C_E.bool().sum(dim=0)
+    pairs_E = (holders_E * (holders_E - 1)).clamp_min(1)  # each counts twice, as the tables are symmetric
+    diagonal_E = (similarity_E_C_C.diagonal(dim1=1, dim2=2) * held_E_C_1.squeeze(2)).sum(dim=1)
+    mean_E = (_quadratic(similarity_E_C_C, held_E_C_1) - diagonal_E) / pairs_E
+    squared_E_C_C = (similarity_E_C_C - mean_E[:, None, None]).square_()
+    squared_E_C_C.diagonal(dim1=1, dim2=2).zero_()
+    std_E = (_quadratic(squared_E_C_C, held_E_C_1) / pairs_E).sqrt()
     return torch.where(holders_E >= 2, mean_E - beta * std_E, torch.full_like(mean_E, -1))
+
+
+def _quadratic(table_E_C_C: Tensor, vector_E_C_1: Tensor) -> Tensor:
+    """vᵀ A v for each expert: a sum over pairs without a mask as large as the table."""
+    return (vector_E_C_1 * torch.bmm(table_E_C_C, vector_E_C_1)).sum(dim=(1, 2))
 
 
 def expert_weights(

@@ -103,7 +103,8 @@ def cap_weights(weight_C_E: Tensor, max_weight: float, held_C_E: Tensor | None =
     """
     dtype, eligible_C_E = full(weight_C_E).dtype, _holders(weight_C_E, held_C_E)
     uniform_C_E = eligible_C_E / eligible_C_E.sum(dim=0)
-    feasible_E = max_weight * eligible_C_E.sum(dim=0).double() > 1 + 1e-9
+    holders_E = (eligible_C_E if held_C_E is None else held_C_E.bool()).sum(dim=0)
+    feasible_E = max_weight * holders_E.double() > 1 + 1e-9
     weight_C_E = weight_C_E.double().masked_fill(~eligible_C_E, 0)
     capped_C_E = torch.zeros_like(eligible_C_E)
     while True:

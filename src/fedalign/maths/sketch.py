@@ -65,7 +65,7 @@ class Sketch:
         return self._rotate(sum_O_W).sum(dim=0).to(full(flat[:0]).dtype)
 
     def _signs(self, first: int, out: Tensor) -> Tensor:
-        """±1, float32 [rows, width], of the tiles from `first` on; bit k of a column's word is the sign of row k."""
+        """±1, [rows, width], of the tiles from `first` on: bit 31 - k of a column's word is the sign of row k."""
         tiles, device = len(out), out.device
         word = words(first * self.width, tiles * self.width, self.seed, stream=0, device=device)
         word = word.bitwise_xor_(0x8000_0000).sub_(0x8000_0000).to(torch.int32).view(tiles, 1, self.width)

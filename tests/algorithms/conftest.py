@@ -1,0 +1,58 @@
+"""Two clients, one layer, two experts: small enough to be worked out on paper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, tensor
+
+from fedalign.protocol import SHARED, Layout, ParameterGroup, Statistics
+
+LAYOUT = Layout(
+    1,
+    2,
+    {SHARED: 5} | {ParameterGroup(kind, 0, e): size for kind, size in (("gate", 2), ("expert", 3)) for e in range(2)},  # type: ignore[arg-type]
+)
+
+Report = Callable[..., Statistics]
+
+
+@pytest.fixture
+def layout() -> Layout:
+    return LAYOUT
+
+
+@pytest.fixture
+def report() -> Report:
+    def make_report(
+        client: str,
+        examples: int,
+        prob: list[float],
+        load: list[float],
+        margin: list[float],
+        centroid: list[list[float]],
+        update: list[list[float]],
+        norm: list[float] | None = None,
+    ) -> Statistics:
+        return Statistics(
+            client=client,
+            round=1,
+            examples=examples,
+            tokens=100,
+            loss=1.0,
+            prob_L_E=tensor([prob]),
+            load_L_E=tensor([load]),
+            margin_L_E=tensor([margin]),
+            centroid_L_E_D=tensor([centroid]).half() / 2,
+            centroid_scale_L=tensor([2.0]),
+            update_L_E_S=torch.nn.functional.normalize(tensor([update]), dim=-1).half(),
+            norm_G=_norms(norm),
+        )
+
+    return make_report
+
+
+def _norms(norm: list[float] | None) -> Tensor:
+    return torch.ones(5) if norm is None else tensor(norm)

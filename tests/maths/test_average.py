@@ -1,0 +1,225 @@
+"""The streaming sum: textbook numbers, what arrived, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, tensor
+from torch.testing import assert_close
+
+from fedalign.maths import average as module
+from fedalign.maths.average import StreamingSum
+from fedalign.protocol import SHARED, Layout, Packed, ParameterGroup, Plan, Update, WireDtype
+from fedalign.wire import pack, unpack
+
+GATE, EXPERT = ParameterGroup("gate"), ParameterGroup("expert")
+LAYOUT = Layout(1, 1, {SHARED: 600, GATE: 0, EXPERT: 300})  # the router is frozen
+
+
+def normal(size: int, seed: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def plan_of(*rows: Sequence[float], clip: Tensor | None = None) -> Plan:
+    return Plan(tuple("abcdefgh"[: len(rows)]), tensor(rows), clip)
+
+
+def update_of(client: str, seed: int, dtype: WireDtype = "float32", expert: bool = True) -> Update:
+    groups = {SHARED: pack(normal(600, seed), dtype, seed)}
+    if expert:
+        groups[EXPERT] = pack(normal(300, seed + 100), dtype, seed)
+    return Update(client, 1, groups)
+
+
+def norms_of(updates: Sequence[Update]) -> dict[str, Tensor]:
+    def norm(update: Update, group: ParameterGroup) -> float:
+        return float(unpack(update.groups[group]).norm()) if group in update.groups else 0.0
+
+    return {u.client: tensor([norm(u, group) for group in LAYOUT.groups]) for u in updates}
+
+
+def old_weights() -> dict[ParameterGroup, Tensor]:
+    return {SHARED: normal(600, 50), GATE: torch.empty(0), EXPERT: normal(300, 51)}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """600 values are more than one chunk of every precision's size, 300 more than one of the packed ones."""
+    monkeypatch.setattr(module, "CHUNK", 256)
+    monkeypatch.setattr(module, "DIRECT", 512)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 1e-6), ("bfloat16", 1e-6), ("int8", 1e-6)])
+def test_fedavg_is_the_textbook_weighted_mean(dtype: WireDtype, rounding: float) -> None:
+    share = torch.tensor([5, 1, 2, 12], dtype=torch.float64) / 20
+    updates = [update_of(client, seed, dtype) for seed, client in enumerate("abcd")]
+    total = StreamingSum(LAYOUT, plan_of(*[[float(s)] * 3 for s in share]), norms_of(updates), dtype)
+    assert [total.add(update) for update in updates] == [None] * 4
+    old = old_weights()
+    new = total.result(old)
+    for group in (SHARED, EXPERT):
+        mean = sum(s * unpack(u.groups[group]).double() for s, u in zip(share, updates, strict=True))
+        assert_close(new[group], (old[group].double() + mean).float(), atol=rounding, rtol=rounding)
+    assert new[GATE] is old[GATE]
+    assert total.unchanged() == []
+
+
+def test_a_lost_client_is_made_up_for_by_those_that_arrived() -> None:
+    updates = [update_of("a", 0), update_of("b", 1), update_of("c", 2)]
+    plan = plan_of([0.5, 0, 0.2], [0.25, 0, 0.2], [0.25, 0, 0.6])
+    total = StreamingSum(LAYOUT, plan, norms_of(updates), "float32")
+    total.add(updates[0])
+    total.add(updates[1])
+    old = old_weights()
+    new = total.result(old)
+    assert_close(new[SHARED], old[SHARED] + (0.5 * normal(600, 0) + 0.25 * normal(600, 1)) / 0.75)
+    assert new[EXPERT] is old[EXPERT]  # only 0.4 of it arrived
+    assert total.unchanged() == [EXPERT]
+    assert total.unchanged(min_arrived=0.4) == []
+    assert_close(total.result(old, 0.4)[EXPERT], old[EXPERT] + (normal(300, 100) + normal(300, 101)) / 2)
+
+
+def test_exactly_half_is_enough_and_nothing_never_is() -> None:
+    updates = [update_of("a", 0), update_of("b", 1)]
+    total = StreamingSum(LAYOUT, plan_of([0.5, 0, 0.0], [0.5, 0, 1.0]), norms_of(updates), "float32")
+    total.add(update_of("a", 0, expert=False))
+    assert total.unchanged(0.5) == [EXPERT]
+    assert total.unchanged(0.0) == [EXPERT]
+
+
+def test_clip_factors_shorten_and_never_enter_the_normaliser() -> None:
+    updates = [update_of("a", 0), update_of("b", 1)]
+    clip = tensor([[1.0, 1.0, 0.1], [1.0, 1.0, 1.0]])
+    plan = plan_of([0.5, 0.0, 0.5], [0.5, 0.0, 0.5], clip=clip)
+    old = old_weights()
+    total = StreamingSum(LAYOUT, plan, norms_of(updates), "float32")
+    for update in updates:
+        total.add(update)
+    assert_close(total.result(old)[EXPERT], old[EXPERT] + 0.05 * normal(300, 100) + 0.5 * normal(300, 101))
+    alone = StreamingSum(LAYOUT, plan, norms_of(updates), "float32")
+    alone.add(updates[0])
+    assert_close(alone.result(old)[EXPERT], old[EXPERT] + 0.1 * normal(300, 100))
+
+
+def test_a_group_nobody_is_asked_for_stays() -> None:
+    update = update_of("a", 0, expert=False)
+    total = StreamingSum(LAYOUT, plan_of([1.0, 1.0, 0.0]), norms_of([update]), "float32")
+    assert total.add(update) is None
+    old = old_weights()
+    assert total.result(old)[EXPERT] is old[EXPERT]
+    assert total.unchanged() == []
+
+
+def test_inputs_are_left_alone() -> None:
+    update, old = update_of("a", 0), old_weights()
+    total = StreamingSum(LAYOUT, plan_of([1.0, 1.0, 1.0]), norms_of([update]), "float32")
+    total.add(update)
+    total.result(old)
+    assert_close(update.groups[SHARED].values, normal(600, 0), atol=0, rtol=0)
+    assert_close(old[SHARED], normal(600, 50), atol=0, rtol=0)
+    assert_close(total.result(old)[SHARED], old[SHARED] + normal(600, 0))  # asking twice gives the same
+
+
+def broken(values: Tensor, group: ParameterGroup = EXPERT, scale: Tensor | None = None) -> Update:
+    good = update_of("a", 0)
+    return replace(good, groups={**good.groups, group: Packed(values, scale)})
+
+
+def spoilt(size: int, value: float) -> Tensor:
+    values = normal(size, 0 if size == 600 else 100)
+    values[size - 1] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("update", "reason"),
+    [
+        (update_of("x", 0), "not a client of this round's plan"),
+        (update_of("a", 0, expert=False), "expert[0,0]: requested but missing"),
+        (broken(torch.empty(0), GATE), "gate[0,0]: sent but not requested"),
+        (broken(torch.zeros(299)), "expert[0,0]: shape [299], expected [300]"),
+        (broken(torch.zeros(300, 1)), "expert[0,0]: shape [300, 1], expected [300]"),
+        (broken(torch.zeros(300).double()), "expert[0,0]: dtype torch.float64, expected torch.float32"),
+        (broken(torch.zeros(300), scale=torch.ones(2)), "expert[0,0]: a scale with dtype torch.float32"),
+        (broken(spoilt(600, torch.nan), SHARED), "shared: not finite"),
+        (broken(spoilt(600, torch.inf), SHARED), "shared: not finite"),
+        (broken(torch.full((600,), 1e30), SHARED), "shared: norm inf, but its statistics said 24.9079"),
+        (broken(1.03 * normal(600, 0), SHARED), "shared: norm 25.6552, but its statistics said 24.9079"),
+    ],
+)
+def test_what_is_refused_says_why_and_leaves_the_sum_alone(update: Update, reason: str) -> None:
+    good = [update_of("a", 0), update_of("b", 1)]
+    total = StreamingSum(LAYOUT, plan_of([0.5, 0, 0.5], [0.5, 0, 0.5]), norms_of(good), "float32")
+    failure = total.add(update)
+    assert failure is not None
+    assert (failure.client, failure.stage) == (update.client, "update")
+    assert failure.reason.startswith(reason)
+    assert total.add(good[1]) is None
+    old = old_weights()
+    clean = StreamingSum(LAYOUT, plan_of([0.5, 0, 0.5], [0.5, 0, 0.5]), norms_of(good), "float32")
+    clean.add(good[1])
+    assert torch.equal(total.result(old)[SHARED], clean.result(old)[SHARED])
+
+
+def test_a_bad_group_ends_its_client_but_not_what_came_before() -> None:
+    good = [update_of("a", 0), update_of("b", 1)]
+    total = StreamingSum(LAYOUT, plan_of([0.5, 0, 0.5], [0.5, 0, 0.5]), norms_of(good), "float32")
+    failure = total.add(broken(spoilt(300, torch.nan)))
+    assert failure is not None
+    assert failure.reason == "expert[0,0]: not finite"
+    total.add(good[1])
+    new, old = total.result(old_weights()), old_weights()
+    assert_close(new[SHARED], old[SHARED] + 0.5 * normal(600, 0) + 0.5 * normal(600, 1))
+    assert_close(new[EXPERT], old[EXPERT] + normal(300, 101))
+
+
+def test_a_second_update_of_a_client_is_refused() -> None:
+    update = update_of("a", 0)
+    total = StreamingSum(LAYOUT, plan_of([1.0, 1.0, 1.0]), norms_of([update]), "float32")
+    total.add(update)
+    failure = total.add(update)
+    assert failure is not None
+    assert failure.reason == "handed over its update twice"
+
+
+@pytest.mark.parametrize("claimed", [torch.nan, torch.inf, 0.0])
+def test_a_claim_that_is_no_length_covers_nothing(claimed: float) -> None:
+    total = StreamingSum(LAYOUT, plan_of([1.0, 1.0, 1.0]), {"a": torch.full((3,), claimed)}, "float32")
+    assert total.add(update_of("a", 0)) is not None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_wire_rounding_does_not_make_a_liar(dtype: WireDtype) -> None:
+    for seed in range(20):
+        values = normal(300, seed) ** 3
+        values[7] = 50 * (seed % 2)  # now and then one value dwarfs its block
+        update = Update("a", 1, {EXPERT: pack(values, dtype, seed)})
+        norm = {"a": tensor([0.0, 0.0, float(values.norm())])}
+        assert StreamingSum(LAYOUT, plan_of([0.0, 0.0, 1.0]), norm, dtype).add(update) is None
+
+
+def test_int8_must_bring_its_scales() -> None:
+    good = update_of("a", 0, "int8")
+    for scale, reason in [
+        (None, "expert[0,0]: no scale with dtype torch.int8"),
+        (torch.ones(3), "expert[0,0]: scale torch.float32 [3], expected torch.float32 [2]"),
+    ]:
+        bad = replace(good, groups={**good.groups, EXPERT: Packed(good.groups[EXPERT].values, scale)})
+        total = StreamingSum(LAYOUT, plan_of([1.0, 1.0, 1.0]), norms_of([good]), "int8")
+        failure = total.add(bad)
+        assert failure is not None
+        assert failure.reason == reason
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_packed_values_that_are_not_finite_are_seen(dtype: WireDtype) -> None:
+    update = Update("a", 1, {EXPERT: pack(spoilt(300, torch.nan), dtype, 0)})
+    total = StreamingSum(LAYOUT, plan_of([0.0, 0.0, 1.0]), {"a": torch.full((3,), 1e9)}, dtype)
+    failure = total.add(update)
+    assert failure is not None
+    assert failure.reason == "expert[0,0]: not finite"
+    old = old_weights()
+    assert total.result(old)[EXPERT] is old[EXPERT]
