@@ -6,12 +6,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fedalign.errors import UserError
-from fedalign.moe.families import FAMILIES, detect, expert_count, module_tree, refuse
+from fedalign.moe.families import FAMILIES, REFUSED, detect, expert_count, module_tree, refuse
 from fedalign.moe.model import MoEModel
 from tests.moe import tiny
+
+
+def test_every_row_of_the_table_is_a_family_of_transformers_and_has_a_tiny_model() -> None:
+    spelled = {name.replace("-", "_") for name in CONFIG_MAPPING}
+    assert FAMILIES.keys() | REFUSED.keys() <= spelled
+    assert FAMILIES.keys() < tiny.CONFIGS.keys()
+    assert not FAMILIES.keys() & REFUSED.keys()
 
 
 @pytest.mark.parametrize("family", tiny.ALL)
@@ -34,6 +41,21 @@ def test_the_search_finds_what_the_table_says(family: str, monkeypatch: pytest.M
     else:
         assert found.endswith("choice and scoring seen in a trial run")
     assert layers == expected
+
+
+@pytest.mark.parametrize("family", tiny.AUTODETECTED)
+def test_the_search_is_as_sure_of_a_bfloat16_model(family: str, tiny_moe: Callable[[str], MoEModel]) -> None:
+    found, layers = detect(tiny.build(family).bfloat16())
+    assert found == tiny_moe(family).found
+    assert list(layers) == list(tiny_moe(family).layers)
+
+
+def test_a_router_that_scores_all_alike_leaves_the_scoring_open() -> None:
+    model = tiny.build("glm4_moe")
+    for layer in model.model.layers[1:]:
+        torch.nn.init.zeros_(layer.mlp.gate.weight)
+    found, _ = detect(model)
+    assert found.endswith("choice seen in a trial run, scoring assumed to be softmax")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe", "glm4_moe"])
