@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -48,7 +49,7 @@ def save_tokenizer(folder: Path) -> None:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`model_folder(family, **config)`: a tiny model of that family on disk, with a tokenizer."""
 
-    def make(family: str = "olmoe", **changes: object) -> Path:
+    def make(family: str = "olmoe", **changes: Any) -> Path:
         folder = tmp_path_factory.mktemp(family)
         build(family, vocab_size=384, **changes).save_pretrained(folder)
         save_tokenizer(folder)
