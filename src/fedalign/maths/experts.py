@@ -32,10 +32,16 @@ def directions(vector_C_E_H: Tensor) -> Tensor:
     """Each vector scaled to unit norm; zero vectors stay zero."""
     vector_C_E_H = full(vector_C_E_H)
     # dividing by the largest entry first keeps squares of very small or large vectors within float32
-    peak_C_E_1 = vector_C_E_H.abs().amax(dim=-1, keepdim=True)
+    peak_C_E_1 = _peak(vector_C_E_H)
     vector_C_E_H = vector_C_E_H / peak_C_E_1.where(peak_C_E_1 > 0, torch.ones_like(peak_C_E_1))
     norm_C_E_1: Tensor = torch.linalg.vector_norm(vector_C_E_H, dim=-1, keepdim=True)
     return vector_C_E_H / norm_C_E_1.clamp_min(0.5)  # at least 1 now, unless the vector is zero
+
+
+def _peak(vector_C_E_H: Tensor) -> Tensor:
+    """The largest absolute value of each vector, [..., 1], without a temporary as large as the vectors."""
+    peak_C_E_1: Tensor = torch.linalg.vector_norm(vector_C_E_H, ord=torch.inf, dim=-1, keepdim=True)
+    return peak_C_E_1
 
 
 def centred_directions(centroid_C_E_H: Tensor, load_C_E: Tensor) -> Tensor:
@@ -50,8 +56,7 @@ def centred_directions(centroid_C_E_H: Tensor, load_C_E: Tensor) -> Tensor:
     share_C_E = load_C_E / load_C_E.sum().clamp_min(torch.finfo(torch.float64).tiny)
     mean_H = torch.einsum("ceh,ce->h", centroid_C_E_H.double(), share_C_E).to(centroid_C_E_H.dtype)
     centred_C_E_H = centroid_C_E_H - mean_H
-    size = torch.maximum(centroid_C_E_H.abs().amax(dim=-1, keepdim=True), mean_H.abs().amax())
-    noise_C_E_1 = centred_C_E_H.abs().amax(dim=-1, keepdim=True) <= ROUNDING * size
+    noise_C_E_1 = _peak(centred_C_E_H) <= ROUNDING * torch.maximum(_peak(centroid_C_E_H), _peak(mean_H))
     return directions(centred_C_E_H.masked_fill(noise_C_E_1 | ~held_C_E_1, 0))
 
 

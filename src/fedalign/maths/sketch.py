@@ -14,6 +14,7 @@ signs of 32 rows of a column.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -54,30 +55,33 @@ class Sketch:
         tile = BITS * self.width
         tiles = max(1, CHUNK // tile)
         signed = torch.empty(tiles * BITS, self.width, dtype=dtype, device=flat.device)
-        sign = torch.empty(tiles, BITS, self.width, dtype=torch.int32, device=flat.device)
         for first in range(0, -(-len(flat) // tile), tiles):
             chunk = flat[first * tile : (first + tiles) * tile]
             rows = -(-len(chunk) // self.width)
             signed.view(-1)[: len(chunk)].copy_(chunk)
             signed.view(-1)[len(chunk) : rows * self.width].zero_()
-            signed.mul_(self._signs(first, sign))
-            sum_O_W.index_add_(0, self._offsets(first * BITS, rows, flat.device), signed[:rows])
-        return self._rotate(sum_O_W).sum(dim=0).to(full(flat[:0]).dtype)
+            sign, offset = _pattern(self.width, self.seed, first, -(-rows // BITS), flat.device)
+            sum_O_W.index_add_(0, offset[:rows], signed[:rows].mul_(sign[:rows]))
+        return sum_O_W.gather(1, _rotation(self.width, flat.device)).sum(dim=0).to(full(flat[:0]).dtype)
 
-    def _signs(self, first: int, out: Tensor) -> Tensor:
-        """±1, [rows, width], of the tiles from `first` on: bit 31 - k of a column's word is the sign of row k."""
-        tiles, device = len(out), out.device
-        word = words(first * self.width, tiles * self.width, self.seed, stream=0, device=device)
-        word = word.bitwise_xor_(0x8000_0000).sub_(0x8000_0000).to(torch.int32).view(tiles, 1, self.width)
-        shift = torch.arange(BITS, dtype=torch.int32, device=device).view(1, BITS, 1)
-        torch.bitwise_left_shift(word, shift, out=out).bitwise_and_(SIGN_BIT).bitwise_or_(ONE)
-        return out.view(torch.float32).view(-1, self.width)
 
-    def _offsets(self, first_row: int, rows: int, device: torch.device) -> Tensor:
-        """By how much each row is rotated, in [0, width)."""
-        return words(first_row, rows, self.seed, stream=1, device=device) % self.width
+@lru_cache(
+    maxsize=8
+)  # a round projects many tensors of one size: 8 MB save those of up to 2 million values the hashing
+def _pattern(width: int, seed: int, first: int, tiles: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Signs (±1, [rows, width]) and offsets ([rows]) of the rows of some tiles.
 
-    def _rotate(self, sum_O_W: Tensor) -> Tensor:
-        """Rotate row o by o places."""
-        place = torch.arange(self.width, device=sum_O_W.device)
-        return sum_O_W.gather(1, (place - place.unsqueeze(1)) % self.width)
+    Bit 31 - k of a column's word is the sign of row k of the tile.
+    """
+    word = words(first * width, tiles * width, seed, stream=0, device=device)
+    word = word.bitwise_xor_(0x8000_0000).sub_(0x8000_0000).to(torch.int32).view(tiles, 1, width)
+    shift = torch.arange(BITS, dtype=torch.int32, device=device).view(1, BITS, 1)
+    sign = torch.bitwise_left_shift(word, shift).bitwise_and_(SIGN_BIT).bitwise_or_(ONE).view(torch.float32)
+    return sign.view(-1, width), words(first * BITS, tiles * BITS, seed, stream=1, device=device) % width
+
+
+@lru_cache(maxsize=4)
+def _rotation(width: int, device: torch.device) -> Tensor:
+    """Where row o finds its values after it is rotated by o places, [width, width]."""
+    place = torch.arange(width, device=device)
+    return (place - place.unsqueeze(1)) % width
