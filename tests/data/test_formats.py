@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -274,7 +275,29 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
         load(str(tmp_path))
 
 
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: True)
+
+
+@pytest.mark.usefixtures("offline")
 def test_a_data_set_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"'nobody/nothing': neither a file, a folder nor a data set"):
         load("nobody/nothing")
+
+
+@pytest.mark.usefixtures("offline")
+def test_classes_of_a_hub_data_set_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    asked: list[tuple[object, ...]] = []
+
+    def load_dataset(*args: object, split: str) -> datasets.Dataset:
+        asked.append((*args, split))
+        return table
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert [e.answer for e in load("owner/name", subset="main", train_split="all")] == [" yes", " no"]
+    assert [e.answer for e in load("owner/name", labels=("nein", "ja"))] == [" ja", " nein"]
+    assert asked == [("owner/name", "main", "all"), ("owner/name", None, "train")]

@@ -370,20 +370,27 @@ READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
 def read_hub(source: str, data: DataConfig, split: Split) -> Iterator[Row]:
     """Rows of a data set on the Hugging Face hub; classes stored as numbers get their names."""
     import datasets  # noqa: PLC0415 - heavy, and only for the hub
+    import huggingface_hub  # noqa: PLC0415
 
     name = data.train_split if split == "train" else data.test_split
     try:
+        if not huggingface_hub.is_offline_mode():  # one short question, where load_dataset asks for half a minute
+            huggingface_hub.HfApi().dataset_info(source, timeout=10)
         table = datasets.load_dataset(source, data.subset, split=name)
     except Exception as error:  # the library raises dozens of kinds for what a user can mend
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"data.{split} = {source!r}: neither a file, a folder nor a data set that the hub gives "
-            f"(split {name!r}, subset {data.subset!r}): {reason} Check the spelling and the network."
+            f"(split {name!r}, subset {data.subset!r}): {reason} Check the spelling and the network; without "
+            "network, HF_HUB_OFFLINE=1 reads what was loaded before."
         ) from None
-    for column, feature in table.features.items():
-        if isinstance(feature, datasets.ClassLabel) and not (column == data.columns.label and data.labels):
-            table = table.cast_column(column, datasets.Value("int64"))
-            names = feature.names
-            table = table.map(lambda row, c=column, n=names: {c: n[row[c]] if row[c] is not None else None})
+    classes = {
+        column: feature.names
+        for column, feature in table.features.items()
+        if isinstance(feature, datasets.ClassLabel) and not (column == data.columns.label and data.labels)
+    }
     for number, values in enumerate(table, 1):
+        for column, names in classes.items():  # -1 stands for a label that is kept secret
+            code = values[column]
+            values[column] = names[code] if code is not None and code >= 0 else None
         yield Row(values, f"{source} ({name})", number)
