@@ -47,9 +47,8 @@ def old_weights() -> dict[ParameterGroup, Tensor]:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """600 values are more than one chunk of every precision's size, 300 more than one of the packed ones."""
+    """Both groups are then more than one chunk, and none a whole number of them."""
     monkeypatch.setattr(module, "CHUNK", 256)
-    monkeypatch.setattr(module, "DIRECT", 512)
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [("float32", 1e-6), ("bfloat16", 1e-6), ("int8", 1e-6)])
