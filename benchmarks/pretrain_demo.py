@@ -1,11 +1,12 @@
 """Pretrain the demo's base model from nothing and write the file that the package ships.
 
-    OMP_NUM_THREADS=1 python benchmarks/pretrain_demo.py            # about 15 minutes on one core
+    OMP_NUM_THREADS=1 python benchmarks/pretrain_demo.py     # 13 to 25 minutes on one core
 
 A small OLMoE (Muennighoff et al. 2024, arXiv 2409.02060) is trained as a language model on the training texts of
 the embedded data set: texts alone, separated by an end token; labels are not seen. The load-balancing loss of the
 Switch Transformer (arXiv 2101.03961) keeps all experts alive. Prints the machine, versions, seed, losses on unseen
-test texts and how tokens spread over experts.
+test texts and how tokens spread over experts. What is shipped: seed 0, 1,600 steps, 4.04 nats a token on test texts
+(log of the vocabulary: 8.32); each expert gets 9 to 18 % of its layer's tokens.
 """
 
 from __future__ import annotations

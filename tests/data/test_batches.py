@@ -113,7 +113,9 @@ def test_chat_refuses_a_template_that_rewrites_earlier_turns() -> None:
 
 
 def test_too_long_is_an_error_that_says_what_to_do() -> None:
-    with pytest.raises(UserError, match=r"example 2: 4 tokens, more than the limit of 3 .*drop, truncate"):
+    with pytest.raises(
+        UserError, match=r"example 2 \('the cup Label:'\.\.\.\): 4 tokens, more than the limit of 3 .*drop, truncate"
+    ):
         Encoder(tokenizer(), max_length=3).encode([Example("the", " cup", (" cup", " oil")), NEWS])
 
 

@@ -201,7 +201,7 @@ class Encoder:
         beside = len(head) + len(tail) + (0 if self.is_seq2seq else longest)
         length = max(len(prompt) + beside, longest if self.is_seq2seq else 0)
         if 0 < self.max_length < length:
-            if not self._may_cut(example, length):
+            if not self._may_cut(example, length, prompt or answer):
                 return None
             prompt = prompt[max(0, len(prompt) + beside - self.max_length) :]
             answer = answer[: self.max_length - (0 if self.is_seq2seq else len(head))]
@@ -210,10 +210,11 @@ class Encoder:
         start = len(head) + len(prompt)
         return Encoded(head + prompt + answer, [IGNORED] * start + answer, example, choice)
 
-    def _may_cut(self, example: int, length: int) -> bool:
+    def _may_cut(self, example: int, length: int, ids: list[int]) -> bool:
         if self.too_long == "error":
+            begins = " ".join(self.tokenizer.decode(ids[:12]).split())
             raise UserError(
-                f"example {example + 1}: {length} tokens, more than the limit of {self.max_length} "
+                f"example {example + 1} ({begins!r}...): {length} tokens, more than the limit of {self.max_length} "
                 "(data.max_length, or what the model allows). "
                 "Raise data.max_length, or set data.too_long to one of: drop, truncate."
             )
@@ -230,7 +231,7 @@ class Encoder:
             ids += piece
             labels += piece if is_answer else [IGNORED] * len(piece)
         if 0 < self.max_length < len(ids):
-            if not self._may_cut(index, len(ids)):
+            if not self._may_cut(index, len(ids), ids):
                 return None
             ids, labels = ids[-self.max_length :], labels[-self.max_length :]
         return Encoded(ids, labels, index)
