@@ -141,6 +141,7 @@ def test_arrival_order_does_not_matter(tmp_path: Path) -> None:
         ({"loss": float("nan")}, "loss is nan"),
         ({"loss": float("inf")}, "loss is inf"),
         ({"examples": 0}, "0 examples"),
+        ({"round": 7}, "of round 7, not 1"),
         ({"prob_L_E": torch.tensor([[float("nan"), 1.0]])}, "prob_L_E is not finite"),
         ({"norm_G": torch.full((5,), torch.inf)}, "norm_G is not finite"),
         ({"norm_G": torch.ones(3)}, "norm_G has shape"),
@@ -170,6 +171,15 @@ def test_a_nan_update_leaves_the_client_out(tmp_path: Path) -> None:
     state, _ = run(tmp_path, Scripted({"a": (30, 1.0), "bad": (10, 3.0)}, corrupt=poison))
     assert shared(state).tolist() == [1.0, 1.0]
     assert [failure["client"] for failure in state.history[-1]["failures"]] == ["bad"]
+
+
+def test_an_update_of_another_round_is_refused(tmp_path: Path) -> None:
+    late = Scripted(
+        {"a": (30, 1.0), "late": (10, 3.0)}, corrupt=lambda u: replace(u, round=9 if u.client == "late" else 1)
+    )
+    state, _ = run(tmp_path, late)
+    assert shared(state).tolist() == [1.0, 1.0]
+    assert state.history[-1]["failures"][0]["reason"] == "its update is of round 9, not 1"
 
 
 def test_a_client_lost_after_its_statistics_costs_accuracy_not_the_round(tmp_path: Path) -> None:

@@ -63,16 +63,18 @@ class Traffic:
 
 
 class CountingSum:
-    """An accumulator that counts what arrives before it passes it on."""
+    """An accumulator that counts what arrives, and passes on what is of this round."""
 
-    def __init__(self, inner: Accumulator, traffic: Traffic, arrived: Callable[[], None]) -> None:
-        self.inner, self.traffic, self.arrived = inner, traffic, arrived
+    def __init__(self, inner: Accumulator, round: int, traffic: Traffic, arrived: Callable[[], None]) -> None:
+        self.inner, self.round, self.traffic, self.arrived = inner, round, traffic, arrived
 
     def add(self, update: Update) -> Failure | None:
         """Count and pass on."""
         self.traffic.updates += update.nbytes
         self.traffic.up(update.client, update.nbytes)
         self.arrived()
+        if update.round != self.round:
+            return Failure(update.client, "update", f"its update is of round {update.round}, not {self.round}")
         return self.inner.add(update)
 
 
@@ -150,7 +152,7 @@ class Server:
             if isinstance(reply, Statistics):
                 traffic.statistics += reply.nbytes
                 traffic.up(reply.client, reply.nbytes)
-                problem = check_statistics(reply, self.layout)
+                problem = check_statistics(reply, self.layout, number)
                 if problem is None:
                     reports[reply.client] = reply
                 else:
@@ -173,7 +175,7 @@ class Server:
             done += 1
             self.observer.progress(number, "summing", done, len(requests))
 
-        failures = self.federation.collect(requests, CountingSum(total, traffic, arrived))
+        failures = self.federation.collect(requests, CountingSum(total, number, traffic, arrived))
         share = self.config.server.min_arrived
         return total.result(old, share), failures, len(total.unchanged(share))
 
@@ -220,8 +222,10 @@ def round_half_up(value: float) -> int:
     return math.floor(value + 0.5)
 
 
-def check_statistics(report: Statistics, layout: Layout) -> str | None:
+def check_statistics(report: Statistics, layout: Layout, round: int) -> str | None:
     """Why a report cannot be used, or None."""
+    if report.round != round:
+        return f"its statistics are of round {report.round}, not {round}"
     if report.examples <= 0:
         return f"it reports {report.examples} examples"
     if not math.isfinite(report.loss):
