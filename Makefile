@@ -34,7 +34,7 @@ check: ## what `make test` checks, in the environment that is there
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
-	@$(BIN)/pytest
+	@OMP_NUM_THREADS=1 $(BIN)/pytest
 
 format: ## rewrite the sources as `check` wants them
 	@$(BIN)/ruff format .

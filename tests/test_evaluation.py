@@ -28,7 +28,7 @@ def nll(model: MoEModel, encoder: Encoder, prompt: str, answer: str) -> list[flo
     ids = [encoder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer)]
     with torch.no_grad():
         logits = model.model(torch.tensor([ids[0] + ids[1]])).logits[0, len(ids[0]) - 1 : -1]
-    return (-logits.log_softmax(-1).gather(1, torch.tensor(ids[1])[:, None])).flatten().tolist()
+    return [float(x) for x in -logits.log_softmax(-1).gather(1, torch.tensor(ids[1])[:, None])]
 
 
 def choose(prompts: list[str], choices: list[tuple[str, ...]], right: list[int]) -> list[Example]:

@@ -152,6 +152,7 @@ class Plan:
     clients: tuple[str, ...]
     weight_C_G: Tensor  # float32, non-negative; a column sums to 1, or to 0 if nobody's update is wanted
     clip_C_G: Tensor | None = None  # float32 in [0, 1]; None: no clipping
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what the algorithm has to say about the round
 
     def requests(self, round: int, layout: Layout) -> list[Request]:
         """What to ask of each client: its groups of nonzero weight that train anything."""
@@ -210,7 +211,7 @@ class LayerRouting:
     """One router's forward pass over the non-padding tokens of a batch."""
 
     logits_T_E: Tensor  # float32, differentiable
-    topk_T_K: Tensor  # int64: the experts each token was sent to
+    topk_T_K: Tensor  # int64: the experts the router chose for each token, those with no room left included
     scoring: Scoring
 
 

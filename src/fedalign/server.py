@@ -302,6 +302,7 @@ def describe_plan(plan: Plan, layout: Layout, traffic: Traffic, skipped: int) ->
     size_G = torch.tensor([layout.sizes[group] for group in layout.groups], dtype=torch.float64)
     asked = float((plan.weight_C_G > 0).double() @ size_G @ torch.ones(len(plan.clients), dtype=torch.float64))
     return {
+        **plan.metrics,
         "uploaded_share": asked / (float(size_G.sum()) * len(plan.clients)),
         "groups_unchanged": skipped,
         "bytes_up": traffic.statistics + traffic.updates,

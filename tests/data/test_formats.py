@@ -301,3 +301,11 @@ def test_classes_of_a_hub_data_set_have_names(monkeypatch: pytest.MonkeyPatch) -
     assert [e.answer for e in load("owner/name", subset="main", train_split="all")] == [" yes", " no"]
     assert [e.answer for e in load("owner/name", labels=("nein", "ja"))] == [" ja", " nein"]
     assert asked == [("owner/name", "main", "all"), ("owner/name", None, "train")]
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_hub_data_set_without_a_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda *_: ["train"])
+    assert load_examples("owner/name", DataConfig(train="owner/name"), "test", 0) == []
+    with pytest.raises(UserError, match="owner/name"):  # asked for by name it must be there
+        load_examples("owner/name", DataConfig(test="owner/name"), "test", 0)

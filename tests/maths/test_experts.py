@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from fedalign.maths.experts import (
     Consensus,
     adaptive_threshold,
+    bimodality,
     direction_consensus,
     expert_weights,
     semantic_similarity,
@@ -172,3 +173,17 @@ def test_weights_sum_to_one_follow_permutations_and_skip_who_does_not_hold(
     assert (straight[~held] == 0).all()
     assert (straight >= 0).all()
     assert_close(weights(order), straight[order], atol=1e-5, rtol=0)
+
+
+def test_bimodality_tells_two_roles_from_one() -> None:
+    apart = torch.tensor([[0.9, 0.9, -0.9, -0.9]])  # the sides of four clients: two agree with each other, two likewise
+    two_roles_C_C = (apart.T * apart).sign() * 0.9
+    torch.manual_seed(0)
+    one_role_C_C = 0.5 + 0.1 * torch.randn(40, 40)
+    everyone = torch.ones(4, 1, dtype=torch.bool)
+    # two pairs at +0.9, four at -0.9: mean -0.3, moments 0.72, 0.432, 0.7776; (0.5 + 1) / 1.5 = 1
+    assert bimodality(two_roles_C_C[None], everyone).tolist() == pytest.approx([1.0], abs=1e-5)
+    assert float(bimodality(one_role_C_C[None], torch.ones(40, 1, dtype=torch.bool))) < 5 / 9
+    three = torch.tensor([[True], [True], [True], [False]])
+    assert bimodality(two_roles_C_C[None], three).tolist() == [0.0]
+    assert bimodality(torch.full((1, 4, 4), 0.3), everyone).tolist() == [0.0]

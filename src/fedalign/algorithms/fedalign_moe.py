@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedalign.algorithms.fedavg import FedAvg, data_share
-from fedalign.maths.experts import Consensus, centred_directions, cosines, directions, expert_weights
+from fedalign.maths.experts import Consensus, bimodality, centred_directions, cosines, directions, expert_weights
 from fedalign.maths.routing import (
     Form,
     Granularity,
@@ -35,6 +35,7 @@ from fedalign.maths.routing import (
 from fedalign.protocol import LayerRouting, Layout, Plan, State, Statistics, Step
 
 TARGET = "target_L_E"
+TWO_ROLES = 5 / 9  # bimodality of a uniform distribution
 PAIRS = 1 << 20  # entries of one [E, C, C] table at a time: 4 MB stay in cache
 
 
@@ -89,14 +90,14 @@ class FedAlignMoE(FedAvg):
         if old_L_E is not None:
             new_L_E = torch.lerp(new_L_E, target_L_E, self.target_momentum)
 
-        weight_C_G = layout.table(
-            share_C,
-            gate_C_L_E if self.gate == "rows" else average_C_L_E,
-            self._expert_weights(reports, held_C_L_E) if self.experts == "semantic" else average_C_L_E,
-        )
+        expert_C_L_E, two_roles = average_C_L_E, 0
+        if self.experts == "semantic":
+            expert_C_L_E, two_roles = self._expert_weights(reports, held_C_L_E)
+        weight_C_G = layout.table(share_C, gate_C_L_E if self.gate == "rows" else average_C_L_E, expert_C_L_E)
         clip_C_G = self._clip(reports, layout, held_C_L_E) if self.experts == "semantic" else None
         clients = tuple(report.client for report in reports)
-        return Plan(clients, weight_C_G, clip_C_G), {**state, TARGET: new_L_E}
+        metrics = {"experts_in_two_roles": two_roles} if self.experts == "semantic" else {}
+        return Plan(clients, weight_C_G, clip_C_G, metrics), {**state, TARGET: new_L_E}
 
     def penalty(self, step: Step) -> Tensor | None:
         """λ · L_reg, the mean over layers; None in round 1, when there is no target yet."""
@@ -126,22 +127,28 @@ class FedAlignMoE(FedAvg):
             score_C_L_E = score_C_L_E * data_share(reports)[:, None, None]
         return cap_weights(consistency_weights(score_C_L_E, held_C_L_E), self.max_weight, held_C_L_E)
 
-    def _expert_weights(self, reports: Sequence[Statistics], held_C_L_E: Tensor) -> Tensor:
-        """b, [C, L, E], a layer and a few experts at a time: memory does not grow with their number."""
+    def _expert_weights(self, reports: Sequence[Statistics], held_C_L_E: Tensor) -> tuple[Tensor, int]:
+        """b, [C, L, E], a layer and a few experts at a time: memory does not grow with their number.
+
+        Beside it, of how many experts the similarity is bimodal: same-index averaging leaves a minority out there.
+        """
         load_C_L_E = torch.stack([report.load_L_E.float() for report in reports])
         examples_C_1_1 = torch.tensor([report.examples for report in reports])[:, None, None]
         size_C_L_E = examples_C_1_1 * load_C_L_E / load_C_L_E.sum(dim=-1, keepdim=True).clamp_min(1)
         weight_C_L_E = torch.empty_like(load_C_L_E)
         clients, layers, experts = load_C_L_E.shape
         some = max(1, PAIRS // clients**2)
+        two_roles = 0
         for layer in range(layers):
             centroid_C_E_D = torch.stack([r.centroid_L_E_D[layer].float() * r.centroid_scale_L[layer] for r in reports])
             centroid_C_E_D = centred_directions(centroid_C_E_D, load_C_L_E[:, layer])
             update_C_E_S = directions(torch.stack([report.update_L_E_S[layer] for report in reports]))
             for first in range(0, experts, some):
                 part = slice(first, first + some)
+                similarity_E_C_C = cosines(centroid_C_E_D[:, part])
+                two_roles += int((bimodality(similarity_E_C_C, held_C_L_E[:, layer, part]) > TWO_ROLES).sum())
                 weight_C_L_E[:, layer, part] = expert_weights(
-                    cosines(centroid_C_E_D[:, part]),
+                    similarity_E_C_C,
                     cosines(update_C_E_S[:, part]),
                     size_C_L_E[:, layer, part],
                     held_C_L_E[:, layer, part],
@@ -149,7 +156,7 @@ class FedAlignMoE(FedAvg):
                     self.consensus,
                     self.min_agreement,
                 )
-        return weight_C_L_E
+        return weight_C_L_E, two_roles
 
     def _clip(self, reports: Sequence[Statistics], layout: Layout, held_C_L_E: Tensor) -> Tensor | None:
         """Factors that hold an expert of few holders to the median update norm of its layer's held experts."""

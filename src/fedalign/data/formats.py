@@ -376,6 +376,9 @@ def read_hub(source: str, data: DataConfig, split: Split) -> Iterator[Row]:
     try:
         if not huggingface_hub.is_offline_mode():  # one short question, where load_dataset asks for half a minute
             huggingface_hub.HfApi().dataset_info(source, timeout=10)
+        unnamed_test = split == "test" and source != data.test
+        if unnamed_test and name not in datasets.get_dataset_split_names(source, data.subset):
+            return  # as with files: a source without a test split has an empty one
         table = datasets.load_dataset(source, data.subset, split=name)
     except Exception as error:  # the library raises dozens of kinds for what a user can mend
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -117,6 +117,30 @@ def _quadratic(table_E_C_C: Tensor, vector_E_C_1: Tensor) -> Tensor:
     return (vector_E_C_1 * torch.bmm(table_E_C_C, vector_E_C_1)).sum(dim=(1, 2))
 
 
+def bimodality(similarity_E_C_C: Tensor, held_C_E: Tensor) -> Tensor:
+    """Sarle's bimodality coefficient of S over the pairs of holders: (skewness² + 1) / kurtosis, in [0, 1] [O].
+
+    Above 5/9, that of a uniform distribution, the holders likely use the expert in two roles: averages serve neither.
+
+    Returns:
+        coefficient_E; 0 with fewer than four holders, or if all pairs are alike.
+    """
+    similarity_E_C_C = full(similarity_E_C_C)
+    held_E_C = held_C_E.bool().T
+    pair_E_C_C = (held_E_C.unsqueeze(2) & held_E_C.unsqueeze(1)).triu_(1)
+    pairs_E = pair_E_C_C.sum(dim=(1, 2)).clamp_min(1)
+    mean_E = similarity_E_C_C.masked_fill(~pair_E_C_C, 0).sum(dim=(1, 2)) / pairs_E
+    deviation_E_C_C = (similarity_E_C_C - mean_E[:, None, None]).masked_fill_(~pair_E_C_C, 0)
+    square_E_C_C = deviation_E_C_C.square()
+    second_E = square_E_C_C.sum(dim=(1, 2)) / pairs_E
+    third_E = deviation_E_C_C.mul_(square_E_C_C).sum(dim=(1, 2)) / pairs_E
+    fourth_E = square_E_C_C.square_().sum(dim=(1, 2)) / pairs_E
+    usable_E = (held_E_C.sum(dim=1) >= 4) & (second_E > ROUNDING**2)
+    second_E = second_E.where(usable_E, torch.ones_like(second_E))
+    skewness_E, kurtosis_E = third_E / second_E**1.5, fourth_E / second_E**2
+    return torch.where(usable_E, (skewness_E**2 + 1) / kurtosis_E.clamp_min(1), torch.zeros_like(second_E))
+
+
 def expert_weights(
     similarity_E_C_C: Tensor,
     direction_E_C_C: Tensor,
