@@ -35,6 +35,12 @@ def choose(prompts: list[str], choices: list[tuple[str, ...]], right: list[int])
     return [Example(p, c[r], choices=c) for p, c, r in zip(prompts, choices, right, strict=True)]
 
 
+def prepare(examples: list[Example], encoder: Encoder) -> TestSet:
+    tests = TestSet.prepare(examples, encoder)
+    assert tests is not None
+    return tests
+
+
 PROMPTS = ["the dog runs", "rain falls in town", "bread", "a cat sleeps near here"]
 
 
@@ -45,7 +51,7 @@ def test_one_token_choices_and_long_ones_are_scored_alike(model: MoEModel, encod
     for examples in (letters, words):
         scores = [[sum(nll(model, encoder, e.prompt, c)) for c in e.choices] for e in examples]
         right = [e.choices.index(e.answer) for e in examples]
-        got = evaluate(model, TestSet.prepare(examples, encoder), CONFIG, encoder.tokenizer, "me")
+        got = evaluate(model, prepare(examples, encoder), CONFIG, encoder.tokenizer, "me")
         assert got.client == "me"
         assert got.examples == 4
         assert got.accuracy == sum(s.index(min(s)) == r for s, r in zip(scores, right, strict=True)) / 4
@@ -55,7 +61,7 @@ def test_one_token_choices_and_long_ones_are_scored_alike(model: MoEModel, encod
 
 def test_examples_may_have_different_numbers_of_choices(model: MoEModel, encoder: Encoder) -> None:
     examples = choose(PROMPTS[:2], [("a", "b"), ("a", "b", "c")], [1, 2])
-    got = evaluate(model, TestSet.prepare(examples, encoder), CONFIG, encoder.tokenizer, None)
+    got = evaluate(model, prepare(examples, encoder), CONFIG, encoder.tokenizer, None)
     best = [
         min(range(len(e.choices)), key=lambda i: sum(nll(model, encoder, e.prompt, e.choices[i]))) for e in examples
     ]
@@ -64,7 +70,7 @@ def test_examples_may_have_different_numbers_of_choices(model: MoEModel, encoder
 
 def test_length_normalised_scores_are_means(model: MoEModel, encoder: Encoder) -> None:
     examples = choose(PROMPTS, [("a", "the weather in the north every day")] * 4, [1] * 4)
-    tests = TestSet.prepare(examples, encoder)
+    tests = prepare(examples, encoder)
     summed = evaluate(model, tests, CONFIG, encoder.tokenizer, None)
     mean = evaluate(model, tests, EvaluationConfig(length_normalise=True), encoder.tokenizer, None)
     losses = [[nll(model, encoder, e.prompt, c) for c in e.choices] for e in examples]
@@ -73,7 +79,7 @@ def test_length_normalised_scores_are_means(model: MoEModel, encoder: Encoder) -
 
 
 def test_scores_do_not_depend_on_batches(model: MoEModel, encoder: Encoder) -> None:
-    tests = TestSet.prepare(choose(PROMPTS, [("animals", "food")] * 4, [0, 1, 0, 1]), encoder)
+    tests = prepare(choose(PROMPTS, [("animals", "food")] * 4, [0, 1, 0, 1]), encoder)
     one = evaluate(model, tests, EvaluationConfig(batch_tokens=1), encoder.tokenizer, None)
     all_ = evaluate(model, tests, CONFIG, encoder.tokenizer, None)
     assert one.accuracy == all_.accuracy
@@ -83,8 +89,10 @@ def test_scores_do_not_depend_on_batches(model: MoEModel, encoder: Encoder) -> N
 def test_examples_that_are_too_long_are_left_out_of_both_counts(model: MoEModel, olmoe: Path) -> None:
     encoder = Encoder(load_tokenizer(olmoe), 24, too_long="drop")
     examples = choose([PROMPTS[0], "long " * 40], [("a", "b")] * 2, [0, 1])
-    assert len(TestSet.prepare(examples, encoder)) == 1
-    assert evaluate(model, TestSet.prepare(examples, encoder), CONFIG, encoder.tokenizer, None).examples == 1
+    assert len(prepare(examples, encoder)) == 1
+    assert TestSet.prepare(examples[1:], encoder) is None
+    assert TestSet.prepare([], encoder) is None
+    assert evaluate(model, prepare(examples, encoder), CONFIG, encoder.tokenizer, None).examples == 1
 
 
 def test_exact_match_continues_the_prompt_greedily(model: MoEModel, encoder: Encoder) -> None:
@@ -96,9 +104,9 @@ def test_exact_match_continues_the_prompt_greedily(model: MoEModel, encoder: Enc
     said = encoder.tokenizer.decode(ids[0, -3:], skip_special_tokens=True)
     config = EvaluationConfig(generate=True, max_new_tokens=3)
     for answer, expected in ((said, 1.0), ("nothing of the kind", 0.0)):
-        tests = TestSet.prepare([Example(prompt, answer)], encoder)
+        tests = prepare([Example(prompt, answer)], encoder)
         assert evaluate(model, tests, config, encoder.tokenizer, None).accuracy == expected
-    without = evaluate(model, TestSet.prepare([Example(prompt, "x")], encoder), CONFIG, encoder.tokenizer, None)
+    without = evaluate(model, prepare([Example(prompt, "x")], encoder), CONFIG, encoder.tokenizer, None)
     assert without.accuracy is None
 
 
@@ -107,7 +115,7 @@ def test_an_encoder_decoder_model_is_scored_by_its_decoder(model_folder: Callabl
     switch = MoEModel.load(folder)
     encoder = Encoder(load_tokenizer(folder), 64, is_seq2seq=True, decoder_start=0)
     (example,) = choose(["the dog runs"], [("animals", "food")], [0])
-    got = evaluate(switch, TestSet.prepare([example], encoder), CONFIG, encoder.tokenizer, None)
+    got = evaluate(switch, prepare([example], encoder), CONFIG, encoder.tokenizer, None)
     ids = [encoder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("the dog runs", "animals")]
     answer = torch.tensor([[*ids[1], encoder.tokenizer.eos_token_id]])
     with torch.no_grad():

@@ -182,6 +182,32 @@ def test_a_checkpoint_of_another_configuration_is_refused(settings: list[str], t
         resume(out)
 
 
+def test_a_checkpoint_of_other_data_is_refused(settings: list[str], tmp_path: Path, texts: Path, olmoe: Path) -> None:
+    data = tmp_path / "train.jsonl"
+    every = (texts / "train.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join(every))
+    start(tmp_path / "run", settings, f"data.train={data}", "run.rounds=1")
+    data.write_text("".join(every[:-5]))
+    with pytest.raises(UserError, match="another data"):
+        resume(tmp_path / "run", "run.rounds=2")
+
+
+def test_odd_client_names_stay_inside_the_run(settings: list[str], tmp_path: Path) -> None:
+    rows = [{"text": f"word {i}", "label": "ab"[i % 2], "client": ["../up", "a/b", "."][i % 3]} for i in range(60)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = [f"data.train={data}", f"data.test={data}", "clients.partition=natural", "run.rounds=1"]
+    summary = start(tmp_path / "runs" / "odd", settings, *more)
+    assert set(summary["client_accuracies"]) == {"../up", "a/b", "."}
+    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "runs"}
+    assert len(list((tmp_path / "runs" / "odd" / "clients").iterdir())) == 3
+
+
+def test_a_client_whose_examples_are_all_dropped_is_named(settings: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"client 'client-00': all of its examples are longer than 4 tokens"):
+        start(tmp_path / "run", settings, "data.max_length=4", "data.too_long=drop")
+
+
 @pytest.mark.parametrize("algorithm", ["fedavg", "fedprox"])
 def test_other_algorithms_run_too(settings: list[str], tmp_path: Path, algorithm: str) -> None:
     summary = start(tmp_path / algorithm, settings, f"algorithm.name={algorithm}")

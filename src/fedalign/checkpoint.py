@@ -6,6 +6,7 @@ one, never half of either. The last two rounds stay.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -140,6 +142,16 @@ class Checkpoints:
                     f"checkpoint {str(folder)!r}: made with another {name} ({identity.get(name)}, this one is {mine}). "
                     f"Resume with the run's own config.toml, or start anew with another --out."
                 )
+
+
+def folder_name(client: str) -> str:
+    """A folder for any client id: one path component, the same for no two ids.
+
+    >>> folder_name("client-00"), folder_name("../ward 3")
+    ('client-00', '%2E.%2Fward%203')
+    """
+    name = quote(client, safe="").replace(".", "%2E", 1) if client.startswith(".") else quote(client, safe="")
+    return name if len(name) <= 100 else f"{name[:60]}-{hashlib.sha256(client.encode()).hexdigest()[:16]}"
 
 
 class ClientMemory:

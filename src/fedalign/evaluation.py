@@ -35,13 +35,22 @@ class TestSet:
     answers: Sequence[str] = ()  # and what it should be
 
     @classmethod
-    def prepare(cls, examples: Sequence[Example], encoder: Encoder) -> TestSet:
-        """Encode right answers and, where there are any, all choices."""
-        if not examples[0].choices:
-            encoded = encoder.encode(examples)
-            kept = [examples[one.example] for one in encoded]  # too long ones may have been dropped
-            answers = [_last_answer(example).strip() for example in kept]
-            return cls(encoded, prompts=encoder.encode_prompts(kept), answers=answers)
+    def prepare(cls, examples: Sequence[Example], encoder: Encoder) -> TestSet | None:
+        """Encode right answers and, where there are any, all choices; None if nothing is left to score."""
+        tests = (
+            cls._with_choices(examples, encoder) if any(e.choices for e in examples) else cls._free(examples, encoder)
+        )
+        return tests if len(tests) else None
+
+    @classmethod
+    def _free(cls, examples: Sequence[Example], encoder: Encoder) -> TestSet:
+        encoded = encoder.encode(examples)
+        kept = [examples[one.example] for one in encoded]  # too long ones may have been dropped
+        answers = [_last_answer(example).strip() for example in kept]
+        return cls(encoded, prompts=encoder.encode_prompts(kept), answers=answers)
+
+    @classmethod
+    def _with_choices(cls, examples: Sequence[Example], encoder: Encoder) -> TestSet:
         groups = [list(group) for _, group in itertools.groupby(encoder.encode_choices(examples), lambda e: e.example)]
         kept = [examples[group[0].example] for group in groups]
         right = [example.choices.index(example.answer) for example in kept]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fedalign.checkpoint import Checkpoints, ClientMemory, ServerState
+from fedalign.checkpoint import Checkpoints, ClientMemory, ServerState, folder_name
 from fedalign.client import ClientData, Trainer, derive_seed, make_autocast
 from fedalign.config import Config, load_config
 from fedalign.data.batches import Encoder, batches, load_tokenizer
@@ -100,12 +100,18 @@ def prepare(config: Config, client_folder: Path) -> Prepared:
         name: ClientData(
             name=name,
             train=encoder.encode(_pick(train, kept)),
-            held_out=TestSet.prepare(_pick(train, held), encoder) if held else None,
-            memory=ClientMemory(client_folder / name),
+            held_out=TestSet.prepare(_pick(train, held), encoder),
+            memory=ClientMemory(client_folder / folder_name(name)),
         )
         for name, (kept, held) in splits.items()
     }
-    return Prepared(config, moe, tokenizer, clients, TestSet.prepare(test, encoder) if test else None)
+    for client in clients.values():
+        if not client.train:
+            raise UserError(
+                f"client {client.name!r}: all of its examples are longer than {encoder.max_length} tokens and dropped. "
+                f'Raise data.max_length, or set data.too_long = "truncate".'
+            )
+    return Prepared(config, moe, tokenizer, clients, TestSet.prepare(test, encoder))
 
 
 def model_path(name: str) -> str:
@@ -150,14 +156,18 @@ def pick_length(config: Config, moe: MoEModel) -> int:
     return asked or allowed or 0
 
 
-def identity(config: Config, moe: MoEModel) -> dict[str, str]:
+def identity(prepared: Prepared) -> dict[str, str]:
     """Fingerprints that a checkpoint must share with what resumes it."""
-    tables = config.model_dump(mode="json")
+    tables = prepared.config.model_dump(mode="json")
     for key in RESUMABLE:
         section, name = key.split(".")
         del tables[section][name]
-    digest = hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()[:16]
-    return {"model": moe.fingerprint(), "configuration": digest}
+    held = {name: [len(c.train), sum(e.tokens for e in c.train)] for name, c in prepared.clients.items()}
+    return {"model": prepared.moe.fingerprint()[:16], "configuration": _digest(tables), "data": _digest(held)}
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def resumed_config(out: Path, overrides: Sequence[str]) -> Config:
@@ -181,7 +191,7 @@ def resumed_config(out: Path, overrides: Sequence[str]) -> Config:
 def execute(prepared: Prepared, folder: RunFolder, watch: Observer) -> dict[str, Any]:
     """Run all rounds that `folder` does not hold yet, write the results, return the summary."""
     config = prepared.config
-    checkpoints = Checkpoints(folder.checkpoint, identity(config, prepared.moe))
+    checkpoints = Checkpoints(folder.checkpoint, identity(prepared))
     state = checkpoints.load() or ServerState(0, {g: w.cpu() for g, w in prepared.moe.read().items()}, {}, ())
     recorder = Recorder(folder, config, prepared.save_model, state)
     server = Server(
