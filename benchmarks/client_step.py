@@ -37,13 +37,15 @@ MODELS: dict[str, Callable[[], Any]] = {
     "small": lambda: OlmoeForCausalLM(
         OlmoeConfig(
             vocab_size=8192,
-            hidden_size=512,
-            intermediate_size=512,
-            num_hidden_layers=6,
+            hidden_size=256,
+            intermediate_size=256,
+            num_hidden_layers=4,
             num_attention_heads=8,
             num_experts=16,
             num_experts_per_tok=4,
             max_position_embeddings=512,
+            pad_token_id=0,
+            eos_token_id=1,
         )
     ),
 }
@@ -93,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=[*MODELS, "both"], default="both")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--examples", type=int, default=256)
+    parser.add_argument("--examples", type=int, default=96)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
