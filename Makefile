@@ -25,7 +25,7 @@ $(VENV)/.tools: $(VENV)/.package
 venv: $(VENV)/.tools ## the virtual environment, with everything
 
 demo: $(VENV)/.package ## ten clients, one small MoE, FedAlign-MoE: a few minutes
-	@$(BIN)/fedalign run examples/demo.toml --out runs/demo --overwrite
+	@$(BIN)/fedalign run demo --out runs/demo --overwrite
 
 test: $(VENV)/.tools check ## set up, then format, lint, types, import contracts and tests
 

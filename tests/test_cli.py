@@ -1,6 +1,7 @@
 """The command line: what a user sees, and what bad input gets: one message, exit code 2, nothing written."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,8 @@ def fedalign(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
 
 
 def sets(settings: list[str], *more: str) -> list[str]:
-    return [word for setting in (*settings, *more) for word in ("--set", setting)]
+    """An empty configuration and all that is set."""
+    return [os.devnull, *(word for setting in (*settings, *more) for word in ("--set", setting))]
 
 
 def test_help_has_examples(fedalign: Command) -> None:
@@ -55,6 +57,7 @@ def test_a_run_tells_how_it_goes_and_where_the_results_lie(
     assert [line.split("|")[0].strip() for line in text.splitlines() if line.startswith("round ")] == [
         f"round {number}" for number in range(4)
     ]
+    refused(fedalign("run"), "no configuration", "demo")
     for word in ("accuracy", "worst client", "routing divergence", "sent up", "time left", str(out)):
         assert word in text
     assert "it/s" not in errors  # no progress bars of other libraries

@@ -7,6 +7,7 @@ from pydantic import BaseModel
 from fedalign.algorithms import ALGORITHMS
 from fedalign.algorithms.fedalign_moe import FedAlignMoE
 from fedalign.config import AlgorithmConfig, Config, load_config, parse_config
+from fedalign.demo import DEMO
 from fedalign.errors import UserError
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -30,7 +31,7 @@ def flat(tables: dict[str, object], prefix: str = "") -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [DEMO, *sorted(EXAMPLES.glob("*.toml"))], ids=lambda path: path.stem)
 def test_every_example_loads(path: Path) -> None:
     load_config(path)
 

@@ -140,7 +140,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 
 def test_a_killed_process_resumes_to_the_same_bytes(finished: Path, settings: list[str], tmp_path: Path) -> None:
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "fedalign", "run", "--out", str(out)]
+    command = [sys.executable, "-m", "fedalign", "run", os.devnull, "--out", str(out)]
     for setting in settings:
         command += ["--set", setting]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}

@@ -36,15 +36,15 @@ err = Console(stderr=True, highlight=False)
 RUN_EXAMPLES = """
 [bold]Examples[/bold]
 
-  fedalign run                                             the embedded data and model, a few minutes
+  fedalign run demo                   the embedded data and model, a few minutes
 
-  fedalign run my.toml --out runs/a                        your data, your model
+  fedalign run my.toml --out runs/a   your data, your model
 
-  fedalign run my.toml --set training.learning_rate=2e-5 --set algorithm.name=fedavg
+  fedalign run my.toml --set training.learning_rate=2e-5 --set run.seed=1
 
-  fedalign run my.toml --dry-run                           what it would take, without training
+  fedalign run my.toml --dry-run      what it would take, without training
 
-  fedalign run --resume runs/a                             after a crash or Ctrl-C
+  fedalign run --resume runs/a        after a crash or Ctrl-C
 """
 
 
@@ -57,9 +57,7 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command(epilog=RUN_EXAMPLES)
 def run(
-    config: Annotated[
-        Path | None, typer.Argument(help="TOML file; none: the embedded demo.", show_default=False)
-    ] = None,
+    config: Annotated[Path | None, typer.Argument(help='TOML file, or "demo".', show_default=False)] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key; may be repeated.")
     ] = None,
@@ -75,6 +73,7 @@ def run(
     """Fine-tune one MoE model across clients that keep their data."""
     from fedalign import run as runs  # torch and transformers load only when something is run
     from fedalign.config import load_config
+    from fedalign.demo import DEMO
     from fedalign.moe.model import quiet
     from fedalign.results import RunFolder
 
@@ -85,8 +84,10 @@ def run(
             raise UserError("--resume: takes the run's folder alone. Leave out CONFIG, --out, --overwrite, --dry-run.")
         settings, folder = runs.resumed_config(resume, overrides), RunFolder(resume)
     else:
-        settings = load_config(config, overrides)
-        name = f"{config.stem if config else 'demo'}-{settings.algorithm.name}-{settings.run.seed}"
+        if config is None:
+            raise UserError('fedalign run: no configuration. Give a TOML file, the word "demo", or --resume DIR.')
+        settings = load_config(DEMO if config == Path("demo") and not config.exists() else config, overrides)
+        name = f"{config.stem}-{settings.algorithm.name}-{settings.run.seed}"
         folder = RunFolder(out_ or Path("runs") / name)
         if not dry_run:
             folder.check_free(overwrite)

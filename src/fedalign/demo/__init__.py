@@ -14,6 +14,7 @@ from pathlib import Path
 from fedalign.data.cache import cache_folder
 
 SHIPPED = Path(__file__).parent / "model"
+DEMO = Path(__file__).parent / "demo.toml"  # the configuration behind `fedalign run demo`
 
 
 def model_folder() -> Path:
