@@ -230,6 +230,30 @@ def test_accumulated_batches_are_one_large_batch(tmp_path: Path) -> None:
     assert torch.allclose(updates[0][SHARED], updates[1][SHARED], atol=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_schedules_end_at_zero_within_the_round(tmp_path: Path, schedule: str) -> None:
+    step = trainer("olmoe", f"training.schedule={schedule}", "training.epochs=2", "training.warmup_steps=2")
+    fit = LocalFit(step, client(tmp_path), broadcast(step.moe), {})
+    rates: list[float] = []
+    fit.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    fit.run()
+    assert len(rates) == fit.steps == 10
+    assert rates[0] == 0.0
+    assert max(rates) == rates[2] == 1e-2
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert fit.optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_balancing_loss_spreads_tokens_over_experts(tmp_path: Path) -> None:
+    spread = {}
+    for coefficient in (0.0, 1.0):
+        step = trainer(
+            "olmoe", f"training.balance_coefficient={coefficient}", "training.epochs=4", "algorithm.name=fedavg"
+        )
+        spread[coefficient] = float(step.train(client(tmp_path / str(coefficient)), broadcast(step.moe)).prob_L_E.std())
+    assert spread[1.0] < 0.7 * spread[0.0]
+
+
 def test_a_kept_optimizer_changes_the_next_round(tmp_path: Path) -> None:
     norms = {}
     for keep in ("true", "false"):
