@@ -187,3 +187,20 @@ def test_bimodality_tells_two_roles_from_one() -> None:
     three = torch.tensor([[True], [True], [True], [False]])
     assert bimodality(two_roles_C_C[None], three).tolist() == [0.0]
     assert bimodality(torch.full((1, 4, 4), 0.3), everyone).tolist() == [0.0]
+
+
+def test_a_client_with_nearly_all_data_leaves_the_others_their_weight() -> None:
+    similarity = symmetric(1.0, 1.0, 1.0)
+    size = tensor([[1e7], [1.0], [3.0]])
+    weight = expert_weights(similarity, symmetric(0.0, 0.0, 0.0), size, torch.ones(3, 1, dtype=torch.bool))
+    assert_close(weight, size / size.sum())  # all agree by half, so weights are those of the data
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.float32, torch.float64])
+def test_arguments_may_differ_in_precision(dtype: torch.dtype) -> None:
+    held = torch.ones(3, 1, dtype=torch.bool)
+    size = tensor([[1], [2], [1]])
+    exact = expert_weights(symmetric(0.5, 0.5, 0.5), symmetric(0.0, 0.5, 0.0), size.float(), held)
+    mixed = expert_weights(symmetric(0.5, 0.5, 0.5).double(), symmetric(0.0, 0.5, 0.0), size.to(dtype), held)
+    assert mixed.dtype == torch.float64
+    assert_close(mixed.float(), exact)

@@ -16,6 +16,7 @@ is passed. Half precision is computed in float32, float64 stays float64. Axes: s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -166,9 +167,10 @@ def expert_weights(
         proportion to size alone (uniform over holders if that is 0 too).
     """
     held_C_E = held_C_E.bool()
-    size_C_E = full(size_C_E).masked_fill(~held_C_E, 0)
+    similarity_E_C_C, direction_E_C_C, size_C_E = _alike(similarity_E_C_C, direction_E_C_C, size_C_E)
+    size_C_E = size_C_E.masked_fill(~held_C_E, 0)
     size_C_E = size_C_E / size_C_E.amax(dim=0).clamp_min(torch.finfo(size_C_E.dtype).tiny)
-    agreement_C_E = _agreement(full(similarity_E_C_C), full(direction_E_C_C), size_C_E, held_C_E, beta, consensus)
+    agreement_C_E = _agreement(similarity_E_C_C, direction_E_C_C, size_C_E, held_C_E, beta, consensus)
     bar_E = agreement_C_E.amax(dim=0) * (min_agreement - ROUNDING)
     backed_C_E = (size_C_E * agreement_C_E).masked_fill(agreement_C_E < bar_E, 0)
     return _first_positive(backed_C_E, size_C_E, held_C_E.to(size_C_E.dtype))
@@ -184,9 +186,16 @@ def _agreement(
     gated_E_C_C.diagonal(dim1=1, dim2=2).zero_()
     size_E_C = size_C_E.T.contiguous()
     agreeing_C_E = torch.bmm(gated_E_C_C, size_E_C.unsqueeze(2)).squeeze(2).T
-    others_C_E = size_C_E.sum(dim=0) - size_C_E
+    # in double: beside a client that holds nearly all data, float32 would lose the others to rounding
+    others_C_E = (size_C_E.double().sum(dim=0) - size_C_E.double()).to(size_C_E.dtype)
     share_C_E = agreeing_C_E / others_C_E.where(others_C_E > 0, torch.ones_like(others_C_E))
     return share_C_E.masked_fill(~held_C_E, 0)
+
+
+def _alike(*tensors: Tensor) -> Iterator[Tensor]:
+    """The tensors in the most precise of their types, float32 at least."""
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return (tensor.to(wide) for tensor in tensors)
 
 
 def _first_positive(*candidates_C_E: Tensor) -> Tensor:
