@@ -62,7 +62,8 @@ def run(
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key; may be repeated.")
     ] = None,
     out_: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Where results go. [default: runs/NAME-ALGORITHM-SEED]")
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Where results go; without it: runs/NAME-ALGORITHM-SEED."),
     ] = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="DIR", help="Go on after the last complete round of that run.")
