@@ -15,6 +15,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,7 +69,7 @@ class Batch:
         end = self.labels_B_S.new_full((self.examples, 1), IGNORED)
         return torch.cat([self.labels_B_S[:, 1:], end], dim=1)
 
-    @property
+    @cached_property
     def answer_tokens(self) -> int:
         """Number of positions with a loss."""
         return int((self.targets_B_S != IGNORED).sum())
