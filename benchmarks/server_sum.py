@@ -3,7 +3,8 @@
 GB/s counts the bytes of the updates as they travel, once: a 500 MB update that is summed in 0.05 s makes 10 GB/s, and
 so does a 500 MB tensor copied in 0.05 s. The sum moves more than the copy for each of those bytes: it reads the update
 twice (all of a group is checked before any of it is added), reads the sum and writes it (16 bytes a float32 value; a
-copy moves 8). Both run alternately; the ratio is taken pair by pair.
+copy moves 8). `add` is the bare `sum.add_(update)` without any check. All three run alternately; ratios are to the
+copy, taken pair by pair.
 
 All clients send the same few buffers, so that peak memory measures the sum and not the data. Each number of clients has
 a process of its own: a process never forgets its peak.
@@ -57,14 +58,17 @@ def measure(args: argparse.Namespace, clients: int) -> str:
     source = torch.ones(nbytes // 4)
     copy = source.clone()
     total = StreamingSum(layout, plan, {n: payloads[c % 2][1] for c, n in enumerate(names)}, args.dtype)
-    sums, copies = [], []
+    sums, copies, adds = [], [], []
     for c, name in enumerate(names):
         start = time.perf_counter()
         failure = total.add(Update(name, 1, payloads[c % 2][0]))
         middle = time.perf_counter()
         copy.copy_(source)
         sums.append(nbytes / 1e9 / (middle - start))
-        copies.append(nbytes / 1e9 / (time.perf_counter() - middle))
+        end = time.perf_counter()
+        copy.add_(source, alpha=0.5)
+        adds.append(nbytes / 1e9 / (time.perf_counter() - end))
+        copies.append(nbytes / 1e9 / (end - middle))
         if failure is not None:
             raise SystemExit(str(failure))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
@@ -75,11 +79,12 @@ def measure(args: argparse.Namespace, clients: int) -> str:
         raise SystemExit("the sum is wrong")
     # the first update meets a sum that has no memory yet: it stays out of the median, and is in the whole
     ratios = sorted(s / c for s, c in zip(sums[1:], copies[1:], strict=True))
+    bare = stats.median(a / c for a, c in zip(adds[1:], copies[1:], strict=True))
     spread = f"{ratios[len(ratios) // 10]:.2f}-{ratios[-1 - len(ratios) // 10]:.2f}"
+    overall = nbytes * clients / 1e9 / sum(nbytes / 1e9 / s for s in sums)
     return (
         f"{clients:>7}{nbytes / 1e6:>11.0f}{stats.median(sums[1:]):>10.1f}{stats.median(copies[1:]):>11.1f}"
-        f"{stats.median(ratios):>8.2f}{spread:>13}{nbytes * clients / 1e9 / sum(nbytes / 1e9 / s for s in sums):>13.1f}"
-        f"{peak / 2**20:>10,.0f} MiB"
+        f"{stats.median(ratios):>8.2f}{spread:>13}{bare:>7.2f}{overall:>13.1f}{peak / 2**20:>10,.0f} MiB"
     )
 
 
@@ -100,7 +105,9 @@ def main() -> None:
         return
     print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, seed {args.seed}")
     print(f"{args.megabytes} MB float32 model, {args.layers} layers x {args.experts} experts, sent as {args.dtype}")
-    print("clients  MB/client  sum GB/s  copy GB/s   ratio  p10-p90   overall GB/s   peak memory of the process")
+    print(
+        "clients  MB/client  sum GB/s  copy GB/s   ratio   p10-p90    add   overall GB/s   peak memory of the process"
+    )
     for clients in args.clients:
         subprocess.run([sys.executable, *sys.argv, "--row", "--clients", str(clients)], check=True)
 
