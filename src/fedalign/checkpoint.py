@@ -70,13 +70,8 @@ def _forget(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def group_key(group: ParameterGroup) -> str:
-    """A group's name in a file."""
-    return str(group)
-
-
 def parse_group(key: str) -> ParameterGroup:
-    """The inverse of `group_key`.
+    """The group of a name in a file, which is its `str`.
 
     >>> parse_group("expert[3,5]")
     ParameterGroup(kind='expert', layer=3, expert=5)
@@ -108,7 +103,7 @@ class Checkpoints:
     def save(self, state: ServerState) -> None:
         """Write the state after a complete round."""
         with replacing(self.folder / f"round-{state.round:05d}") as folder:
-            save_file({group_key(g): w.contiguous() for g, w in state.weights.items()}, folder / "weights.safetensors")
+            save_file({str(g): w.contiguous() for g, w in state.weights.items()}, folder / "weights.safetensors")
             save_file({name: t.contiguous() for name, t in state.algorithm.items()}, folder / "algorithm.safetensors")
             about = {"round": state.round, "identity": self.identity, "history": state.history}
             (folder / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
@@ -164,9 +159,9 @@ class ClientMemory:
         """Keep a round's update in wire precision, and the state that the client's next round starts from."""
         arrays: dict[str, Tensor] = {}
         for group, packed in update.items():
-            arrays[group_key(group)] = packed.values
+            arrays[str(group)] = packed.values
             if packed.scale is not None:
-                arrays[f"{group_key(group)}.scale"] = packed.scale
+                arrays[f"{group}.scale"] = packed.scale
         with replacing(self.folder / f"round-{round:05d}") as folder:
             save_file(arrays, folder / "update.safetensors")
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "state.safetensors")
@@ -180,7 +175,7 @@ class ClientMemory:
             def read(name: str) -> Any:
                 return file.get_tensor(name) if name in names else None
 
-            return {group: Packed(read(group_key(group)), read(f"{group_key(group)}.scale")) for group in groups}
+            return {group: Packed(read(str(group)), read(f"{group}.scale")) for group in groups}
 
     def before(self, round: int) -> dict[str, Tensor]:
         """The state of the latest round before `round`; empty for a client that has not taken part yet."""

@@ -147,10 +147,8 @@ class Trainer:
         """Read the asked groups of the kept update from disk; the model is not needed."""
         return Update(client.name, request.round, client.memory.update(request.round, request.groups))
 
-    def evaluate(self, client: ClientData, broadcast: Broadcast | None = None) -> Evaluation | None:
-        """Score the client's own held-out part, on the broadcast weights or on those the model holds."""
-        if broadcast is not None:
-            self.moe.write(unpack_weights(broadcast.weights))
+    def evaluate(self, client: ClientData) -> Evaluation | None:
+        """Score the client's own held-out part on the weights that the model holds; None without one."""
         if client.held_out is None:
             return None
         return evaluate(self.moe, client.held_out, self.config.evaluation, self.tokenizer, client.name)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from fedalign.checkpoint import ServerState
 from fedalign.protocol import Metrics
+from fedalign.server import accuracy_of, loss_of
 
 ROWS = 25  # of the live table; older rounds are in metrics.jsonl
 
@@ -77,12 +78,11 @@ COLUMNS = ("round", "accuracy", "worst client", "loss", "routing divergence", "s
 def row(history: Sequence[Metrics], index: int, time_left: str) -> tuple[str, ...]:
     """The cells of one round, in the order of `COLUMNS`."""
     line = history[index]
-    accuracy = line.get("accuracy", line.get("client_accuracy_mean"))
-    loss = line.get("loss_nats", line.get("client_loss_mean_nats"))
+    loss = loss_of(line)
     sent = sum(past.get("bytes_up", 0) for past in history[: index + 1])
     return (
         str(line["round"]),
-        percent(accuracy),
+        percent(accuracy_of(line)),
         percent(line.get("client_accuracy_worst")),
         "-" if loss is None else f"{loss:.3f}",
         f"{line['routing_divergence_nats']:.4f}" if "routing_divergence_nats" in line else "-",

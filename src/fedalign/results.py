@@ -13,6 +13,7 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fedalign.checkpoint import ServerState, replacing, write_text
 from fedalign.config import Config
 from fedalign.errors import UserError
 from fedalign.protocol import Metrics, Weights
+from fedalign.server import accuracy_of, loss_of, merit
 
 SaveModel = Callable[[Weights, Path], None]
 
@@ -112,21 +114,20 @@ class Recorder:
 
 def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
     """The run in one flat record. Accuracies are shares in [0, 1], losses nats per answer token."""
-    scored = [line for line in history if "loss_nats" in line or "client_loss_mean_nats" in line]
-    first, last = scored[0], scored[-1]
-    accuracy = "accuracy" if "accuracy" in first else "client_accuracy_mean"
-    best = max((line for line in scored), key=lambda line: line.get(accuracy, -_loss(line)))
+    scored = [(score, line) for line in history if (score := merit(line)) is not None]
+    first, last = scored[0][1], scored[-1][1]
+    best = max(scored, key=itemgetter(0))[1]
     return {
         "algorithm": config.algorithm.name,
         "seed": config.run.seed,
         "rounds": history[-1]["round"],
-        "initial_accuracy": first.get(accuracy),
-        "final_accuracy": last.get(accuracy),
-        "best_accuracy": best.get(accuracy),
+        "initial_accuracy": accuracy_of(first),
+        "final_accuracy": accuracy_of(last),
+        "best_accuracy": accuracy_of(best),
         "best_round": best["round"],
-        "accuracy_of": "global test set" if accuracy == "accuracy" else "clients' held-out parts, mean",
-        "initial_loss": _loss(first),
-        "final_loss": _loss(last),
+        "accuracy_of": "global test set" if "loss_nats" in first else "clients' held-out parts, mean",
+        "initial_loss": loss_of(first),
+        "final_loss": loss_of(last),
         "client_accuracies": last.get("client_accuracies", {}),
         "bytes_up": sum(line.get("bytes_up", 0) for line in history),
         "bytes_down": sum(line.get("bytes_down", 0) for line in history),
@@ -140,10 +141,6 @@ def versions() -> dict[str, str]:
     """What the numbers were made with."""
     packages = ("fedalign-moe", "torch", "transformers", "tokenizers", "safetensors", "flwr-datasets", "numpy")
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
-
-
-def _loss(line: Mapping[str, Any]) -> float:
-    return float(line.get("loss_nats", line.get("client_loss_mean_nats", float("inf"))))
 
 
 def _scalars(line: Metrics) -> list[tuple[str, float]]:

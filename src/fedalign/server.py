@@ -11,7 +11,7 @@ import statistics as stats
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -242,13 +242,22 @@ def check_statistics(report: Statistics, layout: Layout, round: int) -> str | No
     return None
 
 
-def merit(metrics: Mapping[str, object]) -> float | None:
-    """What "best" means: global accuracy, else mean client accuracy, else minus the loss."""
-    for name, sign in (("accuracy", 1), ("client_accuracy_mean", 1), ("loss_nats", -1), ("client_loss_mean_nats", -1)):
-        value = metrics.get(name)
-        if isinstance(value, float):
-            return sign * value
-    return None
+def accuracy_of(metrics: Mapping[str, Any]) -> float | None:
+    """The accuracy that a round is known by: the global one, else the clients' mean."""
+    accuracy: float | None = metrics.get("accuracy", metrics.get("client_accuracy_mean"))
+    return accuracy
+
+
+def loss_of(metrics: Mapping[str, Any]) -> float | None:
+    """The loss that a round is known by, nats: the global one, else the clients' mean."""
+    loss: float | None = metrics.get("loss_nats", metrics.get("client_loss_mean_nats"))
+    return loss
+
+
+def merit(metrics: Mapping[str, Any]) -> float | None:
+    """What "best" means: accuracy, where there is none minus the loss; None for a round without evaluation."""
+    accuracy, loss = accuracy_of(metrics), loss_of(metrics)
+    return accuracy if accuracy is not None or loss is None else -loss
 
 
 def describe_scores(overall: Evaluation | None, scores: Sequence[Evaluation]) -> Metrics:

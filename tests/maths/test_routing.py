@@ -14,7 +14,6 @@ from torch.testing import assert_close
 from fedalign.maths.routing import (
     Form,
     Granularity,
-    Scoring,
     alignment_strength,
     cap_weights,
     consistency,
@@ -24,6 +23,7 @@ from fedalign.maths.routing import (
     router_log_prob,
     routing_penalty,
 )
+from fedalign.protocol import Scoring
 
 few = settings(deadline=None, max_examples=40)
 

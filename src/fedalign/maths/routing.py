@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedalign.protocol import Scoring
+
 Overlap = Literal["product", "relative"]
 Granularity = Literal["token", "batch"]
 Form = Literal["kl", "bregman"]
-Scoring = Literal["softmax", "sigmoid"]
 
 TARGET_FLOOR = 1e-8  # an expert the target gave up keeps a finite logarithm
 
