@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedalign.checkpoint import Checkpoints, ClientMemory, ServerState, parse_group, replacing
+from fedalign.checkpoint import Checkpoints, ClientMemory, ServerState, replacing
 from fedalign.errors import UserError
-from fedalign.protocol import SHARED, Packed, ParameterGroup
+from fedalign.messages import parse_group
+from fedalign.protocol import SHARED, Packed, ParameterGroup, Request
 
 EXPERT = ParameterGroup("expert", 1, 2)
 IDENTITY = {"model": "m", "configuration": "c"}
@@ -74,11 +75,11 @@ def test_a_client_hands_over_only_what_is_asked(tmp_path: Path) -> None:
     memory = ClientMemory(tmp_path)
     int8 = Packed(torch.tensor([1, -2], dtype=torch.int8), torch.tensor([0.5]))
     memory.keep(3, {SHARED: Packed(torch.ones(2)), EXPERT: int8}, {"prob_L_E": torch.ones(1)})
-    update = memory.update(3, [EXPERT])
+    update = memory.hand_over("a", Request("a", 3, (EXPERT,))).groups
     assert list(update) == [EXPERT]
     assert update[EXPERT].values.tolist() == [1, -2]
     assert update[EXPERT].scale is not None
-    assert memory.update(3, [SHARED])[SHARED].scale is None
+    assert memory.hand_over("a", Request("a", 3, (SHARED,))).groups[SHARED].scale is None
 
 
 def test_a_repeated_round_starts_from_the_round_before_it(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fedalign.checkpoint import ClientMemory
-from fedalign.client import ClientData, LocalFit, Trainer, TrainingFailedError, grouped, make_autocast
+from fedalign.client import ClientData, LocalFit, Trainer, grouped, make_autocast
 from fedalign.config import Config, load_config
 from fedalign.data.batches import Encoded, batches
+from fedalign.errors import TrainingFailedError
 from fedalign.forward import answer_logits
 from fedalign.maths.sketch import Sketch
 from fedalign.moe.model import MoEModel
@@ -70,7 +71,7 @@ def test_a_round_of_one_client(family: str, tmp_path: Path) -> None:
     assert statistics.loss > 0
     assert torch.allclose(statistics.prob_L_E.sum(1), torch.ones(layout.layers), atol=1e-5)
     after = moe.read()
-    update = step.hand_over(data, Request("c", 1, layout.groups))
+    update = data.memory.hand_over("c", Request("c", 1, layout.groups))
     for index, group in enumerate(layout.groups):
         moved = after[group] - start[group]
         assert torch.equal(statistics.norm_G[index], unpack(update.groups[group]).norm())
@@ -89,7 +90,7 @@ def test_softmax_rows_are_centred_and_sigmoid_rows_are_not(family: str, tmp_path
     start = step.moe.read()
     step.train(data, broadcast(step.moe))
     after = step.moe.read()
-    update = step.hand_over(data, Request("c", 1, layout.groups))
+    update = data.memory.hand_over("c", Request("c", 1, layout.groups))
     for layer in range(layout.layers):
         rows = [ParameterGroup("gate", layer, expert) for expert in range(layout.experts)]
         sent = torch.stack([unpack(update.groups[row]) for row in rows])
@@ -104,7 +105,7 @@ def test_fedavg_leaves_rows_as_trained(tmp_path: Path) -> None:
     data, start = client(tmp_path), step.moe.read()
     step.train(data, broadcast(step.moe))
     row = ParameterGroup("gate", 1, 2)
-    update = step.hand_over(data, Request("c", 1, (row,)))
+    update = data.memory.hand_over("c", Request("c", 1, (row,)))
     assert torch.equal(unpack(update.groups[row]), step.moe.read()[row] - start[row])
 
 
@@ -226,7 +227,7 @@ def test_accumulated_batches_are_one_large_batch(tmp_path: Path) -> None:
         step.config = step.config.model_copy(update={"training": options})
         data = replace(client(tmp_path / str(size)), train=examples(8))
         step.train(data, broadcast(step.moe))
-        updates.append({SHARED: unpack(step.hand_over(data, Request("c", 1, (SHARED,))).groups[SHARED])})
+        updates.append({SHARED: unpack(data.memory.hand_over("c", Request("c", 1, (SHARED,))).groups[SHARED])})
     assert torch.allclose(updates[0][SHARED], updates[1][SHARED], atol=1e-6)
 
 

@@ -15,9 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedalign.checkpoint import ServerState
-from fedalign.client import ClientData, Trainer, TrainingFailedError
+from fedalign.client import ClientData, Trainer
 from fedalign.config import load_config
-from fedalign.errors import UserError
+from fedalign.errors import TrainingFailedError, UserError
 from fedalign.protocol import Broadcast, Statistics
 from fedalign.results import RunFolder
 from fedalign.run import Prepared, estimate, execute, prepare, resumed_config
@@ -221,7 +221,7 @@ def test_wire_precision_saves_bytes_and_still_learns(
 ) -> None:
     summary = start(tmp_path / dtype, settings, f"wire.dtype={dtype}", "algorithm.name=fedavg")
     lines = metrics(tmp_path / dtype)
-    moe = prepare(load_config(None, settings), tmp_path / "c").moe
+    moe = prepare(load_config(None, settings), tmp_path / "c").bench.moe
     exact = 3 * 4 * sum(moe.layout.sizes.values())
     assert (lines[1]["bytes_up"] - lines[1]["bytes_up_statistics"]) / exact == pytest.approx(share, rel=0.01)
     assert summary["final_loss"] < summary["initial_loss"]
@@ -297,9 +297,9 @@ def test_an_encoder_decoder_model_runs(settings: list[str], tmp_path: Path, mode
 
 def test_the_estimate_agrees_with_the_run(finished: Path, settings: list[str], tmp_path: Path) -> None:
     prepared: Prepared = prepare(load_config(None, settings), tmp_path)
-    before = {group: value.clone() for group, value in prepared.moe.read().items()}
+    before = {group: value.clone() for group, value in prepared.bench.moe.read().items()}
     expected = estimate(prepared)
-    assert all(torch.equal(before[group], value) for group, value in prepared.moe.read().items())
+    assert all(torch.equal(before[group], value) for group, value in prepared.bench.moe.read().items())
     line = metrics(finished)[1]
     assert expected.bytes_statistics_a_client == pytest.approx(line["bytes_up_statistics"] / 3, rel=0.01)
     assert line["bytes_up"] <= expected.bytes_up_a_round_at_most

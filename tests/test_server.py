@@ -57,6 +57,7 @@ class Scripted:
     corrupt: Callable[[Update], Update] = lambda update: update
     lost: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
+    noticed: list[Failure] = field(default_factory=list)
 
     def members(self) -> Sequence[str]:
         return list(self.moves)
@@ -82,7 +83,10 @@ class Scripted:
 
     def evaluate(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Evaluation | Failure]:
         for client in clients:
-            yield Evaluation(client, 10, 0.5, float(broadcast.weights[SHARED].values[0]) / 10)
+            yield Evaluation(client, 10, 0.5, min(1.0, float(broadcast.weights[SHARED].values[0]) / 10))
+
+    def faults(self) -> list[Failure]:
+        return self.noticed
 
 
 class Log:
@@ -99,7 +103,7 @@ class Log:
 def run(
     tmp_path: Path, federation: Scripted, *overrides: str, state: ServerState | None = None
 ) -> tuple[ServerState, Log]:
-    config: Config = load_config(None, ["run.rounds=1", *overrides])
+    config: Config = load_config(None, ["run.rounds=1", "statistics.centroid_width=4", "statistics.update_width=4", *overrides])
     log = Log()
     server = Server(
         federation, FedAvg(), LAYOUT, config, Checkpoints(tmp_path, {}), lambda w: Evaluation(None, 5, 1.0, 0.5), log

@@ -10,19 +10,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedalign.errors import UserError
-from fedalign.protocol import SHARED, Metrics, Packed, ParameterGroup, State, Weights
+from fedalign.errors import TrainingFailedError, UserError
+from fedalign.messages import parse_group
+from fedalign.protocol import Metrics, Packed, ParameterGroup, Request, State, Update, Weights
 
 KEPT_ROUNDS = 2
 
@@ -68,19 +68,6 @@ def _rounds(folder: Path) -> list[tuple[int, Path]]:
 def _forget(folder: Path) -> None:
     for _, path in _rounds(folder)[:-KEPT_ROUNDS]:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def parse_group(key: str) -> ParameterGroup:
-    """The group of a name in a file, which is its `str`.
-
-    >>> parse_group("expert[3,5]")
-    ParameterGroup(kind='expert', layer=3, expert=5)
-    """
-    if key == SHARED.kind:
-        return SHARED
-    kind, _, cell = key.rstrip("]").partition("[")
-    layer, expert = cell.split(",")
-    return ParameterGroup("gate" if kind == "gate" else "expert", int(layer), int(expert))
 
 
 @dataclass(frozen=True)
@@ -167,15 +154,26 @@ class ClientMemory:
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "state.safetensors")
         _forget(self.folder)
 
-    def update(self, round: int, groups: Sequence[ParameterGroup]) -> dict[ParameterGroup, Packed]:
-        """Read the asked groups of a kept update; nothing else is loaded."""
-        with safe_open(self.folder / f"round-{round:05d}" / "update.safetensors", framework="pt") as file:
+    def hand_over(self, client: str, request: Request) -> Update:
+        """Read the asked groups of a kept update; nothing else is loaded, no model is needed.
+
+        Raises:
+            TrainingFailedError: It keeps no such update.
+        """
+        path = self.folder / f"round-{request.round:05d}" / "update.safetensors"
+        if not path.exists():
+            raise TrainingFailedError(f"it keeps no update of round {request.round}")
+        with safe_open(path, framework="pt") as file:
             names = set(file.keys())
+            lacking = [str(group) for group in request.groups if str(group) not in names]
+            if lacking:
+                raise TrainingFailedError(f"its update of round {request.round} has no {lacking[0]}")
 
-            def read(name: str) -> Any:
-                return file.get_tensor(name) if name in names else None
+            def read(group: ParameterGroup) -> Packed:
+                scale = f"{group}.scale"
+                return Packed(file.get_tensor(str(group)), file.get_tensor(scale) if scale in names else None)
 
-            return {group: Packed(read(str(group)), read(f"{group}.scale")) for group in groups}
+            return Update(client, request.round, {group: read(group) for group in request.groups})
 
     def before(self, round: int) -> dict[str, Tensor]:
         """The state of the latest round before `round`; empty for a client that has not taken part yet."""

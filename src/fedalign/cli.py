@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,8 @@ from fedalign import __version__
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
+    from fedalign.config import Config
+    from fedalign.live import LiveTable
     from fedalign.moe.model import Description
     from fedalign.results import RunFolder
     from fedalign.run import Estimate, Prepared
@@ -70,6 +72,14 @@ def run(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that --out holds.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run would take; train nothing.")] = False,
+    insecure_anywhere: Annotated[
+        bool,
+        typer.Option(
+            "--insecure-anywhere",
+            help="Reach a SuperLink on another machine without TLS. Whoever is on the way can then read and change "
+            "weights, statistics and the code that sites run.",
+        ),
+    ] = False,
 ) -> None:
     """Fine-tune one MoE model across clients that keep their data."""
     from fedalign import run as runs  # torch and transformers load only when something is run
@@ -92,6 +102,9 @@ def run(
         folder = RunFolder(out_ or Path("runs") / name)
         if not dry_run:
             folder.check_free(overwrite)
+    if settings.federation.engine != "in_process" and not dry_run:
+        _run_on_flower(settings, folder, fresh=resume is None, insecure_anywhere=insecure_anywhere)
+        return
     with out.status("Loading the model and the data ..."):
         prepared = runs.prepare(settings, folder.clients)
     _print_headline(prepared)
@@ -105,13 +118,34 @@ def run(
     _execute(prepared, folder)
 
 
+def _run_on_flower(settings: Config, folder: RunFolder, *, fresh: bool, insecure_anywhere: bool) -> None:
+    from fedalign.federation.flower import launch
+
+    options = settings.federation
+    launch.require_flower(options.engine)
+    reached = f"simulated on this machine in {options.workers} processes"
+    if options.engine == "flower":
+        launch.check_plaintext(options.superlink, options.root_certificates, insecure_anywhere)
+        reached = f"SuperLink {options.superlink}, at least {options.min_sites} sites"
+    if fresh:
+        folder.begin(settings)
+    _say(f"{settings.algorithm.name}: sites behind Flower, {reached}")
+    _watched(folder, settings, lambda table: launch.run(settings, folder, table))
+
+
 def _execute(prepared: Prepared, folder: RunFolder) -> None:
-    from fedalign.live import LiveTable
     from fedalign.run import execute
 
+    _watched(folder, prepared.config, lambda table: execute(prepared, folder, table))
+
+
+def _watched(folder: RunFolder, settings: Config, rounds: Callable[[LiveTable], dict[str, Any]]) -> None:
+    """Go round with the live table, then say how it went."""
+    from fedalign.live import LiveTable
+
     try:
-        with LiveTable(out, prepared.config.run.rounds) as table:
-            summary = execute(prepared, folder, table)
+        with LiveTable(out, settings.run.rounds) as table:
+            summary = rounds(table)
     except KeyboardInterrupt:
         _say(f"\nInterrupted. Complete rounds are kept; go on with: fedalign run --resume {folder.path}")
         raise typer.Exit(130) from None
@@ -126,7 +160,7 @@ def inspect(
 ) -> None:
     """What a model's MoE layers are: router, experts, K, shared experts, parameter groups and sizes."""
     from fedalign.moe.model import quiet
-    from fedalign.run import load_model
+    from fedalign.workbench import load_model
 
     quiet()
     with out.status("Loading the model ..."):
@@ -160,7 +194,7 @@ def _folded(paths: Sequence[str]) -> str:
 
 
 def _print_headline(prepared: Prepared) -> None:
-    moe, config = prepared.moe, prepared.config
+    moe, config = prepared.bench.moe, prepared.config
     examples = [len(client.train) for client in prepared.clients.values()]
     parameters = sum(p.numel() for p in moe.model.parameters())
     _say(

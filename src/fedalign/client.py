@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import get_scheduler
 from fedalign.checkpoint import ClientMemory
 from fedalign.config import Config, TrainingConfig
 from fedalign.data.batches import Batch, Encoded, batches
+from fedalign.errors import TrainingFailedError
 from fedalign.evaluation import TestSet, evaluate
 from fedalign.forward import answer_logits
 from fedalign.maths.sketch import Sketch
@@ -32,19 +33,13 @@ from fedalign.protocol import (
     Algorithm,
     Broadcast,
     Evaluation,
-    Packed,
+    Hello,
     ParameterGroup,
-    Request,
     Statistics,
     Step,
-    Update,
     Weights,
 )
-from fedalign.wire import pack, unpack
-
-
-class TrainingFailedError(Exception):
-    """This client has nothing usable to report this round; the message says why."""
+from fedalign.wire import pack, unpack_weights
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,15 @@ class ClientData:
     train: Sequence[Encoded]
     held_out: TestSet | None
     memory: ClientMemory
+
+
+@dataclass(frozen=True)
+class OpenClient:
+    """One client, loaded and ready for rounds."""
+
+    trainer: Trainer
+    data: ClientData
+    hello: Callable[[], Hello]
 
 
 def derive_seed(*parts: object) -> int:
@@ -142,10 +146,6 @@ class Trainer:
             norm_G=norm_G,
             metrics={"train_seconds": seconds, "steps": float(fit.steps)},
         )
-
-    def hand_over(self, client: ClientData, request: Request) -> Update:
-        """Read the asked groups of the kept update from disk; the model is not needed."""
-        return Update(client.name, request.round, client.memory.update(request.round, request.groups))
 
     def evaluate(self, client: ClientData) -> Evaluation | None:
         """Score the client's own held-out part on the weights that the model holds; None without one."""
@@ -276,11 +276,6 @@ def sketched(vectors: Sequence[Tensor] | Tensor, width: int, seed: int) -> Tenso
     """The sketch of each vector: [number of vectors, width], on the CPU."""
     sketch = Sketch(width, seed)
     return torch.stack([sketch.project(vector) for vector in vectors]).cpu()
-
-
-def unpack_weights(weights: Mapping[ParameterGroup, Packed]) -> Weights:
-    """Wire precision to float32, group by group."""
-    return {group: unpack(packed) for group, packed in weights.items()}
 
 
 def grouped(items: Iterator[Batch], size: int) -> Iterator[list[Batch]]:

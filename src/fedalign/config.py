@@ -46,6 +46,7 @@ class ModelConfig(Section):
     path: str = "demo"
     revision: str | None = None
     trust_remote_code: bool = False
+    weights_hash: str | None = None  # `fedalign doctor` prints it; given: other weights are refused
 
 
 class Columns(Section):
@@ -144,6 +145,7 @@ class ServerConfig(Section):
 
     min_arrived: Share = 0.5  # share of a group's planned weight that must arrive for it to change
     min_clients: Positive = 1  # fewer usable replies than this end the run
+    max_norm_ratio: Annotated[float, Field(ge=0)] = 100.0  # longer than so many median updates: left out; 0: no limit
 
 
 class EvaluationConfig(Section):
@@ -158,9 +160,22 @@ class EvaluationConfig(Section):
 
 
 class FederationConfig(Section):
-    """`[federation]`: the engine that reaches the clients."""
+    """`[federation]`: the engine that reaches the clients, and what it does about clients that fail.
 
-    engine: Literal["in_process"] = "in_process"
+    All but `engine` is for the Flower engines: "flower" is a deployment of sites that keep their own data, "simulation"
+    Flower's own engine for many clients on one machine.
+    """
+
+    engine: Literal["in_process", "flower", "simulation"] = "in_process"
+    superlink: str = "127.0.0.1:8000"  # where the SuperLink listens
+    root_certificates: str | None = None  # PEM file that its certificate is checked with; None: no TLS, loopback only
+    min_sites: Positive = 2  # connected sites without which no round begins
+    wait_seconds: Positive = 600  # for them to connect, then the run stops
+    timeout_seconds: Positive = 3600  # of one stage: training, handing over an update, evaluating
+    late: Literal["ask_again", "leave_out"] = "ask_again"  # leave_out: until the late reply is there
+    max_missed: Count = 3  # rounds in a row that a site may miss before it is left out for good; 0: any number
+    in_flight: Positive = 4  # updates asked for at a time
+    workers: Positive = 1  # simulation: processes that train side by side
 
 
 class TrackingConfig(Section):
@@ -219,7 +234,12 @@ def parse_config(tables: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(tables)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(problem) for problem in error.errors())) from None
+        raise UserError("\n".join(explain(problem) for problem in error.errors())) from None
+
+
+def read_config(text: str) -> Config:
+    """The inverse of `Config.to_toml`."""
+    return parse_config(tomllib.loads(text))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -252,14 +272,16 @@ def _place(tables: dict[str, Any], keys: list[str], value: Any, override: str) -
     tables[keys[-1]] = value
 
 
-def _explain(problem: ErrorDetails) -> str:
-    """One pydantic error as `key = value: rule. Choices.`."""
+def explain(problem: ErrorDetails, root: type[BaseModel] = Config) -> str:
+    """One pydantic error of a `root` as `key = value: rule. Choices.`."""
     location, value = [str(part) for part in problem["loc"]], problem["input"]
     if problem["type"] == "value_error" and "error" in problem.get("ctx", {}):
         return str(problem["ctx"]["error"])  # our own message, whole
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        return str(unknown("key" if len(location) > 1 else "section", key, _known(location[:-1])))
+        return str(unknown("key" if len(location) > 1 else "section", key, _known(location[:-1], root)))
+    if problem["type"] == "missing":
+        return f"{key}: missing. Give it a value."
     shown = json.dumps(value, default=str)
     if problem["type"] == "literal_error":
         return str(unknown(key, value, _choices(problem["ctx"]["expected"])))
@@ -270,10 +292,9 @@ def _choices(expected: str) -> list[str]:
     return [part.strip("'") for part in expected.replace(" or ", ", ").split(", ")]
 
 
-def _known(location: Iterable[str]) -> list[str]:
+def _known(location: Iterable[str], root: type[BaseModel]) -> list[str]:
     """The keys of a section, written in full."""
-    section: type[BaseModel] = Config
-    prefix = ""
+    section, prefix = root, ""
     for name in location:
         annotation = section.model_fields[name].annotation
         assert isinstance(annotation, type)

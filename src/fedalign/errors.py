@@ -10,6 +10,14 @@ class UserError(Exception):
     """Something the user can mend. The command line prints the message and exits with code 2, no traceback."""
 
 
+class TrainingFailedError(Exception):
+    """A client has nothing usable to report this round; the message says why and quotes none of its data."""
+
+
+class DataError(Exception):
+    """A client's data cannot be used; the message may quote it and stays at home."""
+
+
 def unknown(what: str, value: object, choices: Iterable[str]) -> UserError:
     """An error for a value outside a closed set.
 

@@ -4,10 +4,16 @@ A round is *plan, then sum*::
 
     broadcast -> local training -> statistics -> PLAN (a table of weights) -> updates -> SUM -> new model
 
+    client -> server   Hello       once: versions and hashes that must agree before a client may take part
+    client -> server   Start       once, from one client: the weights that the first round starts from
     server -> client   Broadcast   weights (in wire precision) and the algorithm's state
     client -> server   Statistics  about 1 MB of sums over tokens; never a token, never text
     server -> client   Request     the parameter groups whose planned weight is not zero
     client -> server   Update      those groups' updates (in wire precision)
+    server -> client   Broadcast   the new weights, to be scored on the client's held-out part
+    client -> server   Evaluation  loss and accuracy there, and the number of examples
+
+Start travels only where the server holds no model; in one process, neither Hello nor Start does.
 
 Axis legend, used in names everywhere (``prob_L_E`` has shape [L, E]):
 
@@ -25,6 +31,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+PROTOCOL = 1  # of these messages; sites that speak another are refused
 
 Kind = Literal["shared", "gate", "expert"]
 Scoring = Literal["softmax", "sigmoid"]
@@ -91,6 +99,32 @@ class Packed:
     def nbytes(self) -> int:
         """Bytes on the wire."""
         return self.values.nbytes + (self.scale.nbytes if self.scale is not None else 0)
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Client to server, before it may take part: what must agree. Hashes are 64 hex digits."""
+
+    client: str
+    protocol: int
+    version: str  # of this package
+    architecture: str  # hash of configuration, parameter shapes and groups
+    weights: str  # hash of all values that the client would start from
+    tokenizer: str
+    chat_template: str
+    layers: int
+    experts: int
+    examples: int  # to train on
+    held_out: int  # to be scored on
+
+
+@dataclass(frozen=True)
+class Start:
+    """Client to server, if the server holds no model: what the first round starts from."""
+
+    client: str
+    weights: Mapping[ParameterGroup, Packed]  # float32
+    constants: Mapping[str, Tensor]  # what is never trained but belongs to the model: frozen parameters, buffers
 
 
 @dataclass(frozen=True)
@@ -199,10 +233,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that dropped out of the round: who, where and why."""
+    """A client that is missing from a stage of a round: who, where and why."""
 
     client: str
-    stage: Literal["train", "update", "evaluate"]
+    stage: Literal["join", "train", "update", "evaluate"]
     reason: str
 
 
@@ -260,6 +294,9 @@ class Federation(Protocol):
 
     def evaluate(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterable[Evaluation | Failure]:
         """Score the broadcast weights on each client's own held-out part."""
+
+    def faults(self) -> list[Failure]:
+        """What went wrong outside of these calls since this was last asked: clients refused, gone, or late."""
 
 
 Metrics = dict[str, Any]

@@ -9,58 +9,110 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from fedalign.checkpoint import Checkpoints, ClientMemory, ServerState, folder_name
-from fedalign.client import ClientData, Trainer, derive_seed, make_autocast
-from fedalign.config import Config, load_config
-from fedalign.data.batches import Encoder, batches, load_tokenizer
-from fedalign.data.formats import Example, load_examples
-from fedalign.data.partition import hold_out, partition
-from fedalign.demo import model_folder
+from fedalign.checkpoint import Checkpoints, ServerState, folder_name
+from fedalign.client import ClientData, make_autocast
+from fedalign.config import Config, FederationConfig, load_config
+from fedalign.data.batches import batches
 from fedalign.errors import UserError
-from fedalign.evaluation import TestSet, evaluate
+from fedalign.evaluation import TestSet
 from fedalign.federation.in_process import InProcess
 from fedalign.forward import answer_logits
 from fedalign.moe.model import MoEModel
-from fedalign.protocol import Evaluation, Weights
+from fedalign.protocol import Evaluation, Federation, Layout, Weights
 from fedalign.results import Recorder, RunFolder
 from fedalign.server import Observer, Server, select
 from fedalign.wire import broadcast_dtype, packed_nbytes
+from fedalign.workbench import Workbench, split_among_clients
 
-RESUMABLE = ("run.rounds", "run.device", "run.threads", "tracking.tensorboard")  # may change on resume
+RESUMABLE = (  # may change on resume
+    "run.rounds",
+    "run.device",
+    "run.threads",
+    "tracking.tensorboard",
+    "server.min_clients",
+    *(f"federation.{key}" for key in FederationConfig.model_fields if key != "engine"),
+)
+
+
+class Centre(Protocol):
+    """The server's side of a run, whatever engine reaches the clients: what `execute` needs to know."""
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration."""
+
+    @property
+    def layout(self) -> Layout:
+        """The model's parameter groups."""
+
+    @property
+    def federation(self) -> Federation:
+        """The clients behind the configured engine."""
+
+    def initial_weights(self) -> Weights:
+        """What the first round starts from."""
+
+    def evaluate(self, weights: Weights) -> Evaluation | None:
+        """Score weights on the global test set, if there is one."""
+
+    def save_model(self, weights: Weights, folder: Path) -> None:
+        """Write weights as an ordinary Hugging Face folder, with the tokenizer."""
+
+    def identity(self) -> dict[str, str]:
+        """Fingerprints that a checkpoint must share with what resumes it."""
+
+    def finish(self) -> None:
+        """The run is complete: clients may forget its updates."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything a run needs, loaded and checked; nothing has been trained or written."""
+    """Everything a run in this process needs, loaded and checked; nothing has been trained or written. A `Centre`."""
 
-    config: Config
-    moe: MoEModel
-    tokenizer: Any
+    bench: Workbench
     clients: dict[str, ClientData]
     test: TestSet | None
 
     @property
-    def federation(self) -> InProcess:
-        """The clients behind the configured engine."""
-        trainer = Trainer(self.moe, self.tokenizer, self.config.algorithm.build(), self.config)
-        return InProcess(trainer, self.clients)
+    def config(self) -> Config:
+        """The run's configuration."""
+        return self.bench.config
 
-    def evaluate_globally(self, weights: Weights) -> Evaluation | None:
+    @property
+    def layout(self) -> Layout:
+        """The model's parameter groups."""
+        return self.bench.moe.layout
+
+    @property
+    def federation(self) -> InProcess:
+        """The clients, in this process."""
+        return InProcess(self.bench.trainer(), self.clients)
+
+    def initial_weights(self) -> Weights:
+        """Those that the model was loaded with."""
+        return {group: value.cpu() for group, value in self.bench.moe.read().items()}
+
+    def evaluate(self, weights: Weights) -> Evaluation | None:
         """Score weights on the global test set, if there is one."""
-        if self.test is None:
-            return None
-        self.moe.write(weights)
-        return evaluate(self.moe, self.test, self.config.evaluation, self.tokenizer, client=None)
+        return self.bench.score(weights, self.test)
 
     def save_model(self, weights: Weights, folder: Path) -> None:
         """Write weights as an ordinary Hugging Face folder, with the tokenizer."""
-        self.moe.write(weights)
-        self.moe.save(folder)
-        self.tokenizer.save_pretrained(folder)
+        self.bench.save(weights, folder)
+
+    def identity(self) -> dict[str, str]:
+        """Of the model's architecture, the configuration, and the sizes of the data."""
+        held = {name: [len(c.train), sum(e.tokens for e in c.train)] for name, c in self.clients.items()}
+        return identity(self.config, self.bench.moe.fingerprint()) | {"data": digest(held)}
+
+    def finish(self) -> None:
+        """Clients forget their updates."""
+        for client in self.clients.values():
+            client.memory.forget_updates()
 
 
 def prepare(config: Config, client_folder: Path) -> Prepared:
@@ -69,104 +121,26 @@ def prepare(config: Config, client_folder: Path) -> Prepared:
     Raises:
         UserError: Anything in the configuration does not fit the model or the data.
     """
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    train = load_examples(config.data.train, config.data, "train", config.run.seed)
-    test = load_examples(config.data.test or config.data.train, config.data, "test", config.run.seed)
-    parts = partition(train, config.clients, config.run.seed)
-    splits = {
-        name: hold_out(indices, config.clients.held_out, derive_seed(config.run.seed, "held out"), name)
+    examples, parts = split_among_clients(config)
+    bench = Workbench.load(config)
+    clients = {
+        name: bench.client(name, examples, indices, client_folder / folder_name(name))
         for name, indices in parts.items()
     }
-    moe = load_model(
-        config.model.path,
-        device=pick_device(config.run.device),
-        trust_remote_code=config.model.trust_remote_code,
-        revision=config.model.revision,
-    )
-    tokenizer = load_tokenizer(
-        model_path(config.model.path),
-        trust_remote_code=config.model.trust_remote_code,
-        revision=config.model.revision,
-    )
-    encoder = Encoder(
-        tokenizer,
-        pick_length(config, moe),
-        moe.is_seq2seq,
-        config.data.too_long,
-        decoder_start=getattr(moe.model.config, "decoder_start_token_id", None),
-    )
-    clients = {
-        name: ClientData(
-            name=name,
-            train=encoder.encode(_pick(train, kept)),
-            held_out=TestSet.prepare(_pick(train, held), encoder),
-            memory=ClientMemory(client_folder / folder_name(name)),
-        )
-        for name, (kept, held) in splits.items()
-    }
-    for client in clients.values():
-        if not client.train:
-            raise UserError(
-                f"client {client.name!r}: all of its examples are longer than {encoder.max_length} tokens and dropped. "
-                f'Raise data.max_length, or set data.too_long = "truncate".'
-            )
-    return Prepared(config, moe, tokenizer, clients, TestSet.prepare(test, encoder))
+    return Prepared(bench, clients, bench.test_set())
 
 
-def model_path(name: str) -> str:
-    """Resolve "demo" to the model that comes with the package; anything else is a folder or a hub id."""
-    return str(model_folder()) if name == "demo" else name
-
-
-def load_model(
-    name: str, *, device: str = "cpu", trust_remote_code: bool = False, revision: str | None = None
-) -> MoEModel:
-    """Load any Hugging Face MoE model, or the demo's."""
-    return MoEModel.load(model_path(name), device=device, trust_remote_code=trust_remote_code, revision=revision)
-
-
-def _pick(examples: Sequence[Example], indices: Sequence[int]) -> list[Example]:
-    return [examples[index] for index in indices]
-
-
-def pick_device(name: str) -> str:
-    """`auto` is a GPU if there is one.
-
-    Raises:
-        UserError: The device is not there.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        there = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise UserError(f"run.device = {name!r}: not on this machine. Choose one of: {', '.join(there)}.") from None
-    return name
-
-
-def pick_length(config: Config, moe: MoEModel) -> int:
-    """The longest example in tokens: as asked, at most what the model allows."""
-    asked, allowed = config.data.max_length, moe.max_length
-    if asked and allowed and asked > allowed:
-        raise UserError(
-            f"data.max_length = {asked}: the model allows {allowed} tokens. Choose 1 to {allowed}, or 0 for all of it."
-        )
-    return asked or allowed or 0
-
-
-def identity(prepared: Prepared) -> dict[str, str]:
-    """Fingerprints that a checkpoint must share with what resumes it."""
-    tables = prepared.config.model_dump(mode="json")
+def identity(config: Config, architecture: str) -> dict[str, str]:
+    """Fingerprints of the model's architecture and of the configuration, but for what may change on resume."""
+    tables = config.model_dump(mode="json")
     for key in RESUMABLE:
         section, name = key.split(".")
         del tables[section][name]
-    held = {name: [len(c.train), sum(e.tokens for e in c.train)] for name, c in prepared.clients.items()}
-    return {"model": prepared.moe.fingerprint()[:16], "configuration": _digest(tables), "data": _digest(held)}
+    return {"model": architecture[:16], "configuration": digest(tables)}
 
 
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
+    """16 hex digits of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -188,24 +162,23 @@ def resumed_config(out: Path, overrides: Sequence[str]) -> Config:
     return load_config(folder.config, overrides)
 
 
-def execute(prepared: Prepared, folder: RunFolder, watch: Observer) -> dict[str, Any]:
+def execute(centre: Centre, folder: RunFolder, watch: Observer) -> dict[str, Any]:
     """Run all rounds that `folder` does not hold yet, write the results, return the summary."""
-    config = prepared.config
-    checkpoints = Checkpoints(folder.checkpoint, identity(prepared))
-    state = checkpoints.load() or ServerState(0, {g: w.cpu() for g, w in prepared.moe.read().items()}, {}, ())
-    recorder = Recorder(folder, config, prepared.save_model, state)
+    config = centre.config
+    checkpoints = Checkpoints(folder.checkpoint, centre.identity())
+    state = checkpoints.load() or ServerState(0, centre.initial_weights(), {}, ())
+    recorder = Recorder(folder, config, centre.save_model, state)
     server = Server(
-        federation=prepared.federation,
+        federation=centre.federation,
         algorithm=config.algorithm.build(),
-        layout=prepared.moe.layout,
+        layout=centre.layout,
         config=config,
         checkpoints=checkpoints,
-        evaluate=prepared.evaluate_globally,
+        evaluate=centre.evaluate,
         observer=Both(recorder, watch),
     )
     summary = recorder.finish(server.run(state))
-    for client in prepared.clients.values():
-        client.memory.forget_updates()
+    centre.finish()
     return summary
 
 
@@ -246,7 +219,7 @@ class Estimate:
 
 def estimate(prepared: Prepared) -> Estimate:
     """What to expect, without training: sizes are counted, time is extrapolated from one forward and backward pass."""
-    config, moe, wire = prepared.config, prepared.moe, prepared.config.wire.dtype
+    config, moe, wire = prepared.config, prepared.bench.moe, prepared.config.wire.dtype
     sizes = [size for size in moe.layout.sizes.values() if size]
     trained, total = sum(sizes), sum(p.numel() for p in moe.model.parameters())
     asked = len(select(list(prepared.clients), config.clients.sample, config.run.seed, 1))
@@ -287,7 +260,7 @@ def memory_nbytes(total: int, trained: int, config: Config) -> int:
 
 def measure_step(prepared: Prepared) -> tuple[int, float]:
     """Bytes of activations (on a GPU; 0 where they cannot be read) and seconds a token of a training step."""
-    moe, options = prepared.moe, prepared.config.training
+    moe, options = prepared.bench.moe, prepared.config.training
     largest = max(prepared.clients.values(), key=lambda client: len(client.train))
     batch = next(iter(batches(largest.train, options.batch_tokens, options.batch_examples, seed=0))).to(moe.device)
     autocast = make_autocast(moe.device, options.precision)

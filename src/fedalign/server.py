@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedalign.checkpoint import Checkpoints, ServerState
-from fedalign.config import Config
+from fedalign.config import Config, StatisticsConfig
 from fedalign.errors import UserError
 from fedalign.maths.average import StreamingSum
 from fedalign.protocol import (
@@ -55,11 +55,18 @@ class Traffic:
     down: int = 0
     statistics: int = 0
     updates: int = 0
-    by_client: dict[str, int] = field(default_factory=dict)  # up
+    up_by_client: dict[str, int] = field(default_factory=dict)
+    down_by_client: dict[str, int] = field(default_factory=dict)
+
+    def send(self, clients: Sequence[str], nbytes: int) -> None:
+        """Count what each of these clients is sent."""
+        self.down += nbytes * len(clients)
+        for client in clients:
+            self.down_by_client[client] = self.down_by_client.get(client, 0) + nbytes
 
     def up(self, client: str, nbytes: int) -> None:
         """Count what a client sent."""
-        self.by_client[client] = self.by_client.get(client, 0) + nbytes
+        self.up_by_client[client] = self.up_by_client.get(client, 0) + nbytes
 
 
 class CountingSum:
@@ -107,8 +114,9 @@ class Server:
         """
         if not state.history:
             traffic = Traffic()
-            metrics = self._scores(state.weights, 0, traffic)
-            state = self._complete(state, metrics | {"bytes_up": 0, "bytes_down": traffic.down})
+            metrics, failures = self._scores(state.weights, 0, traffic)
+            metrics |= {"bytes_up": 0, "bytes_down": traffic.down, "failures": self._named(failures)}
+            state = self._complete(state, metrics)
         while state.round < self.config.run.rounds:
             state = self._round(state)
         return state
@@ -126,15 +134,20 @@ class Server:
             )
         plan, algorithm_state = self.algorithm.plan(reports, self.layout, state.algorithm)
         weights, lost, skipped = self._sum(state.weights, plan, reports, number, traffic)
+        scores, unscored = self._scores(weights, number, traffic)
         metrics = {
-            **self._scores(weights, number, traffic),
+            **scores,
             **describe_training(reports),
             **describe_plan(plan, self.layout, traffic, skipped),
             "clients": [report.client for report in reports],
-            "failures": [vars(failure) for failure in (*failures, *lost)],
+            "failures": self._named([*failures, *lost, *unscored]),
             "round_seconds": time.perf_counter() - started,
         }
         return self._complete(replace(state, round=number, weights=weights, algorithm=algorithm_state), metrics)
+
+    def _named(self, failures: Sequence[Failure]) -> list[dict[str, str]]:
+        """Every fault of a round, for metrics and the live table."""
+        return [vars(failure) for failure in (*self.federation.faults(), *failures)]
 
     def _broadcast(self, weights: Weights, state: State, round: int) -> Broadcast:
         dtype = broadcast_dtype(self.config.wire.dtype)
@@ -144,7 +157,7 @@ class Server:
         self, state: ServerState, number: int, chosen: Sequence[str], traffic: Traffic
     ) -> tuple[list[Statistics], list[Failure]]:
         broadcast = self._broadcast(state.weights, state.algorithm, number)
-        traffic.down += broadcast.nbytes * len(chosen)
+        traffic.send(chosen, broadcast.nbytes)
         reports: dict[str, Statistics] = {}
         failures: list[Failure] = []
         self.observer.progress(number, "training", 0, len(chosen))
@@ -152,7 +165,7 @@ class Server:
             if isinstance(reply, Statistics):
                 traffic.statistics += reply.nbytes
                 traffic.up(reply.client, reply.nbytes)
-                problem = check_statistics(reply, self.layout, number)
+                problem = check_statistics(reply, self.layout, self.config.statistics, number)
                 if problem is None:
                     reports[reply.client] = reply
                 else:
@@ -160,7 +173,10 @@ class Server:
             else:
                 failures.append(reply)
             self.observer.progress(number, "training", len(reports) + len(failures), len(chosen))
-        return [reports[name] for name in chosen if name in reports], failures  # arrival order must not matter
+        usable = [reports[name] for name in chosen if name in reports]  # arrival order must not matter
+        outliers = find_outliers(usable, self.config.server.max_norm_ratio)
+        names = {failure.client for failure in outliers}
+        return [report for report in usable if report.client not in names], [*failures, *outliers]
 
     def _sum(
         self, old: Weights, plan: Plan, reports: Sequence[Statistics], number: int, traffic: Traffic
@@ -179,23 +195,29 @@ class Server:
         share = self.config.server.min_arrived
         return total.result(old, share), failures, len(total.unchanged(share))
 
-    def _scores(self, weights: Weights, number: int, traffic: Traffic) -> Metrics:
+    def _scores(self, weights: Weights, number: int, traffic: Traffic) -> tuple[Metrics, list[Failure]]:
         last = number == self.config.run.rounds
-        if number % self.config.evaluation.every and not last:
-            return {"round": number}
         metrics: Metrics = {"round": number}
+        if number % self.config.evaluation.every and not last:
+            return metrics, []
         self.observer.progress(number, "evaluating", 0, 1)
         overall = self.evaluate(weights)
         scores: list[Evaluation] = []
+        failures: list[Failure] = []
         if self.config.evaluation.clients and self.config.clients.held_out:
             members = self.federation.members()
             broadcast = self._broadcast(weights, {}, number)
-            traffic.down += broadcast.nbytes * len(members)
+            traffic.send(members, broadcast.nbytes)
             for score in self.federation.evaluate(broadcast, members):
-                if isinstance(score, Evaluation):
+                if isinstance(score, Failure):
+                    failures.append(score)
+                elif problem := check_evaluation(score):
+                    failures.append(Failure(str(score.client), "evaluate", problem))
+                else:
                     scores.append(score)
-                    self.observer.progress(number, "evaluating", len(scores), len(members))
-        return metrics | describe_scores(overall, scores)
+                self.observer.progress(number, "evaluating", len(scores) + len(failures), len(members))
+        scores.sort(key=lambda score: str(score.client))  # arrival order must not matter
+        return metrics | describe_scores(overall, scores), failures
 
     def _complete(self, state: ServerState, metrics: Metrics) -> ServerState:
         earlier = [score for past in state.history if (score := merit(past)) is not None]
@@ -222,24 +244,60 @@ def round_half_up(value: float) -> int:
     return math.floor(value + 0.5)
 
 
-def check_statistics(report: Statistics, layout: Layout, round: int) -> str | None:
+def check_statistics(report: Statistics, layout: Layout, options: StatisticsConfig, round: int) -> str | None:
     """Why a report cannot be used, or None."""
     if report.round != round:
         return f"its statistics are of round {report.round}, not {round}"
-    if report.examples <= 0:
-        return f"it reports {report.examples} examples"
+    if report.examples <= 0 or report.tokens < 0:
+        return f"it reports {report.examples} examples and {report.tokens} tokens"
     if not math.isfinite(report.loss):
         return f"its loss is {report.loss}"
     cells = (layout.layers, layout.experts)
-    for name, value in vars(report).items():
-        if isinstance(value, Tensor):
-            if name.endswith(("_L_E", "_L_E_D", "_L_E_S")) and value.shape[:2] != cells:
-                return f"{name} has shape {list(value.shape)}, expected {list(cells)} first"
-            if not bool(value.isfinite().all()):
-                return f"{name} is not finite"
-    if report.norm_G.shape != (len(layout.groups),):
-        return f"norm_G has shape {list(report.norm_G.shape)}, expected [{len(layout.groups)}]"
+    shapes = {
+        "prob_L_E": cells,
+        "load_L_E": cells,
+        "margin_L_E": cells,
+        "centroid_L_E_D": (*cells, options.centroid_width),
+        "centroid_scale_L": (layout.layers,),
+        "update_L_E_S": (*cells, options.update_width),
+        "norm_G": (len(layout.groups),),
+    }
+    for name, shape in shapes.items():
+        value: Tensor = getattr(report, name)
+        expected = torch.float16 if name in ("centroid_L_E_D", "update_L_E_S") else torch.float32
+        if value.shape != shape or value.dtype != expected:
+            return f"{name} is {value.dtype} {list(value.shape)}, expected {expected} {list(shape)}"
+        if not bool(value.isfinite().all()):
+            return f"{name} is not finite"
+        if name in ("prob_L_E", "load_L_E", "norm_G") and bool((value < 0).any()):
+            return f"{name} is negative"
     return None
+
+
+def check_evaluation(score: Evaluation) -> str | None:
+    """Why a client's score cannot be used, or None."""
+    if score.examples <= 0 or not math.isfinite(score.loss):
+        return f"its loss is {score.loss} on {score.examples} examples"
+    if score.accuracy is not None and not 0 <= score.accuracy <= 1:
+        return f"its accuracy is {score.accuracy}"
+    return None
+
+
+def find_outliers(reports: Sequence[Statistics], ratio: float) -> list[Failure]:
+    """Clients whose whole update is longer than `ratio` median ones: broken, and enough to break the model. 0: none."""
+    if not ratio or len(reports) < 2:
+        return []
+    norm_C = torch.stack([report.norm_G for report in reports]).double().norm(dim=1)
+    median = float(norm_C.median())  # the lower one of two
+    return [
+        Failure(
+            report.client,
+            "train",
+            f"its update is {norm / median:.3g} times as long as the median one, server.max_norm_ratio = {ratio:g}",
+        )
+        for report, norm in zip(reports, norm_C.tolist(), strict=True)
+        if norm > ratio * median > 0
+    ]
 
 
 def accuracy_of(metrics: Mapping[str, Any]) -> float | None:
@@ -316,8 +374,9 @@ def describe_plan(plan: Plan, layout: Layout, traffic: Traffic, skipped: int) ->
         "groups_unchanged": skipped,
         "bytes_up": traffic.statistics + traffic.updates,
         "bytes_up_statistics": traffic.statistics,
-        "bytes_up_by_client": traffic.by_client,
+        "bytes_up_by_client": traffic.up_by_client,
         "bytes_down": traffic.down,
+        "bytes_down_by_client": traffic.down_by_client,
     }
 
 

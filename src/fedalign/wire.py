@@ -8,13 +8,14 @@ random numbers are a seeded hash of the index, so every engine gives the same nu
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fedalign.hashing import words
-from fedalign.protocol import Packed, WireDtype
+from fedalign.protocol import Packed, ParameterGroup, Weights, WireDtype
 
 BLOCK = 256  # int8 values that share a scale
 LEVELS = 127  # int8 values lie in [-127, 127]
@@ -65,6 +66,11 @@ def unpack(packed: Packed) -> Tensor:
     if packed.scale is not None:
         scale_into(flat, packed.scale)
     return flat
+
+
+def unpack_weights(weights: Mapping[ParameterGroup, Packed]) -> Weights:
+    """Wire precision to float32, group by group."""
+    return {group: unpack(packed) for group, packed in weights.items()}
 
 
 def scale_into(flat: Tensor, scale: Tensor) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from fedalign.client import ClientData, Trainer, TrainingFailedError, unpack_weights
+from fedalign.client import ClientData, Trainer
+from fedalign.errors import TrainingFailedError
 from fedalign.protocol import Accumulator, Broadcast, Evaluation, Failure, Request, Statistics
+from fedalign.wire import unpack_weights
 
 
 class InProcess:
@@ -29,7 +31,7 @@ class InProcess:
 
     def collect(self, requests: Sequence[Request], accumulator: Accumulator) -> list[Failure]:
         """Read kept updates in the order of `requests`, one in memory at a time."""
-        answers = (accumulator.add(self.trainer.hand_over(self.clients[r.client], r)) for r in requests)
+        answers = (accumulator.add(self.clients[r.client].memory.hand_over(r.client, r)) for r in requests)
         return [failure for failure in answers if failure is not None]
 
     def evaluate(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Evaluation | Failure]:
@@ -39,3 +41,7 @@ class InProcess:
             score = self.trainer.evaluate(self.clients[name])
             if score is not None:
                 yield score
+
+    def faults(self) -> list[Failure]:
+        """None: a client in this process cannot go away."""
+        return []

@@ -7,6 +7,8 @@ appear once, never from checkpoint files, whose names differ from those in memor
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import json
 from collections import defaultdict
@@ -20,7 +22,7 @@ import torch
 from huggingface_hub.utils.tqdm import enable_progress_bars
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from fedalign.errors import UserError, unknown
@@ -131,21 +133,57 @@ class MoEModel:
             raise unknown("model.dtype", dtype, DTYPES)
         source = _source(path_or_id)
         options = {"trust_remote_code": trust_remote_code, "revision": revision}
-        try:
-            config = AutoConfig.from_pretrained(source, **options)
-            refuse(config)
-            auto = AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+        with _explained(source):
+            config, auto = _configured(source, options)
             model, report = auto.from_pretrained(
                 source, config=config, dtype=DTYPES[dtype], output_loading_info=True, **options
             )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            place = "" if Path(source).is_dir() else "no such folder, and from the Hub it "
-            raise UserError(f"model = {source!r}: {place}cannot be loaded: {_one_line(error)}") from error
         _check_complete(source, model, report["missing_keys"])
-        for name, parameter in model.named_parameters():
-            if name.endswith(SELECTION_BIAS):
-                parameter.requires_grad_(False)  # loading forgets that ernie4_5_moe's is frozen
-        return cls(model.to(device))
+        return cls(_frozen_biases(model).to(device))
+
+    @classmethod
+    def skeleton(cls, path_or_id: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Self:
+        """The model without values, on the meta device: its configuration is read, its weights are not.
+
+        Raises:
+            UserError: as `load`.
+        """
+        source = _source(path_or_id)
+        options = {"trust_remote_code": trust_remote_code, "revision": revision}
+        with _explained(source):
+            config, auto = _configured(source, options)
+            with torch.device("meta"):
+                model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            if (Path(source) / "generation_config.json").is_file() or not Path(source).is_dir():
+                with contextlib.suppress(OSError):  # few models on the Hub have none
+                    model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
+        return cls(_frozen_biases(model))
+
+    def filled(self, weights: Mapping[ParameterGroup, Tensor], constants: Mapping[str, Tensor]) -> Self:
+        """A skeleton's copy on the CPU with these values, to be saved; the skeleton stays one."""
+        model = copy.deepcopy(self.model).to_empty(device="cpu")
+        model.tie_weights()
+        moe = type(self)(_frozen_biases(model))
+        moe.write(weights)
+        with torch.no_grad():
+            for name, value in moe.constants().items():
+                value.copy_(constants[name])
+        return moe
+
+    def constants(self) -> dict[str, Tensor]:
+        """What is saved with the model but never trained, by name: frozen parameters and persistent buffers."""
+        frozen = {slot.name: slot.parameter.detach() for slot in self.slots if not slot.parameter.requires_grad}
+        saved = self.model.state_dict().keys()
+        return frozen | {name: value for name, value in self.model.named_buffers() if name in saved}
+
+    def weights_hash(self) -> str:
+        """64 hex digits over all values: equal if and only if two loaded models are."""
+        digest = hashlib.sha256(self.fingerprint().encode())
+        values = {slot.name: slot.parameter.detach() for slot in self.slots} | self.constants()
+        for name in sorted(values):
+            digest.update(name.encode())
+            digest.update(values[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     @property
     def experts(self) -> int:
@@ -316,6 +354,31 @@ def _forward_in_float32(router: nn.Module, hidden: Tensor, *args: Any, **kwargs:
         return forward(router, hidden.float(), *args, **kwargs)
     with torch.autocast(hidden.device.type, enabled=False):
         return forward(router, hidden.float(), *args, **kwargs)
+
+
+def _configured(source: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The configuration, and the auto class that makes a model of it."""
+    config = AutoConfig.from_pretrained(source, **options)
+    refuse(config)
+    return config, AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+
+
+@contextlib.contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Turn what transformers raises for a model that is not there or broken into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        place = "" if Path(source).is_dir() else "no such folder, and from the Hub it "
+        raise UserError(f"model = {source!r}: {place}cannot be loaded: {_one_line(error)}") from error
+
+
+def _frozen_biases(model: PreTrainedModel) -> PreTrainedModel:
+    """Loading forgets that ernie4_5_moe's selection bias is frozen."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(SELECTION_BIAS):
+            parameter.requires_grad_(False)
+    return model
 
 
 def _source(path_or_id: str | Path) -> str:

@@ -1,0 +1,87 @@
+"""Clients opened: model and data loaded, at a site that has its own or for a simulation that deals them out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from fedalign import __version__
+from fedalign.checkpoint import folder_name
+from fedalign.client import ClientData, OpenClient
+from fedalign.config import Config
+from fedalign.data.formats import load_examples
+from fedalign.errors import DataError, UserError
+from fedalign.protocol import PROTOCOL, Hello
+from fedalign.site import SiteFolder
+from fedalign.workbench import Workbench, split_among_clients
+
+
+def open_site(folder: SiteFolder, config: Config, run: str) -> OpenClient:
+    """Load the model and the site's data.
+
+    Args:
+        folder: the site.
+        config: the coordinator's configuration.
+        run: the run's key; what the site remembers is kept by run.
+
+    Raises:
+        UserError: The model cannot be loaded.
+        DataError: The data does not fit the configuration.
+    """
+    local = folder.localise(config)
+    bench = Workbench.load(local)
+    try:
+        examples = load_examples(local.data.train, local.data, "train", local.run.seed)
+        client = bench.client(folder.config.name, examples, range(len(examples)), folder.memory(run))
+    except UserError as error:
+        raise DataError(str(error)) from None
+    return OpenClient(bench.trainer(), client, lambda: describe(bench, client))
+
+
+class DealtClients:
+    """Clients of a simulation: the configured data, dealt to them as in one process; one model for all of them."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.bench = Workbench.load(config)
+        self.folder = folder
+        self.examples, self.parts = split_among_clients(config)
+        self.names = list(self.parts)
+
+    def open(self, name: str) -> OpenClient:
+        """One of them."""
+        client = self.bench.client(name, self.examples, self.parts[name], self.folder / folder_name(name))
+        return OpenClient(self.bench.trainer(), client, lambda: describe(self.bench, client))
+
+
+def describe(bench: Workbench, client: ClientData) -> Hello:
+    """What must agree before a site may take part."""
+    return Hello(
+        client=client.name,
+        protocol=PROTOCOL,
+        version=__version__,
+        architecture=bench.moe.fingerprint(),
+        weights=bench.moe.weights_hash(),
+        tokenizer=tokenizer_hash(bench.tokenizer),
+        chat_template=text_hash(str(bench.tokenizer.chat_template or "")),
+        layers=bench.moe.layout.layers,
+        experts=bench.moe.layout.experts,
+        examples=len(client.train),
+        held_out=len(client.held_out) if client.held_out else 0,
+    )
+
+
+def tokenizer_hash(tokenizer: object) -> str:
+    """The same for tokenizers that give every text the same ids, as far as their definition tells."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        definition = json.loads(backend.to_str())
+        for changing in ("padding", "truncation"):  # settings of the last call, not of the tokenizer
+            definition.pop(changing, None)
+        return text_hash(json.dumps(definition, sort_keys=True))
+    return text_hash(json.dumps(sorted(tokenizer.get_vocab().items())))  # type: ignore[attr-defined]
+
+
+def text_hash(text: str) -> str:
+    """64 hex digits."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Flower as the engine: stock processes carry our messages between sites and coordinator."""

@@ -1,0 +1,116 @@
+"""The ClientApp: what Flower starts at a site, or for a client of a simulation, to answer a message.
+
+A SuperNode names its site with ``--node-config 'site="/path/to/site.toml"'``. A node without one is a client of a
+simulation: its partition id says which. In a deployment Flower starts this process anew for each message, so nothing
+is imported before it is needed; a simulation keeps the process and what it has loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedalign.checkpoint import folder_name
+from fedalign.config import read_config
+from fedalign.errors import UserError
+from fedalign.federation.flower.records import from_records, to_records
+from fedalign.messages import MessageError, Parcel, encode
+from fedalign.protocol import Failure
+from fedalign.service import Service
+from fedalign.site import SiteFolder
+
+if TYPE_CHECKING:
+    from fedalign.client import OpenClient
+    from fedalign.clients import DealtClients
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Local training, then statistics."""
+    return _reply("train", message, context)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Scores on the held-out part."""
+    return _reply("evaluate", message, context)
+
+
+@app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    """What must agree."""
+    return _reply("hello", message, context)
+
+
+@app.query("start")
+def start(message: Message, context: Context) -> Message:
+    """The weights that the first round starts from."""
+    return _reply("start", message, context)
+
+
+@app.query("update")
+def update(message: Message, context: Context) -> Message:
+    """The groups that the plan asks for, read from disk."""
+    return _reply("update", message, context)
+
+
+@app.query("finish")
+def finish(message: Message, context: Context) -> Message:
+    """The run is complete."""
+    return _reply("finish", message, context)
+
+
+def _reply(verb: str, message: Message, context: Context) -> Message:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        answer = _answer(verb, from_records(message.content), context)
+    except (MessageError, UserError) as error:
+        answer = encode(Failure("", "join", str(error)))
+    return Message(to_records(answer), reply_to=message)
+
+
+def _answer(verb: str, parcel: Parcel, context: Context) -> Parcel:
+    config, run = str(context.run_config["config"]), str(context.run_config["run"])
+    site = context.node_config.get("site")
+    if site is None:
+        folder = Path(str(context.run_config["out"])) / "clients"
+        return _dealt_service(int(context.node_config["partition-id"]), config, folder).answer(verb, parcel)
+    return site_answer(SiteFolder.load(Path(str(site))), config, run, verb, parcel)
+
+
+def site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel) -> Parcel:
+    """A site's answer: from its warm trainer where the model is needed and the trainer is there, else from here."""
+    if verb in ("hello", "start", "train", "evaluate"):
+        from fedalign.warm import ask  # noqa: PLC0415
+
+        answer = ask(folder, config, run, verb, parcel)
+        if answer is not None:
+            return answer
+    return Service(folder.config.name, folder.memory(run), lambda: _open_site(folder, config, run)).answer(verb, parcel)
+
+
+def _open_site(folder: SiteFolder, config: str, run: str) -> OpenClient:
+    from fedalign.clients import open_site  # noqa: PLC0415
+
+    return open_site(folder, read_config(config), run)
+
+
+@cache
+def _dealt_service(partition: int, config: str, folder: Path) -> Service:
+    clients = _dealt(config, folder)
+    name = clients.names[partition]
+    return Service(name, folder / folder_name(name), lambda: clients.open(name))
+
+
+@lru_cache(maxsize=1)
+def _dealt(config: str, folder: Path) -> DealtClients:
+    from fedalign.clients import DealtClients  # noqa: PLC0415
+
+    return DealtClients(read_config(config), folder)

@@ -1,0 +1,137 @@
+"""The coordinator: a `run.Centre` whose clients are behind Flower. It needs no GPU, no data and, mostly, no model.
+
+Without a global test set it reads the model's configuration, not its weights: the first round starts from what a site
+sends, checked against the hash that all sites agree on, and what is saved at the end is made of those values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedalign.clients import text_hash, tokenizer_hash
+from fedalign.config import Config
+from fedalign.errors import UserError
+from fedalign.evaluation import TestSet
+from fedalign.federation.flower.federation import Agreement, FlowerFederation
+from fedalign.federation.flower.link import Link
+from fedalign.moe.model import MoEModel
+from fedalign.protocol import Evaluation, Layout, Weights
+from fedalign.results import RunFolder
+from fedalign.run import identity
+from fedalign.wire import unpack_weights
+from fedalign.workbench import Workbench, model_path
+
+
+@dataclass
+class Coordinator:
+    """Sites behind Flower, and what the server holds itself."""
+
+    config: Config
+    bench: Workbench  # its model is a skeleton unless there is a test set
+    test: TestSet | None
+    federation: FlowerFederation
+    constants_file: Path  # what a skeleton's model has besides weights, as a site sent it
+
+    @classmethod
+    def connect(cls, link: Link, config: Config, folder: RunFolder) -> Coordinator:
+        """Load what the coordinator needs, and agree with the sites about the model.
+
+        Raises:
+            UserError: The configuration does not fit, or too few sites do.
+        """
+        bench, test = load_bench(config)
+        moe = bench.moe
+        has_weights = test is not None or config.federation.engine == "simulation"
+        agreement = Agreement(
+            architecture=moe.fingerprint(),
+            tokenizer=tokenizer_hash(bench.tokenizer),
+            chat_template=text_hash(str(bench.tokenizer.chat_template or "")),
+            layers=moe.layout.layers,
+            experts=moe.layout.experts,
+            weights=moe.weights_hash() if has_weights else config.model.weights_hash,
+        )
+        if config.model.weights_hash not in (None, agreement.weights):
+            raise UserError(
+                f"model.weights_hash = {config.model.weights_hash!r}: the coordinator's model has {agreement.weights}."
+            )
+        federation = FlowerFederation(link, config.federation, agreement)
+        federation.settle_weights()
+        return cls(config, bench, test, federation, folder.checkpoint / "constants.safetensors")
+
+    @property
+    def layout(self) -> Layout:
+        """The model's parameter groups."""
+        return self.bench.moe.layout
+
+    def initial_weights(self) -> Weights:
+        """The model's own if it is loaded here, else a site's."""
+        if not self._is_skeleton:
+            return {group: value.cpu() for group, value in self.bench.moe.read().items()}
+        start = self.federation.start()
+        weights = {group: value.clone() for group, value in unpack_weights(start.weights).items()}
+        constants = {name: value.clone() for name, value in start.constants.items()}
+        try:
+            found = self.bench.moe.filled(weights, constants).weights_hash()
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"{start.client}: the weights that it sent do not fit the model: {error}") from None
+        if found != self.federation.agreement.weights:
+            raise UserError(f"{start.client}: sent other weights ({found[:12]}) than it announced.")
+        self.constants_file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(constants, self.constants_file)
+        return weights
+
+    def evaluate(self, weights: Weights) -> Evaluation | None:
+        """Score weights on the coordinator's own test set, if it has one."""
+        return self.bench.score(weights, self.test)
+
+    def save_model(self, weights: Weights, folder: Path) -> None:
+        """Write weights as an ordinary Hugging Face folder, with the tokenizer."""
+        if self._is_skeleton:
+            self.bench.moe.filled(weights, self._constants()).save(folder)
+            self.bench.tokenizer.save_pretrained(folder)
+        else:
+            self.bench.save(weights, folder)
+
+    def identity(self) -> dict[str, str]:
+        """Of the model's architecture and the configuration; sites may come and go."""
+        return identity(self.config, self.bench.moe.fingerprint())
+
+    def finish(self) -> None:
+        """Sites forget their updates."""
+        self.federation.finish()
+
+    @property
+    def _is_skeleton(self) -> bool:
+        return self.bench.moe.device.type == "meta"
+
+    def _constants(self) -> dict[str, Tensor]:
+        return load_file(self.constants_file)
+
+
+def load_bench(config: Config) -> tuple[Workbench, TestSet | None]:
+    """Model, tokenizer and test set as far as the coordinator needs them.
+
+    Raises:
+        UserError: Anything in the configuration does not fit the model.
+    """
+    if config.federation.engine == "simulation":
+        bench = Workbench.load(config)
+        return bench, bench.test_set()
+    if config.data.kind == "classification" and not config.data.labels:
+        raise UserError(
+            "data.labels = []: sites see their own rows alone, so all classes must be named, "
+            'for example data.labels = ["World", "Sports"].'
+        )
+    if config.data.test is not None:
+        bench = Workbench.load(config)
+        return bench, bench.test_set()
+    skeleton = MoEModel.skeleton(
+        model_path(config.model.path),
+        trust_remote_code=config.model.trust_remote_code,
+        revision=config.model.revision,
+    )
+    return Workbench.around(skeleton, config), None

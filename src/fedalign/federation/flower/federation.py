@@ -1,0 +1,346 @@
+"""Sites behind Flower: who is there and fits, what they are asked, and what becomes of those that do not answer.
+
+A site is asked for a `Hello` when its node first appears; one whose model, tokenizer, layout or protocol differs is
+refused with the reason. From then on a silent, dead or late site costs its share of a round, never the round. Every
+fault has a name: see `faults`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fedalign.config import FederationConfig
+from fedalign.errors import UserError
+from fedalign.federation.flower.link import Link, Reply
+from fedalign.messages import Message, MessageError, Parcel, decode, encode
+from fedalign.protocol import (
+    PROTOCOL,
+    Accumulator,
+    Broadcast,
+    Evaluation,
+    Failure,
+    Hello,
+    Request,
+    Start,
+    Statistics,
+    Update,
+)
+
+log = logging.getLogger("fedalign")
+
+NOTHING = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What every site must have in common with the coordinator; hashes as in `Hello`."""
+
+    architecture: str
+    tokenizer: str
+    chat_template: str
+    layers: int
+    experts: int
+    weights: str | None  # None: what most of the first sites have
+
+    def refusal(self, hello: Hello) -> str | None:
+        """Why a site may not take part, or None."""
+        if hello.protocol != PROTOCOL:
+            return f"it speaks protocol {hello.protocol}, this is {PROTOCOL}: install the same version"
+        for name, mine, its in (
+            ("MoE layout", f"{self.layers} layers x {self.experts} experts", f"{hello.layers} x {hello.experts}"),
+            ("model architecture", self.architecture[:12], hello.architecture[:12]),
+            ("model weights", self.weights and self.weights[:12], hello.weights[:12]),
+            ("tokenizer", self.tokenizer[:12], hello.tokenizer[:12]),
+            ("chat template", self.chat_template[:12], hello.chat_template[:12]),
+        ):
+            agrees = its in (mine, None) if name != "MoE layout" else its == f"{self.layers} x {self.experts}"
+            if mine is not None and not agrees:
+                return f"its {name} differs: {its}, the coordinator's is {mine}"
+        return None
+
+
+@dataclass
+class Site:
+    """What is known of an accepted site."""
+
+    hello: Hello
+    node: int
+    missed: int = 0  # rounds in a row
+    left_out: bool = False  # for good
+
+
+@dataclass(frozen=True)
+class Late:
+    """A message whose reply did not come in time."""
+
+    site: str
+    stage: str
+    round: int
+    asked: float
+
+
+@dataclass
+class Gate:
+    """Nodes on their way in."""
+
+    asked: dict[str, tuple[int, float]] = field(default_factory=dict)  # message id -> node, when
+    refused: dict[int, str] = field(default_factory=dict)  # node -> why
+
+
+class FlowerFederation:
+    """A `protocol.Federation` of Flower nodes.
+
+    Args:
+        link: messages over Flower's grid.
+        policy: minimum of sites, timeouts, what becomes of late ones.
+        agreement: what sites must have in common.
+        pause: seconds between two looks at what has arrived, at most.
+    """
+
+    def __init__(self, link: Link, policy: FederationConfig, agreement: Agreement, pause: float = 1.0) -> None:
+        self.link = link
+        self.policy = policy
+        self.agreement = agreement
+        self.sites: dict[str, Site] = {}
+        self._pause = pause
+        self._gate = Gate()
+        self._late: dict[str, Late] = {}
+        self._faults: list[Failure] = []
+        self._round = 0
+
+    def members(self) -> Sequence[str]:
+        """The sites that are connected and fit, by name; waits for `min_sites` of them.
+
+        Raises:
+            UserError: There are too few after `wait_seconds`.
+        """
+        started = time.monotonic()
+        while True:
+            self._let_in()
+            self._hear_late()
+            nodes = set(self.link.nodes())
+            present = [name for name, site in sorted(self.sites.items()) if self._available(site, nodes)]
+            waited = time.monotonic() - started
+            knocking = any(
+                asked > time.monotonic() - self.policy.wait_seconds for _, asked in self._gate.asked.values()
+            )
+            if len(present) >= self.policy.min_sites and not knocking:
+                self._note_absent(nodes)
+                return present
+            if waited > self.policy.wait_seconds:
+                raise UserError(self._too_few(present))
+            time.sleep(self._pause)
+
+    def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
+        """Local training at all of them at once; replies as they come, until the timeout."""
+        self._round = broadcast.round
+        for reply in self._everywhere("train", "train", broadcast, clients, Statistics):
+            self.sites[reply.client].missed = 0 if isinstance(reply, Statistics) else self._missed(reply.client)
+            yield reply
+
+    def evaluate(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Evaluation | Failure]:
+        """Scores of all sites that hold something out."""
+        self._round = broadcast.round
+        able = [client for client in clients if self.sites[client].hello.held_out]
+        yield from self._everywhere("evaluate", "evaluate", broadcast, able, Evaluation)
+
+    def collect(self, requests: Sequence[Request], accumulator: Accumulator) -> list[Failure]:
+        """Updates in the order of `requests`, so that the sum is the same each time; a few are asked for ahead."""
+        waiting, asked, failures = deque(requests), deque[tuple[Request, str, float]](), list[Failure]()
+        while waiting or asked:
+            while waiting and len(asked) < self.policy.in_flight:
+                request = waiting.popleft()
+                asked.append((request, *self._ask("query.update", encode(request), request.client)))
+            request, message, since = asked.popleft()
+            failure = self._add(request, message, since, accumulator)
+            failures += [failure] if failure else []
+        return failures
+
+    def faults(self) -> list[Failure]:
+        """Sites refused, gone, late or left out since this was last asked."""
+        faults, self._faults = self._faults, []
+        return faults
+
+    def start(self) -> Start:
+        """The weights that the first round starts from, of the first site that can send them.
+
+        Raises:
+            UserError: None can.
+        """
+        reasons = []
+        for name in self.members():
+            message, since = self._ask("query.start", NOTHING, name)
+            reply = self._wait(message, since)
+            answer = self._read(name, "join", reply, Start)
+            if isinstance(answer, Start):
+                return answer
+            reasons.append(f"{name}: {answer.reason}")
+        raise UserError(f"no site could send the weights to start from: {'; '.join(reasons)}")
+
+    def finish(self) -> None:
+        """Tell the sites that the run is complete, and wait a moment for them to have heard."""
+        nodes = set(self.link.nodes())
+        asked = [self._ask("query.finish", NOTHING, name) for name, site in self.sites.items() if site.node in nodes]
+        for message, since in asked:
+            self._wait(message, since, limit=30)
+
+    # -------------------------------------------------------------------------------------------------- membership
+
+    def _let_in(self) -> None:
+        """Greet nodes that are new, and admit or refuse those that have answered."""
+        nodes = self.link.nodes()
+        for gone in self._gate.refused.keys() - set(nodes):
+            del self._gate.refused[gone]  # when it comes back, it may have been mended
+        known = {site.node for site in self.sites.values()} | {node for node, _ in self._gate.asked.values()}
+        new = [node for node in nodes if node not in known and node not in self._gate.refused]
+        if new:
+            now = time.monotonic()
+            self._gate.asked |= {
+                message: (node, now) for message, node in self.link.ask("query.hello", NOTHING, new).items()
+            }
+        answers = []
+        for reply in self.link.replies(list(self._gate.asked)):
+            node, _ = self._gate.asked.pop(reply.message)
+            answer = self._read("", "join", reply, Hello)
+            if isinstance(answer, Hello):
+                answers.append((node, answer))
+            else:
+                self._refuse(node, answer.client or f"node {node}", answer.reason)
+        for node, hello in sorted(answers, key=lambda answer: answer[1].client):
+            self._admit(node, hello)
+
+    def _admit(self, node: int, hello: Hello) -> None:
+        there = self.sites.get(hello.client)
+        if there is not None and there.node != node and there.node in set(self.link.nodes()):
+            self._refuse(node, hello.client, "another connected site has the same name")
+            return
+        reason = self.agreement.refusal(hello)
+        if reason is not None:
+            self._refuse(node, hello.client, reason)
+            return
+        self.sites[hello.client] = Site(hello, node)
+        log.info("%s has joined with %d examples", hello.client, hello.examples)
+
+    def settle_weights(self) -> str:
+        """Agree on the weights that most sites have, and refuse the others; the hash that was settled on.
+
+        Raises:
+            UserError: As many sites have one as another.
+        """
+        if self.agreement.weights is None:
+            self.members()
+            counts = Counter(site.hello.weights for site in self.sites.values())
+            (weights, most), *others = counts.most_common()
+            if others and others[0][1] == most:
+                held = "; ".join(f"{site.hello.client} has {site.hello.weights}" for site in self.sites.values())
+                raise UserError(f"sites disagree about the model's weights: {held}. Set model.weights_hash to one.")
+            self.agreement = replace(self.agreement, weights=weights)
+            for name, site in list(self.sites.items()):
+                reason = self.agreement.refusal(site.hello)
+                if reason is not None:
+                    del self.sites[name]
+                    self._refuse(site.node, name, reason)
+        return str(self.agreement.weights)
+
+    def _refuse(self, node: int, name: str, reason: str) -> None:
+        log.warning("%s was refused: %s", name, reason)
+        self._gate.refused[node] = f"{name}: {reason}"
+        self._faults.append(Failure(name, "join", f"refused: {reason}"))
+
+    def _available(self, site: Site, nodes: set[int]) -> bool:
+        busy = self.policy.late == "leave_out" and any(late.site == site.hello.client for late in self._late.values())
+        return site.node in nodes and not site.left_out and not busy
+
+    def _note_absent(self, nodes: set[int]) -> None:
+        for name, site in self.sites.items():
+            if site.node not in nodes and not site.left_out:
+                self._faults.append(Failure(name, "join", "not connected"))
+                site.missed = self._missed(name)
+
+    def _missed(self, name: str) -> int:
+        site = self.sites[name]
+        if self.policy.max_missed and site.missed + 1 > self.policy.max_missed and not site.left_out:
+            site.left_out = True
+            reason = f"left out for good: missed {site.missed + 1} rounds in a row, federation.max_missed = "
+            self._faults.append(Failure(name, "join", f"{reason}{self.policy.max_missed}"))
+        return site.missed + 1
+
+    def _too_few(self, present: Sequence[str]) -> str:
+        refused = "; ".join(self._gate.refused.values())
+        out = ", ".join(name for name, site in self.sites.items() if site.left_out)
+        return (
+            f"{len(present)} sites are connected and fit, federation.min_sites = {self.policy.min_sites} are needed; "
+            f"waited {self.policy.wait_seconds} s (federation.wait_seconds)."
+            + (f" Refused: {refused}." if refused else "")
+            + (f" Left out: {out}." if out else "")
+            + " Run `fedalign doctor` at the sites; complete rounds are kept."
+        )
+
+    # ---------------------------------------------------------------------------------------------------- messages
+
+    def _ask(self, kind: str, parcel: Parcel, name: str) -> tuple[str, float]:
+        (message,) = self.link.ask(kind, parcel, [self.sites[name].node])
+        return message, time.monotonic()
+
+    def _everywhere(
+        self, kind: str, stage: Any, content: Message, clients: Sequence[str], expected: type[Any]
+    ) -> Iterator[Any]:
+        """Ask all clients the same, yield what they say as it comes, and a Failure for each that stays silent."""
+        started = time.monotonic()
+        names = {self.sites[client].node: client for client in clients}
+        asked = {message: names[node] for message, node in self.link.ask(kind, encode(content), list(names)).items()}
+        pause = self._pause / 8
+        while asked and time.monotonic() - started < self.policy.timeout_seconds:
+            for reply in self.link.replies(list(asked)):
+                yield self._read(asked.pop(reply.message), stage, reply, expected)
+                pause = self._pause / 8
+            time.sleep(pause if asked else 0)
+            pause = min(pause * 1.5, self._pause)
+        for message, name in asked.items():
+            self._late[message] = Late(name, stage, self._round, started)
+            yield Failure(name, stage, f"no reply within {self.policy.timeout_seconds} s (federation.timeout_seconds)")
+
+    def _wait(self, message: str, since: float, limit: float | None = None) -> Reply | None:
+        pause = self._pause / 8
+        while time.monotonic() - since < (limit or self.policy.timeout_seconds):
+            for reply in self.link.replies([message]):
+                return reply
+            time.sleep(pause)
+            pause = min(pause * 1.5, self._pause)
+        return None
+
+    def _read(self, name: str, stage: Any, reply: Reply | None, expected: type[Any]) -> Any:
+        """The message in a reply, or a Failure that says why there is none."""
+        if reply is None:
+            return Failure(name, stage, f"no reply within {self.policy.timeout_seconds} s (federation.timeout_seconds)")
+        if isinstance(reply.content, str):
+            return Failure(name, stage, reply.content)
+        try:
+            answer = decode(reply.content, (expected, Failure))
+        except MessageError as error:
+            return Failure(name, stage, str(error))
+        if isinstance(answer, Failure):
+            return Failure(name or answer.client, stage, answer.reason)
+        if name and answer.client != name:
+            return Failure(name, stage, f"it answers as {answer.client!r}")
+        return answer
+
+    def _add(self, request: Request, message: str, since: float, accumulator: Accumulator) -> Failure | None:
+        reply = self._wait(message, since)
+        answer = self._read(request.client, "update", reply, Update)
+        if reply is None:
+            self._late[message] = Late(request.client, "update", request.round, since)
+        return answer if isinstance(answer, Failure) else accumulator.add(answer)
+
+    def _hear_late(self) -> None:
+        """Take what comes too late off the wire: it is discarded, and said."""
+        for reply in self.link.replies(list(self._late)):
+            late = self._late.pop(reply.message)
+            seconds = time.monotonic() - late.asked
+            reason = f"its reply of round {late.round} came after {seconds:.0f} s and was discarded"
+            self._faults.append(Failure(late.site, late.stage, reason))  # type: ignore[arg-type]

@@ -1,0 +1,323 @@
+"""`fedalign run` with a Flower engine: hand a thin app to the SuperLink, then watch the run folder.
+
+The app is two lines that name our ServerApp and ClientApp; sites install the package. The SuperLink starts the
+coordinator's process, which goes on if the one that watches is ended by accident: `--resume` watches it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import ipaddress
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedalign import __version__
+from fedalign.checkpoint import ServerState, write_text
+from fedalign.config import Config
+from fedalign.errors import UserError
+from fedalign.federation.flower.status import is_running, read_status
+from fedalign.results import RunFolder
+from fedalign.server import Observer
+from fedalign.workbench import split_among_clients
+
+CONNECTION = "fedalign"
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # the package is installed, not fetched for each run
+}
+HOST = "127.0.0.1"
+NO_INSTALLS = ("--disable-runtime-dependency-installation",)
+SILENCE = 20.0  # seconds without news after which Flower is asked whether the run still lives
+
+
+def flower_app(config: str = "", run: str = "", out: str = "") -> dict[str, Any]:
+    """The pyproject.toml of the thin app."""
+    return {
+        "build-system": {"requires": ["hatchling"], "build-backend": "hatchling.build"},
+        "project": {
+            "name": "fedalign-moe-app",
+            "version": __version__,
+            "description": "Federated fine-tuning of Mixture-of-Experts models with FedAlign-MoE",
+            "license": "Apache-2.0",
+            "dependencies": [f"fedalign-moe[flower]>={__version__}"],
+        },
+        "tool": {
+            "flwr": {
+                "app": {
+                    "publisher": "fedalign",
+                    "components": {
+                        "serverapp": "fedalign.federation.flower.server_app:app",
+                        "clientapp": "fedalign.federation.flower.client_app:app",
+                    },
+                    "config": {"config": config, "run": run, "out": out},
+                }
+            }
+        },
+    }
+
+
+@dataclass
+class Flower:
+    """The `flwr` command, with a home and a connection of its own."""
+
+    home: Path
+    address: str
+    root_certificates: str | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.home.mkdir(parents=True, exist_ok=True)
+        connection: dict[str, Any] = {"address": self.address}
+        if self.root_certificates:
+            connection["root-certificates"] = str(Path(self.root_certificates).absolute())
+        else:
+            connection["insecure"] = True
+        if self.options:
+            connection["options"] = dict(self.options)
+        tables = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
+        write_text(self.home / "config.toml", tomli_w.dumps(tables))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of the command, and of what it starts."""
+        return {**os.environ, **QUIET, "FLWR_HOME": str(self.home), "PATH": search_path()}
+
+    def submit(self, folder: RunFolder, config: Config, run: str) -> str:
+        """Hand the app to the SuperLink; the id that Flower gives to the run."""
+        app = self.home / "fedalign-moe-app"
+        app.mkdir(exist_ok=True)
+        settings = {"config": config.to_toml(), "run": run, "out": str(folder.path.absolute())}
+        write_text(app / "pyproject.toml", tomli_w.dumps(flower_app()))
+        write_text(self.home / "run.toml", tomli_w.dumps(settings))
+        answer = self._flwr("run", str(app), CONNECTION, "--run-config", str(self.home / "run.toml"))
+        return str(answer["run-id"])
+
+    def ended(self, run_id: str) -> str | None:
+        """Why the run is no longer alive, or None if it is."""
+        try:
+            (about,) = self._flwr("list", CONNECTION, "--run-id", run_id)["runs"]
+        except UserError as error:
+            return str(error)
+        if not str(about["status"]).startswith("finished"):
+            return None
+        return f"Flower ended the run: {about['status']} {about.get('status-details', '')}".strip()
+
+    def stop(self, run_id: str) -> None:
+        """End the run, if it is still there to be ended."""
+        with contextlib.suppress(UserError):
+            self._flwr("stop", run_id, CONNECTION)
+
+    def _flwr(self, *arguments: str) -> dict[str, Any]:
+        done = subprocess.run(
+            ["flwr", *arguments, "--format", "json"],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        try:
+            answer: dict[str, Any] = json.loads(done.stdout)
+        except ValueError:
+            answer = {"success": False, "error-message": (done.stderr or done.stdout).strip()}
+        if not answer.get("success"):
+            told = " ".join(str(answer.get("error-message", "")).split())[-400:]
+            raise UserError(f"SuperLink {self.address}: `flwr {arguments[0]}` failed: {told}. Is it running there?")
+        return answer
+
+
+def run(config: Config, folder: RunFolder, watch: Observer) -> dict[str, Any]:
+    """Run, or resume, what `folder` holds on Flower; returns the summary.
+
+    Raises:
+        UserError: The SuperLink cannot be reached, or the run failed; the reason is the coordinator's.
+        KeyboardInterrupt: The run was stopped, complete rounds are kept.
+    """
+    home = folder.path.absolute() / "flower"
+    key = run_key(folder)
+    with superlink(config, home) as flower:
+        if is_running(folder.path):  # the one that watched was ended, the coordinator was not
+            return watch_run(folder, watch, flower, (home / "run-id").read_text(encoding="utf-8"))
+        folder.path.joinpath("status.json").unlink(missing_ok=True)
+        run_id = flower.submit(folder, config, key)
+        write_text(home / "run-id", run_id)
+        return watch_run(folder, watch, flower, run_id)
+
+
+def run_key(folder: RunFolder) -> str:
+    """What sites keep their part of this run under: the same when the run is resumed."""
+    file = folder.path / "run-key"
+    if not file.exists():
+        write_text(file, secrets.token_hex(8))
+    return file.read_text(encoding="utf-8")
+
+
+def watch_run(folder: RunFolder, watch: Observer, flower: Flower, run_id: str) -> dict[str, Any]:
+    """Show how the run goes until it ends."""
+    shown, heard, last = 0, time.monotonic(), read_status(folder.path)
+    try:
+        while True:
+            status = read_status(folder.path)
+            history = read_history(folder)
+            for index in range(shown, len(history)):
+                past = tuple(history[: index + 1])
+                watch.completed(ServerState(int(past[-1]["round"]), {}, {}, past), improved=False)
+            if status != last or len(history) != shown:
+                heard, last, shown = time.monotonic(), status, len(history)
+                watch.progress(status.round, status.stage, status.done, status.total)
+            if status.state == "complete":
+                summary: dict[str, Any] = json.loads(folder.summary.read_text(encoding="utf-8"))
+                return summary
+            if status.state == "failed":
+                raise UserError(status.error)
+            if time.monotonic() - heard > SILENCE:
+                heard = time.monotonic()
+                reason = flower.ended(run_id)
+                if reason and not is_running(folder.path) and read_status(folder.path) == status:
+                    raise UserError(
+                        f"{reason}. Complete rounds are kept; go on with: fedalign run --resume {folder.path}"
+                    )
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        flower.stop(run_id)
+        raise
+
+
+def read_history(folder: RunFolder) -> list[dict[str, Any]]:
+    """The rounds that metrics.jsonl holds."""
+    try:
+        return [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        return []
+
+
+@contextlib.contextmanager
+def superlink(config: Config, home: Path) -> Iterator[Flower]:
+    """The configured SuperLink; a simulation gets one of its own, ended with the run."""
+    options = config.federation
+    if config.federation.engine == "flower":
+        yield Flower(home, options.superlink, options.root_certificates)
+        return
+    clients = len(split_among_clients(config)[1])
+    simulation = {
+        "num-supernodes": clients,
+        "backend": {
+            "client-resources": {"num-cpus": 1, "num-gpus": 0.0},
+            "init-args": {"num-cpus": options.workers},
+        },
+    }
+    port = free_port()
+    address = f"{HOST}:{port}"
+    flower = Flower(home, address, None, simulation)
+    with (home / "superlink.log").open("ab") as log:
+        process = subprocess.Popen(
+            ["flower-superlink", "--insecure", "--simulation", *NO_INSTALLS, "--host", HOST, "--port", str(port)],
+            env=flower.environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            wait_for(address, process)
+            yield flower
+        finally:
+            end(process)
+
+
+def wait_for(address: str, process: subprocess.Popen[bytes], seconds: float = 60) -> None:
+    """Until something listens there.
+
+    Raises:
+        UserError: Nothing does.
+    """
+    host, _, port = address.partition(":")
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+            return
+        time.sleep(0.2)
+    raise UserError(f"flower-superlink did not start at {address}; see flower/superlink.log in the run's folder")
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and what it started."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=15)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, 9)
+    process.wait()
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def search_path() -> str:
+    """PATH with the folder of this Python first, so that its `flwr` is found."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def check_plaintext(address: str, root_certificates: str | None, insecure_anywhere: bool) -> None:
+    """Refuse to talk in the clear beyond this machine by accident.
+
+    Args:
+        address: HOST:PORT of the SuperLink.
+        root_certificates: what its certificate is checked with; None: plaintext.
+        insecure_anywhere: the user asked for plaintext over a network, and was told what that risks.
+
+    Raises:
+        UserError: Plaintext where it was not asked for, or no such certificates.
+    """
+    if root_certificates and not Path(root_certificates).is_file():
+        raise UserError(f"root_certificates = {root_certificates!r}: no such file. Give the CA's PEM file.")
+    if not root_certificates and not is_loopback(address) and not insecure_anywhere:
+        raise UserError(
+            f"superlink = {address!r}: not on this machine, and without root_certificates weights, statistics and the "
+            "code that sites run would travel in the clear. Give the CA's PEM file (docs/many-sites.md). "
+            "--insecure-anywhere does without: whoever is on the way can then read and change all of it."
+        )
+
+
+def is_loopback(address: str) -> bool:
+    """Whether HOST:PORT is on this machine.
+
+    >>> is_loopback("127.0.0.1:8000"), is_loopback("[::1]:8000"), is_loopback("hospital.example:8000")
+    (True, True, False)
+    """
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def require_flower(engine: str) -> None:
+    """Refuse to start what is not installed.
+
+    Raises:
+        UserError: Flower, or for a simulation Ray, is missing.
+    """
+    needed = {"flwr": "flower"} | ({"ray": "simulation"} if engine == "simulation" else {})
+    for module, extra in needed.items():
+        if importlib.util.find_spec(module) is None:
+            raise UserError(
+                f"federation.engine = {engine!r}: {module} is not installed. pip install 'fedalign-moe[{extra}]'"
+            )

@@ -1,0 +1,86 @@
+"""Parcels over Flower's grid: ask nodes, and look what has come back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from flwr.app import Error, Message
+from flwr.serverapp import Grid
+
+from fedalign.federation.flower.records import from_records, to_records
+from fedalign.messages import MessageError, Parcel
+
+REASONS = {  # Flower's error codes, as far as they say something about a site
+    1: "its ClientApp cannot be loaded; is the same version of fedalign-moe installed there?",
+    2: "its ClientApp failed; the reason is in the site's own log",
+    3: "nobody answered before the message expired",
+    4: "its reply was lost on the way",
+    5: "its SuperNode is gone",
+    8: "its process ended before it could answer",
+}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back for a message."""
+
+    message: str  # the id of what was asked
+    content: Parcel | str  # or the reason why there is none
+
+
+class Link(Protocol):
+    """What `FlowerFederation` needs of an engine."""
+
+    def nodes(self) -> Sequence[int]:
+        """The nodes that are connected now."""
+
+    def ask(self, kind: str, parcel: Parcel, nodes: Sequence[int]) -> dict[str, int]:
+        """Send the same to each node; message id -> node, in the order of `nodes`."""
+
+    def replies(self, messages: Sequence[str]) -> Iterator[Reply]:
+        """What has come back for these messages since they were last asked for."""
+
+
+class GridLink:
+    """A `Link` over the grid that Flower hands to a ServerApp.
+
+    Args:
+        grid: Flower's.
+        expiry: seconds after which a message and its reply are worth nothing.
+    """
+
+    def __init__(self, grid: Grid, expiry: float) -> None:
+        self.grid = grid
+        self.expiry = expiry
+
+    def nodes(self) -> Sequence[int]:
+        """The nodes that are connected now."""
+        return sorted(self.grid.get_node_ids())
+
+    def ask(self, kind: str, parcel: Parcel, nodes: Sequence[int]) -> dict[str, int]:
+        """Send the same to each node; what they share is made and sent once."""
+        records = to_records(parcel)
+        messages = [Message(records, node, kind, ttl=self.expiry) for node in nodes]
+        ids = list(self.grid.push_messages(messages)) if messages else []
+        return dict(zip(ids, nodes, strict=True))
+
+    def replies(self, messages: Sequence[str]) -> Iterator[Reply]:
+        """What has come back for these messages since they were last asked for."""
+        for reply in self.grid.pull_messages(list(messages)) if messages else ():
+            yield Reply(reply.metadata.reply_to_message_id, _content(reply))
+
+
+def _content(reply: Message) -> Parcel | str:
+    if reply.has_error():
+        return reason(reply.error)
+    try:
+        return from_records(reply.content)
+    except MessageError as error:
+        return str(error)
+
+
+def reason(error: Error) -> str:
+    """Flower's error in words."""
+    return REASONS.get(error.code, f"Flower's error {error.code}: {error.reason}")

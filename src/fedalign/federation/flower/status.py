@@ -1,0 +1,104 @@
+"""How the coordinator's process tells whoever watches the run folder how it goes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from fedalign.checkpoint import ServerState, write_text
+from fedalign.errors import UserError
+
+State = Literal["starting", "running", "failed", "complete"]
+SECONDS = 0.5  # between two writes, at least
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a run is doing."""
+
+    state: State = "starting"
+    pid: int = 0
+    round: int = 0
+    stage: str = "waiting for sites"
+    done: int = 0
+    total: int = 1
+    error: str = ""
+
+
+class Beacon:
+    """A `server.Observer` that writes what happens to `status.json`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = status_file(folder)
+        self._written = 0.0
+
+    def begin(self) -> None:
+        """The run is on."""
+        self._write(Status("running", os.getpid()))
+
+    def progress(self, round: int, stage: str, done: int, total: int) -> None:
+        """Say so, but not more often than a person could read."""
+        if time.monotonic() - self._written > SECONDS or done in (0, total):
+            self._write(Status("running", os.getpid(), round, stage, done, total))
+
+    def completed(self, state: ServerState, improved: bool) -> None:
+        """Nothing: metrics.jsonl has it."""
+
+    def end(self) -> None:
+        """The run is complete."""
+        self._write(Status("complete", os.getpid()))
+
+    def fail(self, error: str) -> None:
+        """The run has ended before its time."""
+        self._write(Status("failed", os.getpid(), error=error))
+
+    def _write(self, status: Status) -> None:
+        write_text(self.path, json.dumps(asdict(status)))
+        self._written = time.monotonic()
+
+
+def status_file(folder: Path) -> Path:
+    """Where the status of a run stands."""
+    return folder / "status.json"
+
+
+def read_status(folder: Path) -> Status:
+    """The latest status; that of a run not yet begun if there is none."""
+    try:
+        return Status(**json.loads(status_file(folder).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return Status()
+
+
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[None]:
+    """Hold the run folder: one coordinator at a time.
+
+    Raises:
+        UserError: Another process runs it.
+    """
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run {str(folder)!r}: another coordinator is running it. End it first.") from None
+        yield
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a coordinator holds the run folder."""
+    try:
+        with (folder / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

@@ -1,0 +1,95 @@
+"""What a client answers to each message, whichever way the message came.
+
+A reason that leaves a site never quotes its data: what went wrong with the data itself is told in the site's own log
+alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from fedalign.checkpoint import ClientMemory
+from fedalign.errors import DataError, TrainingFailedError, UserError
+from fedalign.messages import Message, MessageError, Parcel, decode, encode
+from fedalign.protocol import Broadcast, Failure, Packed, Request, Start, Update
+from fedalign.wire import unpack_weights
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and handing over an update needs none of it
+    from fedalign.client import OpenClient
+
+log = logging.getLogger("fedalign")
+
+SEE_LOG = "the reason is in the client's own log"
+
+
+class Answers(Protocol):
+    """Whoever can answer a message of the coordinator: a service here, or a process that keeps the model loaded."""
+
+    def answer(self, verb: str, parcel: Parcel) -> Parcel:
+        """Answer one message."""
+
+
+class Service:
+    """Answers for one client; what it opens stays open for the next message.
+
+    Args:
+        name: the client.
+        memory: what the client keeps on disk for this run; handing over an update needs nothing else.
+        open_client: loads the model and the client's data.
+    """
+
+    def __init__(self, name: str, memory: Path, open_client: Callable[[], OpenClient]) -> None:
+        self.name = name
+        self.memory = ClientMemory(memory)
+        self._open_client = open_client
+        self._client: OpenClient | None = None
+
+    @property
+    def client(self) -> OpenClient:
+        """The loaded client; loads it when first asked."""
+        if self._client is None:
+            self._client = self._open_client()
+        return self._client
+
+    def answer(self, verb: str, parcel: Parcel) -> Parcel:
+        """Answer a message: "hello", "start", "train", "update", "evaluate" or "finish"; a fault becomes a Failure."""
+        stage = verb if verb in ("train", "update", "evaluate") else "join"
+        try:
+            return encode(getattr(self, f"_{verb}")(parcel))
+        except (TrainingFailedError, MessageError, UserError) as error:
+            reason = str(error)
+        except DataError as error:
+            log.error("%s: its data cannot be used: %s", self.name, error)
+            reason = f"its data cannot be used; {SEE_LOG}"
+        except Exception as error:
+            log.exception("%s: %s failed", self.name, verb)
+            reason = f"{type(error).__name__}; {SEE_LOG}"
+        return encode(Failure(self.name, stage, reason))  # type: ignore[arg-type]
+
+    def _hello(self, _: Parcel) -> Message:
+        return self.client.hello()
+
+    def _start(self, _: Parcel) -> Message:
+        moe = self.client.trainer.moe
+        weights = {group: Packed(value.cpu()) for group, value in moe.read().items()}
+        return Start(self.name, weights, {name: value.cpu() for name, value in moe.constants().items()})
+
+    def _train(self, parcel: Parcel) -> Message:
+        return self.client.trainer.train(self.client.data, decode(parcel, Broadcast))
+
+    def _update(self, parcel: Parcel) -> Message:
+        return self.memory.hand_over(self.name, decode(parcel, Request))
+
+    def _evaluate(self, parcel: Parcel) -> Message:
+        broadcast: Broadcast = decode(parcel, Broadcast)
+        trainer = self.client.trainer
+        trainer.moe.write(unpack_weights(broadcast.weights))
+        score = trainer.evaluate(self.client.data)
+        return score if score is not None else Failure(self.name, "evaluate", "it holds nothing out to be scored on")
+
+    def _finish(self, _: Parcel) -> Message:
+        self.memory.forget_updates()
+        return Update(self.name, 0, {})

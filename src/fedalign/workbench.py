@@ -1,0 +1,154 @@
+"""Model, tokenizer and encoder of a configuration, and a client's examples made ready for training on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedalign.checkpoint import ClientMemory
+from fedalign.client import ClientData, Trainer, derive_seed
+from fedalign.config import Config
+from fedalign.data.batches import Encoder, load_tokenizer
+from fedalign.data.formats import Example, load_examples
+from fedalign.data.partition import Partition, hold_out, partition
+from fedalign.demo import model_folder
+from fedalign.errors import UserError
+from fedalign.evaluation import TestSet, evaluate
+from fedalign.moe.model import MoEModel
+from fedalign.protocol import Evaluation, Weights
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A loaded model and what turns text into its batches."""
+
+    config: Config
+    moe: MoEModel
+    tokenizer: Any
+    encoder: Encoder
+
+    @classmethod
+    def load(cls, config: Config) -> Workbench:
+        """Load the configured model and tokenizer.
+
+        Raises:
+            UserError: There is no such model or device, or a limit does not fit the model.
+        """
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        moe = load_model(
+            config.model.path,
+            device=pick_device(config.run.device),
+            trust_remote_code=config.model.trust_remote_code,
+            revision=config.model.revision,
+        )
+        return cls.around(moe, config)
+
+    @classmethod
+    def around(cls, moe: MoEModel, config: Config) -> Workbench:
+        """The workbench of a model that is there."""
+        tokenizer = load_tokenizer(
+            model_path(config.model.path),
+            trust_remote_code=config.model.trust_remote_code,
+            revision=config.model.revision,
+        )
+        encoder = Encoder(
+            tokenizer,
+            pick_length(config, moe),
+            moe.is_seq2seq,
+            config.data.too_long,
+            decoder_start=getattr(moe.model.config, "decoder_start_token_id", None),
+        )
+        return cls(config, moe, tokenizer, encoder)
+
+    def trainer(self) -> Trainer:
+        """The client step on this model."""
+        return Trainer(self.moe, self.tokenizer, self.config.algorithm.build(), self.config)
+
+    def client(self, name: str, examples: Sequence[Example], indices: Sequence[int], folder: Path) -> ClientData:
+        """Encode the examples that `indices` names: a part to train on and a held-out part.
+
+        Raises:
+            UserError: Nothing is left to train on.
+        """
+        seed = derive_seed(self.config.run.seed, "held out")
+        kept, held = hold_out(indices, self.config.clients.held_out, seed, name)
+        client = ClientData(
+            name=name,
+            train=self.encoder.encode([examples[index] for index in kept]),
+            held_out=TestSet.prepare([examples[index] for index in held], self.encoder),
+            memory=ClientMemory(folder),
+        )
+        if not client.train:
+            raise UserError(
+                f"client {name!r}: all of its examples are longer than {self.encoder.max_length} tokens and dropped. "
+                f'Raise data.max_length, or set data.too_long = "truncate".'
+            )
+        return client
+
+    def test_set(self) -> TestSet | None:
+        """The global test examples, if there are any."""
+        config = self.config
+        test = load_examples(config.data.test or config.data.train, config.data, "test", config.run.seed)
+        return TestSet.prepare(test, self.encoder)
+
+    def score(self, weights: Weights, tests: TestSet | None) -> Evaluation | None:
+        """Score weights on a test set, if there is one."""
+        if tests is None:
+            return None
+        self.moe.write(weights)
+        return evaluate(self.moe, tests, self.config.evaluation, self.tokenizer, client=None)
+
+    def save(self, weights: Weights, folder: Path) -> None:
+        """Write weights as an ordinary Hugging Face folder, with the tokenizer."""
+        self.moe.write(weights)
+        self.moe.save(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def split_among_clients(config: Config) -> tuple[list[Example], Partition]:
+    """The training examples and which client holds which of them, as a simulation deals them."""
+    examples = load_examples(config.data.train, config.data, "train", config.run.seed)
+    return examples, partition(examples, config.clients, config.run.seed)
+
+
+def model_path(name: str) -> str:
+    """Resolve "demo" to the model that comes with the package; anything else is a folder or a hub id."""
+    return str(model_folder()) if name == "demo" else name
+
+
+def load_model(
+    name: str, *, device: str = "cpu", trust_remote_code: bool = False, revision: str | None = None
+) -> MoEModel:
+    """Load any Hugging Face MoE model, or the demo's."""
+    return MoEModel.load(model_path(name), device=device, trust_remote_code=trust_remote_code, revision=revision)
+
+
+def pick_device(name: str) -> str:
+    """`auto` is a GPU if there is one.
+
+    Raises:
+        UserError: The device is not there.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        there = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise UserError(f"run.device = {name!r}: not on this machine. Choose one of: {', '.join(there)}.") from None
+    return name
+
+
+def pick_length(config: Config, moe: MoEModel) -> int:
+    """The longest example in tokens: as asked, at most what the model allows."""
+    asked, allowed = config.data.max_length, moe.max_length
+    if asked and allowed and asked > allowed:
+        raise UserError(
+            f"data.max_length = {asked}: the model allows {allowed} tokens. Choose 1 to {allowed}, or 0 for all of it."
+        )
+    return asked or allowed or 0
