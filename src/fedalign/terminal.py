@@ -1,0 +1,28 @@
+"""How the command line speaks: plain lines and tables of names and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """A titled table of names and values."""
+    table = Table(title=title, title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    out.print(table)
+
+
+def say(text: str) -> None:
+    """Text as it is, so that what is copied from it has no line breaks of ours."""
+    out.print(text, markup=False, soft_wrap=True)
