@@ -50,7 +50,7 @@ def test_a_file_gets_a_line_a_round() -> None:
 
 def test_rows_add_up_what_was_sent_and_fall_back_to_clients() -> None:
     assert row(HISTORY, 1, "0:10") == ("1", "50.0 %", "25.0 %", "1.500", "0.0123", "1.5 MB", "0:10")
-    no_test_set = ({"round": 0, "client_accuracy_mean": 0.25, "client_loss_mean_nats": 2.0},)
+    no_test_set = ({"round": 0, "client_accuracy_weighted": 0.25, "client_loss_mean_nats": 2.0},)
     assert row(no_test_set, 0, "...")[:4] == ("0", "25.0 %", "-", "2.000")
 
 

@@ -266,7 +266,7 @@ def test_no_test_set_means_the_clients_own(settings: list[str], tmp_path: Path) 
     without = [setting for setting in settings if not setting.startswith("data.test=")]
     summary = start(tmp_path / "run", without, "run.rounds=1")
     assert summary["accuracy_of"].startswith("clients' held-out")
-    assert summary["final_accuracy"] == metrics(tmp_path / "run")[-1]["client_accuracy_mean"]
+    assert summary["final_accuracy"] == metrics(tmp_path / "run")[-1]["client_accuracy_weighted"]
 
 
 def test_each_file_can_be_a_client(olmoe: Path, texts: Path, tmp_path: Path, settings: list[str]) -> None:

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from fedalign import __version__
 from fedalign.errors import UserError
+from fedalign.terminal import err, out, print_table, say
 
 if TYPE_CHECKING:
     from fedalign.config import Config
+    from fedalign.estimate import Estimate
     from fedalign.live import LiveTable
     from fedalign.moe.model import Description
     from fedalign.results import RunFolder
-    from fedalign.run import Estimate, Prepared
+    from fedalign.run import Prepared
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,9 +31,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Federated fine-tuning of Mixture-of-Experts language models: align routing, average experts that agree.",
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
-
 RUN_EXAMPLES = """
 [bold]Examples[/bold]
 
@@ -129,7 +125,7 @@ def _run_on_flower(settings: Config, folder: RunFolder, *, fresh: bool, insecure
         reached = f"SuperLink {options.superlink}, at least {options.min_sites} sites"
     if fresh:
         folder.begin(settings)
-    _say(f"{settings.algorithm.name}: sites behind Flower, {reached}")
+    say(f"{settings.algorithm.name}: sites behind Flower, {reached}")
     _watched(folder, settings, lambda table: launch.run(settings, folder, table))
 
 
@@ -147,7 +143,7 @@ def _watched(folder: RunFolder, settings: Config, rounds: Callable[[LiveTable], 
         with LiveTable(out, settings.run.rounds) as table:
             summary = rounds(table)
     except KeyboardInterrupt:
-        _say(f"\nInterrupted. Complete rounds are kept; go on with: fedalign run --resume {folder.path}")
+        say(f"\nInterrupted. Complete rounds are kept; go on with: fedalign run --resume {folder.path}")
         raise typer.Exit(130) from None
     _print_summary(summary, folder)
 
@@ -165,7 +161,7 @@ def inspect(
     quiet()
     with out.status("Loading the model ..."):
         moe = load_model(model, trust_remote_code=trust_remote_code, revision=revision)
-    _print_table(model, _description_rows(moe.describe()))
+    print_table(model, _description_rows(moe.describe()))
 
 
 def _description_rows(about: Description) -> list[tuple[str, str]]:
@@ -197,7 +193,7 @@ def _print_headline(prepared: Prepared) -> None:
     moe, config = prepared.bench.moe, prepared.config
     examples = [len(client.train) for client in prepared.clients.values()]
     parameters = sum(p.numel() for p in moe.model.parameters())
-    _say(
+    say(
         f"{config.algorithm.name}: {len(examples)} clients with {min(examples)} to {max(examples)} examples, "
         f"{moe.family} with {parameters / 1e6:.1f}M parameters "
         f"({moe.layout.layers} MoE layers x {moe.experts} experts, top-{moe.top_k})"
@@ -219,7 +215,7 @@ def _print_estimate(estimate: Estimate) -> None:
         ("time a round", f"about {clock(estimate.seconds_a_round)} (from one measured pass)"),
         ("time of the run", f"about {clock(estimate.seconds)}"),
     ]
-    _print_table("dry run: nothing was trained or written", rows)
+    print_table("dry run: nothing was trained or written", rows)
 
 
 def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
@@ -229,27 +225,31 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
         ("accuracy", f"{percent(summary['initial_accuracy'])} -> {percent(summary['final_accuracy'])}"),
         ("best", f"{percent(summary['best_accuracy'])} in round {summary['best_round']}"),
         ("loss", f"{summary['initial_loss']:.3f} -> {summary['final_loss']:.3f} nats a token"),
+        ("by client", _by_client(summary["client_accuracies"])),
         ("sent up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),
+        ("faults", _counted(summary["failures"])),
         ("time", clock(summary["seconds"])),
     ]
-    _print_table(f"{summary['algorithm']} after {summary['rounds']} rounds", rows)
+    rows = [(name, value) for name, value in rows if value]
+    print_table(f"{summary['algorithm']} after {summary['rounds']} rounds", rows)
     other = "fedavg" if summary["algorithm"] != "fedavg" else "fedalign_moe"
-    _say(f"Results   {folder.path}: model/ and best/ (load them with transformers), summary.json, metrics.jsonl")
-    _say(f"Look      tensorboard --logdir {folder.path}")
-    _say(f"Compare   fedalign run {folder.config} --set algorithm.name={other}")
+    say(f"Results   {folder.path}: model/ and best/ (load them with transformers), summary.json, metrics.jsonl")
+    say(f"Look      tensorboard --logdir {folder.path}")
+    say(f"Compare   fedalign run {folder.config} --set algorithm.name={other}")
 
 
-def _print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    table = Table(title=title, title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, Text(value))
-    out.print(table)
+def _by_client(accuracies: Mapping[str, float], most: int = 12) -> str:
+    """Accuracy of each client, of the first few if there are many."""
+    from fedalign.live import percent
+
+    shown = [f"{name} {percent(accuracy)}" for name, accuracy in list(accuracies.items())[:most]]
+    return ", ".join(shown) + (f", and {len(accuracies) - most} more" if len(accuracies) > most else "")
 
 
-def _say(text: str) -> None:
-    out.print(text, markup=False, soft_wrap=True)
+def _counted(failures: Sequence[Mapping[str, Any]]) -> str:
+    """How often each client failed; the reasons are in summary.json."""
+    counts = Counter(str(failure["client"]) for failure in failures)
+    return ", ".join(f"{name} {count}" for name, count in counts.most_common())
 
 
 def main() -> None:

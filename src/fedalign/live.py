@@ -52,7 +52,7 @@ class LiveTable:
             cells = zip(COLUMNS, row(self.history, len(self.history) - 1, self.time_left()), strict=True)
             self.console.print(" | ".join(f"{name} {value}" for name, value in cells), soft_wrap=True)
         for failure in state.history[-1].get("failures", ()):
-            text = f"round {state.round}: {failure['client']} left out ({failure['stage']}): {failure['reason']}"
+            text = f"round {state.round}: {failure['client']}, {failure['stage']}: {failure['reason']}"
             self.console.print(text, style="yellow", markup=False, soft_wrap=True)
 
     def time_left(self) -> str:

@@ -125,7 +125,7 @@ def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
         "final_accuracy": accuracy_of(last),
         "best_accuracy": accuracy_of(best),
         "best_round": best["round"],
-        "accuracy_of": "global test set" if "loss_nats" in first else "clients' held-out parts, mean",
+        "accuracy_of": "global test set" if "loss_nats" in first else "clients' held-out parts, weighted by examples",
         "initial_loss": loss_of(first),
         "final_loss": loss_of(last),
         "client_accuracies": last.get("client_accuracies", {}),

@@ -301,8 +301,8 @@ def find_outliers(reports: Sequence[Statistics], ratio: float) -> list[Failure]:
 
 
 def accuracy_of(metrics: Mapping[str, Any]) -> float | None:
-    """The accuracy that a round is known by: the global one, else the clients' mean."""
-    accuracy: float | None = metrics.get("accuracy", metrics.get("client_accuracy_mean"))
+    """The accuracy that a round is known by: the global one, else the clients', weighted by their examples."""
+    accuracy: float | None = metrics.get("accuracy", metrics.get("client_accuracy_weighted"))
     return accuracy
 
 
@@ -332,9 +332,12 @@ def describe_scores(overall: Evaluation | None, scores: Sequence[Evaluation]) ->
         metrics["client_losses_nats"] = {str(score.client): score.loss for score in scores}
     accuracies = {str(score.client): score.accuracy for score in scores if score.accuracy is not None}
     if accuracies:
+        counted = [score.examples for score in scores if score.accuracy is not None]
+        right = [score.examples * score.accuracy for score in scores if score.accuracy is not None]
         metrics |= {
             "client_accuracies": accuracies,
             "client_accuracy_mean": stats.fmean(accuracies.values()),
+            "client_accuracy_weighted": sum(right) / sum(counted),
             "client_accuracy_worst": min(accuracies.values()),
             "client_accuracy_spread": stats.pstdev(accuracies.values()),
         }

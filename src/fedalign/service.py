@@ -93,3 +93,13 @@ class Service:
     def _finish(self, _: Parcel) -> Message:
         self.memory.forget_updates()
         return Update(self.name, 0, {})
+
+
+def log_to_stderr() -> None:
+    """Let what this package logs be seen, in a process that Flower started."""
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s fedalign: %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False

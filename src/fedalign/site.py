@@ -6,6 +6,7 @@ where its data and its copy of the model lie, what its columns are called, which
 
 from __future__ import annotations
 
+import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,22 @@ class SiteFolder:
         """A path of site.toml, seen from the site's folder; what is not there is left as it is (a hub id)."""
         here = self.path / Path(path).expanduser()
         return str(here) if here.exists() else path
+
+    def supernode_command(self, port: int | None = None) -> list[str]:
+        """What starts Flower's SuperNode for this site; `port`: of its own interface, on loopback."""
+        link = self.config.coordinator
+        security = (
+            ["--root-certificates", self.resolve(link.root_certificates)] if link.root_certificates else ["--insecure"]
+        )
+        key = self.path / link.key
+        return [
+            "flower-supernode",
+            *security,
+            *(["--auth-supernode-private-key", str(key)] if key.exists() and link.root_certificates else []),
+            *("--superlink", link.superlink),
+            *(["--port", str(port)] if port else []),
+            *("--node-config", f"site={json.dumps(str(self.path / FILE))}"),
+        ]
 
     def localise(self, config: Config) -> Config:
         """The coordinator's configuration as this site runs it."""

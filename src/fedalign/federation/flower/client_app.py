@@ -7,7 +7,6 @@ is imported before it is needed; a simulation keeps the process and what it has 
 
 from __future__ import annotations
 
-import logging
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ from fedalign.errors import UserError
 from fedalign.federation.flower.records import from_records, to_records
 from fedalign.messages import MessageError, Parcel, encode
 from fedalign.protocol import Failure
-from fedalign.service import Service
+from fedalign.service import Service, log_to_stderr
 from fedalign.site import SiteFolder
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def finish(message: Message, context: Context) -> Message:
 
 
 def _reply(verb: str, message: Message, context: Context) -> Message:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    log_to_stderr()
     try:
         answer = _answer(verb, from_records(message.content), context)
     except (MessageError, UserError) as error:
@@ -98,7 +97,9 @@ def site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: Pa
 
 def _open_site(folder: SiteFolder, config: str, run: str) -> OpenClient:
     from fedalign.clients import open_site  # noqa: PLC0415
+    from fedalign.moe.model import quiet  # noqa: PLC0415
 
+    quiet()
     return open_site(folder, read_config(config), run)
 
 
@@ -112,5 +113,7 @@ def _dealt_service(partition: int, config: str, folder: Path) -> Service:
 @lru_cache(maxsize=1)
 def _dealt(config: str, folder: Path) -> DealtClients:
     from fedalign.clients import DealtClients  # noqa: PLC0415
+    from fedalign.moe.model import quiet  # noqa: PLC0415
 
+    quiet()
     return DealtClients(read_config(config), folder)

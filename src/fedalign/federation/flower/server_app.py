@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from flwr.app import Context
@@ -16,6 +15,7 @@ from fedalign.federation.flower.status import Beacon, running
 from fedalign.moe.model import quiet
 from fedalign.results import RunFolder
 from fedalign.run import execute
+from fedalign.service import log_to_stderr
 
 app = ServerApp()
 
@@ -23,7 +23,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run all rounds that the run folder does not hold yet."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    log_to_stderr()
     quiet()
     settings = context.run_config
     folder = RunFolder(Path(str(settings["out"])).expanduser().absolute())
