@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from fedalign.checkpoint import Checkpoints, ServerState, folder_name
-from fedalign.client import ClientData, make_autocast
+from fedalign.client import ClientData
 from fedalign.config import Config, FederationConfig, load_config
-from fedalign.data.batches import batches
 from fedalign.errors import UserError
+from fedalign.estimate import Estimate, estimate_run
 from fedalign.evaluation import TestSet
 from fedalign.federation.in_process import InProcess
-from fedalign.forward import answer_logits
-from fedalign.moe.model import MoEModel
 from fedalign.protocol import Evaluation, Federation, Layout, Weights
 from fedalign.results import Recorder, RunFolder
 from fedalign.server import Observer, Server, select
-from fedalign.wire import broadcast_dtype, packed_nbytes
 from fedalign.workbench import Workbench, split_among_clients
 
 RESUMABLE = (  # may change on resume
@@ -200,92 +193,8 @@ class Both:
         self.second.completed(state, improved)
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What a run would take. Bytes and seconds; memory is that of this process, all clients in turn."""
-
-    parameters: int
-    trained: int
-    clients: int
-    clients_a_round: int
-    examples: Mapping[str, int]  # by client
-    bytes_down_a_round: int
-    bytes_up_a_round_at_most: int  # every group of every client
-    bytes_statistics_a_client: int
-    memory: int
-    seconds_a_round: float  # from one measured forward and backward pass
-    seconds: float
-
-
 def estimate(prepared: Prepared) -> Estimate:
-    """What to expect, without training: sizes are counted, time is extrapolated from one forward and backward pass."""
-    config, moe, wire = prepared.config, prepared.bench.moe, prepared.config.wire.dtype
-    sizes = [size for size in moe.layout.sizes.values() if size]
-    trained, total = sum(sizes), sum(p.numel() for p in moe.model.parameters())
-    asked = len(select(list(prepared.clients), config.clients.sample, config.run.seed, 1))
-    down = sum(packed_nbytes(size, broadcast_dtype(wire)) for size in sizes)
-    up = sum(packed_nbytes(size, wire) for size in sizes)
-    statistics = statistics_nbytes(config, moe)
-    scored = len(prepared.clients) if config.evaluation.clients and config.clients.held_out else 0
-    activation, per_token = measure_step(prepared)
-    seconds = per_token * _round_tokens(prepared) * asked / max(1, len(prepared.clients))
-    return Estimate(
-        parameters=total,
-        trained=trained,
-        clients=len(prepared.clients),
-        clients_a_round=asked,
-        examples={name: len(client.train) for name, client in prepared.clients.items()},
-        bytes_down_a_round=down * (asked + scored),
-        bytes_up_a_round_at_most=(up + statistics) * asked,
-        bytes_statistics_a_client=statistics,
-        memory=memory_nbytes(total, trained, config) + activation,
-        seconds_a_round=seconds,
-        seconds=seconds * config.run.rounds,
-    )
-
-
-def statistics_nbytes(config: Config, moe: MoEModel) -> int:
-    """Bytes of one client's statistics on the wire."""
-    cells = moe.layout.layers * moe.layout.experts
-    sketches = 2 * cells * (config.statistics.update_width + config.statistics.centroid_width)
-    return sketches + 4 * 3 * cells + 4 * moe.layout.layers + 4 * len(moe.layout.groups) + 40
-
-
-def memory_nbytes(total: int, trained: int, config: Config) -> int:
-    """Weights, gradients and optimizer on the client; received weights and update; master, sum and broadcast."""
-    moments = 2 if config.training.optimizer == "adamw" else 0
-    wire = packed_nbytes(trained, broadcast_dtype(config.wire.dtype)) + packed_nbytes(trained, config.wire.dtype)
-    return 4 * (total + trained * (1 + moments + 2 + 2)) + wire
-
-
-def measure_step(prepared: Prepared) -> tuple[int, float]:
-    """Bytes of activations (on a GPU; 0 where they cannot be read) and seconds a token of a training step."""
-    moe, options = prepared.bench.moe, prepared.config.training
-    largest = max(prepared.clients.values(), key=lambda client: len(client.train))
-    batch = next(iter(batches(largest.train, options.batch_tokens, options.batch_examples, seed=0))).to(moe.device)
-    autocast = make_autocast(moe.device, options.precision)
-    cuda = moe.device.type == "cuda"
-    before = torch.cuda.max_memory_allocated() if cuda else 0
-    moe.model.train()
-    seconds = math.inf
-    for _ in range(3):  # the first pass also warms up
-        started = time.perf_counter()
-        with autocast():
-            loss = answer_logits(moe, batch).nll_N.mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        moe.model.zero_grad(set_to_none=True)
-        if cuda:
-            torch.cuda.synchronize()
-        seconds = min(seconds, time.perf_counter() - started)
-    activations = torch.cuda.max_memory_allocated() - before if cuda else 0
-    return activations, seconds / float(batch.attention_mask_B_S.sum())
-
-
-def _round_tokens(prepared: Prepared) -> float:
-    """Tokens of training, and of evaluation at a third of their cost, when every client takes part."""
-    every = [e for client in prepared.clients.values() for e in client.train]
-    trained = sum(len(e.input_ids) for e in every) * prepared.config.training.epochs
-    held = [client.held_out for client in prepared.clients.values() if client.held_out is not None]
-    tests = [*held, *([prepared.test] if prepared.test else [])]
-    scored = sum(len(e.input_ids) for test in tests for e in test.encoded)
-    return trained + scored / 3
+    """What to expect, without training."""
+    config = prepared.config
+    asked = select(list(prepared.clients), config.clients.sample, config.run.seed, 1)
+    return estimate_run(prepared.bench, prepared.clients, prepared.test, len(asked))
