@@ -148,8 +148,8 @@ def test_arrival_order_does_not_matter(tmp_path: Path) -> None:
         ({"round": 7}, "of round 7, not 1"),
         ({"prob_L_E": torch.tensor([[float("nan"), 1.0]])}, "prob_L_E is not finite"),
         ({"norm_G": torch.full((5,), torch.inf)}, "norm_G is not finite"),
-        ({"norm_G": torch.ones(3)}, "norm_G has shape"),
-        ({"load_L_E": torch.ones(2, 2)}, "load_L_E has shape"),
+        ({"norm_G": torch.ones(3)}, "norm_G is torch.float32"),
+        ({"load_L_E": torch.ones(2, 2)}, "load_L_E is torch.float32"),
     ],
 )
 def test_unusable_statistics_leave_the_client_out_and_name_it(
