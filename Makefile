@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format bench clean
+.PHONY: help venv demo demo-sites test test-sites check format bench clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -19,6 +19,16 @@ $(VENV)/.package: pyproject.toml constraints.txt
 	@$(PIP) --editable .
 	@touch $@
 
+$(VENV)/.flower: $(VENV)/.package
+	@echo "Installing Flower ..."
+	@$(PIP) --editable '.[flower]'
+	@touch $@
+
+$(VENV)/.simulation: $(VENV)/.tools
+	@echo "Installing Flower's simulation engine ..."
+	@$(PIP) --editable '.[dev,simulation]'
+	@touch $@
+
 $(VENV)/.tools: $(VENV)/.package
 	@echo "Installing the project's own checks ..."
 	@$(PIP) --editable '.[dev]'
@@ -29,6 +39,9 @@ venv: $(VENV)/.tools ## the virtual environment, with everything
 demo: $(VENV)/.package ## ten clients, one small MoE, FedAlign-MoE: a few minutes
 	@$(BIN)/fedalign run demo --out runs/demo --overwrite
 
+demo-sites: $(VENV)/.flower ## three sites on this machine behind Flower, with TLS and keys: a few minutes
+	@$(BIN)/python -m fedalign.demo.sites --out runs/demo-sites
+
 test: $(VENV)/.tools check ## set up, then format, lint, types, import contracts and tests
 
 check: ## what `make test` checks, in the environment that is there
@@ -37,6 +50,9 @@ check: ## what `make test` checks, in the environment that is there
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@OMP_NUM_THREADS=1 $(BIN)/pytest
+
+test-sites: $(VENV)/.simulation ## real Flower processes on loopback: keys, kills, faults, equal engines
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m sites
 
 format: ## rewrite the sources as `check` wants them
 	@$(BIN)/ruff format .
