@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -24,14 +24,16 @@ from fedalign.protocol import (
     Evaluation,
     Failure,
     Hello,
+    Kind,
     Packed,
     ParameterGroup,
     Request,
+    Stage,
     Start,
     Statistics,
     Update,
 )
-from fedalign.wire import BLOCK
+from fedalign.wire import BLOCK, TORCH_DTYPE
 
 Message = Hello | Start | Broadcast | Statistics | Request | Update | Evaluation | Failure
 MESSAGES: dict[str, type[Any]] = {
@@ -49,15 +51,8 @@ DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8)
 } | {"uint8": torch.uint8, "bool": torch.bool}
-SCALARS: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (float, int),
-    "str | None": (str, type(None)),
-    "float | None": (float, int, type(None)),
-    "Literal['join', 'train', 'update', 'evaluate']": (str,),
-    "Mapping[str, float]": (dict,),
-}
+CELLS: tuple[Kind, ...] = ("gate", "expert")  # groups that have a place, which stands in their name
+WIRE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH_DTYPE.values()}
 
 
 class MessageError(Exception):
@@ -109,16 +104,24 @@ def decode(parcel: Parcel, expected: type[Any] | tuple[type[Any], ...]) -> Any:
     Raises:
         MessageError: Another protocol, another kind of message, or a field that is missing or not what it must be.
     """
-    head = parcel.head
-    if head.get("protocol") != PROTOCOL:
-        raise MessageError(f"it speaks protocol {head.get('protocol')}, this is {PROTOCOL}: install the same version")
+    head, arrays = parcel.head, dict(parcel.arrays)
+    if _protocol(head) != PROTOCOL:
+        raise MessageError(
+            f"it speaks protocol {head.get('protocol')!r:.40}, this is {PROTOCOL}: install the same version"
+        )
     cls = MESSAGES.get(str(head.get("kind")))
     if cls is None or not issubclass(cls, expected):
-        raise MessageError(f"unexpected message {head.get('kind')!r}")
+        raise MessageError(f"unexpected message {head.get('kind')!r:.40}")
+    fields = dataclasses.fields(cls)
     try:
-        return cls(**{field.name: _field(field, parcel) for field in dataclasses.fields(cls)})
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise MessageError(f"a damaged {head['kind']}: {type(error).__name__}: {error}") from None
+        if extra := head.keys() - {"protocol", "kind", *(field.name for field in fields)}:
+            raise ValueError(f"no field {min(extra)!r:.40}")
+        message = cls(**{field.name: _field(field, head[field.name], arrays) for field in fields})
+        if arrays:
+            raise ValueError(f"no array {min(arrays)!r:.40}")
+    except Exception as error:  # whatever a stranger can think of
+        raise MessageError(f"a damaged {head['kind']}: {type(error).__name__}: {error!s:.200}") from None
+    return message
 
 
 def parse_group(key: str) -> ParameterGroup:
@@ -129,28 +132,84 @@ def parse_group(key: str) -> ParameterGroup:
     """
     if key == SHARED.kind:
         return SHARED
-    kind, _, cell = key.rstrip("]").partition("[")
-    layer, expert = cell.split(",")
-    if kind not in ("gate", "expert"):
-        raise ValueError(f"no parameter group {key!r}")
-    return ParameterGroup("gate" if kind == "gate" else "expert", int(layer), int(expert))
+    for kind in CELLS:
+        if key.startswith(f"{kind}["):
+            layer, _, expert = key.removeprefix(f"{kind}[").removesuffix("]").partition(",")
+            if layer.isdecimal() and expert.isdecimal():
+                group = ParameterGroup(kind, int(layer), int(expert))
+                if str(group) == key:
+                    return group
+    raise ValueError(f"no parameter group {key!r:.40}")
 
 
-def _field(field: dataclasses.Field[Any], parcel: Parcel) -> Any:
-    about = parcel.head[field.name]
+def _protocol(head: Mapping[str, Any]) -> int | None:
+    protocol = head.get("protocol")
+    return protocol if type(protocol) is int else None
+
+
+def _field(field: dataclasses.Field[Any], about: Any, arrays: dict[str, tuple[Tensor, ...]]) -> Any:
+    """The value of a field; the arrays that it is made of are taken."""
     if field.type == "Tensor":
-        return _read_tensor(field.name, about, parcel)
+        return _read_tensor(field.name, about, arrays)
     if field.type == "Mapping[str, Tensor]":
-        return {key: _read_tensor(f"{field.name}/{key}", entry, parcel) for key, entry in about.items()}
+        return {_text(key): _read_tensor(f"{field.name}/{key}", entry, arrays) for key, entry in about.items()}
     if field.type == "Mapping[ParameterGroup, Packed]":
-        return dict(_read_slabs(field.name, about, parcel))
+        return dict(_read_slabs(field.name, about, arrays))
     if field.type == "tuple[ParameterGroup, ...]":
-        return tuple(parse_group(key) for key in about)
-    if not isinstance(about, SCALARS[str(field.type)]) or isinstance(about, bool):
-        raise TypeError(f"{field.name} = {about!r:.100}: must be {field.type}")
-    if isinstance(about, dict) and not all(isinstance(value, float | int) for value in about.values()):
-        raise TypeError(f"{field.name}: must hold numbers")
-    return about
+        return _groups(about)
+    try:
+        return SCALARS[str(field.type)](about)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{field.name} = {about!r:.40}: must be {field.type}") from None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    value.encode()  # JSON can hold half a character
+    return value
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
+        raise TypeError
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        raise TypeError
+    return float(value)
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    if not isinstance(value, dict):
+        raise TypeError
+    return {_text(key): _number(item) for key, item in value.items()}
+
+
+def _stage(value: Any) -> Any:
+    if value not in get_args(Stage):
+        raise ValueError
+    return value
+
+
+SCALARS: dict[str, Callable[[Any], Any]] = {
+    "str": _text,
+    "int": _integer,
+    "float": _number,
+    "str | None": lambda value: None if value is None else _text(value),
+    "float | None": lambda value: None if value is None else _number(value),
+    "Stage": _stage,
+    "Mapping[str, float]": _numbers,
+}
+
+
+def _groups(about: Any) -> tuple[ParameterGroup, ...]:
+    groups = tuple(parse_group(key) for key in about)
+    if not isinstance(about, list) or len(set(groups)) != len(groups):
+        raise ValueError("must be a list of parameter groups, each once")
+    return groups
 
 
 def _tensor(name: str, tensor: Tensor, arrays: dict[str, tuple[Tensor, ...]]) -> list[Any]:
@@ -158,41 +217,46 @@ def _tensor(name: str, tensor: Tensor, arrays: dict[str, tuple[Tensor, ...]]) ->
     return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
 
 
-def _read_tensor(name: str, about: Sequence[Any], parcel: Parcel) -> Tensor:
+def _read_tensor(name: str, about: Any, arrays: dict[str, tuple[Tensor, ...]]) -> Tensor:
     dtype, shape = about
-    (flat,) = parcel.arrays[name]
-    if flat.dtype != DTYPES[dtype]:
-        raise TypeError(f"{name} is {flat.dtype}, announced as {dtype}")
+    flat = _take(name, DTYPES[dtype], arrays)
+    if not isinstance(shape, list) or not all(type(length) is int and length >= 0 for length in shape):
+        raise ValueError(f"{name}: shape {shape!r:.40}")
     return flat.view(shape)
 
 
+def _take(name: str, dtype: torch.dtype, arrays: dict[str, tuple[Tensor, ...]]) -> Tensor:
+    (flat,) = arrays.pop(name)
+    if flat.dtype != dtype:
+        raise TypeError(f"{name} is {flat.dtype}, announced as {dtype}")
+    return flat
+
+
 def _slabs(name: str, groups: Mapping[ParameterGroup, Packed], arrays: dict[str, tuple[Tensor, ...]]) -> Any:
-    sizes = [len(packed.values) for packed in groups.values()]
-    dtype = str(next(iter(groups.values())).values.dtype).removeprefix("torch.") if groups else "float32"
-    scaled = any(packed.scale is not None for packed in groups.values())
     every = list(groups.values())
+    sizes = [len(packed.values) for packed in every]
+    (dtype,) = {str(packed.values.dtype).removeprefix("torch.") for packed in every} or {"float32"}
     for number, part in enumerate(_cut(sizes, dtype)):
         arrays[f"{name}.{number}"] = tuple(packed.values for packed in every[part])
-        if scaled:
+        if dtype == "int8":
             arrays[f"{name}.{number}.scale"] = tuple(p.scale for p in every[part] if p.scale is not None)
-    return {"dtype": dtype, "scaled": scaled, "groups": [str(group) for group in groups], "sizes": sizes}
+    return {"dtype": dtype, "groups": [str(group) for group in groups], "sizes": sizes}
 
 
-def _read_slabs(name: str, about: Mapping[str, Any], parcel: Parcel) -> Iterator[tuple[ParameterGroup, Packed]]:
-    sizes, keys = about["sizes"], about["groups"]
-    if len(sizes) != len(keys) or not all(isinstance(size, int) and size >= 0 for size in sizes):
-        raise ValueError(f"{name}: {len(keys)} groups, {len(sizes)} sizes")
-    for number, part in enumerate(_cut(sizes, about["dtype"])):
-        (values,) = parcel.arrays[f"{name}.{number}"]
-        if values.dtype != DTYPES[about["dtype"]]:
-            raise TypeError(f"{name} is {values.dtype}, announced as {about['dtype']}")
-        pieces = torch.split(values, sizes[part])
+def _read_slabs(
+    name: str, about: Mapping[str, Any], arrays: dict[str, tuple[Tensor, ...]]
+) -> Iterator[tuple[ParameterGroup, Packed]]:
+    groups, sizes, dtype = _groups(about["groups"]), about["sizes"], about["dtype"]
+    if len(sizes) != len(groups) or not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError(f"{name}: {len(groups)} groups, {len(sizes)} sizes")
+    for number, part in enumerate(_cut(sizes, dtype)):
+        pieces = torch.split(_take(f"{name}.{number}", WIRE_DTYPES[dtype], arrays), sizes[part])
         scales: Sequence[Tensor | None] = [None] * len(pieces)
-        if about["scaled"]:
-            (scale,) = parcel.arrays[f"{name}.{number}.scale"]
+        if dtype == "int8":
+            scale = _take(f"{name}.{number}.scale", torch.float32, arrays)
             scales = torch.split(scale, [math.ceil(size / BLOCK) for size in sizes[part]])
-        for key, piece, piece_scale in zip(keys[part], pieces, scales, strict=True):
-            yield parse_group(key), Packed(piece, piece_scale)
+        for group, piece, piece_scale in zip(groups[part], pieces, scales, strict=True):
+            yield group, Packed(piece, piece_scale)
 
 
 def _cut(sizes: Sequence[int], dtype: str) -> Iterator[slice]:

@@ -37,6 +37,7 @@ PROTOCOL = 1  # of these messages; sites that speak another are refused
 Kind = Literal["shared", "gate", "expert"]
 Scoring = Literal["softmax", "sigmoid"]
 WireDtype = Literal["float32", "bfloat16", "int8"]
+Stage = Literal["join", "train", "update", "evaluate"]
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -236,7 +237,7 @@ class Failure:
     """A client that is missing from a stage of a round: who, where and why."""
 
     client: str
-    stage: Literal["join", "train", "update", "evaluate"]
+    stage: Stage
     reason: str
 
 
