@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from fedalign.clients import open_site
 from fedalign.config import read_config
 from fedalign.errors import UserError
-from fedalign.federation.flower.launch import QUIET, check_plaintext, end, free_port, require_flower, search_path
+from fedalign.federation.flower.launch import check_plaintext, end, require_flower
 from fedalign.moe.model import quiet
+from fedalign.programs import environment, free_port
 from fedalign.service import Service, log_to_stderr
 from fedalign.site import SiteFolder
 from fedalign.warm import meeting_file, serve
@@ -77,7 +78,7 @@ def _supernode(folder: SiteFolder) -> Iterator[threading.Event]:
     home.mkdir(exist_ok=True)
     process = subprocess.Popen(
         folder.supernode_command(free_port()),
-        env={**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": search_path()},
+        env=environment(home),
         start_new_session=True,
     )
     ended, closing = threading.Event(), threading.Event()

@@ -21,9 +21,10 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedalign.demo.loopback import Loopback, free_port, node_config_text
+from fedalign.demo.loopback import Loopback, node_config_text
 from fedalign.errors import UserError
 from fedalign.keys import make_certificates, make_node_key
+from fedalign.programs import free_port
 
 PROJECT = """
 [build-system]

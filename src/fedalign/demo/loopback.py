@@ -9,19 +9,13 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import random
 import re
-import shutil
 import signal
-import socket
 import ssl
 import subprocess
-import sys
-import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,18 +24,13 @@ from typing import Any, Self
 
 from fedalign.errors import UserError, unknown
 from fedalign.keys import Certificates, make_certificates
+from fedalign.programs import HOST, environment, executable, free_port
 
-HOST = "127.0.0.1"
 CONNECTION = "loopback"  # what `flwr` calls this SuperLink
 SUPERLINK = "superlink"
 APPS = ("flwr-serverapp", "flwr-clientapp")
 START_SECONDS = 90
 STOP_SECONDS = 5
-OFFLINE = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-}
 
 
 @dataclass(frozen=True)
@@ -88,7 +77,7 @@ class Loopback:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
         self.address = f"{HOST}:{self.port}"
-        self.environment = _environment(self.folder / "flwr")
+        self.environment = environment(self.folder / "flwr") | {"OMP_NUM_THREADS": "1"}
         self.certificates: Certificates | None = make_certificates(self.folder / "certificates") if tls else None
         self._programs: dict[str, _Program] = {}
         self._ports: set[int] = {self.port}
@@ -169,7 +158,7 @@ class Loopback:
     def flwr(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Run Flower's own command line against this deployment, for example `flwr("run", ".", "loopback")`."""
         return subprocess.run(
-            [_executable("flwr", self.environment), *arguments],
+            [executable("flwr", self.environment), *arguments],
             env=self.environment,
             cwd=cwd or self.folder,
             stdin=subprocess.DEVNULL,
@@ -210,10 +199,10 @@ class Loopback:
             if self._programs[name].process.pid in self.processes(name):
                 raise UserError(f"{name!r}: runs already. Kill or terminate it first.")
             self.kill(name)  # what a program that ended by itself has left
-        executable = _executable(command[0], self.environment)
+        program = executable(command[0], self.environment)
         with self._log_file(name).open("ab") as log:
             process = subprocess.Popen(
-                [executable, *command[1:]],
+                [program, *command[1:]],
                 env=self.environment,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
@@ -341,40 +330,6 @@ def node_config_text(values: Mapping[str, str | int]) -> str:
     site="/srv/ward 3/site.toml" partition-id=0
     """
     return " ".join(f"{key}={quoted(v) if isinstance(v, str) else json.dumps(v)}" for key, v in values.items())
-
-
-def free_port(taken: AbstractSet[int] = frozenset()) -> int:
-    """A port of the loopback that is free now, and below those that outgoing connections get."""
-    draw = random.SystemRandom()
-    while True:
-        port = draw.randrange(20_000, 32_000)
-        if port in taken:
-            continue
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind((HOST, port))
-            return port
-
-
-def _environment(home: Path) -> dict[str, str]:
-    scripts = [str(Path(sys.executable).parent), sysconfig.get_path("scripts")]
-    local = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), HOST, "localhost"]))
-    return {
-        **os.environ,
-        **OFFLINE,
-        "FLWR_HOME": str(home),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",  # a killed app has printed what it said
-        "PATH": os.pathsep.join([*dict.fromkeys(scripts), os.environ.get("PATH", os.defpath)]),
-        "NO_PROXY": local,
-        "no_proxy": local,
-    }
-
-
-def _executable(name: str, environment: Mapping[str, str]) -> str:
-    found = shutil.which(name, path=environment["PATH"])
-    if not found:
-        raise UserError(f"{name}: not found, and it comes with Flower. Run: pip install 'fedalign-moe[flower]'")
-    return found
 
 
 def _checked(name: str) -> str:

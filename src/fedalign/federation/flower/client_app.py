@@ -17,6 +17,7 @@ from flwr.clientapp import ClientApp
 from fedalign.checkpoint import folder_name
 from fedalign.config import read_config
 from fedalign.errors import UserError
+from fedalign.federation.flower.link import RunAbout
 from fedalign.federation.flower.records import from_records, to_records
 from fedalign.messages import MessageError, Parcel, encode
 from fedalign.protocol import Failure
@@ -69,19 +70,18 @@ def finish(message: Message, context: Context) -> Message:
 def _reply(verb: str, message: Message, context: Context) -> Message:
     log_to_stderr()
     try:
-        answer = _answer(verb, from_records(message.content), context)
+        answer = _answer(verb, from_records(message.content), RunAbout.of(message), context)
     except (MessageError, UserError) as error:
         answer = encode(Failure("", "join", str(error)))
     return Message(to_records(answer), reply_to=message)
 
 
-def _answer(verb: str, parcel: Parcel, context: Context) -> Parcel:
-    config, run = str(context.run_config["config"]), str(context.run_config["run"])
+def _answer(verb: str, parcel: Parcel, run: RunAbout, context: Context) -> Parcel:
     site = context.node_config.get("site")
     if site is None:
-        folder = Path(str(context.run_config["out"])) / "clients"
-        return _dealt_service(int(context.node_config["partition-id"]), config, folder).answer(verb, parcel)
-    return site_answer(SiteFolder.load(Path(str(site))), config, run, verb, parcel)
+        folder = Path(run.out) / "clients"
+        return _dealt_service(int(context.node_config["partition-id"]), run.config, folder).answer(verb, parcel)
+    return site_answer(SiteFolder.load(Path(str(site))), run.config, run.key, verb, parcel)
 
 
 def site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel) -> Parcel:

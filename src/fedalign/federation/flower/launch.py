@@ -11,10 +11,9 @@ import importlib.util
 import ipaddress
 import json
 import os
-import secrets
+import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,50 +22,19 @@ from typing import Any
 
 import tomli_w
 
-from fedalign import __version__
 from fedalign.checkpoint import ServerState, write_text
 from fedalign.config import Config
 from fedalign.errors import UserError
 from fedalign.federation.flower.status import is_running, read_status
+from fedalign.programs import HOST, environment, executable, free_port
 from fedalign.results import RunFolder
 from fedalign.server import Observer
 from fedalign.workbench import split_among_clients
 
 CONNECTION = "fedalign"
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # the package is installed, not fetched for each run
-}
-HOST = "127.0.0.1"
+APP = Path(__file__).parent / "app" / "pyproject.toml"
 NO_INSTALLS = ("--disable-runtime-dependency-installation",)
 SILENCE = 20.0  # seconds without news after which Flower is asked whether the run still lives
-
-
-def flower_app(config: str = "", run: str = "", out: str = "") -> dict[str, Any]:
-    """The pyproject.toml of the thin app."""
-    return {
-        "build-system": {"requires": ["hatchling"], "build-backend": "hatchling.build"},
-        "project": {
-            "name": "fedalign-moe-app",
-            "version": __version__,
-            "description": "Federated fine-tuning of Mixture-of-Experts models with FedAlign-MoE",
-            "license": "Apache-2.0",
-            "dependencies": [f"fedalign-moe[flower]>={__version__}"],
-        },
-        "tool": {
-            "flwr": {
-                "app": {
-                    "publisher": "fedalign",
-                    "components": {
-                        "serverapp": "fedalign.federation.flower.server_app:app",
-                        "clientapp": "fedalign.federation.flower.client_app:app",
-                    },
-                    "config": {"config": config, "run": run, "out": out},
-                }
-            }
-        },
-    }
 
 
 @dataclass
@@ -93,14 +61,16 @@ class Flower:
     @property
     def environment(self) -> dict[str, str]:
         """Of the command, and of what it starts."""
-        return {**os.environ, **QUIET, "FLWR_HOME": str(self.home), "PATH": search_path()}
+        return environment(self.home)
 
-    def submit(self, folder: RunFolder, config: Config, run: str) -> str:
+    def submit(self, folder: RunFolder, config: Config) -> str:
         """Hand the app to the SuperLink; the id that Flower gives to the run."""
         app = self.home / "fedalign-moe-app"
         app.mkdir(exist_ok=True)
-        settings = {"config": config.to_toml(), "run": run, "out": str(folder.path.absolute())}
-        write_text(app / "pyproject.toml", tomli_w.dumps(flower_app()))
+        resolved = self.home / "federation.toml"  # a resumed run's may differ from config.toml
+        write_text(resolved, config.to_toml())
+        settings = {"config": str(resolved), "out": str(folder.path.absolute())}
+        shutil.copyfile(APP, app / "pyproject.toml")
         write_text(self.home / "run.toml", tomli_w.dumps(settings))
         answer = self._flwr("run", str(app), CONNECTION, "--run-config", str(self.home / "run.toml"))
         return str(answer["run-id"])
@@ -122,7 +92,7 @@ class Flower:
 
     def _flwr(self, *arguments: str) -> dict[str, Any]:
         done = subprocess.run(
-            ["flwr", *arguments, "--format", "json"],
+            [executable("flwr", self.environment), *arguments, "--format", "json"],
             env=self.environment,
             capture_output=True,
             text=True,
@@ -147,22 +117,13 @@ def run(config: Config, folder: RunFolder, watch: Observer) -> dict[str, Any]:
         KeyboardInterrupt: The run was stopped, complete rounds are kept.
     """
     home = folder.path.absolute() / "flower"
-    key = run_key(folder)
     with superlink(config, home) as flower:
         if is_running(folder.path):  # the one that watched was ended, the coordinator was not
             return watch_run(folder, watch, flower, (home / "run-id").read_text(encoding="utf-8"))
         folder.path.joinpath("status.json").unlink(missing_ok=True)
-        run_id = flower.submit(folder, config, key)
+        run_id = flower.submit(folder, config)
         write_text(home / "run-id", run_id)
         return watch_run(folder, watch, flower, run_id)
-
-
-def run_key(folder: RunFolder) -> str:
-    """What sites keep their part of this run under: the same when the run is resumed."""
-    file = folder.path / "run-key"
-    if not file.exists():
-        write_text(file, secrets.token_hex(8))
-    return file.read_text(encoding="utf-8")
 
 
 def watch_run(folder: RunFolder, watch: Observer, flower: Flower, run_id: str) -> dict[str, Any]:
@@ -223,8 +184,9 @@ def superlink(config: Config, home: Path) -> Iterator[Flower]:
     address = f"{HOST}:{port}"
     flower = Flower(home, address, None, simulation)
     with (home / "superlink.log").open("ab") as log:
+        command = [executable("flower-superlink", flower.environment), "--insecure", "--simulation", *NO_INSTALLS]
         process = subprocess.Popen(
-            ["flower-superlink", "--insecure", "--simulation", *NO_INSTALLS, "--host", HOST, "--port", str(port)],
+            [*command, "--host", HOST, "--port", str(port)],
             env=flower.environment,
             stdout=log,
             stderr=log,
@@ -260,19 +222,6 @@ def end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, 9)
     process.wait()
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def search_path() -> str:
-    """PATH with the folder of this Python first, so that its `flwr` is found."""
-    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 def check_plaintext(address: str, root_certificates: str | None, insecure_anywhere: bool) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from flwr.app import Error, Message
+from flwr.app import ConfigRecord, Error, Message
 from flwr.serverapp import Grid
 
 from fedalign.federation.flower.records import from_records, to_records
 from fedalign.messages import MessageError, Parcel
 
+RUN = "run"
 REASONS = {  # Flower's error codes, as far as they say something about a site
     1: "its ClientApp cannot be loaded; is the same version of fedalign-moe installed there?",
     2: "its ClientApp failed; the reason is in the site's own log",
@@ -28,6 +29,28 @@ class Reply:
 
     message: str  # the id of what was asked
     content: Parcel | str  # or the reason why there is none
+
+
+@dataclass(frozen=True)
+class RunAbout:
+    """The run that a message belongs to."""
+
+    config: str  # as TOML
+    key: str  # what clients keep their part of the run under
+    out: str  # the run's folder at the coordinator; a simulation's clients keep their part there
+
+    @classmethod
+    def of(cls, message: Message) -> RunAbout:
+        """The inverse of what `GridLink.ask` adds.
+
+        Raises:
+            MessageError: It is not there.
+        """
+        try:
+            about = message.content.config_records[RUN]
+            return cls(str(about["config"]), str(about["key"]), str(about["out"]))
+        except KeyError as error:
+            raise MessageError(f"not a message of FedAlign-MoE: no {error}") from None
 
 
 class Link(Protocol):
@@ -48,11 +71,13 @@ class GridLink:
 
     Args:
         grid: Flower's.
+        run: what a ClientApp must know of the run with every message, since each may start a new process.
         expiry: seconds after which a message and its reply are worth nothing.
     """
 
-    def __init__(self, grid: Grid, expiry: float) -> None:
+    def __init__(self, grid: Grid, run: RunAbout, expiry: float) -> None:
         self.grid = grid
+        self.run = run
         self.expiry = expiry
 
     def nodes(self) -> Sequence[int]:
@@ -62,6 +87,7 @@ class GridLink:
     def ask(self, kind: str, parcel: Parcel, nodes: Sequence[int]) -> dict[str, int]:
         """Send the same to each node; what they share is made and sent once."""
         records = to_records(parcel)
+        records[RUN] = ConfigRecord({**asdict(self.run)})
         messages = [Message(records, node, kind, ttl=self.expiry) for node in nodes]
         ids = list(self.grid.push_messages(messages)) if messages else []
         return dict(zip(ids, nodes, strict=True))

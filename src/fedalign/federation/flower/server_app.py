@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedalign.config import read_config
+from fedalign.checkpoint import write_text
+from fedalign.config import load_config
 from fedalign.errors import UserError
 from fedalign.federation.flower.coordinator import Coordinator
-from fedalign.federation.flower.link import GridLink
+from fedalign.federation.flower.link import GridLink, RunAbout
 from fedalign.federation.flower.status import Beacon, running
 from fedalign.moe.model import quiet
 from fedalign.results import RunFolder
@@ -22,20 +24,25 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run all rounds that the run folder does not hold yet."""
+    """Run all rounds that the run folder does not hold yet.
+
+    Reads from Flower's run configuration: `config`, the path of the configuration, and `out`, the run folder. A folder
+    that holds the run already is gone on with.
+    """
     log_to_stderr()
     quiet()
-    settings = context.run_config
-    folder = RunFolder(Path(str(settings["out"])).expanduser().absolute())
-    folder.path.mkdir(parents=True, exist_ok=True)
+    folder = RunFolder(Path(str(context.run_config["out"])).expanduser().absolute())
     beacon = Beacon(folder.path)
     try:
-        config = read_config(str(settings["config"]))
-        expiry = 2.0 * config.federation.timeout_seconds + 60
+        config = load_config(Path(str(context.run_config["config"])).expanduser())
+        if not folder.config.exists():
+            folder.check_free(overwrite=False)
+            folder.begin(config)
         with running(folder.path):
             beacon.begin()
-            centre = Coordinator.connect(GridLink(grid, expiry), config, folder)
-            execute(centre, folder, beacon)
+            about = RunAbout(config.to_toml(), run_key(folder), str(folder.path))
+            link = GridLink(grid, about, expiry=2.0 * config.federation.timeout_seconds + 60)
+            execute(Coordinator.connect(link, config, folder), folder, beacon)
             beacon.end()
     except UserError as error:
         beacon.fail(str(error))
@@ -43,3 +50,11 @@ def main(grid: Grid, context: Context) -> None:
     except Exception as error:
         beacon.fail(f"{type(error).__name__}: {error}")
         raise
+
+
+def run_key(folder: RunFolder) -> str:
+    """What sites keep their part of this run under: the same when the run is resumed."""
+    file = folder.path / "run-key"
+    if not file.exists():
+        write_text(file, secrets.token_hex(8))
+    return file.read_text(encoding="utf-8")
