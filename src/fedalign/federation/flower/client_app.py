@@ -106,6 +106,8 @@ def _open_site(folder: SiteFolder, config: str, run: str) -> OpenClient:
 @cache
 def _dealt_service(partition: int, config: str, folder: Path) -> Service:
     clients = _dealt(config, folder)
+    if partition >= len(clients.names):
+        raise MessageError(f"partition {partition}: the configuration deals data to {len(clients.names)} clients alone")
     name = clients.names[partition]
     return Service(name, folder / folder_name(name), lambda: clients.open(name))
 
