@@ -29,8 +29,8 @@ def from_records(records: RecordDict) -> Parcel:
     try:
         head = json.loads(str(records.config_records[HEAD]["json"]))
         arrays = {name: (_from_array(array),) for name, array in records.array_records[ARRAYS].items()}
-    except (KeyError, ValueError) as error:
-        raise MessageError(f"not a message of FedAlign-MoE: {type(error).__name__}: {error}") from None
+    except (KeyError, ValueError, RecursionError) as error:
+        raise MessageError(f"not a message of FedAlign-MoE: {type(error).__name__}: {error!s:.200}") from None
     if not isinstance(head, dict):
         raise MessageError("not a message of FedAlign-MoE: its head is no table")
     return Parcel(head, arrays)
