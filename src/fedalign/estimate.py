@@ -46,8 +46,10 @@ class Estimate:
 class SiteEstimate:
     """What one site's part of a run takes before anything is measured: bytes."""
 
-    memory: int  # of the device that trains: weights, gradients, optimizer; activations come on top
-    carrier: int  # of RAM: Flower's process, which carries messages in and out
+    training: int  # of the device that trains: weights, gradients, optimizer; activations come on top
+    loading: int  # of RAM: the weights on their way to another device
+    exchange: int  # of RAM: what was received, and the update
+    carrier: int  # of RAM: Flower's own process, which carries messages in and out
     down_a_round: int
     up_a_round_at_most: int  # every group
     statistics: int
@@ -85,7 +87,10 @@ def estimate_run(
         bytes_down_a_round=weights_nbytes(config, layout) * (clients_a_round + scored),
         bytes_up_a_round_at_most=(update_nbytes(config, layout) + statistics) * clients_a_round,
         bytes_statistics_a_client=statistics,
-        memory=client_memory_nbytes(total, trained, config) + server_memory_nbytes(trained) + step.activations,
+        memory=training_nbytes(total, trained, config)
+        + exchange_nbytes(trained, config)
+        + server_nbytes(trained)
+        + step.activations,
         seconds_a_round=seconds,
         seconds=seconds * config.run.rounds,
     )
@@ -100,7 +105,9 @@ def estimate_site(bench: Workbench) -> SiteEstimate:
     broadcasts = 2 if config.evaluation.clients and config.clients.held_out else 1  # to train on, and to be scored
     remembered = 4 * layout.layers * layout.experts + (4 * trained * moments(config) * config.training.keep_optimizer)
     return SiteEstimate(
-        memory=client_memory_nbytes(total, trained, config),
+        training=training_nbytes(total, trained, config),
+        loading=4 * total,
+        exchange=exchange_nbytes(trained, config),
         carrier=CARRIER * max(weights, update),
         down_a_round=weights * broadcasts,
         up_a_round_at_most=update + statistics,
@@ -137,13 +144,18 @@ def moments(config: Config) -> int:
     return 2 if config.training.optimizer == "adamw" else 0
 
 
-def client_memory_nbytes(total: int, trained: int, config: Config) -> int:
-    """Weights, gradients and optimizer; received weights and update, each also in wire precision."""
+def training_nbytes(total: int, trained: int, config: Config) -> int:
+    """Weights, gradients and optimizer; the update takes the place of the gradients."""
+    return 4 * (total + trained * (1 + moments(config)))
+
+
+def exchange_nbytes(trained: int, config: Config) -> int:
+    """Received weights and update, each also in wire precision."""
     wire = packed_nbytes(trained, broadcast_dtype(config.wire.dtype)) + packed_nbytes(trained, config.wire.dtype)
-    return 4 * (total + trained * (1 + moments(config) + 2)) + wire
+    return 4 * trained * 2 + wire
 
 
-def server_memory_nbytes(trained: int) -> int:
+def server_nbytes(trained: int) -> int:
     """Master weights and their sum."""
     return 4 * trained * 2
 

@@ -1,0 +1,239 @@
+"""Everything that leaves a site, field by field, read off the messages themselves.
+
+Each message is built for the model at hand, of tensors that have shapes and no values, and encoded by the codec that
+sends the real ones: what is not in `MEANINGS` cannot be listed here, and a test lets nothing be sent that is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedalign import __version__
+from fedalign.config import Config
+from fedalign.messages import Parcel, encode
+from fedalign.moe.model import MoEModel
+from fedalign.protocol import (
+    PROTOCOL,
+    Evaluation,
+    Failure,
+    Hello,
+    Layout,
+    Packed,
+    ParameterGroup,
+    Start,
+    Statistics,
+    Update,
+    WireDtype,
+)
+from fedalign.wire import BLOCK, TORCH_DTYPE
+
+Leaving = Hello | Start | Statistics | Update | Evaluation | Failure
+NEVER = "Raw text, tokens, labels and values of single examples never leave."
+BESIDES = (
+    "Flower itself shows the coordinator this site's public key, its network address and when it answers. Unless "
+    "FLWR_TELEMETRY_ENABLED=0, it also tells its makers that it was started."
+)
+WITHHELD = (
+    "Of an expert that fewer than {tokens} tokens or {examples} examples reached, load, margin and both sketches are "
+    "withheld; its mean probability and the length of its update are not."
+)
+HASH = "0" * 64
+REASON = "its loss is nan at step 1"
+NUMBER, MEAN = 100_000, 1 / 3  # stand for counts and means, whose length depends on their value
+
+WHEN: dict[type[Leaving], str] = {
+    Hello: "once, before the site may take part",
+    Start: "once, from one site, if the coordinator holds no weights",
+    Statistics: "each round, after training",
+    Update: "each round, if the plan asks for it; here with every group",
+    Evaluation: "each round that is evaluated",
+    Failure: "when something goes wrong",
+}
+TELLS: dict[type[Leaving], str] = {
+    Hello: "How many examples there are; nothing of what is in them.",
+    Start: "The model as it is before this run; what a copy tuned here earlier has learnt is in it.",
+    Statistics: "Sums and means over all tokens of a round: they tell what kinds of text the site holds, and how much.",
+    Update: "The most telling message: with effort, pieces of the text can be guessed from changed weights, most "
+    "of all where examples are few. No noise is added, and the coordinator sees each site's update by itself.",
+    Evaluation: "Two means over the held-out part; if that is one example, they are its own.",
+    Failure: "A sentence that never quotes the data; it may name a path or a setting of the site.",
+}
+MEANINGS: dict[type[Leaving], dict[str, str]] = {
+    Hello: {
+        "client": "the site's name",
+        "protocol": "version of these messages",
+        "version": "version of this package",
+        "architecture": "hash of the model's configuration and shapes",
+        "weights": "hash of the model's values",
+        "tokenizer": "hash of the tokenizer",
+        "chat_template": "hash of the chat template",
+        "layers": "MoE layers of the model",
+        "experts": "experts of a layer",
+        "examples": "how many examples it trains on",
+        "held_out": "how many it keeps to be scored on",
+    },
+    Start: {
+        "client": "the site's name",
+        "weights": "every value that will be trained, as loaded",
+        "constants": "the model's values that are never trained",
+    },
+    Statistics: {
+        "client": "the site's name",
+        "round": "number of the round",
+        "examples": "how many examples it trained on",
+        "tokens": "how many tokens the sums are over",
+        "loss": "mean training loss",
+        "prob_L_E": "mean probability of each expert",
+        "load_L_E": "tokens that each expert was chosen for",
+        "margin_L_E": "how clearly it was chosen, on average",
+        "centroid_L_E_D": "random projection of the mean input of each expert",
+        "centroid_scale_L": "what that is multiplied by",
+        "update_L_E_S": "random projection of the direction of each expert's update",
+        "norm_G": "length of each group's update",
+        "metrics": "seconds of training and number of steps",
+    },
+    Update: {
+        "client": "the site's name",
+        "round": "number of the round",
+        "groups": "trained minus received values of the groups asked for",
+    },
+    Evaluation: {
+        "client": "the site's name",
+        "examples": "how many examples it was scored on",
+        "loss": "mean loss on them",
+        "accuracy": "share of right answers",
+    },
+    Failure: {
+        "client": "the site's name",
+        "stage": "where it failed: join, train, update or evaluate",
+        "reason": "why, in a sentence",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a message on the wire."""
+
+    name: str
+    meaning: str
+    shape: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One kind of message, as this site would send it."""
+
+    name: str
+    when: str
+    tells: str
+    fields: tuple[Field, ...]
+    nbytes: int  # of the whole, the names of its fields included
+
+
+def what_leaves(name: str, moe: MoEModel, config: Config) -> list[Sent]:
+    """Every message that a site called `name` may send when it trains this model; a skeleton of it is enough."""
+    limits = config.statistics
+    withheld = WITHHELD.format(tokens=limits.min_tokens, examples=limits.min_examples)
+    return [_sent(message, withheld) for message in empty_messages(name, moe, config)]
+
+
+def empty_messages(name: str, moe: MoEModel, config: Config) -> list[Leaving]:
+    """One message of each kind, its tensors without values."""
+    layout, wire = moe.layout, config.wire.dtype
+    constants = {key: value.to("meta") for key, value in moe.constants().items()}
+    return [
+        Hello(name, PROTOCOL, __version__, HASH, HASH, HASH, HASH, layout.layers, layout.experts, NUMBER, NUMBER),
+        Start(name, _groups(layout.sizes, "float32"), constants),
+        _statistics(name, layout, config),
+        Update(name, 1, _groups({group: size for group, size in layout.sizes.items() if size}, wire)),
+        Evaluation(name, NUMBER, MEAN, MEAN),
+        Failure(name, "train", REASON),
+    ]
+
+
+def _statistics(name: str, layout: Layout, config: Config) -> Statistics:
+    cells = (layout.layers, layout.experts)
+    return Statistics(
+        client=name,
+        round=1,
+        examples=NUMBER,
+        tokens=NUMBER,
+        loss=MEAN,
+        prob_L_E=_empty(*cells),
+        load_L_E=_empty(*cells),
+        margin_L_E=_empty(*cells),
+        centroid_L_E_D=_empty(*cells, config.statistics.centroid_width, dtype=torch.float16),
+        centroid_scale_L=_empty(layout.layers),
+        update_L_E_S=_empty(*cells, config.statistics.update_width, dtype=torch.float16),
+        norm_G=_empty(len(layout.groups)),
+        metrics={"train_seconds": MEAN, "steps": MEAN},
+    )
+
+
+def _groups(sizes: Mapping[ParameterGroup, int], dtype: WireDtype) -> dict[ParameterGroup, Packed]:
+    def packed(values: int) -> Packed:
+        scale = _empty(math.ceil(values / BLOCK)) if dtype == "int8" else None
+        return Packed(_empty(values, dtype=TORCH_DTYPE[dtype]), scale)
+
+    return {group: packed(values) for group, values in sizes.items()}
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _sent(message: Leaving, withheld: str) -> Sent:
+    kind, parcel = type(message), encode(message)
+    fields = (
+        Field(
+            name=field.name,
+            meaning=MEANINGS[kind][field.name],
+            shape=_shape(getattr(message, field.name)),
+            nbytes=_nbytes(field.name, parcel),
+        )
+        for field in dataclasses.fields(message)
+    )
+    tells = f"{TELLS[kind]} {withheld}" if kind is Statistics else TELLS[kind]
+    return Sent(kind.__name__, WHEN[kind], tells, tuple(fields), parcel.nbytes)
+
+
+def _nbytes(name: str, parcel: Parcel) -> int:
+    own = (pieces for key, pieces in parcel.arrays.items() if key == name or key.startswith((f"{name}.", f"{name}/")))
+    return len(json.dumps(parcel.head[name], separators=(",", ":"))) + sum(p.nbytes for pieces in own for p in pieces)
+
+
+def _shape(value: Any) -> str:
+    """What a field holds, in a few words.
+
+    >>> _shape(torch.zeros(2, 3)), _shape({"steps": 1.0}), _shape(7)
+    ('float32 [2, 3]', '1 number', 'a number')
+    """
+    if isinstance(value, Tensor):
+        return f"{_dtype(value)} {list(value.shape)}"
+    if isinstance(value, Mapping):
+        return _mapping_shape(list(value.values()))
+    return "text" if isinstance(value, str) else "a number"
+
+
+def _mapping_shape(values: list[Any]) -> str:
+    if values and isinstance(values[0], Packed):
+        return f"{_dtype(values[0].values)}, {len(values)} groups, {sum(len(p.values) for p in values):,} values"
+    if values and isinstance(values[0], Tensor):
+        return f"{len(values)} tensors, {sum(tensor.numel() for tensor in values):,} values"
+    if not values:
+        return "none"
+    return f"{len(values)} number{'' if len(values) == 1 else 's'}"
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

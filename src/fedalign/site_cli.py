@@ -1,0 +1,244 @@
+"""The command line before a run: `fedalign site init` and `fedalign doctor`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from fedalign.errors import UserError
+from fedalign.terminal import out, print_table, say
+
+if TYPE_CHECKING:
+    from fedalign.config import Config
+    from fedalign.doctor.report import Check, Examination
+    from fedalign.doctor.what_leaves import Sent
+    from fedalign.site import SiteFolder
+
+site_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="A site: one house that keeps its data and takes part in runs.",
+)
+
+INIT_EXAMPLES = """
+[bold]Examples[/bold]
+
+  fedalign site init hospital-a --data /srv/notes.jsonl
+
+  fedalign site init hospital-a --data notes/ --column text=note --column label=code --model /srv/OLMoE
+
+  fedalign site init hospital-a --data notes.csv --superlink fl.example.org:8000 --root-certificates ca.crt
+"""
+DOCTOR_EXAMPLES = """
+[bold]Examples[/bold]
+
+  fedalign doctor --site hospital-a federation.toml      a site, for this run
+
+  fedalign doctor --site hospital-a                      a site, as far as it is known without the run
+
+  fedalign doctor federation.toml                        the coordinator
+
+  fedalign doctor --site hospital-a federation.toml --what-leaves
+"""
+STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
+PREVIEW = 600  # characters of a piece of the example that are shown at most
+HIDDEN = "(tells of the data: shown on a terminal only)"
+
+
+@site_app.callback()
+def _site() -> None:
+    """Keep `init` a command of its own, however many there are."""
+
+
+@site_app.command(epilog=INIT_EXAMPLES)
+def init(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the coordinator calls this site.")],
+    data: Annotated[
+        Path,
+        typer.Option("--data", metavar="FILE", help="A .jsonl, .json, .csv or .parquet file, or a folder of them."),
+    ],
+    folder: Annotated[
+        Path | None, typer.Option("--dir", metavar="DIR", help="The folder to make; without it: NAME.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="PATH", help="This site's own copy of the model.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option("--column", metavar="ROLE=NAME", help="What a column is called here; may be repeated."),
+    ] = None,
+    superlink: Annotated[
+        str | None, typer.Option("--superlink", metavar="HOST:PORT", help="Where the coordinator is reached.")
+    ] = None,
+    root_certificates: Annotated[
+        Path | None, typer.Option("--root-certificates", metavar="FILE", help="The coordinator's ca.crt.")
+    ] = None,
+) -> None:
+    """Make a site: a folder with site.toml and a pair of keys. Nothing is overwritten."""
+    from fedalign.checkpoint import folder_name
+    from fedalign.site_init import Wishes, init_site, parse_columns
+
+    wishes = Wishes(data, model, device, parse_columns(column or []), superlink, root_certificates)
+    _print_site(init_site(name, folder or Path(folder_name(name)), wishes))
+
+
+def _print_site(site: SiteFolder) -> None:
+    from fedalign.programs import QUIET
+
+    link = site.config.coordinator
+    public = site.path / f"{link.key}.pub"
+    name, folder = shlex.quote(site.config.name), shlex.quote(str(site.path))
+    print_table(
+        f"site {site.config.name}",
+        [
+            ("folder", str(site.path)),
+            ("site.toml", "what this site decides itself; every key is explained there"),
+            (link.key, "the private key: it stays here"),
+            (public.name, "its public half: for the coordinator"),
+            ("data", "its first rows can be read"),
+        ],
+    )
+    say("Send the coordinator this name and this public key, nothing else:\n")
+    say(f"  {site.config.name}")
+    say(f"  {public.read_text(encoding='utf-8').strip()}\n")
+    say("who registers the site with it:\n")
+    say(f"  flwr supernode register {public.name} --name {name}\n")
+    in_the_clear = not link.root_certificates and not link.superlink.startswith(("127.", "localhost:"))
+    if in_the_clear:
+        say("Get ca.crt from the coordinator, and name it in site.toml: coordinator.root_certificates.\n")
+    say("Then look whether all is well, with the coordinator's configuration if you have it:\n")
+    say(f"  fedalign doctor --site {folder}\n")
+    say("and go on duty:\n")
+    say(f"  fedalign site serve {folder}\n")
+    if not in_the_clear:
+        say("or with Flower's own program alone:\n")
+        say(f"  export {' '.join(f'{key}={value}' for key, value in QUIET.items())}")
+        say(f"  {shlex.join(site.supernode_command())}")
+
+
+def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="CONFIG.toml", help="The coordinator's configuration.", show_default=False),
+    ] = None,
+    site: Annotated[
+        Path | None, typer.Option("--site", metavar="DIR", help="A site's folder, or its site.toml.")
+    ] = None,
+    leaves: Annotated[
+        bool, typer.Option("--what-leaves", help="List every field that leaves a site, and its size; check nothing.")
+    ] = False,
+) -> None:
+    """Look at a site, or at the coordinator, before anything is trained. Exit code 1: something would not work."""
+    from fedalign.config import load_config
+    from fedalign.doctor import examine_coordinator, examine_site
+    from fedalign.moe.model import quiet
+    from fedalign.site import SiteFolder
+
+    quiet()
+    settings = load_config(config) if config is not None else None
+    folder = SiteFolder.load(site) if site is not None else None
+    if leaves:
+        _what_leaves(folder, settings)
+        return
+    with out.status("Looking ..."):
+        if folder is not None:
+            found = examine_site(folder, settings)
+        elif settings is not None and config is not None:
+            results = Path("runs") / f"{config.stem}-{settings.algorithm.name}-{settings.run.seed}"
+            found = examine_coordinator(settings, results)
+        else:
+            raise UserError("fedalign doctor: nothing to look at. Give a site (--site DIR), a CONFIG.toml, or both.")
+    _print_examination(f"site {folder.config.name}" if folder is not None else f"coordinator, {config}", found)
+    if found.failed:
+        raise typer.Exit(1)
+
+
+def _print_examination(title: str, found: Examination) -> None:
+    table = Table(title=title, title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
+    table.add_column(no_wrap=True)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in found.checks:
+        table.add_row(Text(check.verdict, style=STYLES[check.verdict]), check.name, _found(check))
+    out.print(table)
+    if found.preview and out.is_terminal:
+        _print_preview(found.preview)
+    if found.hashes:
+        say("Hashes, which the coordinator and its sites must share:")
+        for name, value in found.hashes.items():
+            say(f"  {name:<13} {value}")
+        if "weights" in found.hashes:
+            say("To refuse other weights, the coordinator sets:")
+            say(f'  model.weights_hash = "{found.hashes["weights"]}"')
+        say("")
+    _print_verdict(found)
+
+
+def _found(check: Check) -> Text:
+    text = Text(check.found if out.is_terminal or not check.private else HIDDEN)
+    return text.append(f"\n{check.remedy}", style="italic") if check.remedy else text
+
+
+def _print_preview(preview: list[tuple[str, bool]]) -> None:
+    text = Text()
+    for piece, is_answer in preview:
+        shown = piece if len(piece) <= PREVIEW else f"{piece[: PREVIEW // 2]} [...] {piece[-PREVIEW // 2 :]}"
+        text.append(shown, style="bold green" if is_answer else "")
+    title = "the first example as the model reads it, what it learns to say in green"
+    out.print(Panel(text, title=title, subtitle="shown here alone: do not pass it on", border_style="dim"))
+
+
+def _print_verdict(found: Examination) -> None:
+    failed, warnings = (sum(check.verdict == verdict for check in found.checks) for verdict in ("failed", "warning"))
+    told = f"{warnings} warning{'' if warnings == 1 else 's'}"
+    if failed:
+        out.print(f"Not ready: {failed} failed, {told}.", style="bold red")
+    elif warnings:
+        out.print(f"Ready, with {told}.", style="yellow")
+    else:
+        out.print("Ready.", style="bold green")
+
+
+def _what_leaves(folder: SiteFolder | None, settings: Config | None) -> None:
+    from fedalign.config import Config
+    from fedalign.doctor.model import skeleton_bench
+    from fedalign.doctor.what_leaves import BESIDES, NEVER, what_leaves
+
+    if settings is None and (folder is None or folder.config.model.path is None):
+        raise UserError("fedalign doctor --what-leaves: no model to say it for. Give the coordinator's CONFIG.toml.")
+    local = settings or Config()
+    name = "SITE"
+    if folder is not None:
+        local, name = folder.localise(local), folder.config.name
+    with out.status("Reading the model's configuration ..."):
+        moe = skeleton_bench(local).moe
+    say(f"What leaves {name} when it trains {local.model.path} ({moe.family}). {NEVER}\n")
+    for sent in what_leaves(name, moe, local):
+        _print_sent(sent)
+    say(BESIDES)
+
+
+def _print_sent(sent: Sent) -> None:
+    from fedalign.live import size
+
+    out.print(Text(f"{sent.name}: {sent.when}", style="bold"))
+    say(sent.tells)
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("field", style="bold", no_wrap=True)
+    table.add_column("what it is", overflow="fold")
+    table.add_column("shape", overflow="fold")
+    table.add_column("size", justify="right", no_wrap=True)
+    for one in sent.fields:
+        table.add_row(one.name, Text(one.meaning), Text(one.shape), size(one.nbytes))
+    table.add_section()
+    table.add_row("all", "", "", size(sent.nbytes))
+    out.print(table)
