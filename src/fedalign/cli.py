@@ -1,4 +1,4 @@
-"""The command line: `fedalign run` and `fedalign inspect`. A user's mistake is one message and exit code 2."""
+"""The command line: `fedalign run`, `inspect`, `site` and `doctor`. A user's mistake is one message and exit code 2."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 
 from fedalign import __version__
 from fedalign.errors import UserError
+from fedalign.site_cli import DOCTOR_EXAMPLES, doctor, site_app
 from fedalign.terminal import err, out, print_table, say
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Federated fine-tuning of Mixture-of-Experts language models: align routing, average experts that agree.",
 )
+app.add_typer(site_app, name="site")
 RUN_EXAMPLES = """
 [bold]Examples[/bold]
 
@@ -162,6 +164,9 @@ def inspect(
     with out.status("Loading the model ..."):
         moe = load_model(model, trust_remote_code=trust_remote_code, revision=revision)
     print_table(model, _description_rows(moe.describe()))
+
+
+app.command(epilog=DOCTOR_EXAMPLES)(doctor)
 
 
 def _description_rows(about: Description) -> list[tuple[str, str]]:

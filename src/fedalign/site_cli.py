@@ -137,7 +137,10 @@ def doctor(
         bool, typer.Option("--what-leaves", help="List every field that leaves a site, and its size; check nothing.")
     ] = False,
 ) -> None:
-    """Look at a site, or at the coordinator, before anything is trained. Exit code 1: something would not work."""
+    """Look whether all is well before anything is trained: at a site, or at the coordinator (CONFIG.toml alone).
+
+    Exit code 1: something would not work.
+    """
     from fedalign.config import load_config
     from fedalign.doctor import examine_coordinator, examine_site
     from fedalign.moe.model import quiet

@@ -116,6 +116,6 @@ def _answered(found: Examination, address: str, reached: Reached) -> None:
         found.add(
             "clock",
             "ok" if abs(ahead) <= CLOCK_SECONDS else "warning",
-            f"the SuperLink's is {abs(ahead):.0f} s {'ahead' if ahead > 0 else 'behind'} (at most {CLOCK_SECONDS})",
+            f"the SuperLink's differs by {ahead:+.0f} s (at most {CLOCK_SECONDS})",
             "Set both by a time server (NTP).",
         )
