@@ -36,7 +36,7 @@ def open_site(folder: SiteFolder, config: Config, run: str) -> OpenClient:
         client = bench.client(folder.config.name, examples, range(len(examples)), folder.memory(run))
     except UserError as error:
         raise DataError(str(error)) from None
-    return OpenClient(bench.trainer(), client, lambda: describe(bench, client))
+    return OpenClient(bench.trainer(), client, lambda: describe(bench, client, bench.moe.weights_hash()))
 
 
 class DealtClients:
@@ -44,6 +44,7 @@ class DealtClients:
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.bench = Workbench.load(config)
+        self.weights = self.bench.moe.weights_hash()  # before any of them trains
         self.folder = folder
         self.examples, self.parts = split_among_clients(config)
         self.names = list(self.parts)
@@ -51,17 +52,17 @@ class DealtClients:
     def open(self, name: str) -> OpenClient:
         """One of them."""
         client = self.bench.client(name, self.examples, self.parts[name], self.folder / folder_name(name))
-        return OpenClient(self.bench.trainer(), client, lambda: describe(self.bench, client))
+        return OpenClient(self.bench.trainer(), client, lambda: describe(self.bench, client, self.weights))
 
 
-def describe(bench: Workbench, client: ClientData) -> Hello:
+def describe(bench: Workbench, client: ClientData, weights: str) -> Hello:
     """What must agree before a site may take part."""
     return Hello(
         client=client.name,
         protocol=PROTOCOL,
         version=__version__,
         architecture=bench.moe.fingerprint(),
-        weights=bench.moe.weights_hash(),
+        weights=weights,
         tokenizer=tokenizer_hash(bench.tokenizer),
         chat_template=text_hash(str(bench.tokenizer.chat_template or "")),
         layers=bench.moe.layout.layers,

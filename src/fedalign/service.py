@@ -6,6 +6,7 @@ alone.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from fedalign.checkpoint import ClientMemory
 from fedalign.errors import DataError, TrainingFailedError, UserError
 from fedalign.messages import Message, MessageError, Parcel, decode, encode
-from fedalign.protocol import Broadcast, Failure, Packed, Request, Start, Update
+from fedalign.protocol import Broadcast, Failure, Hello, Packed, Request, Start, Update
 from fedalign.wire import unpack_weights
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and handing over an update needs none of it
@@ -46,19 +47,27 @@ class Service:
         self.memory = ClientMemory(memory)
         self._open_client = open_client
         self._client: OpenClient | None = None
+        self._hello_said: Hello | None = None
+        self._as_loaded = True  # the model, as far as this service has to do with it
 
     @property
     def client(self) -> OpenClient:
         """The loaded client; loads it when first asked."""
         if self._client is None:
             self._client = self._open_client()
+            self._as_loaded = True
         return self._client
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        self._client = None
+        gc.collect()  # a model's modules refer to each other
 
     def answer(self, verb: str, parcel: Parcel) -> Parcel:
         """Answer a message: "hello", "start", "train", "update", "evaluate" or "finish"; a fault becomes a Failure."""
         stage = verb if verb in ("train", "update", "evaluate") else "join"
         try:
-            return encode(getattr(self, f"_{verb}")(parcel))
+            return encode(self._verbs[verb](parcel))
         except (TrainingFailedError, MessageError, UserError) as error:
             reason = str(error)
         except DataError as error:
@@ -69,25 +78,47 @@ class Service:
             reason = f"{type(error).__name__}; {SEE_LOG}"
         return encode(Failure(self.name, stage, reason))  # type: ignore[arg-type]
 
+    @property
+    def _verbs(self) -> dict[str, Callable[[Parcel], Message]]:
+        return {
+            "hello": self._hello,
+            "start": self._start,
+            "train": self._train,
+            "update": self._update,
+            "evaluate": self._evaluate,
+            "finish": self._finish,
+        }
+
+    def _reload(self) -> None:
+        """What is said about the model is said of the one that was loaded, not of what has been written to it since."""
+        if not self._as_loaded:
+            self.close()
+
     def _hello(self, _: Parcel) -> Message:
-        return self.client.hello()
+        if self._hello_said is None:
+            self._reload()
+            self._hello_said = self.client.hello()
+        return self._hello_said
 
     def _start(self, _: Parcel) -> Message:
+        self._reload()
         moe = self.client.trainer.moe
         weights = {group: Packed(value.cpu()) for group, value in moe.read().items()}
         return Start(self.name, weights, {name: value.cpu() for name, value in moe.constants().items()})
 
     def _train(self, parcel: Parcel) -> Message:
-        return self.client.trainer.train(self.client.data, decode(parcel, Broadcast))
+        broadcast: Broadcast = decode(parcel, Broadcast)
+        client, self._as_loaded = self.client, False
+        return client.trainer.train(client.data, broadcast)
 
     def _update(self, parcel: Parcel) -> Message:
         return self.memory.hand_over(self.name, decode(parcel, Request))
 
     def _evaluate(self, parcel: Parcel) -> Message:
         broadcast: Broadcast = decode(parcel, Broadcast)
-        trainer = self.client.trainer
-        trainer.moe.write(unpack_weights(broadcast.weights))
-        score = trainer.evaluate(self.client.data)
+        client, self._as_loaded = self.client, False
+        client.trainer.moe.write(unpack_weights(broadcast.weights))
+        score = client.trainer.evaluate(client.data)
         return score if score is not None else Failure(self.name, "evaluate", "it holds nothing out to be scored on")
 
     def _finish(self, _: Parcel) -> Message:

@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 from collections.abc import Callable
+from multiprocessing import ProcessError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 
@@ -29,15 +30,16 @@ MeetingPoint = tuple[str, bytes]  # address, secret
 
 def ask(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel) -> Parcel | None:
     """The warm trainer's answer, or None where there is none."""
+    file = meeting_file(folder)
+    if not file.exists():
+        return None
     try:
-        about = json.loads(meeting_file(folder).read_text(encoding="utf-8"))
+        about = json.loads(file.read_text(encoding="utf-8"))
         with Client(about["address"], authkey=bytes.fromhex(about["secret"])) as connection:
             connection.send_bytes(json.dumps({"config": config, "run": run, "verb": verb}).encode())
             send(connection, parcel)
             return receive(connection)
-    except FileNotFoundError:
-        return None
-    except (OSError, EOFError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, ProcessError) as error:
         log.warning("no warm trainer (%s): loading the model for this message", type(error).__name__)
         return None
 
@@ -54,19 +56,26 @@ def serve(folder: SiteFolder, open_service: Callable[[str, str], Service], ready
     file = meeting_file(folder)
     current: tuple[tuple[str, str], Service] | None = None
     with Listener(authkey=secret) as listener:
-        _write_private(file, json.dumps({"address": listener.address, "secret": secret.hex(), "pid": os.getpid()}))
+        where = json.dumps({"address": listener.address, "secret": secret.hex(), "pid": os.getpid()})
+        _write_private(file, where)
         ready()
         try:
             while True:
-                with contextlib.suppress(OSError, EOFError, ValueError), _accept(listener) as connection:
-                    about = json.loads(connection.recv_bytes())
-                    key = (str(about["config"]), str(about["run"]))
-                    if current is None or current[0] != key:
-                        current = None  # the old model goes before the new one comes
-                        current = (key, open_service(*key))
-                    send(connection, current[1].answer(str(about["verb"]), receive(connection)))
+                try:
+                    with listener.accept() as connection:
+                        about = json.loads(connection.recv_bytes())
+                        key = (str(about["config"]), str(about["run"]))
+                        if current is None or current[0] != key:
+                            if current is not None:
+                                current[1].close()  # the old model goes before the new one comes
+                            current = (key, open_service(*key))
+                        send(connection, current[1].answer(str(about["verb"]), receive(connection)))
+                except Exception as error:  # whoever it was went away or does not know the secret: on to the next
+                    log.warning("a message came to nothing: %s", type(error).__name__)
         finally:
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                if file.read_text(encoding="utf-8") == where:  # and not that of another trainer
+                    file.unlink()
 
 
 def meeting_file(folder: SiteFolder) -> Path:
@@ -99,10 +108,6 @@ def receive(connection: Connection) -> Parcel:
                 start += connection.recv_bytes_into(buffer, start)
         arrays[name] = (flat,)
     return Parcel(about["head"], arrays)
-
-
-def _accept(listener: Listener) -> Connection:
-    return listener.accept()
 
 
 def _write_private(file: Path, text: str) -> None:

@@ -78,6 +78,8 @@ def _reply(verb: str, message: Message, context: Context) -> Message:
 
 def _answer(verb: str, parcel: Parcel, run: RunAbout, context: Context) -> Parcel:
     site = context.node_config.get("site")
+    if site is None and "partition-id" not in context.node_config:
+        raise UserError("this node names no site. Start it with: flower-supernode --node-config 'site=\"...\"'")
     if site is None:
         folder = Path(run.out) / "clients"
         return _dealt_service(int(context.node_config["partition-id"]), run.config, folder).answer(verb, parcel)

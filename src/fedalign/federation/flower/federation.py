@@ -34,6 +34,7 @@ from fedalign.protocol import (
 log = logging.getLogger("fedalign")
 
 NOTHING = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
+LONGEST_REASON = 500  # characters of what a site says in a failure
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,16 @@ class Agreement:
         """Why a site may not take part, or None."""
         if hello.protocol != PROTOCOL:
             return f"it speaks protocol {hello.protocol}, this is {PROTOCOL}: install the same version"
-        for name, mine, its in (
-            ("MoE layout", f"{self.layers} layers x {self.experts} experts", f"{hello.layers} x {hello.experts}"),
-            ("model architecture", self.architecture[:12], hello.architecture[:12]),
-            ("model weights", self.weights and self.weights[:12], hello.weights[:12]),
-            ("tokenizer", self.tokenizer[:12], hello.tokenizer[:12]),
-            ("chat template", self.chat_template[:12], hello.chat_template[:12]),
+        for name, its, mine in (
+            ("MoE layout differs", _layout(hello.layers, hello.experts), _layout(self.layers, self.experts)),
+            ("model architecture differs", hello.architecture, self.architecture),
+            ("model weights differ", hello.weights, self.weights),
+            ("tokenizer differs", hello.tokenizer, self.tokenizer),
+            ("chat template differs", hello.chat_template, self.chat_template),
         ):
-            agrees = its in (mine, None) if name != "MoE layout" else its == f"{self.layers} x {self.experts}"
-            if mine is not None and not agrees:
-                return f"its {name} differs: {its}, the coordinator's is {mine}"
-        return None
+            if mine not in (None, its):
+                return f"its {name}: {its:.24}, the coordinator's is {mine:.24}"
+        return None if hello.client else "it has no name"
 
 
 @dataclass
@@ -124,13 +124,13 @@ class FlowerFederation:
             self._let_in()
             self._hear_late()
             nodes = set(self.link.nodes())
-            present = [name for name, site in sorted(self.sites.items()) if self._available(site, nodes)]
+            present = [name for name, site in sorted(self.sites.items()) if self._why_not(site, nodes) is None]
             waited = time.monotonic() - started
             knocking = any(
                 asked > time.monotonic() - self.policy.wait_seconds for _, asked in self._gate.asked.values()
             )
             if len(present) >= self.policy.min_sites and not knocking:
-                self._note_absent(nodes)
+                self._faults += self._absent(nodes)
                 return present
             if waited > self.policy.wait_seconds:
                 raise UserError(self._too_few(present))
@@ -139,8 +139,14 @@ class FlowerFederation:
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
         """Local training at all of them at once; replies as they come, until the timeout."""
         self._round = broadcast.round
+        for absent in self._absent(set(self.link.nodes())):
+            if absent.client not in clients:
+                self._count_missed(absent.client)
         for reply in self._everywhere("train", "train", broadcast, clients, Statistics):
-            self.sites[reply.client].missed = 0 if isinstance(reply, Statistics) else self._missed(reply.client)
+            if isinstance(reply, Statistics):
+                self.sites[reply.client].missed = 0
+            else:
+                self._count_missed(reply.client)
             yield reply
 
     def evaluate(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Evaluation | Failure]:
@@ -151,7 +157,7 @@ class FlowerFederation:
 
     def collect(self, requests: Sequence[Request], accumulator: Accumulator) -> list[Failure]:
         """Updates in the order of `requests`, so that the sum is the same each time; a few are asked for ahead."""
-        waiting, asked, failures = deque(requests), deque[tuple[Request, str, float]](), list[Failure]()
+        waiting, asked, failures = deque(requests), deque[tuple[Request, str | None, float]](), list[Failure]()
         while waiting or asked:
             while waiting and len(asked) < self.policy.in_flight:
                 request = waiting.popleft()
@@ -164,7 +170,7 @@ class FlowerFederation:
     def faults(self) -> list[Failure]:
         """Sites refused, gone, late or left out since this was last asked."""
         faults, self._faults = self._faults, []
-        return faults
+        return list(dict.fromkeys(faults))
 
     def start(self) -> Start:
         """The weights that the first round starts from, of the first site that can send them.
@@ -175,8 +181,7 @@ class FlowerFederation:
         reasons = []
         for name in self.members():
             message, since = self._ask("query.start", NOTHING, name)
-            reply = self._wait(message, since)
-            answer = self._read(name, "join", reply, Start)
+            answer = self._read(name, "join", self._wait(message, since), Start)
             if isinstance(answer, Start):
                 return answer
             reasons.append(f"{name}: {answer.reason}")
@@ -193,9 +198,9 @@ class FlowerFederation:
 
     def _let_in(self) -> None:
         """Greet nodes that are new, and admit or refuse those that have answered."""
-        nodes = self.link.nodes()
-        for gone in self._gate.refused.keys() - set(nodes):
-            del self._gate.refused[gone]  # when it comes back, it may have been mended
+        nodes = self.link.nodes()  # what is gone may have been mended when it comes back
+        self._gate.refused = {node: why for node, why in self._gate.refused.items() if node in nodes}
+        self._gate.asked = {message: asked for message, asked in self._gate.asked.items() if asked[0] in nodes}
         known = {site.node for site in self.sites.values()} | {node for node, _ in self._gate.asked.values()}
         new = [node for node in nodes if node not in known and node not in self._gate.refused]
         if new:
@@ -223,7 +228,7 @@ class FlowerFederation:
         if reason is not None:
             self._refuse(node, hello.client, reason)
             return
-        self.sites[hello.client] = Site(hello, node)
+        self.sites[hello.client] = replace(there, hello=hello, node=node) if there else Site(hello, node)
         log.info("%s has joined with %d examples", hello.client, hello.examples)
 
     def settle_weights(self) -> str:
@@ -252,23 +257,30 @@ class FlowerFederation:
         self._gate.refused[node] = f"{name}: {reason}"
         self._faults.append(Failure(name, "join", f"refused: {reason}"))
 
-    def _available(self, site: Site, nodes: set[int]) -> bool:
-        busy = self.policy.late == "leave_out" and any(late.site == site.hello.client for late in self._late.values())
-        return site.node in nodes and not site.left_out and not busy
+    def _why_not(self, site: Site, nodes: set[int]) -> str | None:
+        """Why a site cannot be asked now, or None."""
+        if site.left_out:
+            return "left out for good"
+        if site.node not in nodes:
+            return "not connected"
+        late = [late for late in self._late.values() if late.site == site.hello.client]
+        if late and self.policy.late == "leave_out":
+            return f"left out until its reply of round {late[0].round} is there (federation.late)"
+        return None
 
-    def _note_absent(self, nodes: set[int]) -> None:
-        for name, site in self.sites.items():
-            if site.node not in nodes and not site.left_out:
-                self._faults.append(Failure(name, "join", "not connected"))
-                site.missed = self._missed(name)
+    def _absent(self, nodes: set[int]) -> list[Failure]:
+        """Sites that belong to the run and cannot be asked now."""
+        reasons = {name: self._why_not(site, nodes) for name, site in self.sites.items() if not site.left_out}
+        return [Failure(name, "join", reason) for name, reason in reasons.items() if reason is not None]
 
-    def _missed(self, name: str) -> int:
+    def _count_missed(self, name: str) -> None:
+        """A site has missed a round; too many in a row, and it is left out."""
         site = self.sites[name]
-        if self.policy.max_missed and site.missed + 1 > self.policy.max_missed and not site.left_out:
+        site.missed += 1
+        if 0 < self.policy.max_missed < site.missed and not site.left_out:
             site.left_out = True
-            reason = f"left out for good: missed {site.missed + 1} rounds in a row, federation.max_missed = "
+            reason = f"left out for good: missed {site.missed} rounds in a row, federation.max_missed = "
             self._faults.append(Failure(name, "join", f"{reason}{self.policy.max_missed}"))
-        return site.missed + 1
 
     def _too_few(self, present: Sequence[str]) -> str:
         refused = "; ".join(self._gate.refused.values())
@@ -283,8 +295,9 @@ class FlowerFederation:
 
     # ---------------------------------------------------------------------------------------------------- messages
 
-    def _ask(self, kind: str, parcel: Parcel, name: str) -> tuple[str, float]:
-        (message,) = self.link.ask(kind, parcel, [self.sites[name].node])
+    def _ask(self, kind: str, parcel: Parcel, name: str) -> tuple[str | None, float]:
+        """Ask one site; None if it is not there to be asked."""
+        message = next(iter(self.link.ask(kind, parcel, [self.sites[name].node])), None)
         return message, time.monotonic()
 
     def _everywhere(
@@ -294,6 +307,8 @@ class FlowerFederation:
         started = time.monotonic()
         names = {self.sites[client].node: client for client in clients}
         asked = {message: names[node] for message, node in self.link.ask(kind, encode(content), list(names)).items()}
+        reached = set(asked.values())
+        yield from (Failure(name, stage, "not connected") for name in clients if name not in reached)
         pause = self._pause / 8
         while asked and time.monotonic() - started < self.policy.timeout_seconds:
             for reply in self.link.replies(list(asked)):
@@ -305,14 +320,18 @@ class FlowerFederation:
             self._late[message] = Late(name, stage, self._round, started)
             yield Failure(name, stage, f"no reply within {self.policy.timeout_seconds} s (federation.timeout_seconds)")
 
-    def _wait(self, message: str, since: float, limit: float | None = None) -> Reply | None:
+    def _wait(self, message: str | None, since: float, limit: float | None = None) -> Reply | None:
+        """The reply to a message; however much time has passed, what is there already is taken."""
+        if message is None:
+            return Reply("", "not connected")
         pause = self._pause / 8
-        while time.monotonic() - since < (limit or self.policy.timeout_seconds):
+        while True:
             for reply in self.link.replies([message]):
                 return reply
+            if time.monotonic() - since >= (limit or self.policy.timeout_seconds):
+                return None
             time.sleep(pause)
             pause = min(pause * 1.5, self._pause)
-        return None
 
     def _read(self, name: str, stage: Any, reply: Reply | None, expected: type[Any]) -> Any:
         """The message in a reply, or a Failure that says why there is none."""
@@ -325,15 +344,15 @@ class FlowerFederation:
         except MessageError as error:
             return Failure(name, stage, str(error))
         if isinstance(answer, Failure):
-            return Failure(name or answer.client, stage, answer.reason)
+            return Failure(name or answer.client, stage, answer.reason[:LONGEST_REASON])
         if name and answer.client != name:
             return Failure(name, stage, f"it answers as {answer.client!r}")
         return answer
 
-    def _add(self, request: Request, message: str, since: float, accumulator: Accumulator) -> Failure | None:
+    def _add(self, request: Request, message: str | None, since: float, accumulator: Accumulator) -> Failure | None:
         reply = self._wait(message, since)
         answer = self._read(request.client, "update", reply, Update)
-        if reply is None:
+        if reply is None and message is not None:
             self._late[message] = Late(request.client, "update", request.round, since)
         return answer if isinstance(answer, Failure) else accumulator.add(answer)
 
@@ -342,5 +361,13 @@ class FlowerFederation:
         for reply in self.link.replies(list(self._late)):
             late = self._late.pop(reply.message)
             seconds = time.monotonic() - late.asked
-            reason = f"its reply of round {late.round} came after {seconds:.0f} s and was discarded"
+            reason = (
+                f"its late reply of round {late.round} will not come: {reply.content}"
+                if isinstance(reply.content, str)
+                else f"its reply of round {late.round} came after {seconds:.0f} s and was discarded"
+            )
             self._faults.append(Failure(late.site, late.stage, reason))  # type: ignore[arg-type]
+
+
+def _layout(layers: int, experts: int) -> str:
+    return f"{layers} layers x {experts} experts"

@@ -60,7 +60,7 @@ class Link(Protocol):
         """The nodes that are connected now."""
 
     def ask(self, kind: str, parcel: Parcel, nodes: Sequence[int]) -> dict[str, int]:
-        """Send the same to each node; message id -> node, in the order of `nodes`."""
+        """Send the same to each node; message id -> node, in the order of `nodes`. Nodes that are gone are left out."""
 
     def replies(self, messages: Sequence[str]) -> Iterator[Reply]:
         """What has come back for these messages since they were last asked for."""
@@ -85,12 +85,13 @@ class GridLink:
         return sorted(self.grid.get_node_ids())
 
     def ask(self, kind: str, parcel: Parcel, nodes: Sequence[int]) -> dict[str, int]:
-        """Send the same to each node; what they share is made and sent once."""
+        """Send the same to each node; what they share is made and sent once. Nodes that are gone are left out."""
         records = to_records(parcel)
         records[RUN] = ConfigRecord({**asdict(self.run)})
         messages = [Message(records, node, kind, ttl=self.expiry) for node in nodes]
         ids = list(self.grid.push_messages(messages)) if messages else []
-        return dict(zip(ids, nodes, strict=True))
+        # Flower returns an empty id for a node that it knows no more, and no ids for what is too large for it
+        return {message: node for message, node in zip(ids, nodes, strict=bool(ids)) if message}
 
     def replies(self, messages: Sequence[str]) -> Iterator[Reply]:
         """What has come back for these messages since they were last asked for."""

@@ -17,6 +17,7 @@ from fedalign.errors import UserError
 
 State = Literal["starting", "running", "failed", "complete"]
 SECONDS = 0.5  # between two writes, at least
+PATIENCE = 1.0  # seconds that a run folder may be held before another coordinator is said to run it
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,15 @@ def running(folder: Path) -> Iterator[None]:
         UserError: Another process runs it.
     """
     with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"run {str(folder)!r}: another coordinator is running it. End it first.") from None
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # perhaps for a moment only: somebody looks whether it is held
+                if time.monotonic() > deadline:
+                    raise UserError(f"run {str(folder)!r}: another coordinator is running it. End it first.") from None
+                time.sleep(0.02)
         yield
 
 

@@ -1,0 +1,162 @@
+"""Our messages over Flower's grid, whose SuperLink and nodes are played here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import pytest
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedalign.federation.flower.link import REASONS, GridLink, Reply, RunAbout, reason
+from fedalign.federation.flower.records import from_records, to_records
+from fedalign.messages import MessageError, Parcel, decode, encode
+from fedalign.protocol import SHARED, Broadcast, Update
+from tests.test_messages import packed, same
+
+Answer = Callable[[Message], Message]
+RUN = RunAbout("[run]\nseed = 1\n", "night-7", "/out")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_server_app(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"_run_id": 1, "_node_id": 1, "_task_id": 1}.items():
+        monkeypatch.setattr(TaskIdentity, name, value)
+
+
+class PlayedGrid(Grid):
+    """Keeps messages as a SuperLink does, and answers with `answer`."""
+
+    def __init__(self, nodes: list[int], answer: Answer) -> None:
+        self.online, self.answer = nodes, answer
+        self.pushed: list[Message] = []
+        self.too_large = False
+        self._replies: dict[str, Message] = {}
+
+    def set_run(self, run: object) -> None: ...
+
+    @property
+    def run(self) -> object:  # type: ignore[override]
+        return None
+
+    def create_message(self, *_: object, **__: object) -> Message:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.online)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in [] if self.too_large else messages:
+            known = message.metadata.dst_node_id in self.online
+            message.metadata.__dict__["_message_id"] = f"m{len(self.pushed)}" if known else ""
+            ids.append(message.metadata.message_id)
+            self.pushed.append(message)
+            if known:
+                self._replies[message.metadata.message_id] = self.answer(message)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._replies.pop(one) for one in message_ids if one in self._replies]
+
+    def send_and_receive(self, *_: object, **__: object) -> Iterable[Message]:
+        raise NotImplementedError
+
+
+def echo(message: Message) -> Message:
+    return Message(message.content, reply_to=message)
+
+
+def test_nodes_are_sorted() -> None:
+    assert GridLink(PlayedGrid([7, 2, 5], echo), RUN, 60).nodes() == [2, 5, 7]
+
+
+def test_a_question_reaches_each_node_and_its_answer_comes_back_once() -> None:
+    update = Update("ward", 1, packed({SHARED: 300}, "int8"))
+    grid = PlayedGrid([1, 2], echo)
+    link = GridLink(grid, RUN, expiry=77.0)
+    asked = link.ask("query.update", encode(update), [2, 1])
+    assert list(asked.values()) == [2, 1]
+    assert [one.metadata.dst_node_id for one in grid.pushed] == [2, 1]
+    assert {(one.metadata.message_type, one.metadata.ttl) for one in grid.pushed} == {("query.update", 77.0)}
+    replies = list(link.replies([*asked]))
+    assert [reply.message for reply in replies] == list(asked)
+    for reply in replies:
+        assert isinstance(reply.content, Parcel)
+        assert same(decode(reply.content, Update), update)
+    assert list(link.replies([*asked])) == []
+
+
+def test_what_all_nodes_are_sent_is_made_once() -> None:
+    grid = PlayedGrid([1, 2, 3], echo)
+    GridLink(grid, RUN, 60).ask("train", encode(Broadcast(1, packed({SHARED: 3}, "float32"))), [1, 2, 3])
+    assert len({id(one.content) for one in grid.pushed}) == 1
+    assert same(decode(from_records(grid.pushed[0].content), Broadcast).round, 1)
+
+
+def test_each_message_says_what_run_it_belongs_to() -> None:
+    grid = PlayedGrid([1], echo)
+    GridLink(grid, RUN, 60).ask("train", encode(Broadcast(1, {})), [1])
+    assert RunAbout.of(grid.pushed[0]) == RUN
+    with pytest.raises(MessageError, match="not a message of FedAlign-MoE: no 'run'"):
+        RunAbout.of(Message(to_records(encode(Broadcast(1, {}))), 1, "train"))
+
+
+def test_nodes_that_the_superlink_knows_no_more_are_left_out() -> None:
+    link = GridLink(PlayedGrid([1, 3], echo), RUN, 60)
+    asked = link.ask("train", encode(Broadcast(1, {})), [1, 2, 3, 4])
+    assert list(asked.values()) == [1, 3]
+    assert len(list(link.replies([*asked]))) == 2
+
+
+def test_what_is_too_large_for_flower_reaches_nobody() -> None:
+    grid = PlayedGrid([1], echo)
+    grid.too_large = True
+    assert GridLink(grid, RUN, 60).ask("train", encode(Broadcast(1, {})), [1]) == {}
+
+
+def test_nothing_is_asked_of_nobody() -> None:
+    link = GridLink(PlayedGrid([], echo), RUN, 60)
+    assert link.ask("train", encode(Broadcast(1, {})), []) == {}
+    assert list(link.replies([])) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (lambda m: Message(Error(5, "gone"), reply_to=m), "its SuperNode is gone"),
+        (lambda m: Message(Error(8), reply_to=m), "its process ended before it could answer"),
+        (lambda m: Message(Error(42, "strange"), reply_to=m), "Flower's error 42: strange"),
+        (lambda m: Message(RecordDict(), reply_to=m), "not a message of FedAlign-MoE"),
+        (
+            lambda m: Message(RecordDict({"head": ConfigRecord({"json": "["})}), reply_to=m),
+            "not a message of FedAlign-MoE",
+        ),
+    ],
+)
+def test_what_is_no_answer_is_a_reason(answer: Answer, expected: str) -> None:
+    link = GridLink(PlayedGrid([1], answer), RUN, 60)
+    (asked,) = link.ask("train", encode(Broadcast(1, {})), [1])
+    (reply,) = link.replies([asked])
+    assert reply == Reply(asked, reply.content)
+    assert isinstance(reply.content, str)
+    assert reply.content.startswith(expected)
+
+
+def test_flowers_errors_are_those_that_we_explain() -> None:
+    from flwr.common.constant import ErrorCode  # noqa: PLC0415 - not public, so this test says when it moves
+
+    codes = {value for name, value in vars(ErrorCode).items() if name.isupper()}
+    assert codes > REASONS.keys()
+    assert ErrorCode.NODE_UNAVAILABLE == 5
+    assert ErrorCode.CLIENT_APP_CRASHED == 8
+    assert all(reason(Error(code)) == words for code, words in REASONS.items())
+
+
+def test_a_parcel_is_a_reply_like_any_other() -> None:
+    failure = encode(Update("ward", 0, {}))
+    grid = PlayedGrid([4], lambda message: Message(to_records(failure), reply_to=message))
+    link = GridLink(grid, RUN, 60)
+    (reply,) = link.replies(list(link.ask("query.finish", failure, [4])))
+    assert reply.content == failure

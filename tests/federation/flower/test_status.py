@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fedalign.checkpoint import ServerState
+from fedalign.errors import UserError
+from fedalign.federation.flower.status import Beacon, Status, is_running, read_status, running
+
+
+def test_a_run_that_nobody_began_is_starting(tmp_path: Path) -> None:
+    assert read_status(tmp_path) == Status("starting", 0, 0, "waiting for sites", 0, 1, "")
+
+
+def test_what_a_beacon_says_can_be_read(tmp_path: Path) -> None:
+    beacon = Beacon(tmp_path)
+    beacon.begin()
+    assert read_status(tmp_path) == Status("running", os.getpid())
+    beacon.progress(3, "training", 2, 2)
+    assert read_status(tmp_path) == Status("running", os.getpid(), 3, "training", 2, 2)
+    beacon.completed(ServerState(3, {}, {}, ()), improved=True)
+    assert read_status(tmp_path).stage == "training"
+    beacon.fail("round 4: “nobody” is left")
+    assert read_status(tmp_path) == Status("failed", os.getpid(), error="round 4: “nobody” is left")
+    beacon.end()
+    assert read_status(tmp_path) == Status("complete", os.getpid())
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_progress_is_written_no_oftener_than_it_is_read_but_its_ends_always(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    beacon = Beacon(tmp_path)
+    seen = []
+    for done in range(11):
+        beacon.progress(1, "training", done, 10)
+        seen.append(read_status(tmp_path).done)
+        now += 0.2
+    assert seen == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 10]
+
+
+def test_one_coordinator_runs_a_folder_at_a_time(tmp_path: Path) -> None:
+    assert not is_running(tmp_path)
+    with running(tmp_path):
+        assert is_running(tmp_path)
+        with pytest.raises(UserError, match="another coordinator is running it"), running(tmp_path):
+            pass
+        assert is_running(tmp_path)
+    assert not is_running(tmp_path)
+    with running(tmp_path):
+        pass
+
+
+def test_whoever_looks_at_that_moment_does_not_keep_a_coordinator_out(tmp_path: Path) -> None:
+    with running(tmp_path):
+        pass
+    looking = (tmp_path / ".lock").open()
+    fcntl.flock(looking, fcntl.LOCK_SH)  # as `is_running` does for as long as it looks
+    threading.Timer(0.2, looking.close).start()
+    with running(tmp_path):
+        assert is_running(tmp_path)
