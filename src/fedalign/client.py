@@ -42,6 +42,9 @@ from fedalign.protocol import (
 from fedalign.wire import pack, unpack_weights
 
 
+REMEDY = "try a lower training.learning_rate, or training.precision = 'float32'"
+
+
 @dataclass(frozen=True)
 class ClientData:
     """What one client holds. It never leaves."""
@@ -100,7 +103,7 @@ class Trainer:
         norm_G = torch.stack([update[group].norm() for group in self.moe.layout.groups]).cpu()
         if not bool(norm_G.isfinite().all()):
             broken = self.moe.layout.groups[int((~norm_G.isfinite()).nonzero()[0])]
-            raise TrainingFailedError(f"its update of {broken} is not finite")
+            raise TrainingFailedError(f"its update of {broken} is not finite; {REMEDY}")
         statistics = self._report(client, broadcast.round, fit, update, norm_G, time.perf_counter() - started)
         wire = self.config.wire.dtype
         packed = {group: pack(delta.cpu(), wire, derive_seed(seed, group)) for group, delta in update.items()}
@@ -243,7 +246,7 @@ class LocalFit:
     def _finite(self, nll_sum: Tensor) -> float:
         value = float(nll_sum.detach())
         if not math.isfinite(value):
-            raise TrainingFailedError(f"its loss is {value} at step {self.steps + 1}")
+            raise TrainingFailedError(f"its loss is {value} at step {self.steps + 1}; {REMEDY}")
         return value
 
     def _penalties(self, captured: Captured) -> Iterator[Tensor]:

@@ -129,8 +129,7 @@ class Server:
             reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in failures) or "nobody replied"
             raise UserError(
                 f"round {number}: {len(reports)} of {len(chosen)} clients can be used, server.min_clients = "
-                f"{self.config.server.min_clients} are needed ({reasons}). The last complete round is kept; try a "
-                f"lower training.learning_rate, or training.precision = 'float32'."
+                f"{self.config.server.min_clients} are needed ({reasons}). The last complete round is kept."
             )
         plan, algorithm_state = self.algorithm.plan(reports, self.layout, state.algorithm)
         weights, lost, skipped = self._sum(state.weights, plan, reports, number, traffic)

@@ -1,0 +1,195 @@
+"""A large model through a deployment on loopback: seconds, MB/s, and the peak memory of each process.
+
+One site trains a Mixture-of-Experts model of `--megabytes` float32 parameters on a few short examples, one round with
+FedAvg's plan. Then Flower's own FedAvg strategy moves arrays of the same sizes through the same SuperLink and
+SuperNode: down, up, averaged. Ours sends the weights down twice in a round (to be trained, and to be scored) and the
+update up once; bytes are counted as they travel. The start of the run, in which the site sends its weights once, is not
+in the round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+
+import tomli_w
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+from fedalign.demo import model_folder
+from fedalign.demo.loopback import Loopback
+from fedalign.federation.flower.launch import APP
+from fedalign.keys import make_node_key
+from watching import PeakMemory, descendants_of_this, machine
+
+SERVER = """
+    import json, time
+    import numpy as np
+    from flwr.app import ArrayRecord
+    from flwr.serverapp import ServerApp
+    from flwr.serverapp.strategy import FedAvg
+    app = ServerApp()
+
+    @app.main()
+    def main(grid, context):
+        sizes = json.load(open(context.run_config["sizes"]))
+        rng = np.random.default_rng(0)
+        arrays = ArrayRecord([rng.standard_normal(size, dtype=np.float32) for size in sizes])
+        while not list(grid.get_node_ids()):
+            time.sleep(0.2)
+        started = time.perf_counter()
+        strategy = FedAvg(
+            fraction_train=1.0, fraction_evaluate=0.0,
+            min_train_nodes=1, min_evaluate_nodes=0, min_available_nodes=1,
+        )
+        strategy.start(grid, arrays, num_rounds=1)
+        with open(context.run_config["out"], "w") as file:
+            json.dump(time.perf_counter() - started, file)
+"""
+CLIENT = """
+    from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        arrays = [array.numpy() + 1 for array in message.content["arrays"].values()]
+        answer = RecordDict({"arrays": ArrayRecord(arrays), "metrics": MetricRecord({"num-examples": 1})})
+        return Message(answer, reply_to=message)
+"""
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=int, default=1000, help="of trainable float32 parameters, at least")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "int8"])
+    args = parser.parse_args()
+    print(machine("torch", "transformers", "flwr"))
+    with tempfile.TemporaryDirectory(prefix="fedalign-payload-") as name:
+        folder = Path(name)
+        sizes = make_model(folder / "model", args.megabytes)
+        (folder / "sizes.json").write_text(json.dumps(sizes))
+        print(f"{sum(sizes) * 4 / 1e6:.0f} MB of float32 parameters in {len(sizes)} tensors, one site\n", flush=True)
+        with Loopback(folder / "flower") as loopback:
+            loopback.start_superlink()
+            site = make_site(folder)
+            loopback.register("site", make_node_key(site / "key"))
+            loopback.start_supernode("site", {"site": str(site / "site.toml")}, key=site / "key")
+            ours(loopback, folder, args.dtype)
+            theirs(loopback, folder, sum(sizes) * 4)
+
+
+def make_model(folder: Path, megabytes: int) -> list[int]:
+    """An OLMoE of random weights with the demo's tokenizer; the sizes of its tensors."""
+    shutil.copytree(model_folder(), folder)
+    (folder / "model.safetensors").unlink()
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    experts, layers, hidden = 16, 4, 512
+    width = (megabytes * 1_000_000 // 4 - 2 * vocabulary * hidden) // (experts * layers * hidden * 3)
+    width += 64 - width % 64
+    config = OlmoeConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_experts=experts,
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    model = OlmoeForCausalLM(config)
+    model.save_pretrained(folder)
+    return [parameter.numel() for parameter in model.parameters()]
+
+
+def make_site(folder: Path) -> Path:
+    """A site with a dozen short examples."""
+    site = folder / "site"
+    site.mkdir()
+    lines = [json.dumps({"text": f"number {i}", "label": "odd" if i % 2 else "even"}) for i in range(12)]
+    (site / "data.jsonl").write_text("\n".join(lines) + "\n")
+    (site / "site.toml").write_text(tomli_w.dumps({"name": "site", "data": {"train": "data.jsonl"}}))
+    return site
+
+
+def ours(loopback: Loopback, folder: Path, dtype: str) -> None:
+    """One round of FedAlign-MoE's engine."""
+    assert loopback.certificates is not None
+    config = {
+        "run": {"rounds": 1},
+        "model": {"path": str(folder / "model")},
+        "data": {"kind": "classification", "labels": ["even", "odd"]},
+        "training": {"optimizer": "sgd", "learning_rate": 1e-3},
+        "algorithm": {"name": "fedavg"},
+        "wire": {"dtype": dtype},
+        "tracking": {"tensorboard": False},
+        "federation": {
+            "engine": "flower",
+            "superlink": loopback.address,
+            "root_certificates": str(loopback.certificates.ca),
+            "min_sites": 1,
+        },
+    }
+    (folder / "federation.toml").write_text(tomli_w.dumps(config))
+    started = time.perf_counter()
+    with PeakMemory(descendants_of_this) as peak:
+        subprocess.run(
+            [sys.executable, "-m", "fedalign", "run", str(folder / "federation.toml"), "--out", str(folder / "run")],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+    seconds = time.perf_counter() - started
+    _, first = (json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    moved = first["bytes_up"] + first["bytes_down"]
+    print(
+        f"fedalign, {dtype}: round {first['round_seconds']:.0f} s, of which the site's training "
+        f"{first['client_train_seconds']:.0f} s; {moved / 1e6:.0f} MB moved in the round "
+        f"({moved / 1e6 / (first['round_seconds'] - first['client_train_seconds']):.0f} MB/s beside training); "
+        f"whole run with hello, start and both models saved {seconds:.0f} s"
+    )
+    show(peak)
+
+
+def theirs(loopback: Loopback, folder: Path, nbytes: int) -> None:
+    """One round of Flower's FedAvg on arrays of the same sizes."""
+    app = folder / "fedavg-app"
+    (app / "fedavg_app").mkdir(parents=True)
+    (app / "fedavg_app" / "__init__.py").touch()
+    (app / "fedavg_app" / "server.py").write_text(textwrap.dedent(SERVER))
+    (app / "fedavg_app" / "client.py").write_text(textwrap.dedent(CLIENT))
+    about = APP.read_text().replace("fedalign.federation.flower.server_app", "fedavg_app.server")
+    about = about.replace("fedalign.federation.flower.client_app", "fedavg_app.client") + 'sizes = ""\n'
+    (app / "pyproject.toml").write_text(about)
+    out = folder / "fedavg.json"
+    with PeakMemory(descendants_of_this) as peak:
+        done = loopback.flwr("run", str(app), "loopback", "-c", f'out="{out}" sizes="{folder / "sizes.json"}"')
+        assert done.returncode == 0, done.stdout + done.stderr
+        deadline = time.monotonic() + 1800
+        while not (out.exists() and out.read_text()):
+            assert time.monotonic() < deadline, loopback.log("superlink")
+            time.sleep(0.5)
+    seconds = json.loads(out.read_text())
+    print(
+        f"\nFlower's FedAvg, float32: round {seconds:.0f} s; {2 * nbytes / 1e6:.0f} MB moved "
+        f"({2 * nbytes / 1e6 / seconds:.0f} MB/s)"
+    )
+    show(peak)
+
+
+def show(peak: PeakMemory) -> None:
+    """Peak memory by role."""
+    for role, resident in sorted(peak.by_role.items()):
+        print(f"  {role:<32} {resident / 2**20:8.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
