@@ -1,4 +1,4 @@
-"""The command line before a run: `fedalign site init` and `fedalign doctor`."""
+"""The command line of sites: `fedalign site init`, `site serve` and `fedalign doctor`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,13 @@ INIT_EXAMPLES = """
 
   fedalign site init hospital-a --data notes.csv --superlink fl.example.org:8000 --root-certificates ca.crt
 """
+SERVE_EXAMPLES = """
+[bold]Examples[/bold]
+
+  fedalign site serve hospital-a                    Ctrl-C or SIGTERM ends it
+
+  fedalign site serve hospital-a --trainer-only     beside a flower-supernode of your own
+"""
 DOCTOR_EXAMPLES = """
 [bold]Examples[/bold]
 
@@ -51,11 +58,6 @@ DOCTOR_EXAMPLES = """
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 PREVIEW = 600  # characters of a piece of the example that are shown at most
 HIDDEN = "(tells of the data: shown on a terminal only)"
-
-
-@site_app.callback()
-def _site() -> None:
-    """Keep `init` a command of its own, however many there are."""
 
 
 @site_app.command(epilog=INIT_EXAMPLES)
@@ -123,6 +125,28 @@ def _print_site(site: SiteFolder) -> None:
         say("or with Flower's own program alone:\n")
         say(f"  export {' '.join(f'{key}={value}' for key, value in QUIET.items())}")
         say(f"  {shlex.join(site.supernode_command())}")
+
+
+@site_app.command(epilog=SERVE_EXAMPLES)
+def serve(
+    site: Annotated[Path, typer.Argument(metavar="DIR", help="The site's folder, or its site.toml.")],
+    trainer_only: Annotated[
+        bool, typer.Option("--trainer-only", help="Leave Flower's SuperNode to whoever starts it.")
+    ] = False,
+    insecure_anywhere: Annotated[
+        bool,
+        typer.Option(
+            "--insecure-anywhere",
+            help="Reach a SuperLink on another machine without TLS. Whoever is on the way can then read and change "
+            "weights, statistics and the code that this site runs.",
+        ),
+    ] = False,
+) -> None:
+    """Go on duty: Flower's SuperNode, and a trainer that keeps the model loaded between messages."""
+    from fedalign.site import SiteFolder
+    from fedalign.site_serve import serve_site
+
+    serve_site(SiteFolder.load(site), supernode=not trainer_only, insecure_anywhere=insecure_anywhere, tell=say)
 
 
 def doctor(

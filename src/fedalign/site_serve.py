@@ -21,14 +21,14 @@ from fedalign.site import SiteFolder
 from fedalign.warm import meeting_file, serve
 
 
-def serve_site(folder: SiteFolder, *, supernode: bool, insecure_anywhere: bool, say: Callable[[str], None]) -> None:
+def serve_site(folder: SiteFolder, *, supernode: bool, insecure_anywhere: bool, tell: Callable[[str], None]) -> None:
     """Keep a site ready for rounds until it is interrupted; whatever was started is ended.
 
     Args:
         folder: the site.
         supernode: also start Flower's SuperNode; without it, the trainer alone.
         insecure_anywhere: the user accepts plaintext over a network.
-        say: what a person should know.
+        tell: says what a person should know.
 
     Raises:
         UserError: It is served already, or the SuperNode cannot be started or has ended.
@@ -43,11 +43,11 @@ def serve_site(folder: SiteFolder, *, supernode: bool, insecure_anywhere: bool, 
             certificates = link.root_certificates and folder.resolve(link.root_certificates)
             check_plaintext(link.superlink, certificates, insecure_anywhere)
             with _supernode(folder) as ended:
-                _serve(folder, lambda: say(f"{folder.config.name} is ready for {link.superlink}; Ctrl-C ends it"))
+                _serve(folder, lambda: tell(f"{folder.config.name} is ready for {link.superlink}; Ctrl-C ends it"))
                 if ended.is_set():
                     raise UserError(f"site {folder.config.name!r}: flower-supernode has ended; see its messages above.")
         else:
-            _serve(folder, lambda: say(f"the trainer of {folder.config.name} is ready; Ctrl-C ends it"))
+            _serve(folder, lambda: tell(f"the trainer of {folder.config.name} is ready; Ctrl-C ends it"))
 
 
 def _serve(folder: SiteFolder, ready: Callable[[], None]) -> None:
