@@ -1,0 +1,349 @@
+"""Real sites on loopback, `fedalign` as a user starts it, and what a run folder tells afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import tomli_w
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedalign.demo.loopback import Loopback
+from fedalign.keys import make_node_key
+from tests.conftest import rows, write_jsonl
+
+PATIENCE = 420  # seconds for a whole run on a busy machine
+SITES = ("north", "south", "west")
+LABELS = sorted({row["label"] for row in rows()})
+MEASURED = ("seconds", "versions")  # what a clock measured, or what differs by installation
+
+
+def share(site: str) -> list[dict[str, str]]:
+    """A site's own third of the rows."""
+    return rows()[SITES.index(site) :: len(SITES)]
+
+
+def settings(model: Path) -> dict[str, Any]:
+    """A configuration under which a round takes no longer than its messages."""
+    return {
+        "run": {"rounds": 1, "threads": 1},
+        "model": {"path": str(model)},
+        "data": {"labels": LABELS},
+        "clients": {"held_out": 0.2, "min_examples": 5},
+        "training": {"learning_rate": 1e-2},
+        "statistics": {"min_tokens": 4, "min_examples": 1},
+        "tracking": {"tensorboard": False},
+        "federation": {"engine": "flower", "min_sites": 3, "wait_seconds": 180, "timeout_seconds": 200},
+    }
+
+
+def merged(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables with the keys changed that `changes` names as section__key."""
+    result = {section: dict(keys) for section, keys in tables.items()}
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        result.setdefault(section, {})[key] = value
+    return result
+
+
+class Command:
+    """`fedalign ...` as a user starts it, and what it prints."""
+
+    def __init__(self, arguments: Sequence[str | Path], log: Path, environment: Mapping[str, str]) -> None:
+        self._log = log
+        with log.open("wb") as target:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "fedalign", *map(str, arguments)],
+                env={**environment, "COLUMNS": "200"},
+                stdin=subprocess.DEVNULL,
+                stdout=target,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def said(self) -> str:
+        """All that it has printed so far."""
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def finish(self, seconds: float = PATIENCE) -> int:
+        """Its exit status."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still running after {seconds} s; it said:\n{self.said}")
+
+    def wait(self, until: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
+        """Wait for something to become true while it runs."""
+        deadline = time.monotonic() + seconds
+        while not until():
+            if self.process.poll() is not None:
+                pytest.fail(f"it ended before {what}; it said:\n{self.said}")
+            if time.monotonic() > deadline:
+                pytest.fail(f"not within {seconds} s: {what}; it said:\n{self.said}")
+            time.sleep(0.05)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def kill(self) -> None:
+        """SIGKILL it and what it started in its own session."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds."""
+
+    path: Path
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """metrics.jsonl; empty before it is there."""
+        file = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    @property
+    def rounds(self) -> list[int]:
+        """The rounds of metrics.jsonl."""
+        return [line["round"] for line in self.lines]
+
+    def failures(self, client: str | None = None) -> list[tuple[int, str, str, str]]:
+        """Round, client, stage and reason of all faults, or of one client's."""
+        return [
+            (line["round"], fault["client"], fault["stage"], fault["reason"])
+            for line in self.lines
+            for fault in line["failures"]
+            if client in (None, fault["client"])
+        ]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """summary.json."""
+        summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
+        return summary
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """status.json; empty before it is there."""
+        file = self.path / "status.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def reached(self, round: int, stage: str, done: int) -> bool:
+        """Whether the coordinator says that it is in this stage, with so many clients done."""
+        status = self.status
+        return (status.get("round"), status.get("stage")) == (round, stage) and status["done"] >= done
+
+    @property
+    def model(self) -> bytes:
+        """The final weights."""
+        return (self.path / "model" / "model.safetensors").read_bytes()
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The final weights, by name."""
+        return weights_of(self.path / "model")
+
+    @property
+    def measured(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl without what a clock measured."""
+        return [{k: v for k, v in line.items() if not k.endswith(MEASURED)} for line in self.lines]
+
+
+@dataclass
+class Deployment:
+    """A SuperLink, some sites, and the coordinator's configuration."""
+
+    loopback: Loopback
+    settings: dict[str, Any]
+    sites: dict[str, Path] = field(default_factory=dict)
+
+    def prepare(
+        self,
+        name: str,
+        lines: Sequence[dict[str, str]],
+        *,
+        model: Path | None = None,
+        limits: Mapping[str, Any] | None = None,
+        change: str = "",
+        register: bool = True,
+    ) -> Path:
+        """A site's folder with its data; `change` is a module that its ClientApps import before anything else."""
+        folder = self.loopback.folder / "sites" / name
+        folder.mkdir(parents=True)
+        write_jsonl(folder / "data.jsonl", list(lines))
+        about: dict[str, Any] = {
+            "name": name,
+            "data": {"train": "data.jsonl"},
+            "limits": {"min_tokens": 4, "min_examples": 1, "threads": 1, **(limits or {})},
+            "coordinator": {"superlink": self.loopback.address},
+        }
+        if self.loopback.certificates:
+            about["coordinator"]["root_certificates"] = str(self.loopback.certificates.ca)
+        if model:
+            about["model"] = {"path": str(model)}
+        (folder / "site.toml").write_text(tomli_w.dumps(about))
+        if change:
+            (folder / "change").mkdir()
+            (folder / "change" / "sitecustomize.py").write_text(IN_CLIENT_APPS)
+            (folder / "change" / "changed.py").write_text(change)
+        if self.loopback.authenticate:
+            public = make_node_key(folder / "key")
+            if register:
+                self.loopback.register(name, public)
+        self.sites[name] = folder
+        return folder
+
+    def start(self, name: str, *, insecure: bool = False) -> None:
+        """Start, or start again, a site's SuperNode; an insecure one has neither TLS nor key."""
+        folder = self.sites[name]
+        key = folder / "key" if self.loopback.authenticate and not insecure else None
+        with self._changed(folder):
+            self.loopback.start_supernode(name, {"site": str(folder / "site.toml")}, key, insecure)
+
+    def serve(self, name: str) -> None:
+        """Start a site that keeps its model loaded, with its SuperNode."""
+        with self._changed(self.sites[name]):
+            self.loopback._start(name, [sys.executable, "-c", SERVE, str(self.sites[name])])
+
+    @contextmanager
+    def _changed(self, folder: Path) -> Iterator[None]:
+        if (folder / "change").exists():
+            self.loopback.environment["PYTHONPATH"] = str(folder / "change")
+        try:
+            yield
+        finally:
+            self.loopback.environment.pop("PYTHONPATH", None)
+
+    def wait_online(self, sites: int) -> None:
+        """Until the SuperLink knows of so many connected sites."""
+
+        def online() -> bool:
+            return sum(node["status"] == "online" for node in self.loopback.nodes()) >= sites
+
+        self.loopback.wait(online, f"{sites} sites to connect", seconds=180)
+
+    def add(self, name: str, lines: Sequence[dict[str, str]] | None = None, **options: Any) -> Path:
+        """A site, prepared and started."""
+        folder = self.prepare(name, share(name) if lines is None else lines, **options)
+        self.start(name)
+        return folder
+
+    def apps(self, site: str) -> list[int]:
+        """The pids of a site's ClientApps, those that answer a message now."""
+        found = subprocess.run(["ps", "-axww", "-opid=,command="], capture_output=True, text=True, check=True).stdout
+        mine = set(self.loopback.processes(site))
+        table = [line.split(None, 1) for line in found.splitlines()]
+        return [int(pid) for pid, command in table if int(pid) in mine and "/flwr-clientapp " in command]
+
+    @contextmanager
+    def command(self, *arguments: str | Path) -> Iterator[Command]:
+        """`fedalign ...` at the coordinator."""
+        log = self.loopback.folder / f"fedalign-{time.monotonic_ns()}.log"
+        with Command(arguments, log, self.loopback.environment) as command:
+            yield command
+
+    @contextmanager
+    def started(self, out: str, **changes: Any) -> Iterator[tuple[Run, Command]]:
+        """`fedalign run` with this configuration; changes are named section__key."""
+        tables = merged(self.settings, changes)
+        tables["federation"]["superlink"] = self.loopback.address
+        if self.loopback.certificates:
+            tables["federation"]["root_certificates"] = str(self.loopback.certificates.ca)
+        file, folder = self.loopback.folder / f"{out}.toml", self.loopback.folder / "runs" / out
+        file.write_text(tomli_w.dumps(tables))
+        with self.command("run", file, "--out", folder) as command:
+            yield Run(folder), command
+
+    def run(self, out: str, **changes: Any) -> tuple[Run, str]:
+        """A whole run, which must succeed, and what the command printed."""
+        with self.started(out, **changes) as (run, command):
+            assert command.finish() == 0, command.said
+            return run, command.said
+
+    def resume(self, run: Run) -> str:
+        """`fedalign run --resume`, which must succeed; what it printed."""
+        with self.command("run", "--resume", run.path) as command:
+            assert command.finish() == 0, command.said
+            return command.said
+
+
+IN_CLIENT_APPS = """
+import sys
+if any(word in argument for argument in sys.orig_argv for word in ("flwr-clientapp", "serve_site")):
+    import changed  # the other programs stay as they are
+"""
+SERVE = """
+import sys
+from pathlib import Path
+from fedalign.site import SiteFolder
+from fedalign.site_serve import serve_site
+say = lambda text: print(text, flush=True)
+serve_site(SiteFolder.load(Path(sys.argv[1])), supernode=True, insecure_anywhere=False, say=say)
+"""
+
+
+@contextmanager
+def deployed(folder: Path, tables: dict[str, Any], *, secure: bool = True) -> Iterator[Deployment]:
+    """A SuperLink, to which sites can be added; whatever was started is gone afterwards."""
+    with Loopback(folder, tls=secure, authenticate=secure) as loopback:
+        loopback.start_superlink()
+        yield Deployment(loopback, tables)
+    assert loopback.leftovers() == []
+
+
+def on_one_machine(
+    folder: Path, engine: str, tables: dict[str, Any], sites: Sequence[str] = SITES, **changes: Any
+) -> Run:
+    """The same run with the sites' data as files of one folder; nothing that it started may stay."""
+    data = folder / "data"
+    data.mkdir(parents=True)
+    for site in sites:
+        write_jsonl(data / f"{site}.jsonl", share(site))
+    tables = merged(tables, changes)
+    tables["data"]["train"] = str(data)
+    tables["clients"]["partition"] = "files"
+    tables["federation"] = {"engine": engine, "min_sites": len(sites), "wait_seconds": 180, "timeout_seconds": 200}
+    (folder / "run.toml").write_text(tomli_w.dumps(tables))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOME_OF_THE_TEST": str(folder)}
+    with Command(["run", folder / "run.toml", "--out", folder / "run"], folder / "log", environment) as command:
+        assert command.finish() == 0, command.said
+    assert living(f"HOME_OF_THE_TEST={folder}") == []
+    return Run(folder / "run")
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """Those of a Hugging Face folder, by name."""
+    return dict(load_file(folder / "model.safetensors"))
+
+
+def is_finite(weights: Mapping[str, Tensor]) -> bool:
+    """Whether all values are numbers."""
+    return all(bool(value.isfinite().all()) for value in weights.values())
+
+
+def living(mark: str) -> list[str]:
+    """The processes that have this in their environment, those that are just ending excepted."""
+    deadline = time.monotonic() + 15
+    while True:
+        listing = subprocess.run(["ps", "axeww", "-opid=,command="], capture_output=True, text=True, check=True).stdout
+        found = [line[:200] for line in listing.splitlines() if f"{mark} " in f"{line} "]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.2)
