@@ -6,7 +6,7 @@ import shlex
 import stat
 from pathlib import Path
 
-from fedalign.doctor.reach import Reached, is_free, reach
+from fedalign.doctor.reach import Reached, is_free, reach, split_address
 from fedalign.doctor.report import Examination
 from fedalign.federation.flower.launch import is_loopback
 from fedalign.site import SiteFolder
@@ -80,6 +80,7 @@ def check_superlink(found: Examination, address: str, certificates: Path | None,
     Raises:
         UserError: The address is not HOST:PORT.
     """
+    split_address(address)
     if certificates is None and not is_loopback(address):
         found.add(
             "TLS",

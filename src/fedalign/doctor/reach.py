@@ -15,7 +15,7 @@ from fedalign.errors import UserError
 
 PATIENCE = 5.0  # seconds for each step
 EXPIRED, NOT_YET = 10, 9  # OpenSSL's verification codes
-STRANGER = (18, 19, 20, 21)  # self-signed, or signed by an authority that root_certificates do not hold
+STRANGER = (7, 18, 19, 20, 21)  # signed by nobody or another, be it of the same name, than root_certificates hold
 OTHER_NAME = (62, 64)  # not for this host name, not for this IP address
 
 

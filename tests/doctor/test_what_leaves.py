@@ -1,0 +1,132 @@
+"""The list of what leaves a site is that of the messages, field by field and byte by byte."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedalign.clients import open_site
+from fedalign.config import Config, load_config
+from fedalign.doctor.what_leaves import MEANINGS, TELLS, WHEN, empty_messages, what_leaves
+from fedalign.messages import MESSAGES, Parcel, decode, encode
+from fedalign.moe.model import MoEModel
+from fedalign.protocol import PROTOCOL, Broadcast, Request, Statistics, Update
+from fedalign.service import Service
+from fedalign.site import SiteConfig, SiteFolder
+from fedalign.wire import pack
+from tests.test_messages import travel
+
+TO_SITES = {Broadcast, Request}
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8"])
+def config(request: pytest.FixtureRequest, settings: list[str]) -> Config:
+    return load_config(None, [*settings, f"wire.dtype={request.param}"])
+
+
+def service(config: Config, folder: Path) -> Service:
+    limits = {"min_tokens": config.statistics.min_tokens}
+    site = SiteConfig.model_validate({"name": "ward", "data": {"train": config.data.train}, "limits": limits})
+    here = SiteFolder(folder, site)
+    return Service("ward", here.memory("run"), lambda: open_site(here, config, "run"))
+
+
+def broadcast(moe: MoEModel) -> Parcel:
+    weights = {group: pack(value, "float32", 0) for group, value in moe.read().items()}
+    target_L_E = torch.full((moe.layout.layers, moe.experts), 1 / moe.experts)
+    return travel(encode(Broadcast(1, weights, {"target_L_E": target_L_E})))
+
+
+@pytest.fixture(scope="module")
+def real(config: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Parcel]:
+    """What a site really answers in its first round, by kind of message."""
+    site = service(config, tmp_path_factory.mktemp("site"))
+    nothing = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
+    moe = site.client.trainer.moe
+    weights, trained = broadcast(moe), tuple(group for group, size in moe.layout.sizes.items() if size)
+    answers = [
+        site.answer("hello", nothing),
+        site.answer("start", nothing),
+        site.answer("train", weights),
+        site.answer("update", encode(Request("ward", 1, trained))),
+        site.answer("evaluate", weights),
+        site.answer("update", encode(Request("ward", 9, trained))),  # it keeps none of round 9
+    ]
+    return {answer.head["kind"]: answer for answer in answers}
+
+
+def skeleton(config: Config) -> MoEModel:
+    return MoEModel.skeleton(config.model.path)
+
+
+def test_every_message_and_every_field_is_listed() -> None:
+    leaving = set(MESSAGES.values()) - TO_SITES
+    for table in (MEANINGS, TELLS, WHEN):
+        assert set(table) == leaving
+    for kind, meanings in MEANINGS.items():
+        assert list(meanings) == [field.name for field in dataclasses.fields(kind)]
+
+
+def test_the_list_is_complete_for_a_model(config: Config) -> None:
+    sent = what_leaves("ward", skeleton(config), config)
+    assert {one.name for one in sent} == {kind.__name__ for kind in MEANINGS}
+    for one in sent:
+        assert all(field.meaning and field.shape and field.nbytes for field in one.fields)
+        assert one.when
+        assert one.tells
+        names = one.nbytes - sum(field.nbytes for field in one.fields)
+        assert 0 < names < 40 + 25 * len(one.fields)  # what the fields do not take is their names
+
+
+def test_a_real_round_sends_what_is_listed(config: Config, real: dict[str, Parcel]) -> None:
+    listed = {encode(message).head["kind"]: message for message in empty_messages("ward", skeleton(config), config)}
+    sizes = {one.name.lower(): one.nbytes for one in what_leaves("ward", skeleton(config), config)}
+    assert set(real) == set(listed)
+    for kind, answer in real.items():
+        assert parts(answer) == parts(encode(listed[kind])), kind
+        assert sizes[kind] == pytest.approx(answer.nbytes, rel=0.01, abs=60), kind
+
+
+def parts(parcel: Parcel) -> tuple[Any, Any]:
+    """The head without what it says, and the type and size of each array."""
+    arrays = {
+        name: (pieces[0].dtype, sum(len(piece) for piece in pieces)) for name, pieces in parcel.arrays.items() if pieces
+    }
+    return shape(parcel.head), arrays
+
+
+def shape(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: shape(entry) for key, entry in value.items()}
+    return value if isinstance(value, list) else type(value)  # lists are groups, sizes and shapes
+
+
+def test_the_limits_of_the_site_are_told(config: Config) -> None:
+    strict = config.model_copy(update={"statistics": config.statistics.model_copy(update={"min_tokens": 77})})
+    told = {one.name: one for one in what_leaves("ward", skeleton(config), strict)}
+    assert "fewer than 77 tokens or 4 examples" in told["Statistics"].tells
+
+
+def test_what_is_told_of_withheld_experts_is_so(settings: list[str], tmp_path: Path) -> None:
+    site = service(load_config(None, [*settings, "statistics.min_tokens=1000000"]), tmp_path)
+    answer = site.answer("train", broadcast(site.client.trainer.moe))
+    statistics: Statistics = decode(travel(answer), Statistics)
+    for name in ("load_L_E", "margin_L_E", "centroid_L_E_D", "update_L_E_S"):
+        assert not getattr(statistics, name).any()
+    assert statistics.prob_L_E.all()
+    assert statistics.norm_G.any()
+
+
+def test_shapes_need_no_memory(config: Config) -> None:
+    tensors: list[Tensor] = [
+        packed.values
+        for message in empty_messages("ward", skeleton(config), config)
+        if isinstance(message, Update)
+        for packed in message.groups.values()
+    ]
+    assert tensors
+    assert all(tensor.device.type == "meta" for tensor in tensors)
