@@ -9,6 +9,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from fedalign.config import Config, load_config
+from fedalign.site import SiteFolder
 from tests.moe.tiny import build
 
 SUBJECTS = {
@@ -88,3 +90,28 @@ def settings(olmoe: Path, texts: Path) -> list[str]:
         "statistics.min_tokens=4",
         "run.rounds=3",
     ]
+
+
+@pytest.fixture
+def site_config(settings: list[str]) -> Config:
+    """As a coordinator of sites has it: it names a model and the classes, and neither data nor a test set."""
+    mine = [setting for setting in settings if not setting.startswith("data.")]
+    labels = f"data.labels={json.dumps(sorted(SUBJECTS))}"
+    return load_config(None, [*mine, labels, "data.max_train=40", "training.epochs=1", "federation.engine=flower"])
+
+
+@pytest.fixture
+def ward(tmp_path: Path, texts: Path) -> SiteFolder:
+    """A site."""
+    return make_site(tmp_path / "ward", f'name = "ward 3"\n[data]\ntrain = "{texts / "train.jsonl"}"\n')
+
+
+def make_site(folder: Path, toml: str) -> SiteFolder:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "site.toml").write_text(toml)
+    return SiteFolder.load(folder)
+
+
+def changed(config: Config, section: str, **values: Any) -> Config:
+    """The configuration with other values in one section."""
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})

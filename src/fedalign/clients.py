@@ -73,14 +73,15 @@ def describe(bench: Workbench, client: ClientData, weights: str) -> Hello:
 
 
 def tokenizer_hash(tokenizer: object) -> str:
-    """The same for tokenizers that give every text the same ids, as far as their definition tells."""
+    """The same for tokenizers that give every text the same ids and end it alike, as far as their definition tells."""
+    end = getattr(tokenizer, "eos_token_id", None)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         definition = json.loads(backend.to_str())
         for changing in ("padding", "truncation"):  # settings of the last call, not of the tokenizer
             definition.pop(changing, None)
-        return text_hash(json.dumps(definition, sort_keys=True))
-    return text_hash(json.dumps(sorted(tokenizer.get_vocab().items())))  # type: ignore[attr-defined]
+        return text_hash(json.dumps([definition, end], sort_keys=True))
+    return text_hash(json.dumps([sorted(tokenizer.get_vocab().items()), end]))  # type: ignore[attr-defined]
 
 
 def text_hash(text: str) -> str:
