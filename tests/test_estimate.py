@@ -10,7 +10,7 @@ import torch
 from fedalign.config import Config, load_config
 from fedalign.data.batches import Encoded
 from fedalign.data.formats import load_examples
-from fedalign.estimate import CARRIER, Kept, estimate_site, measure_step, round_tokens
+from fedalign.estimate import CARRIER, Kept, estimate_site, exchange_nbytes, measure_step, round_tokens
 from fedalign.messages import encode
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import Broadcast
@@ -89,3 +89,8 @@ def test_tokens_of_a_round_count_epochs_and_a_third_of_scoring(settings: list[st
     assert tests is not None
     trained, scored = (sum(len(one.input_ids) for one in part) for part in (train, tests.encoded))
     assert round_tokens(bench.config, [train, train], [None, tests]) == pytest.approx(4 * trained + scored / 3)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", 8000), ("bfloat16", 12000), ("int8", 11016)])
+def test_float32_travels_without_a_copy(dtype: str, expected: int) -> None:
+    assert exchange_nbytes(1000, load_config(None, [f"wire.dtype={dtype}"])) == expected

@@ -150,9 +150,9 @@ def training_nbytes(total: int, trained: int, config: Config) -> int:
 
 
 def exchange_nbytes(trained: int, config: Config) -> int:
-    """Received weights and update, each also in wire precision."""
-    wire = packed_nbytes(trained, broadcast_dtype(config.wire.dtype)) + packed_nbytes(trained, config.wire.dtype)
-    return 4 * trained * 2 + wire
+    """Received weights and update; what travels is a copy of each, unless it travels in float32 as well."""
+    dtypes = (broadcast_dtype(config.wire.dtype), config.wire.dtype)
+    return 4 * trained * 2 + sum(packed_nbytes(trained, dtype) for dtype in dtypes if dtype != "float32")
 
 
 def server_nbytes(trained: int) -> int:
