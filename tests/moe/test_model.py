@@ -298,3 +298,100 @@ def test_a_dense_checkpoint_is_refused(tmp_path: Path) -> None:
     tiny.build("llama").save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"model = llama: a dense model"):
         MoEModel.load(tmp_path)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("family", tiny.ALL)
+def test_a_skeleton_filled_with_a_models_values_is_that_model(family: str, tmp_path: Path) -> None:
+    """Where a coordinator never loads the model: what it saves is what the one who has it would save."""
+    tiny.build(family).save_pretrained(tmp_path / "model")
+    moe, skeleton = MoEModel.load(tmp_path / "model"), MoEModel.skeleton(tmp_path / "model")
+    assert {value.device.type for value in skeleton.model.parameters()} == {"meta"}
+    assert skeleton.layout == moe.layout
+    assert [(one.router, one.experts) for one in skeleton.layers] == [(one.router, one.experts) for one in moe.layers]
+    assert (skeleton.experts, skeleton.top_k, skeleton.hidden) == (moe.experts, moe.top_k, moe.hidden)
+    assert skeleton.fingerprint() == moe.fingerprint()
+    assert skeleton.max_length == moe.max_length
+    filled = skeleton.filled(moe.read(), moe.constants())
+    assert filled.weights_hash() == moe.weights_hash()
+    filled.save(tmp_path / "filled")
+    moe.save(tmp_path / "saved")
+    assert files(tmp_path / "filled") == files(tmp_path / "saved")
+    assert {value.device.type for value in skeleton.model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("family", tiny.ALL)
+def test_the_hash_of_weights_is_of_every_value(family: str) -> None:
+    moe = MoEModel.wrap(tiny.build(family))
+    whole = moe.weights_hash()
+    assert MoEModel.wrap(tiny.build(family)).weights_hash() == whole
+    seen = {whole}
+    every = {name: p.detach() for name, p in moe.model.named_parameters()} | moe.constants()
+    for value in every.values():
+        last = value.view(-1)[-1:]
+        before = last.clone()
+        last.copy_(1 - before)
+        seen.add(moe.weights_hash())
+        last.copy_(before)
+    assert len(seen) == 1 + len(every)
+    assert moe.weights_hash() == whole
+
+
+@pytest.mark.parametrize("family", tiny.ALL)
+def test_weights_and_constants_are_all_that_is_saved(family: str) -> None:
+    moe = MoEModel.wrap(tiny.build(family))
+    trained = {slot.name for slot in moe.slots if slot.parameter.requires_grad}
+    saved = {name: value.data_ptr() for name, value in moe.model.state_dict().items()}
+    places = {saved[name] for name in {*trained, *moe.constants()}}
+    assert set(saved.values()) == places  # tied ones have one place and two names
+    assert not trained & moe.constants().keys()
+
+
+def test_generation_settings_are_saved_from_a_skeleton_too(tmp_path: Path) -> None:
+    model = tiny.build("olmoe")
+    model.generation_config.max_new_tokens = 17
+    model.save_pretrained(tmp_path / "model")
+    moe = MoEModel.load(tmp_path / "model")
+    MoEModel.skeleton(tmp_path / "model").filled(moe.read(), moe.constants()).save(tmp_path / "filled")
+    assert json.loads((tmp_path / "filled" / "generation_config.json").read_text())["max_new_tokens"] == 17
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_checkpoint_of_few_bits_has_the_same_hash_by_either_way(dtype: str, tmp_path: Path) -> None:
+    tiny.build("olmoe").to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    moe, skeleton = MoEModel.load(tmp_path), MoEModel.skeleton(tmp_path)
+    assert skeleton.fingerprint() == moe.fingerprint()
+    assert skeleton.filled(moe.read(), moe.constants()).weights_hash() == moe.weights_hash()
+
+
+def test_a_skeleton_is_not_filled_with_less_than_the_model(tmp_path: Path) -> None:
+    tiny.build("ernie4_5_moe").save_pretrained(tmp_path)
+    moe, skeleton = MoEModel.load(tmp_path), MoEModel.skeleton(tmp_path)
+    weights, constants = moe.read(), moe.constants()
+    assert constants
+    with pytest.raises(ValueError, match=r"constants: .*correction_bias is lacking"):
+        skeleton.filled(weights, {})
+    with pytest.raises(ValueError, match="constants: more is lacking, or is not of this model"):
+        skeleton.filled(weights, {**constants, "more": torch.zeros(1)})
+    with pytest.raises(ValueError, match="shared: 3 values"):
+        skeleton.filled({**weights, SHARED: torch.zeros(3)}, constants)
+    less = {group: value for group, value in weights.items() if group.kind != "gate"}
+    with pytest.raises(ValueError, match=r"weights: gate\[0,0\] is lacking"):
+        skeleton.filled(less, constants)
+    name = next(iter(constants))
+    with pytest.raises(ValueError, match="correction_bias"):
+        skeleton.filled(weights, {**constants, name: constants[name].view(-1)[:1]})
+
+
+def test_a_skeleton_says_what_is_wrong_with_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such folder"):
+        MoEModel.skeleton(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_family"}))
+    with pytest.raises(UserError, match=r"cannot be loaded.*no_such_family"):
+        MoEModel.skeleton(tmp_path)
+    tiny.build("llama").config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"a dense model"):
+        MoEModel.skeleton(tmp_path)

@@ -160,7 +160,10 @@ def _top_k(router: nn.Module, config: Any) -> int:
 
 
 def _autodetected(model: PreTrainedModel) -> tuple[str, tuple[MoELayer, ...]]:
-    """Routers from transformers' own recorder of router logits, else from shapes; then watch them route."""
+    """Routers from transformers' own recorder of router logits, else from shapes; then watch them route.
+
+    A model without values cannot be watched: its groups are known, its scoring is not.
+    """
     modules = dict(model.named_modules())
     recorded = dict(_recorded_routers(model))
     routers = recorded or dict.fromkeys(_shaped_routers(modules), 0)
@@ -176,8 +179,10 @@ def _autodetected(model: PreTrainedModel) -> tuple[str, tuple[MoELayer, ...]]:
         raise UserError(
             f"model = {family_of(model.config)}: every module of experts needs a router, but {orphans[0]} has none"
         )
-    watched = list(_watched(model, layers))
     how = "transformers' recorder" if recorded else "shapes"
+    if model.device.type == "meta":
+        return f"autodetected: routers by {how}; choice and scoring are seen when its weights are loaded", tuple(layers)
+    watched = list(_watched(model, layers))
     certainty = "; ".join(sorted({sure for _, sure in watched}))
     return f"autodetected: routers by {how}; {certainty}", tuple(layer for layer, _ in watched)
 

@@ -92,10 +92,10 @@ class MoEModel:
         layout: number of trainable values of each group. What is frozen later is still in it: wrap again then.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, detected: tuple[str, tuple[MoELayer, ...]] | None = None) -> None:
         self.model = model
         self.family = family_of(model.config)
-        self.found, self.layers = detect(model)
+        self.found, self.layers = detected or detect(model)
         for layer in self.layers:
             _keep_in_float32(model.get_submodule(layer.router))
         self.slots = tuple(_slots(model, self.layers))
@@ -160,13 +160,23 @@ class MoEModel:
         return cls(_frozen_biases(model))
 
     def filled(self, weights: Mapping[ParameterGroup, Tensor], constants: Mapping[str, Tensor]) -> Self:
-        """A skeleton's copy on the CPU with these values, to be saved; the skeleton stays one."""
+        """A skeleton's copy on the CPU with these values, to be saved; the skeleton stays one.
+
+        Raises:
+            ValueError: These are not all values of this model.
+        """
         model = copy.deepcopy(self.model).to_empty(device="cpu")
         model.tie_weights()
-        moe = type(self)(_frozen_biases(model))
+        moe = type(self)(_frozen_biases(model), (self.found, self.layers))
+        mine = moe.constants()
+        for what, lacking in (("weights", moe.layout.sizes.keys() - weights), ("constants", mine.keys() ^ constants)):
+            if lacking:
+                raise ValueError(f"{what}: {min(map(str, lacking))} is lacking, or is not of this model")
         moe.write(weights)
         with torch.no_grad():
-            for name, value in moe.constants().items():
+            for name, value in mine.items():
+                if value.shape != constants[name].shape:
+                    raise ValueError(f"{name}: {list(constants[name].shape)}, the model has {list(value.shape)}")
                 value.copy_(constants[name])
         return moe
 
