@@ -9,6 +9,7 @@ events.*        for TensorBoard
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -113,8 +114,9 @@ class Recorder:
 
 
 def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
-    """The run in one flat record. Accuracies are shares in [0, 1], losses nats per answer token."""
-    scored = [(score, line) for line in history if (score := merit(line)) is not None]
+    """The run in one flat record. Accuracies are shares in [0, 1], losses nats per answer token; None: never scored."""
+    scored: list[tuple[float, Metrics]] = [(s, line) for line in history if (s := merit(line)) is not None]
+    scored = scored or [(-math.inf, {})]
     first, last = scored[0][1], scored[-1][1]
     best = max(scored, key=itemgetter(0))[1]
     return {
@@ -124,7 +126,7 @@ def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
         "initial_accuracy": accuracy_of(first),
         "final_accuracy": accuracy_of(last),
         "best_accuracy": accuracy_of(best),
-        "best_round": best["round"],
+        "best_round": best.get("round"),
         "accuracy_of": "global test set" if "loss_nats" in first else "clients' held-out parts, weighted by examples",
         "initial_loss": loss_of(first),
         "final_loss": loss_of(last),
