@@ -16,7 +16,6 @@ from fedalign.checkpoint import ServerState, write_text
 from fedalign.errors import UserError
 
 State = Literal["starting", "running", "failed", "complete"]
-SECONDS = 0.5  # between two writes, at least
 PATIENCE = 1.0  # seconds that a run folder may be held before another coordinator is said to run it
 
 
@@ -38,16 +37,14 @@ class Beacon:
 
     def __init__(self, folder: Path) -> None:
         self.path = status_file(folder)
-        self._written = 0.0
 
     def begin(self) -> None:
         """The run is on."""
         self._write(Status("running", os.getpid()))
 
     def progress(self, round: int, stage: str, done: int, total: int) -> None:
-        """Say so, but not more often than a person could read."""
-        if time.monotonic() - self._written > SECONDS or done in (0, total):
-            self._write(Status("running", os.getpid(), round, stage, done, total))
+        """Say so at once: who watches waits for the last of them, and wants to know how many are missing."""
+        self._write(Status("running", os.getpid(), round, stage, done, total))
 
     def completed(self, state: ServerState, improved: bool) -> None:
         """Nothing: metrics.jsonl has it."""
@@ -62,7 +59,6 @@ class Beacon:
 
     def _write(self, status: Status) -> None:
         write_text(self.path, json.dumps(asdict(status)))
-        self._written = time.monotonic()
 
 
 def status_file(folder: Path) -> Path:
