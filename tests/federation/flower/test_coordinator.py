@@ -88,7 +88,7 @@ def coordinated(olmoe: Path, house: Path) -> Callable[..., Config]:
                 "training.learning_rate=1e-2",
                 "statistics.min_tokens=4",
                 "run.rounds=2",
-                "tracking.tensorboard=false",
+                "tracking.loggers=[]",
                 "federation.engine=flower",
                 "clients.partition=files",
                 *overrides,
@@ -229,7 +229,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, olmoe: Path, house: Path)
     """The run that was not broken off."""
     out = tmp_path_factory.mktemp("finished")
     overrides = [f"model.path={olmoe}", f"data.labels={json.dumps(sorted(SUBJECTS))}", "training.learning_rate=1e-2"]
-    overrides += ["statistics.min_tokens=4", "run.rounds=2", "tracking.tensorboard=false", "clients.partition=files"]
+    overrides += ["statistics.min_tokens=4", "run.rounds=2", "tracking.loggers=[]", "clients.partition=files"]
     in_process(out / "run", house, load_config(None, overrides))
     return out / "run"
 
