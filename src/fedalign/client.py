@@ -41,7 +41,6 @@ from fedalign.protocol import (
 )
 from fedalign.wire import pack, unpack_weights
 
-
 REMEDY = "try a lower training.learning_rate, or training.precision = 'float32'"
 
 
