@@ -1,0 +1,200 @@
+"""Numbers behind the figures that need nothing but metrics: curves over seeds, bytes, and each client's data."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, TypeVar
+
+from fedalign.compare.plan import Point
+from fedalign.compare.statistics import mean_interval
+from fedalign.protocol import Metrics
+from fedalign.report.material import Material, Run
+
+Json = dict[str, Any]
+T = TypeVar("T")
+CLIENTS = 60  # that a figure shows at most
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small figure: a number that a round has."""
+
+    title: str
+    of: Callable[[Metrics], float | None]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Panels that share an axis."""
+
+    title: str
+    unit: str
+    factor: float
+    panels: tuple[Panel, ...]
+
+
+def _plain(key: str) -> Callable[[Metrics], float | None]:
+    return lambda line: line.get(key)
+
+
+def _largest(key: str) -> Callable[[Metrics], float | None]:
+    return lambda line: max(line.get(key, {}).values(), default=None)
+
+
+GROUPS = (
+    Group(
+        "Accuracy",
+        "%",
+        100,
+        (
+            Panel("Global test set", _plain("accuracy")),
+            Panel("Mean client", _plain("client_accuracy_mean")),
+            Panel("Worst client", _plain("client_accuracy_worst")),
+        ),
+    ),
+    Group(
+        "Loss",
+        "nats per answer token",
+        1,
+        (
+            Panel("Global test set", _plain("loss_nats")),
+            Panel("Mean over clients' examples", _plain("client_loss_mean_nats")),
+            Panel("Worst client", _largest("client_losses_nats")),
+        ),
+    ),
+    Group("Spread of accuracy between clients", "points", 100, (Panel("Spread", _plain("client_accuracy_spread")),)),
+    Group("Training loss", "nats per answer token", 1, (Panel("Training loss", _plain("train_loss_nats")),)),
+    Group("Share of the model uploaded", "%", 100, (Panel("Share uploaded", _plain("uploaded_share")),)),
+)
+DIVERGENCE = Group("Routing divergence", "nats", 1, (Panel("Routing divergence", _plain("routing_divergence_nats")),))
+
+
+def lines_of(material: Material) -> dict[tuple[Point, str], list[Run]]:
+    """The runs of each algorithm at each grid point, in the order of the request."""
+    lines: dict[tuple[Point, str], list[Run]] = {
+        (point, choice.label): [] for point in material.request.points for choice in material.request.choices
+    }
+    for run in material.runs:
+        lines[run.cell.point, run.label].append(run)
+    return {line: runs for line, runs in lines.items() if runs}
+
+
+def curves(material: Material, group: Group) -> Json | None:
+    """A group's panels, without those that no run has anything for; None without any."""
+    panels = [{"title": panel.title, "series": _series(material, panel, group.factor)} for panel in group.panels]
+    panels = [panel for panel in panels if panel["series"]]
+    return {"title": group.title, "unit": group.unit, "panels": panels} if panels else None
+
+
+def _series(material: Material, panel: Panel, factor: float) -> list[Json]:
+    """Rows of round, mean, low, high, number of seeds; low and high are None for a single seed."""
+    found = []
+    for (point, label), runs in lines_of(material).items():
+        values: defaultdict[int, list[float]] = defaultdict(list)
+        for run in runs:
+            for line in run.history:
+                value = panel.of(line)
+                if value is not None:
+                    values[line["round"]].append(factor * value)
+        rows = [[number, *_row(values[number])] for number in sorted(values)]
+        if rows:
+            found.append({"point": point_index(material, point), "label": label_index(material, label), "rows": rows})
+    return found
+
+
+def _row(values: Sequence[float]) -> list[float | int | None]:
+    interval = mean_interval(values)
+    low = high = None
+    if interval.half is not None:
+        low, high = short(interval.mean - interval.half), short(interval.mean + interval.half)
+    return [short(interval.mean), low, high, interval.count]
+
+
+def uploads(material: Material) -> list[Json]:
+    """Megabytes that all clients together have uploaded by each round, mean over seeds."""
+    found = []
+    for (point, label), runs in lines_of(material).items():
+        totals: defaultdict[int, list[float]] = defaultdict(list)
+        for run in runs:
+            for number, total in enumerate(accumulate(line.get("bytes_up", 0) for line in run.history)):
+                totals[number].append(total / 1e6)
+        rows = [[number, short(sum(values) / len(values))] for number, values in totals.items()]
+        found.append({"point": point_index(material, point), "label": label_index(material, label), "rows": rows})
+    return found
+
+
+def clients(material: Material) -> list[Json]:
+    """For each grid point and seed: what each client holds, and each algorithm's last accuracy there."""
+    groups: defaultdict[tuple[Point, int], list[Run]] = defaultdict(list)
+    for run in material.runs:
+        groups[run.cell.point, run.cell.seed].append(run)
+    found = [_clients(material, point, seed, runs) for (point, seed), runs in groups.items()]
+    return [one for one in found if one is not None]
+
+
+def _clients(material: Material, point: Point, seed: int, runs: Sequence[Run]) -> Json | None:
+    scores = {run.label: _last_accuracies(run) for run in runs}
+    held = next((run.held for run in runs if run.held), {})
+    everyone = sorted({*held, *(name for scored in scores.values() for name in scored)})
+    if not everyone:
+        return None
+    names = thinned(everyone, CLIENTS)
+    labels = sorted({label for name in names if name in held for label in held[name].labels})
+    return {
+        "point": point_index(material, point),
+        "seed": seed,
+        "names": names,
+        "of": len(everyone),
+        "examples": [held[name].examples if name in held else None for name in names],
+        "labels": labels,
+        "counts": [[held[name].labels.get(label, 0) if name in held else None for label in labels] for name in names],
+        "accuracies": [
+            {"label": label_index(material, label), "values": [_percent(scored, name) for name in names]}
+            for label, scored in scores.items()
+            if scored
+        ],
+    }
+
+
+def _last_accuracies(run: Run) -> Mapping[str, float]:
+    scored = [line["client_accuracies"] for line in run.history if line.get("client_accuracies")]
+    return scored[-1] if scored else {}
+
+
+def _percent(scored: Mapping[str, float], name: str) -> float | None:
+    return short(100 * scored[name]) if name in scored else None
+
+
+def thinned(values: Sequence[T], most: int) -> list[T]:
+    """At most `most` of them, evenly spaced, with the first and the last.
+
+    >>> thinned([0, 1, 2, 3, 4, 5, 6], 3)
+    [0, 3, 6]
+    """
+    if len(values) <= most:
+        return list(values)
+    if most == 1:
+        return [values[-1]]
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+
+
+def point_index(material: Material, point: Point) -> int:
+    """Where the page finds the grid point."""
+    return material.request.points.index(point)
+
+
+def label_index(material: Material, label: str) -> int:
+    """Where the page finds the algorithm."""
+    return [choice.label for choice in material.request.choices].index(label)
+
+
+def short(value: float) -> float:
+    """Five digits are more than a figure shows.
+
+    >>> short(71.234567)
+    71.235
+    """
+    return float(f"{value:.5g}")

@@ -1,0 +1,219 @@
+"""How the experts are used and shared, from the files in `DIR/health`: one representative run for each algorithm.
+
+Tables are sent to the page as bytes: 0 to 254 stands for 0 to the layer's largest value, 255 for a client that was not
+there. Rounds, then layers, are thinned evenly until everything fits.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from fedalign.report.figures import CLIENTS, Json, label_index, lines_of, point_index, thinned
+from fedalign.report.material import Material, Run
+
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+BUDGET = 2_400_000  # bytes of all tables together, before they are made text of
+MISSING = 255
+DEAD, OVERLOADED = 0.05, 2.0  # times an even share of the layer's tokens
+OCTAVES = 5  # of load that are told apart, up and down from an even share
+SHAPES = {"prob_C_L_E": 3, "load_C_L_E": 3, "gate_weight_C_L_E": 3, "expert_weight_C_L_E": 3, "shared_weight_C": 1}
+
+
+class DamagedError(Exception):
+    """A file that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round's file."""
+
+    number: int
+    clients: tuple[str, ...]
+    tables: Mapping[str, Floats]
+
+    @property
+    def relative_load_L_E(self) -> Floats:
+        """Tokens of each expert over all clients, 1: an even share of its layer; a layer without tokens has none."""
+        load_L_E: Floats = self.tables["load_C_L_E"].sum(axis=0)
+        total_L_1 = load_L_E.sum(axis=1, keepdims=True)
+        relative_L_E: Floats = load_L_E * load_L_E.shape[1] / np.where(total_L_1 > 0, total_L_1, 1)
+        return relative_L_E
+
+    @property
+    def dead(self) -> int:
+        """Experts that hardly anyone uses, over all layers."""
+        return int((self.relative_load_L_E < DEAD).sum())
+
+    @property
+    def overloaded(self) -> int:
+        """Experts with far more than their share, over all layers."""
+        return int((self.relative_load_L_E > OVERLOADED).sum())
+
+
+@dataclass
+class Health:
+    """What the page shows, and what it cannot show."""
+
+    runs: list[Json] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def health(material: Material, budget: int = BUDGET) -> Health:
+    """For each grid point and algorithm its first seed with such files, a finished run if there is one."""
+    found = Health()
+    chosen = [
+        (point_index(material, point), label_index(material, label), run)
+        for (point, label), runs in lines_of(material).items()
+        if (run := _representative(runs)) is not None
+    ]
+    for point, label, run in chosen:
+        rounds = _read_all(run, found.problems)
+        if rounds:
+            about = {"point": point, "label": label, "seed": run.cell.seed}
+            found.runs.append(about | _packed(rounds, budget // len(chosen)))
+    return found
+
+
+def _representative(runs: Sequence[Run]) -> Run | None:
+    there = [run for run in runs if run.health]
+    return min(there, key=lambda run: (not run.finished, run.cell.seed), default=None)
+
+
+def _read_all(run: Run, problems: list[str]) -> list[Round]:
+    rounds: list[Round] = []
+    for path in run.health:
+        try:
+            one = read_round(path)
+            if rounds and one.tables["prob_C_L_E"].shape[1:] != rounds[0].tables["prob_C_L_E"].shape[1:]:
+                raise DamagedError("its layers and experts are not those of the first round")
+        except DamagedError as error:
+            problems.append(f"{path}: left out ({error}).")
+            continue
+        rounds.append(one)
+    return rounds
+
+
+def read_round(path: Path) -> Round:
+    """Read and check one file.
+
+    Raises:
+        DamagedError: It is not what it should be.
+    """
+    try:
+        number = int(path.stem.removeprefix("round-"))
+        with safe_open(path, framework="numpy") as file:
+            clients = tuple(json.loads((file.metadata() or {})["clients"]))
+            tables = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118 not a dict
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise DamagedError(" ".join(str(error).split())) from None
+    if not all(isinstance(name, str) for name in clients) or len(set(clients)) < len(clients) or not clients:
+        raise DamagedError("its clients are not a list of different names")
+    cells = tables["prob_C_L_E"].shape[1:] if "prob_C_L_E" in tables else ()
+    for name, axes in SHAPES.items():
+        if name not in tables or tables[name].shape != (len(clients), *cells)[:axes]:
+            raise DamagedError(f"{name} is missing or has a wrong shape")
+        if not np.isfinite(tables[name]).all() or (tables[name] < 0).any():
+            raise DamagedError(f"{name} is not finite or negative")
+    similarity = tables.get("similarity_L_E_C_C")
+    if similarity is not None and similarity.shape != (*cells, len(clients), len(clients)):
+        raise DamagedError("similarity_L_E_C_C has a wrong shape")
+    return Round(number, clients, tables)
+
+
+def _packed(rounds: Sequence[Round], budget: int) -> Json:
+    everyone = sorted({name for one in rounds for name in one.clients})
+    names = thinned(everyone, CLIENTS)
+    similar = all("similarity_L_E_C_C" in one.tables for one in rounds)
+    layers, experts = rounds[0].tables["prob_C_L_E"].shape[1:]
+    cell = len(names) * 3 + 1 + similar * len(names) * (len(names) - 1) // 2  # bytes of one expert in one round
+    kept_rounds = thinned(rounds, max(2, min(len(rounds), budget // (cell * layers * experts))))
+    kept_layers = thinned(range(layers), max(1, budget // (cell * experts * len(kept_rounds))))
+    tables = {
+        name: _stacked(kept_rounds, names, kept_layers, f"{name}_C_L_E")
+        for name in ("prob", "gate_weight", "expert_weight")
+    }
+    packed = {name: _to_bytes(table_R_L_C_E) for name, table_R_L_C_E in tables.items()}
+    return {
+        "rounds": [one.number for one in kept_rounds],
+        "of_rounds": len(rounds),
+        "layers": list(kept_layers),
+        "of_layers": layers,
+        "experts": experts,
+        "clients": names,
+        "of_clients": len(everyone),
+        **{name: {"bytes": _text(table), "largest": largest} for name, (table, largest) in packed.items()},
+        "load": _text(_load_bytes(np.stack([one.relative_load_L_E[list(kept_layers)] for one in kept_rounds]))),
+        "similarity": _text(_similarity_bytes(kept_rounds, names, kept_layers)) if similar and len(names) > 1 else None,
+        "balance": [[one.number, one.dead, one.overloaded] for one in rounds],
+    }
+
+
+def _stacked(rounds: Sequence[Round], names: Sequence[str], layers: Sequence[int], table: str) -> Floats:
+    """[R, L, C, E]; NaN where a client was not there."""
+    found = []
+    for one in rounds:
+        place = {name: i for i, name in enumerate(one.clients)}
+        table_C_L_E = one.tables[table][:, list(layers)]
+        none_L_E = np.full(table_C_L_E.shape[1:], np.nan, dtype=np.float32)
+        found.append(np.stack([table_C_L_E[place[name]] if name in place else none_L_E for name in names], axis=1))
+    return np.stack(found)
+
+
+def _to_bytes(table_R_L_C_E: Floats) -> tuple[Bytes, list[float]]:
+    """Bytes, and the largest value of each layer; what is not zero never becomes zero."""
+    largest_L = np.nan_to_num(table_R_L_C_E).max(axis=(0, 2, 3))
+    scale_1_L_1_1 = np.where(largest_L > 0, largest_L, 1)[None, :, None, None]
+    share = table_R_L_C_E / scale_1_L_1_1
+    level = np.where(share > 0, np.maximum(np.rint(254 * share), 1), 0)
+    return np.where(np.isnan(share), MISSING, level).astype(np.uint8), [float(f"{x:.4g}") for x in largest_L]
+
+
+def _load_bytes(relative_R_L_E: Floats) -> Bytes:
+    """0: no tokens; 1 to 255: the binary logarithm, from 1/32 to 32 times an even share."""
+    with np.errstate(divide="ignore"):
+        octave = np.clip(np.log2(relative_R_L_E), -OCTAVES, OCTAVES)
+    return np.where(relative_R_L_E > 0, 1 + np.rint(254 * (octave + OCTAVES) / (2 * OCTAVES)), 0).astype(np.uint8)
+
+
+def _similarity_bytes(rounds: Sequence[Round], names: Sequence[str], layers: Sequence[int]) -> Bytes:
+    """[R, L, E, pairs i<j]: 0 to 254 stands for -1 to 1; 255 where one of them does not hold the expert."""
+    first, second = np.triu_indices(len(names), k=1)
+    found = []
+    for one in rounds:
+        place = {name: i for i, name in enumerate(one.clients)}
+        there = np.array([place.get(name, -1) for name in names])
+        table_L_E_C_C = one.tables["similarity_L_E_C_C"][list(layers)]
+        pairs_L_E_P = table_L_E_C_C[:, :, there[first], there[second]]
+        absent_P = (there[first] < 0) | (there[second] < 0)
+        pairs_L_E_P = np.where(absent_P, np.nan, pairs_L_E_P)
+        level = np.rint(127 * (np.clip(np.nan_to_num(pairs_L_E_P), -1, 1) + 1))
+        found.append(np.where(np.isnan(pairs_L_E_P), MISSING, level))
+    return np.stack(found).astype(np.uint8)
+
+
+def _text(table: Bytes) -> str:
+    return base64.b64encode(table.tobytes()).decode()
+
+
+def budget_text(runs: Sequence[Json]) -> str:
+    """Which run stands for each algorithm and what was thinned, for the reader."""
+    seeds = sorted({run["seed"] for run in runs})
+    said = [
+        f"One run stands for each algorithm: {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}."
+    ]
+    for key, what in (("rounds", "rounds"), ("layers", "layers"), ("clients", "clients")):
+        if any(len(run[key]) < run[f"of_{key}"] for run in runs):
+            least = min(len(run[key]) for run in runs)
+            most = max(run[f"of_{key}"] for run in runs)
+            said.append(f"To keep this page small it shows {least} of {most} {what}, evenly spaced.")
+    said.append("Values are rounded to 1/254 of the largest one of their layer.")
+    return " ".join(said)

@@ -1,0 +1,535 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const by = (id) => document.getElementById(id);
+  const SYMBOLS = ["circle", "square", "triangle", "diamond", "star", "wye", "cross"];
+  const FONT = 12;
+  const MISSING = 255;
+  const OCTAVES = 5;
+  const state = { point: 0, hidden: new Set() };
+  const figures = new Map();
+  const width = () => document.querySelector("main").clientWidth;
+
+  // ------------------------------------------------------------------ small helpers
+
+  const element = (name, attributes = {}, ...children) => {
+    const made = document.createElement(name);
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    made.append(...children);
+    return made;
+  };
+  const color = (label) => `var(--c${label % 8})`;
+  const dashes = (label) => (label < 8 ? null : "6 3");
+  const symbol = (label) => SYMBOLS[label % SYMBOLS.length];
+  const shown = (value) => {
+    if (value === null || value === undefined || Number.isNaN(value)) return "–";
+    const size = Math.abs(value);
+    return size !== 0 && (size < 0.001 || size >= 1e6) ? value.toExponential(2) : String(Number(value.toPrecision(4)));
+  };
+  const cut = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
+  const visible = (one) => one.point === state.point && !state.hidden.has(one.label);
+  const fill = (select, entries) => {
+    const before = select.value;
+    select.replaceChildren(...entries.map(([value, text]) => element("option", { value }, text)));
+    if (entries.some(([value]) => String(value) === before)) select.value = before;
+  };
+  const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  const once = (make) => {
+    const kept = new WeakMap();
+    return (key) => (kept.has(key) ? kept.get(key) : kept.set(key, make(key)).get(key));
+  };
+
+  // ------------------------------------------------------------------ figures: a drawing, a caption, a table
+
+  /* `draw(width)` returns {nodes, caption, head, rows}, or a sentence where there is nothing to show. */
+  const figure = (id, draw) => {
+    const frame = by(id);
+    if (!frame) return;
+    const details = frame.querySelector("details");
+    let latest = null;
+    const table = () => {
+      if (!details.open || !latest) return;
+      const cells = (kind, values) =>
+        values.map((value, i) => {
+          const text = typeof value === "number" || value === null ? shown(value) : value;
+          return kind === "head" ? element("th", { scope: "col" }, text) : element(i ? "td" : "th", i ? {} : { scope: "row" }, text);
+        });
+      details.querySelector(".scroll").replaceChildren(
+        element(
+          "table",
+          {},
+          element("thead", {}, element("tr", {}, ...cells("head", latest.head))),
+          element("tbody", {}, ...latest.rows().map((row) => element("tr", {}, ...cells("row", row)))),
+        ),
+      );
+    };
+    const redraw = () => {
+      const drawn = draw(frame.clientWidth);
+      const empty = typeof drawn === "string";
+      latest = empty ? null : drawn;
+      details.hidden = empty;
+      frame.querySelector(".drawing").replaceChildren(...(empty ? [element("p", { class: "empty" }, drawn)] : drawn.nodes));
+      frame.querySelector("figcaption").textContent = empty ? "" : drawn.caption;
+      table();
+    };
+    details.addEventListener("toggle", table);
+    figures.set(id, redraw);
+  };
+  let waiting = null;
+  const asked = new Set();
+  const redraw = (...ids) => {
+    for (const id of ids.length ? ids : figures.keys()) asked.add(id);
+    waiting ??= requestAnimationFrame(() => {
+      waiting = null;
+      const now = [...asked];
+      asked.clear();
+      for (const id of now) figures.get(id)?.();
+    });
+  };
+  const panel = (title, svg, alt) => {
+    svg.setAttribute("role", "img");
+    svg.setAttribute("aria-label", alt);
+    return element("div", { class: "panel" }, ...(title ? [element("p", { class: "panel-title" }, title)] : []), svg);
+  };
+  const columns = (width, count, least) => {
+    const fit = Math.max(1, Math.min(count, Math.floor((width + 24) / (least + 24))));
+    return Math.floor((width - 24 * (fit - 1)) / fit);
+  };
+
+  /* Lines: series of {label, points: [{x, round, mean, low, high, count}]}. */
+  const lines = ({ series, width, xLabel, yLabel, xType, domain }) => {
+    const marks = [];
+    for (const { label, points } of series) {
+      const name = color(label);
+      const banded = { x: "x", y1: (d) => d.low ?? NaN, y2: (d) => d.high ?? NaN };
+      marks.push(Plot.areaY(points, { ...banded, fill: name, fillOpacity: 0.16 }));
+    }
+    for (const { label, points } of series) {
+      const name = color(label);
+      marks.push(Plot.lineY(points, { x: "x", y: "mean", stroke: name, strokeWidth: 2, strokeDasharray: dashes(label) }));
+      marks.push(Plot.dot(points.slice(-1), { x: "x", y: "mean", fill: name, symbol: symbol(label), r: 4.5 }));
+    }
+    const all = series.flatMap(({ label, points }) => points.map((point) => ({ ...point, label })));
+    const title = (d) =>
+      `${data.labels[d.label]}\nround ${d.round}${xLabel.startsWith("round") ? "" : `, ${shown(d.x)} MB`}\n` +
+      `${shown(d.mean)}${d.low === null ? "" : ` (${shown(d.low)} to ${shown(d.high)})`}, ${d.count} ${d.count === 1 ? "seed" : "seeds"}`;
+    marks.push(Plot.tip(all, Plot.pointer({ x: "x", y: "mean", title, fontSize: FONT, fill: "var(--page)", stroke: "var(--soft)" })));
+    return Plot.plot({
+      width,
+      height: Math.round(Math.min(340, Math.max(220, width * 0.62))),
+      marginLeft: 52,
+      marginBottom: 42,
+      marginTop: 22,
+      style: { fontSize: `${FONT}px`, background: "none" },
+      x: { type: xType ?? "linear", label: xLabel, nice: xType === "linear", tickFormat: xType === "log" ? "~s" : undefined, ticks: Math.max(3, Math.floor(width / 75)) },
+      y: { label: yLabel, nice: true, ticks: 5, grid: true, domain },
+      marks,
+    });
+  };
+  const lastValues = (series, unit) =>
+    series
+      .map(({ label, points }) => {
+        const last = points[points.length - 1];
+        const band = last.low === null ? "" : ` (95 % interval ${shown(last.low)} to ${shown(last.high)})`;
+        return `${data.labels[label]} ${shown(last.mean)} ${unit}${band} in round ${last.round}`;
+      })
+      .join("; ");
+  const asPoints = (rows) => rows.map(([round, mean, low, high, count]) => ({ x: round, round, mean, low, high, count }));
+  const lineFigure = (group, width, least) => {
+    const panels = group.panels
+      .map(({ title, series }) => ({ title, series: series.filter(visible).map((one) => ({ label: one.label, points: asPoints(one.rows) })) }))
+      .filter(({ series }) => series.length);
+    if (!panels.length) return "Nothing to show: no algorithm is chosen, or no round has been scored.";
+    const each = columns(width, panels.length, least);
+    const domain = d3.extent(panels.flatMap(({ series }) => series.flatMap(({ points }) => points.flatMap((p) => [p.mean, p.low ?? p.mean, p.high ?? p.mean]))));
+    return {
+      nodes: panels.map(({ title, series }) =>
+        panel(
+          panels.length > 1 ? title : "",
+          lines({ series, width: Math.min(each, 760), xLabel: "round", yLabel: axis(group), domain: domain[0] < domain[1] ? domain : undefined }),
+          `Line chart of ${group.title.toLowerCase()}, ${title.toLowerCase()}, by round. ${lastValues(series, group.unit)}.`,
+        ),
+      ),
+      caption: `${group.title} in ${group.unit}${where()}.`,
+      head: ["algorithm", "of", "round", `mean, ${group.unit}`, "low", "high", "seeds"],
+      rows: () =>
+        panels.flatMap(({ title, series }) =>
+          series.flatMap(({ label, points }) => points.map((p) => [data.labels[label], title, p.round, p.mean, p.low, p.high, p.count])),
+        ),
+    };
+  };
+  const axis = ({ title, unit }) => `${(width() < 600 ? title.split(" ")[0] : title).toLowerCase()}, ${unit}`;
+  const where = () => (data.points.length > 1 ? `, ${data.points[state.point]}` : "");
+
+  const longestName = (width) => (width < 420 ? 14 : 20);
+
+  /* Heat map: value(row, column) is a number, or null where there is none. */
+  const heat = ({ rows, cols, value, width, colors, xLabel, yLabel, format, marks = () => "", tallest = 26, square = false }) => {
+    const cells = [];
+    for (let y = 0; y < rows.length; y++) {
+      for (let x = 0; x < cols.length; x++) {
+        const v = value(y, x);
+        if (v !== null) cells.push({ x, y, v });
+      }
+    }
+    const longest = Math.max(...rows.map((name) => name.length));
+    const most = longestName(width);
+    const marginLeft = 18 + Math.ceil(Math.min(longest, most) * FONT * 0.58) + (yLabel ? 14 : 0);
+    const longestColumn = Math.min(18, Math.max(...cols.map((name) => name.length)));
+    const wide = (width - marginLeft - 12) / cols.length;
+    const turned = longestColumn * FONT * 0.6 + 6 > wide && longestColumn > 3;
+    const step = turned ? Math.ceil(16 / wide) : Math.ceil((longestColumn * FONT * 0.62 + 8) / wide);
+    const marginBottom = (turned ? longestColumn * FONT * 0.46 : 16) + 34;
+    const tall = square ? wide : Math.min(tallest, Math.max(9, wide * 1.4));
+    const every = Math.ceil(14 / tall);
+    const inset = wide > 7 ? 0.5 : 0;
+    const title = (d) => `${rows[d.y]}\n${xLabel} ${cols[d.x]}\n${format(d.v)}`;
+    const texts = wide >= 11 && tall >= 11 ? cells.filter((d) => marks(d.v)) : [];
+    return Plot.plot({
+      width,
+      height: Math.round(rows.length * tall + 22 + marginBottom),
+      marginLeft,
+      marginBottom,
+      marginTop: 22,
+      marginRight: 12,
+      style: { fontSize: `${FONT}px`, background: "none" },
+      x: { type: "band", domain: d3.range(cols.length), padding: 0, label: xLabel, labelAnchor: "center", labelArrow: "none", labelOffset: marginBottom - 4, tickFormat: (i) => cut(cols[i], 18), ticks: undefined, tickRotate: turned ? -50 : 0, tickSize: 3, axis: null },
+      y: { type: "band", domain: d3.range(rows.length), padding: 0, label: null, axis: null },
+      color: colors,
+      marks: [
+        Plot.frame({ fill: "var(--missing)", stroke: null }),
+        Plot.axisX(d3.range(0, cols.length, step), { tickFormat: (i) => cut(cols[i], 18), tickRotate: turned ? -50 : 0, tickSize: 3, label: xLabel, labelAnchor: "center", labelArrow: "none", labelOffset: marginBottom - 6, textAnchor: turned ? "end" : "middle" }),
+        Plot.axisY(d3.range(0, rows.length, every), { tickFormat: (i) => cut(rows[i], most), tickSize: 0, label: yLabel ?? null, labelArrow: "none", labelAnchor: "top" }),
+        Plot.cell(cells, { x: "x", y: "y", fill: "v", inset }),
+        ...(texts.length ? [Plot.text(texts, { x: "x", y: "y", text: (d) => marks(d.v), fill: "#000", stroke: "#fff", strokeWidth: 3, fontWeight: 700 })] : []),
+        Plot.tip(cells, Plot.pointer({ x: "x", y: "y", title, fontSize: FONT, fill: "var(--page)", stroke: "var(--soft)", maxRadius: 40 })),
+      ],
+    });
+  };
+  const ramp = (colors, label, tickFormat, ticks = 5) => {
+    const drawn = Plot.legend({ color: { ...colors, label }, width: 260, height: 46, ticks, tickFormat, style: { fontSize: `${FONT - 1}px` } });
+    drawn.setAttribute("aria-hidden", "true");
+    return element("div", { class: "ramp" }, drawn);
+  };
+  const heatRows = (rows, cols, value) => () => rows.map((name, y) => [name, ...cols.map((_, x) => value(y, x))]);
+  const extreme = (rows, cols, value) => {
+    let best = null;
+    rows.forEach((row, y) => cols.forEach((col, x) => {
+      const v = value(y, x);
+      if (v !== null && (best === null || v > best.v)) best = { row, col, v };
+    }));
+    return best;
+  };
+
+  // ------------------------------------------------------------------ curves
+
+  const metric = by("metric");
+  fill(metric, data.curves.map((group, i) => [i, group.title]));
+  figure("figure-convergence", (width) => (data.curves.length ? lineFigure(data.curves[Number(metric.value)], width, 290) : "No round has been scored yet."));
+  metric.addEventListener("change", () => redraw("figure-convergence"));
+  figure("figure-divergence", (width) => (data.divergence ? lineFigure(data.divergence, width, 290) : "No run recorded it."));
+
+  const quality = data.curves.find((group) => group.title === "Accuracy") ?? data.curves.find((group) => group.title === "Loss");
+  const bytesPanel = by("bytes-panel");
+  const bytesAxis = by("bytes-axis");
+  fill(bytesPanel, (quality?.panels ?? []).map((one, i) => [i, one.title.toLowerCase()]));
+  figure("figure-bytes", (width) => {
+    if (!quality) return "No round has been scored yet.";
+    const chosen = quality.panels[Number(bytesPanel.value)];
+    const log = bytesAxis.value === "log";
+    const series = chosen.series.filter(visible).map((one) => {
+      const sent = new Map(data.uploads.find((up) => up.point === one.point && up.label === one.label).rows);
+      const points = asPoints(one.rows).map((p) => ({ ...p, x: sent.get(p.round) }));
+      return { label: one.label, points: log ? points.filter((p) => p.x > 0) : points };
+    }).filter((one) => one.points.length);
+    if (!series.length) return "Nothing to show: no algorithm is chosen, or nothing has been uploaded.";
+    const title = `${quality.title}, ${chosen.title.toLowerCase()}`;
+    return {
+      nodes: [panel("", lines({ series, width: Math.min(width, 820), xLabel: "megabytes uploaded", yLabel: axis(quality), xType: bytesAxis.value }),
+        `Line chart of ${title.toLowerCase()} by megabytes uploaded. ${lastValues(series, quality.unit)}.`)],
+      caption: `${title}, in ${quality.unit}, by megabytes that all clients together have uploaded${where()}.`,
+      head: ["algorithm", "round", "MB uploaded", `mean, ${quality.unit}`, "low", "high", "seeds"],
+      rows: () => series.flatMap(({ label, points }) => points.map((p) => [data.labels[label], p.round, p.x, p.mean, p.low, p.high, p.count])),
+    };
+  });
+  for (const select of [bytesPanel, bytesAxis]) select.addEventListener("change", () => redraw("figure-bytes"));
+
+  // ------------------------------------------------------------------ clients
+
+  const seed = by("seed");
+  const fillSeeds = () => fill(seed, data.clients.filter((one) => one.point === state.point).map((one) => [one.seed, one.seed]));
+  const accuracyDots = (about, shownAlgorithms, width, marginLeft, tall) => {
+    const dots = shownAlgorithms.flatMap(({ label, values }) => values.map((v, y) => ({ label, y, v })).filter((d) => d.v !== null));
+    const every = Math.ceil(14 / tall);
+    return Plot.plot({
+      width,
+      height: Math.round(about.names.length * tall + 22 + 50),
+      marginLeft, marginBottom: 50, marginTop: 22, marginRight: 16,
+      style: { fontSize: `${FONT}px`, background: "none" },
+      x: { label: "accuracy on the client's held-out part, %", labelAnchor: "center", labelArrow: "none", labelOffset: 42, nice: true, grid: true, ticks: Math.max(3, Math.floor(width / 90)) },
+      y: { type: "band", domain: d3.range(about.names.length), label: null, axis: null },
+      marks: [
+        Plot.axisY(d3.range(0, about.names.length, every), { tickFormat: (i) => cut(about.names[i], longestName(width)), tickSize: 0 }),
+        Plot.ruleY(dots, Plot.groupY({ x1: "min", x2: "max" }, { y: "y", x: "v", stroke: "var(--line)", strokeWidth: 2 })),
+        ...shownAlgorithms.map(({ label }) => Plot.dot(dots.filter((d) => d.label === label), { x: "v", y: "y", fill: color(label), fillOpacity: 0.9, symbol: symbol(label), r: 5 })),
+        Plot.tip(dots, Plot.pointer({ x: "v", y: "y", title: (d) => `${about.names[d.y]}\n${data.labels[d.label]}\n${shown(d.v)} %`, fontSize: FONT, fill: "var(--page)", stroke: "var(--soft)" })),
+      ],
+    });
+  };
+  figure("figure-clients", (width) => {
+    const about = data.clients.find((one) => one.point === state.point && String(one.seed) === seed.value);
+    if (!about) return "No client of these runs was scored, and what clients hold was not recorded.";
+    const algorithms = about.accuracies.filter(({ label }) => !state.hidden.has(label));
+    const counted = about.labels.length > 0;
+    const parts = (counted ? 1 : 0) + (algorithms.length ? 1 : 0);
+    if (!parts) return "Nothing to show: no algorithm is chosen.";
+    const each = columns(width, parts, 380);
+    const nodes = [];
+    const names = about.names.map((name, y) => (about.examples[y] === null ? name : `${cut(name, longestName(each) - 3 - String(about.examples[y]).length)} (${about.examples[y]})`));
+    const tall = Math.min(26, Math.max(11, 900 / names.length));
+    const count = (y, x) => about.counts[y][x];
+    if (counted) {
+      const largest = extreme(names, about.labels, count);
+      const colors = { type: "sqrt", scheme: "viridis", domain: [0, Math.max(1, largest?.v ?? 1)] };
+      const svg = heat({ rows: names, cols: about.labels, value: count, width: each, colors, xLabel: "class", format: (v) => `${v} examples`, tallest: tall });
+      const box = panel("Examples of each class", svg, `Heat map of class counts: ${names.length} clients by ${about.labels.length} classes.${largest ? ` Largest: ${largest.row}, ${largest.col}, ${largest.v}.` : ""}`);
+      box.append(ramp(colors, "examples (square root scale)", "~s", 4));
+      nodes.push(box);
+    }
+    if (algorithms.length) {
+      const marginLeft = 18 + Math.ceil(Math.min(Math.max(...about.names.map((n) => n.length)), longestName(each)) * FONT * 0.58);
+      const worst = algorithms.map(({ label, values }) => {
+        const there = values.map((v, y) => ({ v, y })).filter((d) => d.v !== null);
+        const low = d3.least(there, (d) => d.v);
+        return low ? `${data.labels[label]}: lowest ${about.names[low.y]} with ${shown(low.v)} %` : "";
+      }).filter(Boolean).join("; ");
+      nodes.push(panel("Accuracy after the last scored round", accuracyDots(about, algorithms, each, marginLeft, tall), `Dot plot of each client's accuracy. ${worst}.`));
+    }
+    const thinned = about.names.length < about.of ? ` ${about.names.length} of ${about.of} clients are shown.` : "";
+    const recorded = counted ? "In brackets: examples that the client holds. " : "What clients hold was not recorded in these runs. ";
+    return {
+      nodes,
+      caption: `${recorded}Seed ${about.seed}${where()}.${thinned}`,
+      head: ["client", "examples", ...about.labels, ...algorithms.map(({ label }) => `${data.labels[label]}, %`)],
+      rows: () => about.names.map((name, y) => [name, about.examples[y], ...about.counts[y], ...algorithms.map(({ values }) => values[y])]),
+    };
+  });
+  seed.addEventListener("change", () => redraw("figure-clients"));
+
+  // ------------------------------------------------------------------ experts
+
+  const unpacked = once((run) => ({
+    prob: bytes(run.prob.bytes),
+    gate_weight: bytes(run.gate_weight.bytes),
+    expert_weight: bytes(run.expert_weight.bytes),
+    load: bytes(run.load),
+    similarity: run.similarity === null ? null : bytes(run.similarity),
+  }));
+  const inputs = { run: by("run"), layer: by("layer"), expert: by("expert"), round: by("round"), weights: by("weights") };
+  const healthRuns = () => data.health.filter((run) => run.point === state.point);
+  const chosenRun = () => healthRuns().find((run) => String(run.label) === inputs.run.value) ?? null;
+  const fillExperts = () => {
+    if (!inputs.run) return;
+    const runs = healthRuns();
+    fill(inputs.run, runs.map((run) => [run.label, data.labels[run.label]]));
+    by("run-choice").hidden = runs.length < 2;
+    fillRun();
+  };
+  const fillRun = () => {
+    const run = chosenRun();
+    by("experts-bar").hidden = run === null;
+    if (run === null) return;
+    fill(inputs.layer, run.layers.map((layer, i) => [i, layer]));
+    fill(inputs.expert, d3.range(run.experts).map((expert) => [expert, expert]));
+    const atEnd = inputs.round.dataset.set === undefined || inputs.round.value === inputs.round.max;
+    inputs.round.dataset.set = "";
+    inputs.round.max = run.rounds.length - 1;
+    if (atEnd) inputs.round.value = inputs.round.max;
+    showRound();
+  };
+  const showRound = () => {
+    const run = chosenRun();
+    const text = `${run.rounds[Number(inputs.round.value)]} of ${run.rounds[run.rounds.length - 1]}`;
+    by("round-shown").textContent = text;
+    inputs.round.setAttribute("aria-valuetext", `round ${text}`);
+  };
+  const at = (run, name, round, layer) => {
+    const table = unpacked(run)[name];
+    const { clients, experts, layers } = run;
+    const scale = run[name].largest[layer] / 254;
+    const start = (round * layers.length + layer) * clients.length * experts;
+    return (y, x) => {
+      const level = table[start + y * experts + x];
+      return level === MISSING ? null : level * scale;
+    };
+  };
+  const expertsFigure = (id, draw) =>
+    figure(id, (width) => {
+      const run = chosenRun();
+      if (run === null) return "Not recorded for this setting.";
+      return draw(run, width, Number(inputs.round.value), Number(inputs.layer.value));
+    });
+  const story = (run, ...parts) => `${data.labels[run.label]}, seed ${run.seed}${where()}${parts.map((part) => `, ${part}`).join("")}.`;
+  const expertNames = (run) => d3.range(run.experts).map(String);
+
+  expertsFigure("figure-routing", (run, width, round, layer) => {
+    const last = run.rounds.length - 1;
+    const moments = [[0, "first"], [round, "chosen"], [last, "latest"]].filter(([which], i, all) => all.findIndex(([other]) => other === which) === i || i === 1);
+    const kept = round === 0 || round === last ? [[0, round === 0 ? "first, chosen" : "first"], [last, round === last ? "latest, chosen" : "latest"]].slice(last === 0 ? 1 : 0) : moments;
+    const experts = expertNames(run);
+    const colors = { type: "sqrt", scheme: "viridis", domain: [0, run.prob.largest[layer] || 1] };
+    const each = columns(width, kept.length, run.experts > 16 ? width : 270);
+    const nodes = kept.map(([which, name]) => {
+      const value = at(run, "prob", which, layer);
+      const most = extreme(run.clients, experts, value);
+      const svg = heat({ rows: run.clients, cols: experts, value, width: each, colors, xLabel: "expert", format: shown });
+      return panel(`Round ${run.rounds[which]} (${name})`, svg,
+        `Heat map of routing probability in round ${run.rounds[which]}, layer ${run.layers[layer]}: ${run.clients.length} clients by ${run.experts} experts.${most ? ` Highest: ${most.row}, expert ${most.col}, ${shown(most.v)}.` : ""} An even router gives ${shown(1 / run.experts)}.`);
+    });
+    const value = at(run, "prob", round, layer);
+    return {
+      nodes: [...nodes, ramp(colors, "mean routing probability (square root scale)", ".2~f", 4)],
+      caption: story(run, `layer ${run.layers[layer]}`, `chosen round ${run.rounds[round]}`) + ` An even router gives ${shown(1 / run.experts)} to each expert. Grey: the client took no part in that round.`,
+      head: [`client, round ${run.rounds[round]}`, ...experts.map((name) => `expert ${name}`)],
+      rows: heatRows(run.clients, experts, value),
+    };
+  });
+
+  expertsFigure("figure-similarity", (run, width, round, layer) => {
+    const table = unpacked(run).similarity;
+    if (table === null) return "Not recorded: similarities are kept for at most 32 clients.";
+    const expert = Number(inputs.expert.value);
+    const count = run.clients.length;
+    const pairs = (count * (count - 1)) / 2;
+    const start = ((round * run.layers.length + layer) * run.experts + expert) * pairs;
+    const value = (i, j) => {
+      if (i === j) return null;
+      const [a, b] = i < j ? [i, j] : [j, i];
+      const level = table[start + (a * (2 * count - a - 1)) / 2 + (b - a - 1)];
+      return level === MISSING ? null : level / 127 - 1;
+    };
+    const colors = { type: "diverging", scheme: "RdBu", domain: [-1, 1], pivot: 0 };
+    const most = extreme(run.clients, run.clients, value);
+    const side = Math.min(width, 150 + count * 34);
+    const svg = heat({ rows: run.clients, cols: run.clients, value, width: side, colors, xLabel: "client", format: (v) => shown(Number(v.toFixed(2))), square: true });
+    return {
+      nodes: [
+        panel("", svg, `Heat map of similarity between ${count} clients for expert ${expert} of layer ${run.layers[layer]} in round ${run.rounds[round]}.${most ? ` Most alike: ${most.row} and ${most.col}, ${shown(Number(most.v.toFixed(2)))}.` : " Nobody holds it together with another client."}`),
+        ramp(colors, "cosine", (v) => shown(v)),
+      ],
+      caption: story(run, `layer ${run.layers[layer]}`, `expert ${expert}`, `round ${run.rounds[round]}`) + " Grey: one of the two did not hold the expert, or both are the same client.",
+      head: ["client", ...run.clients],
+      rows: heatRows(run.clients, run.clients, value),
+    };
+  });
+
+  expertsFigure("figure-weights", (run, width, round, layer) => {
+    const name = inputs.weights.value;
+    const what = name === "expert_weight" ? "experts" : "router rows";
+    const all = at(run, name, round, layer);
+    const value = (y, x) => all(y, x) || null;
+    const experts = expertNames(run);
+    const colors = { type: "linear", scheme: "viridis", domain: [0, run[name].largest[layer] || 1] };
+    const most = extreme(run.clients, experts, value);
+    const svg = heat({ rows: run.clients, cols: experts, value, width: Math.min(width, 150 + run.experts * 40), colors, xLabel: "expert", format: shown });
+    return {
+      nodes: [
+        panel("", svg, `Heat map of the plan's weights of ${what} in round ${run.rounds[round]}, layer ${run.layers[layer]}: ${run.clients.length} clients by ${run.experts} experts.${most ? ` Largest: ${most.row}, expert ${most.col}, ${shown(most.v)}.` : " All are zero."}`),
+        ramp(colors, "weight", ".2~f"),
+      ],
+      caption: story(run, what, `layer ${run.layers[layer]}`, `round ${run.rounds[round]}`) + ` Grey: weight zero or not there, nothing uploaded. Everybody alike would be ${shown(1 / run.clients.length)}.`,
+      head: ["client", ...experts.map((one) => `expert ${one}`)],
+      rows: heatRows(run.clients, experts, all),
+    };
+  });
+  inputs.weights?.addEventListener("change", () => redraw("figure-weights"));
+
+  figure("figure-balance", (width) => {
+    const runs = healthRuns().filter((run) => !state.hidden.has(run.label));
+    if (!runs.length) return "Nothing to show: no algorithm is chosen, or none recorded it.";
+    const panels = [["Dead experts", 1], ["Overloaded experts", 2]].map(([title, place]) => ({
+      title,
+      series: runs.map((run) => ({ label: run.label, points: run.balance.map((row) => ({ x: row[0], round: row[0], mean: row[place], low: null, high: null, count: 1 })) })),
+    }));
+    const each = columns(width, 2, 290);
+    const cells = (run) => run.of_layers * run.experts;
+    const highest = Math.max(4, ...runs.flatMap((run) => run.balance.flatMap((row) => row.slice(1))));
+    return {
+      nodes: panels.map(({ title, series }) => panel(title, lines({ series, width: Math.min(each, 560), xLabel: "round", yLabel: "experts", domain: [0, highest] }), `Line chart of ${title.toLowerCase()} by round. ${lastValues(series, "experts")}.`)),
+      caption: `Counts over all ${runs[0].of_layers} layers, of ${cells(runs[0])} experts in all${where()}.`,
+      head: ["algorithm", "round", "dead", "overloaded", "of"],
+      rows: () => runs.flatMap((run) => run.balance.map(([round, dead, over]) => [data.labels[run.label], round, dead, over, cells(run)])),
+    };
+  });
+
+  expertsFigure("figure-load", (run, width, round) => {
+    const table = unpacked(run).load;
+    const value = (y, x) => {
+      const level = table[(round * run.layers.length + y) * run.experts + x];
+      return level === 0 ? 0 : 2 ** (((level - 1) / 254) * 2 * OCTAVES - OCTAVES);
+    };
+    const experts = expertNames(run);
+    const layers = run.layers.map((layer) => `layer ${layer}`);
+    const colors = { type: "diverging-log", scheme: "PuOr", domain: [1 / 8, 8], pivot: 1, clamp: true, reverse: true };
+    const drawn = (y, x) => Math.max(value(y, x), 2 ** -OCTAVES / 2);
+    const marks = (v) => (v < 0.05 ? "×" : v > 2 ? "+" : "");
+    let dead = 0, over = 0;
+    layers.forEach((_, y) => experts.forEach((__, x) => { dead += value(y, x) < 0.05; over += value(y, x) > 2; }));
+    const svg = heat({ rows: layers, cols: experts, value: drawn, width: Math.min(width, 150 + run.experts * 40), colors, xLabel: "expert", format: (v) => (v < 2 ** -OCTAVES ? "no tokens" : `${shown(Number(v.toPrecision(2)))} × an even share`), marks });
+    return {
+      nodes: [
+        panel("", svg, `Heat map of the load of each expert in round ${run.rounds[round]}: ${layers.length} layers by ${run.experts} experts; ${dead} dead, ${over} overloaded.`),
+        ramp(colors, "times an even share", (v) => (v < 1 ? `1/${1 / v}` : String(v)), [1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8]),
+      ],
+      caption: story(run, `round ${run.rounds[round]}`) + ` ${dead} dead (×), ${over} overloaded (+) in the layers shown.`,
+      head: ["layer", ...experts.map((one) => `expert ${one}`)],
+      rows: heatRows(layers, experts, value),
+    };
+  });
+
+  const ofRun = ["figure-routing", "figure-similarity", "figure-weights", "figure-load"];
+  inputs.run?.addEventListener("change", () => { fillRun(); redraw(...ofRun); });
+  inputs.layer?.addEventListener("change", () => redraw(...ofRun));
+  inputs.expert?.addEventListener("change", () => redraw("figure-similarity"));
+  inputs.round?.addEventListener("input", () => { showRound(); redraw(...ofRun); });
+
+  // ------------------------------------------------------------------ what all figures share
+
+  const swatch = (label) => {
+    const svg = d3.create("svg").attr("width", 26).attr("height", 14).attr("viewBox", "0 0 26 14").attr("aria-hidden", "true");
+    svg.append("line").attr("x1", 0).attr("x2", 26).attr("y1", 7).attr("y2", 7).attr("stroke", color(label)).attr("stroke-width", 2).attr("stroke-dasharray", dashes(label));
+    const kind = { circle: d3.symbolCircle, square: d3.symbolSquare, triangle: d3.symbolTriangle, diamond: d3.symbolDiamond, star: d3.symbolStar, wye: d3.symbolWye, cross: d3.symbolCross }[symbol(label)];
+    svg.append("path").attr("d", d3.symbol(kind, 60)()).attr("transform", "translate(13,7)").attr("fill", color(label));
+    return svg.node();
+  };
+  data.labels.forEach((name, label) => {
+    const box = element("input", { type: "checkbox", checked: "" });
+    box.addEventListener("change", () => {
+      if (box.checked) state.hidden.delete(label);
+      else state.hidden.add(label);
+      redraw("figure-convergence", "figure-bytes", "figure-clients", "figure-divergence", "figure-balance");
+    });
+    by("legend").append(element("label", {}, box, swatch(label), name));
+  });
+  const point = by("point");
+  fill(point, data.points.map((name, i) => [i, name]));
+  by("setting").hidden = data.points.length < 2;
+  point.addEventListener("change", () => {
+    state.point = Number(point.value);
+    fillSeeds();
+    fillExperts();
+    redraw();
+  });
+  for (const form of document.forms) form.addEventListener("submit", (event) => event.preventDefault());
+
+  fillSeeds();
+  fillExperts();
+  let drawn = 0;
+  new ResizeObserver(() => {
+    document.documentElement.style.setProperty("--bar", `${by("bar").offsetHeight}px`);
+    if (width() !== drawn) {
+      drawn = width();
+      redraw();
+    }
+  }).observe(document.querySelector("main"));
+})();

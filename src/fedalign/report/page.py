@@ -1,0 +1,114 @@
+"""From material to HTML: the template, the style, the script and its libraries in one file."""
+
+from __future__ import annotations
+
+import tomllib
+from datetime import datetime
+from importlib import resources
+from typing import Any
+
+import tomli_w
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from fedalign import __version__
+from fedalign.compare.plan import line_name
+from fedalign.compare.tables import MARK, final_scores, paired_differences
+from fedalign.report import figures, findings
+from fedalign.report.figures import Json
+from fedalign.report.health import DEAD, OVERLOADED, Health, budget_text, health
+from fedalign.report.material import Material
+
+GENERATOR = "fedalign report"
+LIBRARIES = ("d3-7.9.0.min.js", "plot-0.6.17.min.js")
+
+
+def render(material: Material) -> str:
+    """The whole page. Whatever comes from a run is data: escaped in HTML, and JSON to the script."""
+    experts = health(material)
+    environment = Environment(
+        loader=PackageLoader("fedalign.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("page.html")
+    return template.render(
+        generator=GENERATOR,
+        version=__version__,
+        made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        mark=MARK,
+        title=_title(material),
+        material=material,
+        facts=findings.facts(material),
+        verdicts=findings.verdicts(material),
+        tables=_tables(material),
+        ablations=findings.ablations(material),
+        versions=findings.versions(material),
+        config=_config_text(material),
+        runs=[_about(material, i) for i in range(len(material.runs))],
+        problems=experts.problems,
+        health_note=budget_text(experts.runs) if experts.runs else "",
+        dead=f"{DEAD:.0%}",
+        overloaded=f"{OVERLOADED:g}",
+        data=page_data(material, experts),
+        style=_own("page.css"),
+        script=_own("page.js"),
+        libraries=[_own(f"vendor/{name}") for name in LIBRARIES],
+    )
+
+
+def page_data(material: Material, experts: Health) -> Json:
+    """Everything that the script draws."""
+    request = material.request
+    groups = [figures.curves(material, group) for group in figures.GROUPS]
+    return {
+        "labels": [choice.label for choice in request.choices],
+        "points": [", ".join(f"{key} = {value}" for key, value in point) for point in request.points],
+        "curves": [group for group in groups if group is not None],
+        "divergence": figures.curves(material, figures.DIVERGENCE),
+        "uploads": figures.uploads(material),
+        "clients": figures.clients(material),
+        "health": experts.runs,
+    }
+
+
+def _title(material: Material) -> str:
+    if len(material.runs) == 1:
+        return f"{material.runs[0].label}: {material.name}"
+    return f"{'Comparison' if material.comparison else 'Report'}: {material.name}"
+
+
+def _tables(material: Material) -> list[Any]:
+    tables = (final_scores(material.request, material.tabled), paired_differences(material.request, material.tabled))
+    return [table for table in tables if any(lines for _, lines in table.sections)]
+
+
+def _config_text(material: Material) -> str:
+    """What all runs have in common: without seed and algorithm, and without what a grid varies."""
+    tables = tomllib.loads(material.request.base.to_toml())
+    for key in ("run.seed", *material.request.grid):
+        section, *rest = key.split(".")
+        if len(rest) == 1:
+            tables.get(section, {}).pop(rest[0], None)
+    if len(material.request.choices) > 1:
+        tables.pop("algorithm", None)
+    return tomli_w.dumps(tables)
+
+
+def _about(material: Material, index: int) -> dict[str, str]:
+    run = material.runs[index]
+    options = run.cell.config.algorithm.model_dump(exclude={"name"})
+    return {
+        "name": line_name(run.label, run.cell.point),
+        "seed": str(run.cell.seed),
+        "state": "finished" if run.finished else f"round {run.round} of {run.cell.config.run.rounds}",
+        "folder": str(run.folder),
+        "options": ", ".join(f"{key} = {value}" for key, value in options.items()) or "defaults",
+    }
+
+
+def _own(name: str) -> Markup:
+    """A file of this package, trusted as it is."""
+    return Markup(resources.files("fedalign.report").joinpath(name).read_text(encoding="utf-8"))
