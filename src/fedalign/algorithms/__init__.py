@@ -9,16 +9,24 @@ from collections.abc import Mapping
 from dataclasses import Field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from fedalign.algorithms.centralised import Centralised
+from fedalign.algorithms.fc_moe import FCMoE
 from fedalign.algorithms.fedalign_moe import FedAlignMoE
 from fedalign.algorithms.fedavg import FedAvg
 from fedalign.algorithms.fedprox import FedProx
+from fedalign.algorithms.local import Local
+from fedalign.algorithms.scaffold import Scaffold
 from fedalign.errors import UserError, unknown
 from fedalign.protocol import Algorithm
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
+    "centralised": Centralised,
+    "fc_moe": FCMoE,
     "fedalign_moe": FedAlignMoE,
     "fedavg": FedAvg,
     "fedprox": FedProx,
+    "local": Local,
+    "scaffold": Scaffold,
 }
 
 
