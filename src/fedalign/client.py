@@ -30,6 +30,7 @@ from fedalign.maths.sketch import Sketch
 from fedalign.messages import parse_group
 from fedalign.moe.model import MoEModel
 from fedalign.moe.probe import Captured, RoutingProbe, RoutingStatistics, balancing_loss, idle_experts
+from fedalign.personal import Mixture
 from fedalign.protocol import (
     Algorithm,
     Broadcast,
@@ -43,7 +44,7 @@ from fedalign.protocol import (
 )
 from fedalign.wire import pack, unpack_weights
 
-PRIVATE, KEPT = "private.", "kept."  # in the names of what a client remembers
+PRIVATE, KEPT, MIXTURE = "private.", "kept.", "mixture."  # in the names of what a client remembers
 REMEDY = "try a lower training.learning_rate, or training.precision = 'float32'"
 
 
@@ -85,6 +86,7 @@ class Trainer:
         self.tokenizer = tokenizer
         self.algorithm = algorithm
         self.config = config
+        self._spare: Mixture | None = None  # made when first needed: a second model
 
     def train(self, client: ClientData, broadcast: Broadcast) -> Statistics:
         """Train on the client's own examples, keep the update on its disk, and report.
@@ -113,8 +115,9 @@ class Trainer:
         statistics = self._report(client, broadcast.round, fit, update, norm_G, time.perf_counter() - started)
         wire = self.config.wire.dtype
         packed = {group: pack(delta.cpu(), wire, derive_seed(seed, group)) for group, delta in update.items()}
+        mixture = self._fit_mixture(client, local, broadcast.round, seed) if self.algorithm.mixes else {}
         kept = {f"{KEPT}{name}": value for name, value in self.algorithm.end(local, update, fit.steps).items()}
-        state = {"prob_L_E": statistics.prob_L_E, **fit.optimizer_state(), **own, **kept}
+        state = {"prob_L_E": statistics.prob_L_E, **fit.optimizer_state(), **own, **kept, **mixture}
         client.memory.keep(broadcast.round, packed, state)
         return statistics
 
@@ -129,6 +132,29 @@ class Trainer:
             last_update=lambda: unpack_weights(client.memory.last_update(broadcast.round)),
             learning_rate=self.config.training.learning_rate,
         )
+
+    def _fit_mixture(self, client: ClientData, local: LocalRound, round: int, seed: int) -> dict[str, Tensor]:
+        """Train the client's own model and its gate beside the weights that it received; what it keeps of them."""
+        options = self.config.training
+        mixture = self._mixture(client, local.received, round)
+        optimizer = make_optimizer(mixture.parameters(), options)
+        self.moe.write(local.received)
+        with torch.random.fork_rng(devices=_cuda_devices(self.moe.device)):
+            torch.manual_seed(derive_seed(seed, "mixture"))
+            for epoch in range(options.epochs):
+                order = derive_seed(seed, "mixture", epoch)
+                every = batches(client.train, options.batch_tokens, options.batch_examples, seed=order)
+                mixture.fit(every, optimizer, options.max_grad_norm)
+        return {f"{MIXTURE}{name}": value for name, value in mixture.state().items()}
+
+    def _mixture(self, client: ClientData, received: Weights, round: int) -> Mixture:
+        """The client's mixture as it was before `round`."""
+        remembered = client.memory.before(round)
+        if self._spare is None:
+            self._spare = Mixture(self.moe)
+        kept = {n.removeprefix(MIXTURE): value for n, value in remembered.items() if n.startswith(MIXTURE)}
+        self._spare.load(kept, received)
+        return self._spare
 
     def _update(self, trained: Weights, start: Weights) -> Weights:
         """Trained minus start, in place; softmax routers' rows centred if the algorithm weights them one by one."""
@@ -183,7 +209,12 @@ class Trainer:
             return None
         own = private_weights(client.memory.before(round + 1))
         self.moe.write(own)
-        score = evaluate(self.moe, client.held_out, self.config.evaluation, self.tokenizer, client.name)
+        answer = None
+        if self.algorithm.mixes:
+            mixture = self._mixture(client, received, round + 1)
+            mixture.own.model.eval()
+            answer = mixture.answer
+        score = evaluate(self.moe, client.held_out, self.config.evaluation, self.tokenizer, client.name, answer)
         self.moe.write({group: received[group] for group in own})
         return score
 

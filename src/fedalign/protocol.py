@@ -293,6 +293,10 @@ class Algorithm(Protocol):
         """Whether one client is to hold everybody's data: a bound to compare with, not a federation."""
 
     @property
+    def mixes(self) -> bool:
+        """Whether each client also trains a model of its own and mixes it with the server's (`personal.Mixture`)."""
+
+    @property
     def corrects(self) -> bool:
         """Whether `correct` is to be called."""
 

@@ -15,6 +15,7 @@ from fedalign.algorithms.fedalign_moe import FedAlignMoE
 from fedalign.algorithms.fedavg import FedAvg
 from fedalign.algorithms.fedprox import FedProx
 from fedalign.algorithms.local import Local
+from fedalign.algorithms.pfl_moe import PFLMoE
 from fedalign.algorithms.scaffold import Scaffold
 from fedalign.errors import UserError, unknown
 from fedalign.protocol import Algorithm
@@ -26,6 +27,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "fedavg": FedAvg,
     "fedprox": FedProx,
     "local": Local,
+    "pfl_moe": PFLMoE,
     "scaffold": Scaffold,
 }
 

@@ -41,6 +41,11 @@ class FedAvg:
         return False
 
     @property
+    def mixes(self) -> bool:
+        """Clients use the server's model as it is."""
+        return False
+
+    @property
     def corrects(self) -> bool:
         """Gradients stay as they are."""
         return False
