@@ -104,7 +104,7 @@ def refused(result: tuple[int, str, str], *words: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("algorithm.name=fedalgin", ["fedalgin", "fedavg, fedprox", "Did you mean 'fedalign_moe'"]),
+        ("algorithm.name=fedalgin", ["fedalgin", "fedavg, fedmoe, fedprox", "Did you mean 'fedalign_moe'"]),
         ("algorithm.lambda=1", ["lambda", "reg_strength"]),
         ("training.leraning_rate=1", ["training.leraning_rate", "training.learning_rate"]),
         ("data.kind=poem", ["poem", "multiple_choice"]),

@@ -117,3 +117,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_the_default_algorithm_is_the_papers() -> None:
     assert AlgorithmConfig().build() == FedAlignMoE()
+
+
+def test_a_validation_part_needs_a_share_and_data_that_is_dealt() -> None:
+    with pytest.raises(UserError, match=r"data\.validation = 0\.0 sets nothing aside"):
+        load_config(None, ["evaluation.part=validation"])
+    with pytest.raises(UserError, match=r"data\.validation = 0\.1: sites keep their data"):
+        load_config(None, ["data.validation=0.1", "federation.engine=flower"])

@@ -96,6 +96,9 @@ class Log:
     def progress(self, round: int, stage: str, done: int, total: int) -> None:
         assert 0 <= done <= total
 
+    def planned(self, round: int, reports: object, plan: object, layout: object) -> None:
+        pass
+
     def completed(self, state: ServerState, improved: bool) -> None:
         self.improved.append(improved)
 
@@ -103,7 +106,9 @@ class Log:
 def run(
     tmp_path: Path, federation: Scripted, *overrides: str, state: ServerState | None = None
 ) -> tuple[ServerState, Log]:
-    config: Config = load_config(None, ["run.rounds=1", "statistics.centroid_width=4", "statistics.update_width=4", *overrides])
+    config: Config = load_config(
+        None, ["run.rounds=1", "statistics.centroid_width=4", "statistics.update_width=4", *overrides]
+    )
     log = Log()
     server = Server(
         federation, FedAvg(), LAYOUT, config, Checkpoints(tmp_path, {}), lambda w: Evaluation(None, 5, 1.0, 0.5), log

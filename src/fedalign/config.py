@@ -80,6 +80,7 @@ class DataConfig(Section):
     template: str | None = None  # a prompt with {column} fields; None: the kind's default
     max_train: Count = 0  # examples drawn at random; 0: all
     max_test: Count = 0
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the training examples that nobody trains on
     max_length: Count = 0  # tokens of one example; 0: what the model allows
     too_long: Literal["error", "truncate", "drop"] = "error"
 
@@ -157,6 +158,7 @@ class ServerConfig(Section):
 class EvaluationConfig(Section):
     """`[evaluation]`: on the global test set and on each client's own held-out part."""
 
+    part: Literal["test", "validation"] = "test"  # what stands for the global test set
     every: Positive = 1  # rounds
     clients: bool = True
     batch_tokens: Positive = 8192
@@ -188,6 +190,7 @@ class TrackingConfig(Section):
     """`[tracking]`."""
 
     tensorboard: bool = True
+    health: bool = True  # keep each round's routing, similarities and weights, for the report
 
 
 class Config(Section):
@@ -209,6 +212,16 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         self.algorithm.build()
+        share = self.data.validation
+        if self.evaluation.part == "validation" and not share:
+            raise UserError(
+                'evaluation.part = "validation": data.validation = 0.0 sets nothing aside. Give a share, such as 0.1.'
+            )
+        if share and self.federation.engine == "flower":
+            raise UserError(
+                f"data.validation = {share}: sites keep their data to themselves, nothing can be set aside before "
+                "it is dealt. Leave it at 0.0, or choose one of: in_process, simulation for federation.engine."
+            )
         return self
 
     def to_toml(self) -> str:
@@ -225,7 +238,11 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     Raises:
         UserError: The file is missing or not TOML, or a key or value is wrong.
     """
-    tables = _read(path) if path else {}
+    return overridden(_read(path) if path else {}, overrides)
+
+
+def overridden(tables: dict[str, Any], overrides: Sequence[str]) -> Config:
+    """The configuration of `tables` with overrides, as in `load_config`; `tables` is written to."""
     named_by_file = tables.get("algorithm", {}).get("name", AlgorithmConfig().name) if tables else None
     for override in overrides:
         keys, value = _parse_override(override)

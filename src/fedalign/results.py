@@ -3,12 +3,14 @@
 config.toml     as resolved           metrics.jsonl   one line a round, all numbers
 summary.json    how it went           checkpoint/     to resume from
 model/  best/   Hugging Face folders  clients/        what each client keeps for itself
+health/         routing, similarities and weights of each round
 events.*        for TensorBoard
 """
 
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +24,8 @@ from torch.utils.tensorboard import SummaryWriter
 from fedalign.checkpoint import ServerState, replacing, write_text
 from fedalign.config import Config
 from fedalign.errors import UserError
-from fedalign.protocol import Metrics, Weights
+from fedalign.health import write_health
+from fedalign.protocol import Layout, Metrics, Plan, Statistics, Weights
 from fedalign.server import accuracy_of, loss_of, merit
 
 SaveModel = Callable[[Weights, Path], None]
@@ -40,6 +43,7 @@ class RunFolder:
         self.clients = path / "clients"
         self.model = path / "model"
         self.best = path / "best"
+        self.health = path / "health"
 
     def check_free(self, overwrite: bool) -> None:
         """Refuse a place where a run or anything else would be lost.
@@ -87,6 +91,11 @@ class Recorder:
     def progress(self, round: int, stage: str, done: int, total: int) -> None:
         """Nothing to record."""
 
+    def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
+        """Keep what a person will want to look at: routing, similarity and weights."""
+        if self.config.tracking.health:
+            write_health(self.folder.health, round, reports, plan, layout)
+
     def completed(self, state: ServerState, improved: bool) -> None:
         """Add the round's line and events; keep the model if it is the best yet."""
         self._write_metrics(state.history)
@@ -113,8 +122,9 @@ class Recorder:
 
 
 def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
-    """The run in one flat record. Accuracies are shares in [0, 1], losses nats per answer token."""
-    scored = [(score, line) for line in history if (score := merit(line)) is not None]
+    """The run in one flat record. Accuracies are shares in [0, 1], losses nats per answer token; None: never scored."""
+    scored: list[tuple[float, Metrics]] = [(s, line) for line in history if (s := merit(line)) is not None]
+    scored = scored or [(-math.inf, {})]
     first, last = scored[0][1], scored[-1][1]
     best = max(scored, key=itemgetter(0))[1]
     return {
@@ -124,7 +134,7 @@ def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
         "initial_accuracy": accuracy_of(first),
         "final_accuracy": accuracy_of(last),
         "best_accuracy": accuracy_of(best),
-        "best_round": best["round"],
+        "best_round": best.get("round"),
         "accuracy_of": "global test set" if "loss_nats" in first else "clients' held-out parts, weighted by examples",
         "initial_loss": loss_of(first),
         "final_loss": loss_of(last),

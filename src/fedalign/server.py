@@ -45,6 +45,9 @@ class Observer(Protocol):
     def progress(self, round: int, stage: str, done: int, total: int) -> None:
         """`done` of `total` clients have finished a stage."""
 
+    def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
+        """What the clients reported, and who is to count for how much."""
+
     def completed(self, state: ServerState, improved: bool) -> None:
         """A round is complete (round 0 is the evaluation before training); `improved`: its score is the best yet."""
 
@@ -134,6 +137,7 @@ class Server:
                 f"{self.config.server.min_clients} are needed ({reasons}). The last complete round is kept."
             )
         plan, algorithm_state = self.algorithm.plan(reports, self.layout, state.algorithm)
+        self.observer.planned(number, reports, plan, self.layout)
         total, lost = self._sum(plan, reports, number, traffic)
         share = self.config.server.min_arrived
         weights, moments = self._optimise(state, total.result(state.weights, share), plan, reports)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +92,10 @@ class Workbench:
         return client
 
     def test_set(self) -> TestSet | None:
-        """The global test examples, if there are any."""
+        """The global test examples, if there are any; or the validation part in their place."""
         config = self.config
+        if config.evaluation.part == "validation":
+            return TestSet.prepare(set_aside(config)[1], self.encoder)
         test = load_examples(config.data.test or config.data.train, config.data, "test", config.run.seed)
         return TestSet.prepare(test, self.encoder)
 
@@ -112,8 +115,30 @@ class Workbench:
 
 def split_among_clients(config: Config) -> tuple[list[Example], Partition]:
     """The training examples and which client holds which of them, as a simulation deals them."""
-    examples = load_examples(config.data.train, config.data, "train", config.run.seed)
+    examples, _ = set_aside(config)
     return examples, partition(examples, config.clients, config.run.seed)
+
+
+def set_aside(config: Config) -> tuple[list[Example], list[Example]]:
+    """What is dealt to clients, and the validation part: a draw by the seed, so the same for every algorithm.
+
+    Raises:
+        UserError: The share leaves nothing in one of them.
+    """
+    examples = load_examples(config.data.train, config.data, "train", config.run.seed)
+    share = config.data.validation
+    if not share:
+        return examples, []
+    count = round(share * len(examples))
+    if not 0 < count < len(examples):
+        raise UserError(
+            f"data.validation = {share}: of {len(examples)} examples that is {count}. Choose another share."
+        )
+    chosen = set(random.Random(f"{config.run.seed} validation").sample(range(len(examples)), count))
+    return (
+        [example for i, example in enumerate(examples) if i not in chosen],
+        [example for i, example in enumerate(examples) if i in chosen],
+    )
 
 
 def model_path(name: str) -> str:

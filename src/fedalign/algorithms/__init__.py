@@ -1,34 +1,64 @@
 """One file per paper: a plan, and maybe a penalty.
 
-To add one: a file here with a frozen dataclass whose fields are its options, and a line in `ALGORITHMS`.
+To add one: a file here with a frozen dataclass whose fields are its options, and a line in `ALGORITHMS`. Or, in a
+package of your own, an entry point of the group "fedalign.algorithms"::
+
+    [project.entry-points."fedalign.algorithms"]
+    mine = "my_package.mine:Mine"
+
+Options are bool, int, float, str or a Literal of strings, and have defaults. Names in `ALGORITHMS` cannot be replaced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import Field, fields
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fedalign.algorithms.centralised import Centralised
 from fedalign.algorithms.fc_moe import FCMoE
 from fedalign.algorithms.fedalign_moe import FedAlignMoE
 from fedalign.algorithms.fedavg import FedAvg
+from fedalign.algorithms.fedmoe import FedMoE
 from fedalign.algorithms.fedprox import FedProx
+from fedalign.algorithms.flame import FLAME
+from fedalign.algorithms.hfedmoe import HFedMoE
 from fedalign.algorithms.local import Local
 from fedalign.algorithms.pfl_moe import PFLMoE
 from fedalign.algorithms.scaffold import Scaffold
 from fedalign.errors import UserError, unknown
 from fedalign.protocol import Algorithm
 
+GROUP = "fedalign.algorithms"  # entry points of other packages
+
 ALGORITHMS: dict[str, type[Algorithm]] = {
     "centralised": Centralised,
     "fc_moe": FCMoE,
     "fedalign_moe": FedAlignMoE,
     "fedavg": FedAvg,
+    "fedmoe": FedMoE,
     "fedprox": FedProx,
+    "flame": FLAME,
+    "hfedmoe": HFedMoE,
     "local": Local,
     "pfl_moe": PFLMoE,
     "scaffold": Scaffold,
+}
+
+BASELINE = "fedavg"  # what a comparison measures the others against
+STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {  # the option that tuning varies beside the learning rate
+    "fedalign_moe": ("reg_strength", (0.01, 0.1, 1.0)),
+    "fedprox": ("mu", (0.001, 0.01, 0.1)),
+}
+_PARTS = {"gate_weights": "uniform", "adaptive_strength": False, "experts": "average"}
+ABLATION: dict[str, tuple[str, dict[str, Any]]] = {  # the paper's rows: each has one more part of the method
+    "parameter average": ("fedalign_moe", _PARTS | {"gate": "average", "reg_strength": 0.0}),
+    "gate alignment": ("fedalign_moe", _PARTS | {"gate": "rows"}),
+    "+ consistency weights": ("fedalign_moe", {"gate": "rows", "adaptive_strength": False, "experts": "average"}),
+    "+ adaptive strength": ("fedalign_moe", {"gate": "rows", "experts": "average"}),
+    "+ semantic experts": ("fedalign_moe", {"gate": "rows"}),
 }
 
 
@@ -36,20 +66,17 @@ def make(name: str, options: Mapping[str, Any]) -> Algorithm:
     """The algorithm `name` with the given options, the rest at their defaults.
 
     Args:
-        name: a key of `ALGORITHMS`.
+        name: a key of `ALGORITHMS`, or an entry point of another package.
         options: the keys of the configuration's `[algorithm]` table without `name`.
 
     Raises:
-        UserError: an unknown name or option, or a value of the wrong type or outside its range.
+        UserError: an unknown name or option, a value of the wrong type or outside its range, or a broken package.
 
     >>> make("fedprox", {"mu": 0.1})
     FedProx(mu=0.1)
     """
-    if name not in ALGORITHMS:
-        raise unknown("algorithm.name", name, ALGORITHMS)
-    kind = ALGORITHMS[name]
-    known: dict[str, Field[Any]] = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]  # all are dataclasses: a test holds them to it
-    hints = get_type_hints(kind)
+    kind = ALGORITHMS.get(name) or _from_package(name)
+    known, hints = _options(kind), get_type_hints(kind)
     for key, value in options.items():
         if key not in known:
             raise _unknown_option(name, key, value, known)
@@ -60,6 +87,54 @@ def make(name: str, options: Mapping[str, Any]) -> Algorithm:
         raise UserError(f"algorithm.{error}") from None
 
 
+def _from_package(name: str) -> type[Algorithm]:
+    """The class behind another package's entry point."""
+    found: defaultdict[str, list[EntryPoint]] = defaultdict(list)
+    for entry in entry_points(group=GROUP):
+        found[entry.name].append(entry)
+    if name not in found:
+        raise unknown("algorithm.name", name, {*ALGORITHMS, *found})
+    packages = _packages(found[name])
+    if len(found[name]) > 1:
+        raise UserError(f"algorithm.name = {name!r}: offered by several packages: {packages}. Uninstall all but one.")
+    entry = found[name][0]
+    try:
+        kind: type[Algorithm] = entry.load()
+        flaw = _flaw(kind)
+    except Exception as error:  # whatever another package's module does on import
+        flaw = f"does not load ({type(error).__name__}: {' '.join(str(error).split())})"
+    if flaw:
+        raise UserError(
+            f"algorithm.name = {name!r}: {entry.value} of package {packages} {flaw}. Mend or uninstall the package, "
+            f"or choose one of: {', '.join(sorted(ALGORITHMS))}."
+        )
+    return kind
+
+
+def _packages(entries: Sequence[EntryPoint]) -> str:
+    return ", ".join(sorted(entry.dist.name if entry.dist else "without a name" for entry in entries))
+
+
+def _flaw(kind: Any) -> str | None:
+    """Why another package's object cannot be an algorithm, or None."""
+    if not isinstance(kind, type) or not is_dataclass(kind) or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]  # undocumented, but the only way to ask
+        return "is not a frozen dataclass"
+    lacking = [name for name in vars(Algorithm) if not name.startswith("_") and not hasattr(kind, name)]
+    if lacking:
+        return f"has no {', '.join(lacking)}: extend fedalign.algorithms.fedavg.FedAvg"
+    hints = get_type_hints(kind)
+    for key, field in _options(kind).items():
+        if field.default is MISSING:
+            return f"has an option without a default: {key}"
+        if hints[key] not in _NAMES and get_origin(hints[key]) is not Literal:
+            return f"has an option that is neither bool, int, float, str nor Literal: {key}"
+    return None
+
+
+def _options(kind: Any) -> dict[str, Field[Any]]:
+    return {field.name: field for field in fields(kind) if field.init}
+
+
 def _unknown_option(name: str, key: str, value: object, known: Mapping[str, Field[Any]]) -> UserError:
     defaults = ", ".join(f"{field.name} = {field.default!r}" for field in known.values())
     choices = f"Its options and defaults: {defaults}." if defaults else "It has no options."
@@ -67,7 +142,7 @@ def _unknown_option(name: str, key: str, value: object, known: Mapping[str, Fiel
 
 
 def _check_type(key: str, value: object, hint: Any) -> None:
-    """Options are bool, int, float (an int will do) or one of a few strings."""
+    """Options are bool, int, float (an int will do), text or one of a few strings."""
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise unknown(key, value, get_args(hint))
@@ -77,4 +152,4 @@ def _check_type(key: str, value: object, hint: Any) -> None:
         raise UserError(f"{key} = {value!r}: must be {_NAMES[hint]}.")
 
 
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number"}
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

@@ -20,6 +20,17 @@ def data_share(reports: Sequence[Statistics]) -> Tensor:
     return (examples_C / examples_C.sum().clamp_min(1)).float()
 
 
+def column_shares(score_C_L_E: Tensor) -> Tensor:
+    """Non-negative scores normalised over clients; a column without any score stays zero.
+
+    >>> column_shares(torch.tensor([[3.0, 0.0], [1.0, 0.0]]))
+    tensor([[0.7500, 0.0000],
+            [0.2500, 0.0000]])
+    """
+    total_L_E = score_C_L_E.sum(dim=0)
+    return score_C_L_E / total_L_E.where(total_L_E > 0, torch.ones_like(total_L_E))
+
+
 @dataclass(frozen=True)
 class FedAvg:
     """One weight a client, the same for all of its groups; the base of the others, which change what they must."""

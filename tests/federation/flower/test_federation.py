@@ -219,6 +219,19 @@ def test_two_sites_of_one_name(clock: Clock) -> None:
     assert told(sites) == {"a": "refused: another connected site has the same name"}
 
 
+def test_a_site_that_is_back_before_its_end_was_noticed_gets_in_once_it_is(clock: Clock) -> None:
+    before, after = site("a"), site("a", since=1010.0)
+    sites = federate(clock, before, site("b"), after)
+    sites.members()
+    clock.now = 1011.0
+    sites.members()
+    assert told(sites) == {"a": "refused: another connected site has the same name"}
+    before.until = clock.now
+    assert sites.members() == ["a", "b"]
+    assert sites.sites["a"].node == 3
+    assert told(sites) == {}
+
+
 def test_a_site_that_is_back_under_another_node_is_the_same_site(clock: Clock) -> None:
     before, after = site("a"), site("a", since=1010.0)
     before.until = 1010.0

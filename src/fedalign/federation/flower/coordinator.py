@@ -45,14 +45,13 @@ class Coordinator:
         """
         bench, test = load_bench(config)
         moe = bench.moe
-        has_weights = test is not None or config.federation.engine == "simulation"
         agreement = Agreement(
             architecture=moe.fingerprint(),
             tokenizer=tokenizer_hash(bench.tokenizer),
             chat_template=text_hash(str(bench.tokenizer.chat_template or "")),
             layers=moe.layout.layers,
             experts=moe.layout.experts,
-            weights=moe.weights_hash() if has_weights else config.model.weights_hash,
+            weights=config.model.weights_hash if moe.device.type == "meta" else moe.weights_hash(),
         )
         if config.model.weights_hash not in (None, agreement.weights):
             raise UserError(

@@ -84,12 +84,20 @@ class Late:
     asked: float
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why a node may not take part, as long as all these nodes are connected."""
+
+    reason: str
+    among: frozenset[int]
+
+
 @dataclass
 class Gate:
     """Nodes on their way in."""
 
     asked: dict[str, tuple[int, float]] = field(default_factory=dict)  # message id -> node, when
-    refused: dict[int, str] = field(default_factory=dict)  # node -> why
+    refused: dict[int, Refusal] = field(default_factory=dict)  # by node
 
 
 class FlowerFederation:
@@ -199,7 +207,7 @@ class FlowerFederation:
     def _let_in(self) -> None:
         """Greet nodes that are new, and admit or refuse those that have answered."""
         nodes = self.link.nodes()  # what is gone may have been mended when it comes back
-        self._gate.refused = {node: why for node, why in self._gate.refused.items() if node in nodes}
+        self._gate.refused = {n: refusal for n, refusal in self._gate.refused.items() if refusal.among <= set(nodes)}
         self._gate.asked = {message: asked for message, asked in self._gate.asked.items() if asked[0] in nodes}
         known = {site.node for site in self.sites.values()} | {node for node, _ in self._gate.asked.values()}
         new = [node for node in nodes if node not in known and node not in self._gate.refused]
@@ -222,7 +230,7 @@ class FlowerFederation:
     def _admit(self, node: int, hello: Hello) -> None:
         there = self.sites.get(hello.client)
         if there is not None and there.node != node and there.node in set(self.link.nodes()):
-            self._refuse(node, hello.client, "another connected site has the same name")
+            self._refuse(node, hello.client, "another connected site has the same name", there.node)
             return
         reason = self.agreement.refusal(hello)
         if reason is not None:
@@ -252,9 +260,9 @@ class FlowerFederation:
                     self._refuse(site.node, name, reason)
         return str(self.agreement.weights)
 
-    def _refuse(self, node: int, name: str, reason: str) -> None:
+    def _refuse(self, node: int, name: str, reason: str, *because_of: int) -> None:
         log.warning("%s was refused: %s", name, reason)
-        self._gate.refused[node] = f"{name}: {reason}"
+        self._gate.refused[node] = Refusal(f"{name}: {reason}", frozenset({node, *because_of}))
         self._faults.append(Failure(name, "join", f"refused: {reason}"))
 
     def _why_not(self, site: Site, nodes: set[int]) -> str | None:
@@ -283,11 +291,12 @@ class FlowerFederation:
             self._faults.append(Failure(name, "join", f"{reason}{self.policy.max_missed}"))
 
     def _too_few(self, present: Sequence[str]) -> str:
-        refused = "; ".join(self._gate.refused.values())
+        refused = "; ".join(refusal.reason for refusal in self._gate.refused.values())
         out = ", ".join(name for name, site in self.sites.items() if site.left_out)
         return (
             f"{len(present)} sites are connected and fit, federation.min_sites = {self.policy.min_sites} are needed; "
             f"waited {self.policy.wait_seconds} s (federation.wait_seconds)."
+            + (f" Connected, but not heard yet: {len(self._gate.asked)}." if self._gate.asked else "")
             + (f" Refused: {refused}." if refused else "")
             + (f" Left out: {out}." if out else "")
             + " Run `fedalign doctor` at the sites; complete rounds are kept."

@@ -120,6 +120,8 @@ def run(config: Config, folder: RunFolder, watch: Observer) -> dict[str, Any]:
     with superlink(config, home) as flower:
         if is_running(folder.path):  # the one that watched was ended, the coordinator was not
             return watch_run(folder, watch, flower, (home / "run-id").read_text(encoding="utf-8"))
+        with contextlib.suppress(FileNotFoundError):  # else sites stay busy with what a dead coordinator asked
+            flower.stop((home / "run-id").read_text(encoding="utf-8"))
         folder.path.joinpath("status.json").unlink(missing_ok=True)
         run_id = flower.submit(folder, config)
         write_text(home / "run-id", run_id)

@@ -7,13 +7,14 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from fedalign.checkpoint import ServerState, write_text
 from fedalign.errors import UserError
+from fedalign.protocol import Layout, Plan, Statistics
 
 State = Literal["starting", "running", "failed", "complete"]
 SECONDS = 0.5  # between two writes, at least
@@ -48,6 +49,9 @@ class Beacon:
         """Say so, but not more often than a person could read."""
         if time.monotonic() - self._written > SECONDS or done in (0, total):
             self._write(Status("running", os.getpid(), round, stage, done, total))
+
+    def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
+        """Nothing: the health files have it."""
 
     def completed(self, state: ServerState, improved: bool) -> None:
         """Nothing: metrics.jsonl has it."""

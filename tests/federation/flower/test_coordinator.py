@@ -1,0 +1,467 @@
+"""A coordinator and real clients, but for Flower between them: the same run as in one process, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedalign.clients import DealtClients, open_site
+from fedalign.config import Config, load_config
+from fedalign.errors import UserError
+from fedalign.federation.flower import federation
+from fedalign.federation.flower.coordinator import Coordinator
+from fedalign.federation.flower.link import Reply
+from fedalign.messages import MESSAGES, Parcel, decode, encode
+from fedalign.moe.model import MoEModel
+from fedalign.protocol import SHARED, Packed, ParameterGroup, Start, Update
+from fedalign.results import RunFolder
+from fedalign.run import execute, prepare
+from fedalign.service import Answers, Service
+from tests.conftest import SUBJECTS, changed, make_site, rows, write_jsonl
+from tests.federation.flower.scripted import Clock
+from tests.test_messages import travel
+from tests.test_run import Silent, metrics, model_bytes
+
+SITES = ("east", "lab", "ward")
+
+
+class Direct:
+    """A `Link` whose nodes are services; each answers when it is looked for."""
+
+    def __init__(self, services: dict[str, Answers]) -> None:
+        self.services = list(services.values())
+        self.away: set[int] = set()
+        self.asked: list[tuple[str, int]] = []
+        self._waiting: dict[str, tuple[str, Parcel, int]] = {}
+
+    def nodes(self) -> Sequence[int]:
+        return [node for node in range(len(self.services)) if node not in self.away]
+
+    def ask(self, kind: str, parcel: Parcel, nodes: Sequence[int]) -> dict[str, int]:
+        self.asked += [(kind, node) for node in nodes]
+        numbers = range(len(self.asked) - len(nodes), len(self.asked))
+        asked = {str(number): node for number, node in zip(numbers, nodes, strict=True) if node not in self.away}
+        self._waiting |= {number: (kind, parcel, node) for number, node in asked.items()}
+        return asked
+
+    def replies(self, messages: Sequence[str]) -> Iterator[Reply]:
+        for message in messages[::-1]:  # not in the order of asking
+            if message in self._waiting:
+                kind, parcel, node = self._waiting.pop(message)
+                answer = self.services[node].answer(kind.removeprefix("query."), travel(parcel))
+                yield Reply(message, travel(answer))
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(federation, "time", Clock())
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a file for each site, and one for testing."""
+    folder = tmp_path_factory.mktemp("house")
+    (folder / "train").mkdir()
+    every = rows()
+    for number, site in enumerate(SITES):
+        write_jsonl(folder / "train" / f"{site}.jsonl", every[number::4])
+    write_jsonl(folder / "test.jsonl", every[3::4])
+    return folder
+
+
+@pytest.fixture
+def coordinated(olmoe: Path, house: Path) -> Callable[..., Config]:
+    """`coordinated(*overrides)`: as one who has neither data nor weights configures it; two rounds."""
+
+    def make(*overrides: str) -> Config:
+        return load_config(
+            None,
+            [
+                f"model.path={olmoe}",
+                f"data.labels={json.dumps(sorted(SUBJECTS))}",
+                "training.learning_rate=1e-2",
+                "statistics.min_tokens=4",
+                "run.rounds=2",
+                "tracking.tensorboard=false",
+                "federation.engine=flower",
+                "clients.partition=files",
+                *overrides,
+            ],
+        )
+
+    return make
+
+
+def sites(folder: Path, house: Path, config: Config) -> dict[str, Answers]:
+    """A service for each site; each with its own copy of nothing but its own data."""
+    services: dict[str, Answers] = {}
+    for name in SITES:
+        data = house / "train" / f"{name}.jsonl"
+        toml = f'name = "{name}"\n[data]\ntrain = "{data}"\n[limits]\nmin_tokens = 4\nmin_examples = 4\n'
+        site = make_site(folder / name, toml)
+        services[name] = Service(name, site.memory("run"), lambda site=site: open_site(site, config, "run"))  # type: ignore[misc]
+    return services
+
+
+def run(out: Path, link: Direct, config: Config, resume: bool = False) -> dict[str, Any]:
+    folder = RunFolder(out)
+    if not resume:
+        folder.begin(config)
+    return execute(Coordinator.connect(link, config, folder), folder, Silent())
+
+
+def in_process(out: Path, house: Path, config: Config) -> dict[str, Any]:
+    folder = RunFolder(out)
+    here = changed(changed(config, "federation", engine="in_process"), "data", train=str(house / "train"))
+    prepared = prepare(here, folder.clients)
+    folder.begin(here)
+    return execute(prepared, folder, Silent())
+
+
+def same_runs(one: Path, other: Path) -> None:
+    assert metrics(one) == metrics(other)
+    for kind in ("model", "best"):
+        assert model_bytes(one / kind) == model_bytes(other / kind)
+    summaries = [json.loads((out / "summary.json").read_text()) for out in (one, other)]
+    for summary in summaries:
+        del summary["seconds"], summary["versions"]
+    assert summaries[0] == summaries[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_run_over_sites_is_the_run_in_one_process(
+    coordinated: Callable[..., Config], house: Path, tmp_path: Path, dtype: str
+) -> None:
+    config = coordinated(f"wire.dtype={dtype}")
+    link = Direct(sites(tmp_path / "sites", house, config))
+    summary = run(tmp_path / "sites-run", link, config)
+    in_process(tmp_path / "here", house, config)
+    same_runs(tmp_path / "sites-run", tmp_path / "here")
+    assert summary["failures"] == []
+    assert summary["final_accuracy"] is not None
+    assert summary["accuracy_of"].startswith("clients' held-out parts")
+    assert [kind for kind, _ in link.asked if kind == "query.start"] == ["query.start"]
+    assert not list((tmp_path / "sites").rglob("update.safetensors"))  # forgotten at the end
+
+
+def test_with_a_test_set_the_coordinator_scores_too(
+    coordinated: Callable[..., Config], house: Path, tmp_path: Path
+) -> None:
+    config = coordinated(f"data.test={house / 'test.jsonl'}")
+    link = Direct(sites(tmp_path / "sites", house, config))
+    summary = run(tmp_path / "sites-run", link, config)
+    in_process(tmp_path / "here", house, config)
+    same_runs(tmp_path / "sites-run", tmp_path / "here")
+    assert summary["accuracy_of"] == "global test set"
+    assert "query.start" not in {kind for kind, _ in link.asked}  # it has the weights itself
+
+
+def test_a_simulation_is_the_run_in_one_process(settings: list[str], tmp_path: Path) -> None:
+    config = load_config(None, [*settings, "run.rounds=2", "training.epochs=1", "federation.engine=simulation"])
+    out = tmp_path / "simulated"
+    dealt = DealtClients(config, out / "clients")
+    services: dict[str, Answers] = {
+        name: Service(name, dealt.open(name).data.memory.folder, lambda name=name: dealt.open(name))  # type: ignore[misc]
+        for name in dealt.names
+    }
+    run(out, Direct(services), config)
+    here = changed(config, "federation", engine="in_process")
+    folder = RunFolder(tmp_path / "here")
+    prepared = prepare(here, folder.clients)
+    folder.begin(here)
+    execute(prepared, folder, Silent())
+    same_runs(out, tmp_path / "here")
+
+
+def test_an_encoder_decoder_model_goes_over_sites_too(
+    coordinated: Callable[..., Config], house: Path, tmp_path: Path, model_folder: Callable[..., Path]
+) -> None:
+    config = coordinated(f"model.path={model_folder('switch_transformers')}", "run.rounds=1")
+    run(tmp_path / "sites-run", Direct(sites(tmp_path / "sites", house, config)), config)
+    in_process(tmp_path / "here", house, config)
+    same_runs(tmp_path / "sites-run", tmp_path / "here")
+
+
+def test_a_family_with_frozen_parts_is_saved_with_them(
+    coordinated: Callable[..., Config], house: Path, tmp_path: Path, model_folder: Callable[..., Path]
+) -> None:
+    config = coordinated(f"model.path={model_folder('ernie4_5_moe')}", "run.rounds=1")
+    run(tmp_path / "sites-run", Direct(sites(tmp_path / "sites", house, config)), config)
+    in_process(tmp_path / "here", house, config)
+    same_runs(tmp_path / "sites-run", tmp_path / "here")
+
+
+# ------------------------------------------------------------------------------------------------------ resuming
+
+
+@pytest.mark.parametrize("warm", [True, False])
+@pytest.mark.parametrize(("round", "stage"), [(0, "completed"), (1, "summing"), (2, "evaluating")])
+def test_a_coordinator_that_breaks_off_resumes_to_the_same_bytes(
+    coordinated: Callable[..., Config],
+    house: Path,
+    finished: Path,
+    tmp_path: Path,
+    round: int,
+    stage: str,
+    warm: bool,
+) -> None:
+    config = coordinated()
+    services = sites(tmp_path / "sites", house, config)
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config)
+    first = Coordinator.connect(Direct(services), config, folder)
+    with pytest.raises(KeyboardInterrupt):
+        execute(first, folder, Silent(lambda *where: where[:2] == (round, stage) and where[2] > 0))
+    link = Direct(services if warm else sites(tmp_path / "sites", house, config))
+    run(tmp_path / "run", link, config, resume=True)
+    same_runs(tmp_path / "run", finished)
+    assert "query.start" not in {kind for kind, _ in link.asked}  # what it starts from is in the checkpoint
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, olmoe: Path, house: Path) -> Path:
+    """The run that was not broken off."""
+    out = tmp_path_factory.mktemp("finished")
+    overrides = [f"model.path={olmoe}", f"data.labels={json.dumps(sorted(SUBJECTS))}", "training.learning_rate=1e-2"]
+    overrides += ["statistics.min_tokens=4", "run.rounds=2", "tracking.tensorboard=false", "clients.partition=files"]
+    in_process(out / "run", house, load_config(None, overrides))
+    return out / "run"
+
+
+# ------------------------------------------------------------------------------------------------- who does not fit
+
+
+class Tampering:
+    """A site that changes what it says."""
+
+    def __init__(self, inner: Answers, verb: str, change: Callable[[Any], Any]) -> None:
+        self.inner, self.verb, self.change = inner, verb, change
+
+    def answer(self, verb: str, parcel: Parcel) -> Parcel:
+        answer = self.inner.answer(verb, parcel)
+        if verb != self.verb:
+            return answer
+        changed = self.change(decode(travel(answer), tuple(MESSAGES.values())))
+        return changed if isinstance(changed, Parcel) else encode(changed)
+
+
+def shifted(start: Start) -> Start:
+    values = start.weights[SHARED].values.clone()
+    values[-1] += 1e-3
+    return replace(start, weights={**start.weights, SHARED: Packed(values)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shifted, r"east: sent other weights \([0-9a-f]{12}\) than it announced"),
+        (lambda s: replace(s, weights={SHARED: s.weights[SHARED]}), r"east: the weights that it sent do not fit"),
+        (lambda s: replace(s, weights={**s.weights, SHARED: Packed(torch.zeros(3))}), r"do not fit the model: shared"),
+        (
+            lambda s: replace(s, weights={**s.weights, ParameterGroup("gate", 9, 9): Packed(torch.zeros(3))}),
+            "do not fit",
+        ),
+        (lambda s: replace(s, constants={"more": torch.zeros(3)}), "do not fit the model: constants: more"),
+    ],
+)
+def test_weights_to_start_from_that_are_not_those_announced_are_refused(
+    coordinated: Callable[..., Config],
+    house: Path,
+    tmp_path: Path,
+    change: Callable[[Start], Start],
+    message: str,
+) -> None:
+    config = coordinated()
+    services = sites(tmp_path / "sites", house, config)
+    services["east"] = Tampering(services["east"], "start", change)
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "run", Direct(services), config)
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_initial_weights_are_the_models_own(coordinated: Callable[..., Config], house: Path, tmp_path: Path) -> None:
+    config = coordinated()
+    link = Direct(sites(tmp_path / "sites", house, config))
+    centre = Coordinator.connect(link, config, RunFolder(tmp_path / "run"))
+    moe = MoEModel.load(config.model.path)
+    weights = centre.initial_weights()
+    assert list(weights) == list(moe.layout.groups)
+    assert all(torch.equal(weights[group], value) for group, value in moe.read().items())
+    assert centre.layout == moe.layout
+    assert centre.evaluate(weights) is None
+    assert {p.device.type for p in centre.bench.moe.model.parameters()} == {"meta"}  # never loaded
+
+
+def test_a_site_with_other_weights_is_refused_and_the_run_goes_on(
+    coordinated: Callable[..., Config], house: Path, tmp_path: Path, model_folder: Callable[..., Path]
+) -> None:
+    config = coordinated("run.rounds=1")
+    services = sites(tmp_path / "sites", house, config)
+    other = changed(config, "model", path=str(model_folder("olmoe", seed=5)))
+    services["lab"] = sites(tmp_path / "sites", house, other)["lab"]
+    summary = run(tmp_path / "run", Direct(services), config)
+    assert [(f["client"], f["stage"]) for f in summary["failures"]] == [("lab", "join")]
+    assert summary["failures"][0]["reason"].startswith("refused: its model weights differ")
+    assert metrics(tmp_path / "run")[1]["clients"] == ["east", "ward"]
+
+
+def test_a_hash_of_weights_that_no_site_has_ends_the_run_before_it_begins(
+    coordinated: Callable[..., Config], house: Path, tmp_path: Path
+) -> None:
+    config = coordinated(f"model.weights_hash={'0' * 64}")
+    with pytest.raises(UserError, match=r"0 sites are connected and fit.*east: its model weights differ"):
+        run(tmp_path / "run", Direct(sites(tmp_path / "sites", house, config)), config)
+
+
+def test_a_hash_of_weights_that_the_coordinator_has_not_is_its_own_mistake(
+    coordinated: Callable[..., Config], house: Path, tmp_path: Path
+) -> None:
+    config = coordinated(f"model.weights_hash={'0' * 64}", f"data.test={house / 'test.jsonl'}")
+    with pytest.raises(UserError, match=r"model.weights_hash = '0000.*': the coordinator's model has [0-9a-f]{64}"):
+        Coordinator.connect(Direct({}), config, RunFolder(tmp_path / "run"))
+
+
+def test_weights_are_the_coordinators_though_its_whole_test_set_is_too_long(
+    coordinated: Callable[..., Config], house: Path, tmp_path: Path, model_folder: Callable[..., Path]
+) -> None:
+    data = write_jsonl(tmp_path / "long.jsonl", [{"text": "word " * 500, "label": "food"}])
+    config = coordinated(f"data.test={data}", "data.too_long=drop")
+    other = changed(config, "model", path=str(model_folder("olmoe", seed=5)))
+    services = sites(tmp_path / "sites", house, other)
+    centre = Coordinator.connect(Direct(services), config, RunFolder(tmp_path / "run"))
+    assert centre.test is None
+    with pytest.raises(UserError, match=r"0 sites are connected and fit.*its model weights differ"):
+        centre.federation.members()
+
+
+def test_classes_must_be_named_where_no_one_sees_all_rows(coordinated: Callable[..., Config], tmp_path: Path) -> None:
+    for more in ([], ["data.test=docstrings"]):
+        config = coordinated("data.labels=[]", *more)
+        with pytest.raises(UserError, match=r"data.labels = \[\]: sites see their own rows alone"):
+            Coordinator.connect(Direct({}), config, RunFolder(tmp_path / "run"))
+    with pytest.raises(UserError, match="0 sites are connected"):
+        Coordinator.connect(Direct({}), coordinated("data.labels=[]", "data.kind=text"), RunFolder(tmp_path / "run"))
+
+
+# ------------------------------------------------------------------------------------------- who breaks or cheats
+
+
+def times(factor: float) -> Callable[[Update], Update]:
+    def change(update: Update) -> Update:
+        return replace(update, groups={group: Packed(p.values * factor) for group, p in update.groups.items()})
+
+    return change
+
+
+def without_one(update: Update) -> Update:
+    return replace(update, groups=dict(list(update.groups.items())[1:]))
+
+
+def poisoned(update: Update) -> Update:
+    values = update.groups[SHARED].values.clone()
+    values[3] = torch.nan
+    return replace(update, groups={**update.groups, SHARED: Packed(values)})
+
+
+@pytest.mark.parametrize(
+    ("verb", "change", "reason"),
+    [
+        ("train", lambda s: replace(s, loss=float("nan")), "its loss is nan"),
+        ("train", lambda s: replace(s, norm_G=s.norm_G * 1e6), "times as long as the median one"),
+        ("train", lambda s: replace(s, norm_G=-s.norm_G), "norm_G is negative"),
+        ("train", lambda s: replace(s, update_L_E_S=s.update_L_E_S[..., :8].clone()), "update_L_E_S is torch.float16"),
+        ("train", lambda s: replace(s, round=0), "its statistics are of round 0, not 1"),
+        ("train", lambda s: Parcel({**encode(s).head, "examples": 10**400}, encode(s).arrays), "a damaged statistics"),
+        ("train", lambda s: replace(s, client="ward"), "it answers as 'ward'"),
+        ("update", times(1e6), "but its statistics said"),
+        ("update", poisoned, "shared: not finite"),
+        ("update", without_one, "requested but missing"),
+        ("update", lambda u: replace(u, groups={**u.groups, SHARED: Packed(torch.zeros(3))}), "shape [3], expected"),
+        ("update", lambda u: replace(u, round=7), "its update is of round 7, not 1"),
+        ("evaluate", lambda s: replace(s, accuracy=1e9), "its accuracy is 1000000000.0"),
+        ("evaluate", lambda s: replace(s, loss=float("inf")), "its loss is inf"),
+    ],
+)
+def test_a_site_that_sends_nonsense_is_named_and_left_out_and_the_run_completes(
+    coordinated: Callable[..., Config],
+    house: Path,
+    tmp_path: Path,
+    verb: str,
+    change: Callable[[Any], Any],
+    reason: str,
+) -> None:
+    config = coordinated("run.rounds=1")
+    services = sites(tmp_path / "sites", house, config)
+    services["lab"] = Tampering(services["lab"], verb, change)
+    summary = run(tmp_path / "run", Direct(services), config)
+    named = [fault for fault in summary["failures"] if fault["round"] == 1]
+    assert [(fault["client"], fault["stage"]) for fault in named] == [("lab", verb)]
+    assert reason in named[0]["reason"]
+    line = metrics(tmp_path / "run")[1]
+    assert line["clients"] == (["east", "ward"] if verb == "train" else list(SITES))
+    assert set(line["client_accuracies"]) == ({"east", "ward"} if verb == "evaluate" else set(SITES))
+    moved = MoEModel.load(tmp_path / "run" / "model").read([SHARED])[SHARED]
+    assert bool(moved.isfinite().all())
+    assert not torch.equal(moved, MoEModel.load(config.model.path).read([SHARED])[SHARED])
+
+
+@pytest.mark.parametrize("stage", ["train", "update", "evaluate"])
+def test_a_site_that_goes_away_costs_its_share_and_comes_back(
+    coordinated: Callable[..., Config], house: Path, tmp_path: Path, stage: str
+) -> None:
+    config = coordinated()
+    services = sites(tmp_path / "sites", house, config)
+    link = Direct(services)
+    inner = services["lab"]
+
+    class Leaving:
+        def answer(self, verb: str, parcel: Parcel) -> Parcel:
+            if verb == stage and "lab" not in gone:
+                gone.add("lab")
+                link.away.add(1)
+                return Parcel({"protocol": 1, "kind": "half"}, {})  # what comes last is not whole
+            return inner.answer(verb, parcel)
+
+    gone: set[str] = set()
+    link.services[1] = Leaving()
+
+    def back(round: int, at: str, done: int) -> bool:
+        if (round, at) == (1, "completed"):
+            link.away.clear()
+        return False
+
+    if stage == "evaluate":
+        gone.add("lab")  # not yet at the evaluation before the first round
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config)
+    centre = Coordinator.connect(link, config, folder)
+    gone.clear()
+    summary = execute(centre, folder, Silent(back))
+    assert summary["rounds"] == 2
+    assert {fault["client"] for fault in summary["failures"]} == {"lab"}
+    assert metrics(tmp_path / "run")[2]["clients"] == list(SITES)
+    assert metrics(tmp_path / "run")[2]["failures"] == []
+
+
+def test_bytes_are_told_by_site_up_and_down(coordinated: Callable[..., Config], house: Path, tmp_path: Path) -> None:
+    config = coordinated("run.rounds=1", "wire.dtype=bfloat16", "algorithm.name=fedavg")
+    run(tmp_path / "run", Direct(sites(tmp_path / "sites", house, config)), config)
+    line = metrics(tmp_path / "run")[1]
+    trained = sum(MoEModel.load(config.model.path).layout.sizes.values())
+    assert line["bytes_down_by_client"] == dict.fromkeys(SITES, 2 * 2 * trained)  # to train, and to be scored
+    statistics = line["bytes_up_statistics"] // 3
+    assert line["bytes_up_by_client"] == dict.fromkeys(SITES, 2 * trained + statistics)
+
+
+def test_a_run_that_nobody_scores_ends_well(coordinated: Callable[..., Config], house: Path, tmp_path: Path) -> None:
+    config = coordinated("clients.held_out=0", "run.rounds=1")
+    summary = run(tmp_path / "run", Direct(sites(tmp_path / "sites", house, config)), config)
+    assert summary["final_accuracy"] is None
+    assert (summary["final_loss"], summary["best_round"], summary["client_accuracies"]) == (None, None, {})
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()

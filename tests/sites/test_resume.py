@@ -1,0 +1,136 @@
+"""Whatever of the coordinator's side is killed, `--resume` ends with the model of a run that nothing happened to."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.sites.conftest import Deployment, Run, deployed, merged, on_one_machine, settings
+
+pytestmark = pytest.mark.sites
+
+PAIR = ("north", "south")
+
+
+@pytest.fixture(scope="module")
+def tables(olmoe: Path, texts: Path) -> dict[str, Any]:
+    """Two rounds of two sites, scored by the coordinator alone: the fewest messages that can be interrupted."""
+    return merged(
+        settings(olmoe),
+        {
+            "run__rounds": 2,
+            "data__test": str(texts / "test.jsonl"),
+            "evaluation__clients": False,
+            "federation__min_sites": 2,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tables: dict[str, Any]) -> Run:
+    """What all of these runs must come to."""
+    return on_one_machine(tmp_path_factory.mktemp("whole") / "run", "in_process", tables, PAIR)
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory, tables: dict[str, Any]) -> Iterator[Deployment]:
+    with deployed(tmp_path_factory.mktemp("resume") / "deployed", tables) as running:
+        for site in PAIR:
+            running.add(site)
+        yield running
+
+
+def kill_coordinator(deployment: Deployment) -> None:
+    assert deployment.loopback.kill_app("superlink")
+
+
+def assert_whole(run: Run, whole: Run, said: str) -> None:
+    assert run.model == whole.model
+    assert run.rounds == [0, 1, 2]
+    assert run.measured == whole.measured
+    assert run.status["state"] == "complete"
+    assert run.summary["failures"] == []
+    assert "fedalign_moe after 2 rounds" in said
+
+
+def test_the_coordinator_killed_between_rounds(deployment: Deployment, whole: Run) -> None:
+    with deployment.started("between") as (run, command):
+        command.wait(lambda: run.rounds == [0, 1], "round 1 is complete")
+        kill_coordinator(deployment)
+        first = run.lines[1]
+        assert command.finish() == 2, command.said  # who watches is told, and how to go on
+        assert f"go on with: fedalign run --resume {run.path}" in command.said
+        assert run.rounds == [0, 1]
+    said = deployment.resume(run)
+    assert run.lines[1] == first  # to the second: round 1 was not run again
+    assert_whole(run, whole, said)
+
+
+def test_the_coordinator_killed_in_mid_round(deployment: Deployment, whole: Run) -> None:
+    with deployment.started("middle") as (run, command):
+        command.wait(lambda: run.reached(2, "training", 1), "a site has trained in round 2")
+        kill_coordinator(deployment)
+        command.kill()  # as when the machine loses power
+        assert run.rounds == [0, 1]
+    assert_whole(run, whole, deployment.resume(run))
+
+
+def test_who_watches_killed_and_the_coordinator_goes_on(deployment: Deployment, whole: Run) -> None:
+    with deployment.started("watched") as (run, command):
+        command.wait(lambda: run.reached(1, "training", 0), "round 1 has begun")
+        command.kill()
+    flower_run, coordinator = (run.path / "flower" / "run-id").read_text(), run.status["pid"]
+    with deployment.command("run", "--resume", run.path) as again:
+        again.wait(lambda: run.rounds == [0, 1], "round 1 is complete")
+        assert run.status["pid"] == coordinator  # it was found again, not started anew
+        assert again.finish() == 0, again.said
+    assert (run.path / "flower" / "run-id").read_text() == flower_run
+    assert_whole(run, whole, again.said)
+
+
+def test_ctrl_c_stops_the_run_and_it_can_be_resumed(deployment: Deployment, whole: Run) -> None:
+    with deployment.started("interrupted") as (run, command):
+        command.wait(lambda: run.rounds == [0, 1], "round 1 is complete")
+        os.kill(command.process.pid, signal.SIGINT)
+        assert command.finish(60) == 130, command.said
+        assert f"Interrupted. Complete rounds are kept; go on with: fedalign run --resume {run.path}" in command.said
+    flower_run = (run.path / "flower" / "run-id").read_text()
+    assert status_of(deployment, flower_run) == "finished:stopped"
+    assert_whole(run, whole, deployment.resume(run))
+
+
+def status_of(deployment: Deployment, flower_run: str) -> str:
+    runs = deployment.loopback._ask("list", "loopback", "--run-id", flower_run)["runs"]
+    return str(runs[0]["status"])
+
+
+def test_the_superlink_killed_with_all_that_it_started(deployment: Deployment, whole: Run) -> None:
+    with deployment.started("superlink") as (run, command):
+        command.wait(lambda: run.reached(2, "training", 0), "round 2 has begun")
+        deployment.loopback.kill("superlink")
+        assert command.finish() == 2, command.said
+        assert f"fedalign run --resume {run.path}" in command.said
+        assert run.rounds == [0, 1]
+    deployment.loopback.start_superlink()  # on the same port and database; the sites find it again
+    assert_whole(run, whole, deployment.resume(run))
+
+
+def test_too_few_sites_are_told_at_once(deployment: Deployment) -> None:
+    with deployment.started("few", federation__min_sites=3, federation__wait_seconds=5) as (run, command):
+        assert command.finish(120) == 2
+    found = re.search(
+        r"(\d) sites are connected and fit, federation.min_sites = 3 are needed; waited 5 s", command.said
+    )
+    assert found, command.said
+    unheard = re.search(r"Connected, but not heard yet: (\d)\.", command.said)
+    assert int(found[1]) + (int(unheard[1]) if unheard else 0) == 2
+    assert "Traceback" not in command.said
+    assert run.status["state"] == "failed"
+    assert found[0] in run.status["error"]
+    assert run.rounds == []
