@@ -272,6 +272,8 @@ def check_statistics(report: Statistics, layout: Layout, options: StatisticsConf
         return f"it reports {report.examples} examples and {report.tokens} tokens"
     if not math.isfinite(report.loss):
         return f"its loss is {report.loss}"
+    if not all(math.isfinite(value) for value in report.metrics.values()):
+        return "its metrics are not finite"
     cells = (layout.layers, layout.experts)
     shapes = {
         "prob_L_E": cells,

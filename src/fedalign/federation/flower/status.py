@@ -17,7 +17,6 @@ from fedalign.errors import UserError
 from fedalign.protocol import Layout, Plan, Statistics
 
 State = Literal["starting", "running", "failed", "complete"]
-SECONDS = 0.5  # between two writes, at least
 PATIENCE = 1.0  # seconds that a run folder may be held before another coordinator is said to run it
 
 
@@ -39,16 +38,14 @@ class Beacon:
 
     def __init__(self, folder: Path) -> None:
         self.path = status_file(folder)
-        self._written = 0.0
 
     def begin(self) -> None:
         """The run is on."""
         self._write(Status("running", os.getpid()))
 
     def progress(self, round: int, stage: str, done: int, total: int) -> None:
-        """Say so, but not more often than a person could read."""
-        if time.monotonic() - self._written > SECONDS or done in (0, total):
-            self._write(Status("running", os.getpid(), round, stage, done, total))
+        """Say so at once: who watches waits for the last of them, and wants to know how many are missing."""
+        self._write(Status("running", os.getpid(), round, stage, done, total))
 
     def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
         """Nothing: the health files have it."""
@@ -66,7 +63,6 @@ class Beacon:
 
     def _write(self, status: Status) -> None:
         write_text(self.path, json.dumps(asdict(status)))
-        self._written = time.monotonic()
 
 
 def status_file(folder: Path) -> Path:
