@@ -57,9 +57,9 @@ def serve(folder: SiteFolder, open_service: Callable[[str, str], Service], ready
     current: tuple[tuple[str, str], Service] | None = None
     with Listener(authkey=secret) as listener:
         where = json.dumps({"address": listener.address, "secret": secret.hex(), "pid": os.getpid()})
-        _write_private(file, where)
-        ready()
         try:
+            _write_private(file, where)
+            ready()
             while True:
                 try:
                     with listener.accept() as connection:
