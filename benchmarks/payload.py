@@ -131,7 +131,7 @@ def ours(loopback: Loopback, folder: Path, dtype: str) -> None:
         "training": {"optimizer": "sgd", "learning_rate": 1e-3},
         "algorithm": {"name": "fedavg"},
         "wire": {"dtype": dtype},
-        "tracking": {"tensorboard": False},
+        "tracking": {"loggers": []},
         "federation": {
             "engine": "flower",
             "superlink": loopback.address,

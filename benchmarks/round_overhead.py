@@ -92,7 +92,7 @@ def prepare(folder: Path, rounds: int) -> Path:
         "run": {"rounds": rounds, "threads": 1},
         "data": {"kind": "classification", "train": str(folder / "data"), "labels": ["even", "odd"]},
         "clients": {"partition": "files", "min_examples": 1},
-        "tracking": {"tensorboard": False},
+        "tracking": {"loggers": []},
         "federation": {"engine": "flower", "min_sites": len(SITES)},
     }
     (folder / "federation.toml").write_text(tomli_w.dumps(config))

@@ -52,7 +52,7 @@ def measure(args: argparse.Namespace, engine: str, out: Path) -> str:
         "clients.sample": args.sampled / args.clients,
         "evaluation.clients": "false",
         "evaluation.every": args.rounds,
-        "tracking.tensorboard": "false",
+        "tracking.loggers": "[]",
         "federation.engine": engine,
         "federation.min_sites": args.clients,
         "federation.workers": args.workers,

@@ -292,7 +292,7 @@ def test_a_failure_never_quotes_the_data(
     data.write_text("\n".join([*GOOD, bad, *GOOD]))
     site = make_site(tmp_path / "site", f'name = "ward"\n[data]\ntrain = "{data}"\n')
     asked = changed(site_config, "data", **more)
-    for verb, message in (("hello", NOTHING), ("train", Broadcast(1, {})), ("evaluate", Broadcast(1, {}))):
+    for verb, message in (("hello", NOTHING), ("train", Broadcast(1, {}))):
         caplog.clear()
         failure = fails(serve(site, asked), verb, message)
         assert failure.reason == "its data cannot be used; the reason is in the client's own log"

@@ -1,4 +1,4 @@
-"""The command line: `fedalign run`, `inspect`, `site` and `doctor`. A user's mistake is one message and exit code 2."""
+"""The command line: `fedalign run`, `inspect` and what others add. A user's mistake is one message, exit code 2."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedalign import __version__
+from fedalign.compare_cli import COMPARE_EXAMPLES, compare
 from fedalign.errors import UserError
 from fedalign.site_cli import DOCTOR_EXAMPLES, doctor, site_app
 from fedalign.terminal import err, out, print_table, say
@@ -166,6 +167,7 @@ def inspect(
     print_table(model, _description_rows(moe.describe()))
 
 
+app.command(epilog=COMPARE_EXAMPLES)(compare)
 app.command(epilog=DOCTOR_EXAMPLES)(doctor)
 
 

@@ -20,6 +20,7 @@ from fedalign.algorithms import make
 from fedalign.errors import UserError, unknown
 from fedalign.maths.server_step import ServerOptimizer
 from fedalign.protocol import Algorithm, WireDtype
+from fedalign.trackers import check_trackers
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -187,10 +188,24 @@ class FederationConfig(Section):
 
 
 class TrackingConfig(Section):
-    """`[tracking]`."""
+    """`[tracking]`: who is told the numbers of each round besides the run folder."""
 
-    tensorboard: bool = True
+    loggers: Annotated[tuple[str, ...], Field(strict=False)] = ("tensorboard",)
     health: bool = True  # keep each round's routing, similarities and weights, for the report
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_as_before(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "tensorboard" in values:
+            raise UserError(
+                'tracking.tensorboard: is now tracking.loggers. Write loggers = ["tensorboard"], or [] for none.'
+            )
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> TrackingConfig:
+        check_trackers(self.loggers)
+        return self
 
 
 class Config(Section):

@@ -4,7 +4,7 @@ config.toml     as resolved           metrics.jsonl   one line a round, all numb
 summary.json    how it went           checkpoint/     to resume from
 model/  best/   Hugging Face folders  clients/        what each client keeps for itself
 health/         routing, similarities and weights of each round
-events.*        for TensorBoard
+events.*        for TensorBoard       trackers.json   ids of this run at MLflow and W&B
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from fedalign.checkpoint import ServerState, replacing, write_text
 from fedalign.config import Config
 from fedalign.errors import UserError
 from fedalign.health import write_health
 from fedalign.protocol import Layout, Metrics, Plan, Statistics, Weights
 from fedalign.server import accuracy_of, loss_of, merit
+from fedalign.trackers import TrackedRun, open_trackers
 
 SaveModel = Callable[[Weights, Path], None]
 
@@ -84,9 +83,8 @@ class Recorder:
         self.config = config
         self.save_model = save_model
         self._write_metrics(resumed.history)  # lines of a round that was cut off are dropped
-        self._events = (
-            SummaryWriter(str(folder.path), purge_step=resumed.round + 1) if config.tracking.tensorboard else None
-        )
+        followed = TrackedRun(folder.path, flat(config.model_dump(mode="json"), "."), resumed.round)
+        self._trackers = open_trackers(config.tracking.loggers, followed)
 
     def progress(self, round: int, stage: str, done: int, total: int) -> None:
         """Nothing to record."""
@@ -97,20 +95,19 @@ class Recorder:
             write_health(self.folder.health, round, reports, plan, layout)
 
     def completed(self, state: ServerState, improved: bool) -> None:
-        """Add the round's line and events; keep the model if it is the best yet."""
+        """Add the round's line, tell the trackers; keep the model if it is the best yet."""
         self._write_metrics(state.history)
-        if self._events is not None:
-            for name, value in _scalars(state.history[-1]):
-                self._events.add_scalar(name, value, state.round)
-            self._events.flush()
+        scalars = _scalars(state.history[-1])
+        for tracker in self._trackers:
+            tracker.log(state.round, scalars)
         if improved:
             with replacing(self.folder.best) as folder:
                 self.save_model(state.weights, folder)
 
     def finish(self, state: ServerState) -> dict[str, Any]:
         """Write the final model and the summary; return the summary."""
-        if self._events is not None:
-            self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
         with replacing(self.folder.model) as folder:
             self.save_model(state.weights, folder)
         summary = summarise(self.config, state.history)
@@ -135,7 +132,9 @@ def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
         "final_accuracy": accuracy_of(last),
         "best_accuracy": accuracy_of(best),
         "best_round": best.get("round"),
-        "accuracy_of": "global test set" if "loss_nats" in first else "clients' held-out parts, weighted by examples",
+        "accuracy_of": f"global {config.evaluation.part} set"
+        if "loss_nats" in first
+        else "clients' held-out parts, weighted by examples",
         "initial_loss": loss_of(first),
         "final_loss": loss_of(last),
         "client_accuracies": last.get("client_accuracies", {}),
@@ -153,12 +152,23 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 
-def _scalars(line: Metrics) -> list[tuple[str, float]]:
+def _scalars(line: Metrics) -> dict[str, float]:
     """All numbers of a round, nested ones by path."""
-    scalars: list[tuple[str, float]] = []
-    for name, value in line.items():
-        if isinstance(value, Mapping):
-            scalars += [(f"{name}/{key}", item) for key, item in value.items()]
-        elif isinstance(value, int | float) and name != "round":
-            scalars.append((name, value))
-    return scalars
+    values = flat(line, "/")
+    return {name: value for name, value in values.items() if isinstance(value, int | float) and name != "round"}
+
+
+def flat(table: Mapping[str, Any], joint: str) -> dict[str, Any]:
+    """Nested tables as one, names joined.
+
+    >>> flat({"run": {"seed": 0}, "name": "a"}, ".")
+    {'run.seed': 0, 'name': 'a'}
+    """
+    found: dict[str, Any] = {}
+    for name, value in table.items():
+        found |= (
+            {f"{name}{joint}{key}": item for key, item in flat(value, joint).items()}
+            if isinstance(value, Mapping)
+            else {name: value}
+        )
+    return found

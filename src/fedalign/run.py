@@ -19,13 +19,14 @@ from fedalign.federation.in_process import InProcess
 from fedalign.protocol import Evaluation, Federation, Layout, Plan, Statistics, Weights
 from fedalign.results import Recorder, RunFolder
 from fedalign.server import Observer, Server, select
+from fedalign.trackers import require_trackers
 from fedalign.workbench import Workbench, split_among_clients
 
 RESUMABLE = (  # may change on resume
     "run.rounds",
     "run.device",
     "run.threads",
-    "tracking.tensorboard",
+    "tracking.loggers",
     "server.min_clients",
     *(f"federation.{key}" for key in FederationConfig.model_fields if key != "engine"),
 )
@@ -114,6 +115,7 @@ def prepare(config: Config, client_folder: Path) -> Prepared:
     Raises:
         UserError: Anything in the configuration does not fit the model or the data.
     """
+    require_trackers(config.tracking.loggers)
     examples, parts = split_among_clients(config)
     bench = Workbench.load(config)
     clients = {

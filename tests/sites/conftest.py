@@ -43,7 +43,7 @@ def settings(model: Path) -> dict[str, Any]:
         "clients": {"held_out": 0.2, "min_examples": 5},
         "training": {"learning_rate": 1e-2},
         "statistics": {"min_tokens": 4, "min_examples": 1},
-        "tracking": {"tensorboard": False},
+        "tracking": {"loggers": []},
         "federation": {"engine": "flower", "min_sites": 3, "wait_seconds": 180, "timeout_seconds": 200},
     }
 
@@ -184,7 +184,7 @@ class Deployment:
         change: str = "",
         register: bool = True,
     ) -> Path:
-        """A site's folder with its data; `change` is a module that its ClientApps import before anything else."""
+        """A site's folder with its data; `change` is a module that its own processes import first."""
         folder = self.loopback.folder / "sites" / name
         folder.mkdir(parents=True)
         write_jsonl(folder / "data.jsonl", list(lines))
@@ -220,7 +220,7 @@ class Deployment:
     def serve(self, name: str) -> None:
         """Start a site that keeps its model loaded, with its SuperNode."""
         with self._changed(self.sites[name]):
-            self.loopback._start(name, [sys.executable, "-c", SERVE, str(self.sites[name])])
+            self.loopback._start(name, [sys.executable, "-m", "fedalign", "site", "serve", str(self.sites[name])])
 
     @contextmanager
     def _changed(self, folder: Path) -> Iterator[None]:
@@ -286,16 +286,8 @@ class Deployment:
 
 IN_CLIENT_APPS = """
 import sys
-if any(word in argument for argument in sys.orig_argv for word in ("flwr-clientapp", "serve_site")):
+if "serve" in sys.orig_argv or any("flwr-clientapp" in word for word in sys.orig_argv):
     import changed  # the other programs stay as they are
-"""
-SERVE = """
-import sys
-from pathlib import Path
-from fedalign.site import SiteFolder
-from fedalign.site_serve import serve_site
-say = lambda text: print(text, flush=True)
-serve_site(SiteFolder.load(Path(sys.argv[1])), supernode=True, insecure_anywhere=False, say=say)
 """
 
 

@@ -1,0 +1,121 @@
+"""`fedalign compare`: algorithms over seeds, with equal starts, and tables that say how sure they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from fedalign.checkpoint import write_text
+from fedalign.compare.folder import ComparisonFolder, Part, set_aside, standing
+from fedalign.compare.overview import Overview
+from fedalign.compare.plan import Cell, Point, Request, cells, line_name
+from fedalign.compare.schedule import Task, run_all, slots_for
+from fedalign.compare.tables import (
+    Finished,
+    Table,
+    final_scores,
+    notes,
+    paired_differences,
+    to_latex,
+    to_markdown,
+    write_csv,
+)
+from fedalign.compare.tune import Choices, choose, record, tuning_cells, why_not
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a comparison ended."""
+
+    tables: tuple[Table, ...]
+    notes: tuple[str, ...]
+    failed: dict[str, str]  # run or line -> reason
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A request, where its results go, and how many runs go side by side."""
+
+    request: Request
+    folder: ComparisonFolder
+    jobs: int | None
+    console: Console
+    tell: Tell
+
+    def run(self, overwrite: bool = False) -> Outcome:
+        """Make every run that is not there yet, then the tables.
+
+        Raises:
+            UserError: The folder holds something else.
+            KeyboardInterrupt: It was broken off; calling again goes on.
+        """
+        self.folder.check(self.request, overwrite)
+        with self.folder.locked() as lock:
+            self.folder.begin(self.request, overwrite)
+            chosen, untuned = self._tuned(lock) if self.request.tune else (None, {})
+            tasks = self._run(cells(self.request, chosen), "runs", "Comparison", lock)
+            missing = {task.cell.name: task.reason for task in tasks if task.state == "failed"}
+            missing |= {line_name(*line): reason for line, reason in untuned.items()}
+            return self._publish([task for task in tasks if task.state == "finished"], missing)
+
+    def _tuned(self, lock: int) -> tuple[dict[tuple[str, Point], tuple[str, ...]], dict[tuple[str, Point], str]]:
+        """Settings of each line that was tuned, and why others could not be; what was chosen once stays."""
+        choices = Choices.load(self.folder.tuned)
+        tasks = self._run(tuning_cells(self.request, [one.line for one in choices.tuned]), "tune", "Tuning", lock)
+        untuned = why_not(tasks)
+        new = choose(tasks)
+        if new:
+            record(self.folder.tune_results, [task for task in tasks if _line(task.cell) not in untuned])
+            choices = Choices(tuned=(*choices.tuned, *new))
+            choices.save(self.folder.tuned)
+        return {one.line: one.settings for one in choices.tuned}, untuned
+
+    def _run(self, planned: Sequence[Cell], part: Part, title: str, lock: int) -> list[Task]:
+        tasks = [self._task(cell, part) for cell in planned]
+        with Overview(self.console, title, tasks) as overview:
+            run_all(tasks, slots_for(self.request.base, self.jobs), overview, held=(lock,))
+        return tasks
+
+    def _task(self, cell: Cell, part: Part) -> Task:
+        """A run as far as it is; a damaged one is told, kept beside and done anew."""
+        folder = self.folder.run(cell, part)
+        task = Task(cell, folder, self.folder.log(cell, part))
+        found = standing(cell, folder)
+        if found.state == "damaged":
+            aside = set_aside(folder)
+            self.tell(f"{cell.name}: damaged ({found.reason}). It is kept as {aside} and done anew.")
+            return task
+        task.history = found.history
+        if found.state == "finished":
+            task.state = "finished"
+        return task
+
+    def _publish(self, done: Sequence[Task], missing: dict[str, str]) -> Outcome:
+        """Everything that is made from finished runs."""
+        runs = [Finished(task.cell, task.history) for task in done]
+        write_csv(self.folder.results, self.request, runs)
+        tables = (final_scores(self.request, runs), paired_differences(self.request, runs))
+        shown = tuple(table for table in tables if table.sections and any(lines for _, lines in table.sections))
+        said = tuple(notes(self.request, missing.items()))
+        write_text(self.folder.markdown, to_markdown(shown, said))
+        write_text(self.folder.latex, to_latex(shown, said))
+        return Outcome(shown, said, missing)
+
+
+def open_comparison(path: Path, jobs: int | None, console: Console, tell: Tell) -> Comparison:
+    """A comparison to go on with.
+
+    Raises:
+        UserError: There is none.
+    """
+    folder = ComparisonFolder(path)
+    return Comparison(folder.read(), folder, jobs, console, tell)
+
+
+def _line(cell: Cell) -> tuple[str, Point]:
+    return cell.choice.label, cell.point

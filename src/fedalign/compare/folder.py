@@ -1,0 +1,200 @@
+"""The folder of a comparison: what was asked for, a run folder for each run, and the tables.
+
+comparison.toml   what was asked for       results.csv            one line a run and round
+runs/             finished runs, kept      table.md, table.tex    final scores
+logs/             what each run printed    tune/ tune.csv tuned.toml   how hyper-parameters were chosen
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+
+from fedalign.checkpoint import write_text
+from fedalign.compare.plan import Cell, Request, differences
+from fedalign.config import read_config
+from fedalign.errors import UserError
+from fedalign.protocol import Metrics
+from fedalign.results import RunFolder
+
+Part = Literal["runs", "tune"]
+
+
+class ComparisonFolder:
+    """One comparison's output folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.request = path / "comparison.toml"
+        self.results = path / "results.csv"
+        self.markdown = path / "table.md"
+        self.latex = path / "table.tex"
+        self.tune_results = path / "tune.csv"
+        self.tuned = path / "tuned.toml"
+
+    def run(self, cell: Cell, part: Part) -> RunFolder:
+        """Where a run is kept."""
+        return RunFolder(self.path / part / cell.path)
+
+    def log(self, cell: Cell, part: Part) -> Path:
+        """What a run prints."""
+        return self.path / "logs" / part / f"{cell.path}.log"
+
+    def read(self) -> Request:
+        """What was asked for.
+
+        Raises:
+            UserError: The folder holds no comparison.
+        """
+        try:
+            return Request.read(self.request.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"--resume {str(self.path)!r}: holds no comparison (no comparison.toml). Give the --out of one."
+            ) from None
+        except (OSError, ValueError, ValidationError, UserError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{str(self.request)!r}: cannot be read ({reason}). Give another --out, or --overwrite."
+            ) from None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[int]:
+        """Hold the folder: the file descriptor is handed to runs, which may outlive who started them.
+
+        Raises:
+            UserError: Somebody else holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"--out {str(self.path)!r}: a comparison is at work there, or runs that it left behind. "
+                    "Wait for it, end it, or give another --out."
+                ) from None
+            yield lock.fileno()
+
+    def check(self, request: Request, overwrite: bool) -> None:
+        """Refuse a place where anything but this comparison would be lost.
+
+        Raises:
+            UserError: The folder holds another comparison and `overwrite` is not set, or holds something else.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {str(self.path)!r}: is a file. Give a folder that does not exist yet.")
+        if not self.path.exists() or not any(path.name != ".lock" for path in self.path.iterdir()):
+            return
+        if not self.request.exists():
+            raise UserError(
+                f"--out {str(self.path)!r}: is not empty and holds no comparison. Give a new or empty folder."
+            )
+        if overwrite:
+            return
+        found = differences(self.read(), request)
+        if found:
+            raise UserError(
+                f"--out {str(self.path)!r}: holds another comparison: {'; '.join(found)}. "
+                "Give another --out, or replace it: --overwrite."
+            )
+
+    def begin(self, request: Request, overwrite: bool) -> None:
+        """Write down what is asked for; call it while `locked`."""
+        if overwrite and self.request.exists():
+            for path in self.path.iterdir():
+                if path.name != ".lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_text(self.request, request.to_toml())
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run folder is."""
+
+    state: Literal["waiting", "begun", "finished", "damaged"]
+    history: Sequence[Metrics] = ()
+    reason: str = ""  # of the damage
+
+
+def standing(cell: Cell, folder: RunFolder) -> Standing:
+    """Look at what an earlier comparison left of a run.
+
+    Raises:
+        UserError: The folder belongs to another configuration.
+    """
+    if not folder.path.exists() or not any(folder.path.iterdir()):
+        return Standing("waiting")
+    try:
+        config = read_config(folder.config.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Standing("damaged", reason="it has no config.toml")
+    except (OSError, ValueError, UserError) as error:
+        return Standing("damaged", reason=f"config.toml: {error}")
+    if config != cell.config:
+        raise UserError(
+            f"{str(folder.path)!r}: is a run with another configuration than {cell.name}. "
+            "Give another --out, or replace the whole comparison: --overwrite."
+        )
+    try:
+        if not folder.summary.exists():
+            _check_checkpoint(folder.checkpoint)
+            return Standing("begun", read_history(folder))
+        json.loads(folder.summary.read_text(encoding="utf-8"))
+        history = read_history(folder, strict=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        return Standing("damaged", reason=str(error))
+    rounds = [line.get("round") for line in history]
+    if rounds != list(range(cell.config.run.rounds + 1)):
+        return Standing(
+            "damaged", reason=f"metrics.jsonl holds {len(rounds)} lines, not rounds 0 to {config.run.rounds}"
+        )
+    return Standing("finished", history)
+
+
+def set_aside(folder: RunFolder) -> Path:
+    """Rename a damaged run, so that nothing of it is lost when it is done anew."""
+    names = (folder.path.with_name(f"{folder.path.name}.damaged-{number}") for number in range(1, 10_000))
+    free = next(name for name in names if not name.exists())
+    return folder.path.rename(free)
+
+
+def read_history(folder: RunFolder, *, strict: bool = False) -> list[Metrics]:
+    """The rounds that metrics.jsonl holds; unless `strict`, without what cannot be read of a run at work.
+
+    Raises:
+        ValueError, OSError: `strict`, and it is missing or damaged.
+    """
+    try:
+        lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        if strict:
+            raise ValueError(f"metrics.jsonl: {error}") from None
+        return []
+    if not all(isinstance(line, dict) for line in lines):
+        if strict:
+            raise ValueError("metrics.jsonl: a line is not an object")
+        return []
+    return lines
+
+
+def _check_checkpoint(folder: Path) -> None:
+    """That the latest complete round can be read, without reading its weights."""
+    rounds = sorted(path for path in folder.glob("round-*") if path.is_dir())
+    if not rounds:
+        return
+    state: Any = json.loads((rounds[-1] / "state.json").read_text(encoding="utf-8"))
+    if not isinstance(state, dict):
+        raise ValueError(f"{rounds[-1].name}/state.json is not an object")
+    for name in ("weights.safetensors", "algorithm.safetensors"):
+        with safe_open(rounds[-1] / name, framework="pt"):
+            pass

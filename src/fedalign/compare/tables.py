@@ -1,0 +1,316 @@
+"""From finished runs to results.csv and to tables for people: Markdown, LaTeX and the terminal.
+
+Every mean comes with the 95 % Student-t interval over seeds. Bold is the best mean of a column; † says something else:
+that the interval of the differences to the baseline, taken seed by seed, excludes zero.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedalign.compare.plan import Cell, Point, Request
+from fedalign.compare.statistics import Interval, mean_interval, paired_interval
+from fedalign.live import size
+from fedalign.protocol import Metrics
+from fedalign.server import merit
+
+MARK = "†"
+BySeed = dict[int, float]
+Format = Callable[[float], str]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run with all its rounds."""
+
+    cell: Cell
+    history: Sequence[Metrics]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number that each run has."""
+
+    title: str
+    of: Callable[[Finished], float | None]
+    format: Format
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class TableCell:
+    """Text, and how it stands out."""
+
+    text: str
+    bold: bool = False
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Lines by grid point."""
+
+    title: str
+    header: tuple[str, ...]
+    sections: tuple[tuple[str, tuple[tuple[TableCell, ...], ...]], ...]
+
+
+def _last(metric: str) -> Callable[[Finished], float | None]:
+    """A metric of the last round."""
+    return lambda run: run.history[-1].get(metric)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _nats(value: float) -> str:
+    return f"{value:.3f}"
+
+
+ACCURACIES = (
+    Column("accuracy, %", _last("accuracy"), _percent, True),
+    Column("mean client, %", _last("client_accuracy_mean"), _percent, True),
+    Column("worst client, %", _last("client_accuracy_worst"), _percent, True),
+)
+LOSSES = (
+    Column("loss, nats", _last("loss_nats"), _nats, False),
+    Column("clients' loss, nats", _last("client_loss_mean_nats"), _nats, False),
+)
+SENT = Column("sent up", lambda run: float(sum(line.get("bytes_up", 0) for line in run.history)), size, False)
+
+
+def final_scores(request: Request, runs: Sequence[Finished]) -> Table:
+    """Final scores, bytes and speed of every algorithm at every grid point."""
+    columns = qualities(runs)
+    baseline = request.baseline
+    header = ("algorithm", "seeds", *(column.title for column in (*columns, SENT)), f"rounds to {baseline}'s end")
+    sections = []
+    for point in request.points:
+        grouped = _by_label(runs, point)
+        measured = [[_values(grouped[label], column) for label in grouped] for column in (*columns, SENT)]
+        shown = [
+            _with_intervals(column, values, _values(grouped.get(baseline, {}), column))
+            for column, values in zip((*columns, SENT), measured, strict=True)
+        ]
+        speed = [_rounds(grouped[label], grouped.get(baseline, {})) for label in grouped]
+        lines = tuple(
+            (TableCell(label), TableCell(str(len(grouped[label]))), *(cells[i] for cells in shown), speed[i])
+            for i, label in enumerate(grouped)
+        )
+        sections.append((_point_title(point), lines))
+    return Table("Final scores", header, tuple(sections))
+
+
+def paired_differences(request: Request, runs: Sequence[Finished]) -> Table:
+    """Differences to the baseline, seed by seed."""
+    columns, baseline = qualities(runs), request.baseline
+    header = ("algorithm", "pairs", *(_difference_title(column.title) for column in columns))
+    sections = []
+    for point in request.points:
+        grouped = _by_label(runs, point)
+        base = grouped.pop(baseline, {})
+        lines = []
+        for label, group in grouped.items():
+            pairs = [paired_interval(_values(group, column), _values(base, column)) for column in columns]
+            count = max((pair.count for pair in pairs if pair is not None), default=0)
+            cells = [_difference(pair, column) for pair, column in zip(pairs, columns, strict=True)]
+            lines.append((TableCell(label), TableCell(str(count)), *cells))
+        if lines:
+            sections.append((_point_title(point), tuple(lines)))
+    return Table(f"Differences to {baseline}, seed by seed", header, tuple(sections))
+
+
+def notes(request: Request, missing: Iterable[tuple[str, str]] = ()) -> list[str]:
+    """What a reader has to know to read the tables."""
+    seeds = ", ".join(map(str, request.seeds))
+    said = [
+        f"After {request.base.run.rounds} rounds, seeds {seeds}. Runs of one seed share start, partition and order of "
+        "batches.",
+        "m ± h: mean over seeds and half-width of its 95 % Student-t interval. Bold: the best mean. Differences are "
+        f"taken seed by seed and have their own t interval; {MARK}: it excludes zero. No correction for many tests.",
+    ]
+    if len(request.seeds) == 1:
+        said.append(
+            "One seed: no interval can be given. These are single runs, and no ground for saying what is better."
+        )
+    said.append(
+        f"Rounds to {request.baseline}'s end: the first round of a seed that scores at least what {request.baseline} "
+        "scores after its last round with that seed."
+    )
+    if request.tune:
+        share = f"{request.base.data.validation:.0%} of the training examples"
+        said.append(
+            f"Learning rate and strength of every algorithm were chosen on a validation part ({share}) with seed "
+            f"{request.seeds[0]}: tune.csv has every run, tuned.toml what was chosen."
+        )
+    together: dict[str, list[str]] = {}
+    for name, reason in missing:
+        together.setdefault(reason, []).append(name)
+    said += [f"Missing: {'; '.join(names)}: {reason}" for reason, names in together.items()]
+    return said
+
+
+def qualities(runs: Sequence[Finished]) -> list[Column]:
+    """Accuracies that some run has; losses where there are none."""
+    for kind in (ACCURACIES, LOSSES):
+        there = [column for column in kind if any(column.of(run) is not None for run in runs)]
+        if there:
+            return there
+    return []
+
+
+def rounds_to(history: Sequence[Metrics], target: float) -> int | None:
+    """The first round that scores at least `target`; None if none does.
+
+    >>> rounds_to([{"round": 0, "accuracy": 0.1}, {"round": 1, "accuracy": 0.6}], 0.5)
+    1
+    """
+    return next((line["round"] for line in history if (score := merit(line)) is not None and score >= target), None)
+
+
+def _rounds(group: Mapping[int, Finished], baseline: Mapping[int, Finished]) -> TableCell:
+    """A mean only if every seed gets there: the mean of those that do would flatter."""
+    needed: list[int | None] = []
+    for seed, run in group.items():
+        target = merit(baseline[seed].history[-1]) if seed in baseline else None
+        if target is not None:
+            needed.append(rounds_to(run.history, target))
+    reached = [rounds for rounds in needed if rounds is not None]
+    if not needed:
+        return TableCell("-")
+    if len(reached) < len(needed):
+        return TableCell("not reached" if not reached else f"reached by {len(reached)} of {len(needed)} seeds")
+    return TableCell(_interval(mean_interval(reached), lambda value: f"{value:.1f}"))
+
+
+def _with_intervals(column: Column, lines: Sequence[BySeed], baseline: BySeed) -> list[TableCell]:
+    intervals = [mean_interval(list(values.values())) if values else None for values in lines]
+    means = [interval.mean for interval in intervals if interval is not None]
+    best = (max if column.higher_is_better else min)(means) if len(means) > 1 else None
+    cells = []
+    for values, interval in zip(lines, intervals, strict=True):
+        if interval is None:
+            cells.append(TableCell("-"))
+            continue
+        pair = paired_interval(values, baseline)
+        differs = pair is not None and pair.excludes_zero
+        cells.append(TableCell(_interval(interval, column.format), interval.mean == best, differs))
+    return cells
+
+
+def _interval(interval: Interval, format: Format) -> str:
+    mean = format(interval.mean)
+    return mean if interval.half is None else f"{mean} ± {format(interval.half)}"
+
+
+def _difference(pair: Interval | None, column: Column) -> TableCell:
+    if pair is None:
+        return TableCell("-")
+    sign = "-" if pair.mean < 0 else "+"
+    return TableCell(
+        sign + _interval(Interval(abs(pair.mean), pair.half, pair.count), column.format), marked=pair.excludes_zero
+    )
+
+
+def _difference_title(title: str) -> str:
+    return title.replace("%", "points")
+
+
+def _by_label(runs: Sequence[Finished], point: Point) -> dict[str, dict[int, Finished]]:
+    grouped: dict[str, dict[int, Finished]] = {}
+    for run in runs:
+        if run.cell.point == point:
+            grouped.setdefault(run.cell.choice.label, {})[run.cell.seed] = run
+    return grouped
+
+
+def _values(group: Mapping[int, Finished], column: Column) -> BySeed:
+    return {seed: value for seed, run in group.items() if (value := column.of(run)) is not None}
+
+
+def _point_title(point: Point) -> str:
+    return ", ".join(f"{key} = {value}" for key, value in point)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_csv(path: Path, request: Request, runs: Sequence[Finished]) -> None:
+    """One line a run and round: algorithm, seed, grid keys, and every number of the round that is not by client."""
+    metrics = dict.fromkeys(
+        name
+        for run in runs
+        for line in run.history
+        for name, value in line.items()
+        if isinstance(value, int | float) and name != "round"
+    )
+    new = path.with_name(f".{path.name}.new")
+    with new.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["algorithm", "seed", *request.grid, "round", *metrics])
+        for run in runs:
+            about = [run.cell.choice.label, run.cell.seed, *(value for _, value in run.cell.point)]
+            for line in run.history:
+                writer.writerow([*about, line["round"], *(line.get(name, "") for name in metrics)])
+    new.replace(path)
+
+
+def to_markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:
+    """Tables, then the notes."""
+    parts = []
+    for table in tables:
+        parts.append(f"## {table.title}")
+        for title, lines in table.sections:
+            parts += [f"### {title}"] if title else []
+            rule = [":--", *("--:" for _ in table.header[1:])]
+            rows = [table.header, rule, *([_in_markdown(cell) for cell in line] for line in lines)]
+            parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    return "\n\n".join([*parts, *notes]) + "\n"
+
+
+def _in_markdown(cell: TableCell) -> str:
+    text = cell.text.replace("|", r"\|")
+    return (f"**{text}**" if cell.bold else text) + (f" {MARK}" if cell.marked else "")
+
+
+def to_latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
+    """Tables for a paper; they need `booktabs`."""
+    return "\n".join(_latex_table(table, notes if i == 0 else ()) for i, table in enumerate(tables))
+
+
+def _latex_table(table: Table, notes: Sequence[str]) -> str:
+    width = len(table.header)
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{_in_latex(' '.join([f'{table.title}.', *notes]))}}}",
+        rf"\begin{{tabular}}{{l{'r' * (width - 1)}}}",
+        r"\toprule",
+        " & ".join(_in_latex(title) for title in table.header) + r" \\",
+    ]
+    for title, rows in table.sections:
+        lines.append(r"\midrule")
+        if title:
+            lines.append(rf"\multicolumn{{{width}}}{{l}}{{\textit{{{_in_latex(title)}}}}} \\")
+        lines += [" & ".join(_latex_cell(cell) for cell in row) + r" \\" for row in rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+
+
+def _latex_cell(cell: TableCell) -> str:
+    text = _in_latex(cell.text)
+    return (rf"\textbf{{{text}}}" if cell.bold else text) + ("$^\\dagger$" if cell.marked else "")
+
+
+def _in_latex(text: str) -> str:
+    named = {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        MARK: r"$^\dagger$",
+    }
+    return "".join(named.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in text)

@@ -1,0 +1,144 @@
+"""What an earlier comparison left: kept, gone on with, set aside or refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fedalign.compare.folder import ComparisonFolder, read_history, set_aside, standing
+from fedalign.compare.plan import Cell, cells
+from fedalign.errors import UserError
+from fedalign.results import RunFolder
+from tests.compare.conftest import Ask, tree
+
+
+@pytest.fixture
+def cell(ask: Ask) -> Cell:
+    return cells(ask("fedavg", "1"))[0]
+
+
+@pytest.fixture
+def run(cell: Cell, tmp_path: Path) -> RunFolder:
+    """A finished run of two rounds, as far as a comparison looks at it."""
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(cell.config)
+    folder.metrics.write_text("".join(json.dumps({"round": i, "accuracy": 0.5}) + "\n" for i in range(3)))
+    folder.summary.write_text("{}")
+    latest = folder.checkpoint / "round-00001"
+    latest.mkdir(parents=True)
+    (latest / "state.json").write_text("{}")
+    for name in ("weights", "algorithm"):
+        save_file({"a": torch.zeros(2)}, latest / f"{name}.safetensors")
+    return folder
+
+
+def test_a_finished_run_is_kept(cell: Cell, run: RunFolder) -> None:
+    found = standing(cell, run)
+    assert (found.state, [line["round"] for line in found.history]) == ("finished", [0, 1, 2])
+
+
+def test_a_run_that_broke_off_is_gone_on_with(cell: Cell, run: RunFolder, tmp_path: Path) -> None:
+    run.summary.unlink()
+    assert standing(cell, run).state == "begun"
+    assert standing(cell, RunFolder(tmp_path / "none")).state == "waiting"
+    (tmp_path / "empty").mkdir()
+    assert standing(cell, RunFolder(tmp_path / "empty")).state == "waiting"
+    just_begun = RunFolder(tmp_path / "begun")
+    just_begun.begin(cell.config)
+    assert standing(cell, just_begun).state == "begun"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("config.toml", "[run", "config.toml: "),
+        ("config.toml", None, "no config.toml"),
+        ("summary.json", '{"half', "Unterminated"),
+        ("metrics.jsonl", '{"round": 0}\n{"rou', "metrics.jsonl: "),
+        ("metrics.jsonl", '{"round": 0}\n{"round": 1}\n', "metrics.jsonl holds 2 lines, not rounds 0 to 2"),
+        ("metrics.jsonl", "3\n", "a line is not an object"),
+        ("metrics.jsonl", None, "metrics.jsonl: "),
+    ],
+)
+def test_a_damaged_run_is_found(cell: Cell, run: RunFolder, file: str, content: str | None, told: str) -> None:
+    path = run.path / file
+    path.unlink() if content is None else path.write_text(content)
+    found = standing(cell, run)
+    assert found.state == "damaged"
+    assert told in found.reason
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("weights.safetensors", b"\x10"), ("state.json", b"{"), ("state.json", b"3")]
+)
+def test_a_damaged_checkpoint_is_found_before_it_is_gone_on_with(
+    cell: Cell, run: RunFolder, file: str, content: bytes
+) -> None:
+    run.summary.unlink()
+    (run.checkpoint / "round-00001" / file).write_bytes(content)
+    assert standing(cell, run).state == "damaged"
+
+
+def test_nothing_of_a_damaged_run_is_lost(run: RunFolder) -> None:
+    before = tree(run.path)
+    aside = set_aside(run)
+    assert not run.path.exists()
+    assert tree(aside) == before
+    run.path.mkdir()
+    assert set_aside(run) != aside
+
+
+def test_a_run_of_another_configuration_is_refused(ask: Ask, run: RunFolder) -> None:
+    other = cells(ask("fedavg", "1", ["training.epochs=2"]))[0]
+    with pytest.raises(UserError, match=r"another configuration than fedavg, seed 0.*--overwrite"):
+        standing(other, run)
+
+
+def test_a_reader_does_not_stumble_over_a_run_at_work(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert read_history(folder) == []
+    folder.metrics.write_text('{"round": 0}\n{"rou')
+    assert read_history(folder) == []
+
+
+def test_only_its_own_comparison_goes_on_in_a_folder(ask: Ask, tmp_path: Path) -> None:
+    folder, request = ComparisonFolder(tmp_path / "out"), ask("fedavg,fedprox")
+    folder.check(request, overwrite=False)
+    with folder.locked():
+        folder.begin(request, overwrite=False)
+    assert folder.read() == request
+    folder.check(ask("fedavg,fedprox", "3"), overwrite=False)
+    with pytest.raises(UserError, match=r"another comparison: training\.epochs = 1, asked for is 2"):
+        folder.check(ask("fedavg,fedprox", sets=["training.epochs=2"]), overwrite=False)
+    (folder.path / "runs").mkdir()
+    other = ask("fedavg", sets=["training.epochs=2"])
+    folder.check(other, overwrite=True)
+    with folder.locked():
+        folder.begin(other, overwrite=True)
+    assert folder.read() == other
+    assert not (folder.path / "runs").exists()
+
+
+def test_what_is_no_comparison_is_never_touched(ask: Ask, run: RunFolder, tmp_path: Path) -> None:
+    before = tree(run.path)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="holds no comparison"):
+            ComparisonFolder(run.path).check(ask("fedavg"), overwrite)
+    assert tree(run.path) == before
+    with pytest.raises(UserError, match="is a file"):
+        ComparisonFolder(run.config).check(ask("fedavg"), overwrite=True)
+    with pytest.raises(UserError, match=r"holds no comparison \(no comparison\.toml\)"):
+        ComparisonFolder(tmp_path / "none").read()
+    (run.path / "comparison.toml").write_text("seeds = 3")
+    with pytest.raises(UserError, match="cannot be read"):
+        ComparisonFolder(run.path).read()
+
+
+def test_two_comparisons_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    folder = ComparisonFolder(tmp_path)
+    with folder.locked(), pytest.raises(UserError, match="a comparison is at work there"), folder.locked():
+        pass
+    with folder.locked():
+        pass
