@@ -84,6 +84,7 @@ def compare(
     A run is an ordinary `fedalign run`, with one thread unless run.threads says more. Exit code 1: some runs failed.
     """
     from fedalign.compare import open_comparison
+    from fedalign.compare.tune import tuning_cells
     from fedalign.moe.model import quiet
 
     quiet()
@@ -97,7 +98,8 @@ def compare(
     runs = len(request.choices) * len(request.points) * len(request.seeds)
     points = f"grid points {len(request.points)}, " if request.grid else ""
     size = f"algorithms {len(request.choices)}, {points}seeds {len(request.seeds)}: {runs} runs"
-    say(f"{size} in {comparison.folder.path}")
+    before = f" after {len(tuning_cells(request))} runs of tuning" if request.tune else ""
+    say(f"{size}{before} in {comparison.folder.path}")
     try:
         outcome = comparison.run(overwrite)
     except KeyboardInterrupt:

@@ -140,7 +140,7 @@ class WandB:
         import wandb
 
         id = run.kept_id("wandb") or uuid.uuid4().hex[:12]
-        mode = os.environ.get("WANDB_MODE") or "online"
+        mode: Any = os.environ.get("WANDB_MODE") or "online"
         remedy = "Log in with `wandb login`, or keep the numbers here: WANDB_MODE=offline."
         with _setting_up("wandb", wandb.Error, remedy):
             self._run = wandb.init(

@@ -228,6 +228,7 @@ def test_tuning_then_comparing(fedalign: Command, config: str, tmp_path: Path, a
     command += ["--set", "run.rounds=1", "--set", "clients.count=2", "--out", str(out)]
     code, text, errors = fedalign(*command)
     assert code == 0, errors
+    assert text.startswith(f"algorithms 2, seeds 1: 2 runs after 6 runs of tuning in {out}\n")
     with (out / "tune.csv").open(newline="") as file:
         tried = list(csv.DictReader(file))
     assert [row["algorithm"] for row in tried] == ["fedavg"] * 3 + ["fedprox:mu=0.1"] * 3
