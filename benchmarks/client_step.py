@@ -86,7 +86,9 @@ def federated(moe: MoEModel, data: list[Encoded], config: Config, folder: Path) 
     client = ClientData("client", data, None, ClientMemory(folder))
     trainer = Trainer(moe, None, config.algorithm.build(), config)
     uniform_L_E = torch.full((moe.layout.layers, moe.experts), 1 / moe.experts)
-    fit = LocalFit(trainer, client, Broadcast(1, {}, {"target_L_E": uniform_L_E}), {"prob_L_E": uniform_L_E})
+    remembered = {"prob_L_E": uniform_L_E}
+    local = trainer._local_round(client, Broadcast(2, {}, {"target_L_E": uniform_L_E}), remembered)
+    fit = LocalFit(trainer, client, local, 2, remembered)
     fit.run()
 
 

@@ -54,6 +54,10 @@ def broadcast(moe: MoEModel, round: int = 1, dtype: str = "float32", **state: Te
     return Broadcast(round, weights, state)
 
 
+def local_fit(step: Trainer, data: ClientData) -> LocalFit:
+    return LocalFit(step, data, step._local_round(data, broadcast(step.moe), {}), 1, {})
+
+
 def uniform(moe: MoEModel) -> Tensor:
     return torch.full((moe.layout.layers, moe.experts), 1 / moe.experts)
 
@@ -131,7 +135,7 @@ def test_idle_experts_stay_where_they_are(tmp_path: Path) -> None:
 def test_an_expert_idle_in_one_step_is_not_moved_by_that_step(tmp_path: Path) -> None:
     step = trainer("olmoe")
     data = client(tmp_path)
-    fit = LocalFit(step, data, broadcast(step.moe), {})
+    fit = local_fit(step, data)
     group = ParameterGroup("expert", 0, 1)
     idle_L_E = torch.zeros(step.moe.layout.layers, EXPERTS, dtype=torch.bool)
     idle_L_E[0, 1] = True
@@ -234,7 +238,7 @@ def test_accumulated_batches_are_one_large_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_schedules_end_at_zero_within_the_round(tmp_path: Path, schedule: str) -> None:
     step = trainer("olmoe", f"training.schedule={schedule}", "training.epochs=2", "training.warmup_steps=2")
-    fit = LocalFit(step, client(tmp_path), broadcast(step.moe), {})
+    fit = local_fit(step, client(tmp_path))
     rates: list[float] = []
     fit.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
     fit.run()

@@ -124,7 +124,7 @@ def test_every_kind_of_message_is_tried() -> None:
 def test_all_that_the_protocol_says_may_travel_does() -> None:
     classes = {cls for _, cls in inspect.getmembers(protocol, inspect.isclass) if dataclasses.is_dataclass(cls)}
     parts = {protocol.ParameterGroup, protocol.Layout, protocol.Packed, protocol.Plan}  # of a message, or the server's
-    parts |= {protocol.LayerRouting, protocol.Step}  # of a training step
+    parts |= {protocol.LayerRouting, protocol.Step, protocol.LocalRound}  # of training
     assert classes - parts == set(MESSAGES.values())
 
 

@@ -48,6 +48,9 @@ class Silent:
         if self.stop(round, stage, done):
             raise KeyboardInterrupt
 
+    def planned(self, round: int, reports: object, plan: object, layout: object) -> None:
+        pass
+
     def completed(self, state: ServerState, improved: bool) -> None:
         if self.stop(state.round, "completed", 1):
             raise KeyboardInterrupt

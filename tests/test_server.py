@@ -109,6 +109,9 @@ class Log:
     def progress(self, round: int, stage: str, done: int, total: int) -> None:
         assert 0 <= done <= total
 
+    def planned(self, round: int, reports: object, plan: object, layout: object) -> None:
+        pass
+
     def completed(self, state: ServerState, improved: bool) -> None:
         self.improved.append(improved)
 

@@ -100,8 +100,9 @@ def test_a_whole_round(opened: Service, site_config: Config, ward: SiteFolder, o
     assert same(
         alone.data.memory.hand_over("ward 3", Request("ward 3", 1, (SHARED,))).groups[SHARED], update.groups[SHARED]
     )
-    alone.trainer.moe.write(unpack_weights(broadcast(moe).weights))
-    assert alone.trainer.evaluate(alone.data) == score
+    received = unpack_weights(broadcast(moe).weights)
+    alone.trainer.moe.write(received)
+    assert alone.trainer.evaluate(alone.data, received, 1) == score
 
 
 def test_what_the_first_round_starts_from(opened: Service, olmoe: Path) -> None:

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
@@ -78,6 +78,7 @@ class ServerState:
     weights: Weights  # the fp32 master of what is trained
     algorithm: State
     history: tuple[Metrics, ...]  # one entry a round, the evaluation before round 1 first
+    moments: State = field(default_factory=dict)  # of the server's optimizer
 
 
 class Checkpoints:
@@ -92,6 +93,7 @@ class Checkpoints:
         with replacing(self.folder / f"round-{state.round:05d}") as folder:
             save_file({str(g): w.contiguous() for g, w in state.weights.items()}, folder / "weights.safetensors")
             save_file({name: t.contiguous() for name, t in state.algorithm.items()}, folder / "algorithm.safetensors")
+            save_file({name: t.contiguous() for name, t in state.moments.items()}, folder / "moments.safetensors")
             about = {"round": state.round, "identity": self.identity, "history": state.history}
             (folder / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         _forget(self.folder)
@@ -111,7 +113,8 @@ class Checkpoints:
             self._check(folder, about["identity"])
             weights = {parse_group(k): w for k, w in load_file(folder / "weights.safetensors").items()}
             algorithm = load_file(folder / "algorithm.safetensors")
-            return ServerState(about["round"], weights, algorithm, tuple(about["history"]))
+            moments = load_file(folder / "moments.safetensors")
+            return ServerState(about["round"], weights, algorithm, tuple(about["history"]), moments)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(
                 f"checkpoint {str(folder)!r}: damaged ({error}). Delete that folder to resume from the round before it."
@@ -174,6 +177,16 @@ class ClientMemory:
                 return Packed(file.get_tensor(str(group)), file.get_tensor(scale) if scale in names else None)
 
             return Update(client, request.round, {group: read(group) for group in request.groups})
+
+    def last_update(self, round: int) -> dict[ParameterGroup, Packed]:
+        """The update of the latest round before `round`; empty if there is none."""
+        earlier = [(number, path) for number, path in _rounds(self.folder) if number < round]
+        if not earlier or not (earlier[-1][1] / "update.safetensors").exists():
+            return {}
+        with safe_open(earlier[-1][1] / "update.safetensors", framework="pt") as file:
+            names = [name for name in file.keys() if not name.endswith(".scale")]  # noqa: SIM118 - not a dict
+        groups = tuple(parse_group(name) for name in names)
+        return dict(self.hand_over("", Request("", earlier[-1][0], groups)).groups)
 
     def before(self, round: int) -> dict[str, Tensor]:
         """The state of the latest round before `round`; empty for a client that has not taken part yet."""

@@ -232,8 +232,8 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
 
     rows = [
         ("accuracy", f"{percent(summary['initial_accuracy'])} -> {percent(summary['final_accuracy'])}"),
-        ("best", f"{percent(summary['best_accuracy'])} in round {summary['best_round']}"),
-        ("loss", f"{summary['initial_loss']:.3f} -> {summary['final_loss']:.3f} nats a token"),
+        ("best", _best(summary)),
+        ("loss", f"{_nats(summary['initial_loss'])} -> {_nats(summary['final_loss'])} nats a token"),
         ("by client", _by_client(summary["client_accuracies"])),
         ("sent up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),
         ("faults", _counted(summary["failures"])),
@@ -245,6 +245,18 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     say(f"Results   {folder.path}: model/ and best/ (load them with transformers), summary.json, metrics.jsonl")
     say(f"Look      tensorboard --logdir {folder.path}")
     say(f"Compare   fedalign run {folder.config} --set algorithm.name={other}")
+
+
+def _best(summary: Mapping[str, Any]) -> str:
+    """The best round, if any was scored."""
+    from fedalign.live import percent
+
+    number = summary["best_round"]
+    return "" if number is None else f"{percent(summary['best_accuracy'])} in round {number}"
+
+
+def _nats(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.3f}"
 
 
 def _by_client(accuracies: Mapping[str, float], most: int = 12) -> str:

@@ -27,13 +27,16 @@ from fedalign.errors import TrainingFailedError
 from fedalign.evaluation import TestSet, evaluate
 from fedalign.forward import answer_logits
 from fedalign.maths.sketch import Sketch
+from fedalign.messages import parse_group
 from fedalign.moe.model import MoEModel
 from fedalign.moe.probe import Captured, RoutingProbe, RoutingStatistics, balancing_loss, idle_experts
+from fedalign.personal import Mixture
 from fedalign.protocol import (
     Algorithm,
     Broadcast,
     Evaluation,
     Hello,
+    LocalRound,
     ParameterGroup,
     Statistics,
     Step,
@@ -41,6 +44,7 @@ from fedalign.protocol import (
 )
 from fedalign.wire import pack, unpack_weights
 
+PRIVATE, KEPT, MIXTURE = "private.", "kept.", "mixture."  # in the names of what a client remembers
 REMEDY = "try a lower training.learning_rate, or training.precision = 'float32'"
 
 
@@ -82,6 +86,7 @@ class Trainer:
         self.tokenizer = tokenizer
         self.algorithm = algorithm
         self.config = config
+        self._spare: Mixture | None = None  # made when first needed: a second model
 
     def train(self, client: ClientData, broadcast: Broadcast) -> Statistics:
         """Train on the client's own examples, keep the update on its disk, and report.
@@ -89,16 +94,20 @@ class Trainer:
         Raises:
             TrainingFailedError: The loss or the update is not finite.
         """
-        received = unpack_weights(broadcast.weights)
-        self.moe.write(received)
         remembered = client.memory.before(broadcast.round)
+        local = self._local_round(client, broadcast, remembered)
+        self.algorithm.begin(local)
+        self.moe.write(local.start)
         seed = derive_seed(self.config.run.seed, broadcast.round, client.name)
         started = time.perf_counter()
         with torch.random.fork_rng(devices=_cuda_devices(self.moe.device)):
             torch.manual_seed(seed)
-            fit = LocalFit(self, client, broadcast, remembered)
+            fit = LocalFit(self, client, local, broadcast.round, remembered)
             fit.run()
-        update = self._update(received)
+        trained = self.moe.read()
+        private = [group for group in trained if self.algorithm.private(group)]
+        own = {f"{PRIVATE}{group}": trained[group].cpu().clone() for group in private}
+        update = self._update(trained, local.start)
         norm_G = torch.stack([update[group].norm() for group in self.moe.layout.groups]).cpu()
         if not bool(norm_G.isfinite().all()):
             broken = self.moe.layout.groups[int((~norm_G.isfinite()).nonzero()[0])]
@@ -106,12 +115,50 @@ class Trainer:
         statistics = self._report(client, broadcast.round, fit, update, norm_G, time.perf_counter() - started)
         wire = self.config.wire.dtype
         packed = {group: pack(delta.cpu(), wire, derive_seed(seed, group)) for group, delta in update.items()}
-        client.memory.keep(broadcast.round, packed, {"prob_L_E": statistics.prob_L_E, **fit.optimizer_state()})
+        mixture = self._fit_mixture(client, local, broadcast.round, seed) if self.algorithm.mixes else {}
+        kept = {f"{KEPT}{name}": value for name, value in self.algorithm.end(local, update, fit.steps).items()}
+        state = {"prob_L_E": statistics.prob_L_E, **fit.optimizer_state(), **own, **kept, **mixture}
+        client.memory.keep(broadcast.round, packed, state)
         return statistics
 
-    def _update(self, received: Weights) -> Weights:
-        """Trained minus received weights; softmax routers' rows centred if the algorithm weights them one by one."""
-        update = {g: value.sub_(received[g].to(value.device)) for g, value in self.moe.read().items()}
+    def _local_round(self, client: ClientData, broadcast: Broadcast, remembered: Mapping[str, Tensor]) -> LocalRound:
+        received = unpack_weights(broadcast.weights)
+        return LocalRound(
+            client=client.name,
+            received=received,
+            start=received | private_weights(remembered),
+            state=broadcast.state,
+            kept={name.removeprefix(KEPT): value for name, value in remembered.items() if name.startswith(KEPT)},
+            last_update=lambda: unpack_weights(client.memory.last_update(broadcast.round)),
+            learning_rate=self.config.training.learning_rate,
+        )
+
+    def _fit_mixture(self, client: ClientData, local: LocalRound, round: int, seed: int) -> dict[str, Tensor]:
+        """Train the client's own model and its gate beside the weights that it received; what it keeps of them."""
+        options = self.config.training
+        mixture = self._mixture(client, local.received, round)
+        optimizer = make_optimizer(mixture.parameters(), options)
+        self.moe.write(local.received)
+        with torch.random.fork_rng(devices=_cuda_devices(self.moe.device)):
+            torch.manual_seed(derive_seed(seed, "mixture"))
+            for epoch in range(options.epochs):
+                order = derive_seed(seed, "mixture", epoch)
+                every = batches(client.train, options.batch_tokens, options.batch_examples, seed=order)
+                mixture.fit(every, optimizer, options.max_grad_norm)
+        return {f"{MIXTURE}{name}": value for name, value in mixture.state().items()}
+
+    def _mixture(self, client: ClientData, received: Weights, round: int) -> Mixture:
+        """The client's mixture as it was before `round`."""
+        remembered = client.memory.before(round)
+        if self._spare is None:
+            self._spare = Mixture(self.moe)
+        kept = {n.removeprefix(MIXTURE): value for n, value in remembered.items() if n.startswith(MIXTURE)}
+        self._spare.load(kept, received)
+        return self._spare
+
+    def _update(self, trained: Weights, start: Weights) -> Weights:
+        """Trained minus start, in place; softmax routers' rows centred if the algorithm weights them one by one."""
+        update = {g: value.sub_(start[g].to(value.device)) for g, value in trained.items()}
         if self.algorithm.centre_gates:
             for layer, info in enumerate(self.moe.layers):
                 if info.scoring == "softmax":
@@ -146,27 +193,43 @@ class Trainer:
             centroid_scale_L=scale_L,
             update_L_E_S=update_L_E_S.half(),
             norm_G=norm_G,
-            metrics={"train_seconds": seconds, "steps": float(fit.steps)},
+            metrics={
+                "train_seconds": seconds,
+                "steps": float(fit.steps),
+                "learning_rate": self.config.training.learning_rate,
+            },
         )
 
-    def evaluate(self, client: ClientData) -> Evaluation | None:
-        """Score the client's own held-out part on the weights that the model holds; None without one."""
+    def evaluate(self, client: ClientData, received: Weights, round: int) -> Evaluation | None:
+        """Score the received weights, which the model holds, on the client's held-out part; None without one.
+
+        Where groups are private, the client's own take their place meanwhile.
+        """
         if client.held_out is None:
             return None
-        return evaluate(self.moe, client.held_out, self.config.evaluation, self.tokenizer, client.name)
+        own = private_weights(client.memory.before(round + 1))
+        self.moe.write(own)
+        answer = None
+        if self.algorithm.mixes:
+            mixture = self._mixture(client, received, round + 1)
+            mixture.own.model.eval()
+            answer = mixture.answer
+        score = evaluate(self.moe, client.held_out, self.config.evaluation, self.tokenizer, client.name, answer)
+        self.moe.write({group: received[group] for group in own})
+        return score
 
 
 class LocalFit:
     """The local epochs of one client in one round."""
 
     def __init__(
-        self, trainer: Trainer, client: ClientData, broadcast: Broadcast, remembered: Mapping[str, Tensor]
+        self, trainer: Trainer, client: ClientData, local: LocalRound, round: int, remembered: Mapping[str, Tensor]
     ) -> None:
         self.moe, self.algorithm, self.options = trainer.moe, trainer.algorithm, trainer.config.training
-        self.client = client
-        self.seed = derive_seed(trainer.config.run.seed, broadcast.round, client.name, "order")
+        self.client, self.local = client, local
+        self.seed = derive_seed(trainer.config.run.seed, round, client.name, "order")
         device = self.moe.device
-        self.state = {name: value.to(device) for name, value in broadcast.state.items()}
+        self.state = {name: value.to(device) for name, value in local.state.items()}
         self.prob_L_E = remembered["prob_L_E"].to(device) if "prob_L_E" in remembered else None
         self.statistics = RoutingStatistics(len(self.moe.layers), self.moe.experts, self.moe.hidden, device)
         self.views = trainer.views
@@ -235,6 +298,8 @@ class LocalFit:
             idle_L_E = idle if idle_L_E is None else idle_L_E & idle
             if record:
                 self.statistics.update(captured)
+        if self.algorithm.corrects:
+            self.algorithm.correct(self.local, self.moe.gradients())
         if self.options.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
         assert idle_L_E is not None
@@ -272,6 +337,12 @@ class LocalFit:
         yield
         for view, value in before:
             view.copy_(value)
+
+
+def private_weights(remembered: Mapping[str, Tensor]) -> Weights:
+    """What a client remembers of its private groups."""
+    names = [name for name in remembered if name.startswith(PRIVATE)]
+    return {parse_group(name.removeprefix(PRIVATE)): remembered[name] for name in names}
 
 
 def sketched(vectors: Sequence[Tensor] | Tensor, width: int, seed: int) -> Tensor:

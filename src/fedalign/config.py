@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from fedalign.algorithms import make
 from fedalign.errors import UserError, unknown
+from fedalign.maths.server_step import ServerOptimizer
 from fedalign.protocol import Algorithm, WireDtype
 from fedalign.trackers import check_trackers
 
@@ -147,6 +148,11 @@ class ServerConfig(Section):
 
     min_arrived: Share = 0.5  # share of a group's planned weight that must arrive for it to change
     min_clients: Positive = 1  # fewer usable replies than this end the run
+    optimizer: ServerOptimizer = "average"  # average: the summed updates are the step
+    learning_rate: Annotated[float, Field(gt=0)] = 1.0  # of the server; not used by average and fedexp
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # sgd; beta1 of adam and yogi
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99  # adam, yogi
+    epsilon: Annotated[float, Field(gt=0)] = 1e-3  # adam, yogi, fedexp: degree of adaptivity
     max_norm_ratio: Annotated[float, Field(ge=0)] = 100.0  # longer than so many median updates: left out; 0: no limit
 
 
@@ -185,6 +191,7 @@ class TrackingConfig(Section):
     """`[tracking]`: who is told the numbers of each round besides the run folder."""
 
     loggers: Annotated[tuple[str, ...], Field(strict=False)] = ("tensorboard",)
+    health: bool = True  # keep each round's routing, similarities and weights, for the report
 
     @model_validator(mode="before")
     @classmethod

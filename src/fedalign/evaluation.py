@@ -7,8 +7,9 @@ forward pass scores them all. Language modelling: loss. Instruction and chat: lo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from torch import Tensor
 from fedalign.config import EvaluationConfig
 from fedalign.data.batches import IGNORED, Batch, Encoded, Encoder, batches
 from fedalign.data.formats import Example
-from fedalign.forward import answer_logits
+from fedalign.forward import AnswerLogits, answer_logits
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import Evaluation
+
+Answer = Callable[[Batch], AnswerLogits]
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,26 @@ def _last_answer(example: Example) -> str:
 
 
 @torch.no_grad()
-def evaluate(moe: MoEModel, tests: TestSet, config: EvaluationConfig, tokenizer: Any, client: str | None) -> Evaluation:
-    """Score the model as it stands; deterministic, and independent of how examples are batched to rounding."""
+def evaluate(
+    moe: MoEModel,
+    tests: TestSet,
+    config: EvaluationConfig,
+    tokenizer: Any,
+    client: str | None,
+    answer: Answer | None = None,
+) -> Evaluation:
+    """Score the model as it stands; deterministic, and independent of how examples are batched to rounding.
+
+    `answer` predicts in the model's place, where a client mixes it with another; generated text is the model's alone.
+    """
     moe.model.eval()
+    answer = answer or partial(answer_logits, moe)
     if len(tests.choices):
-        nll_sum, tokens, right = _score_choices(moe, tests, config)
+        nll_sum, tokens, right = _score_choices(moe.device, answer, tests, config)
         return Evaluation(client, len(tests), nll_sum / tokens, right / len(tests))
     nll_sum, tokens = 0.0, 0
     for batch in _batches(tests.encoded, config, moe.device):
-        nll_N = answer_logits(moe, batch).nll_N
+        nll_N = answer(batch).nll_N
         nll_sum, tokens = nll_sum + float(nll_N.double().sum()), tokens + nll_N.numel()
     matches = _exact_matches(moe, tests, config, tokenizer) if config.generate else None
     return Evaluation(client, len(tests), nll_sum / tokens, None if matches is None else matches / len(tests))
@@ -84,15 +98,17 @@ def _batches(encoded: Sequence[Encoded], config: EvaluationConfig, device: torch
         yield batch.to(device)
 
 
-def _score_choices(moe: MoEModel, tests: TestSet, config: EvaluationConfig) -> tuple[float, int, int]:
+def _score_choices(
+    device: torch.device, answer: Answer, tests: TestSet, config: EvaluationConfig
+) -> tuple[float, int, int]:
     """Sum of the right answers' NLL, their tokens, and how many examples were answered rightly."""
     tokens = [[[t for t in choice.labels if t != IGNORED] for choice in choices] for choices in tests.choices]
     if len({len(choices) for choices in tokens}) == 1 and all(len(t) == 1 for choices in tokens for t in choices):
-        return _score_single_tokens(moe, tests, config, torch.tensor(tokens).squeeze(2))
+        return _score_single_tokens(device, answer, tests, config, torch.tensor(tokens).squeeze(2))
     flat = [choice for choices in tests.choices for choice in choices]
     nll_F, length_F = torch.zeros(len(flat), dtype=torch.float64), torch.zeros(len(flat), dtype=torch.int64)
-    for batch in _batches(flat, config, moe.device):
-        answers = answer_logits(moe, batch)
+    for batch in _batches(flat, config, device):
+        answers = answer(batch)
         rows = torch.tensor(batch.rows)[answers.row_N.cpu()]
         nll_F.index_add_(0, rows, answers.nll_N.double().cpu())
         length_F.index_add_(0, rows, torch.ones_like(rows))
@@ -104,14 +120,14 @@ def _score_choices(moe: MoEModel, tests: TestSet, config: EvaluationConfig) -> t
 
 
 def _score_single_tokens(
-    moe: MoEModel, tests: TestSet, config: EvaluationConfig, choice_N_K: Tensor
+    device: torch.device, answer: Answer, tests: TestSet, config: EvaluationConfig, choice_N_K: Tensor
 ) -> tuple[float, int, int]:
     nll_sum, right = 0.0, 0
-    for batch in _batches(tests.encoded, config, moe.device):
-        answers = answer_logits(moe, batch)
+    for batch in _batches(tests.encoded, config, device):
+        answers = answer(batch)
         rows = torch.tensor(batch.rows)[answers.row_N.cpu()]
         nll_sum += float(answers.nll_N.double().sum())
-        score_N_K = answers.logits_N_V.gather(1, choice_N_K[rows].to(moe.device))
+        score_N_K = answers.logits_N_V.gather(1, choice_N_K[rows].to(device))
         right += int((score_N_K.argmax(1).cpu() == tests.right_N[rows]).sum())
     return nll_sum, len(tests), right
 

@@ -26,6 +26,7 @@ class AnswerLogits:
     logits_N_V: Tensor  # float32
     target_N: Tensor  # int64: the token that is right
     row_N: Tensor  # int64: the batch row it belongs to
+    hidden_N_H: Tensor  # what the head reads there
 
     @property
     def nll_N(self) -> Tensor:
@@ -37,18 +38,22 @@ def answer_logits(moe: MoEModel, batch: Batch) -> AnswerLogits:
     """Run the model on a batch; predict each token whose label is not -100."""
     target_B_S = batch.targets_B_S
     row_N, position_N = torch.nonzero(target_B_S != IGNORED, as_tuple=True)
-    with _cut_head(moe.model, row_N, position_N):
+    with _cut_head(moe.model, row_N, position_N) as heard:
         logits_N_V = moe.model(**batch.inputs(), use_cache=False).logits.squeeze(0)
-    return AnswerLogits(logits_N_V.float(), target_B_S[row_N, position_N], row_N)
+    return AnswerLogits(logits_N_V.float(), target_B_S[row_N, position_N], row_N, heard[0])
 
 
 @contextmanager
-def _cut_head(model: Any, row_N: Tensor, position_N: Tensor) -> Iterator[None]:
+def _cut_head(model: Any, row_N: Tensor, position_N: Tensor) -> Iterator[list[Tensor]]:
+    """The head sees answer positions alone; what it sees is in the list."""
+    heard: list[Tensor] = []
+
     def keep_answers(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][row_N, position_N].unsqueeze(0), *args[1:])
+        heard.append(args[0][row_N, position_N])
+        return (heard[0].unsqueeze(0), *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(keep_answers)
     try:
-        yield
+        yield heard
     finally:
         handle.remove()

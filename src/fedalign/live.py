@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from fedalign.checkpoint import ServerState
-from fedalign.protocol import Metrics
+from fedalign.protocol import Layout, Metrics, Plan, Statistics
 from fedalign.server import accuracy_of, loss_of
 
 ROWS = 25  # of the live table; older rounds are in metrics.jsonl
@@ -43,6 +43,9 @@ class LiveTable:
         """Move the bar."""
         where = f"round {round} of {self.rounds}" if round else "before round 1"
         self._bar.update(self._task, description=f"{where}: {stage}", completed=done, total=total)
+
+    def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
+        """Nothing to see."""
 
     def completed(self, state: ServerState, improved: bool) -> None:
         """Add the round's line."""

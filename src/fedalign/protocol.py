@@ -180,14 +180,18 @@ class Statistics:
 class Plan:
     """A weight for each client and group: the whole difference between one algorithm and another.
 
-    new[g] = old[g] + Σ_c weight[c, g] · clip[c, g] · Δ_c[g], normalised by the weight that arrived. Clip factors
-    never enter the normaliser. Zero weight: the group is never uploaded.
+    new[g] = old[g] + Σ_c weight[c, g] · factor[c, g] · Δ_c[g], normalised by the weight that arrived. Factors clip,
+    stretch or turn an update and never enter the normaliser. Zero weight: the group is never uploaded.
+
+    A stream is a second sum over the same updates, which travel once: Σ_c weight · stream · Δ, normalised alike. It is
+    handed to the algorithm's `apply`.
     """
 
     clients: tuple[str, ...]
     weight_C_G: Tensor  # float32, non-negative; a column sums to 1, or to 0 if nobody's update is wanted
-    clip_C_G: Tensor | None = None  # float32 in [0, 1]; None: no clipping
+    factor_C_G: Tensor | None = None  # float32; None: ones
     metrics: Mapping[str, float] = field(default_factory=dict)  # what the algorithm has to say about the round
+    streams: Mapping[str, Tensor] = field(default_factory=dict)  # name -> float32 [C, G]
 
     def requests(self, round: int, layout: Layout) -> list[Request]:
         """What to ask of each client: its groups of nonzero weight that train anything."""
@@ -260,18 +264,62 @@ class Step:
     prob_L_E: Tensor | None  # this client's own routing distribution when it last took part
 
 
+@dataclass
+class LocalRound:
+    """One client's round on the client, as an algorithm may see and change it. Weights are flat float32, by group."""
+
+    client: str
+    received: Weights  # what the server sent
+    start: Weights  # what training starts from: received, but for the client's own private groups
+    state: Mapping[str, Tensor]  # the algorithm's broadcast state
+    kept: Mapping[str, Tensor]  # what `end` kept when the client last took part; empty at first
+    last_update: Callable[[], Weights]  # the update of that round; empty at first
+    learning_rate: float
+
+
 class Algorithm(Protocol):
-    """An algorithm is a plan, and maybe a penalty on the client's loss. Options are fields of a frozen dataclass."""
+    """An algorithm is a plan, and maybe more: `algorithms.fedavg.FedAvg` has a default for all but the plan.
+
+    Options are fields of a frozen dataclass. `plan` and `apply` run on the server, the others on clients; each of them
+    has a copy of its own, so nothing may be kept in the object.
+    """
 
     @property
     def centre_gates(self) -> bool:
         """Whether clients subtract the mean over experts from their router rows' updates (softmax routers only)."""
 
+    @property
+    def pooled(self) -> bool:
+        """Whether one client is to hold everybody's data: a bound to compare with, not a federation."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether each client also trains a model of its own and mixes it with the server's (`personal.Mixture`)."""
+
+    @property
+    def corrects(self) -> bool:
+        """Whether `correct` is to be called."""
+
     def plan(self, reports: Sequence[Statistics], layout: Layout, state: State) -> tuple[Plan, State]:
         """Weights for this round's updates, and the state for the next round."""
 
+    def apply(self, state: State, sums: Mapping[str, Weights], layout: Layout, members: int) -> State:
+        """The state for the next round, from the plan's and the sums of the plan's streams over `members` clients."""
+
     def penalty(self, step: Step) -> Tensor | None:
         """A differentiable scalar added to the task loss, or None for none."""
+
+    def private(self, group: ParameterGroup) -> bool:
+        """Whether each client goes on from its own values of the group instead of the server's."""
+
+    def begin(self, local: LocalRound) -> None:
+        """Before training: may change entries of `local.start`."""
+
+    def correct(self, local: LocalRound, gradients: Mapping[ParameterGroup, Sequence[Tensor]]) -> None:
+        """Before each optimizer step: may change gradients in place. Pieces of a group make up its flat vector."""
+
+    def end(self, local: LocalRound, update: Weights, steps: int) -> Mapping[str, Tensor]:
+        """After training: what the client keeps for its next round. `update` is trained minus start."""
 
 
 class Accumulator(Protocol):

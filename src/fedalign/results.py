@@ -3,6 +3,7 @@
 config.toml     as resolved           metrics.jsonl   one line a round, all numbers
 summary.json    how it went           checkpoint/     to resume from
 model/  best/   Hugging Face folders  clients/        what each client keeps for itself
+health/         routing, similarities and weights of each round
 events.*        for TensorBoard       trackers.json   ids of this run at MLflow and W&B
 """
 
@@ -21,7 +22,8 @@ from typing import Any
 from fedalign.checkpoint import ServerState, replacing, write_text
 from fedalign.config import Config
 from fedalign.errors import UserError
-from fedalign.protocol import Metrics, Weights
+from fedalign.health import write_health
+from fedalign.protocol import Layout, Metrics, Plan, Statistics, Weights
 from fedalign.server import accuracy_of, loss_of, merit
 from fedalign.trackers import TrackedRun, open_trackers
 
@@ -40,6 +42,7 @@ class RunFolder:
         self.clients = path / "clients"
         self.model = path / "model"
         self.best = path / "best"
+        self.health = path / "health"
 
     def check_free(self, overwrite: bool) -> None:
         """Refuse a place where a run or anything else would be lost.
@@ -85,6 +88,11 @@ class Recorder:
 
     def progress(self, round: int, stage: str, done: int, total: int) -> None:
         """Nothing to record."""
+
+    def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
+        """Keep what a person will want to look at: routing, similarity and weights."""
+        if self.config.tracking.health:
+            write_health(self.folder.health, round, reports, plan, layout)
 
     def completed(self, state: ServerState, improved: bool) -> None:
         """Add the round's line, tell the trackers; keep the model if it is the best yet."""

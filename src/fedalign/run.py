@@ -16,7 +16,7 @@ from fedalign.errors import UserError
 from fedalign.estimate import Estimate, estimate_run
 from fedalign.evaluation import TestSet
 from fedalign.federation.in_process import InProcess
-from fedalign.protocol import Evaluation, Federation, Layout, Weights
+from fedalign.protocol import Evaluation, Federation, Layout, Plan, Statistics, Weights
 from fedalign.results import Recorder, RunFolder
 from fedalign.server import Observer, Server, select
 from fedalign.trackers import require_trackers
@@ -188,6 +188,11 @@ class Both:
         """Pass on."""
         self.first.progress(round, stage, done, total)
         self.second.progress(round, stage, done, total)
+
+    def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
+        """Pass on."""
+        self.first.planned(round, reports, plan, layout)
+        self.second.planned(round, reports, plan, layout)
 
     def completed(self, state: ServerState, improved: bool) -> None:
         """Pass on."""

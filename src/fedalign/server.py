@@ -20,6 +20,7 @@ from fedalign.checkpoint import Checkpoints, ServerState
 from fedalign.config import Config, StatisticsConfig
 from fedalign.errors import UserError
 from fedalign.maths.average import StreamingSum
+from fedalign.maths.server_step import server_step
 from fedalign.protocol import (
     Accumulator,
     Algorithm,
@@ -43,6 +44,9 @@ class Observer(Protocol):
 
     def progress(self, round: int, stage: str, done: int, total: int) -> None:
         """`done` of `total` clients have finished a stage."""
+
+    def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
+        """What the clients reported, and who is to count for how much."""
 
     def completed(self, state: ServerState, improved: bool) -> None:
         """A round is complete (round 0 is the evaluation before training); `improved`: its score is the best yet."""
@@ -123,7 +127,8 @@ class Server:
 
     def _round(self, state: ServerState) -> ServerState:
         started, number, traffic = time.perf_counter(), state.round + 1, Traffic()
-        chosen = select(self.federation.members(), self.config.clients.sample, self.config.run.seed, number)
+        members = self.federation.members()
+        chosen = select(members, self.config.clients.sample, self.config.run.seed, number)
         reports, failures = self._train(state, number, chosen, traffic)
         if len(reports) < self.config.server.min_clients:
             reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in failures) or "nobody replied"
@@ -132,17 +137,33 @@ class Server:
                 f"{self.config.server.min_clients} are needed ({reasons}). The last complete round is kept."
             )
         plan, algorithm_state = self.algorithm.plan(reports, self.layout, state.algorithm)
-        weights, lost, skipped = self._sum(state.weights, plan, reports, number, traffic)
+        self.observer.planned(number, reports, plan, self.layout)
+        total, lost = self._sum(plan, reports, number, traffic)
+        share = self.config.server.min_arrived
+        weights, moments = self._optimise(state, total.result(state.weights, share), plan, reports)
+        algorithm_state = self.algorithm.apply(algorithm_state, total.streams(share), self.layout, len(members))
         scores, unscored = self._scores(weights, number, traffic)
         metrics = {
             **scores,
             **describe_training(reports),
-            **describe_plan(plan, self.layout, traffic, skipped),
+            **describe_plan(plan, self.layout, traffic, len(total.unchanged(share))),
             "clients": [report.client for report in reports],
             "failures": self._named([*failures, *lost, *unscored]),
             "round_seconds": time.perf_counter() - started,
         }
-        return self._complete(replace(state, round=number, weights=weights, algorithm=algorithm_state), metrics)
+        after = replace(state, round=number, weights=weights, algorithm=algorithm_state, moments=moments)
+        return self._complete(after, metrics)
+
+    def _optimise(
+        self, state: ServerState, summed: Weights, plan: Plan, reports: Sequence[Statistics]
+    ) -> tuple[Weights, State]:
+        """The server's own step along the summed updates (Reddi et al. 2021); groups that did not change stay."""
+        options = self.config.server
+        if options.optimizer == "average":
+            return summed, state.moments
+        norm_C_G = torch.stack([report.norm_G for report in reports])
+        spread = float((plan.weight_C_G.double() * norm_C_G.double().square()).sum())
+        return server_step(options, state.weights, summed, state.moments, spread)
 
     def _named(self, failures: Sequence[Failure]) -> list[dict[str, str]]:
         """Every fault of a round, for metrics and the live table."""
@@ -178,8 +199,8 @@ class Server:
         return [report for report in usable if report.client not in names], [*failures, *outliers]
 
     def _sum(
-        self, old: Weights, plan: Plan, reports: Sequence[Statistics], number: int, traffic: Traffic
-    ) -> tuple[Weights, list[Failure], int]:
+        self, plan: Plan, reports: Sequence[Statistics], number: int, traffic: Traffic
+    ) -> tuple[StreamingSum, list[Failure]]:
         norms = {report.client: report.norm_G for report in reports}
         total = StreamingSum(self.layout, plan, norms, self.config.wire.dtype)
         requests = [request for request in plan.requests(number, self.layout) if request.groups]
@@ -191,8 +212,7 @@ class Server:
             self.observer.progress(number, "summing", done, len(requests))
 
         failures = self.federation.collect(requests, CountingSum(total, number, traffic, arrived))
-        share = self.config.server.min_arrived
-        return total.result(old, share), failures, len(total.unchanged(share))
+        return total, failures
 
     def _scores(self, weights: Weights, number: int, traffic: Traffic) -> tuple[Metrics, list[Failure]]:
         last = number == self.config.run.rounds
@@ -200,7 +220,8 @@ class Server:
         if number % self.config.evaluation.every and not last:
             return metrics, []
         self.observer.progress(number, "evaluating", 0, 1)
-        overall = self.evaluate(weights)
+        everyone_alone = all(self.algorithm.private(group) for group in self.layout.groups)
+        overall = None if everyone_alone else self.evaluate(weights)
         scores: list[Evaluation] = []
         failures: list[Failure] = []
         if self.config.evaluation.clients and self.config.clients.held_out:

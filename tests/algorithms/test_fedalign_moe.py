@@ -116,16 +116,16 @@ def test_a_rare_expert_is_clipped_to_the_median_norm_of_its_layer(layout: Layout
         replace(pair[1], norm_G=tensor([9.0, 9, 9, 2, 7]), load_L_E=tensor([[50.0, 0.0]])),
     ]
     plan, _ = FedAlignMoE().plan(reports, layout, {})
-    assert plan.clip_C_G is not None
-    assert_close(plan.clip_C_G[0], tensor([1.0, 1, 1, 1, 0.25]))
+    assert plan.factor_C_G is not None
+    assert_close(plan.factor_C_G[0], tensor([1.0, 1, 1, 1, 0.25]))
     assert_close(plan.weight_C_G[:, 4], tensor([1.0, 0.0]))
-    assert FedAlignMoE(min_holders=1).plan(reports, layout, {})[0].clip_C_G is None
-    assert FedAlignMoE(experts="average").plan(reports, layout, {})[0].clip_C_G is None
+    assert FedAlignMoE(min_holders=1).plan(reports, layout, {})[0].factor_C_G is None
+    assert FedAlignMoE(experts="average").plan(reports, layout, {})[0].factor_C_G is None
     # with all of them rare, the even number of norms 1, 2, 8: still 2; without b: 1 and 8, their middle 4.5
-    all_rare = FedAlignMoE(min_holders=5).plan(reports, layout, {})[0].clip_C_G
+    all_rare = FedAlignMoE(min_holders=5).plan(reports, layout, {})[0].factor_C_G
     assert all_rare is not None
     assert_close(all_rare[:, 3:], tensor([[1.0, 0.25], [1.0, 2 / 7]]))
-    alone = FedAlignMoE().plan(reports[:1], layout, {})[0].clip_C_G
+    alone = FedAlignMoE().plan(reports[:1], layout, {})[0].factor_C_G
     assert alone is not None
     assert_close(alone[0, 3:], tensor([1.0, 4.5 / 8]))
 

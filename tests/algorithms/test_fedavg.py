@@ -18,7 +18,7 @@ def test_every_group_is_weighted_by_data(layout: Layout, report: Report) -> None
     plan, after = FedAvg().plan([report("a", 30, *NOTHING), report("b", 10, *NOTHING)], layout, state)
     assert plan.clients == ("a", "b")
     assert_close(plan.weight_C_G, tensor([[0.75] * 5, [0.25] * 5]))
-    assert plan.clip_C_G is None
+    assert plan.factor_C_G is None
     assert after == state
 
 

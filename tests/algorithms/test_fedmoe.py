@@ -47,7 +47,7 @@ def test_what_was_planned_for_nobody_is_never_uploaded(layout: Layout, trio: lis
     asked = {request.client: request.groups for request in plan.requests(1, layout)}
     assert asked["a"] == layout.groups
     assert set(layout.groups) - set(asked["c"]) == {ParameterGroup("gate", 0, 1), ParameterGroup("expert", 0, 1)}
-    assert plan.clip_C_G is None
+    assert plan.factor_C_G is None
     assert state == {"kept": tensor(1.0)}
 
 

@@ -17,24 +17,34 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from fedalign.algorithms.centralised import Centralised
+from fedalign.algorithms.fc_moe import FCMoE
 from fedalign.algorithms.fedalign_moe import FedAlignMoE
 from fedalign.algorithms.fedavg import FedAvg
 from fedalign.algorithms.fedmoe import FedMoE
 from fedalign.algorithms.fedprox import FedProx
 from fedalign.algorithms.flame import FLAME
 from fedalign.algorithms.hfedmoe import HFedMoE
+from fedalign.algorithms.local import Local
+from fedalign.algorithms.pfl_moe import PFLMoE
+from fedalign.algorithms.scaffold import Scaffold
 from fedalign.errors import UserError, unknown
 from fedalign.protocol import Algorithm
 
 GROUP = "fedalign.algorithms"  # entry points of other packages
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
+    "centralised": Centralised,
+    "fc_moe": FCMoE,
     "fedalign_moe": FedAlignMoE,
     "fedavg": FedAvg,
     "fedmoe": FedMoE,
     "fedprox": FedProx,
     "flame": FLAME,
     "hfedmoe": HFedMoE,
+    "local": Local,
+    "pfl_moe": PFLMoE,
+    "scaffold": Scaffold,
 }
 
 BASELINE = "fedavg"  # what a comparison measures the others against
@@ -109,9 +119,9 @@ def _flaw(kind: Any) -> str | None:
     """Why another package's object cannot be an algorithm, or None."""
     if not isinstance(kind, type) or not is_dataclass(kind) or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]  # undocumented, but the only way to ask
         return "is not a frozen dataclass"
-    for part in ("plan", "penalty", "centre_gates"):
-        if not hasattr(kind, part):
-            return f"has no {part}"
+    lacking = [name for name in vars(Algorithm) if not name.startswith("_") and not hasattr(kind, name)]
+    if lacking:
+        return f"has no {', '.join(lacking)}: extend fedalign.algorithms.fedavg.FedAvg"
     hints = get_type_hints(kind)
     for key, field in _options(kind).items():
         if field.default is MISSING:

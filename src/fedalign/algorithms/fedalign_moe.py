@@ -32,7 +32,7 @@ from fedalign.maths.routing import (
     router_log_prob,
     routing_penalty,
 )
-from fedalign.protocol import LayerRouting, Layout, Plan, State, Statistics, Step
+from fedalign.protocol import LayerRouting, Layout, ParameterGroup, Plan, State, Statistics, Step
 
 TARGET = "target_L_E"
 TWO_ROLES = 5 / 9  # bimodality of a uniform distribution
@@ -47,7 +47,7 @@ class FedAlignMoE(FedAvg):
     overlap: Overlap = "product"  # [P]; "relative" [O] depends on the target, the product cancels it
     granularity: Granularity = "token"  # [P]; "batch" [O] keeps the decisions of single tokens sharp
     form: Form = "kl"  # [P]; "bregman" [O] is never negative
-    gate: Literal["rows", "average"] = "rows"  # [O]; "average" is FedAvg for the router
+    gate: Literal["rows", "average", "local"] = "rows"  # [O]; "average": FedAvg; "local": clients keep their own gates
     gate_weights: Literal["consistency", "uniform"] = "consistency"  # [P]
     max_weight: float = 0.5  # [O] the largest weight of a client in a router row
     size_weighted: bool = False  # [P] data size does not enter ω; True [O] multiplies by n_c
@@ -74,7 +74,11 @@ class FedAlignMoE(FedAvg):
     @property
     def centre_gates(self) -> bool:
         """A vector added to all rows changes no softmax routing, but weighted row by row it would become noise [O]."""
-        return self.gate == "rows"
+        return self.gate != "average"
+
+    def private(self, group: ParameterGroup) -> bool:
+        """With gate = "local", gates: each client goes on from its own, which are still summed for the global model."""
+        return self.gate == "local" and group.kind == "gate"
 
     def plan(self, reports: Sequence[Statistics], layout: Layout, state: State) -> tuple[Plan, State]:
         """Weights of router rows and experts from the statistics; the new routing target becomes the state."""
@@ -93,11 +97,11 @@ class FedAlignMoE(FedAvg):
         expert_C_L_E, two_roles = average_C_L_E, 0
         if self.experts == "semantic":
             expert_C_L_E, two_roles = self._expert_weights(reports, held_C_L_E)
-        weight_C_G = layout.table(share_C, gate_C_L_E if self.gate == "rows" else average_C_L_E, expert_C_L_E)
-        clip_C_G = self._clip(reports, layout, held_C_L_E) if self.experts == "semantic" else None
+        weight_C_G = layout.table(share_C, average_C_L_E if self.gate == "average" else gate_C_L_E, expert_C_L_E)
+        factor_C_G = self._clip(reports, layout, held_C_L_E) if self.experts == "semantic" else None
         clients = tuple(report.client for report in reports)
         metrics = {"experts_in_two_roles": two_roles} if self.experts == "semantic" else {}
-        return Plan(clients, weight_C_G, clip_C_G, metrics), {**state, TARGET: new_L_E}
+        return Plan(clients, weight_C_G, factor_C_G, metrics), {**state, TARGET: new_L_E}
 
     def penalty(self, step: Step) -> Tensor | None:
         """λ · L_reg, the mean over layers; None in round 1, when there is no target yet."""

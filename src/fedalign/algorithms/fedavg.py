@@ -5,13 +5,13 @@ w ← w + Σ_c (n_c / Σ n) · Δ_c          n_c: training examples client c use
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedalign.protocol import Layout, Plan, State, Statistics, Step
+from fedalign.protocol import Layout, LocalRound, ParameterGroup, Plan, State, Statistics, Step, Weights
 
 
 def data_share(reports: Sequence[Statistics]) -> Tensor:
@@ -33,7 +33,7 @@ def column_shares(score_C_L_E: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FedAvg:
-    """One weight a client, the same for all of its groups."""
+    """One weight a client, the same for all of its groups; the base of the others, which change what they must."""
 
     @property
     def centre_gates(self) -> bool:
@@ -46,6 +46,39 @@ class FedAvg:
         weight_C_G = share_C.unsqueeze(1).repeat(1, len(layout.groups))
         return Plan(tuple(report.client for report in reports), weight_C_G), state
 
+    @property
+    def pooled(self) -> bool:
+        """Each client keeps its data."""
+        return False
+
+    @property
+    def mixes(self) -> bool:
+        """Clients use the server's model as it is."""
+        return False
+
+    @property
+    def corrects(self) -> bool:
+        """Gradients stay as they are."""
+        return False
+
+    def apply(self, state: State, sums: Mapping[str, Weights], layout: Layout, members: int) -> State:
+        """The plan's state."""
+        return state
+
     def penalty(self, step: Step) -> Tensor | None:
         """None: clients minimise their own loss."""
         return None
+
+    def private(self, group: ParameterGroup) -> bool:
+        """Nothing is."""
+        return False
+
+    def begin(self, local: LocalRound) -> None:
+        """Clients start from what they receive."""
+
+    def correct(self, local: LocalRound, gradients: Mapping[ParameterGroup, Sequence[Tensor]]) -> None:
+        """Gradients stay as they are."""
+
+    def end(self, local: LocalRound, update: Weights, steps: int) -> Mapping[str, Tensor]:
+        """Clients keep nothing."""
+        return {}

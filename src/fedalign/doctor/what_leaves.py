@@ -98,7 +98,7 @@ MEANINGS: dict[type[Leaving], dict[str, str]] = {
         "centroid_scale_L": "what that is multiplied by",
         "update_L_E_S": "random projection of the direction of each expert's update",
         "norm_G": "length of each group's update",
-        "metrics": "seconds of training and number of steps",
+        "metrics": "seconds of training, number of steps, learning rate",
     },
     Update: {
         "client": "the site's name",
@@ -176,7 +176,7 @@ def _statistics(name: str, layout: Layout, config: Config) -> Statistics:
         centroid_scale_L=_empty(layout.layers),
         update_L_E_S=_empty(*cells, config.statistics.update_width, dtype=torch.float16),
         norm_G=_empty(len(layout.groups)),
-        metrics={"train_seconds": MEAN, "steps": MEAN},
+        metrics={"train_seconds": MEAN, "steps": MEAN, "learning_rate": MEAN},
     )
 
 

@@ -1,8 +1,8 @@
 """The streaming sum: updates are checked and added as they arrive, then normalised by the weight that arrived.
 
-    new[g] = old[g] + (Σ_planned b / Σ_arrived b) · Σ_arrived b · clip · Δ      for each parameter group g   [O]
+    new[g] = old[g] + (Σ_planned b / Σ_arrived b) · Σ_arrived b · factor · Δ      for each parameter group g   [O]
 
-b and clip come from the `Plan`; clip factors never enter the normaliser. Memory is one float32 model, whatever the
+b and factor come from the `Plan`; factors never enter the normaliser. Memory is one float32 model, whatever the
 number of clients: nothing that was added is kept. A client lost on the way costs its share, never the round.
 """
 
@@ -40,10 +40,15 @@ class StreamingSum:
         self._dtype = dtype
         self._column = {group: i for i, group in enumerate(layout.groups)}
         self._expected = {request.client: request.groups for request in plan.requests(0, layout)}
-        clip_C_G = torch.ones_like(plan.weight_C_G) if plan.clip_C_G is None else plan.clip_C_G
+        factor_C_G = torch.ones_like(plan.weight_C_G) if plan.factor_C_G is None else plan.factor_C_G
         # plain lists: a look-up for each group and client must cost nothing beside the sum
         self._weight = dict(zip(plan.clients, plan.weight_C_G.tolist(), strict=True))
-        self._factor = dict(zip(plan.clients, (plan.weight_C_G * clip_C_G).tolist(), strict=True))
+        self._factor = dict(zip(plan.clients, (plan.weight_C_G * factor_C_G).tolist(), strict=True))
+        self._streams = {
+            name: dict(zip(plan.clients, (plan.weight_C_G * stream_C_G).tolist(), strict=True))
+            for name, stream_C_G in plan.streams.items()
+        }
+        self._stream_sums: dict[str, Weights] = {name: {} for name in plan.streams}
         self._norm = {client: norms[client].tolist() for client in plan.clients}
         self._planned = dict(zip(layout.groups, plan.weight_C_G.double().sum(dim=0).tolist(), strict=True))
         self._arrived: defaultdict[ParameterGroup, float] = defaultdict(float)
@@ -82,6 +87,17 @@ class StreamingSum:
             min_arrived: the share of its planned weight that a group needs to be changed at all.
         """
         return {group: self._new(group, values, min_arrived) for group, values in old.items()}
+
+    def streams(self, min_arrived: float = 0.5) -> dict[str, Weights]:
+        """The plan's streams, normalised like the sum; groups that did not change are left out."""
+        return {
+            name: {
+                group: values * (self._planned[group] / self._arrived[group])
+                for group, values in sums.items()
+                if self._carried(group, min_arrived)
+            }
+            for name, sums in self._stream_sums.items()
+        }
 
     def _new(self, group: ParameterGroup, old: Tensor, min_arrived: float) -> Tensor:
         if not (self._wanted(group) and self._carried(group, min_arrived)):
@@ -133,10 +149,14 @@ class StreamingSum:
             if not all(chunk.isfinite().all() for _, chunk in self._chunks(packed)):
                 return f"{group}: not finite"
             return f"{group}: norm {norm:.6g}, but its statistics said {claimed:.6g}"
-        if group not in self._sums:
-            self._sums[group] = torch.zeros(self._sizes[group])
+        targets = [(self._sums, self._factor[client][column])]
+        targets += [(sums, self._streams[name][client][column]) for name, sums in self._stream_sums.items()]
+        for sums, _ in targets:
+            if group not in sums:
+                sums[group] = torch.zeros(self._sizes[group])
         for start, chunk in chunks or self._chunks(packed):
-            self._sums[group][start : start + len(chunk)].add_(chunk, alpha=self._factor[client][column])
+            for sums, factor in targets:
+                sums[group][start : start + len(chunk)].add_(chunk, alpha=factor)
         self._arrived[group] += self._weight[client][column]
         return None
 

@@ -51,7 +51,15 @@ class Slot:
 
     def view(self, group: ParameterGroup) -> Tensor:
         """The part that belongs to `group`: the parameter's own storage, outside autograd."""
-        whole = self.parameter.detach()
+        return self._part(self.parameter.detach(), group)
+
+    def gradient(self, group: ParameterGroup) -> Tensor:
+        """The same part of the gradient."""
+        if self.parameter.grad is None:
+            self.parameter.grad = torch.zeros_like(self.parameter)
+        return self._part(self.parameter.grad, group)
+
+    def _part(self, whole: Tensor, group: ParameterGroup) -> Tensor:
         return whole if self.axis is None else whole.select(self.axis, group.expert)
 
 
@@ -225,6 +233,10 @@ class MoEModel:
     def device(self) -> torch.device:
         """Where the parameters live."""
         return self.slots[0].parameter.device
+
+    def gradients(self) -> dict[ParameterGroup, tuple[Tensor, ...]]:
+        """The gradients of all trainable values, by group, in the order of `views`; zeros where there is none."""
+        return {group: tuple(slot.gradient(group) for slot in owners) for group, owners in self._owners.items()}
 
     @property
     def views(self) -> dict[ParameterGroup, tuple[Tensor, ...]]:

@@ -7,13 +7,14 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from fedalign.checkpoint import ServerState, write_text
 from fedalign.errors import UserError
+from fedalign.protocol import Layout, Plan, Statistics
 
 State = Literal["starting", "running", "failed", "complete"]
 PATIENCE = 1.0  # seconds that a run folder may be held before another coordinator is said to run it
@@ -45,6 +46,9 @@ class Beacon:
     def progress(self, round: int, stage: str, done: int, total: int) -> None:
         """Say so at once: who watches waits for the last of them, and wants to know how many are missing."""
         self._write(Status("running", os.getpid(), round, stage, done, total))
+
+    def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
+        """Nothing: the health files have it."""
 
     def completed(self, state: ServerState, improved: bool) -> None:
         """Nothing: metrics.jsonl has it."""
