@@ -235,7 +235,7 @@ class Deployment:
         """Until the SuperLink knows of so many connected sites."""
 
         def online() -> bool:
-            return sum(node["status"] == "online" for node in self.loopback.nodes()) >= sites
+            return len([node for node in self.loopback.nodes() if node["status"] == "online"]) >= sites
 
         self.loopback.wait(online, f"{sites} sites to connect", seconds=180)
 
