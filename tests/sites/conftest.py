@@ -224,12 +224,14 @@ class Deployment:
 
     @contextmanager
     def _changed(self, folder: Path) -> Iterator[None]:
+        environment, usual = self.loopback.environment, self.loopback.environment.get("PYTHONPATH")
         if (folder / "change").exists():
-            self.loopback.environment["PYTHONPATH"] = str(folder / "change")
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder / "change"), usual]))
         try:
             yield
         finally:
-            self.loopback.environment.pop("PYTHONPATH", None)
+            environment.pop("PYTHONPATH", None)
+            environment |= {"PYTHONPATH": usual} if usual else {}
 
     def wait_online(self, sites: int) -> None:
         """Until the SuperLink knows of so many connected sites."""
