@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+COMPARED := fedavg,fedprox,fedmoe,pfl_moe,fedalign_moe
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-sites test test-sites check format bench clean
+.PHONY: help venv demo demo-sites compare test test-browser test-sites check format bench clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -51,8 +52,14 @@ check: ## what `make test` checks, in the environment that is there
 	@$(BIN)/lint-imports
 	@OMP_NUM_THREADS=1 $(BIN)/pytest
 
+test-browser: $(VENV)/.tools ## the report in headless Chromium (apt-get install chromium chromium-driver)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m browser
+
 test-sites: $(VENV)/.simulation ## real Flower processes on loopback: keys, kills, faults, equal engines
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m sites
+
+compare: $(VENV)/.package ## five algorithms, three seeds, a small model: under 25 minutes on two cores; goes on where it stopped
+	@$(BIN)/fedalign compare examples/compare.toml --algorithms $(COMPARED) --seeds 3 --out runs/compare
 
 format: ## rewrite the sources as `check` wants them
 	@$(BIN)/ruff format .

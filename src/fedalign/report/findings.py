@@ -62,8 +62,9 @@ def _verdict(request: Request, runs: Sequence[Finished], column: Column, point: 
     pair = paired_interval(values[best], baseline)
     if pair is None or pair.half is None:
         return f"{sentence} {ONE_SEED}"
-    chance = "the interval excludes zero" if pair.excludes_zero else "the interval includes zero, so this may be chance"
-    return f"{sentence} Seed by seed it differs from {request.baseline} by {_difference(column, pair)}\N{NO-BREAK SPACE}{unit.replace('%', 'points')}; {chance}."
+    by = f"{_difference(column, pair)}\N{NO-BREAK SPACE}{unit.replace('%', 'points')}"
+    chance = "excludes zero" if pair.excludes_zero else "includes zero, so this may be chance"
+    return f"{sentence} Seed by seed it differs from {request.baseline} by {by}; the interval {chance}."
 
 
 def ablations(material: Material) -> list[Ablation]:

@@ -7,15 +7,15 @@ there. Rounds, then layers, are thinned evenly until everything fits.
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from fedalign.health import read_health
 from fedalign.report.figures import CLIENTS, Json, label_index, lines_of, point_index, thinned
 from fedalign.report.material import Material, Run
 
@@ -110,9 +110,8 @@ def read_round(path: Path) -> Round:
     """
     try:
         number = int(path.stem.removeprefix("round-"))
-        with safe_open(path, framework="numpy") as file:
-            clients = tuple(json.loads((file.metadata() or {})["clients"]))
-            tables = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118 not a dict
+        kept = read_health(path)
+        clients, tables = kept.clients, {name: table.float().numpy() for name, table in kept.tensors.items()}
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DamagedError(" ".join(str(error).split())) from None
     if not all(isinstance(name, str) for name in clients) or len(set(clients)) < len(clients) or not clients:

@@ -114,7 +114,8 @@ def _of_comparison(path: Path) -> Material:
     if not runs:
         raise UserError(f"{str(path)!r}: none of its runs can be shown yet. {' '.join(missing)}".rstrip())
     again = [f"fedalign compare --resume {shlex.quote(str(path))}", _run_again(runs[0])]
-    return Material(path.resolve().name, request, runs, notes(request), missing, again, comparison=True)
+    said = _said(request, runs)
+    return Material(path.resolve().name, request, runs, said, missing, again, comparison=True)
 
 
 def _of_runs(folders: Sequence[Path]) -> Material:
@@ -128,11 +129,19 @@ def _of_runs(folders: Sequence[Path]) -> Material:
     runs, missing = _read_cells(list(zip(planned, configs, strict=True)))
     if not runs:
         raise UserError(f"fedalign report: nothing can be shown yet. {' '.join(missing)}".rstrip())
-    said = notes(request)
-    if "run.rounds" in request.grid:
-        said[0] = "Runs of one seed share start, partition and order of batches if nothing but the algorithm differs."
+    said = _said(request, runs)
     name = runs[0].folder.resolve().name if len(runs) == 1 else f"{len(runs)} runs"
     return Material(name, request, runs, said, missing, [_run_again(run) for run in runs], comparison=False)
+
+
+def _said(request: Request, runs: Sequence[Run]) -> list[str]:
+    """The notes of a comparison, as far as they hold for these runs."""
+    first, *others = notes(request)
+    if not any(run.finished for run in runs):
+        first = "No run is finished yet: the tables hold the last scored round of each."
+    elif "run.rounds" in request.grid:
+        first = "Runs of one seed share start, partition and order of batches if nothing but the algorithm differs."
+    return [first, *others]
 
 
 def _config(path: Path) -> Config:

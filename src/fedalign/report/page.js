@@ -114,6 +114,7 @@
       `${data.labels[d.label]}\nround ${d.round}${xLabel.startsWith("round") ? "" : `, ${shown(d.x)} MB`}\n` +
       `${shown(d.mean)}${d.low === null ? "" : ` (${shown(d.low)} to ${shown(d.high)})`}, ${d.count} ${d.count === 1 ? "seed" : "seeds"}`;
     marks.push(Plot.tip(all, Plot.pointer({ x: "x", y: "mean", title, fontSize: FONT, fill: "var(--page)", stroke: "var(--soft)" })));
+    const rounds = xLabel === "round" ? d3.ticks(...d3.extent(all, (d) => d.x), Math.max(3, Math.floor(width / 75))).filter(Number.isInteger) : null;
     return Plot.plot({
       width,
       height: Math.round(Math.min(340, Math.max(220, width * 0.62))),
@@ -121,7 +122,7 @@
       marginBottom: 42,
       marginTop: 22,
       style: { fontSize: `${FONT}px`, background: "none" },
-      x: { type: xType ?? "linear", label: xLabel, nice: xType === "linear", tickFormat: xType === "log" ? "~s" : undefined, ticks: Math.max(3, Math.floor(width / 75)) },
+      x: { type: xType ?? "linear", label: xLabel, nice: xType === "linear", tickFormat: rounds ? "d" : xType === "log" ? "~s" : undefined, ticks: rounds ?? Math.max(3, Math.floor(width / 75)) },
       y: { label: yLabel, nice: true, ticks: 5, grid: true, domain },
       marks,
     });
@@ -146,7 +147,7 @@
       nodes: panels.map(({ title, series }) =>
         panel(
           panels.length > 1 ? title : "",
-          lines({ series, width: Math.min(each, 760), xLabel: "round", yLabel: axis(group), domain: domain[0] < domain[1] ? domain : undefined }),
+          lines({ series, width: Math.min(each, 760), xLabel: "round", yLabel: axis(group), domain: domain[0] < domain[1] ? domain : [Math.min(0, 1.25 * domain[0]), Math.max(1.25 * domain[0], 0) || 1] }),
           `Line chart of ${group.title.toLowerCase()}, ${title.toLowerCase()}, by round. ${lastValues(series, group.unit)}.`,
         ),
       ),
@@ -180,7 +181,7 @@
     const turned = longestColumn * FONT * 0.6 + 6 > wide && longestColumn > 3;
     const step = turned ? Math.ceil(16 / wide) : Math.ceil((longestColumn * FONT * 0.62 + 8) / wide);
     const marginBottom = (turned ? longestColumn * FONT * 0.46 : 16) + 34;
-    const tall = square ? wide : Math.min(tallest, Math.max(9, wide * 1.4));
+    const tall = square ? wide : Math.min(tallest, Math.max(9, wide * 1.4), Math.max(9, 900 / rows.length));
     const every = Math.ceil(14 / tall);
     const inset = wide > 7 ? 0.5 : 0;
     const title = (d) => `${rows[d.y]}\n${xLabel} ${cols[d.x]}\n${format(d.v)}`;
@@ -285,7 +286,8 @@
     if (!parts) return "Nothing to show: no algorithm is chosen.";
     const each = columns(width, parts, 380);
     const nodes = [];
-    const names = about.names.map((name, y) => (about.examples[y] === null ? name : `${cut(name, longestName(each) - 3 - String(about.examples[y]).length)} (${about.examples[y]})`));
+    const bracketed = each >= 420;
+    const names = about.names.map((name, y) => (about.examples[y] === null || !bracketed ? name : `${cut(name, longestName(each) - 3 - String(about.examples[y]).length)} (${about.examples[y]})`));
     const tall = Math.min(26, Math.max(11, 900 / names.length));
     const count = (y, x) => about.counts[y][x];
     if (counted) {
@@ -306,7 +308,7 @@
       nodes.push(panel("Accuracy after the last scored round", accuracyDots(about, algorithms, each, marginLeft, tall), `Dot plot of each client's accuracy. ${worst}.`));
     }
     const thinned = about.names.length < about.of ? ` ${about.names.length} of ${about.of} clients are shown.` : "";
-    const recorded = counted ? "In brackets: examples that the client holds. " : "What clients hold was not recorded in these runs. ";
+    const recorded = counted ? (bracketed ? "In brackets: examples that the client holds. " : "") : "What clients hold was not recorded in these runs. ";
     return {
       nodes,
       caption: `${recorded}Seed ${about.seed}${where()}.${thinned}`,

@@ -1,0 +1,108 @@
+"""A headless Chromium that notes every request and every line of its console."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.wait import WebDriverWait
+
+from fedalign.report import write_report
+from tests.report.made import Shape, make_comparison
+
+EVIL = '<img src="http://127.0.0.1:9/x" onerror="alert(1)">'
+CLIENTS = ("St. Mary's hospital, ward 4", EVIL, *(f"client-{i:02d}" for i in range(8)))
+
+
+@dataclass(frozen=True)
+class Browser:
+    """One page open."""
+
+    driver: webdriver.Chrome
+
+    def open(self, page: Path, width: int = 1200, *, dark: bool = False) -> None:
+        """Load it anew and wait until its figures are drawn."""
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        self.driver.get(page.as_uri())
+        self.wait_for("figure svg")
+
+    def wait_for(self, selector: str) -> None:
+        """Until something is there."""
+        WebDriverWait(self.driver, 20).until(lambda driver: driver.find_elements("css selector", selector))
+
+    def all(self, selector: str) -> list[WebElement]:
+        """Every element of a selector."""
+        return self.driver.find_elements("css selector", selector)
+
+    def one(self, selector: str) -> WebElement:
+        """The only element of a selector."""
+        (found,) = self.all(selector)
+        return found
+
+    def evaluate(self, expression: str) -> Any:
+        """The value of a JavaScript expression."""
+        return self.driver.execute_script(f"return {expression}")
+
+    def settle(self) -> None:
+        """Until what was asked for is drawn."""
+        self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+
+    def console(self) -> list[str]:
+        """What it has said since this was last asked."""
+        return [line["message"] for line in self._log("browser")]
+
+    def requests(self) -> list[str]:
+        """Addresses asked for since this was last asked."""
+        messages = [json.loads(line["message"])["message"] for line in self._log("performance")]
+        return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+
+    def _log(self, name: str) -> list[dict[str, Any]]:
+        lines: list[dict[str, Any]] = self.driver.get_log(name)  # type: ignore[no-untyped-call]
+        return lines
+
+    def screenshot(self, path: Path) -> None:
+        """The whole page."""
+        width, height = self.evaluate("[document.documentElement.clientWidth, document.documentElement.scrollHeight]")
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+        options = {"format": "png", "captureBeyondViewport": True, "clip": clip}
+        shot = self.driver.execute_cdp_cmd("Page.captureScreenshot", options)
+        path.write_bytes(base64.b64decode(shot["data"]))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.fail("These tests need Chromium and its driver: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    opened = webdriver.Chrome(options=options, service=Service(driver))
+    try:
+        yield Browser(opened)
+    finally:
+        opened.quit()
+
+
+@pytest.fixture(scope="session")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison at two settings; two of its clients have awkward names."""
+    folder = tmp_path_factory.mktemp("report")
+    shape = Shape(clients=CLIENTS, rounds=12, layers=4)
+    grid = {"clients.alpha": ["0.1", "1.0"]}
+    write_report([make_comparison(folder / "runs", shape=shape, grid=grid)], folder / "report.html")
+    return folder / "report.html"

@@ -1,0 +1,184 @@
+"""The report in a real browser. Screenshots are kept in the folder that REPORT_SCREENSHOTS names, if it is set."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.select import Select
+
+from fedalign.config import load_config
+from fedalign.report import write_report
+from tests.browser.conftest import CLIENTS, EVIL, Browser
+from tests.report.made import Shape, make_comparison, make_run
+
+pytestmark = pytest.mark.browser
+FIGURES = ("convergence", "bytes", "clients", "routing", "divergence", "similarity", "weights", "balance", "load")
+
+
+def keep(browser: Browser, name: str) -> None:
+    folder = os.environ.get("REPORT_SCREENSHOTS")
+    if folder:
+        browser.screenshot(Path(folder) / f"{name}.png")
+
+
+def drawing(browser: Browser, figure: str) -> str:
+    browser.settle()
+    return str(browser.evaluate(f"document.querySelector('#figure-{figure} .drawing').innerHTML"))
+
+
+def choose(browser: Browser, id: str, value: str) -> None:
+    Select(browser.one(f"#{id}")).select_by_value(value)
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("dark", [False, True])
+def test_it_opens_quietly_and_fits(browser: Browser, page: Path, width: int, dark: bool) -> None:
+    browser.console(), browser.requests()
+    browser.open(page, width, dark=dark)
+    assert browser.console() == []
+    asked = browser.requests()
+    assert page.as_uri() in asked
+    assert [address for address in asked if not address.startswith(("file:", "data:"))] == []
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    assert browser.all(".empty") == []
+    for name in FIGURES:
+        assert browser.all(f"#figure-{name} svg[role=img]"), name
+    keep(browser, f"{'dark' if dark else 'light'}-{width}")
+
+
+def test_dark_mode_changes_page_and_lines(browser: Browser, page: Path) -> None:
+    looks = {}
+    for dark in (False, True):
+        browser.open(page, dark=dark)
+        looks[dark] = browser.evaluate(
+            "[getComputedStyle(document.body).backgroundColor,"
+            " getComputedStyle(document.querySelector('#figure-divergence [aria-label=line] path')).stroke]"
+        )
+    assert looks[False][0] == "rgb(255, 255, 255)"
+    assert looks[True][0] == "rgb(21, 23, 26)"
+    assert looks[False][1] != looks[True][1]
+
+
+@pytest.mark.parametrize(
+    ("id", "value", "changed", "same"),
+    [
+        ("layer", "2", ["routing", "similarity", "weights"], ["convergence"]),
+        ("expert", "3", ["similarity"], ["routing"]),
+        ("run", "2", [], ["convergence"]),
+        ("weights", "gate_weight", ["weights"], ["routing"]),
+        ("metric", "1", ["convergence"], ["bytes"]),
+        ("seed", "1", ["clients"], ["routing"]),
+        ("bytes-panel", "2", ["bytes"], ["convergence"]),
+        ("bytes-axis", "log", ["bytes"], ["convergence"]),
+    ],
+)
+def test_selectors_change_their_figures(
+    browser: Browser, page: Path, id: str, value: str, changed: list[str], same: list[str]
+) -> None:
+    browser.open(page)
+    before = {name: drawing(browser, name) for name in [*changed, *same]}
+    caption = browser.one("#figure-routing figcaption").text
+    choose(browser, id, value)
+    assert {name: drawing(browser, name) != before[name] for name in before} == dict.fromkeys(
+        changed, True
+    ) | dict.fromkeys(same, False)
+    if id == "run":
+        assert browser.one("#figure-routing figcaption").text == caption.replace("fedavg", "fedalign_moe")
+    assert browser.console() == []
+
+
+def test_the_round_is_chosen_by_keyboard(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    slider = browser.one("#round")
+    assert browser.one("#round-shown").text == "12 of 12"
+    before = drawing(browser, "similarity"), drawing(browser, "load")
+    slider.send_keys(Keys.HOME)
+    assert browser.one("#round-shown").text == "1 of 12"
+    assert slider.get_attribute("aria-valuetext") == "round 1 of 12"
+    assert drawing(browser, "load") != before[1]
+    slider.send_keys(Keys.ARROW_RIGHT * 4)
+    browser.settle()
+    titles = [title.text for title in browser.all("#figure-routing .panel-title")]
+    assert titles == ["Round 1 (first)", "Round 5 (chosen)", "Round 12 (latest)"]
+    slider.send_keys(Keys.END)
+    assert drawing(browser, "similarity") == before[0]
+
+
+def test_the_legend_hides_an_algorithm_everywhere(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    lines = "#figure-divergence [aria-label=line]"
+    assert len(browser.all(lines)) == 3
+    browser.all("#legend input")[0].send_keys(Keys.SPACE)
+    browser.settle()
+    assert len(browser.all(lines)) == 2
+    assert "fedavg" not in str(browser.one("#figure-bytes svg").get_attribute("aria-label"))
+
+
+def test_the_setting_changes_all_figures(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    assert "clients.alpha = 0.1" in browser.one("#figure-convergence figcaption").text
+    choose(browser, "point", "1")
+    browser.settle()
+    captions = [caption.text for caption in browser.all("figcaption")]
+    assert len(captions) == len(FIGURES)
+    assert all("clients.alpha = 1.0" in caption for caption in captions)
+
+
+def test_every_figure_has_its_numbers_and_a_description(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    for name in FIGURES:
+        browser.one(f"#figure-{name} summary").send_keys(Keys.ENTER)
+        browser.wait_for(f"#figure-{name} details td")
+        for drawn in browser.all(f"#figure-{name} svg[role=img]"):
+            assert len(str(drawn.get_attribute("aria-label"))) > 40
+    assert browser.one("#figure-similarity details thead").text.count("client-") == 8
+    assert browser.console() == []
+
+
+def test_names_of_clients_are_only_text(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    assert browser.all("img") == []
+    browser.one("#figure-routing summary").send_keys(Keys.ENTER)
+    browser.wait_for("#figure-routing details td")
+    names = [cell.text for cell in browser.all("#figure-routing details tbody th")]
+    assert sorted(names) == sorted(CLIENTS)
+    assert EVIL in names
+
+
+def test_the_skip_link_is_reached_first(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    browser.one("body").send_keys(Keys.TAB)
+    assert browser.evaluate("document.activeElement.className") == "skip"
+
+
+def test_one_run_and_an_ablation_open_quietly(browser: Browser, tmp_path: Path) -> None:
+    made = {
+        "run": make_run(tmp_path / "run", load_config(None, ["run.rounds=4"]), rounds=1),
+        "ablation": make_comparison(tmp_path / "ablation", None, seeds=[0, 1]),
+        "many": make_run(
+            tmp_path / "many",
+            load_config(None, ["run.rounds=1"]),
+            Shape(tuple(f"site-{i}" for i in range(90)), rounds=1),
+        ),
+    }
+    for name, folder in made.items():
+        write_report([folder], tmp_path / f"{name}.html")
+        browser.open(tmp_path / f"{name}.html", 390)
+        assert browser.console() == [], name
+        assert browser.evaluate("document.documentElement.scrollWidth") == 390, name
+        keep(browser, name)
+    assert "60 of 90 clients" in browser.one("#figure-clients figcaption").text
+
+
+def test_without_what_is_optional_it_says_so(browser: Browser, tmp_path: Path) -> None:
+    bare = make_run(tmp_path / "run", load_config(None, ["run.rounds=4"]))
+    for path in [*(bare / "health").iterdir(), bare / "clients.json"]:
+        path.unlink()
+    write_report([bare], tmp_path / "report.html")
+    browser.open(tmp_path / "report.html")
+    assert browser.console() == []
+    assert "What clients hold was not recorded" in browser.one("#figure-clients figcaption").text
+    assert "was not recorded in these runs" in browser.one("#experts").text

@@ -1,0 +1,118 @@
+"""Numbers behind the figures, against ones that can be worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedalign.config import load_config
+from fedalign.report.figures import GROUPS, clients, curves, short, thinned, uploads
+from fedalign.report.findings import ablations, facts, verdicts
+from fedalign.report.material import Material, read_material
+from tests.report.made import make_comparison, make_run
+
+
+def made(folder: Path, **lines: list[dict[str, Any]]) -> Material:
+    """Runs `algorithm_seed=[metrics of each round]`."""
+    paths = []
+    for name, history in lines.items():
+        algorithm, _, seed = name.rpartition("_")
+        overrides = [f"algorithm.name={algorithm}", f"run.seed={seed}", f"run.rounds={len(history) - 1}"]
+        path = make_run(folder / name, load_config(None, overrides), rounds=len(history) - 1)
+        text = "".join(json.dumps({"round": i, **line}) + "\n" for i, line in enumerate(history))
+        (path / "metrics.jsonl").write_text(text)
+        paths.append(path)
+    return read_material(paths)
+
+
+def test_bands_are_t_intervals_over_seeds(tmp_path: Path) -> None:
+    material = made(
+        tmp_path,
+        fedavg_0=[{"accuracy": 0.1}, {"accuracy": 0.5}],
+        fedavg_1=[{"accuracy": 0.1}, {"accuracy": 0.6}],
+        fedprox_0=[{"accuracy": 0.2}, {}],
+    )
+    group = curves(material, GROUPS[0])
+    assert group is not None
+    (panel,) = group["panels"]  # neither mean nor worst client was scored
+    fedavg, fedprox = panel["series"]
+    half = 12.706 * 7.0711 / 2**0.5  # t(1) and s of 50 and 60
+    assert fedavg["rows"][0] == [0, 10, 10, 10, 2]
+    assert fedavg["rows"][1] == [1, 55, pytest.approx(55 - half, abs=0.01), pytest.approx(55 + half, abs=0.01), 2]
+    assert fedprox["rows"] == [[0, 20, None, None, 1]]
+    assert curves(material, GROUPS[1]) is None
+
+
+def test_uploads_add_up(tmp_path: Path) -> None:
+    sent = [{"bytes_up": 0}, {"bytes_up": 2_000_000}, {"bytes_up": 1_500_000}]
+    material = made(tmp_path, fedavg_0=sent, fedavg_1=[{"bytes_up": 0}, {"bytes_up": 4_000_000}, {"bytes_up": 500_000}])
+    assert uploads(material) == [{"point": 0, "label": 0, "rows": [[0, 0], [1, 3], [2, 4]]}]
+
+
+def test_clients_show_their_last_accuracies_and_what_they_hold(tmp_path: Path) -> None:
+    material = made(
+        tmp_path,
+        fedavg_0=[{"client_accuracies": {"a": 0.5, "b": 0.25}}, {}],
+        fedprox_0=[{"client_accuracies": {"a": 0.75}}, {}],
+    )
+    held = {"a": {"examples": 5, "labels": {"x": 2, "y": 3}}, "b": {"examples": 1, "labels": {"y": 1}}}
+    for name in ("fedavg_0", "fedprox_0"):
+        (tmp_path / name / "clients.json").write_text(json.dumps(held))
+    (one,) = clients(read_material([tmp_path / "fedavg_0", tmp_path / "fedprox_0"]))
+    assert one["names"] == ["a", "b"]
+    assert (one["labels"], one["counts"], one["examples"]) == (["x", "y"], [[2, 3], [0, 1]], [5, 1])
+    assert one["accuracies"] == [{"label": 0, "values": [50, 25]}, {"label": 1, "values": [75, None]}]
+    assert material.runs[0].held.keys() == {f"client-{i:02d}" for i in range(6)}
+
+
+def test_verdicts_say_how_sure_they_are(tmp_path: Path) -> None:
+    def twice(first: float, second: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        return [{"accuracy": 0.1}, {"accuracy": first}], [{"accuracy": 0.1}, {"accuracy": second}]
+
+    base, better, unsure = twice(0.5, 0.52), twice(0.6, 0.62), twice(0.5, 0.6)
+    told = verdicts(made(tmp_path / "a", fedavg_0=base[0], fedavg_1=base[1], fedprox_0=better[0], fedprox_1=better[1]))
+    assert told == [
+        "fedprox is best on average: accuracy 61.0 ± 12.7\N{NO-BREAK SPACE}%, 95 % interval over 2 seeds. "
+        "Seed by seed it differs from fedavg by +10.0 ± 0.0\N{NO-BREAK SPACE}points; the interval excludes zero."
+    ]
+    told = verdicts(made(tmp_path / "b", fedavg_0=base[0], fedavg_1=base[1], fedprox_0=unsure[0], fedprox_1=unsure[1]))
+    assert told[0].endswith("the interval includes zero, so this may be chance.")
+    told = verdicts(made(tmp_path / "c", fedavg_0=base[0], fedprox_0=better[0]))
+    assert told[0].endswith("no ground for saying which algorithm is better.")
+
+
+def test_an_ablation_tells_the_gain_of_each_step(tmp_path: Path) -> None:
+    folder = make_comparison(tmp_path / "a", None, seeds=[0, 1])
+    levels = {"parameter-average": 0.5, "gate-alignment": 0.55, "consistency-weights": 0.55}
+    for slug, level in levels.items():
+        for seed, extra in ((0, 0.0), (1, 0.02)):
+            path = folder / "runs" / slug / f"seed-{seed}" / "metrics.jsonl"
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            lines[-1]["accuracy"] = level + extra
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (ablation,) = ablations(read_material([folder]))
+    assert [step.label for step in ablation.steps][:3] == [
+        "parameter average",
+        "gate alignment",
+        "+ consistency weights",
+    ]
+    assert ablation.steps[0].gain == "-"
+    assert ablation.steps[1].gain == "+5.0 ± 0.0 †"
+    assert ablation.steps[2].gain == "+0.0 ± 0.0"
+    assert ablations(read_material([make_comparison(tmp_path / "b", "fedavg,fedprox", seeds=[0])])) == []
+
+
+def test_facts_tell_what_varies(tmp_path: Path) -> None:
+    folder = make_comparison(tmp_path / "a", "fedavg", seeds=[0], grid={"clients.alpha": ["0.1", "1.0"]})
+    told = dict(facts(read_material([folder])))
+    assert told["clients"] == "6, dirichlet, alpha: 0.1, 1.0"
+    assert (told["rounds"], told["seeds"], told["algorithms"]) == ("4", "0", "fedavg")
+
+
+def test_thinning_keeps_both_ends() -> None:
+    assert thinned(range(25), 6) == [0, 5, 10, 14, 19, 24]
+    assert thinned("abc", 1) == ["c"]
+    assert short(0.123456789) == 0.12346
