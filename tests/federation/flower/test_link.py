@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import httpx
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedalign.federation.flower import link
 from fedalign.federation.flower.link import REASONS, GridLink, Reply, RunAbout, reason
 from fedalign.federation.flower.records import from_records, to_records
 from fedalign.messages import MessageError, Parcel, decode, encode
@@ -160,3 +162,35 @@ def test_a_parcel_is_a_reply_like_any_other() -> None:
     link = GridLink(grid, RUN, 60)
     (reply,) = link.replies(list(link.ask("query.finish", failure, [4])))
     assert reply.content == failure
+
+
+class BusyGrid(PlayedGrid):
+    """Its SuperLink fails a number of times before it answers."""
+
+    failures = 0
+
+    def get_node_ids(self) -> Iterable[int]:
+        if self.failures:
+            self.failures -= 1
+            raise httpx.ReadTimeout("too busy")
+        return super().get_node_ids()
+
+
+def test_a_superlink_that_fails_for_a_moment_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(link.time, "sleep", slept.append)
+    grid = BusyGrid([2, 1], echo)
+    grid.failures = 3
+    assert GridLink(grid, RUN, expiry=60).nodes() == [1, 2]
+    assert slept == [0.5, 1.0, 2.0]
+
+
+def test_a_superlink_that_fails_for_good_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10_000, 50))
+    monkeypatch.setattr(link.time, "sleep", lambda _: None)
+    monkeypatch.setattr(link.time, "monotonic", lambda: next(clock))
+    grid = BusyGrid([1], echo)
+    grid.failures = 1000
+    with pytest.raises(httpx.ReadTimeout, match="too busy"):
+        GridLink(grid, RUN, expiry=60).nodes()
+    assert grid.failures > 900

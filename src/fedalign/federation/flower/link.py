@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+import httpx
 from flwr.app import ConfigRecord, Error, Message
 from flwr.serverapp import Grid
 
 from fedalign.federation.flower.records import from_records, to_records
 from fedalign.messages import MessageError, Parcel
 
+T = TypeVar("T")
+log = logging.getLogger("fedalign")
+
+PATIENCE = 120.0  # seconds for which a failing SuperLink is asked again
 RUN = "run"
 REASONS = {  # Flower's error codes, as far as they say something about a site
     1: "its ClientApp cannot be loaded; is the same version of fedalign-moe installed there?",
@@ -82,21 +89,35 @@ class GridLink:
 
     def nodes(self) -> Sequence[int]:
         """The nodes that are connected now."""
-        return sorted(self.grid.get_node_ids())
+        return sorted(patiently(self.grid.get_node_ids))
 
     def ask(self, kind: str, parcel: Parcel, nodes: Sequence[int]) -> dict[str, int]:
         """Send the same to each node; what they share is made and sent once. Nodes that are gone are left out."""
         records = to_records(parcel)
         records[RUN] = ConfigRecord({**asdict(self.run)})
         messages = [Message(records, node, kind, ttl=self.expiry) for node in nodes]
-        ids = list(self.grid.push_messages(messages)) if messages else []
+        ids = list(patiently(lambda: self.grid.push_messages(messages))) if messages else []
         # Flower returns an empty id for a node that it knows no more, and no ids for what is too large for it
         return {message: node for message, node in zip(ids, nodes, strict=bool(ids)) if message}
 
     def replies(self, messages: Sequence[str]) -> Iterator[Reply]:
         """What has come back for these messages since they were last asked for."""
-        for reply in self.grid.pull_messages(list(messages)) if messages else ():
+        for reply in patiently(lambda: self.grid.pull_messages(list(messages))) if messages else ():
             yield Reply(reply.metadata.reply_to_message_id, _content(reply))
+
+
+def patiently(call: Callable[[], Iterable[T]]) -> Iterable[T]:
+    """Call again while the SuperLink answers with an error of its own: under load it may be too busy for a moment."""
+    deadline, pause = time.monotonic() + PATIENCE, 0.5
+    while True:
+        try:
+            return call()
+        except httpx.HTTPError as error:
+            if time.monotonic() > deadline:
+                raise
+            log.warning("the SuperLink failed (%s): trying again", error)
+        time.sleep(pause)
+        pause = min(2 * pause, 10.0)
 
 
 def _content(reply: Message) -> Parcel | str:
