@@ -10,7 +10,6 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedalign.federation.flower import link
 from fedalign.federation.flower.link import REASONS, GridLink, Reply, RunAbout, reason
 from fedalign.federation.flower.records import from_records, to_records
 from fedalign.messages import MessageError, Parcel, decode, encode
@@ -178,7 +177,7 @@ class BusyGrid(PlayedGrid):
 
 def test_a_superlink_that_fails_for_a_moment_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(link.time, "sleep", slept.append)
+    monkeypatch.setattr("time.sleep", slept.append)
     grid = BusyGrid([2, 1], echo)
     grid.failures = 3
     assert GridLink(grid, RUN, expiry=60).nodes() == [1, 2]
@@ -187,8 +186,8 @@ def test_a_superlink_that_fails_for_a_moment_is_asked_again(monkeypatch: pytest.
 
 def test_a_superlink_that_fails_for_good_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10_000, 50))
-    monkeypatch.setattr(link.time, "sleep", lambda _: None)
-    monkeypatch.setattr(link.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
     grid = BusyGrid([1], echo)
     grid.failures = 1000
     with pytest.raises(httpx.ReadTimeout, match="too busy"):
