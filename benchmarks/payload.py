@@ -4,7 +4,8 @@ One site trains a Mixture-of-Experts model of `--megabytes` float32 parameters o
 FedAvg's plan. Then Flower's own FedAvg strategy moves arrays of the same sizes through the same SuperLink and
 SuperNode: down, up, averaged. Ours sends the weights down twice in a round (to be trained, and to be scored) and the
 update up once; bytes are counted as they travel. The start of the run, in which the site sends its weights once, is not
-in the round.
+in the round. The SuperLink keeps no database: on a slow disk SQLite locks up under gigabytes, and Flower's own
+processes end with an error.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def main() -> None:
         sizes = make_model(folder / "model", args.megabytes)
         (folder / "sizes.json").write_text(json.dumps(sizes))
         print(f"{sum(sizes) * 4 / 1e6:.0f} MB of float32 parameters in {len(sizes)} tensors, one site\n", flush=True)
-        with Loopback(folder / "flower") as loopback:
+        with Loopback(folder / "flower", database=False) as loopback:
             loopback.start_superlink()
             site = make_site(folder)
             loopback.register("site", make_node_key(site / "key"))

@@ -71,9 +71,10 @@ class Loopback:
     Inside the block SIGTERM and SIGHUP raise SystemExit, unless the caller handles them already.
     """
 
-    def __init__(self, folder: Path, tls: bool = True, authenticate: bool = True) -> None:
+    def __init__(self, folder: Path, tls: bool = True, authenticate: bool = True, database: bool = True) -> None:
         self.folder = folder.resolve()
         self.authenticate = authenticate
+        self.database = database  # else the SuperLink forgets everything when it ends
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
         self.address = f"{HOST}:{self.port}"
@@ -102,7 +103,9 @@ class Loopback:
             UserError: It runs already, or ended, or did not answer in time.
         """
         command = ["flower-superlink", "--host", HOST, "--port", str(self.port)]
-        command += ["--database", str(self.folder / "state.db"), "--disable-runtime-dependency-installation"]
+        command += ["--disable-runtime-dependency-installation"]
+        if self.database:
+            command += ["--database", str(self.folder / "state.db")]
         if self.certificates:
             command += ["--ssl-ca-certfile", str(self.certificates.ca)]
             command += ["--ssl-certfile", str(self.certificates.certificate)]
