@@ -56,15 +56,15 @@ def _verdict(request: Request, runs: Sequence[Finished], column: Column, point: 
     if len(values) == 1:
         return f"{where}{best}: {score}."
     sentence = f"{where}{best} is best on average: {score}."
-    baseline = values.get(request.baseline)
-    if best == request.baseline or baseline is None:
-        return sentence
-    pair = paired_interval(values[best], baseline)
+    others = sorted((label for label in values if label != best), key=lambda label: intervals[label].mean)
+    runner_up = others[-1] if column.higher_is_better else others[0]
+    other = runner_up if best == request.baseline or request.baseline not in values else request.baseline
+    pair = paired_interval(values[best], values[other])
     if pair is None or pair.half is None:
         return f"{sentence} {ONE_SEED}"
     by = f"{_difference(column, pair)}\N{NO-BREAK SPACE}{unit.replace('%', 'points')}"
     chance = "excludes zero" if pair.excludes_zero else "includes zero, so this may be chance"
-    return f"{sentence} Seed by seed it differs from {request.baseline} by {by}; the interval {chance}."
+    return f"{sentence} Seed by seed it differs from {other} by {by}; the interval {chance}."
 
 
 def ablations(material: Material) -> list[Ablation]:

@@ -102,7 +102,7 @@
     for (const { label, points } of series) {
       const name = color(label);
       const banded = { x: "x", y1: (d) => d.low ?? NaN, y2: (d) => d.high ?? NaN };
-      marks.push(Plot.areaY(points, { ...banded, fill: name, fillOpacity: 0.16 }));
+      marks.push(Plot.areaY(points, { ...banded, fill: name, fillOpacity: 0.16, clip: true }));
     }
     for (const { label, points } of series) {
       const name = color(label);
@@ -127,6 +127,14 @@
       marks,
     });
   };
+  /* A frame for the means; intervals of few seeds are so wide that they would flatten every curve. */
+  const framed = (points, unit) => {
+    const [low, high] = d3.extent(points, (p) => p.mean);
+    if (low === high) return [Math.min(0, 1.25 * low), Math.max(1.25 * low, 0) || 1];
+    const bottom = Math.max(low - (high - low), Math.min(low, d3.min(points, (p) => p.low ?? p.mean)));
+    const top = Math.min(high + (high - low), Math.max(high, d3.max(points, (p) => p.high ?? p.mean)));
+    return unit === "%" ? [Math.max(0, bottom), Math.min(100, top)] : [bottom, top];
+  };
   const lastValues = (series, unit) =>
     series
       .map(({ label, points }) => {
@@ -142,12 +150,12 @@
       .filter(({ series }) => series.length);
     if (!panels.length) return "Nothing to show: no algorithm is chosen, or no round has been scored.";
     const each = columns(width, panels.length, least);
-    const domain = d3.extent(panels.flatMap(({ series }) => series.flatMap(({ points }) => points.flatMap((p) => [p.mean, p.low ?? p.mean, p.high ?? p.mean]))));
+    const domain = framed(panels.flatMap(({ series }) => series.flatMap(({ points }) => points)), group.unit);
     return {
       nodes: panels.map(({ title, series }) =>
         panel(
           panels.length > 1 ? title : "",
-          lines({ series, width: Math.min(each, 760), xLabel: "round", yLabel: axis(group), domain: domain[0] < domain[1] ? domain : [Math.min(0, 1.25 * domain[0]), Math.max(1.25 * domain[0], 0) || 1] }),
+          lines({ series, width: Math.min(each, 760), xLabel: "round", yLabel: axis(group), domain }),
           `Line chart of ${group.title.toLowerCase()}, ${title.toLowerCase()}, by round. ${lastValues(series, group.unit)}.`,
         ),
       ),
@@ -246,7 +254,7 @@
     if (!series.length) return "Nothing to show: no algorithm is chosen, or nothing has been uploaded.";
     const title = `${quality.title}, ${chosen.title.toLowerCase()}`;
     return {
-      nodes: [panel("", lines({ series, width: Math.min(width, 820), xLabel: "megabytes uploaded", yLabel: axis(quality), xType: bytesAxis.value }),
+      nodes: [panel("", lines({ series, width: Math.min(width, 820), xLabel: "megabytes uploaded", yLabel: axis(quality), xType: bytesAxis.value, domain: framed(series.flatMap(({ points }) => points), quality.unit) }),
         `Line chart of ${title.toLowerCase()} by megabytes uploaded. ${lastValues(series, quality.unit)}.`)],
       caption: `${title}, in ${quality.unit}, by megabytes that all clients together have uploaded${where()}.`,
       head: ["algorithm", "round", "MB uploaded", `mean, ${quality.unit}`, "low", "high", "seeds"],
@@ -272,7 +280,7 @@
       marks: [
         Plot.axisY(d3.range(0, about.names.length, every), { tickFormat: (i) => cut(about.names[i], longestName(width)), tickSize: 0 }),
         Plot.ruleY(dots, Plot.groupY({ x1: "min", x2: "max" }, { y: "y", x: "v", stroke: "var(--line)", strokeWidth: 2 })),
-        ...shownAlgorithms.map(({ label }) => Plot.dot(dots.filter((d) => d.label === label), { x: "v", y: "y", fill: color(label), fillOpacity: 0.9, symbol: symbol(label), r: 5 })),
+        ...shownAlgorithms.map(({ label }, i) => Plot.dot(dots.filter((d) => d.label === label), { x: "v", y: "y", dy: (i - (shownAlgorithms.length - 1) / 2) * Math.min(5, tall / (shownAlgorithms.length + 1)), fill: color(label), fillOpacity: 0.9, symbol: symbol(label), r: 5 })),
         Plot.tip(dots, Plot.pointer({ x: "v", y: "y", title: (d) => `${about.names[d.y]}\n${data.labels[d.label]}\n${shown(d.v)} %`, fontSize: FONT, fill: "var(--page)", stroke: "var(--soft)" })),
       ],
     });
@@ -365,6 +373,26 @@
       return level === MISSING ? null : level * scale;
     };
   };
+  const spans = once(() => new Map());
+  const span = (run, layer) => {
+    const known = spans(run);
+    if (!known.has(layer)) {
+      let [low, high] = [254, 0];
+      const size = run.clients.length * run.experts;
+      const table = unpacked(run).prob;
+      run.rounds.forEach((_, round) => {
+        const start = (round * run.layers.length + layer) * size;
+        for (let i = start; i < start + size; i++) {
+          if (table[i] === MISSING) continue;
+          low = Math.min(low, table[i]);
+          high = Math.max(high, table[i]);
+        }
+      });
+      const scale = run.prob.largest[layer] / 254;
+      known.set(layer, low < high ? [low * scale, high * scale] : [0, high * scale || 1]);
+    }
+    return known.get(layer);
+  };
   const expertsFigure = (id, draw) =>
     figure(id, (width) => {
       const run = chosenRun();
@@ -379,7 +407,7 @@
     const moments = [[0, "first"], [round, "chosen"], [last, "latest"]].filter(([which], i, all) => all.findIndex(([other]) => other === which) === i || i === 1);
     const kept = round === 0 || round === last ? [[0, round === 0 ? "first, chosen" : "first"], [last, round === last ? "latest, chosen" : "latest"]].slice(last === 0 ? 1 : 0) : moments;
     const experts = expertNames(run);
-    const colors = { type: "sqrt", scheme: "viridis", domain: [0, run.prob.largest[layer] || 1] };
+    const colors = { type: "sqrt", scheme: "viridis", domain: span(run, layer) };
     const each = columns(width, kept.length, run.experts > 16 ? width : 270);
     const nodes = kept.map(([which, name]) => {
       const value = at(run, "prob", which, layer);
@@ -390,8 +418,8 @@
     });
     const value = at(run, "prob", round, layer);
     return {
-      nodes: [...nodes, ramp(colors, "mean routing probability (square root scale)", ".2~f", 4)],
-      caption: story(run, `layer ${run.layers[layer]}`, `chosen round ${run.rounds[round]}`) + ` An even router gives ${shown(1 / run.experts)} to each expert. Grey: the client took no part in that round.`,
+      nodes: [...nodes, ramp(colors, "mean routing probability (square root scale)", shown, 4)],
+      caption: story(run, `layer ${run.layers[layer]}`, `chosen round ${run.rounds[round]}`) + ` An even router gives ${shown(1 / run.experts)} to each expert. Colours span what this layer shows over all rounds. Grey: the client took no part in that round.`,
       head: [`client, round ${run.rounds[round]}`, ...experts.map((name) => `expert ${name}`)],
       rows: heatRows(run.clients, experts, value),
     };
@@ -474,9 +502,9 @@
     const layers = run.layers.map((layer) => `layer ${layer}`);
     const colors = { type: "diverging-log", scheme: "PuOr", domain: [1 / 8, 8], pivot: 1, clamp: true, reverse: true };
     const drawn = (y, x) => Math.max(value(y, x), 2 ** -OCTAVES / 2);
-    const marks = (v) => (v < 0.05 ? "×" : v > 2 ? "+" : "");
+    const marks = (v) => (v < data.bounds.dead ? "×" : v > data.bounds.overloaded ? "+" : "");
     let dead = 0, over = 0;
-    layers.forEach((_, y) => experts.forEach((__, x) => { dead += value(y, x) < 0.05; over += value(y, x) > 2; }));
+    layers.forEach((_, y) => experts.forEach((__, x) => { dead += value(y, x) < data.bounds.dead; over += value(y, x) > data.bounds.overloaded; }));
     const svg = heat({ rows: layers, cols: experts, value: drawn, width: Math.min(width, 150 + run.experts * 40), colors, xLabel: "expert", format: (v) => (v < 2 ** -OCTAVES ? "no tokens" : `${shown(Number(v.toPrecision(2)))} × an even share`), marks });
     return {
       nodes: [

@@ -50,7 +50,7 @@ def render(material: Material) -> str:
         runs=[_about(material, i) for i in range(len(material.runs))],
         problems=experts.problems,
         health_note=budget_text(experts.runs) if experts.runs else "",
-        dead=f"{DEAD:.0%}",
+        dead=f"{100 * DEAD:g} %",
         overloaded=f"{OVERLOADED:g}",
         data=page_data(material, experts),
         style=_own("page.css"),
@@ -71,6 +71,7 @@ def page_data(material: Material, experts: Health) -> Json:
         "uploads": figures.uploads(material),
         "clients": figures.clients(material),
         "health": experts.runs,
+        "bounds": {"dead": DEAD, "overloaded": OVERLOADED},
     }
 
 
