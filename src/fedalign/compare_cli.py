@@ -106,9 +106,21 @@ def compare(
         again = shlex.quote(str(comparison.folder.path))
         say(f"\nInterrupted. Finished runs and rounds are kept; go on with: fedalign compare --resume {again}")
         raise typer.Exit(130) from None
+    _write_report(comparison.folder.path)
     _print_outcome(outcome, comparison)
     if outcome.failed:
         raise typer.Exit(1)
+
+
+def _write_report(folder: Path) -> None:
+    from fedalign.report import default_out, write_report
+
+    try:
+        problems = write_report([folder], default_out([folder]))
+    except UserError as error:  # not one run to report on: the reasons follow
+        problems = [str(error)]
+    for problem in problems:
+        say(f"report: {problem}")
 
 
 def _new(
@@ -150,7 +162,8 @@ def _print_outcome(outcome: Outcome, comparison: Comparison) -> None:
             say(note)
     else:
         say(folder.markdown.read_text(encoding="utf-8"))
-    say(f"Results   {folder.path}: {folder.markdown.name}, {folder.latex.name}, {folder.results.name}, runs/")
+    made = (folder.markdown, folder.latex, folder.results, folder.path / "report.html")
+    say(f"Results   {folder.path}: {', '.join(file.name for file in made)}, runs/")
     if outcome.failed:
         again = shlex.quote(str(folder.path))
         out.print(f"{len(outcome.failed)} failed; try them again: fedalign compare --resume {again}", style="bold red")

@@ -3,6 +3,7 @@
 config.toml     as resolved           metrics.jsonl   one line a round, all numbers
 summary.json    how it went           checkpoint/     to resume from
 model/  best/   Hugging Face folders  clients/        what each client keeps for itself
+clients.json    what is known of their data
 health/         routing, similarities and weights of each round
 events.*        for TensorBoard       trackers.json   ids of this run at MLflow and W&B
 """
@@ -43,6 +44,7 @@ class RunFolder:
         self.model = path / "model"
         self.best = path / "best"
         self.health = path / "health"
+        self.holdings = path / "clients.json"
 
     def check_free(self, overwrite: bool) -> None:
         """Refuse a place where a run or anything else would be lost.

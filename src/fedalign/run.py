@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedalign.checkpoint import Checkpoints, ServerState, folder_name
+from fedalign.checkpoint import Checkpoints, ServerState, folder_name, write_text
 from fedalign.client import ClientData
 from fedalign.config import Config, FederationConfig, load_config
 from fedalign.errors import UserError
@@ -30,6 +31,9 @@ RESUMABLE = (  # may change on resume
     "server.min_clients",
     *(f"federation.{key}" for key in FederationConfig.model_fields if key != "engine"),
 )
+
+
+Holdings = Mapping[str, Mapping[str, Any]]
 
 
 class Centre(Protocol):
@@ -59,6 +63,9 @@ class Centre(Protocol):
     def identity(self) -> dict[str, str]:
         """Fingerprints that a checkpoint must share with what resumes it."""
 
+    def holdings(self) -> Holdings:
+        """What is known of the clients' data: numbers of examples, and of labels where the data was dealt out here."""
+
     def finish(self) -> None:
         """The run is complete: clients may forget its updates."""
 
@@ -70,6 +77,7 @@ class Prepared:
     bench: Workbench
     clients: dict[str, ClientData]
     test: TestSet | None
+    labels: Mapping[str, Mapping[str, int]]  # of each client's examples
 
     @property
     def config(self) -> Config:
@@ -103,6 +111,13 @@ class Prepared:
         held = {name: [len(c.train), sum(e.tokens for e in c.train)] for name, c in self.clients.items()}
         return identity(self.config, self.bench.moe.fingerprint()) | {"data": digest(held)}
 
+    def holdings(self) -> Holdings:
+        """Examples to train on, and all of a client's labels."""
+        return {
+            name: {"examples": len(client.train), "labels": dict(self.labels[name])}
+            for name, client in self.clients.items()
+        }
+
     def finish(self) -> None:
         """Clients forget their updates."""
         for client in self.clients.values():
@@ -122,7 +137,8 @@ def prepare(config: Config, client_folder: Path) -> Prepared:
         name: bench.client(name, examples, indices, client_folder / folder_name(name))
         for name, indices in parts.items()
     }
-    return Prepared(bench, clients, bench.test_set())
+    labels = {name: Counter(examples[index].label for index in indices) for name, indices in parts.items()}
+    return Prepared(bench, clients, bench.test_set(), labels)
 
 
 def identity(config: Config, architecture: str) -> dict[str, str]:
@@ -162,6 +178,7 @@ def execute(centre: Centre, folder: RunFolder, watch: Observer) -> dict[str, Any
     config = centre.config
     checkpoints = Checkpoints(folder.checkpoint, centre.identity())
     state = checkpoints.load() or ServerState(0, centre.initial_weights(), {}, ())
+    write_text(folder.holdings, json.dumps(centre.holdings(), indent=1))
     recorder = Recorder(folder, config, centre.save_model, state)
     server = Server(
         federation=centre.federation,

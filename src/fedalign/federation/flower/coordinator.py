@@ -21,7 +21,7 @@ from fedalign.federation.flower.link import Link
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import Evaluation, Layout, Weights
 from fedalign.results import RunFolder
-from fedalign.run import identity
+from fedalign.run import Holdings, identity
 from fedalign.wire import unpack_weights
 from fedalign.workbench import Workbench, model_path
 
@@ -98,6 +98,13 @@ class Coordinator:
     def identity(self) -> dict[str, str]:
         """Of the model's architecture and the configuration; sites may come and go."""
         return identity(self.config, self.bench.moe.fingerprint())
+
+    def holdings(self) -> Holdings:
+        """Numbers of examples, as the sites said; their labels stay with them."""
+        return {
+            name: {"examples": site.hello.examples, "labels": {}}
+            for name, site in sorted(self.federation.sites.items())
+        }
 
     def finish(self) -> None:
         """Sites forget their updates."""
