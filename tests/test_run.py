@@ -91,6 +91,10 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert {"config.toml", "metrics.jsonl", "summary.json", "checkpoint", "model", "best", "clients"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
+    held = json.loads((finished / "clients.json").read_text())
+    assert sum(sum(client["labels"].values()) for client in held.values()) == 90  # the 120 texts without every fourth
+    assert all(0 < client["examples"] < sum(client["labels"].values()) for client in held.values())
+    assert len(list((finished / "health").iterdir())) == 3
     summary = json.loads((finished / "summary.json").read_text())
     assert set(summary) >= SUMMARY
     lines = metrics(finished)
@@ -139,6 +143,29 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     assert metrics(out) == metrics(finished)
     for kind in ("model", "best"):
         assert model_bytes(out / kind) == model_bytes(finished / kind)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ("algorithm.name=scaffold", "training.optimizer=sgd"),
+        ("algorithm.name=fc_moe",),
+        ("algorithm.name=pfl_moe",),
+        ("algorithm.name=local",),
+        ("algorithm.name=centralised",),
+        ("algorithm.gate=local",),
+        ("algorithm.name=fedavg", "server.optimizer=adam", "server.learning_rate=0.01"),
+    ],
+)
+def test_what_algorithms_and_servers_keep_survives_an_interruption(
+    settings: list[str], tmp_path: Path, choice: tuple[str, ...]
+) -> None:
+    start(tmp_path / "whole", settings, *choice)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "broken", settings, *choice, watch=Silent(lambda *where: where == (3, "training", 1)))
+    resume(tmp_path / "broken")
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
+    assert model_bytes(tmp_path / "broken" / "model") == model_bytes(tmp_path / "whole" / "model")
 
 
 def test_a_killed_process_resumes_to_the_same_bytes(finished: Path, settings: list[str], tmp_path: Path) -> None:

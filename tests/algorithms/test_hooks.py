@@ -87,7 +87,7 @@ def test_scaffold_by_hand() -> None:
 
 def test_scaffold_on_the_client_by_hand() -> None:
     received = {SHARED: tensor([0.0]), EXPERT: tensor([0.0, 0.0])}
-    local = local_round(received, state={CONTROL: tensor([1.0, 2, 3])}, kept={CONTROL: tensor([0.5, 0.5, 0.5])})
+    local = local_round(received, state={CONTROL: tensor([2.0, 3, 1])}, kept={CONTROL: tensor([0.5, 0.5, 0.5])})
     gradients = {SHARED: (tensor([10.0]),), EXPERT: (tensor([[10.0]]), tensor([10.0]))}
     Scaffold().correct(local, gradients)  # g - c_i + c
     assert_close(gradients[SHARED][0], tensor([10.5]))
@@ -95,7 +95,7 @@ def test_scaffold_on_the_client_by_hand() -> None:
     assert_close(gradients[EXPERT][1], tensor([12.5]))
     kept = Scaffold().end(local, {SHARED: tensor([1.0]), EXPERT: tensor([0.0, -1.0])}, steps=4)
     # c_i - c - update / (4 * .5)
-    assert_close(kept[CONTROL], tensor([0.5 - 1 - 0.5, 0.5 - 2 - 0, 0.5 - 3 + 0.5]))
+    assert_close(kept[CONTROL], tensor([0.5 - 2 - 0, 0.5 - 3 + 0.5, 0.5 - 1 - 0.5]))  # experts come first
     fresh = local_round(received)
     untouched = {SHARED: (tensor([10.0]),)}
     Scaffold().correct(fresh, untouched)

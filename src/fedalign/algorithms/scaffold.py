@@ -46,18 +46,18 @@ class Scaffold(FedAvg):
     def apply(self, state: State, sums: Mapping[str, Weights], layout: Layout, members: int) -> State:
         """C ← c − (|S| / N) · (c + the stream's sum); groups that did not arrive keep theirs."""
         share = float(state[PARTICIPANTS]) / members
-        control = split(state[CONTROL], layout.sizes, layout.groups)
+        control = split(state[CONTROL], layout.sizes)
         for group, mean in sums[CONTROL].items():
             control[group] = control[group] - share * (control[group] + mean)
-        return {**state, CONTROL: join(control, layout.groups)}
+        return {**state, CONTROL: join(control)}
 
     def correct(self, local: LocalRound, gradients: Mapping[ParameterGroup, Sequence[Tensor]]) -> None:
         """G ← g − c_i + c."""
         if CONTROL not in local.state:
             return
-        groups, sizes = tuple(local.start), {group: len(value) for group, value in local.start.items()}
-        everybody = split(local.state[CONTROL], sizes, groups)
-        own = split(local.kept[CONTROL], sizes, groups) if CONTROL in local.kept else None
+        sizes = {group: len(value) for group, value in local.start.items()}
+        everybody = split(local.state[CONTROL], sizes)
+        own = split(local.kept[CONTROL], sizes) if CONTROL in local.kept else None
         for group, pieces in gradients.items():
             shift = everybody[group] if own is None else everybody[group] - own[group]
             for piece, part in zip(pieces, torch.split(shift, [piece.numel() for piece in pieces]), strict=True):
@@ -65,17 +65,18 @@ class Scaffold(FedAvg):
 
     def end(self, local: LocalRound, update: Weights, steps: int) -> Mapping[str, Tensor]:
         """c_i ← c_i − c − Δ_i / (K·η)."""
-        control = -join({group: value.cpu() for group, value in update.items()}, tuple(local.start))
+        control = -join({group: value.cpu() for group, value in update.items()})
         control /= max(1, steps) * local.learning_rate
         control -= local.state.get(CONTROL, torch.zeros(()))
         return {CONTROL: control + local.kept.get(CONTROL, torch.zeros(()))}
 
 
-def join(weights: Weights, groups: Sequence[ParameterGroup]) -> Tensor:
-    """All groups as one flat vector."""
-    return torch.cat([weights[group] for group in groups])
+def join(weights: Weights) -> Tensor:
+    """All groups as one flat vector, in the order that groups have of themselves."""
+    return torch.cat([weights[group] for group in sorted(weights)])
 
 
-def split(flat: Tensor, sizes: Mapping[ParameterGroup, int], groups: Sequence[ParameterGroup]) -> Weights:
+def split(flat: Tensor, sizes: Mapping[ParameterGroup, int]) -> Weights:
     """The inverse of `join`; the parts are views."""
+    groups = sorted(sizes)
     return dict(zip(groups, torch.split(flat, [sizes[group] for group in groups]), strict=True))
