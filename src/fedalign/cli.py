@@ -150,6 +150,8 @@ def _watched(folder: RunFolder, settings: Config, rounds: Callable[[LiveTable], 
         say(f"\nInterrupted. Complete rounds are kept; go on with: fedalign run --resume {folder.path}")
         raise typer.Exit(130) from None
     _print_summary(summary, folder)
+    if settings.federation.engine == "in_process":  # the others are not for comparing
+        say(f"Compare   fedalign compare {folder.config} --algorithms {_with_baseline(summary['algorithm'])}")
 
 
 @app.command(epilog="[bold]Example[/bold]\n\n  fedalign inspect allenai/OLMoE-1B-7B-0924")
@@ -241,10 +243,16 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     ]
     rows = [(name, value) for name, value in rows if value]
     print_table(f"{summary['algorithm']} after {summary['rounds']} rounds", rows)
-    other = "fedavg" if summary["algorithm"] != "fedavg" else "fedalign_moe"
     say(f"Results   {folder.path}: model/ and best/ (load them with transformers), summary.json, metrics.jsonl")
     say(f"Look      tensorboard --logdir {folder.path}")
-    say(f"Compare   fedalign run {folder.config} --set algorithm.name={other}")
+
+
+def _with_baseline(name: str) -> str:
+    """What a comparison of this algorithm would take."""
+    from fedalign.algorithms import BASELINE
+    from fedalign.config import AlgorithmConfig
+
+    return f"{BASELINE},{name if name != BASELINE else AlgorithmConfig().name}"
 
 
 def _best(summary: Mapping[str, Any]) -> str:

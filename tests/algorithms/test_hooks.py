@@ -11,6 +11,8 @@ from fedalign.algorithms.fc_moe import RECEIVED, FCMoE
 from fedalign.algorithms.fedalign_moe import FedAlignMoE
 from fedalign.algorithms.local import Local
 from fedalign.algorithms.scaffold import CONTROL, Scaffold
+from fedalign.data.batches import batches
+from fedalign.forward import answer_logits
 from fedalign.maths.average import StreamingSum
 from fedalign.protocol import (
     SHARED,
@@ -222,9 +224,27 @@ def test_a_mixture_learns_beside_a_server_model_that_stays(tmp_path: Path) -> No
     assert losses[2] < losses[1] < losses[0]
 
 
-def mixture_loss(answer: object, engine: object) -> float:
-    from fedalign.data.batches import batches  # noqa: PLC0415
+def test_a_mixture_by_hand(tmp_path: Path) -> None:
+    """g p_server + (1 - g) p_own, for a gate that is 1/2, all the server's, all the client's own."""
+    engine = federation(tmp_path, "pfl_moe")
+    start = {group: value.clone() for group, value in engine.trainer.moe.read().items()}
+    mixture = engine.trainer._mixture(engine.clients["a"], start, 1)
+    mixture.own.write({SHARED: start[SHARED] * 0.5})
+    (batch,) = list(batches(engine.clients["a"].train[:4], 10**6, 10**6, seed=None))
+    with torch.no_grad():
+        engine.trainer.moe.model.eval(), mixture.own.model.eval()
+        server = answer_logits(engine.trainer.moe, batch).logits_N_V.softmax(-1)
+        own = answer_logits(mixture.own, batch).logits_N_V.softmax(-1)
+        assert float((server - own).abs().max()) > 1e-3
+        for bias, share in ((0.0, 0.5), (50.0, 1.0), (-50.0, 0.0)):
+            mixture.gate.weight.zero_()
+            mixture.gate.bias.fill_(bias)
+            mixed = mixture.answer(batch)
+            assert_close(mixed.logits_N_V.exp(), share * server + (1 - share) * own, atol=1e-6, rtol=1e-4)
+            assert_close(mixed.nll_N, -mixed.logits_N_V.gather(1, mixed.target_N[:, None]).squeeze(1))
 
+
+def mixture_loss(answer: object, engine: object) -> float:
     (batch,) = list(batches(engine.clients["a"].train, 10**6, 10**6, seed=None))  # type: ignore[attr-defined]
     with torch.no_grad():
         engine.trainer.moe.model.eval()  # type: ignore[attr-defined]
