@@ -83,6 +83,8 @@ def test_verdicts_say_how_sure_they_are(tmp_path: Path) -> None:
     told = verdicts(made(tmp_path / "d", fedavg_0=better[0], fedavg_1=better[1], fedprox_0=base[0], fedprox_1=base[1]))
     assert "fedavg is best on average" in told[0]
     assert "Seed by seed it differs from fedprox by +10.0" in told[0]
+    told = verdicts(made(tmp_path / "e", fedavg_0=base[0], fedavg_1=base[1], fedprox_0=base[0], fedprox_1=base[1]))
+    assert told[0].endswith("fedprox scores the same with every seed.")
     told = verdicts(made(tmp_path / "c", fedavg_0=base[0], fedprox_0=better[0]))
     assert told[0].endswith("no ground for saying which algorithm is better.")
 

@@ -59,6 +59,8 @@ def _verdict(request: Request, runs: Sequence[Finished], column: Column, point: 
     others = sorted((label for label in values if label != best), key=lambda label: intervals[label].mean)
     runner_up = others[-1] if column.higher_is_better else others[0]
     other = runner_up if best == request.baseline or request.baseline not in values else request.baseline
+    if values[best] == values[other]:
+        return f"{sentence} {other} scores the same with every seed."
     pair = paired_interval(values[best], values[other])
     if pair is None or pair.half is None:
         return f"{sentence} {ONE_SEED}"
