@@ -1,6 +1,7 @@
 """A tiny model folder with a tokenizer, and small files of text: all that a whole run needs."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from fedalign.config import Config, load_config
 from fedalign.site import SiteFolder
 from tests.moe.tiny import build
+
+# a shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SUBJECTS = {
     "animals": ["the dog runs", "a cat sleeps", "the horse eats", "a bird sings", "the fish swims"],
