@@ -58,15 +58,28 @@ State = dict[str, Tensor]  # an algorithm's state between rounds: named tensors,
 
 
 @dataclass(frozen=True)
+class Factors:
+    """Where one low-rank pair lies in a group's flat vector: the model uses the product B·A, up to a constant."""
+
+    start_A: int  # A [rank, inputs], row by row from here
+    start_B: int  # B [outputs, rank], row by row from here
+    rank: int
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """The model as the server sees it: how many values each parameter group trains. No parameter names.
 
-    A group that trains nothing has size 0; it keeps its place in `groups`, so plans of all models look alike.
+    A group that trains nothing has size 0; it keeps its place in `groups`, so plans of all models look alike. Of a
+    model tuned by LoRA it also says which of a group's values are factors; the others stand for themselves.
     """
 
     layers: int
     experts: int
     sizes: Mapping[ParameterGroup, int]
+    factors: Mapping[ParameterGroup, tuple[Factors, ...]] = field(default_factory=dict)
 
     @cached_property
     def groups(self) -> tuple[ParameterGroup, ...]:
