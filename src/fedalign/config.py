@@ -86,6 +86,14 @@ class DataConfig(Section):
     too_long: Literal["error", "truncate", "drop"] = "error"
 
 
+class ClientLimits(Section):
+    """`[clients.limits.NAME]`: what a small client can do; 0: as everybody."""
+
+    top_k: Count = 0  # experts a token is sent to
+    max_experts: Count = 0  # experts of a layer that it trains: those that its own data uses most
+    rank: Count = 0  # lora with average = "exact": it trains the strongest components alone
+
+
 class ClientsConfig(Section):
     """`[clients]`: how many there are and what each of them holds."""
 
@@ -97,6 +105,7 @@ class ClientsConfig(Section):
     min_examples: Positive = 10
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1  # each client's own test part
     sample: Share = 1.0  # share of the clients asked each round
+    limits: dict[str, ClientLimits] = {}
 
 
 class TrainingConfig(Section):
@@ -115,6 +124,49 @@ class TrainingConfig(Section):
     balance_coefficient: Annotated[float, Field(ge=0)] = 0.0  # of the Switch load-balancing loss
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; weights and routers stay float32
     keep_optimizer: bool = False  # carry the optimizer's state to the client's next round
+
+
+class TuningConfig(Section):
+    """`[tuning]`: which parameters are trained, and how; `rank` to `average` are for lora and qlora.
+
+    Patterns are those of a shell (`*.self_attn.*`) over parameter names; for LoRA, over what it adapts.
+    """
+
+    kind: Literal["full", "moe", "experts", "router", "lora", "qlora"] = "full"  # moe: routers and experts
+    include: Annotated[tuple[str, ...], Field(strict=False)] = ()  # of what the kind trains, only these; empty: all
+    exclude: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the model's weights; routers and masters stay float32
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0  # adapters are scaled by alpha / rank
+    targets: Annotated[tuple[Literal["attention", "experts", "shared_experts", "dense"], ...], Field(strict=False)] = (
+        "attention",
+        "experts",
+        "shared_experts",
+    )  # dense: any other linear layer of a block
+    router: Literal["full", "lora", "frozen"] = "full"
+    average: Literal["factors", "freeze_a", "exact"] = "factors"  # exact: of the products, cut back to the rank
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters are trained instead of the model's own weights."""
+        return self.kind in ("lora", "qlora")
+
+    @model_validator(mode="after")
+    def _check(self) -> TuningConfig:
+        if self.adapts and not self.targets and self.router == "frozen":
+            raise UserError(
+                'tuning.targets = []: with tuning.router = "frozen" nothing is trained. Choose some of: '
+                'attention, experts, shared_experts, dense; or "full" or "lora" for the router.'
+            )
+        if self.adapts and self.average == "exact" and self.router == "lora":
+            raise UserError(
+                'tuning.router = "lora": its experts share a factor, and tuning.average = "exact" averages expert by '
+                "expert. Choose one of: full, frozen."
+            )
+        if self.kind == "qlora" and self.dtype != "bfloat16":
+            return self.model_copy(update={"dtype": "bfloat16"})
+        return self
 
 
 class StatisticsConfig(Section):
@@ -216,6 +268,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     clients: ClientsConfig = ClientsConfig()
     training: TrainingConfig = TrainingConfig()
+    tuning: TuningConfig = TuningConfig()
     statistics: StatisticsConfig = StatisticsConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     wire: WireConfig = WireConfig()
@@ -227,6 +280,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         self.algorithm.build()
+        self._check_tuning()
         share = self.data.validation
         if self.evaluation.part == "validation" and not share:
             raise UserError(
@@ -238,6 +292,30 @@ class Config(Section):
                 "it is dealt. Leave it at 0.0, or choose one of: in_process, simulation for federation.engine."
             )
         return self
+
+    def _check_tuning(self) -> None:
+        """Which ways of tuning go together with what is done to updates."""
+        exact = self.tuning.adapts and self.tuning.average == "exact"
+        if exact and self.server.optimizer != "average":
+            raise UserError(
+                f'server.optimizer = "{self.server.optimizer}": with tuning.average = "exact" products are averaged, '
+                "and there is no step of the factors to optimise. Choose: average."
+            )
+        if exact and self.algorithm.build().corrects:
+            raise UserError(
+                f'algorithm.name = "{self.algorithm.name}": corrects gradients of the factors, which tuning.average = '
+                '"exact" makes anew each round. Choose one of: factors, freeze_a.'
+            )
+        for name, limits in self.clients.limits.items():
+            if limits.rank and not exact:
+                raise UserError(
+                    f"clients.limits.{name}.rank = {limits.rank}: ranks may differ only where products are averaged. "
+                    'Choose tuning.kind = "lora" and tuning.average = "exact", or leave it out.'
+                )
+            if limits.rank > self.tuning.rank:
+                raise UserError(
+                    f"clients.limits.{name}.rank = {limits.rank}: at most tuning.rank = {self.tuning.rank}."
+                )
 
     def to_toml(self) -> str:
         """The whole configuration as TOML, every key with its value; reading it back gives an equal Config."""

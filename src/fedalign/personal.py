@@ -29,7 +29,7 @@ class Mixture:
 
     def __init__(self, server: MoEModel) -> None:
         self.server = server
-        self.own = MoEModel.wrap(copy.deepcopy(server.model))
+        self.own = copy.deepcopy(server)
         self.gate = nn.Linear(server.hidden, 1).to(server.device)
 
     def load(self, kept: Mapping[str, Tensor], start: Weights) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from fedalign.checkpoint import ClientMemory
 from fedalign.client import ClientData, Trainer, derive_seed
-from fedalign.config import Config
+from fedalign.config import Config, TuningConfig
 from fedalign.data.batches import Encoder, load_tokenizer
 from fedalign.data.formats import Example, load_examples
 from fedalign.data.partition import Partition, hold_out, partition
@@ -46,6 +46,8 @@ class Workbench:
             device=pick_device(config.run.device),
             trust_remote_code=config.model.trust_remote_code,
             revision=config.model.revision,
+            tuning=config.tuning,
+            seed=config.run.seed,
         )
         return cls.around(moe, config)
 
@@ -147,10 +149,24 @@ def model_path(name: str) -> str:
 
 
 def load_model(
-    name: str, *, device: str = "cpu", trust_remote_code: bool = False, revision: str | None = None
+    name: str,
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    tuning: TuningConfig | None = None,
+    seed: int = 0,
 ) -> MoEModel:
-    """Load any Hugging Face MoE model, or the demo's."""
-    return MoEModel.load(model_path(name), device=device, trust_remote_code=trust_remote_code, revision=revision)
+    """Load any Hugging Face MoE model, or the demo's, to be tuned as configured."""
+    return MoEModel.load(
+        model_path(name),
+        dtype=tuning.dtype if tuning else "float32",
+        device=device,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        tuning=tuning,
+        seed=seed,
+    )
 
 
 def pick_device(name: str) -> str:

@@ -416,7 +416,7 @@ def test_idle_experts_have_no_gradient_and_others_have(family: str) -> None:
         if slot.kind == "expert":
             for place, group in enumerate(slot.groups):
                 gradient = slot.parameter.grad if slot.parameter.grad is not None else torch.zeros_like(slot.parameter)
-                part = gradient if slot.axis is None else gradient.select(slot.axis, place)
+                part = gradient if slot.owners.axis is None else gradient.select(slot.owners.axis, place)
                 active_L_E[group.layer, group.expert] |= bool(part.any())
     assert torch.equal(active_L_E, ~idle_experts(captured))
 

@@ -25,6 +25,8 @@ def skeleton_bench(config: Config) -> Workbench:
         model_path(config.model.path),
         trust_remote_code=config.model.trust_remote_code,
         revision=config.model.revision,
+        dtype=config.tuning.dtype,
+        tuning=config.tuning,
     )
     return Workbench.around(moe, config)
 

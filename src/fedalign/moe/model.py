@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from huggingface_hub.utils.tqdm import enable_progress_bars
@@ -25,24 +25,41 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from fedalign.config import TuningConfig
 from fedalign.errors import UserError, unknown
 from fedalign.moe.families import MoELayer, detect, family_of, is_encoder_decoder, refuse
-from fedalign.protocol import SHARED, Kind, Layout, ParameterGroup, Weights
+from fedalign.moe.tuning import freeze
+from fedalign.protocol import SHARED, Factors, Kind, Layout, ParameterGroup, Weights
+
+if TYPE_CHECKING:
+    from peft import LoraConfig  # takes a second to import, and most kinds of tuning need none of it
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BASE_DIGEST = "base.sha256"  # in the constants of adapters
 SELECTION_BIAS = "e_score_correction_bias"  # added to the scores only to choose experts: no gradient reaches it
 
-Owners = tuple[tuple[ParameterGroup, ...], int | None]  # groups, and the axis along which a parameter is cut into them
+
+@dataclass(frozen=True)
+class Owners:
+    """The groups that one parameter's values belong to: one, or index e of an axis to the group of expert e."""
+
+    groups: tuple[ParameterGroup, ...] = (SHARED,)
+    axis: int | None = None
+    shape: tuple[int, ...] | None = None  # in which experts have an axis of their own; None: the parameter's
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where the values of one parameter belong: to one group, or index e of `axis` to the group of expert e."""
+    """One parameter, and whose its values are."""
 
     name: str
     parameter: nn.Parameter
-    groups: tuple[ParameterGroup, ...]
-    axis: int | None = None
+    owners: Owners
+
+    @property
+    def groups(self) -> tuple[ParameterGroup, ...]:
+        """The groups that its values belong to."""
+        return self.owners.groups
 
     @property
     def kind(self) -> Kind:
@@ -51,16 +68,19 @@ class Slot:
 
     def view(self, group: ParameterGroup) -> Tensor:
         """The part that belongs to `group`: the parameter's own storage, outside autograd."""
-        return self._part(self.parameter.detach(), group)
+        return self.part(self.parameter.detach(), group)
 
     def gradient(self, group: ParameterGroup) -> Tensor:
         """The same part of the gradient."""
         if self.parameter.grad is None:
             self.parameter.grad = torch.zeros_like(self.parameter)
-        return self._part(self.parameter.grad, group)
+        return self.part(self.parameter.grad, group)
 
-    def _part(self, whole: Tensor, group: ParameterGroup) -> Tensor:
-        return whole if self.axis is None else whole.select(self.axis, group.expert)
+    def part(self, whole: Tensor, group: ParameterGroup) -> Tensor:
+        """The part that belongs to `group` of any tensor shaped like the parameter."""
+        owners = self.owners
+        whole = whole if owners.shape is None else whole.view(owners.shape)
+        return whole if owners.axis is None else whole.select(owners.axis, group.expert)
 
 
 @dataclass(frozen=True)
@@ -98,15 +118,19 @@ class MoEModel:
         layers: its L MoE layers.
         slots: every parameter, trainable or not, with the groups its values belong to.
         layout: number of trainable values of each group. What is frozen later is still in it: wrap again then.
+        adapter: peft's description of the adapters that are trained in place of the model's own weights; None: none.
     """
 
-    def __init__(self, model: PreTrainedModel, detected: tuple[str, tuple[MoELayer, ...]] | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, found: str, layers: tuple[MoELayer, ...], adapter: LoraConfig | None = None
+    ) -> None:
         self.model = model
         self.family = family_of(model.config)
-        self.found, self.layers = detected or detect(model)
-        for layer in self.layers:
-            _keep_in_float32(model.get_submodule(layer.router))
-        self.slots = tuple(_slots(model, self.layers))
+        self.found, self.layers, self.adapter = found, layers, adapter
+        for layer in layers:
+            _keep_in_float32(_base(model.get_submodule(layer.router)))
+        self.slots = tuple(_slots(model, layers))
+        self._base_digest: Tensor | None = None
         self._owners: dict[ParameterGroup, list[Slot]] = defaultdict(list)
         for slot in self.slots:
             for group in slot.groups if slot.parameter.requires_grad else ():
@@ -114,13 +138,30 @@ class MoEModel:
         self.layout = self._layout()
 
     @classmethod
-    def wrap(cls, model: PreTrainedModel) -> Self:
+    def wrap(cls, model: PreTrainedModel, tuning: TuningConfig | None = None, seed: int = 0) -> Self:
         """Address an already loaded transformers model by parameter group. Its routers become float32 in place.
 
+        Args:
+            model: changed in place: what is not tuned is frozen, adapters are put into it.
+            tuning: what to train of it; None: all that is not frozen.
+            seed: of the adapters' first values.
+
         Raises:
-            UserError: the model is dense, of a refused family, or its MoE layers cannot be understood.
+            UserError: the model is dense, of a refused family, its MoE layers cannot be understood, or it cannot be
+                tuned so.
         """
-        return cls(model)
+        found, layers = detect(model)
+        if tuning is None or not tuning.adapts:
+            moe = cls(model, found, layers)
+            if tuning is None or (tuning.kind == "full" and not (tuning.include or tuning.exclude)):
+                return moe
+            freeze(moe.slots, tuning)
+            return cls(model, found, layers)
+        from fedalign.moe import lora
+
+        for layer in layers:
+            _keep_in_float32(model.get_submodule(layer.router))
+        return cls(model, found, layers, lora.inject(model, layers, tuning, seed))
 
     @classmethod
     def load(
@@ -131,8 +172,10 @@ class MoEModel:
         device: str | torch.device = "cpu",
         trust_remote_code: bool = False,
         revision: str | None = None,
+        tuning: TuningConfig | None = None,
+        seed: int = 0,
     ) -> Self:
-        """Load a folder saved by transformers, or a model of the Hub.
+        """Load a folder saved by transformers, or a model of the Hub; `tuning` and `seed` as in `wrap`.
 
         Raises:
             UserError: there is no such model, it is broken or incomplete, or `wrap` refuses it.
@@ -147,10 +190,18 @@ class MoEModel:
                 source, config=config, dtype=DTYPES[dtype], output_loading_info=True, **options
             )
         _check_complete(source, model, report["missing_keys"])
-        return cls(_frozen_biases(model).to(device))
+        return cls.wrap(_frozen_biases(model).to(device), tuning, seed)
 
     @classmethod
-    def skeleton(cls, path_or_id: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Self:
+    def skeleton(
+        cls,
+        path_or_id: str | Path,
+        *,
+        dtype: str = "float32",
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        tuning: TuningConfig | None = None,
+    ) -> Self:
         """The model without values, on the meta device: its configuration is read, its weights are not.
 
         Raises:
@@ -161,11 +212,11 @@ class MoEModel:
         with _explained(source):
             config, auto = _configured(source, options)
             with torch.device("meta"):
-                model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+                model = auto.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
             if (Path(source) / "generation_config.json").is_file() or not Path(source).is_dir():
                 with contextlib.suppress(OSError):  # few models on the Hub have none
                     model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
-        return cls(_frozen_biases(model))
+        return cls.wrap(_frozen_biases(model), tuning)
 
     def filled(self, weights: Mapping[ParameterGroup, Tensor], constants: Mapping[str, Tensor]) -> Self:
         """A skeleton's copy on the CPU with these values, to be saved; the skeleton stays one.
@@ -173,9 +224,15 @@ class MoEModel:
         Raises:
             ValueError: These are not all values of this model.
         """
-        model = copy.deepcopy(self.model).to_empty(device="cpu")
-        model.tie_weights()
-        moe = type(self)(_frozen_biases(model), (self.found, self.layers))
+        model = copy.deepcopy(self.model)
+        if self.adapter is None:
+            model = model.to_empty(device="cpu")
+            model.tie_weights()
+        else:  # the base stays without values: an adapter is saved without it
+            for path in {name.rpartition(".")[0] for name in self._adapter_slots()}:
+                model.get_submodule(path).to_empty(device="cpu", recurse=False)
+        moe = type(self)(_frozen_biases(model), self.found, self.layers, self.adapter)
+        moe._base_digest = constants.get(BASE_DIGEST)
         mine = moe.constants()
         for what, lacking in (("weights", moe.layout.sizes.keys() - weights), ("constants", mine.keys() ^ constants)):
             if lacking:
@@ -189,19 +246,41 @@ class MoEModel:
         return moe
 
     def constants(self) -> dict[str, Tensor]:
-        """What is saved with the model but never trained, by name: frozen parameters and persistent buffers."""
+        """What is saved with the model but never trained, by name: frozen parameters and persistent buffers.
+
+        Adapters are saved without their base: of it there is a digest alone.
+        """
+        if self.adapter is not None:
+            frozen = {
+                n: s.parameter.detach() for n, s in self._adapter_slots().items() if not s.parameter.requires_grad
+            }
+            return frozen | self._adapter_buffers() | {BASE_DIGEST: self._digest_of_base()}
         frozen = {slot.name: slot.parameter.detach() for slot in self.slots if not slot.parameter.requires_grad}
         saved = self.model.state_dict().keys()
         return frozen | {name: value for name, value in self.model.named_buffers() if name in saved}
 
     def weights_hash(self) -> str:
         """64 hex digits over all values: equal if and only if two loaded models are."""
-        digest = hashlib.sha256(self.fingerprint().encode())
-        values = {slot.name: slot.parameter.detach() for slot in self.slots} | self.constants()
-        for name in sorted(values):
-            digest.update(name.encode())
-            digest.update(values[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        slots = self._adapter_slots().values() if self.adapter else self.slots
+        values = {slot.name: slot.parameter.detach() for slot in slots} | self.constants()
+        return str(_digest(self.fingerprint(), values).hexdigest())
+
+    def _adapter_slots(self) -> dict[str, Slot]:
+        """What an adapter's file holds: factors, trained or not, and routers trained whole."""
+        return {s.name: s for s in self.slots if s.parameter.requires_grad or ".lora_" in s.name}
+
+    def _adapter_buffers(self) -> dict[str, Tensor]:
+        """The buffers of routers trained whole, which plain peft wants beside their weights."""
+        saved, whole = self.model.state_dict().keys(), {name.rpartition(".")[0] for name in self._adapter_slots()}
+        return {n: value for n, value in self.model.named_buffers() if n in saved and n.rpartition(".")[0] in whole}
+
+    def _digest_of_base(self) -> Tensor:
+        if self._base_digest is None:
+            adapter, saved = self._adapter_slots(), self.model.state_dict().keys()
+            values = {slot.name: slot.parameter.detach() for slot in self.slots if slot.name not in adapter}
+            values |= {name: value for name, value in self.model.named_buffers() if name in saved}
+            self._base_digest = torch.frombuffer(bytearray(_digest("", values).digest()), dtype=torch.uint8)
+        return self._base_digest
 
     @property
     def experts(self) -> int:
@@ -266,8 +345,28 @@ class MoEModel:
                 start += view.numel()
 
     def save(self, folder: str | Path) -> None:
-        """Save as an ordinary transformers folder; the same weights give the same bytes."""
-        self.model.save_pretrained(folder)
+        """Save as an ordinary transformers folder, adapters as one of peft; the same weights give the same bytes."""
+        if self.adapter is None:
+            self.model.save_pretrained(folder)
+            return
+        from fedalign.moe import lora
+
+        values = {name: slot.parameter.detach() for name, slot in self._adapter_slots().items()}
+        lora.save(self.adapter, values | self._adapter_buffers(), Path(folder))
+
+    def read_adapter(self, folder: str | Path) -> None:
+        """Take over the values of an adapter that `save` wrote.
+
+        Raises:
+            UserError: It is damaged, or made for another model or another tuning.
+        """
+        from fedalign.moe import lora
+
+        mine = {name: slot.parameter for name, slot in self._adapter_slots().items()} | self._adapter_buffers()
+        found = lora.read(Path(folder), {name: value.shape for name, value in mine.items()})
+        with torch.no_grad():
+            for name, value in found.items():
+                mine[name].copy_(value)
 
     def fingerprint(self) -> str:
         """64 hex digits, the same for all weights of one architecture with the same parts trained."""
@@ -314,7 +413,23 @@ class MoEModel:
 
     def _layout(self) -> Layout:
         names = Layout(len(self.layers), self.experts, {})
-        return Layout(names.layers, names.experts, {g: sum(v.numel() for v in self._views(g)) for g in names.groups})
+        sizes = {group: sum(view.numel() for view in self._views(group)) for group in names.groups}
+        factors = {group: found for group in names.groups if self.adapter and (found := tuple(self._factors(group)))}
+        return Layout(names.layers, names.experts, sizes, factors)
+
+    def _factors(self, group: ParameterGroup) -> Iterator[Factors]:
+        """Where in the group's flat vector its pairs of factors lie. Of a pair with one frozen factor there is none."""
+        from fedalign.moe import lora
+
+        begin, pairs = 0, defaultdict[str, dict[str, tuple[int, Tensor]]](dict)
+        for slot, view in zip(self._owners[group], self._views(group), strict=True):
+            if place := lora.pair_of(slot.name):
+                pairs[place[0]][place[1]] = begin, view
+            begin += view.numel()
+        for pair in pairs.values():
+            if len(pair) == 2:
+                (start_A, A_R_N), (start_B, B_M_R) = pair["A"], pair["B"]
+                yield Factors(start_A, start_B, A_R_N.shape[0], A_R_N.shape[1], B_M_R.shape[0])
 
     def _views(self, group: ParameterGroup) -> tuple[Tensor, ...]:
         return tuple(slot.view(group) for slot in self._owners.get(group, ()))
@@ -338,26 +453,49 @@ def _slots(model: PreTrainedModel, layers: Iterable[MoELayer]) -> Iterator[Slot]
         owned |= _gate_rows(model.get_submodule(layer.router), index, layer.size)
         owned |= _expert_slices(model.get_submodule(layer.experts), index, layer.size)
     for name, parameter in model.named_parameters():
-        yield Slot(name, parameter, *owned.get(parameter, ((SHARED,), None)))
+        yield Slot(name, parameter, owned.get(parameter, Owners()))
 
 
 def _gate_rows(router: nn.Module, layer: int, size: int) -> dict[nn.Parameter, Owners]:
-    """Weights [E, H], biases [E] and [1, E]; a norm or scale without an axis of length E stays shared."""
+    """Weights [E, H], biases [E] and [1, E]; a norm or scale without an axis of length E stays shared.
+
+    Of an adapter B has a row for each expert, and A, which has none, is shared.
+    """
     rows = tuple(ParameterGroup("gate", layer, expert) for expert in range(size))
-    axes = ((p, axis) for p in router.parameters() for axis in (p.dim() - 1, 0) if p.dim() and p.shape[axis] == size)
-    return {parameter: (rows, axis) for parameter, axis in axes}
+    cut = [(n, p) for n, p in router.named_parameters() if "lora_A." not in n]
+    axes = ((p, axis) for n, p in cut for axis in (p.dim() - 1, 0) if p.dim() and p.shape[axis] == size)
+    return {parameter: Owners(rows, axis) for parameter, axis in axes}
 
 
 def _expert_slices(experts: nn.Module, layer: int, size: int) -> dict[nn.Parameter, Owners]:
     """Fused tensors [E, ...] slice by slice, or E child modules; what all experts use in common stays shared."""
     slices = tuple(ParameterGroup("expert", layer, expert) for expert in range(size))
+    inner = _base(experts)
     owned: dict[nn.Parameter, Owners] = {
-        parameter: (slices, 0) for parameter in experts.parameters(recurse=False) if parameter.shape[:1] == (size,)
+        parameter: Owners(slices, 0) for parameter in inner.parameters(recurse=False) if parameter.shape[:1] == (size,)
     }
+    if inner is not experts:
+        from fedalign.moe import lora
+
+        owned |= {p: Owners(slices, axis, shape) for p, shape, axis in lora.fused_factors(experts, size)}
     if not owned:
         for group, child in zip(slices, experts.children(), strict=True):
-            owned |= dict.fromkeys(child.parameters(), ((group,), None))
+            owned |= dict.fromkeys(child.parameters(), Owners((group,)))
     return owned
+
+
+def _base(module: nn.Module) -> nn.Module:
+    """The module that adapters were put around, or itself."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator]
+
+
+def _digest(text: str, values: Mapping[str, Tensor]) -> Any:
+    """SHA-256 over a text and named values."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(values):
+        digest.update(name.encode())
+        digest.update(values[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest
 
 
 def _keep_in_float32(router: nn.Module) -> None:

@@ -1,0 +1,197 @@
+"""Adapters beside a frozen model, made and saved by peft: its spelling of fused experts is known here alone.
+
+An adapter adds alpha / rank · B·A to a matrix, A [rank, inputs], B [outputs, rank]. Of a fused tensor of E experts peft
+keeps one A [rank·E, inputs], expert after expert, and one B [outputs, rank·E] in which the experts alternate: of expert
+e, A[e·rank : (e+1)·rank] and B[:, e::E].
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.lora.layer import ParamWrapper
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fedalign.config import TuningConfig
+from fedalign.errors import UserError
+from fedalign.moe.families import MoELayer, family_of, is_encoder_decoder
+from fedalign.moe.tuning import chosen
+
+NAME = ".default"  # peft's name of the one adapter, in the names of parameters but not of files
+PREFIX = "base_model.model."  # of names in files
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FAILS_UPSTREAM: dict[str, str] = {}  # family -> why its LoRA cannot work
+
+Role = Literal["A", "B"]
+
+
+def inject(model: PreTrainedModel, layers: Sequence[MoELayer], options: TuningConfig, seed: int) -> LoraConfig:
+    """Put adapters into a model, in place, and freeze all else but what `options` trains whole.
+
+    Every B starts at zero, every A at random from `seed`, the same at all sites.
+
+    Raises:
+        UserError: Nothing to adapt is left by the patterns, or peft cannot adapt this family.
+    """
+    family = family_of(model.config)
+    if family in FAILS_UPSTREAM:
+        raise UserError(
+            f"tuning.kind = {options.kind!r}: {family}: {FAILS_UPSTREAM[family]}. "
+            "Choose one of: full, moe, experts, router."
+        )
+    modules, parameters, routers = _wanted(model, layers, options)
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,  # type: ignore[arg-type] # peft says int and takes any number
+        target_modules=_as_pattern(modules, [path for path, _ in model.named_modules()]),
+        target_parameters=_as_suffixes(parameters, [name for name, _ in model.named_parameters()]) or None,
+        modules_to_save=_as_suffixes(routers, [path for path, _ in model.named_modules()]) or None,
+        task_type="SEQ_2_SEQ_LM" if is_encoder_decoder(model.config) else "CAUSAL_LM",
+        base_model_name_or_path=str(model.config._name_or_path),
+    )
+    trainable = [p for path in routers for p in model.get_submodule(path).parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    if modules or parameters:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft asks for it
+            torch.manual_seed(seed)
+            # routers are trained in place: peft would keep a dead copy of each
+            inject_adapter_in_model(replace(config, modules_to_save=None), model)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(options.average != "freeze_a" or ".lora_B." in name)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+    return config
+
+
+def pair_of(name: str) -> tuple[str, Role] | None:
+    """The module whose factors a parameter belongs to, and which factor it is; None if it is none."""
+    path, lora, rest = name.rpartition(".lora_")
+    return (path, "A" if rest.startswith("A.") else "B") if lora else None
+
+
+def fused_factors(module: nn.Module, size: int) -> Iterator[tuple[nn.Parameter, tuple[int, ...], int]]:
+    """The factors around `size` fused experts; of each the shape in which experts have an axis, and that axis."""
+    while isinstance(module, ParamWrapper):
+        for factor, axis in ((module.lora_A, 0), (module.lora_B, 2)):
+            weight: nn.Parameter = factor["default"].weight  # type: ignore[assignment]
+            rows, columns = weight.shape
+            yield weight, (size, rows // size, columns) if axis == 0 else (rows, columns // size, size), axis
+        module = module.base_layer
+
+
+def save(config: LoraConfig, values: Mapping[str, Tensor], folder: Path) -> None:
+    """Write an adapter that plain peft loads; `values`: what it holds, by parameter name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {_in_file(name): value.detach().cpu().contiguous() for name, value in values.items()}
+    save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
+    replace(config, inference_mode=True).save_pretrained(str(folder))
+
+
+def read(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """What `save` wrote, by parameter name.
+
+    Raises:
+        UserError: There is no adapter, it is damaged, or it does not hold exactly parameters of these `shapes`.
+    """
+    try:
+        found = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"adapter {str(folder)!r}: cannot be read: {error}") from None
+    mine = {_in_file(name): name for name in shapes}
+    for name in sorted(mine.keys() | found.keys()):
+        has, wants = (list(found[name].shape) if name in found else "none"), list(shapes.get(mine.get(name, ""), []))
+        if name not in mine or has != wants:
+            raise UserError(
+                f"adapter {str(folder)!r}: {name.removeprefix(PREFIX)}: it has {has}, the model {wants or 'none'}. "
+                "It was made for another base or tuned otherwise: choose the model and [tuning] that it was made with."
+            )
+    return {mine[name]: value for name, value in found.items()}
+
+
+def _in_file(name: str) -> str:
+    """A parameter's name in an adapter's file."""
+    return PREFIX + name.replace(NAME, "")
+
+
+def base_of(folder: Path) -> str | None:
+    """The model that an adapter is for; None if the folder holds no adapter."""
+    if not (folder / CONFIG).is_file():
+        return None
+    return str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+
+
+def _wanted(
+    model: PreTrainedModel, layers: Sequence[MoELayer], options: TuningConfig
+) -> tuple[list[str], list[str], list[str]]:
+    """Paths of the linear layers and names of the parameters to adapt, paths of the routers to train whole."""
+    parts = {*options.targets, *(["router"] if options.router == "lora" else [])}
+    modules = [path for path in _linears(model) if _part(path, layers) in parts]
+    parameters = [name for layer in layers for name in _fused(model, layer) if "experts" in parts]
+    routers = [layer.router for layer in layers if options.router != "frozen"]
+    if options.router == "lora":
+        matrices = [
+            (path, n) for path in routers for n, p in model.get_submodule(path).named_parameters() if p.dim() == 2
+        ]
+        parameters += [f"{path}.{name}" for path, name in matrices if path not in modules]
+        routers = []
+    left = set(chosen([*modules, *parameters, *routers], options))
+    return tuple([name for name in names if name in left] for names in (modules, parameters, routers))  # type: ignore[return-value]
+
+
+def _linears(model: PreTrainedModel) -> list[str]:
+    head = model.get_output_embeddings()
+    return [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
+
+def _part(path: str, layers: Sequence[MoELayer]) -> str:
+    """What a linear layer belongs to: one of `targets`, or "router", or "gate of shared experts"."""
+    for layer in layers:
+        if f"{path}.".startswith(f"{layer.router}."):
+            return "router"
+        if path.startswith(f"{layer.experts}."):
+            return "experts"
+    names = path.lower().split(".")
+    if any(name.startswith("shared_") for name in names):
+        return "gate of shared experts" if names[-1].endswith("expert_gate") else "shared_experts"
+    return "attention" if any("attn" in name or "attention" in name for name in names) else "dense"
+
+
+def _fused(model: PreTrainedModel, layer: MoELayer) -> list[str]:
+    """Names of the tensors [E, ., .] of a layer's experts; those kept in 4 bits are parametrised."""
+    experts = model.get_submodule(layer.experts)
+    packed = list(getattr(experts, "parametrizations", {}))
+    whole = [n for n, p in experts.named_parameters(recurse=False) if p.dim() == 3 and p.shape[0] == layer.size]
+    return [f"{layer.experts}.{name}" for name in (*whole, *packed)]
+
+
+def _as_pattern(paths: Collection[str], every: Collection[str]) -> str | list[str]:
+    """One pattern for all layers where it says the same as the list of paths, for people read adapter_config.json."""
+    folded = {re.sub(r"\\\.\d+(?=\\\.|$)", lambda _: r"\.\d+", re.escape(path)) for path in paths}
+    pattern = "|".join(sorted(folded))
+    alike = {path for path in every if re.fullmatch(pattern, path)} == set(paths)
+    return pattern if paths and alike else sorted(paths)
+
+
+def _as_suffixes(names: Collection[str], every: Collection[str]) -> list[str]:
+    """What follows the layer's number, where that says the same as the list of names."""
+    suffixes = sorted({re.split(r"\.\d+\.", name)[-1] for name in names})
+    alike = {name for name in every if any(name.endswith(f".{suffix}") for suffix in suffixes)} == set(names)
+    return suffixes if alike else sorted(names)
+
+
+def merged(folder: Path, model: Any) -> Any:
+    """A plain model with the adapter of `folder` added to its weights, by plain peft."""
+    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()

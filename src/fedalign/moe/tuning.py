@@ -1,0 +1,68 @@
+"""Which of a model's own parameters are trained: by kind, and by patterns over their names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+from torch import nn
+
+from fedalign.config import TuningConfig
+from fedalign.errors import UserError
+from fedalign.protocol import Kind
+
+KINDS: dict[str, tuple[Kind, ...]] = {
+    "full": ("shared", "gate", "expert"),
+    "moe": ("gate", "expert"),
+    "experts": ("expert",),
+    "router": ("gate",),
+}
+
+
+class Named(Protocol):
+    """A parameter, its name, and the kind of the groups that its values belong to."""
+
+    @property
+    def name(self) -> str:
+        """As in `named_parameters`."""
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """Itself."""
+
+    @property
+    def kind(self) -> Kind:
+        """Of all its groups."""
+
+
+def freeze(slots: Sequence[Named], options: TuningConfig) -> None:
+    """Freeze all that `options` does not train; what is frozen already stays so.
+
+    Raises:
+        UserError: A pattern matches nothing, or nothing is left to train.
+    """
+    of_kind = {s.name: s.parameter for s in slots if s.parameter.requires_grad and s.kind in KINDS[options.kind]}
+    kept = {of_kind[name] for name in chosen(list(of_kind), options)}
+    for slot in slots:
+        if slot.parameter not in kept:
+            slot.parameter.requires_grad_(False)
+
+
+def chosen(names: Sequence[str], options: TuningConfig) -> list[str]:
+    """The names that the patterns leave in, of all that the kind trains.
+
+    Raises:
+        UserError: A pattern matches nothing, or nothing is left.
+    """
+    examples = f"tuning.kind = {options.kind!r} trains for example: {', '.join(names[:3]) or 'nothing of this model'}."
+    for key in ("include", "exclude"):
+        for pattern in getattr(options, key):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise UserError(f"tuning.{key} = {pattern!r}: matches nothing. {examples}")
+    included = [n for n in names if not options.include or any(fnmatchcase(n, p) for p in options.include)]
+    left = [name for name in included if not any(fnmatchcase(name, pattern) for pattern in options.exclude)]
+    if not left:
+        what = f"tuning.exclude = {list(options.exclude)}: leaves nothing to train" if options.exclude else "[tuning]"
+        raise UserError(f"{what}: everything is frozen. {examples}")
+    return left
