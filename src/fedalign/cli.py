@@ -17,6 +17,7 @@ from fedalign.errors import UserError
 from fedalign.report_cli import REPORT_EXAMPLES, report
 from fedalign.site_cli import DOCTOR_EXAMPLES, doctor, site_app
 from fedalign.terminal import err, out, print_table, say
+from fedalign.upcycle_cli import UPCYCLE_EXAMPLES, upcycle
 
 if TYPE_CHECKING:
     from fedalign.config import Config
@@ -173,6 +174,7 @@ def inspect(
 app.command(epilog=COMPARE_EXAMPLES)(compare)
 app.command(epilog=DOCTOR_EXAMPLES)(doctor)
 app.command(epilog=REPORT_EXAMPLES)(report)
+app.command(epilog=UPCYCLE_EXAMPLES)(upcycle)
 
 
 def _description_rows(about: Description) -> list[tuple[str, str]]:
