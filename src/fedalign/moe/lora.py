@@ -30,6 +30,7 @@ from fedalign.moe.tuning import chosen
 NAME = ".default"  # peft's name of the one adapter, in the names of parameters but not of files
 PREFIX = "base_model.model."  # of names in files
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "base.sha256"  # which base it was trained on: a file of ours beside those of peft
 FAILS_UPSTREAM: dict[str, str] = {}  # family -> why its LoRA cannot work
 
 Role = Literal["A", "B"]
@@ -92,12 +93,13 @@ def fused_factors(module: nn.Module, size: int) -> Iterator[tuple[nn.Parameter, 
         module = module.base_layer
 
 
-def save(config: LoraConfig, values: Mapping[str, Tensor], folder: Path) -> None:
+def save(config: LoraConfig, values: Mapping[str, Tensor], folder: Path, base_digest: str) -> None:
     """Write an adapter that plain peft loads; `values`: what it holds, by parameter name."""
     folder.mkdir(parents=True, exist_ok=True)
     named = {_in_file(name): value.detach().cpu().contiguous() for name, value in values.items()}
     save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
     replace(config, inference_mode=True).save_pretrained(str(folder))
+    (folder / BASE).write_text(f"{base_digest}\n", encoding="utf-8")
 
 
 def read(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
@@ -192,6 +194,35 @@ def _as_suffixes(names: Collection[str], every: Collection[str]) -> list[str]:
     return suffixes if alike else sorted(names)
 
 
+def recorded_base(folder: Path) -> str | None:
+    """The digest of the base that an adapter was trained on; None: it does not say."""
+    file = folder / BASE
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+
+
+def rename_base(folder: Path, base: str, revision: str | None) -> None:
+    """Have an adapter name its base so: a folder or a Hub id."""
+    config = PeftConfig.from_pretrained(str(folder))
+    config.base_model_name_or_path, config.revision = base, revision
+    config.save_pretrained(str(folder))
+
+
+def cast(folder: Path, dtype: torch.dtype) -> None:
+    """Round an adapter's factors. Routers trained whole stay: peft gives them the type of the model that it loads."""
+    values = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()  # what was read may still lie in it
+    rounded = {name: value.to(dtype) if ".lora_" in name else value for name, value in values.items()}
+    save_file(rounded, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def remove(folder: Path) -> None:
+    """Delete an adapter's files, and nothing else that lies beside them."""
+    for name in (CONFIG, WEIGHTS, BASE):
+        (folder / name).unlink(missing_ok=True)
+
+
 def merged(folder: Path, model: Any) -> Any:
     """A plain model with the adapter of `folder` added to its weights, by plain peft."""
-    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft asks for it
+        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()

@@ -180,16 +180,7 @@ class MoEModel:
         Raises:
             UserError: there is no such model, it is broken or incomplete, or `wrap` refuses it.
         """
-        if dtype not in DTYPES:
-            raise unknown("model.dtype", dtype, DTYPES)
-        source = _source(path_or_id)
-        options = {"trust_remote_code": trust_remote_code, "revision": revision}
-        with _explained(source):
-            config, auto = _configured(source, options)
-            model, report = auto.from_pretrained(
-                source, config=config, dtype=DTYPES[dtype], output_loading_info=True, **options
-            )
-        _check_complete(source, model, report["missing_keys"])
+        model = load_plain(path_or_id, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
         return cls.wrap(_frozen_biases(model).to(device), tuning, seed)
 
     @classmethod
@@ -274,6 +265,10 @@ class MoEModel:
         saved, whole = self.model.state_dict().keys(), {name.rpartition(".")[0] for name in self._adapter_slots()}
         return {n: value for n, value in self.model.named_buffers() if n in saved and n.rpartition(".")[0] in whole}
 
+    def base_digest(self) -> str:
+        """64 hex digits over what the adapters are put upon: equal if and only if two bases are."""
+        return bytes(self._digest_of_base().tolist()).hex()
+
     def _digest_of_base(self) -> Tensor:
         if self._base_digest is None:
             adapter, saved = self._adapter_slots(), self.model.state_dict().keys()
@@ -352,7 +347,7 @@ class MoEModel:
         from fedalign.moe import lora
 
         values = {name: slot.parameter.detach() for name, slot in self._adapter_slots().items()}
-        lora.save(self.adapter, values | self._adapter_buffers(), Path(folder))
+        lora.save(self.adapter, values | self._adapter_buffers(), Path(folder), self.base_digest())
 
     def read_adapter(self, folder: str | Path) -> None:
         """Take over the values of an adapter that `save` wrote.
@@ -521,6 +516,33 @@ def _configured(source: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
     config = AutoConfig.from_pretrained(source, **options)
     refuse(config)
     return config, AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+
+
+def load_plain(
+    path_or_id: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedModel:
+    """An ordinary transformers model on the CPU, nothing of it changed.
+
+    Raises:
+        UserError: there is no such model, or it is broken or incomplete.
+    """
+    if dtype not in DTYPES:
+        raise unknown("model.dtype", dtype, DTYPES)
+    source = _source(path_or_id)
+    options = {"trust_remote_code": trust_remote_code, "revision": revision}
+    with _explained(source):
+        config, auto = _configured(source, options)
+        model, report = auto.from_pretrained(
+            source, config=config, dtype=DTYPES[dtype], output_loading_info=True, **options
+        )
+    _check_complete(source, model, report["missing_keys"])
+    return model
+
+
+def auto_class(folder: Path, *, trust_remote_code: bool = False) -> str:
+    """The class of transformers that loads what `MoEModel.save` wrote to a folder."""
+    with _explained(str(folder)):
+        return str(_configured(str(folder), {"trust_remote_code": trust_remote_code})[1].__name__)
 
 
 @contextlib.contextmanager
