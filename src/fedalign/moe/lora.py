@@ -98,7 +98,7 @@ def save(config: LoraConfig, values: Mapping[str, Tensor], folder: Path, base_di
     folder.mkdir(parents=True, exist_ok=True)
     named = {_in_file(name): value.detach().cpu().contiguous() for name, value in values.items()}
     save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
-    replace(config, inference_mode=True).save_pretrained(str(folder))
+    _write(replace(config, inference_mode=True), folder)
     (folder / BASE).write_text(f"{base_digest}\n", encoding="utf-8")
 
 
@@ -202,8 +202,14 @@ def recorded_base(folder: Path) -> str | None:
 
 def rename_base(folder: Path, base: str, revision: str | None) -> None:
     """Have an adapter name its base so: a folder or a Hub id."""
-    config = PeftConfig.from_pretrained(str(folder))
+    config: LoraConfig = PeftConfig.from_pretrained(str(folder))
     config.base_model_name_or_path, config.revision = base, revision
+    _write(config, folder)
+
+
+def _write(config: LoraConfig, folder: Path) -> None:
+    if isinstance(config.target_modules, set):  # it would be written in another order by every process
+        config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
 
 
