@@ -4,6 +4,9 @@
 
 b and factor come from the `Plan`; factors never enter the normaliser. Memory is one float32 model, whatever the
 number of clients: nothing that was added is kept. A client lost on the way costs its share, never the round.
+
+The exception is average = "exact": of groups with low-rank factors the same sum is taken over the products B·A, for
+which their updates, as small as they are, are kept until the end (see `low_rank`).
 """
 
 from __future__ import annotations
@@ -11,12 +14,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fedalign.maths.low_rank import Stack
 from fedalign.protocol import Failure, Layout, Packed, ParameterGroup, Plan, Update, Weights, WireDtype
 from fedalign.wire import BLOCK, TORCH_DTYPE, scale_into
+
+Average = Literal["sum", "exact"]
 
 CHUNK = 1 << 20  # values worked on at a time, most groups whole; a multiple of BLOCK
 NORM_SLACK = 0.02  # wire rounding may lengthen an update: bfloat16 by 0.4 %, int8 by about 0.2 %
@@ -26,16 +33,33 @@ class StreamingSum:
     """Sums the updates that a plan asked for; an `Accumulator`.
 
     The result depends on the order of `add` calls (by float32 rounding) and on nothing else: not on timing, and not on
-    updates that were refused.
+    updates that were refused. Of what is averaged exactly, not even the order matters.
 
     Args:
         layout: the model's parameter groups.
         plan: each client's weight in each group.
         norms: client -> norm_G of its statistics: the length it claimed for each group's update.
         dtype: wire precision that updates arrive in.
+        average: whether low-rank factors are summed like all other values, or exactly: as products.
+
+    Raises:
+        ValueError: the plan has streams, which are sums of values and not of products, but the average is exact.
     """
 
-    def __init__(self, layout: Layout, plan: Plan, norms: Mapping[str, Tensor], dtype: WireDtype) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        plan: Plan,
+        norms: Mapping[str, Tensor],
+        dtype: WireDtype,
+        average: Average = "sum",
+    ) -> None:
+        if average == "exact" and plan.streams:
+            names = ", ".join(plan.streams)
+            raise ValueError(f'streams {names}: average = "exact" has none, as they sum values; use average = "sum"')
+        low_rank = layout.factors if average == "exact" else {}
+        self._stacks = {group: Stack(factors, layout.sizes[group]) for group, factors in low_rank.items() if factors}
+        self._turn = {client: turn for turn, client in enumerate(plan.clients)}
         self._sizes = layout.sizes
         self._dtype = dtype
         self._column = {group: i for i, group in enumerate(layout.groups)}
@@ -102,7 +126,10 @@ class StreamingSum:
     def _new(self, group: ParameterGroup, old: Tensor, min_arrived: float) -> Tensor:
         if not (self._wanted(group) and self._carried(group, min_arrived)):
             return old
-        return torch.add(old, self._sums[group], alpha=self._planned[group] / self._arrived[group])
+        stretch = self._planned[group] / self._arrived[group]
+        if group in self._stacks:
+            return self._stacks[group].result(old, stretch)
+        return torch.add(old, self._sums[group], alpha=stretch)
 
     def _wanted(self, group: ParameterGroup) -> bool:
         return self._planned[group] > 0 and self._sizes[group] > 0
@@ -149,6 +176,10 @@ class StreamingSum:
             if not all(chunk.isfinite().all() for _, chunk in self._chunks(packed)):
                 return f"{group}: not finite"
             return f"{group}: norm {norm:.6g}, but its statistics said {claimed:.6g}"
+        self._arrived[group] += self._weight[client][column]
+        if group in self._stacks:
+            self._stacks[group].add(self._turn[client], self._factor[client][column], packed)
+            return None
         targets = [(self._sums, self._factor[client][column])]
         targets += [(sums, self._streams[name][client][column]) for name, sums in self._stream_sums.items()]
         for sums, _ in targets:
@@ -157,7 +188,6 @@ class StreamingSum:
         for start, chunk in chunks or self._chunks(packed):
             for sums, factor in targets:
                 sums[group][start : start + len(chunk)].add_(chunk, alpha=factor)
-        self._arrived[group] += self._weight[client][column]
         return None
 
     def _chunks(self, packed: Packed) -> Iterator[tuple[int, Tensor]]:
