@@ -200,7 +200,7 @@ def test_statistics_equal_a_pass_without_training(tmp_path: Path) -> None:
 def test_the_penalty_pulls_routing_towards_the_target(tmp_path: Path) -> None:
     target_E = torch.tensor([0.7, 0.1, 0.1, 0.1])
     divergence = {}
-    for strength in (0.0, 3.0):
+    for strength in (0.0, 10.0):
         step = trainer(
             "olmoe",
             f"algorithm.reg_strength={strength}",
@@ -212,7 +212,7 @@ def test_the_penalty_pulls_routing_towards_the_target(tmp_path: Path) -> None:
         target_L_E = target_E.expand(moe.layout.layers, -1)
         report = step.train(client(tmp_path / str(strength)), broadcast(moe, target_L_E=target_L_E))
         divergence[strength] = float((report.prob_L_E * (report.prob_L_E / target_L_E).log()).sum(1).mean())
-    assert divergence[3.0] < 0.5 * divergence[0.0]
+    assert divergence[10.0] < 0.5 * divergence[0.0]
 
 
 def test_fedprox_holds_clients_near_what_they_received(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def statistics(client: str = "ward", round: int = 3) -> Statistics:
         centroid_scale_L=torch.ones(2),
         update_L_E_S=sketch + 1,
         norm_G=torch.arange(13.0),
+        frozen=(GROUPS[8],),
         metrics={"train_seconds": 0.5, "steps": 3.0},
     )
 
@@ -123,7 +124,13 @@ def test_every_kind_of_message_is_tried() -> None:
 
 def test_all_that_the_protocol_says_may_travel_does() -> None:
     classes = {cls for _, cls in inspect.getmembers(protocol, inspect.isclass) if dataclasses.is_dataclass(cls)}
-    parts = {protocol.ParameterGroup, protocol.Layout, protocol.Packed, protocol.Plan}  # of a message, or the server's
+    parts = {
+        protocol.ParameterGroup,
+        protocol.Factors,
+        protocol.Layout,
+        protocol.Packed,
+        protocol.Plan,
+    }  # of a message, or the server's
     parts |= {protocol.LayerRouting, protocol.Step, protocol.LocalRound}  # of training
     assert classes - parts == set(MESSAGES.values())
 
@@ -187,10 +194,10 @@ def test_numbers_that_are_not_finite_travel_to_be_checked_by_who_understands_the
     assert math.isnan(decode(travel(encode(Evaluation("ward", 1, math.nan, None))), Evaluation).loss)
 
 
-@pytest.mark.parametrize("spoken", [0, PROTOCOL + 1, None, True, "1", 1.0, [1], {}])
+@pytest.mark.parametrize("spoken", [0, PROTOCOL + 1, None, True, "2", 2.0, [2], {}])
 def test_another_protocol_is_named(spoken: Any) -> None:
     parcel = encode(hello())
-    with pytest.raises(MessageError, match=r"it speaks protocol .*, this is 1: install the same version"):
+    with pytest.raises(MessageError, match=r"it speaks protocol .*, this is 2: install the same version"):
         decode(Parcel({**parcel.head, "protocol": spoken}, {}), Hello)
 
 

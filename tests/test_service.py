@@ -24,6 +24,7 @@ from fedalign.errors import DataError, TrainingFailedError, UserError
 from fedalign.messages import Message, Parcel, decode, encode
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import (
+    PROTOCOL,
     SHARED,
     Broadcast,
     Evaluation,
@@ -41,7 +42,7 @@ from fedalign.wire import pack, unpack_weights
 from tests.conftest import changed, make_site
 from tests.test_messages import same, travel
 
-NOTHING = Parcel({"protocol": 1, "kind": "nothing"}, {})
+NOTHING = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
 SECRET = "penicillin"
 
 
@@ -172,7 +173,10 @@ def test_a_service_that_is_closed_frees_its_model(opened: Service, olmoe: Path) 
         (NOTHING, "unexpected message 'nothing'"),
         (Parcel({}, {}), "it speaks protocol None"),
         (encode(Failure("x", "train", "no")), "unexpected message 'failure'"),
-        (Parcel({"protocol": 1, "kind": "broadcast", "round": 1}, {}), ("a damaged broadcast", "unexpected message")),
+        (
+            Parcel({"protocol": PROTOCOL, "kind": "broadcast", "round": 1}, {}),
+            ("a damaged broadcast", "unexpected message"),
+        ),
     ],
 )
 def test_what_is_not_the_message_it_should_be_is_a_failure(

@@ -145,6 +145,7 @@ def test_all_else_is_as_the_coordinator_says(tmp_path: Path) -> None:
         "run": {"device", "threads"},
         "model": {"path", "trust_remote_code"},
         "data": {"train", "columns"},
+        "clients": {"limits"},
         "statistics": {"min_tokens", "min_examples"},
     }
     for section in Config.model_fields:

@@ -20,14 +20,14 @@ import pytest
 import torch
 
 from fedalign.messages import Parcel, decode, encode
-from fedalign.protocol import SHARED, Broadcast, Failure, Packed, Update
+from fedalign.protocol import PROTOCOL, SHARED, Broadcast, Failure, Packed, Update
 from fedalign.service import Service
 from fedalign.site import SiteFolder
 from fedalign.warm import ask, meeting_file, receive, send, serve
 from tests.conftest import make_site
 from tests.test_messages import DTYPES, every_message, same
 
-NOTHING = Parcel({"protocol": 1, "kind": "nothing"}, {})
+NOTHING = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
 STOP = "stop"  # as a run's key: Ctrl-C
 
 

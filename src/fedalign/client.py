@@ -21,14 +21,14 @@ from torch.optim import Optimizer
 from transformers import get_scheduler
 
 from fedalign.checkpoint import ClientMemory
-from fedalign.config import Config, TrainingConfig
+from fedalign.config import ClientLimits, Config, TrainingConfig
 from fedalign.data.batches import Batch, Encoded, batches
 from fedalign.errors import TrainingFailedError
 from fedalign.evaluation import TestSet, evaluate
 from fedalign.forward import answer_logits
 from fedalign.maths.sketch import Sketch
 from fedalign.messages import parse_group
-from fedalign.moe.model import MoEModel
+from fedalign.moe.model import MoEModel, fill, flat
 from fedalign.moe.probe import Captured, RoutingProbe, RoutingStatistics, balancing_loss, idle_experts
 from fedalign.personal import Mixture
 from fedalign.protocol import (
@@ -44,6 +44,8 @@ from fedalign.protocol import (
 )
 from fedalign.wire import pack, unpack_weights
 
+AS_EVERYBODY = ClientLimits()
+BATCHES_TO_CHOOSE = 8  # that a client reads before it says which experts it trains
 PRIVATE, KEPT, MIXTURE = "private.", "kept.", "mixture."  # in the names of what a client remembers
 REMEDY = "try a lower training.learning_rate, or training.precision = 'float32'"
 
@@ -100,11 +102,12 @@ class Trainer:
         self.moe.write(local.start)
         seed = derive_seed(self.config.run.seed, broadcast.round, client.name)
         started = time.perf_counter()
-        with torch.random.fork_rng(devices=_cuda_devices(self.moe.device)):
+        limits = self.config.clients.limits.get(client.name, AS_EVERYBODY)
+        with torch.random.fork_rng(devices=_cuda_devices(self.moe.device)), self.moe.sending_to(limits.top_k):
             torch.manual_seed(seed)
-            fit = LocalFit(self, client, local, broadcast.round, remembered)
+            fit = LocalFit(self, client, local, broadcast.round, remembered, limits)
             fit.run()
-        trained = self.moe.read()
+        trained = fit.trained()
         private = [group for group in trained if self.algorithm.private(group)]
         own = {f"{PRIVATE}{group}": trained[group].cpu().clone() for group in private}
         update = self._update(trained, local.start)
@@ -112,7 +115,7 @@ class Trainer:
         if not bool(norm_G.isfinite().all()):
             broken = self.moe.layout.groups[int((~norm_G.isfinite()).nonzero()[0])]
             raise TrainingFailedError(f"its update of {broken} is not finite; {REMEDY}")
-        statistics = self._report(client, broadcast.round, fit, update, norm_G, time.perf_counter() - started)
+        statistics = self._report(client, broadcast.round, fit, local, update, norm_G, time.perf_counter() - started)
         wire = self.config.wire.dtype
         packed = {group: pack(delta.cpu(), wire, derive_seed(seed, group)) for group, delta in update.items()}
         mixture = self._fit_mixture(client, local, broadcast.round, seed) if self.algorithm.mixes else {}
@@ -169,16 +172,24 @@ class Trainer:
         return update
 
     def _report(
-        self, client: ClientData, round: int, fit: LocalFit, update: Weights, norm_G: Tensor, seconds: float
+        self,
+        client: ClientData,
+        round: int,
+        fit: LocalFit,
+        local: LocalRound,
+        update: Weights,
+        norm_G: Tensor,
+        seconds: float,
     ) -> Statistics:
         options, layout, seed = self.config.statistics, self.moe.layout, self.config.run.seed
-        routing = fit.statistics.finish(options.min_tokens, options.min_examples)
+        routing = fit.statistics.finish(options.min_tokens, options.min_examples).without(fit.frozen_L_E)
         held_L_E = routing.load_L_E > 0
         cells = (layout.layers, layout.experts, -1)
         centroid_L_E_D = sketched(routing.centroid_L_E_H.flatten(0, 1), options.centroid_width, seed).view(cells)
         scale_L = centroid_L_E_D.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
-        experts = [update[group] for group in layout.groups if group.kind == "expert"]
-        update_L_E_S = sketched(experts, options.update_width, seed).view(cells)
+        sketch = Sketch(options.update_width, seed)
+        experts = [group for group in layout.groups if group.kind == "expert"]
+        update_L_E_S = torch.stack([self._sketch(sketch, group, update, local.start) for group in experts]).view(cells)
         update_L_E_S = torch.nn.functional.normalize(update_L_E_S, dim=-1) * held_L_E.cpu().unsqueeze(-1)
         return Statistics(
             client=client.name,
@@ -193,12 +204,21 @@ class Trainer:
             centroid_scale_L=scale_L,
             update_L_E_S=update_L_E_S.half(),
             norm_G=norm_G,
+            frozen=tuple(ParameterGroup("expert", *cell) for cell in fit.frozen_L_E.nonzero().tolist()),
             metrics={
                 "train_seconds": seconds,
                 "steps": float(fit.steps),
                 "learning_rate": self.config.training.learning_rate,
             },
         )
+
+    def _sketch(self, sketch: Sketch, group: ParameterGroup, update: Weights, start: Weights) -> Tensor:
+        """The direction of a group's update; of adapters that of their product, since factors are not unique."""
+        factors = self.moe.layout.factors.get(group)
+        if not factors:
+            return sketch.project(update[group]).cpu()
+        old = start[group].to(update[group].device)
+        return sketch.project_change(old + update[group], old, factors).cpu()
 
     def evaluate(self, client: ClientData, received: Weights, round: int) -> Evaluation | None:
         """Score the received weights, which the model holds, on the client's held-out part; None without one.
@@ -223,7 +243,13 @@ class LocalFit:
     """The local epochs of one client in one round."""
 
     def __init__(
-        self, trainer: Trainer, client: ClientData, local: LocalRound, round: int, remembered: Mapping[str, Tensor]
+        self,
+        trainer: Trainer,
+        client: ClientData,
+        local: LocalRound,
+        round: int,
+        remembered: Mapping[str, Tensor],
+        limits: ClientLimits = AS_EVERYBODY,
     ) -> None:
         self.moe, self.algorithm, self.options = trainer.moe, trainer.algorithm, trainer.config.training
         self.client, self.local = client, local
@@ -232,11 +258,19 @@ class LocalFit:
         self.state = {name: value.to(device) for name, value in local.state.items()}
         self.prob_L_E = remembered["prob_L_E"].to(device) if "prob_L_E" in remembered else None
         self.statistics = RoutingStatistics(len(self.moe.layers), self.moe.experts, self.moe.hidden, device)
-        self.views = trainer.views
         self.parameters = [p for p in self.moe.model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.parameters, self.options)
+        self.masters = {p: p.detach().float() for p in self.parameters if p.dtype != torch.float32}
+        self.views = trainer.views if not self.masters else self.moe.views_of(self.masters)
+        if self.masters:  # the model's own values are rounded
+            for group, pieces in self.views.items():
+                fill(pieces, local.start[group])
+        self.stepped = [self.masters.get(p, p) for p in self.parameters]
+        self.optimizer = make_optimizer(self.stepped, self.options)
         if self.options.keep_optimizer:
-            restore_optimizer(self.optimizer, self.parameters, remembered)
+            restore_optimizer(self.optimizer, self.stepped, remembered)
+        self.limits = limits
+        self.frozen_L_E = torch.zeros(len(self.moe.layers), self.moe.experts, dtype=torch.bool, device=device)
+        self.still = self.moe.weaker_components(limits.rank) if limits.rank else []
         self.steps = 0
         self._start: list[Tensor] | None = None
         self._nll_sum, self._answer_tokens = 0.0, 0
@@ -252,6 +286,8 @@ class LocalFit:
         schedule = self._schedule()
         autocast = make_autocast(self.moe.device, self.options.precision)
         with RoutingProbe(self.moe) as probe:
+            if self.limits.max_experts:
+                self.frozen_L_E = self._least_used(probe, self.limits.max_experts)
             for epoch in range(self.options.epochs):
                 self._nll_sum, self._answer_tokens = 0.0, 0
                 last = epoch == self.options.epochs - 1
@@ -260,9 +296,25 @@ class LocalFit:
                     schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def trained(self) -> Weights:
+        """Flat float32 copies of all that was trained."""
+        return {group: flat(pieces, self.moe.device) for group, pieces in self.views.items()}
+
+    @torch.no_grad()
+    def _least_used(self, probe: RoutingProbe, count: int) -> Tensor:
+        """Boolean [L, E]: all but the `count` experts of each layer that most of the client's tokens go to."""
+        load_L_E = torch.zeros(self.frozen_L_E.shape, device=self.moe.device)
+        for batch in itertools.islice(self._batches(0), BATCHES_TO_CHOOSE):
+            here = batch.to(self.moe.device)
+            with probe.capture(here.attention_mask_B_S, here.decoder_attention_mask_B_T) as captured:
+                answer_logits(self.moe, here)
+            load_L_E += torch.cat([stack.dispatch_M_T_E.sum(1) for stack in captured.stacks])
+        most_L_K = load_L_E.topk(min(count, self.moe.experts), dim=1).indices
+        return torch.ones_like(self.frozen_L_E).scatter_(1, most_L_K, False)
+
     def optimizer_state(self) -> dict[str, Tensor]:
         """What the client's next round needs, if the optimizer is kept."""
-        return dump_optimizer(self.optimizer, self.parameters) if self.options.keep_optimizer else {}
+        return dump_optimizer(self.optimizer, self.stepped) if self.options.keep_optimizer else {}
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
         options = self.options
@@ -300,11 +352,16 @@ class LocalFit:
                 self.statistics.update(captured)
         if self.algorithm.corrects:
             self.algorithm.correct(self.local, self.moe.gradients())
+        for parameter, master in self.masters.items():
+            master.grad = parameter.grad.float() if parameter.grad is not None else None
         if self.options.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(self.stepped, self.options.max_grad_norm)
         assert idle_L_E is not None
-        with self._holding_still(idle_L_E):
+        with self._holding_still(idle_L_E | self.frozen_L_E):
             self.optimizer.step()
+        with torch.no_grad():
+            for parameter, master in self.masters.items():
+                parameter.copy_(master)
         self.steps += 1
 
     def _finite(self, nll_sum: Tensor) -> float:
@@ -333,7 +390,7 @@ class LocalFit:
     def _holding_still(self, idle_L_E: Tensor) -> Iterator[None]:
         """Idle experts stay where they are: AdamW would move them by momentum, and the plan read that as direction."""
         cells = [ParameterGroup("expert", *cell) for cell in idle_L_E.nonzero().tolist()]
-        before = [(view, view.clone()) for cell in cells for view in self.views[cell]]
+        before = [(view, view.clone()) for view in (*(v for cell in cells for v in self.views[cell]), *self.still)]
         yield
         for view, value in before:
             view.copy_(value)

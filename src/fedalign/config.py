@@ -301,6 +301,11 @@ class Config(Section):
                 f'server.optimizer = "{self.server.optimizer}": with tuning.average = "exact" products are averaged, '
                 "and there is no step of the factors to optimise. Choose: average."
             )
+        if exact and self.training.keep_optimizer:
+            raise UserError(
+                'training.keep_optimizer = true: with tuning.average = "exact" a client finds other factors each round '
+                "than its optimizer knew. Leave it at false, or choose one of: factors, freeze_a."
+            )
         if exact and self.algorithm.build().corrects:
             raise UserError(
                 f'algorithm.name = "{self.algorithm.name}": corrects gradients of the factors, which tuning.average = '

@@ -25,14 +25,14 @@ Axis legend, used in names everywhere (``prob_L_E`` has shape [L, E]):
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-PROTOCOL = 1  # of these messages; sites that speak another are refused
+PROTOCOL = 2  # of these messages; sites that speak another are refused
 
 Kind = Literal["shared", "gate", "expert"]
 Scoring = Literal["softmax", "sigmoid"]
@@ -176,6 +176,7 @@ class Statistics:
     centroid_scale_L: Tensor  # float32
     update_L_E_S: Tensor  # float16, unit norm (or zero): sketch of the expert's update [P; the sketch is O]
     norm_G: Tensor  # float32: Euclidean norm of each group's update, checked again on arrival [O]
+    frozen: tuple[ParameterGroup, ...] = ()  # what a small client did not train: it counts for nothing in them
     metrics: Mapping[str, float] = field(default_factory=dict)  # names carry their units
 
     @property
@@ -205,6 +206,18 @@ class Plan:
     factor_C_G: Tensor | None = None  # float32; None: ones
     metrics: Mapping[str, float] = field(default_factory=dict)  # what the algorithm has to say about the round
     streams: Mapping[str, Tensor] = field(default_factory=dict)  # name -> float32 [C, G]
+
+    def without(self, frozen: Mapping[str, Sequence[ParameterGroup]], layout: Layout) -> Plan:
+        """The same plan with no weight for groups that a client did not train, shared out among those who did."""
+        if not any(frozen.values()):
+            return self
+        column = {group: i for i, group in enumerate(layout.groups)}
+        weight_C_G = self.weight_C_G.clone()
+        for row, client in enumerate(self.clients):
+            weight_C_G[row, [column[group] for group in frozen.get(client, ())]] = 0
+        left_G = weight_C_G.sum(0)
+        stretch_G = torch.where(left_G > 0, self.weight_C_G.sum(0) / left_G, torch.ones_like(left_G))
+        return replace(self, weight_C_G=weight_C_G * stretch_G)
 
     def requests(self, round: int, layout: Layout) -> list[Request]:
         """What to ask of each client: its groups of nonzero weight that train anything."""

@@ -137,6 +137,7 @@ class Server:
                 f"{self.config.server.min_clients} are needed ({reasons}). The last complete round is kept."
             )
         plan, algorithm_state = self.algorithm.plan(reports, self.layout, state.algorithm)
+        plan = plan.without({report.client: report.frozen for report in reports}, self.layout)
         self.observer.planned(number, reports, plan, self.layout)
         total, lost = self._sum(plan, reports, number, traffic)
         share = self.config.server.min_arrived
@@ -202,7 +203,8 @@ class Server:
         self, plan: Plan, reports: Sequence[Statistics], number: int, traffic: Traffic
     ) -> tuple[StreamingSum, list[Failure]]:
         norms = {report.client: report.norm_G for report in reports}
-        total = StreamingSum(self.layout, plan, norms, self.config.wire.dtype)
+        exact = self.config.tuning.average == "exact"
+        total = StreamingSum(self.layout, plan, norms, self.config.wire.dtype, "exact" if exact else "sum")
         requests = [request for request in plan.requests(number, self.layout) if request.groups]
         done = 0
 
@@ -274,6 +276,8 @@ def check_statistics(report: Statistics, layout: Layout, options: StatisticsConf
         return f"its loss is {report.loss}"
     if not all(math.isfinite(value) for value in report.metrics.values()):
         return "its metrics are not finite"
+    if strange := set(report.frozen) - set(layout.groups):
+        return f"it did not train {min(strange)}, which the model does not have"
     cells = (layout.layers, layout.experts)
     shapes = {
         "prob_L_E": cells,

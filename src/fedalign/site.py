@@ -15,7 +15,7 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from fedalign.checkpoint import folder_name
-from fedalign.config import Columns, Config, Count, Positive, Section, explain
+from fedalign.config import ClientLimits, Columns, Config, Count, Positive, Section, explain
 from fedalign.errors import UserError
 
 FILE = "site.toml"
@@ -43,6 +43,9 @@ class SiteLimits(Section):
     batch_tokens: Count = 0  # tokens of a batch at most; 0: no limit
     min_tokens: Positive = 32  # experts that fewer tokens reached are withheld from the statistics ...
     min_examples: Positive = 4  # ... and those reached from fewer examples
+    top_k: Count = 0  # experts that a token is sent to in training; 0: the model's own number
+    max_experts: Count = 0  # experts of a layer that are trained, those that its data uses most; 0: all
+    rank: Count = 0  # components of adapters that are trained, where the run averages products; 0: all
 
 
 class SiteLink(Section):
@@ -118,6 +121,11 @@ class SiteFolder:
             *("--node-config", f"site={json.dumps(str(self.path / FILE))}"),
         ]
 
+    def _rank(self, config: Config) -> int:
+        """The site's own rank where the run lets ranks differ."""
+        differ = config.tuning.adapts and config.tuning.average == "exact"
+        return min(self.config.limits.rank, config.tuning.rank) if differ else 0
+
     def localise(self, config: Config) -> Config:
         """The coordinator's configuration as this site runs it."""
         site, limits = self.config, self.config.limits
@@ -133,6 +141,15 @@ class SiteFolder:
                 ),
                 "data": config.data.model_copy(
                     update={"train": self.resolve(site.data.train), "columns": site.data.columns}
+                ),
+                "clients": config.clients.model_copy(
+                    update={
+                        "limits": {
+                            site.name: ClientLimits(
+                                top_k=limits.top_k, max_experts=limits.max_experts, rank=self._rank(config)
+                            )
+                        }
+                    }
                 ),
                 "training": config.training.model_copy(
                     update={"batch_tokens": min(batch, limits.batch_tokens) if limits.batch_tokens else batch}

@@ -49,6 +49,8 @@ class Workbench:
             tuning=config.tuning,
             seed=config.run.seed,
         )
+        if config.tuning.gradient_checkpointing:
+            moe.checkpoint_activations()
         return cls.around(moe, config)
 
     @classmethod

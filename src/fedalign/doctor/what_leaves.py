@@ -98,6 +98,7 @@ MEANINGS: dict[type[Leaving], dict[str, str]] = {
         "centroid_scale_L": "what that is multiplied by",
         "update_L_E_S": "random projection of the direction of each expert's update",
         "norm_G": "length of each group's update",
+        "frozen": "the experts that its limits kept it from training",
         "metrics": "seconds of training, number of steps, learning rate",
     },
     Update: {

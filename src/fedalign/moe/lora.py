@@ -31,6 +31,9 @@ NAME = ".default"  # peft's name of the one adapter, in the names of parameters 
 PREFIX = "base_model.model."  # of names in files
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "base.sha256"  # which base it was trained on: a file of ours beside those of peft
+# In target_modules peft takes these for the experts of older transformers, now fused, and adapts those instead. Their
+# weights can still be targeted as parameters.
+TAKEN_FOR_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 FAILS_UPSTREAM: dict[str, str] = {}  # family -> why its LoRA cannot work
 
 Role = Literal["A", "B"]
@@ -54,7 +57,7 @@ def inject(model: PreTrainedModel, layers: Sequence[MoELayer], options: TuningCo
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,  # type: ignore[arg-type] # peft says int and takes any number
-        target_modules=_as_pattern(modules, [path for path, _ in model.named_modules()]),
+        target_modules=_as_suffixes(modules, [path for path, _ in model.named_modules()]),
         target_parameters=_as_suffixes(parameters, [name for name, _ in model.named_parameters()]) or None,
         modules_to_save=_as_suffixes(routers, [path for path, _ in model.named_modules()]) or None,
         task_type="SEQ_2_SEQ_LM" if is_encoder_decoder(model.config) else "CAUSAL_LM",
@@ -140,14 +143,17 @@ def _wanted(
 ) -> tuple[list[str], list[str], list[str]]:
     """Paths of the linear layers and names of the parameters to adapt, paths of the routers to train whole."""
     parts = {*options.targets, *(["router"] if options.router == "lora" else [])}
-    modules = [path for path in _linears(model) if _part(path, layers) in parts]
+    linears = [path for path in _linears(model) if _part(path, layers) in parts]
     parameters = [name for layer in layers for name in _fused(model, layer) if "experts" in parts]
+    taken = [path for path in linears if path.rpartition(".")[2] in TAKEN_FOR_EXPERTS] if parameters else []
+    modules = [path for path in linears if path not in taken]
+    parameters += [f"{path}.weight" for path in taken]
     routers = [layer.router for layer in layers if options.router != "frozen"]
     if options.router == "lora":
         matrices = [
             (path, n) for path in routers for n, p in model.get_submodule(path).named_parameters() if p.dim() == 2
         ]
-        parameters += [f"{path}.{name}" for path, name in matrices if path not in modules]
+        parameters += [f"{path}.{name}" for path, name in matrices if path not in linears]
         routers = []
     left = set(chosen([*modules, *parameters, *routers], options))
     return tuple([name for name in names if name in left] for names in (modules, parameters, routers))  # type: ignore[return-value]
@@ -177,14 +183,6 @@ def _fused(model: PreTrainedModel, layer: MoELayer) -> list[str]:
     packed = list(getattr(experts, "parametrizations", {}))
     whole = [n for n, p in experts.named_parameters(recurse=False) if p.dim() == 3 and p.shape[0] == layer.size]
     return [f"{layer.experts}.{name}" for name in (*whole, *packed)]
-
-
-def _as_pattern(paths: Collection[str], every: Collection[str]) -> str | list[str]:
-    """One pattern for all layers where it says the same as the list of paths, for people read adapter_config.json."""
-    folded = {re.sub(r"\\\.\d+(?=\\\.|$)", lambda _: r"\.\d+", re.escape(path)) for path in paths}
-    pattern = "|".join(sorted(folded))
-    alike = {path for path in every if re.fullmatch(pattern, path)} == set(paths)
-    return pattern if paths and alike else sorted(paths)
 
 
 def _as_suffixes(names: Collection[str], every: Collection[str]) -> list[str]:

@@ -12,8 +12,8 @@ import copy
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Self
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig  # takes a second to import, and most kinds of tuning need none of it
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+TOP_K = ("top_k", "num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_selected_experts")
 BASE_DIGEST = "base.sha256"  # in the constants of adapters
 SELECTION_BIAS = "e_score_correction_bias"  # added to the scores only to choose experts: no gradient reaches it
 
@@ -315,12 +316,64 @@ class MoEModel:
     @property
     def views(self) -> dict[ParameterGroup, tuple[Tensor, ...]]:
         """Every trainable value exactly once, by group, as views of the parameters' own storage."""
-        return {group: self._views(group) for group in self.layout.groups}
+        return self.views_of({})
+
+    def views_of(self, stand_ins: Mapping[nn.Parameter, Tensor]) -> dict[ParameterGroup, tuple[Tensor, ...]]:
+        """As `views`, but of these tensors in place of the parameters that they stand for."""
+        return {
+            group: tuple(
+                slot.part(stand_ins.get(slot.parameter, slot.parameter.detach()), group)
+                for slot in self._owners.get(group, ())
+            )
+            for group in self.layout.groups
+        }
+
+    def weaker_components(self, rank: int) -> list[Tensor]:
+        """Of all trained factors, views of what comes after the first `rank` components."""
+        from fedalign.moe import lora
+
+        found = []
+        for slot in self.slots:
+            if slot.parameter.requires_grad and (place := lora.pair_of(slot.name)):
+                whole = slot.parameter.detach().view(slot.owners.shape or slot.parameter.shape)
+                axis = whole.dim() - 2 if place[1] == "A" else 1
+                found.append(whole.narrow(axis, rank, whole.shape[axis] - rank))
+        return found
+
+    @contextlib.contextmanager
+    def sending_to(self, top_k: int) -> Iterator[None]:
+        """Meanwhile routers choose so many experts for a token; 0: as many as ever.
+
+        Raises:
+            UserError: More than there are, or this family's number is fixed.
+        """
+        if top_k in (0, self.top_k):
+            yield
+            return
+        if top_k > self.experts:
+            raise UserError(f"top_k = {top_k}: the model has {self.experts} experts. Choose 1 to {self.experts}.")
+        before, layers = [], self.layers
+        for layer in layers:
+            block = layer.router.rpartition(".")[0]
+            holders = [_base(self.model.get_submodule(path)) for path in (layer.router, block, layer.experts)]
+            places = [(h, name) for h in holders for name in TOP_K if getattr(h, name, None) == layer.top_k]
+            if not places:
+                raise UserError(f"top_k = {top_k}: {self.family} fixes it at {layer.top_k}. Leave it out.")
+            before += places
+        try:
+            for holder, name in before:
+                setattr(holder, name, top_k)
+            self.layers = tuple(replace(layer, top_k=top_k) for layer in layers)
+            yield
+        finally:
+            for holder, name in before:
+                setattr(holder, name, layers[0].top_k)
+            self.layers = layers
 
     def read(self, groups: Iterable[ParameterGroup] | None = None) -> Weights:
         """Flat float32 copies [N] of the groups (all by default), on the model's device."""
         groups = self.layout.groups if groups is None else groups
-        return {group: self._flat(group) for group in groups}
+        return {group: flat(self._views(group), self.device) for group in groups}
 
     @torch.no_grad()
     def write(self, weights: Mapping[ParameterGroup, Tensor]) -> None:
@@ -329,15 +382,27 @@ class MoEModel:
         Raises:
             ValueError: a group of another model or of another size.
         """
-        for group, flat in weights.items():
-            if flat.numel() != self.layout.sizes.get(group):
+        for group, values in weights.items():
+            if values.numel() != self.layout.sizes.get(group):
                 raise ValueError(
-                    f"{group}: {flat.numel()} values, the model trains {self.layout.sizes.get(group, 'none such')}"
+                    f"{group}: {values.numel()} values, the model trains {self.layout.sizes.get(group, 'none such')}"
                 )
-            start = 0
-            for view in self._views(group):
-                view.copy_(flat[start : start + view.numel()].view_as(view))
-                start += view.numel()
+            fill(self._views(group), values)
+
+    def checkpoint_activations(self) -> None:
+        """Compute each layer's activations again in the backward pass instead of keeping them.
+
+        Raises:
+            UserError: This family cannot.
+        """
+        # older releases of transformers have the second name alone
+        enable = (
+            getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+        )
+        try:
+            enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(f"tuning.gradient_checkpointing = true: {self.family} cannot: {_one_line(error)}") from None
 
     def save(self, folder: str | Path) -> None:
         """Save as an ordinary transformers folder, adapters as one of peft; the same weights give the same bytes."""
@@ -429,10 +494,6 @@ class MoEModel:
     def _views(self, group: ParameterGroup) -> tuple[Tensor, ...]:
         return tuple(slot.view(group) for slot in self._owners.get(group, ()))
 
-    def _flat(self, group: ParameterGroup) -> Tensor:
-        parts = [view.reshape(-1).float() for view in self._views(group)]
-        return torch.cat(parts) if parts else torch.empty(0, device=self.device)
-
     def _shared_experts(self) -> Iterator[str]:
         for layer in self.layers:
             block = layer.router.rpartition(".")[0]
@@ -440,6 +501,20 @@ class MoEModel:
                 for name, module in self.model.get_submodule(place).named_children():
                     if name.startswith("shared_") and not name.endswith("gate"):
                         yield f"{place}.{name} ({type(module).__name__})"
+
+
+def flat(pieces: Sequence[Tensor], device: torch.device) -> Tensor:
+    """A flat float32 copy [N] of a group's pieces, on `device` if there are none."""
+    parts = [piece.reshape(-1).float() for piece in pieces]
+    return torch.cat(parts) if parts else torch.empty(0, device=device)
+
+
+def fill(pieces: Sequence[Tensor], values: Tensor) -> None:
+    """Overwrite a group's pieces in place from a flat tensor."""
+    start = 0
+    for piece in pieces:
+        piece.copy_(values[start : start + piece.numel()].view_as(piece))
+        start += piece.numel()
 
 
 def _slots(model: PreTrainedModel, layers: Iterable[MoELayer]) -> Iterator[Slot]:

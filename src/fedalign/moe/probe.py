@@ -222,6 +222,15 @@ class RoutingSummary(NamedTuple):
     centroid_L_E_H: Tensor  # mean router input over the tokens received [P]
     tokens: int  # non-padding tokens (of the longer side of an encoder-decoder model)
 
+    def without(self, frozen_L_E: Tensor) -> RoutingSummary:
+        """The same of a client that did not train these experts: it does not hold them."""
+        kept_L_E = (~frozen_L_E).to(self.load_L_E)
+        return self._replace(
+            load_L_E=self.load_L_E * kept_L_E,
+            margin_L_E=self.margin_L_E * kept_L_E,
+            centroid_L_E_H=self.centroid_L_E_H * kept_L_E.unsqueeze(2),
+        )
+
 
 class RoutingStatistics:
     """Sums over the tokens of many batches, kept on `device` in float64; nothing here waits for an accelerator."""

@@ -19,12 +19,23 @@ from fedalign.federation.flower.link import RUN
 from fedalign.federation.flower.records import from_records, to_records
 from fedalign.messages import MESSAGES, Parcel, decode, encode
 from fedalign.moe.model import MoEModel
-from fedalign.protocol import SHARED, Broadcast, Evaluation, Failure, Hello, Request, Start, Statistics, Update
+from fedalign.protocol import (
+    PROTOCOL,
+    SHARED,
+    Broadcast,
+    Evaluation,
+    Failure,
+    Hello,
+    Request,
+    Start,
+    Statistics,
+    Update,
+)
 from fedalign.site import SiteFolder
 from fedalign.warm import meeting_file, receive, send
 from fedalign.wire import pack
 
-NOTHING = Parcel({"protocol": 1, "kind": "nothing"}, {})
+NOTHING = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from fedalign.federation.flower.coordinator import Coordinator
 from fedalign.federation.flower.link import Reply
 from fedalign.messages import MESSAGES, Parcel, decode, encode
 from fedalign.moe.model import MoEModel
-from fedalign.protocol import SHARED, Packed, ParameterGroup, Start, Update
+from fedalign.protocol import PROTOCOL, SHARED, Packed, ParameterGroup, Start, Update
 from fedalign.results import RunFolder
 from fedalign.run import execute, prepare
 from fedalign.service import Answers, Service
@@ -420,7 +420,7 @@ def test_a_site_that_goes_away_costs_its_share_and_comes_back(
             if verb == stage and "lab" not in gone:
                 gone.add("lab")
                 link.away.add(1)
-                return Parcel({"protocol": 1, "kind": "half"}, {})  # what comes last is not whole
+                return Parcel({"protocol": PROTOCOL, "kind": "half"}, {})  # what comes last is not whole
             return inner.answer(verb, parcel)
 
     gone: set[str] = set()
