@@ -137,8 +137,21 @@ def prepare(config: Config, client_folder: Path) -> Prepared:
         name: bench.client(name, examples, indices, client_folder / folder_name(name))
         for name, indices in parts.items()
     }
+    check_limits(config, clients, bench)
     labels = {name: Counter(examples[index].label for index in indices) for name, indices in parts.items()}
     return Prepared(bench, clients, bench.test_set(), labels)
+
+
+def check_limits(config: Config, clients: Mapping[str, ClientData], bench: Workbench) -> None:
+    """Refuse limits of clients that there are not, or that the model cannot keep."""
+    for name, limits in config.clients.limits.items():
+        if name not in clients:
+            raise UserError(f"clients.limits.{name}: no such client. Choose one of: {', '.join(clients)}.")
+        try:
+            with bench.moe.sending_to(limits.top_k):
+                pass
+        except UserError as error:
+            raise UserError(f"clients.limits.{name}.{error}") from None
 
 
 def identity(config: Config, architecture: str) -> dict[str, str]:
