@@ -181,17 +181,18 @@ def _description_rows(about: Description) -> list[tuple[str, str]]:
     from fedalign.live import size
 
     groups = [f"{kind} {count:,} ({size(4 * count)})" for kind, count in about.group_parameters.items()]
+    several = f" with {len(about.routers)} routers" if len(about.routers) != about.moe_layers else ""
     return [
         ("family", f"{about.family}, found by {about.found}"),
         ("parameters", f"{about.parameters:,}, active for a token {about.active_parameters:,}, {about.dtype}"),
-        ("layers", f"{about.moe_layers} MoE, {about.dense_layers} dense"),
+        ("layers", f"{about.moe_layers} MoE{several}, {about.dense_layers} dense"),
         ("experts", f"{about.experts} a layer, top-{about.top_k}, {' and '.join(about.scoring)} scoring"),
         ("router", f"{_folded(about.routers)}, input {about.hidden}"),
         ("expert module", _folded(about.expert_modules)),
         ("shared experts", _folded(about.shared_experts) or "none"),
         ("selection biases", _folded(about.selection_biases) or "none"),
         ("longest sequence", f"{about.max_length:,} tokens" if about.max_length else "no limit"),
-        ("parameter groups", f"shared, {about.moe_layers * about.experts} gate rows, as many experts"),
+        ("parameter groups", f"shared, {len(about.routers) * about.experts} gate rows, as many experts"),
         ("size of one", "; ".join(groups)),
         ("on the wire", f"{about.trainable_parameters:,} trainable, {about.trainable_megabytes:.1f} MB in float32"),
     ]

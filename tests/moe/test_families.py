@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from fedalign.errors import UserError
 from fedalign.moe.families import FAMILIES, REFUSED, detect, expert_count, module_tree, refuse
@@ -24,13 +25,14 @@ def test_every_row_of_the_table_is_a_family_of_transformers_and_has_a_tiny_model
 @pytest.mark.parametrize("family", tiny.ALL)
 def test_every_layer_is_found_with_its_sizes(family: str, tiny_moe: Callable[[str], MoEModel]) -> None:
     moe = tiny_moe(family)
-    assert len(moe.layers) == 2
+    assert len(moe.layers) == (4 if family == "jetmoe" else 2)
     assert (moe.experts, moe.hidden) == (tiny.EXPERTS, tiny.HIDDEN)
     assert moe.top_k == (1 if family == "switch_transformers" else 2)
-    assert [layer.in_decoder for layer in moe.layers] == [False, family == "switch_transformers"]
+    assert [layer.in_decoder for layer in moe.layers[:2]] == [False, family == "switch_transformers"]
 
 
-@pytest.mark.parametrize("family", sorted({*tiny.TABLE} - {"switch_transformers"}))  # only the table knows one-hot
+# only the table knows one-hot choices and flat experts
+@pytest.mark.parametrize("family", tiny.marked(sorted(FAMILIES.keys() - {"switch_transformers", "dbrx"})))
 def test_the_search_finds_what_the_table_says(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.build(family)
     _, expected = detect(model)
@@ -38,6 +40,8 @@ def test_the_search_finds_what_the_table_says(family: str, monkeypatch: pytest.M
     found, layers = detect(model)
     if family == "phimoe":  # sparsemixer's weights are neither softmax nor sigmoid scores
         assert found.endswith("choice seen in a trial run, scoring assumed to be softmax")
+    elif family == "jetmoe":  # its router returns neither choice nor weights by token
+        assert found.endswith("choice assumed to be the top-k of the logits, scoring to be softmax")
     else:
         assert found.endswith("choice and scoring seen in a trial run")
     assert layers == expected
@@ -74,7 +78,7 @@ def test_shapes_alone_find_routers_where_transformers_records_none(
 
 
 def test_a_dense_model_is_refused() -> None:
-    with pytest.raises(UserError, match=r"model = llama: a dense model.*Choose one of: deepseek_v2, "):
+    with pytest.raises(UserError, match=r"model = llama: a dense model.*Choose one of: dbrx, deepseek_v2, "):
         detect(tiny.build("llama"))
 
 
@@ -83,28 +87,24 @@ def test_a_moe_family_without_moe_layers_is_refused_with_its_modules() -> None:
         detect(tiny.build("deepseek_v3", first_k_dense_replace=3))
 
 
-def test_an_unknown_layout_is_refused_with_its_modules() -> None:
+def test_an_unknown_layout_is_refused_with_its_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("dbrx")
+    monkeypatch.delitem(FAMILIES, "dbrx")
     with pytest.raises(UserError, match=r"model = dbrx: no router with experts beside it.*router \(DbrxRouter\)"):
-        detect(_dbrx())
-
-
-def _dbrx() -> PreTrainedModel:
-    ffn = {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 16, "hidden_size": 32}
-    config = AutoConfig.for_model(
-        "dbrx",
-        d_model=32,
-        n_heads=4,
-        n_layers=1,
-        vocab_size=64,
-        ffn_config=ffn,
-        attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
-    )
-    return AutoModelForCausalLM.from_config(config)
+        detect(model)
 
 
 def test_nllb_moe_is_refused_with_the_reason() -> None:
     with pytest.raises(UserError, match=r"nllb_moe: refused: .*broken.*only experts 0 and 1"):
         refuse(AutoConfig.for_model("nllb-moe"))
+
+
+@pytest.mark.parametrize("family", sorted(REFUSED))
+def test_every_refused_family_is_told_with_its_reason_and_the_choices(family: str) -> None:
+    model_type = next(name for name in CONFIG_MAPPING if name.replace("-", "_") == family)
+    with pytest.raises(UserError) as caught:
+        refuse(AutoConfig.for_model(model_type))
+    assert f"model = {family}: refused: {REFUSED[family]}. Choose one of: dbrx, " in str(caught.value)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "glm4_moe"])
@@ -122,7 +122,6 @@ def test_a_selection_bias_passed_to_the_router_is_seen_in_the_choice() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda output: (output[0].softmax(-1), *output[1:]), r"must return logits.*but returns probabilities"),
         (lambda output: (output[0][:, :2], *output[1:]), r"output 0 must be logits over 4 experts"),
         (lambda output: output[1:], r"glm4_moe: must run on plain tokens, but fails: not enough values"),
     ],
@@ -131,6 +130,85 @@ def test_what_a_trial_run_shows_to_be_unusable_is_refused(change: Callable[[Any]
     model = tiny.build("glm4_moe")
     model.model.layers[1].mlp.gate.register_forward_hook(lambda _, __, output: change(output))
     with pytest.raises(UserError, match=message):
+        detect(model)
+
+
+def on_gates(model: PreTrainedModel, change: Callable[[Any], Any]) -> PreTrainedModel:
+    """The model with what its gates return changed."""
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_hook(lambda _, __, output: change(output))
+    return model
+
+
+def test_probabilities_are_taken_for_what_they_are() -> None:
+    model = on_gates(tiny.build("flex_olmo"), lambda output: (output[0].softmax(-1), *output[1:]))
+    found, layers = detect(model)
+    assert found.endswith("choice and scoring seen in a trial run")
+    assert {(layer.probabilities, layer.scoring) for layer in layers} == {(True, "softmax")}
+
+
+def test_a_checkpoints_own_code_is_looked_at_itself_even_under_a_name_of_the_table() -> None:
+    model = tiny.build("deepseek", scoring_func="sigmoid")
+    model.config.model_type = "deepseek_v3"
+    found, layers = detect(model)
+    assert found == "autodetected: routers by shapes; logits computed, choice and scoring seen in a trial run"
+    assert {(layer.logits, layer.chosen, layer.scoring) for layer in layers} == {(None, 0, "sigmoid")}
+    assert [layer.router for layer in layers] == ["model.layers.1.mlp.gate", "model.layers.2.mlp.gate"]
+
+
+def test_a_gate_without_logits_whose_weights_are_no_scores_of_its_input_is_refused() -> None:
+    model = on_gates(tiny.build("deepseek"), lambda output: (output[0], torch.rand_like(output[1]), output[2]))
+    with pytest.raises(
+        UserError, match=r"mlp.gate: must return logits over 4 experts, or weights that are the softmax"
+    ):
+        detect(model)
+
+
+class LinearGate(nn.Module):
+    """As of Mixtral before transformers fused it: the block chooses, by what a linear layer returns."""
+
+    def __init__(self, shift: int = 0) -> None:
+        super().__init__()
+        self.top_k = 2
+        self.gate = nn.Linear(tiny.HIDDEN, tiny.EXPERTS, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(tiny.HIDDEN, tiny.HIDDEN) for _ in range(tiny.EXPERTS))
+        self.shift = shift
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        flat = hidden.reshape(-1, tiny.HIDDEN)
+        weights, chosen = self.gate(flat).softmax(-1).topk(self.top_k)
+        chosen = (chosen + self.shift) % tiny.EXPERTS
+        output = torch.zeros_like(flat)
+        for index, expert in enumerate(self.experts):
+            tokens, place = (chosen == index).nonzero(as_tuple=True)
+            output = output.index_add(0, tokens, expert(flat[tokens]) * weights[tokens, place, None])
+        return output.view_as(hidden)
+
+
+def own_code(block: nn.Module) -> PreTrainedModel:
+    model = tiny.build("deepseek")
+    for layer in model.model.layers[1:]:
+        layer.mlp = block
+        block = copy.deepcopy(block)
+    return model
+
+
+def test_a_linear_gate_is_believed_as_far_as_its_experts_show() -> None:
+    found, layers = detect(own_code(LinearGate()))
+    assert found.endswith("routers by shapes; choice seen in a trial run, scoring assumed to be softmax")
+    assert {(layer.dispatch, layer.logits, layer.top_k) for layer in layers} == {("logits", 0, 2)}
+
+
+def test_a_router_whose_tokens_go_elsewhere_than_it_says_is_refused() -> None:
+    with pytest.raises(UserError, match=r"mlp.gate: must say which experts its tokens go to, but they go to others"):
+        detect(own_code(LinearGate(shift=1)))
+
+
+def test_a_router_that_is_not_run_is_refused() -> None:
+    model = tiny.build("deepseek")
+    model.model.layers[1].forward = lambda hidden, mask: hidden
+    with pytest.raises(UserError, match=r"router = model.layers.1.mlp.gate: must run whenever the model does"):
         detect(model)
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -10,11 +10,12 @@ from torch.nn import functional
 
 from fedalign.errors import UserError
 from fedalign.maths.routing import router_log_prob
-from fedalign.moe.families import MoELayer
+from fedalign.moe.families import MoELayer, router_weight
 from fedalign.moe.model import MoEModel
 from fedalign.moe.probe import Captured, RoutingProbe, RoutingStatistics, balancing_loss, idle_experts
 from fedalign.protocol import LayerRouting, Scoring
 from tests.moe import tiny
+from tests.moe.given import given_experts
 
 Tiny = Callable[[str], MoEModel]
 
@@ -60,8 +61,11 @@ def test_logits_are_the_router_applied_to_its_input(family: str, train: bool) ->
     for index, layer in enumerate(moe.layers):
         tokens = int(mask_of(moe, index, inputs).sum())
         routing, router = captured.routing[index], moe.model.get_submodule(layer.router)
-        router = getattr(router, "classifier", router)
-        expected = functional.linear(captured.hidden_T_H(index), router.weight, getattr(router, "bias", None))
+        hidden_T_H = captured.hidden_T_H(index)
+        if family == "gemma4":  # scales what it is given, and returns probabilities
+            hidden_T_H = router.norm(hidden_T_H) * router.scale * router.scalar_root_size
+        expected = functional.linear(hidden_T_H, router_weight(router), getattr(router, "bias", None))
+        expected = expected.log_softmax(1) if family == "gemma4" else expected
         assert routing.logits_T_E.shape == (tokens, tiny.EXPERTS)
         assert routing.logits_T_E.dtype == torch.float32
         torch.testing.assert_close(routing.logits_T_E, expected)
@@ -71,26 +75,20 @@ def test_logits_are_the_router_applied_to_its_input(family: str, train: bool) ->
 @pytest.mark.parametrize("train", [False, True])
 def test_topk_is_what_the_experts_were_given(family: str, train: bool) -> None:
     moe = MoEModel.wrap(tiny.build(family))
-    given: list[Tensor] = []
-    for layer in moe.layers:
-        experts = moe.model.get_submodule(layer.experts)
-        experts.register_forward_hook(lambda _, inputs, __: given.append(inputs[1]))
     inputs = tiny.batch(family)
-    if train:
-        with training(moe):
-            captured = run(moe, inputs)
-    else:
+    with given_experts(moe) as given, training(moe) if train else nullcontext():
         captured = run(moe, inputs)
     for index, routing in enumerate(captured.routing):
-        kept = given[index][mask_of(moe, index, inputs)]
+        kept_T_E = given[index][0][mask_of(moe, index, inputs)]
         assert routing.topk_T_K.dtype == torch.int64
-        assert routing.topk_T_K.shape == (len(kept), moe.top_k)
+        assert routing.topk_T_K.shape == (len(kept_T_E), moe.top_k)
+        chosen_T_E = torch.zeros_like(kept_T_E).scatter_(1, routing.topk_T_K, True)
         if family == "switch_transformers":
-            received_T = kept.flatten(1).any(1)
-            assert torch.equal(routing.topk_T_K[received_T, 0], kept.flatten(1).argmax(1)[received_T])
+            received_T = kept_T_E.any(1)
+            assert torch.equal(chosen_T_E[received_T], kept_T_E[received_T])
             assert torch.equal(routing.topk_T_K[:, 0], routing.logits_T_E.argmax(1))
         else:
-            assert torch.equal(routing.topk_T_K, kept)
+            assert torch.equal(chosen_T_E, kept_T_E)
 
 
 def test_phimoe_samples_its_choice_in_training() -> None:
@@ -264,11 +262,8 @@ def naive(moe: MoEModel, batches: list[dict[str, Tensor]], outputs: list[list[Te
             for token in range(len(kept)):
                 logits = captured.routing[index].logits_T_E[token].detach().double()
                 p = logits.softmax(0) if layer.scoring == "softmax" else logits.sigmoid() / logits.sigmoid().sum()
-                if layer.dispatch == "one_hot":
-                    top = [int(logits.argmax())]
-                    sent = kept[token].flatten().nonzero().flatten().tolist()
-                else:
-                    top = sent = kept[token].tolist()
+                sent = kept[token].nonzero().flatten().tolist()
+                top = [int(logits.argmax())] if layer.dispatch == "one_hot" else sent
                 best_left = max(float(p[e]) for e in range(experts) if e not in top)
                 tokens[index] += 1
                 prob[index] += p
@@ -293,13 +288,10 @@ def test_statistics_equal_a_loop_over_tokens(family: str) -> None:
     statistics = RoutingStatistics(len(moe.layers), moe.experts, moe.hidden)
     for inputs in batches:
         statistics.update(run(moe, inputs))
-    given: list[Tensor] = []
-    for layer in moe.layers:
-        experts = moe.model.get_submodule(layer.experts)
-        experts.register_forward_hook(lambda _, args, __: given.append(args[1]))
-    for inputs in batches:
-        moe.model(**inputs)
-    expected = naive(moe, batches, [given[:2], given[2:4]])
+    with given_experts(moe) as given:
+        for inputs in batches:
+            moe.model(**inputs)
+    expected = naive(moe, batches, [[layer[index] for layer in given] for index in range(2)])
     summary = statistics.finish(min_tokens=1, min_examples=1)
     for name, values in expected.items():
         torch.testing.assert_close(getattr(summary, name), values.float(), rtol=1e-4, atol=1e-6, msg=name)

@@ -1,19 +1,35 @@
 """Tiny models of every family, built from their configs: 2 or 3 layers, 4 experts, top-2, hidden 32, random weights.
 
-`llama` is there too, for a dense one.
+`llama` is there too, for a dense one, and `deepseek`, a checkpoint that brings its own code.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from fedalign.moe.families import FAMILIES
+from tests.families.remote.configuration_deepseek import DeepseekConfig
+from tests.families.remote.modeling_deepseek import DeepseekForCausalLM
 
 VOCABULARY, EXPERTS, HIDDEN = 64, 4, 32
+ROUTERS = (
+    "gate.weight",
+    "gate.wg.weight",
+    "router.weight",
+    "router.layer.weight",
+    "router.proj.weight",
+    "router.per_expert_scale",
+    "classifier.weight",
+    "bias",
+)
 
 _COMMON = {
     "vocab_size": VOCABULARY,
@@ -40,9 +56,38 @@ _GROUPED = {  # one dense layer first, experts in two groups of which one is ope
 }
 _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 
+_SHARED_EXPERT = {"num_experts": EXPERTS, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+_LINEAR_ATTENTION = {
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "d_model": HIDDEN,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 128,
+        "ffn_config": {"moe_num_experts": EXPERTS, "moe_top_k": 2, "ffn_hidden_size": 16, "hidden_size": HIDDEN},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+    },
     "deepseek_v2": {**_GROUPED, **_LATENT, "topk_method": "group_limited_greedy"},
     "deepseek_v3": {**_GROUPED, **_LATENT},
+    "gemma4": {
+        "model_type": "gemma4_text",
+        "enable_moe_block": True,
+        "num_experts": EXPERTS,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     # its default rotary scaling warns about so short a context
     "gpt_oss": {
         "num_local_experts": EXPERTS,
@@ -50,10 +95,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
     "granitemoe": {"num_local_experts": EXPERTS, "tie_word_embeddings": True},
+    "jetmoe": {"num_local_experts": EXPERTS, "kv_channels": 8},
+    "llama4": {
+        "model_type": "llama4_text",
+        "num_local_experts": EXPERTS,
+        "intermediate_size_mlp": 16,
+        "head_dim": 8,
+        "interleave_moe_layer_step": 1,
+    },
     "mixtral": {"num_local_experts": EXPERTS},
     "olmoe": {"num_experts": EXPERTS},
     "phimoe": {"num_local_experts": EXPERTS, "router_jitter_noise": 0.01, "input_jitter_noise": 0.01},
-    "qwen2_moe": {"num_experts": EXPERTS, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "qwen2_moe": _SHARED_EXPERT,
     "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": 16, "head_dim": 8},
     "switch_transformers": {
         "num_experts": EXPERTS,
@@ -69,13 +122,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "decoder_start_token_id": 0,
     },
     # not in the table: found by themselves
+    "dots1": {**_GROUPED, "head_dim": 8},
     "ernie4_5_moe": {
         "moe_num_experts": EXPERTS,
         "moe_k": 2,
         "moe_intermediate_size": 16,
         "moe_layer_start_index": 0,
     },
+    "flex_olmo": {"num_experts": EXPERTS},
     "glm4_moe": {**_GROUPED, "head_dim": 8},
+    "glm4_moe_lite": {**_GROUPED, **_LATENT},
+    "granitemoehybrid": {
+        "num_local_experts": EXPERTS,
+        "shared_intermediate_size": 16,
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    },
+    "granitemoeshared": {"num_local_experts": EXPERTS, "shared_intermediate_size": 16},
+    "hunyuan_v1_moe": {"num_experts": EXPERTS, "moe_topk": 2, "head_dim": 8},
     "jamba": {
         "num_experts": EXPERTS,
         "attn_layer_offset": 1,
@@ -85,26 +152,75 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mamba_d_state": 4,
         "mamba_dt_rank": 4,
     },
+    "lfm2_moe": {
+        "num_experts": EXPERTS,
+        "moe_intermediate_size": 16,
+        "num_dense_layers": 0,
+        "layer_types": ["conv", "full_attention"],
+    },
     "minimax": {"num_local_experts": EXPERTS, "head_dim": 8, "block_size": 16},
+    "minimax_m2": {"num_local_experts": EXPERTS, "head_dim": 8},
+    "qwen3_5_moe": {"model_type": "qwen3_5_moe_text", **_SHARED_EXPERT, **_LINEAR_ATTENTION},
+    "qwen3_next": {**_SHARED_EXPERT, **_LINEAR_ATTENTION},
+    "deepseek": {"num_hidden_layers": 3},
 }
-TABLE = sorted(FAMILIES)
-AUTODETECTED = sorted(CONFIGS.keys() - FAMILIES.keys())
+QUICK = {  # tested wherever all are; the others with `make test-families`
+    "deepseek_v2",
+    "deepseek_v3",
+    "ernie4_5_moe",
+    "glm4_moe",
+    "gpt_oss",
+    "granitemoe",
+    "jamba",
+    "minimax",
+    "mixtral",
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "switch_transformers",
+}
+
+
+def marked(families: Iterable[str], quick: Iterable[str] = QUICK) -> list[ParameterSet]:
+    """These families as parameters of a test; all but the `quick` ones are of `make test-families`."""
+    return [pytest.param(f, marks=() if f in quick else pytest.mark.families) for f in families]
+
+
+TABLE = marked(sorted(FAMILIES))
+AUTODETECTED = marked(sorted(CONFIGS.keys() - FAMILIES.keys()))
 ALL = [*TABLE, *AUTODETECTED]
 
 
 def build(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A tiny random model in evaluation mode, whose routers really prefer some experts."""
     extra = {"switch_transformers": {}, "llama": _ABSOLUTE}.get(family, _ABSOLUTE | _TOP_2)
-    config = AutoConfig.for_model(family, **_COMMON | extra | CONFIGS.get(family, {}) | changes)
-    auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+    spelled = _COMMON | extra | CONFIGS.get(family, {}) | changes
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = auto.from_config(config).eval()
+        model = _built(family, spelled).eval()
         with torch.no_grad():
             for name, values in [*model.named_parameters(), *model.named_buffers()]:
-                if any(part in name for part in ("gate.weight", "router.weight", "classifier.weight", "bias")):
+                if any(part in name for part in ROUTERS):
                     values.normal_(std=0.5)  # at their initial size all logits are nearly equal, biases are zero
     return model
+
+
+def _built(family: str, spelled: dict[str, Any]) -> PreTrainedModel:
+    if family == "deepseek":
+        DeepseekConfig.register_for_auto_class()
+        DeepseekForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+        return DeepseekForCausalLM(DeepseekConfig(**spelled))
+    config = AutoConfig.for_model(spelled.pop("model_type", family), **spelled)
+    auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+    return auto.from_config(config)
+
+
+def plain(folder: Path) -> PreTrainedModel:
+    """What plain transformers loads from a folder."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_pretrained(folder, trust_remote_code=True)
 
 
 def batch(family: str, examples: int = 3, length: int = 12, seed: int = 1) -> dict[str, Tensor]:

@@ -11,9 +11,11 @@ import contextlib
 import copy
 import hashlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Self
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TOP_K = ("top_k", "num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_selected_experts")
 BASE_DIGEST = "base.sha256"  # in the constants of adapters
-SELECTION_BIAS = "e_score_correction_bias"  # added to the scores only to choose experts: no gradient reaches it
+SELECTION_BIAS = ("e_score_correction_bias", "expert_bias")  # added to scores only to choose: no gradient reaches it
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Description:
     family: str
     found: str  # "table", or how it was autodetected and how sure that is
     dtype: str
-    moe_layers: int
+    moe_layers: int  # of the model's depth; jetmoe has two routers in each
     dense_layers: int
     experts: int
     top_k: int
@@ -129,7 +131,7 @@ class MoEModel:
         self.family = family_of(model.config)
         self.found, self.layers, self.adapter = found, layers, adapter
         for layer in layers:
-            _keep_in_float32(_base(model.get_submodule(layer.router)))
+            _keep_in_float32(_base(model.get_submodule(layer.router)), layer)
         self.slots = tuple(_slots(model, layers))
         self._base_digest: Tensor | None = None
         self._owners: dict[ParameterGroup, list[Slot]] = defaultdict(list)
@@ -161,7 +163,7 @@ class MoEModel:
         from fedalign.moe import lora
 
         for layer in layers:
-            _keep_in_float32(model.get_submodule(layer.router))
+            _keep_in_float32(model.get_submodule(layer.router), layer)
         return cls(model, found, layers, lora.inject(model, layers, tuning, seed))
 
     @classmethod
@@ -430,9 +432,7 @@ class MoEModel:
 
     def fingerprint(self) -> str:
         """64 hex digits, the same for all weights of one architecture with the same parts trained."""
-        config = self.model.config.to_dict()
-        for volatile in ("transformers_version", "architectures", "_name_or_path", "dtype", "use_cache"):
-            config.pop(volatile, None)
+        config = _lasting(self.model.config.to_dict())
         groups = [(str(group), size) for group, size in self.layout.sizes.items()]
         shapes = [(slot.name, tuple(slot.parameter.shape)) for slot in self.slots]
         text = json.dumps([config, groups, shapes], sort_keys=True, default=str)
@@ -445,12 +445,13 @@ class MoEModel:
         trainable = sum(self.layout.sizes.values())
         config = self.model.config.get_text_config()
         depth = sum(getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "num_decoder_layers"))
+        moe_layers = len({re.sub(r"(\.\d+)\..*", r"\1", layer.router) for layer in self.layers})
         return Description(
             family=self.family,
             found=self.found,
             dtype=str(self.model.dtype).removeprefix("torch."),
-            moe_layers=len(self.layers),
-            dense_layers=max(0, depth - len(self.layers)),
+            moe_layers=moe_layers,
+            dense_layers=max(0, depth - moe_layers),
             experts=self.experts,
             top_k=self.top_k,
             hidden=self.hidden,
@@ -538,25 +539,47 @@ def _gate_rows(router: nn.Module, layer: int, size: int) -> dict[nn.Parameter, O
 
 
 def _expert_slices(experts: nn.Module, layer: int, size: int) -> dict[nn.Parameter, Owners]:
-    """Fused tensors [E, ...] slice by slice, or E child modules; what all experts use in common stays shared."""
+    """Tensors [E, ...] slice by slice, E child modules, or tensors [E·F, H] block by block; all else stays shared."""
     slices = tuple(ParameterGroup("expert", layer, expert) for expert in range(size))
-    inner = _base(experts)
-    owned: dict[nn.Parameter, Owners] = {
-        parameter: Owners(slices, 0) for parameter in inner.parameters(recurse=False) if parameter.shape[:1] == (size,)
-    }
-    if inner is not experts:
-        from fedalign.moe import lora
+    owned: dict[nn.Parameter, Owners] = {}
+    for module in _fused(experts, size):
+        owned |= {p: Owners(slices, 0) for p in _base(module).parameters(recurse=False) if p.shape[:1] == (size,)}
+        if module is not _base(module):
+            from fedalign.moe import lora
 
-        owned |= {p: Owners(slices, axis, shape) for p, shape, axis in lora.fused_factors(experts, size)}
+            owned |= {p: Owners(slices, axis, shape) for p, shape, axis in lora.fused_factors(module, size)}
+    children = list(experts.children())
+    if not owned and len(children) == size:
+        owned = {p: Owners((group,)) for group, child in zip(slices, children, strict=True) for p in child.parameters()}
     if not owned:
-        for group, child in zip(slices, experts.children(), strict=True):
-            owned |= dict.fromkeys(child.parameters(), Owners((group,)))
+        flat = [p for p in experts.parameters() if p.dim() == 2 and p.shape[0] % size == 0]
+        owned = {p: Owners(slices, 0, (size, p.shape[0] // size, p.shape[1])) for p in flat}
     return owned
+
+
+def _fused(experts: nn.Module, size: int) -> list[nn.Module]:
+    """What holds tensors of E experts, adapters around them or not: the module, or those in it with a part of each."""
+
+    def holds(module: nn.Module) -> bool:
+        fused = any(p.dim() == 3 and len(p) == size for p in _base(module).parameters(recurse=False))
+        return fused or module is not _base(module)
+
+    if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
+        return []
+    return [experts] if holds(experts) else [child for child in experts.children() if holds(child)]
 
 
 def _base(module: nn.Module) -> nn.Module:
     """The module that adapters were put around, or itself."""
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator]
+
+
+def _lasting(config: Any) -> Any:
+    """A configuration, nested ones too, without what differs from place to place."""
+    volatile = {"transformers_version", "architectures", "_name_or_path", "dtype", "use_cache", "auto_map"}
+    if not isinstance(config, dict):
+        return config
+    return {key: _lasting(value) for key, value in config.items() if key not in volatile}
 
 
 def _digest(text: str, values: Mapping[str, Tensor]) -> Any:
@@ -568,14 +591,23 @@ def _digest(text: str, values: Mapping[str, Tensor]) -> Any:
     return digest
 
 
-def _keep_in_float32(router: nn.Module) -> None:
+def _keep_in_float32(router: nn.Module, layer: MoELayer) -> None:
     """Hold and run the router in float32, also under autocast: bfloat16 adds 21 % noise to its gradient."""
     router.float()
     if isinstance(getattr(router, "dtype", None), torch.dtype):
         # Switch would cast its weight to this at the first forward pass
         router.dtype = torch.float32  # type: ignore[assignment]
     # a bound method, not a closure: a deep copy of the model then runs the copy's weights
-    router.forward = MethodType(_forward_in_float32, router)
+    router.forward = MethodType(partial(_forward_and_cast, layer) if layer.cast else _forward_in_float32, router)
+
+
+def _forward_and_cast(layer: MoELayer, router: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """As below, but for its logits the output has the type of the input: not all experts can mix types."""
+    output = _forward_in_float32(router, hidden, *args, **kwargs)
+    if not isinstance(output, tuple):
+        return output.to(hidden.dtype)
+    cast = (isinstance(o, Tensor) and o.is_floating_point() and index != layer.logits for index, o in enumerate(output))
+    return tuple(o.to(hidden.dtype) if wanted else o for o, wanted in zip(output, cast, strict=True))
 
 
 def _forward_in_float32(router: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fedalign.errors import UserError
 from fedalign.maths.routing import decision_margin, router_log_prob
-from fedalign.moe.families import MoELayer
+from fedalign.moe.families import MoELayer, read_logits, router_outputs
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import LayerRouting, Scoring
 
@@ -57,15 +57,15 @@ class Captured:
     def __init__(self, layers: Sequence[MoELayer], mask_B_S: Tensor, decoder_mask_B_S: Tensor | None) -> None:
         self._layers = layers
         self._masks = (mask_B_S, decoder_mask_B_S)
-        self._seen: list[tuple[Tensor, Any] | None] = [None] * len(layers)
+        self._seen: list[tuple[Tensor, tuple[Any, ...]] | None] = [None] * len(layers)
 
-    def add(self, index: int, hidden: Tensor, output: Any) -> None:
-        """Take a router's input and output, from its hook."""
+    def add(self, index: int, hidden: Tensor, outputs: tuple[Any, ...]) -> None:
+        """Take a router's input and outputs, from its hook."""
         if self._seen[index] is not None:
             raise RuntimeError(
                 f"{self._layers[index].router} ran twice within one capture: capture each forward pass by itself"
             )
-        self._seen[index] = (hidden.detach(), output)
+        self._seen[index] = (hidden.detach(), outputs)
 
     @cached_property
     @torch.enable_grad()  # what is first asked for where gradients are off must still carry them
@@ -105,7 +105,7 @@ class Captured:
             examples=examples,
         )
 
-    def _entry(self, index: int) -> tuple[Tensor, Any]:
+    def _entry(self, index: int) -> tuple[Tensor, tuple[Any, ...]]:
         entry = self._seen[index]
         if entry is None:
             raise RuntimeError(f"{self._layers[index].router} did not run: capture a whole forward pass of the model")
@@ -132,10 +132,9 @@ class Captured:
         return mask.flatten().nonzero().squeeze(1), mask.shape
 
 
-def _decision(layer: MoELayer, output: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+def _decision(layer: MoELayer, outputs: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
     """A router's float32 logits [T, E], its choice [T, K], and which tokens were received (None: all)."""
-    outputs = output if isinstance(output, tuple) else (output,)
-    logits_T_E = outputs[layer.logits].reshape(-1, layer.size).float()
+    logits_T_E = read_logits(layer, outputs)
     if layer.dispatch == "index":
         return logits_T_E, outputs[layer.chosen].reshape(-1, layer.top_k), None
     if layer.dispatch == "logits":
@@ -191,13 +190,14 @@ class RoutingProbe:
         self.close()
 
     def _hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        def hook(router: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             # inside a backward pass this is gradient checkpointing computing the same tokens again
             if self._current is None or torch._C._current_graph_task_id() != -1:
                 return
             if self._grad and not torch.is_grad_enabled():
                 _refuse_reentrant(self._model)
-            self._current.add(index, inputs[0], output)
+            outputs = router_outputs(self._layers[index], router, inputs[0], output)
+            self._current.add(index, inputs[0], outputs)
 
         return hook
 
