@@ -1,6 +1,6 @@
 """What training would take, against what it takes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +54,32 @@ def test_a_kept_optimizer_is_on_the_disk_too(config: Config) -> None:
     trained = sum(bench.moe.layout.sizes.values())
     more = estimate_site(replace(bench, config=keeps)).disk - estimate_site(bench).disk
     assert more == 3 * 2 * 4 * trained
+
+
+@pytest.mark.parametrize(
+    ("tuning", "nbytes"),
+    [
+        ([], lambda total, trained: 4 * 4 * total),  # weights, gradients, two moments
+        (["tuning.kind=lora"], lambda total, trained: 4 * total + 4 * 3 * trained),
+        (["tuning.kind=moe", "training.optimizer=sgd"], lambda total, trained: 4 * total + 4 * trained),
+    ],
+)
+def test_what_is_frozen_needs_neither_gradient_nor_moments(
+    tuning: list[str], nbytes: Callable[[int, int], int], settings: list[str]
+) -> None:
+    config = load_config(None, [*settings, *tuning])
+    moe = MoEModel.skeleton(config.model.path, tuning=config.tuning)
+    total, trained = sum(p.numel() for p in moe.model.parameters()), sum(moe.layout.sizes.values())
+    assert estimate_site(Workbench.around(moe, config)).training == nbytes(total, trained)
+
+
+def test_a_bfloat16_model_has_masters(settings: list[str]) -> None:
+    config = load_config(None, [*settings, "tuning.dtype=bfloat16"])
+    moe = MoEModel.skeleton(config.model.path, dtype="bfloat16")
+    total = sum(p.numel() for p in moe.model.parameters())
+    routers = sum(size for group, size in moe.layout.sizes.items() if group.kind == "gate")
+    # weights and gradients of 2 bytes; masters, their gradients and two moments of 4; routers are float32 themselves
+    assert estimate_site(Workbench.around(moe, config)).training == 20 * (total - routers) + 16 * routers
 
 
 def test_activations_are_what_the_backward_pass_reads() -> None:

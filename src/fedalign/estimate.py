@@ -87,10 +87,7 @@ def estimate_run(
         bytes_down_a_round=weights_nbytes(config, layout) * (clients_a_round + scored),
         bytes_up_a_round_at_most=(update_nbytes(config, layout) + statistics) * clients_a_round,
         bytes_statistics_a_client=statistics,
-        memory=training_nbytes(total, trained, config)
-        + exchange_nbytes(trained, config)
-        + server_nbytes(trained)
-        + step.activations,
+        memory=training_nbytes(bench) + exchange_nbytes(trained, config) + server_nbytes(trained) + step.activations,
         seconds_a_round=seconds,
         seconds=seconds * config.run.rounds,
     )
@@ -99,14 +96,14 @@ def estimate_run(
 def estimate_site(bench: Workbench) -> SiteEstimate:
     """What a site needs for this model; a skeleton of it is enough."""
     config, layout = bench.config, bench.moe.layout
-    total, trained = parameter_counts(bench)
+    _, trained = parameter_counts(bench)
     weights, update = weights_nbytes(config, layout), update_nbytes(config, layout)
     statistics = statistics_nbytes(config, layout)
     broadcasts = 2 if config.evaluation.clients and config.clients.held_out else 1  # to train on, and to be scored
     remembered = 4 * layout.layers * layout.experts + (4 * trained * moments(config) * config.training.keep_optimizer)
     return SiteEstimate(
-        training=training_nbytes(total, trained, config),
-        loading=4 * total,
+        training=training_nbytes(bench),
+        loading=sum(p.nbytes for p in bench.moe.model.parameters()),
         exchange=exchange_nbytes(trained, config),
         carrier=CARRIER * max(weights, update),
         down_a_round=weights * broadcasts,
@@ -144,9 +141,13 @@ def moments(config: Config) -> int:
     return 2 if config.training.optimizer == "adamw" else 0
 
 
-def training_nbytes(total: int, trained: int, config: Config) -> int:
-    """Weights, gradients and optimizer; the update takes the place of the gradients."""
-    return 4 * (total + trained * (1 + moments(config)))
+def training_nbytes(bench: Workbench) -> int:
+    """Weights, gradients, optimizer, and masters of what is rounded; the update takes the place of the gradients."""
+    parameters = list(bench.moe.model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    rounded = [p for p in trained if p.dtype != torch.float32]
+    stepped = 4 * sum(p.numel() for p in trained) * (1 + moments(bench.config))
+    return sum(int(p.nbytes) for p in parameters) + stepped + sum(4 * p.numel() + int(p.nbytes) for p in rounded)
 
 
 def exchange_nbytes(trained: int, config: Config) -> int:

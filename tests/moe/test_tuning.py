@@ -102,21 +102,27 @@ def wrappers(moe: MoEModel, layer: int) -> dict[str, ParamWrapper]:
     return found
 
 
+def deltas(moe: MoEModel, layer: int) -> dict[str, Tensor]:
+    """What peft adds to each fused tensor."""
+    return {name: w.get_delta_weight("default") for name, w in wrappers(moe, layer).items()}  # type: ignore[no-untyped-call]
+
+
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3"])
 def test_an_experts_group_is_its_slice_of_both_factors(family: str) -> None:
     """peft keeps A expert after expert, but B with the experts alternating: B_e = B[:, e::E]."""
     moe = tuned("lora", family, rank=3)
     moved(moe)
-    before = {name: wrapper.get_delta_weight("default") for name, wrapper in wrappers(moe, 1).items()}
+    before = deltas(moe, 1)
     assert before.keys() == {"gate_up_proj", "down_proj"}
     group = ParameterGroup("expert", 1, 2)
     moe.write({group: torch.zeros(moe.layout.sizes[group])})
+    after_all = deltas(moe, 1)
     for name, wrapper in wrappers(moe, 1).items():
-        after = wrapper.get_delta_weight("default")
+        after = after_all[name]
         assert not after[2].any()
         others = [0, 1, 3]
         assert torch.equal(after[others], before[name][others])
-        b = wrapper.lora_B["default"].weight
+        b: Tensor = wrapper.lora_B["default"].weight  # type: ignore[assignment]
         assert not b[:, 2::4].any()
         assert b[:, 1::4].all()
 
@@ -132,10 +138,9 @@ def test_the_layout_finds_the_factors_in_a_groups_vector(family: str) -> None:
         a = flat[place.start_A :][: place.rank * place.inputs].view(place.rank, place.inputs)
         b = flat[place.start_B :][: place.outputs * place.rank].view(place.outputs, place.rank)
         products.append(2.0 * b @ a)  # alpha / rank
-    deltas = [wrapper.get_delta_weight("default")[3] for wrapper in wrappers(moe, 0).values()]
     transposed = family == "gpt_oss"
-    for delta in deltas:
-        wanted = delta.T if transposed else delta
+    for delta_E in deltas(moe, 0).values():
+        wanted = delta_E[3].T if transposed else delta_E[3]
         assert any(p.shape == wanted.shape and torch.allclose(p, wanted, atol=1e-6) for p in products)
     assert len(moe.layout.factors[SHARED]) == 2 * 4  # q, k, v, o of two layers
 
