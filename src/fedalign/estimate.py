@@ -143,11 +143,11 @@ def moments(config: Config) -> int:
 
 def training_nbytes(bench: Workbench) -> int:
     """Weights, gradients, optimizer, and masters of what is rounded; the update takes the place of the gradients."""
-    parameters = list(bench.moe.model.parameters())
+    parameters: list[nn.Parameter] = list(bench.moe.model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     rounded = [p for p in trained if p.dtype != torch.float32]
     stepped = 4 * sum(p.numel() for p in trained) * (1 + moments(bench.config))
-    return sum(int(p.nbytes) for p in parameters) + stepped + sum(4 * p.numel() + int(p.nbytes) for p in rounded)
+    return sum(p.nbytes for p in parameters) + stepped + sum(4 * p.numel() + p.nbytes for p in rounded)
 
 
 def exchange_nbytes(trained: int, config: Config) -> int:
