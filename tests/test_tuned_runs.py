@@ -130,6 +130,23 @@ def test_bfloat16_weights_are_trained_in_float32(tmp_path: Path) -> None:
     assert 0 < float(update.abs().max()) < 1e-3
 
 
+def test_a_bfloat16_model_learns_what_a_float32_model_does(tmp_path: Path) -> None:
+    expert = ParameterGroup("expert", 0, 0)
+    updates, losses = [], []
+    for number, dtype in enumerate(("float32", "bfloat16", "bfloat16")):
+        step = trainer(f"tuning.dtype={dtype}", "training.optimizer=sgd")
+        start = step.moe.read()
+        for again in ("first", "second"):  # whatever the model did before, it starts from what it is sent
+            step.moe.write(start)
+            report, data = trained(step, tmp_path / f"{number}-{again}")
+            updates.append(unpack(data.memory.hand_over("c", Request("c", 1, (expert,))).groups[expert]))
+            losses.append(report.loss)
+    assert torch.equal(updates[0], updates[1])
+    assert all(torch.equal(updates[2], other) for other in updates[3:])
+    assert float(torch.nn.functional.cosine_similarity(updates[0], updates[2], dim=0)) > 0.95
+    assert losses[2] == pytest.approx(losses[0], rel=0.01)
+
+
 def test_adapters_of_a_bfloat16_base_are_float32(tmp_path: Path) -> None:
     step = trainer("tuning.kind=lora", "tuning.dtype=bfloat16")
     assert {p.dtype for p in step.moe.model.parameters() if p.requires_grad} == {torch.float32}

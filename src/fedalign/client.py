@@ -294,7 +294,7 @@ class LocalFit:
                 for group in grouped(self._batches(epoch), self.options.accumulate):
                     self._step(group, probe, autocast, record=last)
                     schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.moe.model.zero_grad(set_to_none=True)
 
     def trained(self) -> Weights:
         """Flat float32 copies of all that was trained."""
@@ -332,7 +332,7 @@ class LocalFit:
     def _step(self, group: Sequence[Batch], probe: RoutingProbe, autocast: Any, record: bool) -> None:
         """One optimizer step on one or more batches."""
         answer_tokens = sum(batch.answer_tokens for batch in group)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.moe.model.zero_grad(set_to_none=True)
         idle_L_E: Tensor | None = None
         for batch in group:
             here = batch.to(self.moe.device)

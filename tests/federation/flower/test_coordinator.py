@@ -150,6 +150,24 @@ def test_a_run_over_sites_is_the_run_in_one_process(
     assert not list((tmp_path / "sites").rglob("update.safetensors"))  # forgotten at the end
 
 
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        ["tuning.kind=lora", "tuning.rank=4", "tuning.average=exact"],
+        ["tuning.kind=lora", "tuning.average=freeze_a"],
+        ["tuning.kind=moe", "tuning.dtype=bfloat16"],
+    ],
+    ids=["exact", "freeze_a", "moe"],
+)
+def test_however_it_is_tuned(
+    coordinated: Callable[..., Config], house: Path, tmp_path: Path, tuning: list[str]
+) -> None:
+    config = coordinated(*tuning)
+    run(tmp_path / "sites-run", Direct(sites(tmp_path / "sites", house, config)), config)
+    in_process(tmp_path / "here", house, config)
+    same_runs(tmp_path / "sites-run", tmp_path / "here")
+
+
 def test_with_a_test_set_the_coordinator_scores_too(
     coordinated: Callable[..., Config], house: Path, tmp_path: Path
 ) -> None:
