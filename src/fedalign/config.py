@@ -152,6 +152,11 @@ class TuningConfig(Section):
         """Whether adapters are trained instead of the model's own weights."""
         return self.kind in ("lora", "qlora")
 
+    @property
+    def loaded_dtype(self) -> str:
+        """What the weights are loaded in; a base in 4 bits is computed with in bfloat16."""
+        return "bfloat16" if self.kind == "qlora" else self.dtype
+
     @model_validator(mode="after")
     def _check(self) -> TuningConfig:
         if self.adapts and not self.targets and self.router == "frozen":
@@ -164,8 +169,6 @@ class TuningConfig(Section):
                 'tuning.router = "lora": its experts share a factor, and tuning.average = "exact" averages expert by '
                 "expert. Choose one of: full, frozen."
             )
-        if self.kind == "qlora" and self.dtype != "bfloat16":
-            return self.model_copy(update={"dtype": "bfloat16"})
         return self
 
 

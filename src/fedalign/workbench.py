@@ -162,7 +162,7 @@ def load_model(
     """Load any Hugging Face MoE model, or the demo's, to be tuned as configured."""
     return MoEModel.load(
         model_path(name),
-        dtype=tuning.dtype if tuning else "float32",
+        dtype=tuning.loaded_dtype if tuning else "float32",
         device=device,
         trust_remote_code=trust_remote_code,
         revision=revision,

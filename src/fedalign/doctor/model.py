@@ -25,7 +25,7 @@ def skeleton_bench(config: Config) -> Workbench:
         model_path(config.model.path),
         trust_remote_code=config.model.trust_remote_code,
         revision=config.model.revision,
-        dtype=config.tuning.dtype,
+        dtype=config.tuning.loaded_dtype,
         tuning=config.tuning,
     )
     return Workbench.around(moe, config)

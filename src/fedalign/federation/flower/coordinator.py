@@ -139,7 +139,7 @@ def load_bench(config: Config) -> tuple[Workbench, TestSet | None]:
         model_path(config.model.path),
         trust_remote_code=config.model.trust_remote_code,
         revision=config.model.revision,
-        dtype=config.tuning.dtype,
+        dtype=config.tuning.loaded_dtype,
         tuning=config.tuning,
     )
     return Workbench.around(skeleton, config), None
