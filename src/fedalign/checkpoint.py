@@ -29,12 +29,16 @@ KEPT_ROUNDS = 2
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A fresh folder to fill; on a clean exit it takes the place of `folder` at once."""
+    """A fresh folder to fill; on a clean exit it takes the place of `folder` at once, after an error it is gone."""
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     for stale in (new, old):
         shutil.rmtree(stale, ignore_errors=True)
     new.mkdir(parents=True)
-    yield new
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     for file in new.rglob("*"):
         if file.is_file():
             _flush(file)

@@ -150,7 +150,7 @@ def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """What the numbers were made with."""
-    packages = ("fedalign-moe", "torch", "transformers", "tokenizers", "safetensors", "flwr-datasets", "numpy")
+    packages = ("fedalign-moe", "torch", "transformers", "peft", "tokenizers", "safetensors", "flwr-datasets", "numpy")
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 

@@ -206,7 +206,7 @@ def rename_base(folder: Path, base: str, revision: str | None) -> None:
 
 
 def _write(config: LoraConfig, folder: Path) -> None:
-    if isinstance(config.target_modules, set):  # it would be written in another order by every process
+    if not isinstance(config.target_modules, str | None):  # a set, which every process writes in another order
         config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
 
