@@ -232,6 +232,34 @@ def test_a_run_with_small_clients(settings: list[str], tmp_path: Path) -> None:
     assert not lines[-1]["failures"]
 
 
+def test_qlora_on_the_processor_that_there_is(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same code as on a GPU: bitsandbytes packs on a CPU too, only slowly."""
+    monkeypatch.setattr("fedalign.workbench.need_cuda", lambda device: None)
+    monkeypatch.setattr("fedalign.moe.four_bit.LEAST_SAVED", 0.1)  # so small a model is mostly vocabulary
+    tuning = ["tuning.kind=qlora", "tuning.rank=4", "tuning.average=exact", "training.learning_rate=3e-2"]
+    summary = run(tmp_path / "run", settings, *tuning)
+    assert summary["final_loss"] < summary["initial_loss"] - 0.1
+    config = load_config(None, [*settings, *tuning])
+    packed = MoEModel.load(config.model.path, dtype="bfloat16", tuning=config.tuning, device="cpu")
+    dense = MoEModel.load(config.model.path, dtype="bfloat16", tuning=config.tuning.model_copy(update={"kind": "lora"}))
+    assert packed.saved is not None
+    assert packed.nbytes < 0.9 * dense.nbytes
+    assert packed.weights_hash() == dense.weights_hash()  # of the base that was packed
+    for moe in (packed, dense):
+        moe.read_adapter(tmp_path / "run" / "model")
+    with torch.no_grad():
+        one, two = (moe.model.eval()(**batch("olmoe")).logits.float() for moe in (packed, dense))
+    assert 0 < float((one - two).abs().max()) < 0.5 * float(two.abs().max())
+
+
+def test_qlora_without_cuda_is_refused(settings: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"qlora.*needs a CUDA device.*tuning.kind = 'lora'"):
+        run(tmp_path / "run", settings, "tuning.kind=qlora", "run.device=cpu")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [

@@ -212,6 +212,10 @@ def _print_headline(prepared: Prepared) -> None:
         f"{moe.family} with {parameters / 1e6:.1f}M parameters "
         f"({moe.layout.layers} MoE layers x {moe.experts} experts, top-{moe.top_k})"
     )
+    if config.tuning.kind != "full":
+        say(f"tuning {config.tuning.kind}: {sum(moe.layout.sizes.values()) / 1e6:.2f}M parameters are trained")
+    if moe.saved:
+        say(str(moe.saved))
 
 
 def _print_estimate(estimate: Estimate) -> None:

@@ -103,7 +103,7 @@ def estimate_site(bench: Workbench) -> SiteEstimate:
     remembered = 4 * layout.layers * layout.experts + (4 * trained * moments(config) * config.training.keep_optimizer)
     return SiteEstimate(
         training=training_nbytes(bench),
-        loading=sum(p.nbytes for p in bench.moe.model.parameters()),
+        loading=bench.moe.saved.before if bench.moe.saved else bench.moe.nbytes,
         exchange=exchange_nbytes(trained, config),
         carrier=CARRIER * max(weights, update),
         down_a_round=weights * broadcasts,
@@ -143,11 +143,10 @@ def moments(config: Config) -> int:
 
 def training_nbytes(bench: Workbench) -> int:
     """Weights, gradients, optimizer, and masters of what is rounded; the update takes the place of the gradients."""
-    parameters: list[nn.Parameter] = list(bench.moe.model.parameters())
-    trained = [p for p in parameters if p.requires_grad]
+    trained: list[nn.Parameter] = [p for p in bench.moe.model.parameters() if p.requires_grad]
     rounded = [p for p in trained if p.dtype != torch.float32]
     stepped = 4 * sum(p.numel() for p in trained) * (1 + moments(bench.config))
-    return sum(p.nbytes for p in parameters) + stepped + sum(4 * p.numel() + p.nbytes for p in rounded)
+    return bench.moe.nbytes + stepped + sum(4 * p.numel() + p.nbytes for p in rounded)
 
 
 def exchange_nbytes(trained: int, config: Config) -> int:

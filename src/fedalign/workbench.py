@@ -19,6 +19,7 @@ from fedalign.data.partition import Partition, hold_out, partition
 from fedalign.demo import model_folder
 from fedalign.errors import UserError
 from fedalign.evaluation import TestSet, evaluate
+from fedalign.moe.four_bit import need_cuda
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import Evaluation, Weights
 
@@ -41,9 +42,12 @@ class Workbench:
         """
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
+        device = pick_device(config.run.device)
+        if config.tuning.kind == "qlora":
+            need_cuda(device)
         moe = load_model(
             config.model.path,
-            device=pick_device(config.run.device),
+            device=device,
             trust_remote_code=config.model.trust_remote_code,
             revision=config.model.revision,
             tuning=config.tuning,

@@ -28,6 +28,7 @@ from fedalign.errors import UserError
 from fedalign.moe.families import MoELayer
 
 BLOCK = 64  # values that share a scale
+LEAST_SAVED = 0.5  # share of a model's bytes that has to be saved
 LARGEST = 2**31 - 1  # values that bitsandbytes' kernels can count
 
 aten = torch.ops.aten
@@ -248,7 +249,7 @@ def forecast(model: PreTrainedModel, layers: Iterable[MoELayer]) -> Saved:
             )
     before = {tensor: _nbytes(tensor) for tensor in _tensors(model)}
     saved = Saved(sum(before.values()), sum(_packed_nbytes(t) if t in chosen else n for t, n in before.items()))
-    if saved.share < 0.5:
+    if saved.share < LEAST_SAVED:
         kept = [(name, parameter) for name, parameter in model.named_parameters() if parameter not in chosen]
         largest, _ = max(kept, key=lambda named: named[1].nbytes)
         raise UserError(

@@ -178,11 +178,10 @@ def _part(path: str, layers: Sequence[MoELayer]) -> str:
 
 
 def _fused(model: PreTrainedModel, layer: MoELayer) -> list[str]:
-    """Names of the tensors [E, ., .] of a layer's experts; those kept in 4 bits are parametrised."""
+    """Names of the tensors [E, ., .] of a layer's experts."""
     experts = model.get_submodule(layer.experts)
-    packed = list(getattr(experts, "parametrizations", {}))
     whole = [n for n, p in experts.named_parameters(recurse=False) if p.dim() == 3 and p.shape[0] == layer.size]
-    return [f"{layer.experts}.{name}" for name in (*whole, *packed)]
+    return [f"{layer.experts}.{name}" for name in whole]
 
 
 def _as_suffixes(names: Collection[str], every: Collection[str]) -> list[str]:

@@ -36,6 +36,8 @@ from fedalign.protocol import SHARED, Factors, Kind, Layout, ParameterGroup, Wei
 if TYPE_CHECKING:
     from peft import LoraConfig  # takes a second to import, and most kinds of tuning need none of it
 
+    from fedalign.moe.four_bit import Saved
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TOP_K = ("top_k", "num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_selected_experts")
 BASE_DIGEST = "base.sha256"  # in the constants of adapters
@@ -122,6 +124,7 @@ class MoEModel:
         slots: every parameter, trainable or not, with the groups its values belong to.
         layout: number of trainable values of each group. What is frozen later is still in it: wrap again then.
         adapter: peft's description of the adapters that are trained in place of the model's own weights; None: none.
+        saved: what a base in 4 bits saves; None: it is not in 4 bits.
     """
 
     def __init__(
@@ -133,7 +136,9 @@ class MoEModel:
         for layer in layers:
             _keep_in_float32(_base(model.get_submodule(layer.router)), layer)
         self.slots = tuple(_slots(model, layers))
+        self.saved: Saved | None = None
         self._base_digest: Tensor | None = None
+        self._origins: Mapping[str, bytes] = {}  # digests of what was packed
         self._owners: dict[ParameterGroup, list[Slot]] = defaultdict(list)
         for slot in self.slots:
             for group in slot.groups if slot.parameter.requires_grad else ():
@@ -141,18 +146,27 @@ class MoEModel:
         self.layout = self._layout()
 
     @classmethod
-    def wrap(cls, model: PreTrainedModel, tuning: TuningConfig | None = None, seed: int = 0) -> Self:
+    def wrap(
+        cls,
+        model: PreTrainedModel,
+        tuning: TuningConfig | None = None,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+    ) -> Self:
         """Address an already loaded transformers model by parameter group. Its routers become float32 in place.
 
         Args:
             model: changed in place: what is not tuned is frozen, adapters are put into it.
             tuning: what to train of it; None: all that is not frozen.
             seed: of the adapters' first values.
+            device: where it goes; a 4-bit base is packed on its way there. None: it stays where it is.
 
         Raises:
             UserError: the model is dense, of a refused family, its MoE layers cannot be understood, or it cannot be
                 tuned so.
         """
+        if device is not None and not (tuning and tuning.kind == "qlora"):
+            model.to(device)
         found, layers = detect(model)
         if tuning is None or not tuning.adapts:
             moe = cls(model, found, layers)
@@ -164,7 +178,20 @@ class MoEModel:
 
         for layer in layers:
             _keep_in_float32(model.get_submodule(layer.router), layer)
-        return cls(model, found, layers, lora.inject(model, layers, tuning, seed))
+        if tuning.kind == "lora":
+            return cls(model, found, layers, lora.inject(model, layers, tuning, seed))
+        from fedalign.moe import four_bit
+
+        if model.device.type == "meta":
+            origins, saved = {}, four_bit.forecast(model, layers)
+        else:
+            origins = {name: _sha256(parameter.detach()) for name, parameter in model.named_parameters()}
+            saved = four_bit.quantise(model, layers, device or model.device)
+        moe = cls(model, found, layers, lora.inject(model, layers, tuning, seed))
+        moe.saved, moe._origins = saved, origins
+        if not tuning.gradient_checkpointing:
+            four_bit.recompute_experts(model, layers)
+        return moe
 
     @classmethod
     def load(
@@ -184,7 +211,7 @@ class MoEModel:
             UserError: there is no such model, it is broken or incomplete, or `wrap` refuses it.
         """
         model = load_plain(path_or_id, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
-        return cls.wrap(_frozen_biases(model).to(device), tuning, seed)
+        return cls.wrap(_frozen_biases(model), tuning, seed, device)
 
     @classmethod
     def skeleton(
@@ -259,9 +286,13 @@ class MoEModel:
         values = {slot.name: slot.parameter.detach() for slot in slots} | self.constants()
         return str(_digest(self.fingerprint(), values).hexdigest())
 
+    @staticmethod
+    def _in_adapter(slot: Slot) -> bool:
+        return slot.parameter.requires_grad or ".lora_" in slot.name
+
     def _adapter_slots(self) -> dict[str, Slot]:
         """What an adapter's file holds: factors, trained or not, and routers trained whole."""
-        return {s.name: s for s in self.slots if s.parameter.requires_grad or ".lora_" in s.name}
+        return {slot.name: slot for slot in self.slots if self._in_adapter(slot)}
 
     def _adapter_buffers(self) -> dict[str, Tensor]:
         """The buffers of routers trained whole, which plain peft wants beside their weights."""
@@ -275,10 +306,21 @@ class MoEModel:
     def _digest_of_base(self) -> Tensor:
         if self._base_digest is None:
             adapter, saved = self._adapter_slots(), self.model.state_dict().keys()
-            values = {slot.name: slot.parameter.detach() for slot in self.slots if slot.name not in adapter}
-            values |= {name: value for name, value in self.model.named_buffers() if name in saved}
+            values: dict[str, Tensor | bytes] = {n: v for n, v in self.model.named_buffers() if n in saved}
+            for slot in self.slots:
+                if slot.name not in adapter:
+                    name = slot.name.replace(".base_layer", "")
+                    values[name] = self._origins.get(name, slot.parameter.detach())
             self._base_digest = torch.frombuffer(bytearray(_digest("", values).digest()), dtype=torch.uint8)
         return self._base_digest
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters as they lie in memory."""
+        unpacked = sum(
+            int(slot.parameter.nbytes) for slot in self.slots if self.saved is None or self._in_adapter(slot)
+        )
+        return unpacked + (self.saved.after if self.saved else 0)
 
     @property
     def experts(self) -> int:
@@ -582,13 +624,17 @@ def _lasting(config: Any) -> Any:
     return {key: _lasting(value) for key, value in config.items() if key not in volatile}
 
 
-def _digest(text: str, values: Mapping[str, Tensor]) -> Any:
-    """SHA-256 over a text and named values."""
+def _digest(text: str, values: Mapping[str, Tensor | bytes]) -> Any:
+    """SHA-256 over a text and named values, or digests of them."""
     digest = hashlib.sha256(text.encode())
-    for name in sorted(values):
+    for name, value in sorted(values.items()):
         digest.update(name.encode())
-        digest.update(values[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(value if isinstance(value, bytes) else _sha256(value))
     return digest
+
+
+def _sha256(value: Tensor) -> bytes:
+    return hashlib.sha256(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).digest()
 
 
 def _keep_in_float32(router: nn.Module, layer: MoELayer) -> None:

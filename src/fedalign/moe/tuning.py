@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Protocol
@@ -11,6 +12,9 @@ from torch import nn
 from fedalign.config import TuningConfig
 from fedalign.errors import UserError
 from fedalign.protocol import Kind
+
+# peft imports bitsandbytes where it is, and that advises at every start to install a package that is of no use here
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 KINDS: dict[str, tuple[Kind, ...]] = {
     "full": ("shared", "gate", "expert"),
