@@ -14,6 +14,7 @@ import typer
 from fedalign import __version__
 from fedalign.compare_cli import COMPARE_EXAMPLES, compare
 from fedalign.errors import UserError
+from fedalign.export_cli import EXPORT_EXAMPLES, export
 from fedalign.report_cli import REPORT_EXAMPLES, report
 from fedalign.site_cli import DOCTOR_EXAMPLES, doctor, site_app
 from fedalign.terminal import err, out, print_table, say
@@ -173,6 +174,7 @@ def inspect(
 
 app.command(epilog=COMPARE_EXAMPLES)(compare)
 app.command(epilog=DOCTOR_EXAMPLES)(doctor)
+app.command(epilog=EXPORT_EXAMPLES)(export)
 app.command(epilog=REPORT_EXAMPLES)(report)
 app.command(epilog=UPCYCLE_EXAMPLES)(upcycle)
 
