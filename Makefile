@@ -6,7 +6,7 @@ COMPARED := fedavg,fedprox,fedmoe,pfl_moe,fedalign_moe
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-sites compare test test-browser test-sites check format bench clean
+.PHONY: help venv demo demo-sites compare test test-browser test-families test-sites models check format bench clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -57,6 +57,12 @@ test-browser: $(VENV)/.tools ## the report in headless Chromium (apt-get install
 
 test-sites: $(VENV)/.simulation ## real Flower processes on loopback: keys, kills, faults, equal engines
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m sites
+
+test-families: $(VENV)/.tools ## every model family: capture, groups, a round, loading with plain libraries; docs/models.md
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.families
+
+models: $(VENV)/.tools ## write docs/models.md from what the tests of the families give
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.families --write
 
 compare: $(VENV)/.package ## five algorithms, three seeds, a small model: under 25 minutes on two cores; goes on where it stopped
 	@$(BIN)/fedalign compare examples/compare.toml --algorithms $(COMPARED) --seeds 3 --out runs/compare

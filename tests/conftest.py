@@ -2,7 +2,7 @@
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,14 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer.train_from_iterator([row["text"] + " " + row["label"] for row in rows()], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
     fast.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def modules_of_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where transformers puts the code that a checkpoint brings along, instead of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -212,6 +212,8 @@ def test_describe(tiny_moe: Tiny) -> None:
     jetmoe = tiny_moe("jetmoe").describe()
     assert (jetmoe.moe_layers, jetmoe.dense_layers, len(jetmoe.routers)) == (2, 0, 4)
     assert set(jetmoe.expert_modules) >= {"model.layers.0.mlp", "model.layers.0.self_attention.experts"}
+    assert tiny_moe("gemma4").describe().shared_experts[0] == "model.layers.0.mlp (Gemma4TextMLP)"
+    assert not tiny_moe("jetmoe").describe().shared_experts
     assert len(tiny_moe("lfm2_moe").describe().selection_biases) == 2
     assert tiny_moe("qwen2_moe").describe().shared_experts == (
         "model.layers.0.mlp.shared_expert (Qwen2MoeMLP)",

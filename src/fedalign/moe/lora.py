@@ -34,7 +34,9 @@ BASE = "base.sha256"  # which base it was trained on: a file of ours beside thos
 # In target_modules peft takes these for the experts of older transformers, now fused, and adapts those instead. Their
 # weights can still be targeted as parameters.
 TAKEN_FOR_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
-FAILS_UPSTREAM: dict[str, str] = {}  # family -> why its LoRA cannot work
+FAILS_UPSTREAM = {  # family -> why its routed experts cannot be adapted
+    "dbrx": "its code reads the weights of experts past what peft puts around them, and crashes",
+}
 
 Role = Literal["A", "B"]
 
@@ -47,12 +49,6 @@ def inject(model: PreTrainedModel, layers: Sequence[MoELayer], options: TuningCo
     Raises:
         UserError: Nothing to adapt is left by the patterns, or peft cannot adapt this family.
     """
-    family = family_of(model.config)
-    if family in FAILS_UPSTREAM:
-        raise UserError(
-            f"tuning.kind = {options.kind!r}: {family}: {FAILS_UPSTREAM[family]}. "
-            "Choose one of: full, moe, experts, router."
-        )
     modules, parameters, routers = _wanted(model, layers, options)
     config = LoraConfig(
         r=options.rank,
@@ -142,6 +138,7 @@ def _wanted(
     model: PreTrainedModel, layers: Sequence[MoELayer], options: TuningConfig
 ) -> tuple[list[str], list[str], list[str]]:
     """Paths of the linear layers and names of the parameters to adapt, paths of the routers to train whole."""
+    _refuse_experts(model, layers, options)
     parts = {*options.targets, *(["router"] if options.router == "lora" else [])}
     linears = [path for path in _linears(model) if _part(path, layers) in parts]
     parameters = [name for layer in layers for name in _fused(model, layer) if "experts" in parts]
@@ -157,6 +154,21 @@ def _wanted(
         routers = []
     left = set(chosen([*modules, *parameters, *routers], options))
     return tuple([name for name in names if name in left] for names in (modules, parameters, routers))  # type: ignore[return-value]
+
+
+def _refuse_experts(model: PreTrainedModel, layers: Sequence[MoELayer], options: TuningConfig) -> None:
+    if "experts" not in options.targets:
+        return
+    family, reason = family_of(model.config), FAILS_UPSTREAM.get(family_of(model.config))
+    linears = _linears(model)
+    for layer in layers:
+        if not _fused(model, layer) and not any(_part(path, [layer]) == "experts" for path in linears):
+            reason = reason or f"{layer.experts} holds neither tensors of all experts nor linear layers"
+    if reason:
+        raise UserError(
+            f"tuning.targets = {list(options.targets)}: the experts of {family} cannot be adapted: {reason}. "
+            "Leave experts out of tuning.targets, or choose one of tuning.kind = full, moe, experts, router."
+        )
 
 
 def _linears(model: PreTrainedModel) -> list[str]:
@@ -180,7 +192,7 @@ def _part(path: str, layers: Sequence[MoELayer]) -> str:
 def _fused(model: PreTrainedModel, layer: MoELayer) -> list[str]:
     """Names of the tensors [E, ., .] of a layer's experts."""
     experts = model.get_submodule(layer.experts)
-    whole = [n for n, p in experts.named_parameters(recurse=False) if p.dim() == 3 and p.shape[0] == layer.size]
+    whole = [n for n, p in experts.named_parameters() if p.dim() == 3 and p.shape[0] == layer.size]
     return [f"{layer.experts}.{name}" for name in whole]
 
 

@@ -286,13 +286,12 @@ class MoEModel:
         values = {slot.name: slot.parameter.detach() for slot in slots} | self.constants()
         return str(_digest(self.fingerprint(), values).hexdigest())
 
-    @staticmethod
-    def _in_adapter(slot: Slot) -> bool:
-        return slot.parameter.requires_grad or ".lora_" in slot.name
-
     def _adapter_slots(self) -> dict[str, Slot]:
-        """What an adapter's file holds: factors, trained or not, and routers trained whole."""
-        return {slot.name: slot for slot in self.slots if self._in_adapter(slot)}
+        """What an adapter's file holds: all factors, and routers trained whole, with what is frozen in them."""
+        trained = {s.name for s in self.slots if s.parameter.requires_grad and ".lora_" not in s.name}
+        routers = [f"{layer.router}." for layer in self.layers]
+        whole = tuple(path for path in routers if any(name.startswith(path) for name in trained))
+        return {s.name: s for s in self.slots if s.name in trained or ".lora_" in s.name or s.name.startswith(whole)}
 
     def _adapter_buffers(self) -> dict[str, Tensor]:
         """The buffers of routers trained whole, which plain peft wants beside their weights."""
@@ -317,9 +316,8 @@ class MoEModel:
     @property
     def nbytes(self) -> int:
         """Bytes of all parameters as they lie in memory."""
-        unpacked = sum(
-            int(slot.parameter.nbytes) for slot in self.slots if self.saved is None or self._in_adapter(slot)
-        )
+        adapter = self._adapter_slots()
+        unpacked = sum(int(s.parameter.nbytes) for s in self.slots if self.saved is None or s.name in adapter)
         return unpacked + (self.saved.after if self.saved else 0)
 
     @property
@@ -542,7 +540,8 @@ class MoEModel:
             block = layer.router.rpartition(".")[0]
             for place in (block, block.rpartition(".")[0]):  # granitemoeshared has it beside the block
                 for name, module in self.model.get_submodule(place).named_children():
-                    if name.startswith("shared_") and not name.endswith("gate"):
+                    dense = name == "mlp" and not block.startswith(f"{place}.mlp")  # gemma4 has one beside its router
+                    if dense or (name.startswith("shared_") and not name.endswith("gate")):
                         yield f"{place}.{name} ({type(module).__name__})"
 
 

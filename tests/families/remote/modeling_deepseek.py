@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from .configuration_deepseek import DeepseekConfig
@@ -130,7 +130,7 @@ class DeepseekModel(nn.Module):
         return self.norm(hidden_states)
 
 
-class DeepseekForCausalLM(PreTrainedModel):
+class DeepseekForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = DeepseekConfig
     base_model_prefix = "model"
 

@@ -1,0 +1,188 @@
+"""Every family, tuned whole and by LoRA: capture, groups, a federated round, and a model that others load.
+
+`python -m tests.families` runs all of it and writes docs/models.md from what came out.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from fedalign.config import load_config
+from fedalign.errors import UserError
+from fedalign.maths.routing import router_log_prob
+from fedalign.moe.families import MoELayer
+from fedalign.moe.lora import FAILS_UPSTREAM
+from fedalign.moe.model import MoEModel
+from fedalign.moe.probe import Captured, RoutingProbe, RoutingStatistics
+from fedalign.protocol import ParameterGroup
+from fedalign.results import RunFolder
+from fedalign.run import execute, prepare
+from tests.families.table import CASES
+from tests.moe import tiny
+from tests.moe.given import given_experts
+from tests.test_run import Silent
+
+Folder = Callable[[str], Path]
+
+TUNING = {
+    "full": ["tuning.kind=full"],
+    "lora": ["tuning.kind=lora", "tuning.rank=3"],
+    "attention": ["tuning.kind=lora", "tuning.rank=3", 'tuning.targets=["attention"]'],
+}
+
+
+@pytest.fixture(scope="module")
+def base(model_folder: Callable[..., Path]) -> Folder:
+    """The folder of a family's tiny model, with a tokenizer."""
+    return cache(model_folder)
+
+
+def load(folder: Path, kind: str) -> MoEModel:
+    tuning = load_config(None, TUNING[kind]).tuning
+    moe = MoEModel.load(folder, trust_remote_code=True, tuning=tuning)
+    generator = torch.Generator().manual_seed(5)  # an adapter's factors begin at zero
+    news = {g: v + 0.1 * torch.randn(v.shape, generator=generator) for g, v in moe.read().items()}
+    moe.write({group: value for group, value in news.items() if group.kind == "expert"})
+    moe.model.eval()
+    return moe
+
+
+def capture(moe: MoEModel, inputs: dict[str, Tensor]) -> tuple[Captured, list[Tensor]]:
+    """One pass: what the probe saw, and which experts [T, E] of each layer really computed."""
+    with RoutingProbe(moe) as probe, given_experts(moe) as given, probe.capture(*tiny.masks(inputs)) as captured:
+        moe.model(**inputs)
+    return captured, [passes[0] for passes in given]
+
+
+def mask_of(layer: MoELayer, inputs: dict[str, Tensor]) -> Tensor:
+    return inputs["decoder_attention_mask" if layer.in_decoder else "attention_mask"].flatten().bool()
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+@pytest.mark.parametrize("train", [False, True])
+def test_routing_is_captured(family: str, kind: str, train: bool, base: Folder) -> None:
+    moe, inputs = load(base(family), kind), tiny.batch(family)
+    moe.model.train(train)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        captured, given = capture(moe, inputs)
+    statistics = RoutingStatistics(len(moe.layers), moe.experts, moe.hidden)
+    statistics.update(captured)
+    summary = statistics.finish(min_tokens=1, min_examples=1)
+    for index, (layer, routing) in enumerate(zip(moe.layers, captured.routing, strict=True)):
+        mask_T = mask_of(layer, inputs)
+        given_T_E = given[index][mask_T]
+        chosen_T_E = torch.zeros_like(given_T_E).scatter_(1, routing.topk_T_K, True)
+        dropped = given_T_E.sum(1) == 0 if layer.dispatch == "one_hot" else torch.zeros(len(given_T_E)).bool()
+        assert torch.equal(chosen_T_E[~dropped], given_T_E[~dropped])
+        assert torch.equal(summary.load_L_E[index], given_T_E.sum(0).float())
+        assert summary.load_L_E[index].sum() == int(mask_T.sum() - dropped.sum()) * moe.top_k
+        prob_T_E = router_log_prob(routing.logits_T_E, routing.scoring).exp()
+        torch.testing.assert_close(prob_T_E.sum(1), torch.ones(len(prob_T_E)))
+        torch.testing.assert_close(summary.prob_L_E[index], prob_T_E.detach().mean(0))
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_groups_hold_every_trained_value_once(family: str, kind: str, base: Folder) -> None:
+    moe = load(base(family), kind)
+    assert all(moe.layout.sizes[group] for group in moe.layout.groups if group.kind != "shared")
+    with torch.no_grad():
+        for parameter in moe.model.parameters():
+            parameter.zero_()
+        for views in moe.views.values():
+            for view in views:
+                view.add_(1)
+    for name, parameter in moe.model.named_parameters():
+        assert torch.all(parameter == (1.0 if parameter.requires_grad else 0.0)), name
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_a_change_of_an_expert_changes_its_tokens_alone(family: str, kind: str, base: Folder) -> None:
+    """Also that what was captured is what computed: capture, groups and computation agree, whatever the layout."""
+    moe, inputs = load(base(family), kind), tiny.batch(family)
+    for index, layer in enumerate(moe.layers):
+        mask_T = mask_of(layer, inputs)
+        with leaving(moe, index) as outputs, torch.no_grad():
+            _, given = capture(moe, inputs)
+            for expert in range(moe.experts):
+                group = ParameterGroup("expert", index, expert)
+                before = moe.read([group])
+                moe.write({group: before[group] * 1.5 + 0.05})
+                moe.model(**inputs)
+                moe.write(before)
+                changed_T = (outputs[0] - outputs.pop()).abs().amax(1) > 1e-6
+                assert torch.equal(changed_T[mask_T], given[index][mask_T, expert]), f"{group}"
+
+
+@contextmanager
+def leaving(moe: MoEModel, index: int) -> Iterator[list[Tensor]]:
+    """What leaves the decoder layer around a router in each pass, [T, H]: only experts see to it token by token."""
+    found = re.match(r".*?\.\d+(?=\.)", moe.layers[index].router)
+    assert found
+    outputs: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        outputs.append(hidden.detach().reshape(-1, hidden.shape[-1]).clone())
+
+    handle = moe.model.get_submodule(found[0]).register_forward_hook(keep)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_a_round_gives_a_model_that_plain_libraries_load(
+    family: str, kind: str, base: Folder, settings: list[str], tmp_path: Path
+) -> None:
+    moved = one_round(family, kind, base, settings, tmp_path / "run")
+    assert moved == {"shared", "gate", "expert"}
+
+
+@pytest.mark.parametrize("family", sorted(FAILS_UPSTREAM))
+def test_where_adapted_experts_crash_they_are_refused_and_attention_is_not(
+    family: str, base: Folder, settings: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load(base(family), "lora")
+    assert f"the experts of {family} cannot be adapted: {FAILS_UPSTREAM[family]}. Leave experts out" in str(
+        caught.value
+    )
+    assert one_round(family, "attention", base, settings, tmp_path / "run") == {"shared", "gate"}
+
+
+def one_round(family: str, kind: str, base: Folder, settings: list[str], out: Path) -> set[str]:
+    """Two clients; what plain libraries load of it computes the same. The kinds of groups that moved."""
+    changes = [f"model.path={base(family)}", "model.trust_remote_code=true", "clients.count=2", "run.rounds=1"]
+    config = load_config(None, [*settings, "training.epochs=1", *changes, *TUNING[kind]])
+    folder = RunFolder(out)
+    prepared = prepare(config, folder.clients)
+    before = prepared.initial_weights()
+    folder.begin(config)
+    summary = execute(prepared, folder, Silent())
+    assert summary["algorithm"] == "fedalign_moe"
+    moe, inputs = prepared.bench.moe, tiny.batch(family)
+    plain = tiny.plain(folder.model) if kind == "full" else adapted(tiny.plain(base(family)), folder.model)
+    with torch.no_grad():
+        expected = moe.model.eval()(**inputs).logits
+        torch.testing.assert_close(plain.eval()(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+    return {group.kind for group, value in moe.read().items() if not torch.equal(value, before[group])}
+
+
+def adapted(model: Any, folder: Path) -> Any:
+    """A plain model with an adapter, by plain peft."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft's own
+        return PeftModel.from_pretrained(model, str(folder))
