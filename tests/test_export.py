@@ -238,6 +238,30 @@ def test_a_run_in_bfloat16_keeps_its_routers(made: Made, tmp_path: Path) -> None
     assert torch.equal(gates["model.layers.1.mlp.gate.weight"][3], state["private.gate[1,3]"])
 
 
+def test_an_adapter_of_a_base_in_four_bits_is_exported_where_there_is_no_gpu(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:  # bitsandbytes packs on a CPU too, only slowly
+        patched.setattr("fedalign.workbench.need_cuda", lambda device: None)
+        patched.setattr("fedalign.moe.four_bit.LEAST_SAVED", 0.1)
+        start(tmp_path / "run", settings, "tuning.kind=qlora", "run.rounds=1")
+    exported(tmp_path / "run", tmp_path / "adapter")
+    exported(tmp_path / "run", tmp_path / "merged", merge=True)
+    values = tensors(tmp_path / "merged")
+    assert values["model.layers.0.self_attn.q_proj.weight"].shape == (32, 32)
+    assert {value.dtype for value in values.values()} == {torch.bfloat16}
+    inputs = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        one, two = (plain(tmp_path / name).eval()(inputs).logits.float() for name in ("adapter", "merged"))
+    assert float((one - two).abs().max()) < 0.05 * float(one.abs().max())
+    for name in ("adapter", "merged"):
+        card = (tmp_path / name / "README.md").read_text()
+        assert "on a base in 4 bits" in card
+        assert "scored it on the base in 4 bits" in card
+        assert "model-index" not in card
+    assert 'dtype="bfloat16"' in code_of(tmp_path / "adapter")
+
+
 # -------------------------------------------------------------------------------------------------- personal parts
 
 
@@ -320,17 +344,33 @@ def test_the_code_of_a_card_runs_where_it_lies(
     made: Made, tmp_path: Path, more: tuple[str, ...], options: dict[str, Any]
 ) -> None:
     exported(made(*more), tmp_path / "out", **options)
+    run_code_of(tmp_path / "out")
+
+
+def test_the_code_of_a_model_with_an_encoder_runs(
+    settings: list[str], model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    switch = model_folder("switch_transformers")
+    start(tmp_path / "run", settings, LORA, f"model.path={switch}", "run.rounds=1")
+    result = exported(tmp_path / "run", tmp_path / "out")
+    assert result.made.loader == "AutoPeftModelForSeq2SeqLM"
+    run_code_of(tmp_path / "out")
+    assert "pipeline_tag" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def run_code_of(folder: Path) -> None:
+    """With plain libraries alone, offline."""
     ended = subprocess.run(
-        [sys.executable, "-c", code_of(tmp_path / "out")],
-        cwd=tmp_path / "out",
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        [sys.executable, "-c", code_of(folder)],
+        cwd=folder,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip()
-    assert "fedalign" not in code_of(tmp_path / "out")
+    assert "fedalign" not in code_of(folder)
 
 
 def test_a_card_says_how_it_was_made(made: Made, tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def render(made: Made, trained: Trained) -> str:
 def card_data(made: Made, trained: Trained) -> ModelCardData:
     """What the Hub reads. A base that is a folder has no name there, and licences are not ours to say."""
     config = trained.config
-    as_scored = made.personal is None and made.dtype == config.tuning.loaded_dtype
+    as_scored = made.personal is None and config.tuning.kind != "qlora" and made.dtype == config.tuning.loaded_dtype
     results = _results(trained) if as_scored else []
     tags = ["federated-learning", "mixture-of-experts", "fedalign-moe", config.algorithm.name]
     return ModelCardData(
@@ -404,7 +404,7 @@ def snippet(made: Made) -> str:
     model = model.replace("'folder'", "folder")
     start = 'input_ids = tokenizer("The", return_tensors="pt").input_ids'
     if not made.mixes:
-        body = f"{start}\nprint(tokenizer.decode(model.generate(input_ids, max_new_tokens=20)[0]))"
+        body = f"{start}\nprint(tokenizer.decode(model.generate(input_ids=input_ids, max_new_tokens=20)[0]))"
         return HEAD.format(imports=_imports(first), model=model) + body
     server = model.replace("model =", "server =").replace("(folder", '(f"{folder}/../.."')
     inputs = "input_ids=input_ids"
