@@ -1,11 +1,10 @@
 """`fedalign export` as a user meets it."""
 
-import os
 import re
-import subprocess
-import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,15 +58,11 @@ def test_it_says_where_the_model_is_and_how_to_load_it(
     assert "it/s" not in errors  # no progress bars of other libraries
     lines = printed_code(text)
     assert lines.startswith(f"from {library} import Auto")
-    ended = subprocess.run(
-        [sys.executable, "-c", f"{lines}\nprint(model.num_parameters())"],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert int(ended.stdout) > 10_000
+    loaded: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft's own
+        exec(lines, loaded)
+    assert loaded["model"].num_parameters() > 10_000
 
 
 def test_clients_are_counted(fedalign: Command, run: Path, tmp_path: Path) -> None:

@@ -273,6 +273,7 @@ def test_qlora_without_cuda_is_refused(settings: list[str], tmp_path: Path) -> N
         (["tuning.kind=lora", "tuning.average=exact", "server.optimizer=adam"], "Choose: average"),
         (["tuning.kind=lora", "tuning.average=exact", "training.keep_optimizer=true"], "other factors each round"),
         (["tuning.kind=lora", "tuning.average=exact", "algorithm.name=scaffold"], "Choose one of: factors, freeze_a"),
+        (["tuning.kind=lora", "tuning.average=exact", "algorithm.name=fc_moe"], "sets factors of one round against"),
         (["tuning.kind=lora", "tuning.rank=0"], "tuning.rank = 0: input should be greater than or equal to 1"),
         (["tuning.kind=half"], "Choose one of: experts, full, lora, moe, qlora, router"),
     ],

@@ -309,10 +309,10 @@ class Config(Section):
                 'training.keep_optimizer = true: with tuning.average = "exact" a client finds other factors each round '
                 "than its optimizer knew. Leave it at false, or choose one of: factors, freeze_a."
             )
-        if exact and self.algorithm.build().corrects:
+        if exact and self.algorithm.build().spans_rounds:
             raise UserError(
-                f'algorithm.name = "{self.algorithm.name}": corrects gradients of the factors, which tuning.average = '
-                '"exact" makes anew each round. Choose one of: factors, freeze_a.'
+                f'algorithm.name = "{self.algorithm.name}": sets factors of one round against those of another, which '
+                'tuning.average = "exact" makes anew each round. Choose one of: factors, freeze_a.'
             )
         for name, limits in self.clients.limits.items():
             if limits.rank and not exact:

@@ -66,7 +66,7 @@ PLACEHOLDERS = {
 HEAD = """\
 {imports}
 
-folder = "."  # this folder, or the model's name on the Hub
+folder = "."  # {place}
 {model}
 tokenizer = AutoTokenizer.from_pretrained(folder)
 """
@@ -173,7 +173,7 @@ def render(made: Made, trained: Trained) -> str:
         lstrip_blocks=True,
     )
     config = trained.config
-    return environment.get_template("model_card.md").render(
+    return environment.get_template("model_card.md.jinja").render(
         head=card_data(made, trained).to_yaml().strip(),
         made=made,
         trained=trained,
@@ -267,7 +267,7 @@ def training_rows(trained: Trained) -> list[tuple[str, str]]:
         ("tuning", _tuning(config)),
         (
             "local training",
-            f"{training.epochs} epochs a round, {training.optimizer}, learning rate {training.learning_rate:g}, "
+            f"epochs a round: {training.epochs}; {training.optimizer}, learning rate {training.learning_rate:g}, "
             f"{training.schedule}, at most {training.batch_examples} examples a batch",
         ),
         ("server", f"{config.server.optimizer}, updates in {config.wire.dtype}"),
@@ -405,7 +405,8 @@ def snippet(made: Made) -> str:
     start = 'input_ids = tokenizer("The", return_tensors="pt").input_ids'
     if not made.mixes:
         body = f"{start}\nprint(tokenizer.decode(model.generate(input_ids=input_ids, max_new_tokens=20)[0]))"
-        return HEAD.format(imports=_imports(first), model=model) + body
+        place = "this folder, or the model's name on the Hub"
+        return HEAD.format(imports=_imports(first), place=place, model=model) + body
     server = model.replace("model =", "server =").replace("(folder", '(f"{folder}/../.."')
     inputs = "input_ids=input_ids"
     if made.is_seq2seq:
@@ -413,7 +414,7 @@ def snippet(made: Made) -> str:
     mixed = MIXED.format(server=server, gate=MIXTURE_GATE)
     body = f"{start}\nprint(tokenizer.decode(log_probabilities({inputs})[0, -1].argmax()))"
     imports = f"import torch\nfrom safetensors.torch import load_file\n{_imports(first)}"
-    return HEAD.format(imports=imports, model=model) + mixed + body
+    return HEAD.format(imports=imports, place="this folder", model=model) + mixed + body
 
 
 def _imports(first: str) -> str:

@@ -326,6 +326,10 @@ class Algorithm(Protocol):
     def corrects(self) -> bool:
         """Whether `correct` is to be called."""
 
+    @property
+    def spans_rounds(self) -> bool:
+        """Whether clients set values of one round against those of another: not where factors are made anew."""
+
     def plan(self, reports: Sequence[Statistics], layout: Layout, state: State) -> tuple[Plan, State]:
         """Weights for this round's updates, and the state for the next round."""
 

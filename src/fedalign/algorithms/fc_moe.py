@@ -38,6 +38,11 @@ class FCMoE(FedAvg):
         if not 1 <= self.max_stretch < float("inf"):
             raise ValueError(f"max_stretch = {self.max_stretch}: must be at least 1 and finite")
 
+    @property
+    def spans_rounds(self) -> bool:
+        """What was removed is found between two rounds."""
+        return self.keep > 0
+
     def plan(self, reports: Sequence[Statistics], layout: Layout, state: State) -> tuple[Plan, State]:
         """Importance for the experts, n_c / Σ n for the rest."""
         plan, state = super().plan(reports, layout, state)

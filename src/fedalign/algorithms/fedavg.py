@@ -61,6 +61,11 @@ class FedAvg:
         """Gradients stay as they are."""
         return False
 
+    @property
+    def spans_rounds(self) -> bool:
+        """Each round stands for itself."""
+        return False
+
     def apply(self, state: State, sums: Mapping[str, Weights], layout: Layout, members: int) -> State:
         """The plan's state."""
         return state

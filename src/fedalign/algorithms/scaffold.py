@@ -31,6 +31,11 @@ class Scaffold(FedAvg):
         """Every step."""
         return True
 
+    @property
+    def spans_rounds(self) -> bool:
+        """Control variates are of earlier rounds."""
+        return True
+
     def plan(self, reports: Sequence[Statistics], layout: Layout, state: State) -> tuple[Plan, State]:
         """FedAvg's weights, and a stream whose sum is the mean of Δ_i / (K_i·η)."""
         plan, state = super().plan(reports, layout, state)
