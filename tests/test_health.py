@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from fedalign import health
 from fedalign.algorithms.fedavg import FedAvg
-from fedalign.health import read_health, similarity, write_health
+from fedalign.health import consensus, read_health, similarity, write_health
 from fedalign.protocol import Statistics
 from tests.algorithms.test_hooks import LAYOUT, report
 
@@ -37,7 +37,10 @@ def test_a_round_is_read_back(tmp_path: Path) -> None:
     assert_close(kept.tensors["shared_weight_C"], torch.full((3,), 1 / 3))
     assert kept.tensors["expert_weight_C_L_E"].shape == (3, 1, 2)
     assert_close(kept.tensors["load_C_L_E"][2], tensor([[10.0, 0.0]]))
-    assert kept.tensors["similarity_L_E_C_C"].shape == (1, 2, 3, 3)
+    assert kept.tensors["similarity_L_E_C_C"].shape == kept.tensors["consensus_L_E_C_C"].shape == (1, 2, 3, 3)
+    assert_close(kept.tensors["expert_norm_C_L_E"], torch.ones(3, 1, 2))
+    assert_close(kept.tensors["gate_norm_C_L_E"], torch.ones(3, 1, 2))
+    assert_close(kept.tensors["shared_norm_C"], torch.ones(3))
 
 
 def test_similarities_are_cosines_of_centred_centroids_among_holders() -> None:
@@ -50,8 +53,21 @@ def test_similarities_are_cosines_of_centred_centroids_among_holders() -> None:
     assert not bool(found[1, :2, :2].isnan().any())
 
 
+def test_consensus_is_the_cosine_of_updates_among_holders() -> None:
+    first, second, third = (
+        replace(one, update_L_E_S=tensor([[a, [1, 0]]]).half())
+        for one, a in zip(reports(), ([1.0, 0.0], [0.6, 0.8], [-1.0, 0.0]), strict=True)
+    )
+    found = consensus([first, second, third])[0]
+    assert_close(found[0], tensor([[1.0, 0.6, -1.0], [0.6, 1.0, -0.6], [-1.0, -0.6, 1.0]]), atol=1e-3, rtol=1e-3)
+    assert bool(found[1, 2].isnan().all())
+    assert_close(found[1, :2, :2], torch.ones(2, 2), atol=1e-3, rtol=1e-3)
+
+
 def test_many_clients_are_not_compared_pair_by_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "PAIRWISE", 2)
     plan, _ = FedAvg().plan(reports(), LAYOUT, {})
     write_health(tmp_path, 1, reports(), plan, LAYOUT)
-    assert "similarity_L_E_C_C" not in read_health(tmp_path / "round-00001.safetensors").tensors
+    assert not {"similarity_L_E_C_C", "consensus_L_E_C_C"} & {
+        *read_health(tmp_path / "round-00001.safetensors").tensors
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections import Counter
@@ -292,6 +293,8 @@ def _counted(failures: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     """Entry point of the `fedalign` command."""
+    # where it is installed, peft loads it, and a CPU with bfloat16 is told to install what only helps without CUDA
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app()
     except UserError as error:

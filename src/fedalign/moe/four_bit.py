@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from types import MethodType, ModuleType
 from typing import Any, Self
 
@@ -188,13 +187,6 @@ def library() -> ModuleType:
             "tuning.kind = 'qlora': needs bitsandbytes, which is not installed. Install fedalign-moe[qlora], "
             "or choose tuning.kind = 'lora'."
         )
-    return _loaded()
-
-
-@cache
-def _loaded() -> ModuleType:
-    # where a CPU has bfloat16 it advises at every start to install a package that is of no use on CUDA
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     return importlib.import_module("bitsandbytes")
 
 
