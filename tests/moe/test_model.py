@@ -280,6 +280,10 @@ def test_load_says_what_is_wrong_with_a_folder(tmp_path: Path) -> None:
         MoEModel.load(tmp_path)
     with pytest.raises(UserError, match=r"model.dtype = 'floaty32': unknown.*bfloat16, float16, float32"):
         MoEModel.load(tmp_path, dtype="floaty32")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds a PEFT adapter, not a model. Merge it"):
+        MoEModel.load(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
     (tmp_path / "config.json").write_text("{not json")
     with pytest.raises(UserError, match=r"cannot be loaded"):
         MoEModel.load(tmp_path)
