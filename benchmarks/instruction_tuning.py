@@ -1,6 +1,6 @@
 """Federated instruction tuning of a real pretrained model on one CPU thread: upcycled SmolLM2, four sites, Dolly.
 
-    OMP_NUM_THREADS=1 python benchmarks/instruction_tuning.py DOLLY --out runs/instruction-tuning    # 15 minutes
+    OMP_NUM_THREADS=1 python benchmarks/instruction_tuning.py DOLLY --out runs/instruction-tuning    # 8 minutes
 
 DOLLY is a folder with train.parquet and test.parquet: the 15,011 rows of Dolly (Conover et al. 2023, CC BY-SA 3.0) with
 columns instruction, context, response, category and client; each client holds a few categories, as FedIT dealt them

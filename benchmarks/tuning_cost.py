@@ -1,6 +1,6 @@
 """Memory and time of a client's step by kind of tuning, on the upcycled SmolLM2-135M-Instruct.
 
-    OMP_NUM_THREADS=1 python benchmarks/tuning_cost.py           # 10 minutes on one core
+    OMP_NUM_THREADS=1 python benchmarks/tuning_cost.py           # 8 minutes on one core
     python benchmarks/tuning_cost.py --only lora,full --device cuda
 
 Each kind has a fresh process, one after another, with the same examples in the same batches: 16 chains of 128 random
