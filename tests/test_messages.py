@@ -194,10 +194,10 @@ def test_numbers_that_are_not_finite_travel_to_be_checked_by_who_understands_the
     assert math.isnan(decode(travel(encode(Evaluation("ward", 1, math.nan, None))), Evaluation).loss)
 
 
-@pytest.mark.parametrize("spoken", [0, PROTOCOL + 1, None, True, "2", 2.0, [2], {}])
+@pytest.mark.parametrize("spoken", [0, PROTOCOL + 1, None, True, str(PROTOCOL), float(PROTOCOL), [PROTOCOL], {}])
 def test_another_protocol_is_named(spoken: Any) -> None:
     parcel = encode(hello())
-    with pytest.raises(MessageError, match=r"it speaks protocol .*, this is 2: install the same version"):
+    with pytest.raises(MessageError, match=rf"it speaks protocol .*, this is {PROTOCOL}: install the same version"):
         decode(Parcel({**parcel.head, "protocol": spoken}, {}), Hello)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fedalign.protocol import PROTOCOL
 from tests.conftest import save_tokenizer
 from tests.moe.tiny import build
 from tests.sites.conftest import (
@@ -29,9 +30,9 @@ pytestmark = pytest.mark.sites
 GOOD = ("north", "south")
 NEWER_PROTOCOL = """
 import fedalign.protocol
-fedalign.protocol.PROTOCOL = 2
+fedalign.protocol.PROTOCOL += 1
 import fedalign.messages
-fedalign.messages.PROTOCOL = 2
+fedalign.messages.PROTOCOL = fedalign.protocol.PROTOCOL
 """
 WRAPPED = """
 import dataclasses
@@ -74,7 +75,8 @@ REFUSED = {
     "other-weights": "its model weights differ: ",
     "other-layout": "its MoE layout differs: 2 layers x 8 experts, the coordinator's is 2 layers x 4 experts",
     "other-tokenizer": "its tokenizer differs: ",
-    "node ": "it speaks protocol 2, this is 1: install the same version",  # its name cannot be read
+    # its name cannot be read
+    "node ": f"it speaks protocol {PROTOCOL + 1}, this is {PROTOCOL}: install the same version",
 }
 REASONS = {
     "enormous": "server.max_norm_ratio = 100",

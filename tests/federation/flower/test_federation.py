@@ -14,6 +14,7 @@ from fedalign.federation.flower import federation
 from fedalign.federation.flower.federation import Agreement, FlowerFederation
 from fedalign.messages import Message, Parcel, decode, encode
 from fedalign.protocol import (
+    PROTOCOL,
     SHARED,
     Broadcast,
     Evaluation,
@@ -26,6 +27,7 @@ from fedalign.protocol import (
 from tests.federation.flower.scripted import Clock, Node, Script, ScriptedLink
 from tests.test_messages import hello, packed, statistics
 
+OTHER = PROTOCOL + 1
 AGREEMENT = Agreement("a" * 64, "c" * 64, "d" * 64, layers=2, experts=3, weights="b" * 64)
 
 
@@ -163,7 +165,10 @@ def test_a_site_that_goes_before_it_says_hello_is_not_waited_for_and_greeted_whe
         ({"weights": "b" * 63 + "a"}, "its model weights differ: bbbb"),
         ({"tokenizer": ""}, "its tokenizer differs"),
         ({"chat_template": "0" * 64}, "its chat template differs: 0000"),
-        ({"protocol": 2}, "it speaks protocol 2, this is 1: install the same version"),
+        (
+            {"protocol": PROTOCOL + 1},
+            f"it speaks protocol {PROTOCOL + 1}, this is {PROTOCOL}: install the same version",
+        ),
         ({"client": ""}, "it has no name"),
     ],
 )
@@ -298,7 +303,7 @@ def test_training_asks_all_at_once_and_hands_on_what_comes_as_it_comes(clock: Cl
         ("its process ended before it could answer", "its process ended before it could answer"),
         (lambda _: statistics("a", 1), "it answers as 'a'"),
         (Evaluation("c", 1, 1.0, None), "unexpected message 'evaluation'"),
-        (Parcel({"protocol": 2, "kind": "statistics"}, {}), "it speaks protocol 2"),
+        (Parcel({"protocol": OTHER, "kind": "statistics"}, {}), f"it speaks protocol {OTHER}"),
         (Parcel({**encode(statistics("c", 1)).head}, {}), "a damaged statistics: KeyError"),
         (None, "no reply within 100 s (federation.timeout_seconds)"),
     ],
