@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedalign import parallel
 from fedalign.errors import TrainingFailedError, UserError
 from fedalign.messages import parse_group
 from fedalign.protocol import Metrics, Packed, ParameterGroup, Request, State, Update, Weights
@@ -92,6 +93,7 @@ class Checkpoints:
         self.folder = folder
         self.identity = dict(identity)  # what must agree on resume: name -> fingerprint
 
+    @parallel.by_the_first
     def save(self, state: ServerState) -> None:
         """Write the state after a complete round."""
         with replacing(self.folder / f"round-{state.round:05d}") as folder:
@@ -149,6 +151,7 @@ class ClientMemory:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    @parallel.by_the_first
     def keep(self, round: int, update: Mapping[ParameterGroup, Packed], state: Mapping[str, Tensor]) -> None:
         """Keep a round's update in wire precision, and the state that the client's next round starts from."""
         arrays: dict[str, Tensor] = {}
@@ -197,6 +200,7 @@ class ClientMemory:
         earlier = [path for number, path in _rounds(self.folder) if number < round]
         return load_file(earlier[-1] / "state.safetensors") if earlier else {}
 
+    @parallel.by_the_first
     def forget_updates(self) -> None:
         """Free the disk that kept updates take, once a run is complete."""
         for _, folder in _rounds(self.folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections import Counter
@@ -54,10 +55,15 @@ RUN_EXAMPLES = """
 
 
 @app.callback(invoke_without_command=True)
-def _main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def _main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
     if version:
         out.print(__version__)
         raise typer.Exit
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and context.invoked_subcommand != "run":
+        raise UserError(f"fedalign {context.invoked_subcommand}: torchrun is for `fedalign run` alone. Leave it out.")
 
 
 @app.command(epilog=RUN_EXAMPLES)
@@ -85,11 +91,13 @@ def run(
     ] = False,
 ) -> None:
     """Fine-tune one MoE model across clients that keep their data."""
-    from fedalign import run as runs  # torch and transformers load only when something is run
+    from fedalign import parallel  # torch and transformers load only when something is run
+    from fedalign import run as runs
     from fedalign.config import load_config
     from fedalign.demo import DEMO
     from fedalign.moe.model import quiet
     from fedalign.results import RunFolder
+    from fedalign.workbench import check_shardable
 
     quiet()
     overrides = set_ or []
@@ -105,9 +113,21 @@ def run(
         folder = RunFolder(out_ or Path("runs") / name)
         if not dry_run:
             folder.check_free(overwrite)
+    if parallel.launched() > 1:
+        if dry_run:
+            raise UserError(f"--dry-run: not in {parallel.launched()} processes. Leave torchrun out.")
+        check_shardable(settings)
     if settings.federation.engine != "in_process" and not dry_run:
         _run_on_flower(settings, folder, fresh=resume is None, insecure_anywhere=insecure_anywhere)
         return
+    with parallel.together(settings.run.device):
+        out.quiet = not parallel.is_first()
+        _run_here(settings, folder, fresh=resume is None, dry_run=dry_run)
+
+
+def _run_here(settings: Config, folder: RunFolder, *, fresh: bool, dry_run: bool) -> None:
+    from fedalign import run as runs
+
     with out.status("Loading the model and the data ..."):
         prepared = runs.prepare(settings, folder.clients)
     _print_headline(prepared)
@@ -116,7 +136,7 @@ def run(
             estimate = runs.estimate(prepared)
         _print_estimate(estimate)
         return
-    if resume is None:
+    if fresh:
         folder.begin(settings)
     _execute(prepared, folder)
 

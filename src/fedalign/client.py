@@ -20,15 +20,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import get_scheduler
 
+from fedalign import parallel
 from fedalign.checkpoint import ClientMemory
 from fedalign.config import ClientLimits, Config, TrainingConfig
 from fedalign.data.batches import Batch, Encoded, batches
 from fedalign.errors import TrainingFailedError
 from fedalign.evaluation import TestSet, evaluate
-from fedalign.forward import answer_logits
+from fedalign.forward import answer_logits, own_share
 from fedalign.maths.sketch import Sketch
 from fedalign.messages import parse_group
-from fedalign.moe.model import MoEModel, fill, flat
+from fedalign.moe.model import MoEModel
 from fedalign.moe.probe import Captured, RoutingProbe, RoutingStatistics, balancing_loss, idle_experts
 from fedalign.personal import Mixture
 from fedalign.protocol import (
@@ -103,8 +104,8 @@ class Trainer:
         seed = derive_seed(self.config.run.seed, broadcast.round, client.name)
         started = time.perf_counter()
         limits = self.config.clients.limits.get(client.name, AS_EVERYBODY)
-        with torch.random.fork_rng(devices=_cuda_devices(self.moe.device)), self.moe.sending_to(limits.top_k):
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=_cuda_devices(self.moe.devices)), self.moe.sending_to(limits.top_k):
+            torch.manual_seed(seed + parallel.rank())  # other rows want other dropout
             fit = LocalFit(self, client, local, broadcast.round, remembered, limits)
             fit.run()
         trained = fit.trained()
@@ -115,7 +116,8 @@ class Trainer:
         if not bool(norm_G.isfinite().all()):
             broken = self.moe.layout.groups[int((~norm_G.isfinite()).nonzero()[0])]
             raise TrainingFailedError(f"its update of {broken} is not finite; {REMEDY}")
-        statistics = self._report(client, broadcast.round, fit, local, update, norm_G, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        statistics = parallel.agreed(self._report(client, broadcast.round, fit, local, update, norm_G, seconds))
         wire = self.config.wire.dtype
         packed = {group: pack(delta.cpu(), wire, derive_seed(seed, group)) for group, delta in update.items()}
         mixture = self._fit_mixture(client, local, broadcast.round, seed) if self.algorithm.mixes else {}
@@ -142,7 +144,7 @@ class Trainer:
         mixture = self._mixture(client, local.received, round)
         optimizer = make_optimizer(mixture.parameters(), options)
         self.moe.write(local.received)
-        with torch.random.fork_rng(devices=_cuda_devices(self.moe.device)):
+        with torch.random.fork_rng(devices=_cuda_devices(self.moe.devices)):
             torch.manual_seed(derive_seed(seed, "mixture"))
             for epoch in range(options.epochs):
                 order = derive_seed(seed, "mixture", epoch)
@@ -262,8 +264,7 @@ class LocalFit:
         self.masters = {p: p.detach().float() for p in self.parameters if p.dtype != torch.float32}
         self.views = trainer.views if not self.masters else self.moe.views_of(self.masters)
         if self.masters:  # the model's own values are rounded
-            for group, pieces in self.views.items():
-                fill(pieces, local.start[group])
+            self.moe.write(local.start, self.masters)
         self.stepped = [self.masters.get(p, p) for p in self.parameters]
         self.optimizer = make_optimizer(self.stepped, self.options)
         if self.options.keep_optimizer:
@@ -298,15 +299,15 @@ class LocalFit:
 
     def trained(self) -> Weights:
         """Flat float32 copies of all that was trained."""
-        return {group: flat(pieces, self.moe.device) for group, pieces in self.views.items()}
+        return self.moe.read(stand_ins=self.masters)
 
     @torch.no_grad()
     def _least_used(self, probe: RoutingProbe, count: int) -> Tensor:
         """Boolean [L, E]: all but the `count` experts of each layer that most of the client's tokens go to."""
         load_L_E = torch.zeros(self.frozen_L_E.shape, device=self.moe.device)
         for batch in itertools.islice(self._batches(0), BATCHES_TO_CHOOSE):
-            here = batch.to(self.moe.device)
-            with probe.capture(here.attention_mask_B_S, here.decoder_attention_mask_B_T) as captured:
+            here = own_share(batch).to(self.moe.device)
+            with probe.capture(*here.masks()) as captured:
                 answer_logits(self.moe, here)
             load_L_E += torch.cat([stack.dispatch_M_T_E.sum(1) for stack in captured.stacks])
         most_L_K = load_L_E.topk(min(count, self.moe.experts), dim=1).indices
@@ -335,16 +336,15 @@ class LocalFit:
         self.moe.model.zero_grad(set_to_none=True)
         idle_L_E: Tensor | None = None
         for batch in group:
-            here = batch.to(self.moe.device)
-            capture = probe.capture(here.attention_mask_B_S, here.decoder_attention_mask_B_T)
-            with capture as captured, autocast():
+            here = own_share(batch).to(self.moe.device)
+            with probe.capture(*here.masks()) as captured, autocast():
                 nll_sum = answer_logits(self.moe, here).nll_N.sum()
             share = batch.answer_tokens / answer_tokens
             loss = nll_sum / answer_tokens
             for extra in self._penalties(captured):
                 loss = loss + share * extra
             loss.backward()  # type: ignore[no-untyped-call]
-            self._nll_sum += self._finite(nll_sum)
+            self._nll_sum += self._finite(parallel.total(nll_sum))
             self._answer_tokens += batch.answer_tokens
             idle = idle_experts(captured)
             idle_L_E = idle if idle_L_E is None else idle_L_E & idle
@@ -378,13 +378,14 @@ class LocalFit:
             yield self.options.balance_coefficient * balancing_loss(captured.routing, self.moe.experts)
 
     def _drift(self) -> Tensor:
-        """‖w − w_received‖²; the received weights are copied when first asked for."""
+        """‖w − w_received‖², of the rows that are here; the received weights are copied when first asked for."""
         if self._start is None:
             if self.steps:
                 raise RuntimeError("a penalty on the drift must use it from the first step on")
-            self._start = [p.detach().clone() for p in self.parameters]
+            self._start = [parallel.held(p.detach())[0].clone() for p in self.parameters]
         pairs = zip(self.parameters, self._start, strict=True)
-        return torch.stack([(p - start).square().sum() for p, start in pairs]).sum()
+        terms = [(parallel.held(p)[0] - start).square().sum().to(self.moe.device) for p, start in pairs]
+        return torch.stack(terms).sum()
 
     @contextlib.contextmanager
     def _holding_still(self, idle_L_E: Tensor) -> Iterator[None]:
@@ -429,7 +430,7 @@ def make_optimizer(parameters: Sequence[Tensor], options: TrainingConfig) -> Opt
 def dump_optimizer(optimizer: Optimizer, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
     """The optimizer's tensors by parameter index."""
     return {
-        f"optimizer.{index}.{name}": value.detach().cpu()
+        f"optimizer.{index}.{name}": parallel.whole(value.detach()).cpu()
         for index, parameter in enumerate(parameters)
         for name, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
@@ -442,7 +443,7 @@ def restore_optimizer(optimizer: Optimizer, parameters: Sequence[Tensor], rememb
         if key.startswith("optimizer."):
             _, index, name = key.split(".", 2)
             parameter = parameters[int(index)]
-            optimizer.state[parameter][name] = value.clone().to(parameter.device)
+            optimizer.state[parameter][name] = parallel.like(value.clone(), parameter)
 
 
 def make_autocast(device: torch.device, precision: str) -> Any:
@@ -453,5 +454,5 @@ def make_autocast(device: torch.device, precision: str) -> Any:
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
 
 
-def _cuda_devices(device: torch.device) -> list[int]:
-    return [device.index or 0] if device.type == "cuda" else []
+def _cuda_devices(devices: Sequence[torch.device]) -> list[int]:
+    return [device.index or 0 for device in devices if device.type == "cuda"]

@@ -38,7 +38,7 @@ class RunConfig(Section):
 
     seed: Count = 0
     rounds: Positive = 10
-    device: str = "auto"  # auto: cuda if there is one, else cpu
+    device: str = "auto"  # auto: cuda if there is one, else cpu; split: layers over all GPUs
     threads: Count = 0  # CPU threads of torch; 0 leaves torch's own choice
 
 

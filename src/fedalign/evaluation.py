@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedalign import parallel
 from fedalign.config import EvaluationConfig
 from fedalign.data.batches import IGNORED, Batch, Encoded, Encoder, batches
 from fedalign.data.formats import Example
-from fedalign.forward import AnswerLogits, answer_logits
+from fedalign.forward import AnswerLogits, answer_logits, own_share
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import Evaluation
 
@@ -89,13 +90,20 @@ def evaluate(
     for batch in _batches(tests.encoded, config, moe.device):
         nll_N = answer(batch).nll_N
         nll_sum, tokens = nll_sum + float(nll_N.double().sum()), tokens + nll_N.numel()
+    nll_sum, tokens = _over_all(moe.device, nll_sum, tokens)
     matches = _exact_matches(moe, tests, config, tokenizer) if config.generate else None
     return Evaluation(client, len(tests), nll_sum / tokens, None if matches is None else matches / len(tests))
 
 
 def _batches(encoded: Sequence[Encoded], config: EvaluationConfig, device: torch.device) -> Iterator[Batch]:
     for batch in batches(encoded, config.batch_tokens, batch_examples=config.batch_tokens, seed=None):
-        yield batch.to(device)
+        yield own_share(batch).to(device)
+
+
+def _over_all(device: torch.device, nll_sum: float, count: int) -> tuple[float, int]:
+    """The sums of all processes that share the batches."""
+    both = parallel.total(torch.tensor([nll_sum, count], dtype=torch.float64, device=device))
+    return float(both[0]), int(both[1])
 
 
 def _score_choices(
@@ -112,6 +120,7 @@ def _score_choices(
         rows = torch.tensor(batch.rows)[answers.row_N.cpu()]
         nll_F.index_add_(0, rows, answers.nll_N.double().cpu())
         length_F.index_add_(0, rows, torch.ones_like(rows))
+    nll_F, length_F = (parallel.total(sums.to(device)).cpu() for sums in (nll_F, length_F))
     score_F = nll_F / length_F if config.length_normalise else nll_F
     counts = [len(choices) for choices in tests.choices]
     best_N = torch.stack([part.argmin() for part in torch.split(score_F, counts)])
@@ -129,6 +138,7 @@ def _score_single_tokens(
         nll_sum += float(answers.nll_N.double().sum())
         score_N_K = answers.logits_N_V.gather(1, choice_N_K[rows].to(device))
         right += int((score_N_K.argmax(1).cpu() == tests.right_N[rows]).sum())
+    nll_sum, right = _over_all(device, nll_sum, right)
     return nll_sum, len(tests), right
 
 
@@ -141,6 +151,7 @@ def _exact_matches(moe: MoEModel, tests: TestSet, config: EvaluationConfig, toke
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=moe.device),
             max_new_tokens=config.max_new_tokens,
             do_sample=False,
+            synced_gpus=parallel.world() > 1,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
         new = output[0] if moe.is_seq2seq else output[0, len(prompt) :]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedalign import parallel
 from fedalign.data.batches import IGNORED, Batch
 from fedalign.moe.model import MoEModel
 
@@ -34,6 +35,11 @@ class AnswerLogits:
         return nn.functional.cross_entropy(self.logits_N_V, self.target_N, reduction="none")
 
 
+def own_share(batch: Batch) -> Batch:
+    """What this process runs of a batch that several share: all of it where it is alone."""
+    return batch.share(parallel.own_rows(batch.examples))
+
+
 def answer_logits(moe: MoEModel, batch: Batch) -> AnswerLogits:
     """Run the model on a batch; predict each token whose label is not -100."""
     target_B_S = batch.targets_B_S
@@ -49,7 +55,8 @@ def _cut_head(model: Any, row_N: Tensor, position_N: Tensor) -> Iterator[list[Te
     heard: list[Tensor] = []
 
     def keep_answers(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        heard.append(args[0][row_N, position_N])
+        here = args[0].device  # of a split model the last one
+        heard.append(args[0][row_N.to(here), position_N.to(here)])
         return (heard[0].unsqueeze(0), *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(keep_answers)

@@ -15,11 +15,13 @@ import math
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from importlib import metadata
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from fedalign import parallel
 from fedalign.checkpoint import ServerState, replacing, write_text
 from fedalign.config import Config
 from fedalign.errors import UserError
@@ -64,6 +66,7 @@ class RunFolder:
                 f"replace it: --overwrite; or give another --out."
             )
 
+    @parallel.by_the_first
     def begin(self, config: Config) -> None:
         """Make the folder anew with the resolved configuration."""
         if self.path.exists():
@@ -86,14 +89,14 @@ class Recorder:
         self.save_model = save_model
         self._write_metrics(resumed.history)  # lines of a round that was cut off are dropped
         followed = TrackedRun(folder.path, flat(config.model_dump(mode="json"), "."), resumed.round)
-        self._trackers = open_trackers(config.tracking.loggers, followed)
+        self._trackers = open_trackers(config.tracking.loggers if parallel.is_first() else (), followed)
 
     def progress(self, round: int, stage: str, done: int, total: int) -> None:
         """Nothing to record."""
 
     def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
         """Keep what a person will want to look at: routing, similarity and weights."""
-        if self.config.tracking.health:
+        if self.config.tracking.health and parallel.is_first():
             write_health(self.folder.health, round, reports, plan, layout)
 
     def completed(self, state: ServerState, improved: bool) -> None:
@@ -103,19 +106,24 @@ class Recorder:
         for tracker in self._trackers:
             tracker.log(state.round, scalars)
         if improved:
-            with replacing(self.folder.best) as folder:
-                self.save_model(state.weights, folder)
+            self._save(state.weights, self.folder.best)
 
     def finish(self, state: ServerState) -> dict[str, Any]:
         """Write the final model and the summary; return the summary."""
         for tracker in self._trackers:
             tracker.close()
-        with replacing(self.folder.model) as folder:
-            self.save_model(state.weights, folder)
+        self._save(state.weights, self.folder.model)
         summary = summarise(self.config, state.history)
-        write_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
+        if parallel.is_first():
+            write_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
         return summary
 
+    def _save(self, weights: Weights, place: Path) -> None:
+        """Every process gives its share of the model, the first writes it."""
+        with replacing(place) if parallel.is_first() else nullcontext(place) as folder:
+            self.save_model(weights, folder)
+
+    @parallel.by_the_first
     def _write_metrics(self, history: Sequence[Metrics]) -> None:
         write_text(self.folder.metrics, "".join(json.dumps(line) + "\n" for line in history))
 

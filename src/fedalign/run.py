@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedalign import parallel
 from fedalign.checkpoint import Checkpoints, ServerState, folder_name, write_text
 from fedalign.client import ClientData
 from fedalign.config import Config, FederationConfig, load_config
@@ -191,7 +192,8 @@ def execute(centre: Centre, folder: RunFolder, watch: Observer) -> dict[str, Any
     config = centre.config
     checkpoints = Checkpoints(folder.checkpoint, centre.identity())
     state = checkpoints.load() or ServerState(0, centre.initial_weights(), {}, ())
-    write_text(folder.holdings, json.dumps(centre.holdings(), indent=1))
+    if parallel.is_first():
+        write_text(folder.holdings, json.dumps(centre.holdings(), indent=1))
     recorder = Recorder(folder, config, centre.save_model, state)
     server = Server(
         federation=centre.federation,

@@ -73,7 +73,7 @@ def init(
     model: Annotated[
         str | None, typer.Option("--model", metavar="PATH", help="This site's own copy of the model.")
     ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ... or split")] = None,
     column: Annotated[
         list[str] | None,
         typer.Option("--column", metavar="ROLE=NAME", help="What a column is called here; may be repeated."),

@@ -45,7 +45,7 @@ COMMENTS = {
     "data.columns.client": "not used at a site",
     "model.path": "this site's own copy; without it: what the coordinator names",
     "model.trust_remote_code": "run the code that comes with the model; the coordinator cannot set this",
-    "limits.device": "auto | cpu | cuda | cuda:1 ...; auto takes a GPU if there is one",
+    "limits.device": "auto | cpu | cuda | cuda:1 ... | split; auto takes a GPU if there is one, split all",
     "limits.threads": "CPU threads; 0: torch's own choice",
     "limits.batch_tokens": "tokens of a batch at most; 0: what the coordinator says",
     "limits.min_tokens": "experts that fewer tokens reached are withheld from the statistics,",

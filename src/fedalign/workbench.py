@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fedalign import parallel
 from fedalign.checkpoint import ClientMemory
 from fedalign.client import ClientData, Trainer, derive_seed
 from fedalign.config import Config, TuningConfig
@@ -38,21 +39,26 @@ class Workbench:
         """Load the configured model and tokenizer.
 
         Raises:
-            UserError: There is no such model or device, or a limit does not fit the model.
+            UserError: There is no such model or device, it cannot train so, or a limit does not fit the model.
         """
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         device = pick_device(config.run.device)
-        if config.tuning.kind == "qlora":
+        several = parallel.world() > 1 or device == parallel.SPLIT
+        if device == parallel.SPLIT:
+            check_splittable(config)
+        elif config.tuning.kind == "qlora":
             need_cuda(device)
         moe = load_model(
             config.model.path,
-            device=device,
+            device="cpu" if several else device,
             trust_remote_code=config.model.trust_remote_code,
             revision=config.model.revision,
             tuning=config.tuning,
             seed=config.run.seed,
         )
+        if several:
+            moe = moe.split() if device == parallel.SPLIT else moe.shard(torch.device(device))
         if config.tuning.gradient_checkpointing:
             moe.checkpoint_activations()
         return cls.around(moe, config)
@@ -118,7 +124,50 @@ class Workbench:
         """Write weights as an ordinary Hugging Face folder, with the tokenizer."""
         self.moe.write(weights)
         self.moe.save(folder)
-        self.tokenizer.save_pretrained(folder)
+        if parallel.is_first():
+            self.tokenizer.save_pretrained(folder)
+
+
+def check_shardable(config: Config) -> None:
+    """Refuse what cannot go over the processes that torchrun started.
+
+    Raises:
+        UserError: Another engine, or its tuning or algorithm needs whole parameters.
+    """
+    if config.federation.engine != "in_process":
+        raise UserError(
+            f'federation.engine = "{config.federation.engine}": torchrun starts clients in process alone. Leave '
+            'torchrun out, or choose "in_process".'
+        )
+    if config.tuning.adapts:
+        raise UserError(
+            f'tuning.kind = "{config.tuning.kind}": torchrun does not shard adapters. Leave torchrun out (lora can '
+            f'take run.device = "{parallel.SPLIT}"), or choose one of: full, moe, experts, router.'
+        )
+    algorithm = config.algorithm.build()
+    if algorithm.corrects or algorithm.mixes:
+        what = "whole gradients" if algorithm.corrects else "a second model"
+        raise UserError(
+            f'algorithm.name = "{config.algorithm.name}": needs {what}, which torchrun cannot shard. Leave torchrun '
+            "out, or choose another algorithm."
+        )
+
+
+def check_splittable(config: Config) -> None:
+    """Refuse what cannot go over several GPUs layer by layer.
+
+    Raises:
+        UserError: A 4-bit base, or an algorithm with a second model.
+    """
+    if config.tuning.kind == "qlora":
+        raise UserError(
+            f'run.device = "{parallel.SPLIT}": not for a 4-bit base. Choose tuning.kind = "lora", or one GPU.'
+        )
+    if config.algorithm.build().mixes:
+        raise UserError(
+            f'run.device = "{parallel.SPLIT}": algorithm.name = "{config.algorithm.name}" has a second model beside. '
+            "Choose one GPU, or another algorithm."
+        )
 
 
 def split_among_clients(config: Config) -> tuple[list[Example], Partition]:
@@ -176,17 +225,24 @@ def load_model(
 
 
 def pick_device(name: str) -> str:
-    """`auto` is a GPU if there is one.
+    """`auto` is a GPU if there is one, `split` all of them.
 
     Raises:
         UserError: The device is not there.
     """
+    there = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name == parallel.SPLIT:
+        if torch.cuda.device_count() < 2:
+            raise UserError(
+                f"run.device = {name!r}: needs two GPUs or more, this machine has {torch.cuda.device_count()}. "
+                f"Choose one of: {', '.join(there)}."
+            )
+        return name
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
-        there = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise UserError(f"run.device = {name!r}: not on this machine. Choose one of: {', '.join(there)}.") from None
     return name
 

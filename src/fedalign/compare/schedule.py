@@ -21,6 +21,7 @@ from fedalign.checkpoint import write_text
 from fedalign.compare.folder import read_history
 from fedalign.compare.plan import Cell
 from fedalign.config import Config
+from fedalign.parallel import SPLIT
 from fedalign.protocol import Metrics
 from fedalign.results import RunFolder
 
@@ -109,7 +110,7 @@ def run_all(
 def slots_for(config: Config, jobs: int | None) -> list[Slot]:
     """As many runs at a time as there are GPUs or, with `run.threads` each, cores; or `jobs`, GPUs in turns."""
     if config.run.device not in ("auto", "cuda") or not torch.cuda.is_available():
-        together = 1 if config.run.device.startswith("cuda") else cores() // max(1, config.run.threads)
+        together = 1 if config.run.device.startswith(("cuda", SPLIT)) else cores() // max(1, config.run.threads)
         return [{}] * max(1, jobs or together)
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]

@@ -55,6 +55,7 @@ class Batch:
     rows: tuple[int, ...]  # positions in the sequence that was given to `batches`
     decoder_input_ids_B_T: Tensor | None = None
     decoder_attention_mask_B_T: Tensor | None = None
+    counts: bool = True  # False: it is run only because a share of a batch must be
 
     @property
     def examples(self) -> int:
@@ -81,6 +82,23 @@ class Batch:
             inputs["decoder_input_ids"] = self.decoder_input_ids_B_T
             inputs["decoder_attention_mask"] = self.decoder_attention_mask_B_T
         return inputs
+
+    def masks(self) -> tuple[Tensor, Tensor | None]:
+        """1 where a token counts, of the encoder and of the decoder."""
+        mask_B_S, mask_B_T = self.attention_mask_B_S, self.decoder_attention_mask_B_T
+        if self.counts:
+            return mask_B_S, mask_B_T
+        return torch.zeros_like(mask_B_S), None if mask_B_T is None else torch.zeros_like(mask_B_T)
+
+    def share(self, rows: range) -> Batch:
+        """Some of its rows; of none the first, which then has no loss and does not count."""
+        if len(rows) == self.examples:
+            return self
+        kept = slice(rows.start, rows.stop) if rows else slice(1)
+        cut: dict[str, Any] = {name: t[kept] for name, t in vars(self).items() if isinstance(t, Tensor)}
+        if not rows:
+            cut["labels_B_S"] = torch.full_like(cut["labels_B_S"], IGNORED)
+        return replace(self, **cut, rows=self.rows[kept], counts=bool(rows))
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

@@ -15,6 +15,7 @@ from packaging.specifiers import SpecifierSet
 from fedalign.doctor.report import Check, Examination, Verdict
 from fedalign.estimate import SiteEstimate
 from fedalign.live import size
+from fedalign.parallel import SPLIT
 from fedalign.workbench import pick_device
 
 PACKAGE = "fedalign-moe"
@@ -65,13 +66,19 @@ def check_device(found: Examination, name: str) -> str | None:
         return None
     free = free_memory(device)
     left = "unknown" if free is None else size(free)
-    what = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.get_num_threads()} threads"
+    what = f"{torch.get_num_threads()} threads"
+    if device.startswith("cuda"):
+        what = torch.cuda.get_device_name(device)
+    elif device == SPLIT:
+        what = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     found.add("device", "ok", f"{device}: {what}, {left} of memory free")
     return device
 
 
 def free_memory(device: str = "cpu") -> int | None:
     """Bytes that a new process could take on this device; None where the system does not say."""
+    if device == SPLIT:
+        return sum(int(torch.cuda.mem_get_info(index)[0]) for index in range(torch.cuda.device_count()))
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
     sources = (available_in(Path("/proc/meminfo")), left_in_group(Path("/sys/fs/cgroup")))
@@ -113,7 +120,7 @@ def memory_checks(device: str, expected: SiteEstimate, activations: int | None, 
     host = expected.exchange + expected.carrier
     rest = f"messages {size(expected.exchange)}, Flower's own process {size(expected.carrier)}"
     needed = expected.training + (activations or 0)
-    if not device.startswith("cuda"):
+    if not device.startswith(("cuda", SPLIT)):
         return [_memory_check("memory", device, needed + host, free, f"{parts}, {rest}")]
     return [
         _memory_check("memory", device, needed, free, parts),

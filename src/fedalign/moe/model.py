@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from fedalign import parallel
 from fedalign.config import TuningConfig
 from fedalign.errors import UserError, unknown
 from fedalign.moe.families import MoELayer, detect, family_of, is_encoder_decoder, refuse
@@ -71,6 +72,11 @@ class Slot:
         """The kind that all its groups share."""
         return self.groups[0].kind
 
+    @property
+    def size(self) -> int:
+        """Number of values of each of its groups."""
+        return self.parameter.numel() // len(self.groups)
+
     def view(self, group: ParameterGroup) -> Tensor:
         """The part that belongs to `group`: the parameter's own storage, outside autograd."""
         return self.part(self.parameter.detach(), group)
@@ -86,6 +92,17 @@ class Slot:
         owners = self.owners
         whole = whole if owners.shape is None else whole.view(owners.shape)
         return whole if owners.axis is None else whole.select(owners.axis, group.expert)
+
+    def held(self, sharded: Tensor, group: ParameterGroup) -> tuple[Tensor, int]:
+        """What is here of that part, in place and flat in its first axes, and where in the flat part it begins."""
+        local, first = parallel.held(sharded)
+        if self.owners.axis and self.owners.shape is None:
+            row = self.size // len(sharded)
+            return local.select(self.owners.axis, group.expert), first * row
+        row, skipped = sharded.numel() // len(sharded), self.groups.index(group) * self.size
+        begin = max(first * row, skipped)
+        end = max(begin, min(first * row + local.numel(), skipped + self.size))
+        return local.view(-1)[begin - first * row : end - first * row], begin - skipped
 
 
 @dataclass(frozen=True)
@@ -123,6 +140,8 @@ class MoEModel:
         layers: its L MoE layers.
         slots: every parameter, trainable or not, with the groups its values belong to.
         layout: number of trainable values of each group. What is frozen later is still in it: wrap again then.
+        sharded: whether this process holds only its rows of each parameter.
+        devices: where the parameters live; more than one where the model is split.
         adapter: peft's description of the adapters that are trained in place of the model's own weights; None: none.
         saved: what a base in 4 bits saves; None: it is not in 4 bits.
     """
@@ -137,6 +156,8 @@ class MoEModel:
             _keep_in_float32(_base(model.get_submodule(layer.router)), layer)
         self.slots = tuple(_slots(model, layers))
         self.saved: Saved | None = None
+        self.sharded = any(parallel.is_sharded(slot.parameter) for slot in self.slots)
+        self.devices = tuple(dict.fromkeys(slot.parameter.device for slot in self.slots))
         self._base_digest: Tensor | None = None
         self._origins: Mapping[str, bytes] = {}  # digests of what was packed
         self._owners: dict[ParameterGroup, list[Slot]] = defaultdict(list)
@@ -348,8 +369,13 @@ class MoEModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters live."""
+        """Where its inputs go."""
         return self.slots[0].parameter.device
+
+    @property
+    def home(self) -> torch.device:
+        """Where whole copies of its values go: beside the parameters, unless no device holds them all."""
+        return torch.device("cpu") if self.sharded or len(self.devices) > 1 else self.device
 
     def gradients(self) -> dict[ParameterGroup, tuple[Tensor, ...]]:
         """The gradients of all trainable values, by group, in the order of `views`; zeros where there is none."""
@@ -357,18 +383,24 @@ class MoEModel:
 
     @property
     def views(self) -> dict[ParameterGroup, tuple[Tensor, ...]]:
-        """Every trainable value exactly once, by group, as views of the parameters' own storage."""
+        """Every trainable value that is here exactly once, by group, as views of the parameters' own storage."""
         return self.views_of({})
 
     def views_of(self, stand_ins: Mapping[nn.Parameter, Tensor]) -> dict[ParameterGroup, tuple[Tensor, ...]]:
         """As `views`, but of these tensors in place of the parameters that they stand for."""
-        return {
-            group: tuple(
-                slot.part(stand_ins.get(slot.parameter, slot.parameter.detach()), group)
-                for slot in self._owners.get(group, ())
-            )
-            for group in self.layout.groups
-        }
+        return {group: tuple(view for view, _ in self._places(group, stand_ins)) for group in self.layout.groups}
+
+    def _places(self, group: ParameterGroup, stand_ins: Mapping[nn.Parameter, Tensor]) -> Iterator[tuple[Tensor, int]]:
+        """What is here of a group, and where in its flat vector each piece begins."""
+        start = 0
+        for slot in self._owners.get(group, ()):
+            values = stand_ins.get(slot.parameter, slot.parameter.detach())
+            if self.sharded:
+                view, begin = slot.held(values, group)
+                yield view, start + begin
+            else:
+                yield slot.part(values, group), start
+            start += slot.size
 
     def weaker_components(self, rank: int) -> list[Tensor]:
         """Of all trained factors, views of what comes after the first `rank` components."""
@@ -412,14 +444,31 @@ class MoEModel:
                 setattr(holder, name, layers[0].top_k)
             self.layers = layers
 
-    def read(self, groups: Iterable[ParameterGroup] | None = None) -> Weights:
-        """Flat float32 copies [N] of the groups (all by default), on the model's device."""
-        groups = self.layout.groups if groups is None else groups
-        return {group: flat(self._views(group), self.device) for group in groups}
+    @torch.no_grad()
+    def read(
+        self, groups: Iterable[ParameterGroup] | None = None, stand_ins: Mapping[nn.Parameter, Tensor] | None = None
+    ) -> Weights:
+        """Flat float32 copies [N] of the groups (all by default) at `home`; of `stand_ins` as in `views_of`."""
+        groups, stand_ins = self.layout.groups if groups is None else groups, stand_ins or {}
+        if not self.sharded:
+            return {group: flat([view for view, _ in self._places(group, stand_ins)], self.home) for group in groups}
+        parts: dict[ParameterGroup, list[Tensor]] = {group: [] for group in groups}
+        for slot in self.slots:
+            if wanted := [group for group in slot.groups if group in parts and slot.parameter.requires_grad]:
+                whole = parallel.whole(stand_ins.get(slot.parameter, slot.parameter.detach())).to(self.home)
+                for group in wanted:
+                    parts[group].append(slot.part(whole, group))
+        return {group: flat(pieces, self.home) for group, pieces in parts.items()}
 
     @torch.no_grad()
-    def write(self, weights: Mapping[ParameterGroup, Tensor]) -> None:
+    def write(
+        self, weights: Mapping[ParameterGroup, Tensor], stand_ins: Mapping[nn.Parameter, Tensor] | None = None
+    ) -> None:
         """Overwrite the groups in place from flat tensors [N] of any float type and device.
+
+        Args:
+            weights: the new values.
+            stand_ins: what is overwritten, as in `views_of`.
 
         Raises:
             ValueError: a group of another model or of another size.
@@ -429,7 +478,8 @@ class MoEModel:
                 raise ValueError(
                     f"{group}: {values.numel()} values, the model trains {self.layout.sizes.get(group, 'none such')}"
                 )
-            fill(self._views(group), values)
+            for view, start in self._places(group, stand_ins or {}):
+                view.copy_(values[start : start + view.numel()].view_as(view))
 
     def checkpoint_activations(self) -> None:
         """Compute each layer's activations again in the backward pass instead of keeping them.
@@ -448,6 +498,9 @@ class MoEModel:
 
     def save(self, folder: str | Path) -> None:
         """Save as an ordinary transformers folder, adapters as one of peft; the same weights give the same bytes."""
+        if self.sharded:
+            self._save_whole(folder)
+            return
         if self.adapter is None:
             self.model.save_pretrained(folder)
             return
@@ -455,6 +508,43 @@ class MoEModel:
 
         values = {name: slot.parameter.detach() for name, slot in self._adapter_slots().items()}
         lora.save(self.adapter, values | self._adapter_buffers(), Path(folder), self.base_digest())
+
+    def _save_whole(self, folder: str | Path) -> None:
+        """Gather one parameter after another in the first process, which alone writes."""
+        own = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}  # tied ones once
+        state = {}
+        for name, value in self.model.state_dict().items():
+            if name in own:
+                whole = parallel.whole(value)
+                if parallel.is_first():
+                    state[name] = whole.cpu()
+        if parallel.is_first():
+            self.model.save_pretrained(folder, state_dict=state)
+
+    def shard(self, device: torch.device) -> Self:
+        """The same model with only this process's rows of every parameter, on `device`; this one is used up.
+
+        Raises:
+            UserError: It cannot be sharded.
+        """
+        if self.model.dtype != torch.float32 and any(layer.logits is None for layer in self.layers):
+            raise UserError(
+                f'tuning.dtype = "bfloat16": torchrun cannot shard {self.family}, whose routers return no logits. '
+                'Choose "float32", or leave torchrun out.'
+            )
+        routers = [self.model.get_submodule(layer.router) for layer in self.layers]
+        parallel.shard(self.model, self._blocks(), routers, device)
+        return type(self)(self.model, self.found, self.layers)
+
+    def split(self, places: Mapping[str, str | int] | None = None) -> Self:
+        """The same model with its layers on several devices, as `parallel.split` places them; this one is used up."""
+        parallel.split(self.model, self._blocks(), places)
+        return type(self)(self.model, self.found, self.layers, self.adapter)
+
+    def _blocks(self) -> list[nn.Module]:
+        """The layers of the encoder and of the decoder, dense ones too."""
+        stacks = {match[1] for layer in self.layers if (match := re.match(r"(.*?)\.\d+\.", layer.router))}
+        return [block for stack in sorted(stacks) for block in self.model.get_submodule(stack).children()]
 
     def read_adapter(self, folder: str | Path) -> None:
         """Take over the values of an adapter that `save` wrote.
@@ -514,7 +604,7 @@ class MoEModel:
 
     def _layout(self) -> Layout:
         names = Layout(len(self.layers), self.experts, {})
-        sizes = {group: sum(view.numel() for view in self._views(group)) for group in names.groups}
+        sizes = {group: sum(slot.size for slot in self._owners.get(group, ())) for group in names.groups}
         factors = {group: found for group in names.groups if self.adapter and (found := tuple(self._factors(group)))}
         return Layout(names.layers, names.experts, sizes, factors)
 
@@ -546,17 +636,9 @@ class MoEModel:
 
 
 def flat(pieces: Sequence[Tensor], device: torch.device) -> Tensor:
-    """A flat float32 copy [N] of a group's pieces, on `device` if there are none."""
-    parts = [piece.reshape(-1).float() for piece in pieces]
+    """A flat float32 copy [N] of a group's pieces on `device`."""
+    parts = [piece.reshape(-1).float().to(device) for piece in pieces]
     return torch.cat(parts) if parts else torch.empty(0, device=device)
-
-
-def fill(pieces: Sequence[Tensor], values: Tensor) -> None:
-    """Overwrite a group's pieces in place from a flat tensor."""
-    start = 0
-    for piece in pieces:
-        piece.copy_(values[start : start + piece.numel()].view_as(piece))
-        start += piece.numel()
 
 
 def _slots(model: PreTrainedModel, layers: Iterable[MoELayer]) -> Iterator[Slot]:
@@ -628,7 +710,7 @@ def _digest(text: str, values: Mapping[str, Tensor | bytes]) -> Any:
     digest = hashlib.sha256(text.encode())
     for name, value in sorted(values.items()):
         digest.update(name.encode())
-        digest.update(value if isinstance(value, bytes) else _sha256(value))
+        digest.update(value if isinstance(value, bytes) else _sha256(parallel.whole(value)))
     return digest
 
 

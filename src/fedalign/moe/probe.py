@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from fedalign import parallel
 from fedalign.errors import UserError
 from fedalign.maths.routing import decision_margin, router_log_prob
 from fedalign.moe.families import MoELayer, read_logits, router_outputs
@@ -30,7 +31,10 @@ from fedalign.protocol import LayerRouting, Scoring
 
 @dataclass(frozen=True)
 class Stack:
-    """M neighbouring layers that saw the same tokens, as one tensor: small models are all overhead."""
+    """M neighbouring layers that saw the same tokens, as one tensor: small models are all overhead.
+
+    Where several processes share a batch these are the tokens of all of them.
+    """
 
     ordinals: range  # which layers
     scoring: Scoring
@@ -80,6 +84,7 @@ class Captured:
     def hidden_T_H(self, index: int) -> Tensor:
         """What entered the router of layer `index`, for the same tokens as `routing`; detached."""
         hidden, _ = self._entry(index)
+        hidden = hidden.to(self._masks[0].device)
         return self._select(hidden.reshape(-1, self._layers[index].hidden), 0, index)
 
     @cached_property
@@ -95,15 +100,20 @@ class Captured:
         read = [_decision(self._layers[ordinal], self._entry(ordinal)[1]) for ordinal in ordinals]
         logits, topk, received = zip(*read, strict=True)
         keep_T, (examples, length) = self._kept(first)
+        first_example, examples = parallel.numbered(examples, keep_T.device)
         return Stack(
             ordinals=range(first, ordinals[-1] + 1),
             scoring=self._layers[first].scoring,
-            logits_M_T_E=self._select(torch.stack(logits), 1, first),
-            topk_M_T_K=self._select(torch.stack(topk), 1, first),
-            received_M_T=None if received[0] is None else self._select(torch.stack(received), 1, first),
-            example_T=keep_T // length,
+            logits_M_T_E=self._select(self._stacked(logits), 1, first),
+            topk_M_T_K=self._select(self._stacked(topk), 1, first),
+            received_M_T=None if received[0] is None else self._select(self._stacked(received), 1, first),
+            example_T=parallel.joined(keep_T // length + first_example),
             examples=examples,
         )
+
+    def _stacked(self, layers: Sequence[Tensor]) -> Tensor:
+        """Layers as one tensor, where the masks are: a split model has them on different devices."""
+        return torch.stack([values.to(self._masks[0].device) for values in layers])
 
     def _entry(self, index: int) -> tuple[Tensor, tuple[Any, ...]]:
         entry = self._seen[index]
@@ -115,7 +125,8 @@ class Captured:
         keep_T, (examples, length) = self._kept(index)
         if values.shape[axis] != examples * length:
             raise RuntimeError(f"the router saw {values.shape[axis]} tokens, the mask has {examples} x {length}")
-        return values if len(keep_T) == examples * length else values.index_select(axis, keep_T)
+        own = values if len(keep_T) == examples * length else values.index_select(axis, keep_T)
+        return parallel.joined(own, axis)
 
     def _kept(self, index: int) -> tuple[Tensor, torch.Size]:
         return self._decoder_kept if self._layers[index].in_decoder else self._encoder_kept
