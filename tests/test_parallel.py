@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -250,8 +251,30 @@ def test_what_cannot_be_split_is_refused(
     assert 'Error: run.device = "split": ' in capfd.readouterr().err
 
 
+def _two_gpus(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
+    """Have accelerate believe that there are two, with so much memory free on the second and less on the first."""
+    room = {0: nbytes * 2 // 3, 1: nbytes, "cpu": 10**9}
+    monkeypatch.setattr("accelerate.utils.get_balanced_memory", lambda *_, **__: room)
+    monkeypatch.setattr("accelerate.utils.modeling.get_max_memory", lambda asked: asked)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek", "switch_transformers"])
+def test_a_layer_stays_whole_where_a_model_is_split(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, int]] = []
+    model = build(family)
+    _two_gpus(monkeypatch, 4 * sum(p.numel() for p in model.parameters()))
+    monkeypatch.setattr("accelerate.dispatch_model", lambda model, places, **_: asked.append(places))
+    moe = MoEModel.wrap(model).split()
+    places = asked[0]
+    assert set(places.values()) == {0, 1}
+    assert moe.layers
+    for name, _ in model.named_parameters():
+        assert sum(f"{name}.".startswith(f"{place}.") for place in places) == 1, name
+    assert not [place for place in places if re.search(r"\.\d+\.", place)]  # no part of a layer has a place of its own
+
+
 def test_a_model_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accelerate.utils.get_balanced_memory", lambda *_, **__: {0: 10_000, 1: 10_000, "cpu": 10**9})
+    _two_gpus(monkeypatch, 10_000)
     with pytest.raises(UserError, match="does not fit on the GPUs"):
         MoEModel.wrap(build("olmoe")).split()
 
