@@ -1,0 +1,317 @@
+"""Make the runs of a study: each part of it is one call of `fedalign compare`, kept and gone on with.
+
+    python benchmarks/evidence/study.py regimes --seeds 3 --only label_skew     # after data.py and start.py
+    python benchmarks/evidence/study.py --list                                  # all studies, their parts and runs
+
+    regimes    algorithms over ways in which clients differ, what is trained, and local epochs
+    bounds     each client alone, and all data in one place
+    tuned      the main regimes, learning rate and strength chosen for each algorithm by `compare --tune`
+    ablation   the paper's five steps
+    choices    each choice where the paper is silent, against its alternatives
+    bytes      wire precision, and how much is selected for upload
+    losses     IID data, two clients, many clients of which a tenth is asked, tiny clients
+    rounds     more rounds, to count those until FedMoE's final accuracy
+
+Results are in OUT/STUDY/PART: those of `compare`, and about.json. The learning rate of a part is that of three which
+scores best for FedAvg after the last round on a validation part, with a seed that is used for nothing else; all
+algorithms of the part use it. Measured runs keep their numbers and lose their models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from measure import measure, prune
+from rich.console import Console
+
+from fedalign.checkpoint import write_text
+from fedalign.compare import Comparison
+from fedalign.compare.folder import ComparisonFolder, read_history
+from fedalign.compare.plan import Choice, ablation, cells, make_request, parse_algorithms, parse_seeds
+from fedalign.config import load_config
+from fedalign.moe.model import quiet
+from fedalign.results import RunFolder, versions
+from fedalign.server import merit
+
+MAIN = ("fedavg", "fedprox", "fedmoe", "fedalign_moe")
+RATES = ("3e-4", "1e-3", "1e-4")
+RATE_SEED = "1000,"
+EPOCHS = (1, 4, 2)
+KINDS = ("full", "moe", "experts")
+FIRST = ("label_skew", "tasks", "domain")
+
+COMMON = (
+    "run.rounds=6",
+    "run.device=cpu",
+    "run.threads=1",
+    "data.kind=classification",
+    "data.max_train=600",
+    "data.max_test=400",
+    "clients.count=10",
+    "clients.min_examples=5",
+    "training.batch_examples=8",
+    "tracking.loggers=[]",
+)
+CHOICES = ("data.kind=multiple_choice", "evaluation.every=3", "data.max_test=200", "evaluation.clients=false")
+REGIMES: Mapping[str, tuple[str, ...]] = {  # folder of the data, and what is set
+    "label_skew": ("label_skew", "clients.partition=dirichlet", "clients.alpha=0.1"),
+    "label_skew_0.5": ("label_skew", "clients.partition=dirichlet", "clients.alpha=0.5"),
+    "iid": ("label_skew", "clients.partition=iid"),
+    "domain": ("domain", "clients.partition=natural", "data.max_train=800"),
+    "tasks": ("tasks", "clients.partition=natural"),
+    "subjects": ("subjects", "clients.partition=natural", *CHOICES),
+    "activities": ("activities", "clients.partition=natural", *CHOICES),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One comparison of a study."""
+
+    name: str
+    regime: str
+    algorithms: tuple[str, ...]  # as on the command line; "ablation" for the paper's rows
+    kind: str = "full"
+    epochs: int = 1
+    settings: tuple[str, ...] = ()
+    tune: bool = False
+
+    @property
+    def choices(self) -> list[Choice]:
+        """Lines of its tables."""
+        return ablation() if self.algorithms == ("ablation",) else parse_algorithms(self.algorithms)
+
+
+def regimes() -> Iterator[Part]:
+    """Most important first."""
+    first = [(regime, kind, epochs) for kind in KINDS[:2] for epochs in EPOCHS[:2] for regime in FIRST]
+    every = [(regime, kind, epochs) for regime in REGIMES for kind in KINDS for epochs in EPOCHS]
+    for regime, kind, epochs in dict.fromkeys([*first, *every]):
+        yield Part(f"{regime}-{kind}-{epochs}", regime, MAIN, kind, epochs)
+
+
+def bounds() -> Iterator[Part]:
+    """What federation is worth."""
+    for regime in REGIMES:
+        yield Part(f"{regime}-full-1", regime, ("fedavg", "local", "centralised"))
+
+
+def tuned() -> Iterator[Part]:
+    """Equal budgets of tuning."""
+    for regime in FIRST:
+        for epochs in (1, 4):
+            yield Part(f"{regime}-full-{epochs}", regime, MAIN, "full", epochs, ("data.validation=0.3",), tune=True)
+
+
+def ablations() -> Iterator[Part]:
+    """The paper's table."""
+    for regime in FIRST:
+        for epochs in (1, 4):
+            yield Part(f"{regime}-full-{epochs}", regime, ("ablation",), "full", epochs)
+
+
+ALTERNATIVES = {
+    "gate": ("gate=average", "gate=local", "gate_weights=uniform", "max_weight=1.0", "size_weighted=true"),
+    "target": ("overlap=relative", "target_momentum=0.5", "target_momentum=0.9"),
+    "regulariser": (
+        "reg_strength=0.0",
+        "reg_strength=1.0",
+        "granularity=batch",
+        "form=bregman",
+        "granularity=batch:form=bregman",
+        "adaptive_strength=false",
+    ),
+    "experts": (
+        "experts=average",
+        "consensus=relu",
+        "beta=0.0",
+        "beta=1.0",
+        "min_agreement=0.0",
+        "min_agreement=0.8",
+        "min_holders=1",
+        "statistics.update_width=64",
+        "statistics.update_width=1024",
+    ),
+}
+
+
+def alternatives() -> Iterator[Part]:
+    """One option changed at a time; where routers differ, and where labels do."""
+    for regime in ("tasks", "label_skew"):
+        for about, options in ALTERNATIVES.items():
+            lines = ("fedavg", "fedalign_moe", *(f"fedalign_moe:{option}" for option in options))
+            yield Part(f"{regime}-{about}", regime, lines, "full", 4)
+        sgd = "training.optimizer=sgd:training.learning_rate=0.3"
+        yield Part(f"{regime}-sgd", regime, (f"fedavg:{sgd}", f"fedalign_moe:{sgd}"), "full", 4)
+
+
+def sent() -> Iterator[Part]:
+    """Accuracy against bytes."""
+    selected = ("0.0", "0.5", "0.8", "0.95")
+    lines = (
+        *("fedavg", "fedavg:wire.dtype=bfloat16", "fedavg:wire.dtype=int8"),
+        *(f"fedalign_moe:min_agreement={share}" for share in selected),
+        *(f"fedalign_moe:min_agreement={share}:wire.dtype=int8" for share in selected[1:]),
+    )
+    for regime in ("label_skew", "tasks"):
+        for kind in ("full", "moe"):
+            yield Part(f"{regime}-{kind}", regime, lines, kind, 1)
+
+
+def losses() -> Iterator[Part]:
+    """Where aligning may harm."""
+    few = ("clients.min_examples=2", "clients.held_out=0.0")
+    yield Part("iid", "iid", MAIN)
+    yield Part("two clients", "label_skew", MAIN, settings=("clients.count=2",))
+    yield Part("tiny clients", "iid", MAIN, settings=("data.max_train=80", "clients.held_out=0.0"))
+    for count in (50, 100):
+        sizes = (f"clients.count={count}", "clients.sample=0.1", f"data.max_train={20 * count}", "clients.alpha=0.5")
+        yield Part(f"{count} clients", "label_skew", MAIN, settings=(*sizes, *few, "run.rounds=10"))
+
+
+def rounds() -> Iterator[Part]:
+    """Speed."""
+    for regime in FIRST:
+        yield Part(f"{regime}-full", regime, ("fedavg", "fedmoe", "fedalign_moe"), settings=("run.rounds=20",))
+
+
+STUDIES = {
+    "regimes": regimes,
+    "bounds": bounds,
+    "tuned": tuned,
+    "ablation": ablations,
+    "choices": alternatives,
+    "bytes": sent,
+    "losses": losses,
+    "rounds": rounds,
+}
+
+
+def overrides(part: Part, data: Path, start: str) -> list[str]:
+    """The configuration that all runs of a part have in common; later settings win."""
+    folder, *own = REGIMES[part.regime]
+    return [
+        *COMMON,
+        f'model.path="{start}"',
+        f'data.train="{data / folder / "train.jsonl"}"',
+        f'data.test="{data / folder / "test.jsonl"}"',
+        *own,
+        f"tuning.kind={part.kind}",
+        f"training.epochs={part.epochs}",
+        *part.settings,
+    ]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where things are, and how many runs go side by side."""
+
+    out: Path
+    data: Path
+    start: str
+    jobs: int
+
+    def run(self, folder: Path, part: Part, seeds: str, settings: Sequence[str]) -> ComparisonFolder:
+        """One comparison, as far as it is not there yet.
+
+        Raises:
+            SystemExit: Some of its runs failed.
+        """
+        base = load_config(None, [*overrides(part, self.data, self.start), *settings])
+        request = make_request(base, part.choices, {}, self._with_those_there(folder, seeds), part.tune)
+        comparison = Comparison(request, ComparisonFolder(folder), self.jobs, Console(), print)
+        outcome = comparison.run()
+        if outcome.failed:
+            raise SystemExit(f"{folder}: {outcome.failed}")
+        return comparison.folder
+
+    @staticmethod
+    def _with_those_there(folder: Path, seeds: str) -> tuple[int, ...]:
+        """Asking for fewer seeds than there are asks for those that there are."""
+        known = ComparisonFolder(folder)
+        before = known.read().seeds if known.request.exists() else ()
+        return (*before, *(seed for seed in parse_seeds(seeds) if seed not in before))
+
+    def rate(self, part: Part) -> str:
+        """The learning rate that suits FedAvg best here, chosen once for all studies."""
+        name = "-".join([part.regime, part.kind, str(part.epochs), *(s.partition("=")[2] for s in part.settings)])
+        lines = tuple(f"fedavg:training.learning_rate={rate}" for rate in RATES)
+        look = ("evaluation.part=validation", "data.validation=0.5", "evaluation.clients=false")
+        twice = 2 * load_config(None, overrides(part, self.data, self.start)).data.max_train
+        trial = replace(part, name=name, algorithms=lines, tune=False)
+        folder = self.run(self.out / "rates" / name, trial, RATE_SEED, [*look, f"data.max_train={twice}"])
+        scored = {cell.choice.label: folder.run(cell, "runs") for cell in cells(folder.read())}
+        last = {label: merit(read_history(run)[-1]) for label, run in scored.items()}
+        for run in scored.values():
+            prune(run.path)
+        best = max(lines, key=lambda line: last[line] or -1e9)
+        return best.rpartition("=")[2]
+
+    def make(self, study: str, part: Part, seeds: str) -> None:
+        """Runs, measures, and what is to be known about them."""
+        started = time.perf_counter()
+        folder = self.out / study / part.name.replace(" ", "_")
+        rate = self.rate(part)
+        settings = [f"training.learning_rate={rate}"]
+        made = self.run(folder, part, seeds, settings)
+        for summary in sorted(folder.glob("runs/**/summary.json")):
+            measure(summary.parent)
+            prune(summary.parent)
+        for summary in folder.glob("tune/**/summary.json"):
+            prune(summary.parent)
+        seconds = sum(
+            json.loads(RunFolder(made.run(cell, "runs").path).summary.read_text(encoding="utf-8"))["seconds"]
+            for cell in cells(made.read())
+            if made.run(cell, "runs").summary.exists()
+        )
+        about = {
+            "part": asdict(part) | {"choices": [choice.label for choice in part.choices]},
+            "learning_rate": rate,
+            "start": self.start,
+            "machine": f"{platform.processor() or platform.machine()}, {platform.system()}, one thread a run",
+            "versions": versions(),
+            "run_seconds": seconds,
+        }
+        write_text(folder / "about.json", json.dumps(about, indent=1) + "\n")
+        print(
+            f"{study}/{part.name}: {seconds:.0f} s of rounds, {time.perf_counter() - started:.0f} s this time",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Make what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="?", choices=STUDIES)
+    parser.add_argument("--seeds", default="5", help="how many, or which, as for `fedalign compare`")
+    parser.add_argument("--only", default="", help="parts whose names begin with this")
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--data", type=Path, default=Path("runs/evidence/data"), help="what data.py wrote")
+    parser.add_argument("--start", default="runs/evidence/start", help='a model folder, or "demo"')
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--list", action="store_true", help="tell what there is, and stop")
+    args = parser.parse_args()
+    if args.list:
+        for study, make in STUDIES.items():
+            for part in make():
+                print(f"{study:10}{part.name:24}{len(part.choices):3} lines, {part.epochs} epochs")
+        return
+    if args.study is None:
+        parser.error(f"which study? Choose one of: {', '.join(STUDIES)}")
+    quiet()
+    torch.set_num_threads(1)
+    place = Place(args.out, args.data, args.start, args.jobs)
+    for part in STUDIES[args.study]():
+        if part.name.startswith(args.only):
+            place.make(args.study, part, args.seeds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The evidence's scripts: what they draw, measure and write. They are no package, so their folder is on the path."""
+
+import doctest
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "evidence"))
+import measure
+import study
+import tables
+
+import data
+
+
+@pytest.mark.parametrize("module", [data, measure, tables])
+def test_examples_in_docstrings(module: object) -> None:
+    found = doctest.testmod(module)  # type: ignore[arg-type]
+    assert found.attempted > 0
+    assert found.failed == 0
+
+
+def test_a_text_that_trains_does_not_test() -> None:
+    train = [{"text": "Same words"}, {"question": "Which?"}]
+    regime = data.apart(data.Regime(train, [{"text": "same words"}, {"text": "other"}, {"question": "which?"}]))
+    assert regime.test == [{"text": "other"}]
+
+
+def test_balanced_draws_as_many_of_each() -> None:
+    rows = [{"label": "a"}] * 90 + [{"label": "b"}] * 10
+    drawn = data.balanced(rows, "label", 10, random.Random(0))
+    assert sorted(row["label"] for row in drawn) == ["a"] * 5 + ["b"] * 5
+
+
+def test_specialisation_is_what_groups_tell_beyond_shuffled_ones() -> None:
+    groups = ["a", "b"] * 200
+    apart = torch.tensor([[[8, 0]], [[0, 8]]] * 200)
+    alike = torch.tensor([[[4, 4]], [[4, 4]]] * 200)
+    assert measure.specialisation(apart, groups)[0] == pytest.approx(0.693, abs=0.01)
+    assert measure.specialisation(alike, groups) == [0.0]
+
+
+def test_every_study_names_each_part_once_and_all_its_lines_are_algorithms() -> None:
+    for make in study.STUDIES.values():
+        parts = list(make())
+        assert len({part.name for part in parts}) == len(parts)
+        for part in parts:
+            assert part.choices[0].settings[0].startswith("algorithm.name=")
+            assert part.regime in study.REGIMES
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    column = tables.Column("accuracy, %", lambda run: run.last("accuracy"), 100, 1)
+    assert tables.told_difference({0: 0.6, 1: 0.7}, {0: 0.5, 1: 0.6}, column) == "**+10.0 ± 0.0**"
+    assert tables.told_difference({0: 0.6, 1: 0.5}, {0: 0.5, 1: 0.6, 2: 0.9}, column).startswith("+0.0 ± 127")
+
+
+def test_measured_runs_keep_their_numbers_and_lose_their_models(tmp_path: Path) -> None:
+    for name in ("model", "best", "checkpoint", "clients", "health"):
+        (tmp_path / name).mkdir()
+    (tmp_path / measure.MEASURES).write_text(json.dumps({"first": {}}))
+    measure.prune(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["health", measure.MEASURES]
+    assert measure.measure(tmp_path) == {"first": {}}
