@@ -4,6 +4,7 @@
     python benchmarks/evidence/study.py --list                                  # all studies, their parts and runs
 
     regimes    algorithms over ways in which clients differ, what is trained, and local epochs
+    short      the main regimes with 0.3 of the steps
     bounds     each client alone, and all data in one place
     tuned      the main regimes, learning rate and strength chosen for each algorithm by `compare --tune`
     ablation   the paper's five steps
@@ -48,7 +49,7 @@ KINDS = ("full", "moe", "experts")
 FIRST = ("label_skew", "tasks", "domain")
 
 COMMON = (
-    "run.rounds=6",
+    "run.rounds=10",
     "run.device=cpu",
     "run.threads=1",
     "data.kind=classification",
@@ -56,10 +57,10 @@ COMMON = (
     "data.max_test=400",
     "clients.count=10",
     "clients.min_examples=5",
-    "training.batch_examples=8",
+    "training.batch_examples=4",
     "tracking.loggers=[]",
 )
-CHOICES = ("data.kind=multiple_choice", "evaluation.every=3", "data.max_test=200", "evaluation.clients=false")
+CHOICES = ("data.kind=multiple_choice", "evaluation.every=5", "data.max_test=200", "evaluation.clients=false")
 REGIMES: Mapping[str, tuple[str, ...]] = {  # folder of the data, and what is set
     "label_skew": ("label_skew", "clients.partition=dirichlet", "clients.alpha=0.1"),
     "label_skew_0.5": ("label_skew", "clients.partition=dirichlet", "clients.alpha=0.5"),
@@ -95,6 +96,13 @@ def regimes() -> Iterator[Part]:
     every = [(regime, kind, epochs) for regime in REGIMES for kind in KINDS for epochs in EPOCHS]
     for regime, kind, epochs in dict.fromkeys([*first, *every]):
         yield Part(f"{regime}-{kind}-{epochs}", regime, MAIN, kind, epochs)
+
+
+def short() -> Iterator[Part]:
+    """A first look: 0.3 of the steps."""
+    few = ("run.rounds=6", "training.batch_examples=8")
+    for regime in FIRST:
+        yield Part(f"{regime}-full-1", regime, MAIN, settings=few)
 
 
 def bounds() -> Iterator[Part]:
@@ -173,17 +181,18 @@ def losses() -> Iterator[Part]:
     yield Part("tiny clients", "iid", MAIN, settings=("data.max_train=80", "clients.held_out=0.0"))
     for count in (50, 100):
         sizes = (f"clients.count={count}", "clients.sample=0.1", f"data.max_train={20 * count}", "clients.alpha=0.5")
-        yield Part(f"{count} clients", "label_skew", MAIN, settings=(*sizes, *few, "run.rounds=10"))
+        yield Part(f"{count} clients", "label_skew", MAIN, settings=(*sizes, *few, "run.rounds=20"))
 
 
 def rounds() -> Iterator[Part]:
     """Speed."""
     for regime in FIRST:
-        yield Part(f"{regime}-full", regime, ("fedavg", "fedmoe", "fedalign_moe"), settings=("run.rounds=20",))
+        yield Part(f"{regime}-full", regime, ("fedavg", "fedmoe", "fedalign_moe"), settings=("run.rounds=30",))
 
 
 STUDIES = {
     "regimes": regimes,
+    "short": short,
     "bounds": bounds,
     "tuned": tuned,
     "ablation": ablations,
