@@ -5,6 +5,7 @@
 
     regimes    algorithms over ways in which clients differ, what is trained, and local epochs
     short      the main regimes with 0.3 of the steps
+    drift      more examples and local steps between averages, at two learning rates: where clients really part
     bounds     each client alone, and all data in one place
     tuned      the main regimes, learning rate and strength chosen for each algorithm by `compare --tune`
     ablation   the paper's five steps
@@ -83,6 +84,7 @@ class Part:
     epochs: int = 1
     settings: tuple[str, ...] = ()
     tune: bool = False
+    rate: str | None = None  # None: that which suits FedAvg
 
     @property
     def choices(self) -> list[Choice]:
@@ -103,6 +105,14 @@ def short() -> Iterator[Part]:
     few = ("run.rounds=6", "training.batch_examples=8")
     for regime in FIRST:
         yield Part(f"{regime}-full-1", regime, MAIN, settings=few)
+
+
+def drift() -> Iterator[Part]:
+    """50 local steps a round; not tuned, since what suits FedAvg may be just what keeps clients from drifting."""
+    long = ("run.rounds=5", "training.batch_examples=8", "data.max_train=2000", "evaluation.clients=false")
+    lines = ("fedavg", "fedalign_moe", "fedalign_moe:experts=average")
+    for regime, rate in (("label_skew", "3e-4"), ("label_skew", "1e-4"), ("tasks", "3e-4")):
+        yield Part(f"{regime}-full-2-{rate}", regime, lines, "full", 2, long, rate=rate)
 
 
 def bounds() -> Iterator[Part]:
@@ -193,6 +203,7 @@ def rounds() -> Iterator[Part]:
 STUDIES = {
     "regimes": regimes,
     "short": short,
+    "drift": drift,
     "bounds": bounds,
     "tuned": tuned,
     "ablation": ablations,
@@ -267,7 +278,7 @@ class Place:
         """Runs, measures, and what is to be known about them."""
         started = time.perf_counter()
         folder = self.out / study / part.name.replace(" ", "_")
-        rate = self.rate(part)
+        rate = part.rate or self.rate(part)
         settings = [f"training.learning_rate={rate}"]
         made = self.run(folder, part, seeds, settings)
         for summary in sorted(folder.glob("runs/**/summary.json")):
