@@ -111,7 +111,10 @@ def drift() -> Iterator[Part]:
     """50 local steps a round; not tuned, since what suits FedAvg may be just what keeps clients from drifting."""
     long = ("run.rounds=5", "training.batch_examples=8", "data.max_train=2000", "evaluation.clients=false")
     lines = ("fedavg", "fedalign_moe", "fedalign_moe:experts=average")
-    for regime, rate in (("label_skew", "3e-4"), ("label_skew", "1e-4"), ("tasks", "3e-4")):
+    pulls = ("reg_strength=0.0", "overlap=relative", "adaptive_strength=false", "granularity=batch:form=bregman")
+    every = (*lines, *(f"fedalign_moe:{pull}" for pull in pulls))
+    yield Part("label_skew-full-2-3e-4", "label_skew", every, "full", 2, long, rate="3e-4")
+    for regime, rate in (("label_skew", "1e-4"), ("tasks", "3e-4")):
         yield Part(f"{regime}-full-2-{rate}", regime, lines, "full", 2, long, rate=rate)
 
 

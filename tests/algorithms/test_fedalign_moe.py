@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from fedalign.algorithms import fedalign_moe as module
 from fedalign.algorithms.fedalign_moe import FedAlignMoE
-from fedalign.maths.routing import alignment_strength, routing_penalty
+from fedalign.maths.routing import Overlap, alignment_strength, routing_penalty
 from fedalign.protocol import LayerRouting, Layout, Statistics, Step
 from tests.algorithms.conftest import Report
 
@@ -167,17 +167,18 @@ def test_no_penalty_without_a_target_or_strength() -> None:
     assert FedAlignMoE(reg_strength=0.0).penalty(step_of([routing(3, 0)], torch.ones(1, 4) / 4)) is None
 
 
+@pytest.mark.parametrize("overlap", ["product", "relative"])
 @pytest.mark.parametrize("own", [True, False])
-def test_the_penalty_is_the_mean_over_layers_whatever_their_lengths(own: bool) -> None:
+def test_the_penalty_is_the_mean_over_layers_whatever_their_lengths(own: bool, overlap: Overlap) -> None:
     layers = [routing(3, 0), routing(5, 1), routing(3, 2)]
     target = torch.rand(3, 4, generator=torch.Generator().manual_seed(3)).softmax(-1)
     prob = torch.rand(3, 4, generator=torch.Generator().manual_seed(4)).softmax(-1)
     expected = []
     for i, layer in enumerate(layers):
         batch = layer.logits_T_E.detach().softmax(-1).mean(0)
-        strength = alignment_strength(prob[i] if own else batch, target[i])
+        strength = alignment_strength(prob[i] if own else batch, target[i], overlap)
         expected.append(routing_penalty(layer.logits_T_E, layer.topk_T_K, target[i], strength))
-    penalty = FedAlignMoE(reg_strength=0.3).penalty(step_of(layers, target, prob if own else None))
+    penalty = FedAlignMoE(reg_strength=0.3, overlap=overlap).penalty(step_of(layers, target, prob if own else None))
     assert penalty is not None
     assert_close(penalty, 0.3 * torch.stack(expected).mean())
     torch.autograd.backward(penalty)

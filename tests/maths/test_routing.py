@@ -134,6 +134,8 @@ def test_global_routing() -> None:
 def test_alignment_strength() -> None:
     assert_close(alignment_strength(tensor([0.5, 0.25, 0.25]), tensor([0.2, 0.6, 0.2])), tensor([2 / 3, 1.0, 1 / 3]))
     assert_close(alignment_strength(tensor([1.0, 0.0]), tensor([0.0, 1.0])), torch.zeros(2))
+    seldom = alignment_strength(tensor([0.5, 0.48, 0.02]), tensor([0.5, 0.46, 0.04]), "relative")
+    assert_close(seldom, tensor([1.0, 0.46 / 0.48, 0.5]))  # an expert that nobody uses much is pulled on as well
 
 
 # softmax of (log 3, 0) is (3/4, 1/4), of (0, 0) is (1/2, 1/2)

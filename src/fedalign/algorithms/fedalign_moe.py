@@ -44,7 +44,7 @@ class FedAlignMoE(FedAvg):
     """Options with their defaults; the ablations of the paper are `gate_weights`, `adaptive_strength` and `experts`."""
 
     reg_strength: float = 0.1  # λ [P]; 0 leaves the clients' loss alone
-    overlap: Overlap = "product"  # [P]; "relative" [O] depends on the target, the product cancels it
+    overlap: Overlap = "product"  # [P] in ω and α; "relative" [O]: in ω the product cancels the target
     granularity: Granularity = "token"  # [P]; "batch" [O] keeps the decisions of single tokens sharp
     form: Form = "kl"  # [P]; "bregman" [O] is never negative
     gate: Literal["rows", "average", "local"] = "rows"  # [O]; "average": FedAvg; "local": clients keep their own gates
@@ -189,8 +189,8 @@ class FedAlignMoE(FedAvg):
         if not self.adaptive_strength:
             strength_L_E = torch.ones_like(target_L_E)
         elif prob_L_E is not None:
-            strength_L_E = alignment_strength(prob_L_E[layers].to(target_L_E.device), target_L_E)
+            strength_L_E = alignment_strength(prob_L_E[layers].to(target_L_E.device), target_L_E, self.overlap)
         else:  # this client's first round: the batch speaks for it
             prob_L_T_E = router_log_prob(logits_L_T_E.detach(), scoring).exp()
-            strength_L_E = alignment_strength(prob_L_T_E.mean(dim=-2), target_L_E)
+            strength_L_E = alignment_strength(prob_L_T_E.mean(dim=-2), target_L_E, self.overlap)
         return routing_penalty(logits_L_T_E, topk_L_T_K, target_L_E, strength_L_E, self.granularity, self.form, scoring)

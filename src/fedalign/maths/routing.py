@@ -66,14 +66,17 @@ def consistency(
         held_C_E: boolean, the client reported the expert; None: all hold.
         overlap: "product" [P]: p̄ · p_g; "relative" [O]: min(p̄, p_g) / max(p̄, p_g), 0 where both are 0.
     """
-    prob_C_E, target_E = full(prob_C_E), full(target_E)
-    if overlap == "product":
-        overlap_C_E = prob_C_E * target_E
-    else:
-        larger_C_E = torch.maximum(prob_C_E, target_E)
-        overlap_C_E = torch.minimum(prob_C_E, target_E) / larger_C_E.where(larger_C_E > 0, torch.ones_like(larger_C_E))
-    score_C_E = overlap_C_E * full(margin_C_E)
+    score_C_E = _overlap(prob_C_E, target_E, overlap) * full(margin_C_E)
     return score_C_E if held_C_E is None else score_C_E.masked_fill(~held_C_E.bool(), 0)
+
+
+def _overlap(prob_C_E: Tensor, target_E: Tensor, kind: Overlap) -> Tensor:
+    """o, how far a client and the target use the same expert."""
+    prob_C_E, target_E = full(prob_C_E), full(target_E)
+    if kind == "product":
+        return prob_C_E * target_E
+    larger_C_E = torch.maximum(prob_C_E, target_E)
+    return torch.minimum(prob_C_E, target_E) / larger_C_E.where(larger_C_E > 0, torch.ones_like(larger_C_E))
 
 
 def consistency_weights(score_C_E: Tensor, held_C_E: Tensor | None = None) -> Tensor:
@@ -128,12 +131,13 @@ def global_routing(prob_C_E: Tensor, weight_C_E: Tensor) -> Tensor:
     return torch.where(total > 0, target_E / total, torch.full_like(target_E, 1 / target_E.shape[-1]))
 
 
-def alignment_strength(prob_E: Tensor, target_E: Tensor) -> Tensor:
-    """α = p · p_g over its maximum: strong on experts both agree on, weak on the client's own [P idea, O formula].
+def alignment_strength(prob_E: Tensor, target_E: Tensor, overlap: Overlap = "product") -> Tensor:
+    """α, the overlap over its maximum: strong on experts both agree on, weak on the client's own [P idea, O formula].
 
-    Zero everywhere if the two share no expert.
+    With "product" it is weak on experts that both hardly use, too: tokens can flee there from the pull. With
+    "relative" it is weak only where the two differ. Zero everywhere if they share no expert.
     """
-    overlap_E = full(prob_E) * full(target_E)
+    overlap_E = _overlap(prob_E, target_E, overlap)
     peak = overlap_E.amax(dim=-1, keepdim=True)
     return torch.where(peak > 0, overlap_E / peak, torch.zeros_like(overlap_E))
 
