@@ -114,8 +114,8 @@ def drift() -> Iterator[Part]:
     pulls = ("reg_strength=0.0", "overlap=relative", "adaptive_strength=false", "granularity=batch:form=bregman")
     every = (*lines, *(f"fedalign_moe:{pull}" for pull in pulls))
     yield Part("label_skew-full-2-3e-4", "label_skew", every, "full", 2, long, rate="3e-4")
-    for regime, rate in (("label_skew", "1e-4"), ("tasks", "3e-4")):
-        yield Part(f"{regime}-full-2-{rate}", regime, lines, "full", 2, long, rate=rate)
+    yield Part("tasks-full-2-3e-4", "tasks", (*lines, f"fedalign_moe:{pulls[1]}"), "full", 2, long, rate="3e-4")
+    yield Part("label_skew-full-2-1e-4", "label_skew", lines, "full", 2, long, rate="1e-4")
 
 
 def bounds() -> Iterator[Part]:
