@@ -87,6 +87,11 @@ def test_every_algorithm_runs_on_adapters(settings: list[str], tmp_path: Path) -
         assert run(tmp_path / name, settings, *changes)["rounds"] == 1
 
 
+def test_how_adapters_are_averaged_means_nothing_without_adapters(settings: list[str], tmp_path: Path) -> None:
+    changes = ["tuning.kind=moe", "tuning.average=exact", "algorithm.name=scaffold", "run.rounds=1"]
+    assert run(tmp_path / "run", settings, *changes)["rounds"] == 1
+
+
 def test_the_exact_average_is_that_of_the_products(tmp_path: Path) -> None:
     """Two clients, equal weight: the dense mean of what they trained, cut to the rank, expert by expert."""
     step = trainer("tuning.kind=lora", "tuning.rank=3", "tuning.average=exact", "algorithm.name=fedavg")

@@ -153,6 +153,11 @@ class TuningConfig(Section):
         return self.kind in ("lora", "qlora")
 
     @property
+    def averages_products(self) -> bool:
+        """Whether adapters are averaged as the products they stand for."""
+        return self.adapts and self.average == "exact"
+
+    @property
     def loaded_dtype(self) -> str:
         """What the weights are loaded in; a base in 4 bits is computed with in bfloat16."""
         return "bfloat16" if self.kind == "qlora" else self.dtype
@@ -164,7 +169,7 @@ class TuningConfig(Section):
                 'tuning.targets = []: with tuning.router = "frozen" nothing is trained. Choose some of: '
                 'attention, experts, shared_experts, dense; or "full" or "lora" for the router.'
             )
-        if self.adapts and self.average == "exact" and self.router == "lora":
+        if self.averages_products and self.router == "lora":
             raise UserError(
                 'tuning.router = "lora": its experts share a factor, and tuning.average = "exact" averages expert by '
                 "expert. Choose one of: full, frozen."
@@ -298,7 +303,7 @@ class Config(Section):
 
     def _check_tuning(self) -> None:
         """Which ways of tuning go together with what is done to updates."""
-        exact = self.tuning.adapts and self.tuning.average == "exact"
+        exact = self.tuning.averages_products
         if exact and self.server.optimizer != "average":
             raise UserError(
                 f'server.optimizer = "{self.server.optimizer}": with tuning.average = "exact" products are averaged, '

@@ -203,7 +203,7 @@ class Server:
         self, plan: Plan, reports: Sequence[Statistics], number: int, traffic: Traffic
     ) -> tuple[StreamingSum, list[Failure]]:
         norms = {report.client: report.norm_G for report in reports}
-        exact = self.config.tuning.average == "exact"
+        exact = self.config.tuning.averages_products
         total = StreamingSum(self.layout, plan, norms, self.config.wire.dtype, "exact" if exact else "sum")
         requests = [request for request in plan.requests(number, self.layout) if request.groups]
         done = 0

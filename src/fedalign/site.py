@@ -123,8 +123,7 @@ class SiteFolder:
 
     def _rank(self, config: Config) -> int:
         """The site's own rank where the run lets ranks differ."""
-        differ = config.tuning.adapts and config.tuning.average == "exact"
-        return min(self.config.limits.rank, config.tuning.rank) if differ else 0
+        return min(self.config.limits.rank, config.tuning.rank) if config.tuning.averages_products else 0
 
     def localise(self, config: Config) -> Config:
         """The coordinator's configuration as this site runs it."""
