@@ -59,12 +59,12 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> OlmoeForCausalLM:
-    """The architecture: 4 layers, 8 experts, top-2, about 2 million parameters."""
+def new_model(tokenizer: PreTrainedTokenizerFast, vocabulary: int = VOCABULARY, hidden: int = 96) -> OlmoeForCausalLM:
+    """The architecture: 4 layers, 8 experts, top-2, by default about 2 million parameters."""
     return OlmoeForCausalLM(
         OlmoeConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=96,
+            vocab_size=vocabulary,
+            hidden_size=hidden,
             intermediate_size=160,
             num_hidden_layers=4,
             num_attention_heads=4,
@@ -133,17 +133,19 @@ def validation(model: OlmoeForCausalLM, batches: list[Tensor]) -> tuple[float, T
     return sum(losses) / len(losses), counts_L_E / counts_L_E.sum(1, keepdim=True)
 
 
+def optimizer_of(model: OlmoeForCausalLM, learning_rate: float) -> torch.optim.AdamW:
+    """Weight decay on matrices."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
+
+
 def pretrain(
     model: OlmoeForCausalLM, train: Iterator[Tensor], unseen: list[Tensor], steps: int, learning_rate: float
 ) -> None:
     """AdamW on next-token and balancing loss."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
-        lr=learning_rate,
-        betas=(0.9, 0.95),
-    )
+    optimizer = optimizer_of(model, learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, steps // 20))
     topk = model.config.num_experts_per_tok
     started = time.perf_counter()

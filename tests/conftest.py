@@ -10,12 +10,15 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from fedalign.cli import main
 from fedalign.config import Config, load_config
 from fedalign.site import SiteFolder
 from tests.moe.tiny import build
 
 # a shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+Command = Callable[..., tuple[int, str, str]]
 
 SUBJECTS = {
     "animals": ["the dog runs", "a cat sleeps", "the horse eats", "a bird sings", "the fish swims"],
@@ -127,3 +130,21 @@ def make_site(folder: Path, toml: str) -> SiteFolder:
 def changed(config: Config, section: str, **values: Any) -> Config:
     """The configuration with other values in one section."""
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+@pytest.fixture
+def fedalign(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Run the command in this process: exit code, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["fedalign", *map(str, arguments)])
+        capfd.readouterr()  # what fixtures printed
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        output = capfd.readouterr()
+        return code, output.out, output.err
+
+    return run

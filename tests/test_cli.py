@@ -9,28 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedalign import __version__
-from fedalign.cli import main
-from tests.conftest import rows, write_jsonl
+from tests.conftest import Command, rows, write_jsonl
 from tests.moe.tiny import build
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def fedalign(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Run the command in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["fedalign", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        output = capfd.readouterr()
-        return code, output.out, output.err
-
-    return run
 
 
 def sets(settings: list[str], *more: str) -> list[str]:

@@ -2,34 +2,13 @@
 
 import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedalign.cli import main
+from tests.conftest import Command
 from tests.test_run import Silent, start
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def fedalign(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Run the command in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["fedalign", *map(str, arguments)])
-        capfd.readouterr()  # what fixtures printed
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        output = capfd.readouterr()
-        return code, output.out, output.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -5,37 +5,21 @@ import re
 import shlex
 import socket
 import tomllib
-from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
 import pytest
 
 from fedalign import site_cli
-from fedalign.cli import main
 from fedalign.terminal import out
-from tests.conftest import SUBJECTS
+from tests.conftest import SUBJECTS, Command
 from tests.doctor.server import serving
 
-Command = Callable[..., tuple[int, str, str]]
 
-
-@pytest.fixture
-def fedalign(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Run the command in this process: exit code, standard output, standard error."""
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines are not broken."""
     monkeypatch.setattr(out, "_width", 120)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["fedalign", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        output = capfd.readouterr()
-        return code, output.out, output.err
-
-    return run
 
 
 @pytest.fixture

@@ -4,35 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedalign.cli import main
-from tests.conftest import save_tokenizer
+from tests.conftest import Command, save_tokenizer
 from tests.moe.tiny import build
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def fedalign(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Run the command in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["fedalign", *arguments])
-        capfd.readouterr()  # what fixtures printed
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        output = capfd.readouterr()
-        return code, output.out, output.err
-
-    return run
 
 
 @pytest.fixture

@@ -28,12 +28,12 @@ import torch
 import transformers
 from measure import expert_counts, mean, specialisation
 from torch import Tensor
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from fedalign.checkpoint import replacing
 
 sys.path.append(str(Path(__file__).parents[1]))
-from pretrain_demo import BALANCE, balance, next_token_loss, rate
+from pretrain_demo import BALANCE, balance, new_model, next_token_loss, optimizer_of, rate
 
 SEQUENCE = 96  # tokens of a packed sequence
 BATCH = 16  # sequences of a step
@@ -79,26 +79,6 @@ class Texts:
                 yield self._end
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> OlmoeForCausalLM:
-    """The architecture."""
-    return OlmoeForCausalLM(
-        OlmoeConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=160,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_experts=8,
-            num_experts_per_tok=2,
-            norm_topk_prob=True,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-
-
 def information(router_logits: Sequence[Tensor], set_B: Tensor) -> Tensor:
     """Mutual information of data set and expert by mean probabilities of a batch, mean over layers; differentiable."""
     set_T = set_B.repeat_interleave(SEQUENCE)
@@ -110,14 +90,6 @@ def information(router_logits: Sequence[Tensor], set_B: Tensor) -> Tensor:
         apart_D_E = joint_D_E.sum(1, keepdim=True) * joint_D_E.sum(0, keepdim=True)
         found.append((joint_D_E * (joint_D_E / apart_D_E).log()).sum())
     return torch.stack(found).mean()
-
-
-def optimizer_of(model: OlmoeForCausalLM, learning_rate: float) -> torch.optim.AdamW:
-    """Weight decay on matrices."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
 
 
 def pretrain(model: OlmoeForCausalLM, texts: Texts, steps: int, learning_rate: float, specialise: float) -> None:
@@ -248,7 +220,7 @@ def main() -> None:
     if language.exists():
         model = OlmoeForCausalLM.from_pretrained(language)
     else:
-        model = new_model(tokenizer)
+        model = new_model(tokenizer, vocabulary=len(tokenizer), hidden=128)
         print(f"{texts.tokens:,} tokens of {', '.join(texts.sets)}", flush=True)
         pretrain(model, texts, args.steps, args.learning_rate, args.specialise)
         with replacing(language) as folder:

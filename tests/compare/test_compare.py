@@ -5,20 +5,18 @@ import json
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from fedalign import compare as comparing
-from fedalign.cli import main
 from fedalign.compare.folder import read_history
 from fedalign.compare.schedule import Slot, Task, Watcher
 from fedalign.run import execute, prepare
 from tests.compare.conftest import tree
+from tests.conftest import Command
 from tests.test_run import Silent
-
-Command = Callable[..., tuple[int, str, str]]
 
 HALVES = textwrap.dedent(
     '''
@@ -62,23 +60,6 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: halves\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text("[fedalign.algorithms]\nhalves = halves:Halves\n")
     return folder
-
-
-@pytest.fixture
-def fedalign(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Run the command in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["fedalign", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        output = capfd.readouterr()
-        return code, output.out, output.err
-
-    return run
 
 
 @pytest.fixture

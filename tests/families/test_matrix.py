@@ -97,14 +97,7 @@ def test_routing_is_captured(family: str, kind: str, train: bool, base: Folder) 
 def test_groups_hold_every_trained_value_once(family: str, kind: str, base: Folder) -> None:
     moe = load(base(family), kind)
     assert all(moe.layout.sizes[group] for group in moe.layout.groups if group.kind != "shared")
-    with torch.no_grad():
-        for parameter in moe.model.parameters():
-            parameter.zero_()
-        for views in moe.views.values():
-            for view in views:
-                view.add_(1)
-    for name, parameter in moe.model.named_parameters():
-        assert torch.all(parameter == (1.0 if parameter.requires_grad else 0.0)), name
+    tiny.assert_views_hold_every_trained_value_once(moe)
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)

@@ -21,14 +21,7 @@ Tiny = Callable[[str], MoEModel]
 @pytest.mark.parametrize("family", tiny.ALL)
 def test_groups_cover_every_trainable_value_exactly_once(family: str) -> None:
     moe = MoEModel.wrap(tiny.build(family))
-    with torch.no_grad():
-        for parameter in moe.model.parameters():
-            parameter.zero_()
-        for views in moe.views.values():
-            for view in views:
-                view.add_(1)
-    for name, parameter in moe.model.named_parameters():
-        assert torch.all(parameter == (1.0 if parameter.requires_grad else 0.0)), name
+    tiny.assert_views_hold_every_trained_value_once(moe)
     trained = sum(p.numel() for p in moe.model.parameters() if p.requires_grad)
     assert sum(moe.layout.sizes.values()) == trained
     assert tuple(moe.layout.sizes) == moe.layout.groups

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from fedalign.moe.families import FAMILIES
+from fedalign.moe.model import MoEModel
 from tests.families.remote.configuration_deepseek import DeepseekConfig
 from tests.families.remote.modeling_deepseek import DeepseekForCausalLM
 
@@ -243,3 +244,15 @@ def batch(family: str, examples: int = 3, length: int = 12, seed: int = 1) -> di
 def masks(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """What `RoutingProbe.capture` wants of a batch."""
     return inputs["attention_mask"], inputs.get("decoder_attention_mask")
+
+
+@torch.no_grad()
+def assert_views_hold_every_trained_value_once(moe: MoEModel) -> None:
+    """The model is used up: its values become ones and zeros."""
+    for parameter in moe.model.parameters():
+        parameter.zero_()
+    for views in moe.views.values():
+        for view in views:
+            view.add_(1)
+    for name, parameter in moe.model.named_parameters():
+        assert torch.all(parameter == (1.0 if parameter.requires_grad else 0.0)), name
