@@ -6,6 +6,7 @@
     regimes    algorithms over ways in which clients differ, what is trained, and local epochs
     short      the main regimes with 0.3 of the steps
     drift      more examples and local steps between averages, at two learning rates: where clients really part
+    confirm    what drift found, asked again: seeds not used before, every test row, the rate chosen on validation data
     bounds     each client alone, and all data in one place
     tuned      the main regimes, learning rate and strength chosen for each algorithm by `compare --tune`
     ablation   the paper's five steps
@@ -14,7 +15,7 @@
     losses     IID data, two clients, many clients of which a tenth is asked, tiny clients
     rounds     more rounds, to count those until FedMoE's final accuracy
 
-Results are in OUT/STUDY/PART: those of `compare`, and about.json. The learning rate of a part is that of three which
+Results are in OUT/STUDY/PART: those of `compare`, and about.json. The learning rate of a part is that of four which
 scores best for FedAvg after the last round on a validation part, with a seed that is used for nothing else; all
 algorithms of the part use it. Measured runs keep their numbers and lose their models.
 """
@@ -43,7 +44,8 @@ from fedalign.results import RunFolder, versions
 from fedalign.server import merit
 
 MAIN = ("fedavg", "fedprox", "fedmoe", "fedalign_moe")
-RATES = ("3e-4", "1e-3", "1e-4")
+RATES = ("3e-4", "1e-3", "1e-4", "3e-3")
+RATED = ("fedavg", "fedalign_moe")  # the first decides
 RATE_SEED = "1000,"
 EPOCHS = (1, 4, 2)
 KINDS = ("full", "moe", "experts")
@@ -116,6 +118,21 @@ def drift() -> Iterator[Part]:
     yield Part("label_skew-full-2-3e-4", "label_skew", every, "full", 2, long, rate="3e-4")
     yield Part("tasks-full-2-3e-4", "tasks", (*lines, f"fedalign_moe:{pulls[1]}"), "full", 2, long, rate="3e-4")
     yield Part("label_skew-full-2-1e-4", "label_skew", lines, "full", 2, long, rate="1e-4")
+
+
+def confirm() -> Iterator[Part]:
+    """Written before its first run: baselines, the paper's ablation, and each side alone."""
+    long = ("run.rounds=5", "training.batch_examples=8", "data.max_train=2000", "data.max_test=2000")
+    settings = (*long, "evaluation.clients=false")
+    plain = "experts=average:adaptive_strength=false"
+    lines = (
+        *("fedavg", "fedalign_moe", "fedalign_moe:gate=average:reg_strength=0.0", "fedalign_moe:experts=average"),
+        *(f"fedalign_moe:{plain}", f"fedalign_moe:{plain}:gate_weights=uniform"),
+        *("fedprox", "fedmoe"),
+    )
+    yield Part("tasks", "tasks", lines, "full", 2, settings)
+    yield Part("label_skew", "label_skew", lines[:4], "full", 2, settings)
+    yield Part("tasks-moe", "tasks", lines[:3], "moe", 2, settings)
 
 
 def bounds() -> Iterator[Part]:
@@ -207,6 +224,7 @@ STUDIES = {
     "regimes": regimes,
     "short": short,
     "drift": drift,
+    "confirm": confirm,
     "bounds": bounds,
     "tuned": tuned,
     "ablation": ablations,
@@ -263,9 +281,9 @@ class Place:
         return (*before, *(seed for seed in parse_seeds(seeds) if seed not in before))
 
     def rate(self, part: Part) -> str:
-        """The learning rate that suits FedAvg best here, chosen once for all studies."""
+        """The learning rate that suits FedAvg best here, chosen once for all studies; FedAlign-MoE's is only noted."""
         name = "-".join([part.regime, part.kind, str(part.epochs), *(s.partition("=")[2] for s in part.settings)])
-        lines = tuple(f"fedavg:training.learning_rate={rate}" for rate in RATES)
+        lines = tuple(f"{algorithm}:training.learning_rate={rate}" for algorithm in RATED for rate in RATES)
         look = ("evaluation.part=validation", "data.validation=0.5", "evaluation.clients=false")
         twice = 2 * load_config(None, overrides(part, self.data, self.start)).data.max_train
         trial = replace(part, name=name, algorithms=lines, tune=False)
@@ -274,7 +292,7 @@ class Place:
         last = {label: merit(read_history(run)[-1]) for label, run in scored.items()}
         for run in scored.values():
             prune(run.path)
-        best = max(lines, key=lambda line: last[line] or -1e9)
+        best = max(lines[: len(RATES)], key=lambda line: last[line] or -1e9)
         return best.rpartition("=")[2]
 
     def make(self, study: str, part: Part, seeds: str) -> None:

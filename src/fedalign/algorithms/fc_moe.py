@@ -51,13 +51,13 @@ class FCMoE(FedAvg):
         frequency_C_L_E = torch.stack([report.load_L_E / max(1, report.tokens) for report in reports])
         importance_C_L_E = frequency_C_L_E * norm_C_L_E
         weight_C_L_E = importance_C_L_E / importance_C_L_E.sum(0).clamp_min(torch.finfo(torch.float32).tiny)
-        stretch_L_E, against_C_L_E = self._projection(reports, weight_C_L_E * norm_C_L_E)
+        stretch_L_E, against_C_L_E = self.project(reports, weight_C_L_E * norm_C_L_E)
         ones_C_L_E = torch.ones_like(weight_C_L_E)
         factor_C_G = layout.table(ones_C_L_E[:, 0, 0], ones_C_L_E, stretch_L_E.expand_as(weight_C_L_E))
         metrics = {"expert_updates_against_consensus": int(against_C_L_E.sum())}
         return Plan(plan.clients, layout.table(shared_C, gate_C_L_E, weight_C_L_E), factor_C_G, metrics), state
 
-    def _projection(self, reports: Sequence[Statistics], length_C_L_E: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, reports: Sequence[Statistics], length_C_L_E: Tensor) -> tuple[Tensor, Tensor]:
         """The factor of each expert's sum, [L, E], and who is against the consensus, [C, L, E].
 
         `length_C_L_E` is b·‖Δ‖: the length of each client's part of the consensus.

@@ -1,0 +1,306 @@
+"""From the same updates, which plan makes the better model? Each choice of the aggregation against its alternatives.
+
+    python benchmarks/evidence/merges.py tasks --seeds 10,11,12,13,14
+
+Clients train as under FedAvg. In every round each alternative plans from the same statistics, sums the same updates,
+and its model is scored on the test set; then FedAvg's goes on. So all alternatives share what training costs and most
+of its noise. What they would do to each other over several rounds is not in it, nor is the regulariser, which changes
+the training itself: for those see `study.py`.
+
+Results are in OUT/merges/REGIME/seed-N.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from study import REGIMES, Part, overrides
+from torch import Tensor
+
+from fedalign.algorithms import make
+from fedalign.checkpoint import write_text
+from fedalign.client import derive_seed, sketched
+from fedalign.compare.plan import parse_seeds
+from fedalign.config import load_config
+from fedalign.data.batches import batches
+from fedalign.forward import answer_logits
+from fedalign.moe.model import quiet
+from fedalign.moe.probe import RoutingProbe, RoutingStatistics
+from fedalign.protocol import (
+    Broadcast,
+    ParameterGroup,
+    Plan,
+    Request,
+    State,
+    Statistics,
+    Update,
+    Weights,
+    WireDtype,
+)
+from fedalign.run import Prepared, prepare
+from fedalign.wire import pack, unpack
+
+SETTINGS = ("training.batch_examples=8", "data.max_train=2000", "data.max_test=2000", "evaluation.clients=false")
+
+
+@dataclass(frozen=True)
+class Round:
+    """What all alternatives of a round have in common."""
+
+    prepared: Prepared
+    start: Weights
+    standard: Sequence[Statistics]
+    updates: Mapping[str, Weights]  # rows of routers as trained: not centred
+
+    @cached_property
+    def centred(self) -> dict[str, Weights]:
+        """The updates with the mean over its experts taken off each layer's router rows."""
+        layout = self.prepared.layout
+        found = {}
+        for client, update in self.updates.items():
+            rows = {group: value for group, value in update.items() if group.kind == "gate"}
+            mean = [
+                torch.stack([v for g, v in rows.items() if g.layer == layer]).mean(0) for layer in range(layout.layers)
+            ]
+            found[client] = {**update, **{group: value - mean[group.layer] for group, value in rows.items()}}
+        return found
+
+    def sketched(self, width: int | None) -> list[Statistics]:
+        """The statistics with update sketches of another width; None: the updates themselves."""
+        seed, layout = self.prepared.config.run.seed, self.prepared.layout
+        cells = (layout.layers, layout.experts, -1)
+        experts = [group for group in layout.groups if group.kind == "expert"]
+        found = []
+        for report in self.standard:
+            vectors = [self.updates[report.client][group] for group in experts]
+            seen = torch.stack(vectors) if width is None else sketched(vectors, width, seed)
+            unit = torch.nn.functional.normalize(seen.view(cells), dim=-1) * report.held_L_E.unsqueeze(-1)
+            found.append(replace(report, update_L_E_S=unit if width is None else unit.half()))
+        return found
+
+    @cached_property
+    def fresh(self) -> list[Statistics]:
+        """Statistics of a pass of each client's trained model over its data, instead of its last epoch's passes."""
+        config, moe = self.prepared.config, self.prepared.bench.moe
+        found = []
+        for report in self.standard:
+            update = self.updates[report.client]
+            moe.write({group: value + update[group] for group, value in self.start.items()})
+            moe.model.eval()
+            passed = RoutingStatistics(len(moe.layers), moe.experts, moe.hidden)
+            with RoutingProbe(moe) as probe, torch.no_grad():
+                for batch in batches(self.prepared.clients[report.client].train, config.training.batch_tokens, 64):
+                    with probe.capture(*batch.masks()) as captured:
+                        answer_logits(moe, batch)
+                    passed.update(captured)
+            routing = passed.finish(config.statistics.min_tokens, config.statistics.min_examples)
+            cells = (moe.layout.layers, moe.layout.experts, -1)
+            centroid = sketched(
+                routing.centroid_L_E_H.flatten(0, 1), config.statistics.centroid_width, config.run.seed
+            ).view(cells)
+            scale_L = centroid.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
+            found.append(
+                replace(
+                    report,
+                    prob_L_E=routing.prob_L_E,
+                    load_L_E=routing.load_L_E,
+                    margin_L_E=routing.margin_L_E,
+                    centroid_L_E_D=(centroid / scale_L[:, None, None]).half(),
+                    centroid_scale_L=scale_L,
+                )
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One way of making a model from the updates of a round."""
+
+    label: str
+    algorithm: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reports: Callable[[Round], Sequence[Statistics]] = lambda seen: seen.standard
+    centre: bool = True  # if the algorithm wants it
+    wire: WireDtype = "float32"
+    as_long_as: str = ""  # the experts' change is brought to the length that it has in this earlier alternative
+    about: str = ""
+
+    def plan(self, seen: Round, state: State) -> tuple[Plan, State]:
+        """The algorithm's."""
+        return make(self.algorithm, self.options).plan(self.reports(seen), seen.prepared.layout, state)
+
+    def merged(self, seen: Round, plan: Plan) -> Weights:
+        """The model that the plan makes of the round's updates."""
+        centre = self.centre and make(self.algorithm, self.options).centre_gates
+        updates = seen.centred if centre else seen.updates
+        factor_C_G = plan.weight_C_G if plan.factor_C_G is None else plan.weight_C_G * plan.factor_C_G
+        groups, found = seen.prepared.layout.groups, {}
+        for column, group in enumerate(groups):
+            value = seen.start[group].clone()
+            for client, factor in zip(plan.clients, factor_C_G[:, column].tolist(), strict=True):
+                if factor:
+                    value.add_(self._sent(updates[client][group], client, group), alpha=factor)
+            found[group] = value
+        return found
+
+    def _sent(self, delta: Tensor, client: str, group: ParameterGroup) -> Tensor:
+        """As it arrives."""
+        return delta if self.wire == "float32" else unpack(pack(delta, self.wire, derive_seed(client, group)))
+
+
+def aligned(label: str, about: str = "", **options: Any) -> Alternative:
+    """FedAlign-MoE with some options changed."""
+    return Alternative(label, "fedalign_moe", options, about=about)
+
+
+def alternatives() -> Iterator[Alternative]:
+    """The first is what the others are measured against; the second is all defaults."""
+    yield Alternative("fedavg", "fedavg")
+    yield aligned("FedAlign-MoE", "all defaults")
+    yield aligned("gate side alone", "sides", experts="average")
+    yield aligned("expert side alone", "sides", gate="average")
+    yield Alternative("fedavg, experts stretched", "fedavg", as_long_as="FedAlign-MoE", about="length")
+    yield replace(aligned("FedAlign-MoE, experts shortened", "length"), as_long_as="fedavg")
+    for other in ("fedmoe", "hfedmoe", "flame"):
+        yield Alternative(other, other, about="other plans")
+    yield Alternative("fc_moe", "fc_moe", {"keep": 0.0}, about="other plans")
+    gates: dict[str, dict[str, Any]] = {
+        "gate_weights = uniform": {"gate_weights": "uniform"},
+        "overlap = relative": {"overlap": "relative"},
+        "size_weighted": {"size_weighted": True},
+        "max_weight = 1": {"max_weight": 1.0},
+        "max_weight = 0.25": {"max_weight": 0.25},
+        "overlap = relative, size_weighted": {"overlap": "relative", "size_weighted": True},
+    }
+    for label, options in gates.items():
+        yield aligned(label, "gate weights", **options, experts="average")
+    rows = aligned("rows not centred", "gate weights", experts="average")
+    yield replace(rows, centre=False)
+    experts: dict[str, dict[str, Any]] = {
+        "consensus = relu": {"consensus": "relu"},
+        "beta = 0": {"beta": 0.0},
+        "beta = 1": {"beta": 1.0},
+        "all pass (beta = 100)": {"beta": 100.0},
+        "min_agreement = 0": {"min_agreement": 0.0},
+        "min_agreement = 0.8": {"min_agreement": 0.8},
+        "min_agreement = 0.95": {"min_agreement": 0.95},
+        "all pass, min_agreement = 0": {"beta": 100.0, "min_agreement": 0.0},
+        "min_holders = 1": {"min_holders": 1},
+    }
+    for label, options in experts.items():
+        yield aligned(label, "expert weights", **options, gate="average")
+    semantic = aligned("", "statistics")
+    for width in (64, 1024, None):
+        label = f"sketches of {width}" if width else "exact cosines"
+        yield replace(semantic, label=label, reports=partial(Round.sketched, width=width))
+    yield replace(semantic, label="statistics of a pass of their own", reports=lambda seen: seen.fresh)
+    for wire in ("bfloat16", "int8"):
+        yield Alternative(f"fedavg, {wire}", "fedavg", wire=wire, about="wire")
+        yield replace(aligned(f"FedAlign-MoE, {wire}", "wire"), wire=wire)
+    yield replace(aligned("min_agreement = 0.8, int8", "wire", min_agreement=0.8), wire="int8")
+    yield Alternative("align_projected", "align_projected", {"keep": 0.0}, about="beyond the paper")
+
+
+class Keep:
+    """An accumulator that keeps what arrives."""
+
+    def __init__(self) -> None:
+        self.updates: dict[str, Weights] = {}
+
+    def add(self, update: Update) -> None:
+        """Keep it."""
+        self.updates[update.client] = {group: unpack(packed) for group, packed in update.groups.items()}
+
+
+def next_round(prepared: Prepared, number: int, start: Weights) -> Round:
+    """Train all clients from `start`."""
+    federation, layout = prepared.federation, prepared.layout
+    broadcast = Broadcast(number, {group: pack(value, "float32", seed=0) for group, value in start.items()})
+    reports = list(federation.train(broadcast, federation.members()))
+    standard = [report for report in reports if isinstance(report, Statistics)]
+    if len(standard) < len(reports):
+        raise SystemExit(f"round {number}: a client failed: {reports}")
+    kept = Keep()
+    federation.collect([Request(report.client, number, layout.groups) for report in standard], kept)
+    return Round(prepared, start, standard, kept.updates)
+
+
+def run(part: Part, seed: int, data: Path, start: str, rounds: int) -> list[dict[str, Any]]:
+    """A line for each round and alternative."""
+    settings = [*overrides(part, data, start), f"run.seed={seed}", f"training.learning_rate={part.rate}"]
+    lines = []
+    with TemporaryDirectory() as folder:
+        prepared = prepare(load_config(None, settings), Path(folder))
+        weights = prepared.initial_weights()
+        states: dict[str, State] = {}
+        for number in range(1, rounds + 1):
+            began = time.perf_counter()
+            seen = next_round(prepared, number, weights)
+            size_G = torch.tensor([seen.prepared.layout.sizes[group] for group in seen.prepared.layout.groups]).double()
+            length: dict[str, float] = {}
+            for alternative in alternatives():
+                plan, states[alternative.label] = alternative.plan(seen, states.get(alternative.label, {}))
+                merged = alternative.merged(seen, plan)
+                length[alternative.label] = norm_of_change(merged, weights)
+                if alternative.as_long_as:
+                    ratio = length[alternative.as_long_as] / length[alternative.label]
+                    merged |= {g: torch.lerp(weights[g], v, ratio) for g, v in merged.items() if g.kind == "expert"}
+                score = prepared.evaluate(merged)
+                assert score is not None
+                sent = ((plan.weight_C_G > 0).double() @ size_G).sum() / (len(plan.clients) * size_G.sum())
+                lines.append(
+                    {
+                        "round": number,
+                        "alternative": alternative.label,
+                        "about": alternative.about,
+                        "accuracy": score.accuracy,
+                        "loss_nats": score.loss,
+                        "uploaded_share": float(sent),
+                        "change_norm": norm_of_change(merged, weights),
+                    }
+                )
+                if alternative.label == "fedavg":
+                    following = merged
+            weights = following
+            print(f"{part.regime}, seed {seed}, round {number}: {time.perf_counter() - began:.0f} s", flush=True)
+    return lines
+
+
+def norm_of_change(new: Weights, old: Weights) -> float:
+    """Of all experts together."""
+    return float(sum((new[g] - old[g]).square().sum() for g in new if g.kind == "expert") ** 0.5)
+
+
+def main() -> None:
+    """Make what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("regime", choices=REGIMES)
+    parser.add_argument("--seeds", default="5", help="how many, or which")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rate", default="1e-3", help="learning rate")
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--data", type=Path, default=Path("runs/evidence/data"), help="what data.py wrote")
+    parser.add_argument("--start", default="runs/evidence/start", help="a model folder")
+    args = parser.parse_args()
+    quiet()
+    torch.set_num_threads(1)
+    part = Part(args.regime, args.regime, ("fedavg",), "full", 2, SETTINGS, rate=args.rate)
+    for seed in parse_seeds(args.seeds):
+        file = args.out / "merges" / args.regime / f"seed-{seed}.json"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lines = run(part, seed, args.data, args.start, args.rounds)
+            write_text(file, json.dumps({"rate": args.rate, "settings": SETTINGS, "lines": lines}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
