@@ -49,6 +49,7 @@ def report(client: int, layout: Layout, update_width: int, centroid_width: int, 
         centroid_scale_L=torch.ones(layout.layers),
         update_L_E_S=torch.nn.functional.normalize(update, dim=-1).half(),
         norm_G=torch.rand(len(layout.groups), generator=own) + 0.5,
+        token_count_M_V=torch.zeros(0, 0),
     )
 
 

@@ -74,6 +74,7 @@ def statistics(client: str = "ward", round: int = 3) -> Statistics:
         centroid_scale_L=torch.ones(2),
         update_L_E_S=sketch + 1,
         norm_G=torch.arange(13.0),
+        token_count_M_V=torch.zeros(0, 0),
         frozen=(GROUPS[8],),
         metrics={"train_seconds": 0.5, "steps": 3.0},
     )

@@ -55,6 +55,7 @@ def report(client: str, round: int, examples: int, update: Weights) -> Statistic
         centroid_scale_L=torch.ones(1),
         update_L_E_S=torch.ones(1, 2, 4, dtype=torch.float16),
         norm_G=torch.stack([update[group].norm() for group in LAYOUT.groups]),
+        token_count_M_V=torch.zeros(0, 0),
     )
 
 

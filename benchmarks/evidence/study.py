@@ -7,6 +7,7 @@
     short      the main regimes with 0.3 of the steps
     drift      more examples and local steps between averages, at two learning rates: where clients really part
     confirm    what drift found, asked again: seeds not used before, every test row, the rate chosen on validation data
+    beyond     token rows and load weights, every line at the learning rate that suits it
     bounds     each client alone, and all data in one place
     tuned      the main regimes, learning rate and strength chosen for each algorithm by `compare --tune`
     ablation   the paper's five steps
@@ -15,7 +16,7 @@
     losses     IID data, two clients, many clients of which a tenth is asked, tiny clients
     rounds     more rounds, to count those until FedMoE's final accuracy
 
-Results are in OUT/STUDY/PART: those of `compare`, and about.json. The learning rate of a part is that of four which
+Results are in OUT/STUDY/PART: those of `compare`, and about.json. The learning rate of a part is that of three which
 scores best for FedAvg after the last round on a validation part, with a seed that is used for nothing else; all
 algorithms of the part use it. Measured runs keep their numbers and lose their models.
 """
@@ -44,7 +45,7 @@ from fedalign.results import RunFolder, versions
 from fedalign.server import merit
 
 MAIN = ("fedavg", "fedprox", "fedmoe", "fedalign_moe")
-RATES = ("3e-4", "1e-3", "1e-4", "3e-3")
+RATES = ("3e-4", "1e-3", "1e-4")
 RATED = ("fedavg", "fedalign_moe")  # the first decides
 RATE_SEED = "1000,"
 EPOCHS = (1, 4, 2)
@@ -86,7 +87,7 @@ class Part:
     epochs: int = 1
     settings: tuple[str, ...] = ()
     tune: bool = False
-    rate: str | None = None  # None: that which suits FedAvg
+    rate: str | None = None  # None: that which suits FedAvg; "each": every line has its own
 
     @property
     def choices(self) -> list[Choice]:
@@ -133,6 +134,24 @@ def confirm() -> Iterator[Part]:
     yield Part("tasks", "tasks", lines, "full", 2, settings)
     yield Part("label_skew", "label_skew", lines[:4], "full", 2, settings)
     yield Part("tasks-moe", "tasks", lines[:3], "moe", 2, settings)
+
+
+def beyond() -> Iterator[Part]:
+    """What merging the same updates found (merges.py), over whole runs. Each line has its own learning rate."""
+    long = ("run.rounds=5", "training.batch_examples=8", "data.max_train=2000", "data.max_test=2000")
+    settings = (*long, "evaluation.clients=false")
+    averaged = "fedalign_moe:gate=average:reg_strength=0.0"
+    lines = (
+        "fedavg",
+        "fedalign_moe",
+        f"{averaged}:experts=average:vocabulary=tokens",
+        f"{averaged}:experts=load:vocabulary=tokens",
+        "fedalign_moe:experts=load:vocabulary=tokens",
+        "fedalign_moe:vocabulary=tokens",
+    )
+    yield Part("label_skew", "label_skew", lines, "full", 2, settings, rate="each")
+    yield Part("tasks", "tasks", lines, "full", 2, settings, rate="1e-3")
+    yield Part("domain", "domain", lines, "full", 2, settings, rate="1e-3")
 
 
 def bounds() -> Iterator[Part]:
@@ -225,6 +244,7 @@ STUDIES = {
     "short": short,
     "drift": drift,
     "confirm": confirm,
+    "beyond": beyond,
     "bounds": bounds,
     "tuned": tuned,
     "ablation": ablations,
@@ -280,27 +300,36 @@ class Place:
         before = known.read().seeds if known.request.exists() else ()
         return (*before, *(seed for seed in parse_seeds(seeds) if seed not in before))
 
-    def rate(self, part: Part) -> str:
-        """The learning rate that suits FedAvg best here, chosen once for all studies; FedAlign-MoE's is only noted."""
+    def rates(self, part: Part, lines: Sequence[str]) -> dict[str, str]:
+        """The learning rate that suits each line best here, chosen once for all studies."""
         name = "-".join([part.regime, part.kind, str(part.epochs), *(s.partition("=")[2] for s in part.settings)])
-        lines = tuple(f"{algorithm}:training.learning_rate={rate}" for algorithm in RATED for rate in RATES)
+        tried = tuple(f"{line}:training.learning_rate={rate}" for line in lines for rate in RATES)
         look = ("evaluation.part=validation", "data.validation=0.5", "evaluation.clients=false")
         twice = 2 * load_config(None, overrides(part, self.data, self.start)).data.max_train
-        trial = replace(part, name=name, algorithms=lines, tune=False)
+        trial = replace(part, name=name, algorithms=tried, tune=False)
         folder = self.run(self.out / "rates" / name, trial, RATE_SEED, [*look, f"data.max_train={twice}"])
         scored = {cell.choice.label: folder.run(cell, "runs") for cell in cells(folder.read())}
-        last = {label: merit(read_history(run)[-1]) for label, run in scored.items()}
+        score = {label: merit(read_history(run)[-1]) for label, run in scored.items()}
         for run in scored.values():
             prune(run.path)
-        best = max(lines[: len(RATES)], key=lambda line: last[line] or -1e9)
-        return best.rpartition("=")[2]
+        return {
+            line: max(RATES, key=lambda rate: score[f"{line}:training.learning_rate={rate}"] or -1e9) for line in lines
+        }
+
+    def fitted(self, part: Part) -> Part:
+        """The part with its learning rate, or with one for each of its lines."""
+        if part.rate == "each":
+            chosen = self.rates(part, part.algorithms)
+            lines = tuple(f"{line}:training.learning_rate={rate}" for line, rate in chosen.items())
+            return replace(part, algorithms=lines, rate=chosen[part.algorithms[0]])
+        return part if part.rate else replace(part, rate=self.rates(part, RATED)[RATED[0]])
 
     def make(self, study: str, part: Part, seeds: str) -> None:
         """Runs, measures, and what is to be known about them."""
         started = time.perf_counter()
         folder = self.out / study / part.name.replace(" ", "_")
-        rate = part.rate or self.rate(part)
-        settings = [f"training.learning_rate={rate}"]
+        part = self.fitted(part)
+        settings = [f"training.learning_rate={part.rate}"]
         made = self.run(folder, part, seeds, settings)
         for summary in sorted(folder.glob("runs/**/summary.json")):
             measure(summary.parent)
@@ -314,7 +343,7 @@ class Place:
         )
         about = {
             "part": asdict(part) | {"choices": [choice.label for choice in part.choices]},
-            "learning_rate": rate,
+            "learning_rate": part.rate,
             "start": self.start,
             "machine": f"{platform.processor() or platform.machine()}, {platform.system()}, one thread a run",
             "versions": versions(),

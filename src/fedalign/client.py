@@ -24,6 +24,7 @@ from fedalign import parallel
 from fedalign.checkpoint import ClientMemory
 from fedalign.config import ClientLimits, Config, TrainingConfig
 from fedalign.data.batches import Batch, Encoded, batches
+from fedalign.data.tokens import TokenCounts
 from fedalign.errors import TrainingFailedError
 from fedalign.evaluation import TestSet, evaluate
 from fedalign.forward import answer_logits, own_share
@@ -206,6 +207,7 @@ class Trainer:
             centroid_scale_L=scale_L,
             update_L_E_S=update_L_E_S.half(),
             norm_G=norm_G,
+            token_count_M_V=fit.tokens.finish(options.min_examples),
             frozen=tuple(ParameterGroup("expert", *cell) for cell in fit.frozen_L_E.nonzero().tolist()),
             metrics={
                 "train_seconds": seconds,
@@ -260,6 +262,7 @@ class LocalFit:
         self.state = {name: value.to(device) for name, value in local.state.items()}
         self.prob_L_E = remembered["prob_L_E"].to(device) if "prob_L_E" in remembered else None
         self.statistics = RoutingStatistics(len(self.moe.layers), self.moe.experts, self.moe.hidden, device)
+        self.tokens = TokenCounts(self.moe.layout.token_rows if self.algorithm.counts_tokens else ())
         self.parameters = [p for p in self.moe.model.parameters() if p.requires_grad]
         self.masters = {p: p.detach().float() for p in self.parameters if p.dtype != torch.float32}
         self.views = trainer.views if not self.masters else self.moe.views_of(self.masters)
@@ -350,6 +353,7 @@ class LocalFit:
             idle_L_E = idle if idle_L_E is None else idle_L_E & idle
             if record:
                 self.statistics.update(captured)
+                self.tokens.update(batch)
         if self.algorithm.corrects:
             self.algorithm.correct(self.local, self.moe.gradients())
         for parameter, master in self.masters.items():

@@ -19,7 +19,7 @@ Axis legend, used in names everywhere (``prob_L_E`` has shape [L, E]):
 
     C clients   L MoE layers (ordinal of the router)   E experts   K top-k   T tokens
     H hidden size   S sketch width of updates   D sketch width of centroids   G parameter groups
-    N values of one parameter group, flattened
+    N values of one parameter group, flattened   V tokens of the vocabulary   M matrices with a row for each of them
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-PROTOCOL = 2  # of these messages; sites that speak another are refused
+PROTOCOL = 3  # of these messages; sites that speak another are refused
 
 Kind = Literal["shared", "gate", "expert"]
 Scoring = Literal["softmax", "sigmoid"]
@@ -69,6 +69,21 @@ class Factors:
 
 
 @dataclass(frozen=True)
+class TokenRows:
+    """Where a matrix with one row for each token of the vocabulary lies in the flat vector of `shared`, row by row."""
+
+    start: int
+    tokens: int
+    width: int
+    answers: bool = False  # a head of its own: its rows belong to the tokens of answers, else to those that are read
+
+    @property
+    def stop(self) -> int:
+        """Where it ends."""
+        return self.start + self.tokens * self.width
+
+
+@dataclass(frozen=True)
 class Layout:
     """The model as the server sees it: how many values each parameter group trains. No parameter names.
 
@@ -80,6 +95,12 @@ class Layout:
     experts: int
     sizes: Mapping[ParameterGroup, int]
     factors: Mapping[ParameterGroup, tuple[Factors, ...]] = field(default_factory=dict)
+    token_rows: tuple[TokenRows, ...] = ()  # embeddings and head, as far as they are trained; tied ones once
+
+    @property
+    def token_cells(self) -> tuple[int, int]:
+        """M matrices and V tokens of `token_rows`."""
+        return len(self.token_rows), max((rows.tokens for rows in self.token_rows), default=0)
 
     @cached_property
     def groups(self) -> tuple[ParameterGroup, ...]:
@@ -176,6 +197,7 @@ class Statistics:
     centroid_scale_L: Tensor  # float32
     update_L_E_S: Tensor  # float16, unit norm (or zero): sketch of the expert's update [P; the sketch is O]
     norm_G: Tensor  # float32: Euclidean norm of each group's update, checked again on arrival [O]
+    token_count_M_V: Tensor  # float32: how often each token was read, or was an answer; [0, 0] if nobody asks [O]
     frozen: tuple[ParameterGroup, ...] = ()  # what a small client did not train: it counts for nothing in them
     metrics: Mapping[str, float] = field(default_factory=dict)  # names carry their units
 
@@ -199,6 +221,9 @@ class Plan:
 
     A stream is a second sum over the same updates, which travel once: Σ_c weight · stream · Δ, normalised alike. It is
     handed to the algorithm's `apply`.
+
+    Rows of the layout's `token_rows` may have weights of their own: a matrix whose row is a token's is averaged, token
+    by token, over those who have met it.
     """
 
     clients: tuple[str, ...]
@@ -206,6 +231,7 @@ class Plan:
     factor_C_G: Tensor | None = None  # float32; None: ones
     metrics: Mapping[str, float] = field(default_factory=dict)  # what the algorithm has to say about the round
     streams: Mapping[str, Tensor] = field(default_factory=dict)  # name -> float32 [C, G]
+    token_weight_C_M_V: Tensor | None = None  # float32, columns sum to 1: in place of the weight in `shared` there
 
     def without(self, frozen: Mapping[str, Sequence[ParameterGroup]], layout: Layout) -> Plan:
         """The same plan with no weight for groups that a client did not train, shared out among those who did."""
@@ -321,6 +347,10 @@ class Algorithm(Protocol):
     @property
     def mixes(self) -> bool:
         """Whether each client also trains a model of its own and mixes it with the server's (`personal.Mixture`)."""
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether clients are to report how often they met each token."""
 
     @property
     def corrects(self) -> bool:

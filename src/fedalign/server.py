@@ -186,7 +186,8 @@ class Server:
             if isinstance(reply, Statistics):
                 traffic.statistics += reply.nbytes
                 traffic.up(reply.client, reply.nbytes)
-                problem = check_statistics(reply, self.layout, self.config.statistics, number)
+                cells = self.layout.token_cells if self.algorithm.counts_tokens else (0, 0)
+                problem = check_statistics(reply, self.layout, self.config.statistics, number, cells)
                 if problem is None:
                     reports[reply.client] = reply
                 else:
@@ -266,7 +267,9 @@ def round_half_up(value: float) -> int:
     return math.floor(value + 0.5)
 
 
-def check_statistics(report: Statistics, layout: Layout, options: StatisticsConfig, round: int) -> str | None:
+def check_statistics(
+    report: Statistics, layout: Layout, options: StatisticsConfig, round: int, token_cells: tuple[int, int] = (0, 0)
+) -> str | None:
     """Why a report cannot be used, or None."""
     if report.round != round:
         return f"its statistics are of round {report.round}, not {round}"
@@ -287,6 +290,7 @@ def check_statistics(report: Statistics, layout: Layout, options: StatisticsConf
         "centroid_scale_L": (layout.layers,),
         "update_L_E_S": (*cells, options.update_width),
         "norm_G": (len(layout.groups),),
+        "token_count_M_V": token_cells,
     }
     for name, shape in shapes.items():
         value: Tensor = getattr(report, name)
@@ -295,7 +299,7 @@ def check_statistics(report: Statistics, layout: Layout, options: StatisticsConf
             return f"{name} is {value.dtype} {list(value.shape)}, expected {expected} {list(shape)}"
         if not bool(value.isfinite().all()):
             return f"{name} is not finite"
-        if name in ("prob_L_E", "load_L_E", "norm_G") and bool((value < 0).any()):
+        if name in ("prob_L_E", "load_L_E", "norm_G", "token_count_M_V") and bool((value < 0).any()):
             return f"{name} is negative"
     return None
 

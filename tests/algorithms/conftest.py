@@ -49,6 +49,7 @@ def report() -> Report:
             centroid_scale_L=tensor([2.0]),
             update_L_E_S=torch.nn.functional.normalize(tensor([update]), dim=-1).half(),
             norm_G=_norms(norm),
+            token_count_M_V=torch.zeros(0, 0),
         )
 
     return make_report

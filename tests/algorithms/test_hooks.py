@@ -52,6 +52,7 @@ def report(client: str, examples: int, experts: list[list[float]], steps: float 
         centroid_scale_L=torch.ones(1),
         update_L_E_S=torch.nn.functional.normalize(update_E_S, dim=1).half()[None],
         norm_G=torch.cat([torch.ones(3), norm_E]),
+        token_count_M_V=torch.zeros(0, 0),
         metrics={"steps": steps, "learning_rate": 0.5},
     )
 

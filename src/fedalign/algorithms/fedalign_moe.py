@@ -3,6 +3,7 @@
     router rows   row_e  ← row_e + Σ_c ω_c(e) · Δrow_c(e)          ω from `maths.routing`: consistency of routing  [P]
     target        p_g(e) ← Σ_c ω_c(e) · p̄_c(e), normalised          pulls the clients' routers in the next round   [P]
     experts       θ_e    ← θ_e + Σ_c b_c(e) · Δ_c(e)                b from `maths.experts`: same role, same aim     [P]
+    token rows    row_v  ← row_v + Σ_c k_c(v) · Δrow_c(v)          k: n_c · the token's share of what c read        [O]
     the rest      FedAvg
 
 Marks: [P] the paper says so, [O] our choice where it is silent. Every [O] is an option.
@@ -18,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedalign.algorithms.fedavg import FedAvg, data_share
+from fedalign.algorithms.fedavg import FedAvg, column_shares, data_share
 from fedalign.maths.experts import Consensus, bimodality, centred_directions, cosines, directions, expert_weights
 from fedalign.maths.routing import (
     Form,
@@ -53,10 +54,11 @@ class FedAlignMoE(FedAvg):
     size_weighted: bool = False  # [P] data size does not enter ω; True [O] multiplies by n_c
     target_momentum: float = 0.0  # [O] share of the old target that stays
     adaptive_strength: bool = True  # [P] α; False pulls on all experts alike
-    experts: Literal["semantic", "average"] = "semantic"  # [P]; "average" is FedAvg
+    experts: Literal["semantic", "load", "average"] = "semantic"  # [P]; "load": n_c(e) alone [O]; "average": FedAvg
     beta: float = 0.5  # [O] standard deviations below the mean similarity that still pass
     consensus: Consensus = "half"  # [O] (1 + D) / 2, or max(0, D)
     min_agreement: float = 0.5  # [O] share of the largest agreement below which a client is left out
+    vocabulary: Literal["average", "tokens"] = "average"  # [O] "tokens": embedding rows by who met the token
     min_holders: int = 2  # [O] with fewer, an expert's update is clipped to its layer's median norm
 
     def __post_init__(self) -> None:
@@ -75,6 +77,11 @@ class FedAlignMoE(FedAvg):
     def centre_gates(self) -> bool:
         """A vector added to all rows changes no softmax routing, but weighted row by row it would become noise [O]."""
         return self.gate != "average"
+
+    @property
+    def counts_tokens(self) -> bool:
+        """With vocabulary = "tokens"."""
+        return self.vocabulary == "tokens"
 
     def private(self, group: ParameterGroup) -> bool:
         """With gate = "local", gates: each client goes on from its own, which are still summed for the global model."""
@@ -97,11 +104,15 @@ class FedAlignMoE(FedAvg):
         expert_C_L_E, two_roles = average_C_L_E, 0
         if self.experts == "semantic":
             expert_C_L_E, two_roles = self._expert_weights(reports, held_C_L_E)
+        elif self.experts == "load":
+            expert_C_L_E = column_shares(expert_sizes(reports))
         weight_C_G = layout.table(share_C, average_C_L_E if self.gate == "average" else gate_C_L_E, expert_C_L_E)
-        factor_C_G = self._clip(reports, layout, held_C_L_E) if self.experts == "semantic" else None
+        factor_C_G = self._clip(reports, layout, held_C_L_E) if self.experts != "average" else None
+        token_C_M_V = token_weights(reports) if self.counts_tokens and layout.token_rows else None
         clients = tuple(report.client for report in reports)
         metrics = {"experts_in_two_roles": two_roles} if self.experts == "semantic" else {}
-        return Plan(clients, weight_C_G, factor_C_G, metrics), {**state, TARGET: new_L_E}
+        plan = Plan(clients, weight_C_G, factor_C_G, metrics, token_weight_C_M_V=token_C_M_V)
+        return plan, {**state, TARGET: new_L_E}
 
     def penalty(self, step: Step) -> Tensor | None:
         """λ · L_reg, the mean over layers; None in round 1, when there is no target yet."""
@@ -137,8 +148,7 @@ class FedAlignMoE(FedAvg):
         Beside it, of how many experts the similarity is bimodal: same-index averaging leaves a minority out there.
         """
         load_C_L_E = torch.stack([report.load_L_E.float() for report in reports])
-        examples_C_1_1 = torch.tensor([report.examples for report in reports])[:, None, None]
-        size_C_L_E = examples_C_1_1 * load_C_L_E / load_C_L_E.sum(dim=-1, keepdim=True).clamp_min(1)
+        size_C_L_E = expert_sizes(reports)
         weight_C_L_E = torch.empty_like(load_C_L_E)
         clients, layers, experts = load_C_L_E.shape
         some = max(1, PAIRS // clients**2)
@@ -194,3 +204,23 @@ class FedAlignMoE(FedAvg):
             prob_L_T_E = router_log_prob(logits_L_T_E.detach(), scoring).exp()
             strength_L_E = alignment_strength(prob_L_T_E.mean(dim=-2), target_L_E, self.overlap)
         return routing_penalty(logits_L_T_E, topk_L_T_K, target_L_E, strength_L_E, self.granularity, self.form, scoring)
+
+
+def expert_sizes(reports: Sequence[Statistics]) -> Tensor:
+    """n_c(e), [C, L, E]: a client's examples times the expert's share of its load; 0 if it does not hold the expert."""
+    load_C_L_E = torch.stack([report.load_L_E.float() for report in reports])
+    examples_C_1_1 = torch.tensor([report.examples for report in reports])[:, None, None]
+    return examples_C_1_1 * load_C_L_E / load_C_L_E.sum(dim=-1, keepdim=True).clamp_min(1)
+
+
+def token_weights(reports: Sequence[Statistics]) -> Tensor:
+    """k, [C, M, V]: n_c times the token's share of the tokens that c met, normalised over clients [O].
+
+    It is what RegMean (arXiv 2212.09849) makes of an embedding: the Gram matrix of its one-hot inputs is diagonal,
+    and holds the counts. Rows of tokens that nobody met: n_c / Σ n.
+    """
+    count_C_M_V = torch.stack([report.token_count_M_V for report in reports])
+    examples_C_1_1 = torch.tensor([report.examples for report in reports])[:, None, None]
+    size_C_M_V = examples_C_1_1 * count_C_M_V / count_C_M_V.sum(dim=-1, keepdim=True).clamp_min(1)
+    met_1_M_V = size_C_M_V.sum(0, keepdim=True) > 0
+    return torch.where(met_1_M_V, column_shares(size_C_M_V), data_share(reports)[:, None, None])

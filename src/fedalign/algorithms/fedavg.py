@@ -57,6 +57,11 @@ class FedAvg:
         return False
 
     @property
+    def counts_tokens(self) -> bool:
+        """All rows of the embeddings have the same weight."""
+        return False
+
+    @property
     def corrects(self) -> bool:
         """Gradients stay as they are."""
         return False

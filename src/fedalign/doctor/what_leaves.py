@@ -98,6 +98,7 @@ MEANINGS: dict[type[Leaving], dict[str, str]] = {
         "centroid_scale_L": "what that is multiplied by",
         "update_L_E_S": "random projection of the direction of each expert's update",
         "norm_G": "length of each group's update",
+        "token_count_M_V": "how often it met each token of the vocabulary, if the algorithm asks for that",
         "frozen": "the experts that its limits kept it from training",
         "metrics": "seconds of training, number of steps, learning rate",
     },
@@ -177,6 +178,7 @@ def _statistics(name: str, layout: Layout, config: Config) -> Statistics:
         centroid_scale_L=_empty(layout.layers),
         update_L_E_S=_empty(*cells, config.statistics.update_width, dtype=torch.float16),
         norm_G=_empty(len(layout.groups)),
+        token_count_M_V=_empty(*(layout.token_cells if config.algorithm.build().counts_tokens else (0, 0))),
         metrics={"train_seconds": MEAN, "steps": MEAN, "learning_rate": MEAN},
     )
 

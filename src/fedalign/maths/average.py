@@ -5,6 +5,8 @@
 b and factor come from the `Plan`; factors never enter the normaliser. Memory is one float32 model, whatever the
 number of clients: nothing that was added is kept. A client lost on the way costs its share, never the round.
 
+Rows that belong to tokens may have weights of their own in place of b, normalised row by row in the same way.
+
 The exception is average = "exact": of groups with low-rank factors the same sum is taken over the products B·A, for
 which their updates, as small as they are, are kept until the end (see `low_rank`).
 """
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fedalign.maths.low_rank import Stack
-from fedalign.protocol import Failure, Layout, Packed, ParameterGroup, Plan, Update, Weights, WireDtype
+from fedalign.protocol import SHARED, Failure, Layout, Packed, ParameterGroup, Plan, Update, Weights, WireDtype
 from fedalign.wire import BLOCK, TORCH_DTYPE, scale_into
 
 Average = Literal["sum", "exact"]
@@ -73,6 +75,9 @@ class StreamingSum:
             for name, stream_C_G in plan.streams.items()
         }
         self._stream_sums: dict[str, Weights] = {name: {} for name in plan.streams}
+        self._token_rows = layout.token_rows if plan.token_weight_C_M_V is not None else ()
+        self._token_weight_C_M_V = plan.token_weight_C_M_V
+        self._token_arrived_M_V = torch.zeros(layout.token_cells, dtype=torch.float64)
         self._norm = {client: norms[client].tolist() for client in plan.clients}
         self._planned = dict(zip(layout.groups, plan.weight_C_G.double().sum(dim=0).tolist(), strict=True))
         self._arrived: defaultdict[ParameterGroup, float] = defaultdict(float)
@@ -129,7 +134,21 @@ class StreamingSum:
         stretch = self._planned[group] / self._arrived[group]
         if group in self._stacks:
             return self._stacks[group].result(old, stretch)
-        return torch.add(old, self._sums[group], alpha=stretch)
+        new = torch.add(old, self._sums[group], alpha=stretch)
+        for matrix, rows in enumerate(self._token_rows if group == SHARED else ()):
+            part = slice(rows.start, rows.stop)
+            ratio_V_1 = self._token_stretch(matrix, min_arrived)[: rows.tokens].unsqueeze(1)
+            change_V_H = self._sums[group][part].view(rows.tokens, rows.width) * ratio_V_1
+            new[part] = old[part] + change_V_H.flatten()
+        return new
+
+    def _token_stretch(self, matrix: int, min_arrived: float) -> Tensor:
+        """Planned over arrived weight of each row, float32 [V]; 0 where too little arrived to change it."""
+        assert self._token_weight_C_M_V is not None
+        planned_V = self._token_weight_C_M_V[:, matrix].double().sum(0)
+        arrived_V = self._token_arrived_M_V[matrix]
+        enough_V = (arrived_V > 0) & (arrived_V >= min_arrived * planned_V * (1 - 1e-6))
+        return torch.where(enough_V, planned_V / arrived_V, 0).float()
 
     def _wanted(self, group: ParameterGroup) -> bool:
         return self._planned[group] > 0 and self._sizes[group] > 0
@@ -180,6 +199,10 @@ class StreamingSum:
         if group in self._stacks:
             self._stacks[group].add(self._turn[client], self._factor[client][column], packed)
             return None
+        by_row = bool(self._token_rows) and group == SHARED
+        if by_row:
+            assert self._token_weight_C_M_V is not None
+            self._token_arrived_M_V += self._token_weight_C_M_V[self._turn[client]]
         targets = [(self._sums, self._factor[client][column])]
         targets += [(sums, self._streams[name][client][column]) for name, sums in self._stream_sums.items()]
         for sums, _ in targets:
@@ -187,8 +210,26 @@ class StreamingSum:
                 sums[group] = torch.zeros(self._sizes[group])
         for start, chunk in chunks or self._chunks(packed):
             for sums, factor in targets:
-                sums[group][start : start + len(chunk)].add_(chunk, alpha=factor)
+                target = sums[group][start : start + len(chunk)]
+                if by_row and sums is self._sums:
+                    target.addcmul_(chunk, self._value_weights(client, factor, start, len(chunk)))
+                else:
+                    target.add_(chunk, alpha=factor)
         return None
+
+    def _value_weights(self, client: str, factor: float, start: int, length: int) -> Tensor:
+        """A client's weight in each of some shared values, [length]: its token's; `factor` where no token owns it."""
+        assert self._token_weight_C_M_V is not None
+        weights = torch.full((length,), factor)
+        for matrix, rows in enumerate(self._token_rows):
+            begin, end = max(start, rows.start), min(start + length, rows.stop)
+            if begin < end:
+                first, last = (begin - rows.start) // rows.width, (end - 1 - rows.start) // rows.width
+                row_weights = self._token_weight_C_M_V[self._turn[client], matrix, first : last + 1]
+                skipped = begin - rows.start - first * rows.width
+                spread = row_weights.repeat_interleave(rows.width)[skipped : skipped + end - begin]
+                weights[begin - start : end - start] = spread
+        return weights
 
     def _chunks(self, packed: Packed) -> Iterator[tuple[int, Tensor]]:
         """Start and float32 values of each chunk; one buffer serves them all."""

@@ -32,7 +32,7 @@ from fedalign.config import TuningConfig
 from fedalign.errors import UserError, unknown
 from fedalign.moe.families import MoELayer, detect, family_of, is_encoder_decoder, refuse
 from fedalign.moe.tuning import freeze
-from fedalign.protocol import SHARED, Factors, Kind, Layout, ParameterGroup, Weights
+from fedalign.protocol import SHARED, Factors, Kind, Layout, ParameterGroup, TokenRows, Weights
 
 if TYPE_CHECKING:
     from peft import LoraConfig  # takes a second to import, and most kinds of tuning need none of it
@@ -606,7 +606,18 @@ class MoEModel:
         names = Layout(len(self.layers), self.experts, {})
         sizes = {group: sum(slot.size for slot in self._owners.get(group, ())) for group in names.groups}
         factors = {group: found for group in names.groups if self.adapter and (found := tuple(self._factors(group)))}
-        return Layout(names.layers, names.experts, sizes, factors)
+        return Layout(names.layers, names.experts, sizes, factors, tuple(self._token_rows()))
+
+    def _token_rows(self) -> Iterator[TokenRows]:
+        """Embeddings and head, if they are trained whole: where their rows lie among the shared values."""
+        read, answered = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        start = 0
+        for slot in self._owners.get(SHARED, ()):
+            if slot.parameter is getattr(read, "weight", None):
+                yield TokenRows(start, slot.parameter.shape[0], slot.parameter.shape[1])
+            elif slot.parameter is getattr(answered, "weight", None):
+                yield TokenRows(start, slot.parameter.shape[0], slot.parameter.shape[1], answers=True)
+            start += slot.size
 
     def _factors(self, group: ParameterGroup) -> Iterator[Factors]:
         """Where in the group's flat vector its pairs of factors lie. Of a pair with one frozen factor there is none."""
