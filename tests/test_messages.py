@@ -74,7 +74,7 @@ def statistics(client: str = "ward", round: int = 3) -> Statistics:
         centroid_scale_L=torch.ones(2),
         update_L_E_S=sketch + 1,
         norm_G=torch.arange(13.0),
-        token_count_M_V=torch.zeros(0, 0),
+        token_count_M_V=torch.arange(14.0).view(2, 7),
         frozen=(GROUPS[8],),
         metrics={"train_seconds": 0.5, "steps": 3.0},
     )
@@ -131,6 +131,7 @@ def test_all_that_the_protocol_says_may_travel_does() -> None:
         protocol.Layout,
         protocol.Packed,
         protocol.Plan,
+        protocol.TokenRows,
     }  # of a message, or the server's
     parts |= {protocol.LayerRouting, protocol.Step, protocol.LocalRound}  # of training
     assert classes - parts == set(MESSAGES.values())

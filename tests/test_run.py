@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedalign.checkpoint import ServerState
@@ -154,6 +155,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
         ("algorithm.name=local",),
         ("algorithm.name=centralised",),
         ("algorithm.gate=local",),
+        ("algorithm.vocabulary=tokens", "algorithm.experts=load", "wire.dtype=int8"),
         ("algorithm.name=fedavg", "server.optimizer=adam", "server.learning_rate=0.01"),
     ],
 )
@@ -290,6 +292,19 @@ def test_training_that_explodes_everywhere_stops_clearly(settings: list[str], tm
     with pytest.raises(UserError, match=r"0 of 3 clients can be used.*loss is|0 of 3 clients.*not finite"):
         start(tmp_path / "run", settings, "training.learning_rate=1e30")
     assert (tmp_path / "run" / "checkpoint" / "round-00000").exists()
+
+
+def test_token_rows_make_another_model_from_the_same_training(settings: list[str], tmp_path: Path) -> None:
+    alike = ("run.rounds=1", "algorithm.gate=average", "algorithm.experts=average")
+    for name, vocabulary in (("rows", "tokens"), ("whole", "average")):
+        start(tmp_path / name, settings, *alike, f"algorithm.vocabulary={vocabulary}")
+    rows, whole = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("rows", "whole"))
+    changed = {name for name in rows if not torch.equal(rows[name], whole[name])}
+    assert changed == {"model.embed_tokens.weight"}
+    before, after = metrics(tmp_path / "whole")[-1], metrics(tmp_path / "rows")[-1]
+    vocabulary = len(rows["model.embed_tokens.weight"])
+    clients = len(after["bytes_up_by_client"])
+    assert after["bytes_up"] - before["bytes_up"] == 4 * vocabulary * clients  # the counts
 
 
 def test_no_test_set_means_the_clients_own(settings: list[str], tmp_path: Path) -> None:

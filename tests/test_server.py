@@ -280,7 +280,10 @@ def test_scores_are_described_by_name() -> None:
 
 # ------------------------------------------------------------------------------------- what a client may not send
 
-USUAL = report("c", 1, 10, {group: torch.ones(LAYOUT.sizes[group]) for group in LAYOUT.groups})
+USUAL = replace(
+    report("c", 1, 10, {group: torch.ones(LAYOUT.sizes[group]) for group in LAYOUT.groups}),
+    token_count_M_V=torch.ones(1, 3),
+)
 OPTIONS = StatisticsConfig(update_width=4, centroid_width=4)
 TENSORS = [name for name, value in vars(USUAL).items() if isinstance(value, Tensor)]
 
@@ -290,8 +293,8 @@ def usual(**changes: Any) -> Statistics:
 
 
 def test_usual_statistics_pass() -> None:
-    assert check_statistics(USUAL, LAYOUT, OPTIONS, 1) is None
-    assert len(TENSORS) == 7
+    assert check_statistics(USUAL, LAYOUT, OPTIONS, 1, (1, 3)) is None
+    assert len(TENSORS) == 8
 
 
 @pytest.mark.parametrize("name", TENSORS)
@@ -312,15 +315,20 @@ def test_each_tensor_must_have_its_shape_and_precision_and_be_finite(name: str) 
         (spoilt, f"{name} is not finite"),
         (endless, f"{name} is not finite"),
     ):
-        problem = check_statistics(usual(**{name: wrong}), LAYOUT, OPTIONS, 1)
+        problem = check_statistics(usual(**{name: wrong}), LAYOUT, OPTIONS, 1, (1, 3))
         assert problem is not None
         assert problem.startswith(reason)
 
 
+def test_tokens_are_counted_only_where_the_algorithm_asks() -> None:
+    reason = "token_count_M_V is torch.float32 [1, 3], expected torch.float32 [0, 0]"
+    assert check_statistics(USUAL, LAYOUT, OPTIONS, 1) == reason
+
+
 @pytest.mark.parametrize("name", TENSORS)
 def test_what_counts_or_measures_is_not_negative(name: str) -> None:
-    problem = check_statistics(usual(**{name: -getattr(USUAL, name)}), LAYOUT, OPTIONS, 1)
-    assert problem == (f"{name} is negative" if name in ("prob_L_E", "load_L_E", "norm_G") else None)
+    problem = check_statistics(usual(**{name: -getattr(USUAL, name)}), LAYOUT, OPTIONS, 1, (1, 3))
+    assert problem == (f"{name} is negative" if name in ("prob_L_E", "load_L_E", "norm_G", "token_count_M_V") else None)
 
 
 def test_sketches_of_another_width_leave_the_client_out_and_the_round_goes_on(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from fedalign.algorithms import fedalign_moe as module
 from fedalign.algorithms.fedalign_moe import FedAlignMoE
 from fedalign.maths.routing import Overlap, alignment_strength, routing_penalty
-from fedalign.protocol import LayerRouting, Layout, Statistics, Step
+from fedalign.protocol import LayerRouting, Layout, Statistics, Step, TokenRows
 from tests.algorithms.conftest import Report
 
 
@@ -208,3 +208,22 @@ def test_descending_the_penalty_leads_to_the_target() -> None:
         torch.autograd.backward(penalty)
         optimizer.step()
     assert_close(logits.detach().softmax(-1), target.expand(6, 4), atol=1e-2, rtol=0)
+
+
+def test_experts_by_load_alone(layout: Layout, pair: list[Statistics]) -> None:
+    _, _, expert = columns(layout, pair, FedAlignMoE(experts="load"))
+    assert_close(expert, tensor([[22.5 / 27.5, 7.5 / 12.5], [5 / 27.5, 5 / 12.5]]))
+
+
+def test_token_rows_by_hand(layout: Layout, pair: list[Statistics]) -> None:
+    met = [tensor([[60.0, 40.0, 0.0]]), tensor([[25.0, 0.0, 0.0]])]
+    reports = [replace(report, token_count_M_V=count) for report, count in zip(pair, met, strict=True)]
+    with_rows = replace(layout, token_rows=(TokenRows(1, tokens=3, width=1),))
+    plan, _ = FedAlignMoE(vocabulary="tokens").plan(reports, with_rows, {})
+    # n·share: token 0 by 30·.6 and 10·1, token 1 by a alone, token 2 by nobody: by data
+    expected = tensor([[[18 / 28, 1.0, 0.75]], [[10 / 28, 0.0, 0.25]]])
+    assert plan.token_weight_C_M_V is not None
+    assert_close(plan.token_weight_C_M_V, expected)
+    assert FedAlignMoE().plan(reports, with_rows, {})[0].token_weight_C_M_V is None
+    frozen = FedAlignMoE(vocabulary="tokens").plan(pair, layout, {})[0]  # no embedding is trained
+    assert frozen.token_weight_C_M_V is None

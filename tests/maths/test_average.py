@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from fedalign.maths import average as module
 from fedalign.maths.average import StreamingSum
-from fedalign.protocol import SHARED, Layout, Packed, ParameterGroup, Plan, Update, WireDtype
+from fedalign.protocol import SHARED, Layout, Packed, ParameterGroup, Plan, TokenRows, Update, WireDtype
 from fedalign.wire import pack, unpack
 
 GATE, EXPERT = ParameterGroup("gate"), ParameterGroup("expert")
@@ -222,3 +222,55 @@ def test_packed_values_that_are_not_finite_are_seen(dtype: WireDtype) -> None:
     assert failure.reason == "expert[0,0]: not finite"
     old = old_weights()
     assert total.result(old)[EXPERT] is old[EXPERT]
+
+
+READ, ANSWERED = TokenRows(100, tokens=10, width=30), TokenRows(450, tokens=10, width=5, answers=True)
+BY_TOKEN = replace(LAYOUT, token_rows=(READ, ANSWERED))
+
+
+def token_plan(weight_C_M_V: Tensor) -> Plan:
+    return replace(plan_of([0.5, 0, 0.5], [0.5, 0, 0.5]), token_weight_C_M_V=weight_C_M_V)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_token_rows_have_weights_of_their_own(dtype: WireDtype) -> None:
+    updates = [update_of("a", 0, dtype), update_of("b", 1, dtype)]
+    share_M_V = torch.linspace(0, 1, 20).view(2, 10)
+    plan = token_plan(torch.stack([share_M_V, 1 - share_M_V]))
+    total = StreamingSum(BY_TOKEN, plan, norms_of(updates), dtype)
+    assert [total.add(update) for update in updates] == [None, None]
+    weight_N = torch.full((600,), 0.5)
+    weight_N[100:400] = share_M_V[0].repeat_interleave(30)
+    weight_N[450:500] = share_M_V[1].repeat_interleave(5)
+    old = old_weights()
+    a, b = (unpack(update.groups[SHARED]) for update in updates)
+    assert_close(total.result(old)[SHARED], old[SHARED] + weight_N * a + (1 - weight_N) * b)
+    assert_close(total.result(old)[EXPERT], old[EXPERT] + 0.5 * sum(unpack(u.groups[EXPERT]) for u in updates))
+
+
+def test_rows_of_a_lost_client_stay_and_those_it_shared_are_made_up_for() -> None:
+    updates = [update_of("a", 0), update_of("b", 1)]
+    of_a_M_V = torch.full((2, 10), 0.5)
+    of_a_M_V[0, 3], of_a_M_V[0, 4], of_a_M_V[0, 5] = 0.0, 1.0, 0.4
+    total = StreamingSum(BY_TOKEN, token_plan(torch.stack([of_a_M_V, 1 - of_a_M_V])), norms_of(updates), "float32")
+    total.add(updates[0])
+    old = old_weights()
+    change_V_H = (total.result(old)[SHARED] - old[SHARED])[100:400].view(10, 30)
+    rows_V_H = normal(600, 0)[100:400].view(10, 30)
+    for stays in (3, 5):  # nothing arrived, or less than half
+        assert not change_V_H[stays].any()
+    others = [row for row in range(10) if row not in (3, 5)]
+    assert_close(change_V_H[others], rows_V_H[others])
+    assert_close(total.result(old, 0.4)[SHARED][250:280], old[SHARED][250:280] + rows_V_H[5])
+
+
+def test_a_stream_keeps_the_weight_of_the_group() -> None:
+    updates = [update_of("a", 0), update_of("b", 1)]
+    plan = replace(token_plan(torch.full((2, 2, 10), 0.5)), streams={"twice": torch.full((2, 3), 2.0)})
+    plan.token_weight_C_M_V[0] = 1.0  # type: ignore[index]
+    plan.token_weight_C_M_V[1] = 0.0  # type: ignore[index]
+    total = StreamingSum(BY_TOKEN, plan, norms_of(updates), "float32")
+    for update in updates:
+        total.add(update)
+    assert_close(total.streams()["twice"][SHARED], normal(600, 0) + normal(600, 1))
+    assert_close(total.result(old_weights())[SHARED][100:400], (old_weights()[SHARED] + normal(600, 0))[100:400])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from fedalign.config import TuningConfig
 from fedalign.errors import UserError
 from fedalign.moe.families import router_outputs
 from fedalign.moe.model import MoEModel
@@ -102,6 +103,32 @@ def test_gate_row_is_the_experts_router_row(tiny_moe: Tiny) -> None:
 def test_tied_embeddings_are_shared_once() -> None:
     tied, untied = (MoEModel.wrap(tiny.build("granitemoe", tie_word_embeddings=tie)) for tie in (True, False))
     assert untied.layout.sizes[SHARED] - tied.layout.sizes[SHARED] == tiny.VOCABULARY * tiny.HIDDEN
+
+
+def test_token_rows_lie_where_the_layout_says() -> None:
+    for tie in (True, False):
+        moe = MoEModel.wrap(tiny.build("granitemoe", tie_word_embeddings=tie))
+        found = {rows.answers: rows for rows in moe.layout.token_rows}
+        assert list(found) == ([False] if tie else [False, True])
+        embeddings = {False: moe.model.get_input_embeddings(), True: moe.model.get_output_embeddings()}
+        shared = moe.read([SHARED])[SHARED]
+        for answers, rows in found.items():
+            matrix = shared[rows.start : rows.stop].view(rows.tokens, rows.width)
+            torch.testing.assert_close(matrix, embeddings[answers].weight.detach())
+        assert moe.layout.token_cells == (len(found), tiny.VOCABULARY)
+
+
+def test_an_encoder_and_a_decoder_share_their_token_rows() -> None:
+    moe = MoEModel.wrap(tiny.build("switch_transformers"))
+    rows = moe.layout.token_rows[0]
+    matrix = moe.read([SHARED])[SHARED][rows.start : rows.stop].view(rows.tokens, rows.width)
+    torch.testing.assert_close(matrix, moe.model.get_input_embeddings().weight.detach())
+
+
+def test_what_is_not_trained_has_no_token_rows() -> None:
+    moe = MoEModel.wrap(tiny.build("granitemoe"), TuningConfig(kind="moe"))
+    assert moe.layout.token_rows == ()
+    assert moe.layout.token_cells == (0, 0)
 
 
 def test_frozen_parameters_are_in_no_group() -> None:
