@@ -7,6 +7,9 @@ and its model is scored on the test set; then FedAvg's goes on. So all alternati
 of its noise. What they would do to each other over several rounds is not in it, nor is the regulariser, which changes
 the training itself: for those see `study.py`.
 
+Some alternatives go on from the plan's sum with what no scalar weights can say, made from a pass of each client's
+trained model over its own data (`passes.py`). What a client would send of that pass is not in `uploaded_share`.
+
 Results are in OUT/merges/REGIME/seed-N.json.
 """
 
@@ -20,22 +23,26 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from calibration import RIDGE, Tokens, calibrate
+from passes import Passed, regression_mean, row_mean, walk
 from study import REGIMES, Part, overrides
 from torch import Tensor
 
 from fedalign.algorithms import make
+from fedalign.algorithms.fedavg import column_shares, data_share
 from fedalign.checkpoint import write_text
 from fedalign.client import derive_seed, sketched
 from fedalign.compare.plan import parse_seeds
 from fedalign.config import load_config
 from fedalign.data.batches import batches
 from fedalign.forward import answer_logits
-from fedalign.moe.model import quiet
+from fedalign.moe.model import MoEModel, quiet
 from fedalign.moe.probe import RoutingProbe, RoutingStatistics
 from fedalign.protocol import (
+    SHARED,
     Broadcast,
     ParameterGroup,
     Plan,
@@ -49,6 +56,7 @@ from fedalign.protocol import (
 from fedalign.run import Prepared, prepare
 from fedalign.wire import pack, unpack
 
+OFF_DIAGONAL = 0.9  # what RegMean keeps of its Gram matrices off the diagonal
 SETTINGS = ("training.batch_examples=8", "data.max_train=2000", "data.max_test=2000", "evaluation.clients=false")
 
 
@@ -93,8 +101,7 @@ class Round:
         config, moe = self.prepared.config, self.prepared.bench.moe
         found = []
         for report in self.standard:
-            update = self.updates[report.client]
-            moe.write({group: value + update[group] for group, value in self.start.items()})
+            self._write_trained(report.client)
             moe.model.eval()
             passed = RoutingStatistics(len(moe.layers), moe.experts, moe.hidden)
             with RoutingProbe(moe) as probe, torch.no_grad():
@@ -120,6 +127,29 @@ class Round:
             )
         return found
 
+    @cached_property
+    def passed(self) -> dict[str, Passed]:
+        """What a pass of each client's trained model over its own data tells beyond that."""
+        config, found = self.prepared.config, {}
+        for report in self.standard:
+            self._write_trained(report.client)
+            examples = self.prepared.clients[report.client].train
+            seed = derive_seed(config.run.seed, report.round, report.client, "pass")
+            found[report.client] = walk(self.prepared.bench.moe, examples, config.training.batch_tokens, seed)
+        return found
+
+    @cached_property
+    def examples(self) -> dict[str, int]:
+        """n_c."""
+        return {report.client: report.examples for report in self.standard}
+
+    def _write_trained(self, client: str) -> None:
+        update = self.updates[client]
+        self.prepared.bench.moe.write({group: value + update[group] for group, value in self.start.items()})
+
+
+Step = Callable[[Round, Weights], None]  # changes in place the model that the plan made
+
 
 @dataclass(frozen=True)
 class Alternative:
@@ -133,13 +163,16 @@ class Alternative:
     wire: WireDtype = "float32"
     as_long_as: str = ""  # the experts' change is brought to the length that it has in this earlier alternative
     about: str = ""
+    weigh: Callable[[Round, Plan], Plan] = lambda seen, plan: plan  # the algorithm's, changed
+    steps: Sequence[Step] = ()
 
     def plan(self, seen: Round, state: State) -> tuple[Plan, State]:
-        """The algorithm's."""
-        return make(self.algorithm, self.options).plan(self.reports(seen), seen.prepared.layout, state)
+        """The algorithm's, weighed."""
+        plan, state = make(self.algorithm, self.options).plan(self.reports(seen), seen.prepared.layout, state)
+        return self.weigh(seen, plan), state
 
     def merged(self, seen: Round, plan: Plan) -> Weights:
-        """The model that the plan makes of the round's updates."""
+        """The model that the plan, then the steps make of the round's updates."""
         centre = self.centre and make(self.algorithm, self.options).centre_gates
         updates = seen.centred if centre else seen.updates
         factor_C_G = plan.weight_C_G if plan.factor_C_G is None else plan.weight_C_G * plan.factor_C_G
@@ -150,11 +183,121 @@ class Alternative:
                 if factor:
                     value.add_(self._sent(updates[client][group], client, group), alpha=factor)
             found[group] = value
+        for step in self.steps:
+            step(seen, found)
         return found
 
     def _sent(self, delta: Tensor, client: str, group: ParameterGroup) -> Tensor:
         """As it arrives."""
         return delta if self.wire == "float32" else unpack(pack(delta, self.wire, derive_seed(client, group)))
+
+
+def squared_load(seen: Round, plan: Plan) -> Plan:
+    """Experts weighted by n_c · (share of the client's load)²."""
+    layout = seen.prepared.layout
+    load_C_L_E = torch.stack([report.load_L_E for report in seen.standard])
+    share_C_L_E = load_C_L_E / load_C_L_E.sum(-1, keepdim=True).clamp_min(1)
+    shared_C, gate_C_L_E, _ = layout.split(plan.weight_C_G)
+    expert_C_L_E = column_shares(data_share(seen.standard)[:, None, None] * share_C_L_E.square())
+    return replace(plan, weight_C_G=layout.table(shared_C, gate_C_L_E, expert_C_L_E))
+
+
+def no_gates(seen: Round, plan: Plan) -> Plan:
+    """Routers stay as they were received."""
+    shared_C, gate_C_L_E, expert_C_L_E = seen.prepared.layout.split(plan.weight_C_G)
+    weight_C_G = seen.prepared.layout.table(shared_C, torch.zeros_like(gate_C_L_E), expert_C_L_E)
+    return replace(plan, weight_C_G=weight_C_G)
+
+
+def experts_by_gram(seen: Round, merged: Weights, off_diagonal: float = OFF_DIAGONAL) -> None:
+    """RegMean of each expert's two matrices over the clients that hold it; held by nobody, it stays as merged."""
+    moe = seen.prepared.bench.moe
+    for group in (group for group in merged if group.kind == "expert"):
+        cell = group.layer, group.expert
+        module = moe.model.get_submodule(moe.layers[group.layer].experts)
+        shape_up, shape_down = module.gate_up_proj.shape[1:], module.down_proj.shape[1:]
+        held = [r.client for r in seen.standard if r.held_L_E[cell] and seen.passed[r.client].load_L_E[cell]]
+        if not held:
+            continue
+        weight = [seen.examples[client] / seen.passed[client].tokens for client in held]
+        share = [w * float(seen.passed[client].load_L_E[cell]) for w, client in zip(weight, held, strict=True)]
+        both, cut = [seen.updates[client][group] for client in held], shape_up.numel()
+        gram_in = [w * seen.passed[client].expert_in_L_E_H_H[cell] for w, client in zip(weight, held, strict=True)]
+        gram_mid = [w * seen.passed[client].expert_mid_L_E_I_I[cell] for w, client in zip(weight, held, strict=True)]
+        up = regression_mean(gram_in, [values[:cut].view(shape_up) for values in both], share, off_diagonal)
+        down = regression_mean(gram_mid, [values[cut:].view(shape_down) for values in both], share, off_diagonal)
+        merged[group] = seen.start[group] + torch.cat([up.flatten(), down.flatten()])
+
+
+def attention_by_gram(seen: Round, merged: Weights) -> None:
+    """RegMean of q, k, v and o of every layer."""
+    moe = seen.prepared.bench.moe
+    share = [float(seen.examples[client]) for client in seen.passed]
+    weight = [seen.examples[client] / passed.tokens for client, passed in seen.passed.items()]
+    for layer, block in enumerate(moe.model.model.layers):
+        attention, passes = block.self_attn, list(zip(weight, seen.passed.values(), strict=True))
+        gram_in = [w * passed.attention_in_L_H_H[layer] for w, passed in passes]
+        gram_out = [w * passed.attention_out_L_N_N[layer] for w, passed in passes]
+        inward = (attention.q_proj, attention.k_proj, attention.v_proj)
+        for linear, grams in (*((linear, gram_in) for linear in inward), (attention.o_proj, gram_out)):
+            old, new = (part(moe, linear.weight, weights[SHARED]) for weights in (seen.start, merged))
+            changes = [part(moe, linear.weight, seen.updates[client][SHARED]) for client in seen.passed]
+            new.copy_(old + regression_mean(grams, changes, share, OFF_DIAGONAL))
+
+
+def token_rows(
+    seen: Round,
+    merged: Weights,
+    rare: bool = False,
+    counted: bool = True,
+    words: Literal["all", "answers", "others"] = "all",
+) -> None:
+    """Each row of the embedding as a mean over the clients that read its token; other rows stay as merged.
+
+    Args:
+        seen: the round.
+        merged: a model made of it, changed in place.
+        rare: whether a token counts too that fewer than `statistics.min_examples` of a client's examples hold.
+        counted: weights n_c · (share of the client's tokens); else n_c of those that read it.
+        words: which rows: all, those that stand in anybody's answers, or those that stand in none.
+    """
+    moe, least = seen.prepared.bench.moe, 1 if rare else seen.prepared.config.statistics.min_examples
+    counts = []
+    for client, passed in seen.passed.items():
+        share_V = passed.count_V / passed.tokens if counted else torch.ones_like(passed.count_V)
+        counts.append(seen.examples[client] * share_V * (passed.examples_V >= least))
+    table = moe.model.get_input_embeddings().weight
+    old_V_H, new_V_H = (part(moe, table, weights[SHARED]) for weights in (seen.start, merged))
+    mean_V_H, wanted_V = row_mean(counts, [part(moe, table, seen.updates[client][SHARED]) for client in seen.passed])
+    if words != "all":
+        answer_V = torch.stack([passed.answer_V for passed in seen.passed.values()]).any(0)
+        wanted_V = wanted_V & (answer_V if words == "answers" else ~answer_V)
+    new_V_H[wanted_V] = (old_V_H + mean_V_H)[wanted_V]
+
+
+def calibrated_gate(seen: Round, merged: Weights, ridge: float = RIDGE) -> None:
+    """Routers that decide on each client's tokens as that client's own do: see `calibration.py`."""
+    share_C = data_share(seen.standard)
+    for layer in range(seen.prepared.layout.layers):
+        rows = [group for group in seen.prepared.layout.groups if group.kind == "gate" and group.layer == layer]
+        start_E_H = torch.stack([seen.start[row] for row in rows])
+        updates = [torch.stack([seen.updates[r.client][row] for row in rows]) for r in seen.standard]
+        inputs = [seen.passed[report.client].router_input_T_H(layer) for report in seen.standard]
+        tokens = Tokens.of(share_C.tolist(), inputs, [start_E_H + update for update in updates], updates)
+        average_E_H = torch.einsum("c,ceh->eh", share_C, torch.stack(updates))
+        solved_E_H, _ = calibrate(tokens, average_E_H, ridge)
+        merged |= {row: old_H + new_H for row, old_H, new_H in zip(rows, start_E_H, solved_E_H, strict=True)}
+
+
+def part(moe: MoEModel, parameter: Tensor, shared_N: Tensor) -> Tensor:
+    """What of the shared group's values belongs to this parameter, as a view in its shape."""
+    start = 0
+    for slot in moe.slots:
+        if slot.groups == (SHARED,) and slot.parameter.requires_grad:
+            if slot.parameter is parameter:
+                return shared_N[start : start + slot.size].view(parameter.shape)
+            start += slot.size
+    raise ValueError("this parameter is not trained, or not shared")
 
 
 def aligned(label: str, about: str = "", **options: Any) -> Alternative:
@@ -207,7 +350,34 @@ def alternatives() -> Iterator[Alternative]:
         yield Alternative(f"fedavg, {wire}", "fedavg", wire=wire, about="wire")
         yield replace(aligned(f"FedAlign-MoE, {wire}", "wire"), wire=wire)
     yield replace(aligned("min_agreement = 0.8, int8", "wire", min_agreement=0.8), wire="int8")
-    yield Alternative("align_projected", "align_projected", {"keep": 0.0}, about="beyond the paper")
+    yield from beyond()
+
+
+def beyond() -> Iterator[Alternative]:
+    """What the paper does not think of."""
+    about = "beyond the paper"
+    yield Alternative("align_projected", "align_projected", {"keep": 0.0}, about=about)
+    load = aligned("experts by load", about, gate="average", beta=100.0, min_agreement=0.0, min_holders=1)
+    yield load
+    yield Alternative("experts by load^2", "fedavg", about=about, weigh=squared_load)
+    steps: dict[str, Sequence[Step]] = {
+        "experts by diagonal Gram": (partial(experts_by_gram, off_diagonal=0.0),),
+        "experts by Gram": (experts_by_gram,),
+        "attention by Gram": (attention_by_gram,),
+        "token rows": (token_rows,),
+        "token rows, every count": (partial(token_rows, rare=True),),
+        "token rows, seen or not": (partial(token_rows, counted=False),),
+        "token rows of label words alone": (partial(token_rows, words="answers"),),
+        "token rows but label words": (partial(token_rows, words="others"),),
+        "token rows + Gram everywhere": (token_rows, experts_by_gram, attention_by_gram),
+        "calibrated gate": (calibrated_gate,),
+        "calibrated gate, ridge 0.1": (partial(calibrated_gate, ridge=0.1),),
+    }
+    for label, changes in steps.items():
+        yield Alternative(label, "fedavg", about=about, steps=changes)
+    yield replace(load, label="token rows + experts by load", steps=(token_rows,))
+    yield replace(aligned("token rows + FedAlign-MoE", about), steps=(token_rows,))
+    yield Alternative("gate as received", "fedavg", about=about, weigh=no_gates)
 
 
 class Keep:
