@@ -296,8 +296,8 @@ def test_training_that_explodes_everywhere_stops_clearly(settings: list[str], tm
 
 def test_token_rows_make_another_model_from_the_same_training(settings: list[str], tmp_path: Path) -> None:
     alike = ("run.rounds=1", "algorithm.gate=average", "algorithm.experts=average")
-    for name, vocabulary in (("rows", "tokens"), ("whole", "average")):
-        start(tmp_path / name, settings, *alike, f"algorithm.vocabulary={vocabulary}")
+    for name, chosen in (("rows", "tokens"), ("whole", "average")):
+        start(tmp_path / name, settings, *alike, f"algorithm.vocabulary={chosen}")
     rows, whole = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("rows", "whole"))
     changed = {name for name in rows if not torch.equal(rows[name], whole[name])}
     assert changed == {"model.embed_tokens.weight", "lm_head.weight"}

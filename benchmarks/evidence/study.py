@@ -140,12 +140,10 @@ def beyond() -> Iterator[Part]:
     """What merging the same updates found (merges.py), over whole runs. Each line has its own learning rate."""
     long = ("run.rounds=5", "training.batch_examples=8", "data.max_train=2000", "data.max_test=2000")
     settings = (*long, "evaluation.clients=false")
-    averaged = "fedalign_moe:gate=average:reg_strength=0.0"
     lines = (
         "fedavg",
         "fedalign_moe",
-        f"{averaged}:experts=average:vocabulary=tokens",
-        f"{averaged}:experts=load:vocabulary=tokens",
+        "fedalign_moe:gate=average:reg_strength=0.0:experts=average:vocabulary=tokens",  # FedAvg but for token rows
         "fedalign_moe:experts=load:vocabulary=tokens",
         "fedalign_moe:vocabulary=tokens",
     )

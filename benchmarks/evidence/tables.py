@@ -38,6 +38,10 @@ information are in nats, means over layers unless told by layer; expert and task
 on test texts.
 """
 
+ABOUT_MERGES = """From the same updates of the same clients, which plan makes the better model? One round at a time,
+then FedAvg's model goes on. Scores are means over rounds, intervals over seeds; lengths are shares of FedAvg's.
+"""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -274,6 +278,54 @@ def overview(parts: Sequence[Part], labels: Sequence[str]) -> str:
     return table(header, rows)
 
 
+def merges(folder: Path) -> str:
+    """What each plan makes of the same updates: means over rounds, differences to FedAvg seed by seed."""
+    found = {
+        int(file.stem.partition("-")[2]): json.loads(file.read_text("utf-8")) for file in folder.glob("seed-*.json")
+    }
+    about = next(iter(found.values()))
+    by_label: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for seed, run in sorted(found.items()):
+        for line in run["lines"]:
+            by_label.setdefault(line["alternative"], {}).setdefault(seed, []).append(line)
+
+    def values(label: str, name: str) -> dict[int, float]:
+        return {seed: statistics.fmean(line[name] for line in lines) for seed, lines in by_label[label].items()}
+
+    accuracy, loss = SCORES[0], SCORES[3]
+    first, kind, rows = next(iter(by_label)), "", []
+    for label, seeds in by_label.items():
+        here = next(iter(seeds.values()))[0]["about"]
+        told_kind, kind = ("" if here == kind else here), here
+        mine, loss_mine = values(label, "accuracy"), values(label, "loss_nats")
+        ratio = [
+            a / b
+            for a, b in zip(values(label, "change_norm").values(), values(first, "change_norm").values(), strict=True)
+        ]
+        differences = ["", ""]
+        if label != first:
+            differences = [
+                told_difference(mine, values(first, "accuracy"), accuracy),
+                told_difference(loss_mine, values(first, "loss_nats"), loss),
+            ]
+        sent = statistics.fmean(values(label, "uploaded_share").values())
+        scores = [told(mine, accuracy), differences[0], told(loss_mine, loss), differences[1]]
+        rows.append([told_kind, label, *scores, f"{sent:.2f}", f"{statistics.fmean(ratio):.2f}"])
+    header = ["about", "alternative", "accuracy, %", "difference", "test loss, nats", "difference", "share sent"]
+    rounds = len(next(iter(next(iter(by_label.values())).values())))
+    settings = f"Learning rate {about['rate']}, rounds 1 to {rounds}, seeds {', '.join(map(str, sorted(found)))}"
+    return "\n".join(
+        [
+            f"### merges: {folder.name}",
+            "",
+            f"{settings} ({'; '.join(about['settings'])}).",
+            "",
+            table([*header, "length of the experts' change"], rows).replace("| :-- | --:", "| :-- | :--", 1),
+            "",
+        ]
+    )
+
+
 def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -289,6 +341,8 @@ def main() -> None:
         if study in ("regimes", "short"):
             text += [overview(parts, ("fedprox", "fedmoe", "fedalign_moe")), ""]
         text += [part.text() for part in parts]
+    folders = [folder for folder in sorted((args.runs / "merges").glob("*")) if any(folder.glob("seed-*.json"))]
+    text += ["## merges", "", ABOUT_MERGES, *map(merges, folders)] if folders else []
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text("\n".join(text), encoding="utf-8")
     print(f"{args.out}: {len(text)} pieces")

@@ -43,7 +43,8 @@ BESIDES = (
 )
 WITHHELD = (
     "Of an expert that fewer than {tokens} tokens or {examples} examples reached, load, margin and both sketches are "
-    "withheld; its mean probability and the length of its update are not."
+    "withheld; its mean probability and the length of its update are not. A token that fewer than {examples} examples "
+    "hold counts as not met."
 )
 HASH = "0" * 64
 REASON = "its loss is nan at step 1"
