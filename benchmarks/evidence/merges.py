@@ -57,7 +57,7 @@ from fedalign.run import Prepared, prepare
 from fedalign.wire import pack, unpack
 
 OFF_DIAGONAL = 0.9  # what RegMean keeps of its Gram matrices off the diagonal
-SETTINGS = ("training.batch_examples=8", "data.max_train=2000", "data.max_test=2000", "evaluation.clients=false")
+SETTINGS = ("training.batch_examples=8", "data.max_train=2000", "data.max_test=600", "evaluation.clients=false")
 
 
 @dataclass(frozen=True)

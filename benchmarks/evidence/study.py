@@ -121,35 +121,33 @@ def drift() -> Iterator[Part]:
     yield Part("label_skew-full-2-1e-4", "label_skew", lines, "full", 2, long, rate="1e-4")
 
 
+TOKENS = (
+    "fedalign_moe:gate=average:reg_strength=0.0:experts=average:vocabulary=tokens",  # FedAvg but for token rows
+    "fedalign_moe:experts=load:vocabulary=tokens",
+    "fedalign_moe:vocabulary=tokens",
+)
+FULL_TEST = (
+    *("run.rounds=5", "training.batch_examples=8", "data.max_train=2000", "data.max_test=2000"),
+    "evaluation.clients=false",
+)
+
+
 def confirm() -> Iterator[Part]:
-    """Written before its first run: baselines, the paper's ablation, and each side alone."""
-    long = ("run.rounds=5", "training.batch_examples=8", "data.max_train=2000", "data.max_test=2000")
-    settings = (*long, "evaluation.clients=false")
+    """Written before its first run: baselines, the paper's ablation, and each side alone; then token rows."""
     plain = "experts=average:adaptive_strength=false"
     lines = (
         *("fedavg", "fedalign_moe", "fedalign_moe:gate=average:reg_strength=0.0", "fedalign_moe:experts=average"),
         *(f"fedalign_moe:{plain}", f"fedalign_moe:{plain}:gate_weights=uniform"),
         *("fedprox", "fedmoe"),
     )
-    yield Part("tasks", "tasks", lines, "full", 2, settings)
-    yield Part("label_skew", "label_skew", lines[:4], "full", 2, settings)
-    yield Part("tasks-moe", "tasks", lines[:3], "moe", 2, settings)
+    yield Part("tasks", "tasks", (*lines, *TOKENS), "full", 2, FULL_TEST)
+    yield Part("moe-tasks", "tasks", lines[:3], "moe", 2, FULL_TEST)
 
 
 def beyond() -> Iterator[Part]:
     """What merging the same updates found (merges.py), over whole runs. Each line has its own learning rate."""
-    long = ("run.rounds=5", "training.batch_examples=8", "data.max_train=2000", "data.max_test=2000")
-    settings = (*long, "evaluation.clients=false")
-    lines = (
-        "fedavg",
-        "fedalign_moe",
-        "fedalign_moe:gate=average:reg_strength=0.0:experts=average:vocabulary=tokens",  # FedAvg but for token rows
-        "fedalign_moe:experts=load:vocabulary=tokens",
-        "fedalign_moe:vocabulary=tokens",
-    )
-    yield Part("label_skew", "label_skew", lines, "full", 2, settings, rate="each")
-    yield Part("tasks", "tasks", lines, "full", 2, settings, rate="1e-3")
-    yield Part("domain", "domain", lines, "full", 2, settings, rate="1e-3")
+    for regime in ("label_skew", "domain"):
+        yield Part(regime, regime, ("fedavg", "fedalign_moe", *TOKENS), "full", 2, FULL_TEST, rate="each")
 
 
 def bounds() -> Iterator[Part]:
