@@ -133,14 +133,15 @@ FULL_TEST = (
 
 
 def confirm() -> Iterator[Part]:
-    """Written before its first run: baselines, the paper's ablation, and each side alone; then token rows."""
+    """Written before its first run: baselines, the paper's ablation, and each side alone; then token rows, and few bytes."""
     plain = "experts=average:adaptive_strength=false"
     lines = (
         *("fedavg", "fedalign_moe", "fedalign_moe:gate=average:reg_strength=0.0", "fedalign_moe:experts=average"),
         *(f"fedalign_moe:{plain}", f"fedalign_moe:{plain}:gate_weights=uniform"),
         *("fedprox", "fedmoe"),
     )
-    yield Part("tasks", "tasks", (*lines, *TOKENS), "full", 2, FULL_TEST)
+    small = tuple(f"fedalign_moe:min_agreement=0.8:wire.dtype={dtype}" for dtype in ("bfloat16", "int8"))
+    yield Part("tasks", "tasks", (*lines, *TOKENS, *small), "full", 2, FULL_TEST)
     yield Part("moe-tasks", "tasks", lines[:3], "moe", 2, FULL_TEST)
 
 
