@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 import torch
 from calibration import RIDGE, Tokens, calibrate
+from candidates.fedalign_candidates import Projected
 from passes import Passed, regression_mean, row_mean, walk
 from study import REGIMES, Part, overrides
 from torch import Tensor
@@ -43,6 +44,7 @@ from fedalign.moe.model import MoEModel, quiet
 from fedalign.moe.probe import RoutingProbe, RoutingStatistics
 from fedalign.protocol import (
     SHARED,
+    Algorithm,
     Broadcast,
     ParameterGroup,
     Plan,
@@ -56,6 +58,7 @@ from fedalign.protocol import (
 from fedalign.run import Prepared, prepare
 from fedalign.wire import pack, unpack
 
+CANDIDATES: Mapping[str, Callable[..., Algorithm]] = {"align_projected": Projected}
 OFF_DIAGONAL = 0.9  # what RegMean keeps of its Gram matrices off the diagonal
 SETTINGS = ("training.batch_examples=8", "data.max_train=2000", "data.max_test=600", "evaluation.clients=false")
 
@@ -166,14 +169,20 @@ class Alternative:
     weigh: Callable[[Round, Plan], Plan] = lambda seen, plan: plan  # the algorithm's, changed
     steps: Sequence[Step] = ()
 
+    @property
+    def made(self) -> Algorithm:
+        """The algorithm; candidates need not be installed for this."""
+        candidate = CANDIDATES.get(self.algorithm)
+        return candidate(**self.options) if candidate else make(self.algorithm, self.options)
+
     def plan(self, seen: Round, state: State) -> tuple[Plan, State]:
         """The algorithm's, weighed."""
-        plan, state = make(self.algorithm, self.options).plan(self.reports(seen), seen.prepared.layout, state)
+        plan, state = self.made.plan(self.reports(seen), seen.prepared.layout, state)
         return self.weigh(seen, plan), state
 
     def merged(self, seen: Round, plan: Plan) -> Weights:
         """The model that the plan, then the steps make of the round's updates."""
-        centre = self.centre and make(self.algorithm, self.options).centre_gates
+        centre = self.centre and self.made.centre_gates
         updates = seen.centred if centre else seen.updates
         factor_C_G = plan.weight_C_G if plan.factor_C_G is None else plan.weight_C_G * plan.factor_C_G
         groups, found = seen.prepared.layout.groups, {}

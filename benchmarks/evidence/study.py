@@ -8,6 +8,7 @@
     drift      more examples and local steps between averages, at two learning rates: where clients really part
     confirm    what drift found, asked again: seeds not used before, every test row, the rate chosen on validation data
     beyond     token rows and load weights, every line at the learning rate that suits it
+    candidates ideas that are not part of the package, see candidates/
     bounds     each client alone, and all data in one place
     tuned      the main regimes, learning rate and strength chosen for each algorithm by `compare --tune`
     ablation   the paper's five steps
@@ -133,7 +134,7 @@ FULL_TEST = (
 
 
 def confirm() -> Iterator[Part]:
-    """Written before its first run: baselines, the paper's ablation, and each side alone; then token rows, and few bytes."""
+    """Written before its first run: baselines, the paper's ablation, each side alone; then token rows, few bytes."""
     plain = "experts=average:adaptive_strength=false"
     lines = (
         *("fedavg", "fedalign_moe", "fedalign_moe:gate=average:reg_strength=0.0", "fedalign_moe:experts=average"),
@@ -149,6 +150,11 @@ def beyond() -> Iterator[Part]:
     """What merging the same updates found (merges.py), over whole runs. Each line has its own learning rate."""
     for regime in ("label_skew", "domain"):
         yield Part(regime, regime, ("fedavg", "fedalign_moe", *TOKENS), "full", 2, FULL_TEST, rate="each")
+
+
+def candidates() -> Iterator[Part]:
+    """What candidates/ holds: `pip install benchmarks/evidence/candidates` first."""
+    yield Part("tasks", "tasks", ("fedalign_moe", "align_by_layer", "align_projected"), "full", 2, FULL_TEST)
 
 
 def bounds() -> Iterator[Part]:
@@ -242,6 +248,7 @@ STUDIES = {
     "drift": drift,
     "confirm": confirm,
     "beyond": beyond,
+    "candidates": candidates,
     "bounds": bounds,
     "tuned": tuned,
     "ablation": ablations,
