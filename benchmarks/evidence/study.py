@@ -375,7 +375,7 @@ def main() -> None:
     if args.list:
         for study, make in STUDIES.items():
             for part in make():
-                print(f"{study:10}{part.name:24}{len(part.choices):3} lines, {part.epochs} epochs")
+                print(f"{study:11}{part.name:24}{len(part.choices):3} lines, {part.epochs} epochs")
         return
     if args.study is None:
         parser.error(f"which study? Choose one of: {', '.join(STUDIES)}")
