@@ -122,8 +122,10 @@ def drift() -> Iterator[Part]:
     yield Part("label_skew-full-2-1e-4", "label_skew", lines, "full", 2, long, rate="1e-4")
 
 
+AVERAGED = "fedalign_moe:gate=average:reg_strength=0.0"  # routers as under FedAvg
 TOKENS = (
-    "fedalign_moe:gate=average:reg_strength=0.0:experts=average:vocabulary=tokens",  # FedAvg but for token rows
+    f"{AVERAGED}:experts=average:vocabulary=tokens",  # FedAvg but for token rows
+    f"{AVERAGED}:experts=load:vocabulary=tokens",
     "fedalign_moe:experts=load:vocabulary=tokens",
     "fedalign_moe:vocabulary=tokens",
 )
@@ -137,7 +139,7 @@ def confirm() -> Iterator[Part]:
     """Written before its first run: baselines, the paper's ablation, each side alone; then token rows, few bytes."""
     plain = "experts=average:adaptive_strength=false"
     lines = (
-        *("fedavg", "fedalign_moe", "fedalign_moe:gate=average:reg_strength=0.0", "fedalign_moe:experts=average"),
+        *("fedavg", "fedalign_moe", AVERAGED, "fedalign_moe:experts=average"),
         *(f"fedalign_moe:{plain}", f"fedalign_moe:{plain}:gate_weights=uniform"),
         *("fedprox", "fedmoe"),
     )
@@ -149,7 +151,7 @@ def confirm() -> Iterator[Part]:
 def beyond() -> Iterator[Part]:
     """What merging the same updates found (merges.py), over whole runs. Each line has its own learning rate."""
     for regime in ("label_skew", "domain"):
-        yield Part(regime, regime, ("fedavg", "fedalign_moe", *TOKENS), "full", 2, FULL_TEST, rate="each")
+        yield Part(regime, regime, ("fedavg", AVERAGED, "fedalign_moe", *TOKENS), "full", 2, FULL_TEST, rate="each")
 
 
 def candidates() -> Iterator[Part]:
