@@ -46,6 +46,7 @@ from fedalign.results import RunFolder, versions
 from fedalign.server import merit
 
 MAIN = ("fedavg", "fedprox", "fedmoe", "fedalign_moe")
+RATE = "training.learning_rate"
 RATES = ("3e-4", "1e-3", "1e-4")
 RATED = ("fedavg", "fedalign_moe")  # the first decides
 RATE_SEED = "1000,"
@@ -149,9 +150,14 @@ def confirm() -> Iterator[Part]:
 
 
 def beyond() -> Iterator[Part]:
-    """What merging the same updates found (merges.py), over whole runs. Each line has its own learning rate."""
-    for regime in ("label_skew", "domain"):
-        yield Part(regime, regime, ("fedavg", AVERAGED, "fedalign_moe", *TOKENS), "full", 2, FULL_TEST, rate="each")
+    """What merging the same updates found (merges.py), over whole runs, each line with its own learning rate.
+
+    Experts alone, and experts with token rows, came later: under label skew with the rate that FedAvg chose.
+    """
+    each = ("fedavg", "fedalign_moe", TOKENS[0], *TOKENS[2:])
+    late = tuple(f"{line}:{RATE}=3e-4" for line in (AVERAGED, f"{AVERAGED}:experts=load", TOKENS[1]))
+    yield Part("label_skew", "label_skew", (*each, *late), "full", 2, FULL_TEST, rate="each")
+    yield Part("domain", "domain", each, "full", 2, FULL_TEST, rate="each")
 
 
 def candidates() -> Iterator[Part]:
@@ -309,7 +315,7 @@ class Place:
     def rates(self, part: Part, lines: Sequence[str]) -> dict[str, str]:
         """The learning rate that suits each line best here, chosen once for all studies."""
         name = "-".join([part.regime, part.kind, str(part.epochs), *(s.partition("=")[2] for s in part.settings)])
-        tried = tuple(f"{line}:training.learning_rate={rate}" for line in lines for rate in RATES)
+        tried = tuple(f"{line}:{RATE}={rate}" for line in lines for rate in RATES)
         look = ("evaluation.part=validation", "data.validation=0.5", "evaluation.clients=false")
         twice = 2 * load_config(None, overrides(part, self.data, self.start)).data.max_train
         trial = replace(part, name=name, algorithms=tried, tune=False)
@@ -318,16 +324,14 @@ class Place:
         score = {label: merit(read_history(run)[-1]) for label, run in scored.items()}
         for run in scored.values():
             prune(run.path)
-        return {
-            line: max(RATES, key=lambda rate: score[f"{line}:training.learning_rate={rate}"] or -1e9) for line in lines
-        }
+        return {line: max(RATES, key=lambda rate: score[f"{line}:{RATE}={rate}"] or -1e9) for line in lines}
 
     def fitted(self, part: Part) -> Part:
-        """The part with its learning rate, or with one for each of its lines."""
+        """The part with its learning rate, or with one for each of its lines that has none yet."""
         if part.rate == "each":
-            chosen = self.rates(part, part.algorithms)
-            lines = tuple(f"{line}:training.learning_rate={rate}" for line, rate in chosen.items())
-            return replace(part, algorithms=lines, rate=chosen[part.algorithms[0]])
+            chosen = self.rates(part, [line for line in part.algorithms if RATE not in line])
+            lines = [line if RATE in line else f"{line}:{RATE}={chosen[line]}" for line in part.algorithms]
+            return replace(part, algorithms=tuple(lines), rate=chosen[part.algorithms[0]])
         return part if part.rate else replace(part, rate=self.rates(part, RATED)[RATED[0]])
 
     def make(self, study: str, part: Part, seeds: str) -> None:
