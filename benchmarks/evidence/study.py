@@ -152,7 +152,7 @@ def confirm() -> Iterator[Part]:
 def beyond() -> Iterator[Part]:
     """What merging the same updates found (merges.py), over whole runs, each line with its own learning rate.
 
-    Those that came later have the rate that FedAvg chose: experts alone, with token rows, and a pull that cannot be fled.
+    Later lines have the rate that FedAvg chose: experts alone, with token rows, and with a pull that cannot be fled.
     """
     each = ("fedavg", "fedalign_moe", TOKENS[0], *TOKENS[2:])
     later = (AVERAGED, TOKENS[1], "fedalign_moe:overlap=relative:experts=load:vocabulary=tokens")
