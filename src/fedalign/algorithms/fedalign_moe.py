@@ -58,7 +58,7 @@ class FedAlignMoE(FedAvg):
     beta: float = 0.5  # [O] standard deviations below the mean similarity that still pass
     consensus: Consensus = "half"  # [O] (1 + D) / 2, or max(0, D)
     min_agreement: float = 0.5  # [O] share of the largest agreement below which a client is left out
-    vocabulary: Literal["average", "tokens"] = "average"  # [O] "tokens": embedding rows by who met the token
+    vocabulary: Literal["average", "tokens"] = "average"  # [O] "tokens": rows of trained embeddings by who met them
     min_holders: int = 2  # [O] with fewer, an expert's update is clipped to its layer's median norm
 
     def __post_init__(self) -> None:
