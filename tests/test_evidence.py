@@ -66,3 +66,26 @@ def test_measured_runs_keep_their_numbers_and_lose_their_models(tmp_path: Path) 
     measure.prune(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["health", measure.MEASURES]
     assert measure.measure(tmp_path) == {"first": {}}
+
+
+def test_merges_are_told_beside_the_first_alternative(tmp_path: Path) -> None:
+    def line(label: str, accuracy: float, loss: float) -> dict[str, object]:
+        scores = {"accuracy": accuracy, "loss_nats": loss, "uploaded_share": 0.5, "change_norm": loss}
+        return {"round": 1, "alternative": label, "about": "", **scores}
+
+    for seed in (3, 4):
+        lines = [line("fedavg", 0.5, 2.0), line("other", 0.51 + seed / 100, 1.0)]
+        found = {"rate": "1e-3", "settings": ["data.max_train=10"], "lines": lines}
+        (tmp_path / f"seed-{seed}.json").write_text(json.dumps(found))
+    text = tables.merges(tmp_path)
+    assert "rounds 1 to 1, seeds 3, 4 (data.max_train=10)" in text
+    assert "|  | fedavg | 50.0 ± 0.0 |  | 2.000 ± 0.000 |  | 0.50 | 1.00 |" in text
+    assert "|  | other | 54.5 ± 6.4 | +4.5 ± 6.4 | 1.000 ± 0.000 | **-1.000 ± 0.000** | 0.50 | 0.50 |" in text
+
+
+def test_a_line_that_brings_its_rate_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study.Place, "rates", lambda self, part, lines: dict.fromkeys(lines, "1e-4"))
+    part = study.Part("x", "tasks", ("fedavg", "fedmoe:training.learning_rate=3e-4"), rate="each")
+    fitted = study.Place(tmp_path, tmp_path, "demo", 1).fitted(part)
+    assert fitted.algorithms == ("fedavg:training.learning_rate=1e-4", "fedmoe:training.learning_rate=3e-4")
+    assert fitted.rate == "1e-4"
