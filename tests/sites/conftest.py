@@ -333,8 +333,8 @@ def is_finite(weights: Mapping[str, Tensor]) -> bool:
 
 
 def living(mark: str) -> list[str]:
-    """The processes that have this in their environment, those that are just ending excepted."""
-    deadline = time.monotonic() + 15
+    """The processes that have this in their environment, those that are just ending excepted: Ray's agents take their time."""
+    deadline = time.monotonic() + 60
     while True:
         listing = subprocess.run(["ps", "axeww", "-opid=,command="], capture_output=True, text=True, check=True).stdout
         found = [line[:200] for line in listing.splitlines() if f"{mark} " in f"{line} "]
