@@ -333,7 +333,7 @@ def is_finite(weights: Mapping[str, Tensor]) -> bool:
 
 
 def living(mark: str) -> list[str]:
-    """The processes that have this in their environment, those that are just ending excepted: Ray's agents take their time."""
+    """The processes that have this in their environment, but for those that are just ending: Ray's take their time."""
     deadline = time.monotonic() + 60
     while True:
         listing = subprocess.run(["ps", "axeww", "-opid=,command="], capture_output=True, text=True, check=True).stdout
