@@ -104,8 +104,11 @@ def test_a_pass_sums_the_same_however_it_is_batched(prepared: Prepared) -> None:
     moe, examples = prepared.bench.moe, next(iter(prepared.clients.values())).train
     together, apart = passes.walk(moe, examples, 4096, 0), passes.walk(moe, examples, 1, 0)
     assert len({one.tokens for one in examples}) > 1  # so that there is padding
-    for name in ("count_V", "examples_V", "answer_V", "load_L_E"):
-        assert torch.equal(getattr(together, name), getattr(apart, name))
+    assert torch.equal(together.load_L_E, apart.load_L_E)
+    for least in (1, 4):
+        assert torch.equal(together.met.finish(least), apart.met.finish(least))
+        assert torch.equal(together.answers.finish(least), apart.answers.finish(least))
+    assert 0 < together.answers.finish(1).sum() < together.met.finish(4).sum() < together.met.finish(1).sum()
     for name in ("attention_in_L_H_H", "attention_out_L_N_N", "expert_in_L_E_H_H", "expert_mid_L_E_I_I"):
         assert_close(getattr(together, name), getattr(apart, name), atol=1e-4, rtol=1e-4)
         assert getattr(together, name).abs().sum() > 0
@@ -114,7 +117,7 @@ def test_a_pass_sums_the_same_however_it_is_batched(prepared: Prepared) -> None:
 def test_a_pass_sees_every_token_once(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     moe, examples = prepared.bench.moe, next(iter(prepared.clients.values())).train
     passed = passes.walk(moe, examples, 4096, 0)
-    assert passed.tokens == sum(one.tokens for one in examples)
+    assert passed.tokens == sum(one.tokens for one in examples) == passed.met.finish(1)[0].sum()
     assert torch.equal(
         passed.load_L_E.sum(1), torch.full((len(moe.layers),), float(moe.top_k * passed.tokens)).double()
     )
@@ -134,8 +137,10 @@ def test_a_pass_sees_every_token_once(prepared: Prepared, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize("rare", [True, False])
 def test_token_rows_of_two_clients_by_hand(seen: merges.Round, words: str, counted: bool, rare: bool) -> None:
-    moe, merged, average = seen.prepared.bench.moe, averaged(seen), averaged(seen)
-    merges.token_rows(seen, merged, rare, counted, words)  # type: ignore[arg-type]
+    moe, average = seen.prepared.bench.moe, averaged(seen)
+    weigh = partial(merges.token_rows, rare=rare, counted=counted, words=words)  # type: ignore[arg-type]
+    by_row = merges.Alternative("", "fedavg", weigh=weigh)
+    merged = by_row.merged(seen, by_row.plan(seen, {})[0])
     table = moe.model.get_input_embeddings().weight
     old, mean, new = (merges.part(moe, table, weights[SHARED]) for weights in (seen.start, average, merged))
     encoded = {client: seen.prepared.clients[client].train for client in seen.updates}

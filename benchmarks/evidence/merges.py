@@ -7,8 +7,9 @@ and its model is scored on the test set; then FedAvg's goes on. So all alternati
 of its noise. What they would do to each other over several rounds is not in it, nor is the regulariser, which changes
 the training itself: for those see `study.py`.
 
-Some alternatives go on from the plan's sum with what no scalar weights can say, made from a pass of each client's
-trained model over its own data (`passes.py`). What a client would send of that pass is not in `uploaded_share`.
+Some alternatives weigh rows of tokens one by one, or go on from the plan's sum with what no weights can say. Both are
+made from a pass of each client's trained model over its own data (`passes.py`). What a client would send of that pass
+is not in `uploaded_share`.
 
 Results are in OUT/merges/REGIME/seed-N.json.
 """
@@ -28,25 +29,26 @@ from typing import Any, Literal
 import torch
 from calibration import RIDGE, Tokens, calibrate
 from candidates.fedalign_candidates import Projected
-from passes import Passed, regression_mean, row_mean, walk
+from passes import Passed, regression_mean, walk
 from study import REGIMES, Part, overrides
 from torch import Tensor
 
 from fedalign.algorithms import make
+from fedalign.algorithms.fedalign_moe import token_weights
 from fedalign.algorithms.fedavg import column_shares, data_share
 from fedalign.checkpoint import write_text
-from fedalign.client import derive_seed, sketched
+from fedalign.client import centre_rows, centroid_sketches, derive_seed, update_sketches
 from fedalign.compare.plan import parse_seeds
 from fedalign.config import load_config
 from fedalign.data.batches import batches
 from fedalign.forward import answer_logits
+from fedalign.maths.average import StreamingSum
 from fedalign.moe.model import MoEModel, quiet
 from fedalign.moe.probe import RoutingProbe, RoutingStatistics
 from fedalign.protocol import (
     SHARED,
     Algorithm,
     Broadcast,
-    ParameterGroup,
     Plan,
     Request,
     State,
@@ -60,6 +62,7 @@ from fedalign.wire import pack, unpack
 
 CANDIDATES: Mapping[str, Callable[..., Algorithm]] = {"align_projected": Projected}
 OFF_DIAGONAL = 0.9  # what RegMean keeps of its Gram matrices off the diagonal
+PAPER: dict[str, Any] = {"gate": "rows", "reg_strength": 0.1, "experts": "semantic", "vocabulary": "average"}
 SETTINGS = ("training.batch_examples=8", "data.max_train=2000", "data.max_test=600", "evaluation.clients=false")
 
 
@@ -74,29 +77,31 @@ class Round:
 
     @cached_property
     def centred(self) -> dict[str, Weights]:
-        """The updates with the mean over its experts taken off each layer's router rows."""
-        layout = self.prepared.layout
+        """The updates as a client sends them whose algorithm weights router rows one by one."""
         found = {}
         for client, update in self.updates.items():
-            rows = {group: value for group, value in update.items() if group.kind == "gate"}
-            mean = [
-                torch.stack([v for g, v in rows.items() if g.layer == layer]).mean(0) for layer in range(layout.layers)
-            ]
-            found[client] = {**update, **{group: value - mean[group.layer] for group, value in rows.items()}}
+            found[client] = {g: value.clone() if g.kind == "gate" else value for g, value in update.items()}
+            centre_rows(found[client], self.prepared.bench.moe)
         return found
 
-    def sketched(self, width: int | None) -> list[Statistics]:
-        """The statistics with update sketches of another width; None: the updates themselves."""
-        seed, layout = self.prepared.config.run.seed, self.prepared.layout
-        cells = (layout.layers, layout.experts, -1)
-        experts = [group for group in layout.groups if group.kind == "expert"]
-        found = []
+    def sketched(self, width: int) -> list[Statistics]:
+        """The statistics with update sketches of another width."""
+        seed, found = self.prepared.config.run.seed, []
         for report in self.standard:
-            vectors = [self.updates[report.client][group] for group in experts]
-            seen = torch.stack(vectors) if width is None else sketched(vectors, width, seed)
-            unit = torch.nn.functional.normalize(seen.view(cells), dim=-1) * report.held_L_E.unsqueeze(-1)
-            found.append(replace(report, update_L_E_S=unit if width is None else unit.half()))
+            update = self.updates[report.client]
+            unit_L_E_S = update_sketches(self.prepared.layout, update, self.start, width, seed)
+            found.append(replace(report, update_L_E_S=(unit_L_E_S * report.held_L_E.unsqueeze(-1)).half()))
         return found
+
+    @property
+    def exact(self) -> list[Statistics]:
+        """The statistics with the updates themselves in place of their sketches."""
+        cells = (self.prepared.layout.layers, self.prepared.layout.experts, -1)
+        experts = [group for group in self.prepared.layout.groups if group.kind == "expert"]
+        return [
+            replace(report, update_L_E_S=torch.stack([self.updates[report.client][g] for g in experts]).view(cells))
+            for report in self.standard
+        ]
 
     @cached_property
     def fresh(self) -> list[Statistics]:
@@ -113,18 +118,16 @@ class Round:
                         answer_logits(moe, batch)
                     passed.update(captured)
             routing = passed.finish(config.statistics.min_tokens, config.statistics.min_examples)
-            cells = (moe.layout.layers, moe.layout.experts, -1)
-            centroid = sketched(
-                routing.centroid_L_E_H.flatten(0, 1), config.statistics.centroid_width, config.run.seed
-            ).view(cells)
-            scale_L = centroid.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
+            centroid_L_E_D, scale_L = centroid_sketches(
+                routing.centroid_L_E_H, config.statistics.centroid_width, config.run.seed
+            )
             found.append(
                 replace(
                     report,
                     prob_L_E=routing.prob_L_E,
                     load_L_E=routing.load_L_E,
                     margin_L_E=routing.margin_L_E,
-                    centroid_L_E_D=(centroid / scale_L[:, None, None]).half(),
+                    centroid_L_E_D=centroid_L_E_D,
                     centroid_scale_L=scale_L,
                 )
             )
@@ -182,23 +185,19 @@ class Alternative:
 
     def merged(self, seen: Round, plan: Plan) -> Weights:
         """The model that the plan, then the steps make of the round's updates."""
-        centre = self.centre and self.made.centre_gates
-        updates = seen.centred if centre else seen.updates
-        factor_C_G = plan.weight_C_G if plan.factor_C_G is None else plan.weight_C_G * plan.factor_C_G
-        groups, found = seen.prepared.layout.groups, {}
-        for column, group in enumerate(groups):
-            value = seen.start[group].clone()
-            for client, factor in zip(plan.clients, factor_C_G[:, column].tolist(), strict=True):
-                if factor:
-                    value.add_(self._sent(updates[client][group], client, group), alpha=factor)
-            found[group] = value
+        updates = seen.centred if self.centre and self.made.centre_gates else seen.updates
+        layout = seen.prepared.layout
+        norms = {c: torch.stack([update[group].norm() for group in layout.groups]) for c, update in updates.items()}
+        total = StreamingSum(layout, plan, norms, self.wire)
+        for request in plan.requests(seen.standard[0].round, layout):
+            client = request.client
+            sent = {g: pack(updates[client][g], self.wire, derive_seed(client, g)) for g in request.groups}
+            if refused := total.add(Update(client, request.round, sent)):
+                raise SystemExit(f"{self.label}: {refused}")
+        found = total.result({group: value.clone() for group, value in seen.start.items()})
         for step in self.steps:
             step(seen, found)
         return found
-
-    def _sent(self, delta: Tensor, client: str, group: ParameterGroup) -> Tensor:
-        """As it arrives."""
-        return delta if self.wire == "float32" else unpack(pack(delta, self.wire, derive_seed(client, group)))
 
 
 def squared_load(seen: Round, plan: Plan) -> Plan:
@@ -256,32 +255,35 @@ def attention_by_gram(seen: Round, merged: Weights) -> None:
 
 def token_rows(
     seen: Round,
-    merged: Weights,
+    plan: Plan,
     rare: bool = False,
     counted: bool = True,
     words: Literal["all", "answers", "others"] = "all",
-) -> None:
-    """Each row of the embedding as a mean over the clients that read its token; other rows stay as merged.
+) -> Plan:
+    """Each row that belongs to a token as a mean over the clients that met it, others as under FedAvg.
 
     Args:
         seen: the round.
-        merged: a model made of it, changed in place.
+        plan: of any algorithm.
         rare: whether a token counts too that fewer than `statistics.min_examples` of a client's examples hold.
-        counted: weights n_c · (share of the client's tokens); else n_c of those that read it.
+        counted: weights n_c · (share of the client's tokens); else n_c of those that met it.
         words: which rows: all, those that stand in anybody's answers, or those that stand in none.
     """
-    moe, least = seen.prepared.bench.moe, 1 if rare else seen.prepared.config.statistics.min_examples
-    counts = []
-    for client, passed in seen.passed.items():
-        share_V = passed.count_V / passed.tokens if counted else torch.ones_like(passed.count_V)
-        counts.append(seen.examples[client] * share_V * (passed.examples_V >= least))
-    table = moe.model.get_input_embeddings().weight
-    old_V_H, new_V_H = (part(moe, table, weights[SHARED]) for weights in (seen.start, merged))
-    mean_V_H, wanted_V = row_mean(counts, [part(moe, table, seen.updates[client][SHARED]) for client in seen.passed])
+    least = 1 if rare else seen.prepared.config.statistics.min_examples
+    reports = []
+    for report in seen.standard:
+        count_M_V = seen.passed[report.client].met.finish(least)
+        every_M_V = seen.passed[report.client].met.finish(1)
+        if not counted:
+            count_M_V, every_M_V = (count_M_V > 0).float(), torch.ones_like(every_M_V)
+        rest_M_1 = (every_M_V - count_M_V).sum(-1, keepdim=True)  # shares are of all tokens, those left out too
+        reports.append(replace(report, token_count_M_V=torch.cat([count_M_V, rest_M_1], -1)))
+    weight_C_M_V = token_weights(reports)[..., :-1]
     if words != "all":
-        answer_V = torch.stack([passed.answer_V for passed in seen.passed.values()]).any(0)
-        wanted_V = wanted_V & (answer_V if words == "answers" else ~answer_V)
-    new_V_H[wanted_V] = (old_V_H + mean_V_H)[wanted_V]
+        answers_M_V = torch.stack([seen.passed[report.client].answers.finish(1) for report in reports]).sum(0)
+        wanted_M_V = (answers_M_V > 0) == (words == "answers")
+        weight_C_M_V = weight_C_M_V.where(wanted_M_V, data_share(reports)[:, None, None])
+    return replace(plan, token_weight_C_M_V=weight_C_M_V)
 
 
 def calibrated_gate(seen: Round, merged: Weights, ridge: float = RIDGE) -> None:
@@ -310,12 +312,12 @@ def part(moe: MoEModel, parameter: Tensor, shared_N: Tensor) -> Tensor:
 
 
 def aligned(label: str, about: str = "", **options: Any) -> Alternative:
-    """FedAlign-MoE with some options changed."""
-    return Alternative(label, "fedalign_moe", options, about=about)
+    """FedAlign-MoE as the paper has it, with some options changed."""
+    return Alternative(label, "fedalign_moe", PAPER | options, about=about)
 
 
 def alternatives() -> Iterator[Alternative]:
-    """The first is what the others are measured against; the second is all defaults."""
+    """The first is what the others are measured against; the second is the paper's method."""
     yield Alternative("fedavg", "fedavg")
     yield aligned("FedAlign-MoE", "all defaults")
     yield aligned("gate side alone", "sides", experts="average")
@@ -345,15 +347,14 @@ def alternatives() -> Iterator[Alternative]:
         "min_agreement = 0": {"min_agreement": 0.0},
         "min_agreement = 0.8": {"min_agreement": 0.8},
         "min_agreement = 0.95": {"min_agreement": 0.95},
-        "all pass, min_agreement = 0": {"beta": 100.0, "min_agreement": 0.0},
         "min_holders = 1": {"min_holders": 1},
     }
     for label, options in experts.items():
         yield aligned(label, "expert weights", **options, gate="average")
     semantic = aligned("", "statistics")
-    for width in (64, 1024, None):
-        label = f"sketches of {width}" if width else "exact cosines"
-        yield replace(semantic, label=label, reports=partial(Round.sketched, width=width))
+    for width in (64, 1024):
+        yield replace(semantic, label=f"sketches of {width}", reports=partial(Round.sketched, width=width))
+    yield replace(semantic, label="exact cosines", reports=lambda seen: seen.exact)
     yield replace(semantic, label="statistics of a pass of their own", reports=lambda seen: seen.fresh)
     for wire in ("bfloat16", "int8"):
         yield Alternative(f"fedavg, {wire}", "fedavg", wire=wire, about="wire")
@@ -365,27 +366,27 @@ def alternatives() -> Iterator[Alternative]:
 def beyond() -> Iterator[Alternative]:
     """What the paper does not think of."""
     about = "beyond the paper"
-    yield Alternative("align_projected", "align_projected", {"keep": 0.0}, about=about)
-    load = aligned("experts by load", about, gate="average", beta=100.0, min_agreement=0.0, min_holders=1)
+    yield Alternative("align_projected", "align_projected", PAPER | {"keep": 0.0}, about=about)
+    load = aligned("experts by load", about, gate="average", experts="load", min_holders=1)
     yield load
     yield Alternative("experts by load^2", "fedavg", about=about, weigh=squared_load)
-    steps: dict[str, Sequence[Step]] = {
-        "experts by diagonal Gram": (partial(experts_by_gram, off_diagonal=0.0),),
-        "experts by Gram": (experts_by_gram,),
-        "attention by Gram": (attention_by_gram,),
-        "token rows": (token_rows,),
-        "token rows, every count": (partial(token_rows, rare=True),),
-        "token rows, seen or not": (partial(token_rows, counted=False),),
-        "token rows of label words alone": (partial(token_rows, words="answers"),),
-        "token rows but label words": (partial(token_rows, words="others"),),
-        "token rows + Gram everywhere": (token_rows, experts_by_gram, attention_by_gram),
-        "calibrated gate": (calibrated_gate,),
-        "calibrated gate, ridge 0.1": (partial(calibrated_gate, ridge=0.1),),
+    ways: dict[str, dict[str, Any]] = {
+        "experts by diagonal Gram": {"steps": (partial(experts_by_gram, off_diagonal=0.0),)},
+        "experts by Gram": {"steps": (experts_by_gram,)},
+        "attention by Gram": {"steps": (attention_by_gram,)},
+        "token rows": {"weigh": token_rows},
+        "token rows, every count": {"weigh": partial(token_rows, rare=True)},
+        "token rows, seen or not": {"weigh": partial(token_rows, counted=False)},
+        "token rows of label words alone": {"weigh": partial(token_rows, words="answers")},
+        "token rows but label words": {"weigh": partial(token_rows, words="others")},
+        "token rows + Gram everywhere": {"weigh": token_rows, "steps": (experts_by_gram, attention_by_gram)},
+        "calibrated gate": {"steps": (calibrated_gate,)},
+        "calibrated gate, ridge 0.1": {"steps": (partial(calibrated_gate, ridge=0.1),)},
     }
-    for label, changes in steps.items():
-        yield Alternative(label, "fedavg", about=about, steps=changes)
-    yield replace(load, label="token rows + experts by load", steps=(token_rows,))
-    yield replace(aligned("token rows + FedAlign-MoE", about), steps=(token_rows,))
+    for label, way in ways.items():
+        yield Alternative(label, "fedavg", about=about, **way)
+    yield replace(load, label="token rows + experts by load", weigh=token_rows)
+    yield replace(aligned("token rows + FedAlign-MoE", about), weigh=token_rows)
     yield Alternative("gate as received", "fedavg", about=about, weigh=no_gates)
 
 
@@ -429,10 +430,12 @@ def run(part: Part, seed: int, data: Path, start: str, rounds: int) -> list[dict
             for alternative in alternatives():
                 plan, states[alternative.label] = alternative.plan(seen, states.get(alternative.label, {}))
                 merged = alternative.merged(seen, plan)
-                length[alternative.label] = norm_of_change(merged, weights)
+                change = norm_of_change(merged, weights)
                 if alternative.as_long_as:
-                    ratio = length[alternative.as_long_as] / length[alternative.label]
+                    ratio = length[alternative.as_long_as] / change
                     merged |= {g: torch.lerp(weights[g], v, ratio) for g, v in merged.items() if g.kind == "expert"}
+                    change = norm_of_change(merged, weights)
+                length[alternative.label] = change
                 score = prepared.evaluate(merged)
                 assert score is not None
                 sent = ((plan.weight_C_G > 0).double() @ size_G).sum() / (len(plan.clients) * size_G.sum())
@@ -444,7 +447,7 @@ def run(part: Part, seed: int, data: Path, start: str, rounds: int) -> list[dict
                         "accuracy": score.accuracy,
                         "loss_nats": score.loss,
                         "uploaded_share": float(sent),
-                        "change_norm": norm_of_change(merged, weights),
+                        "change_norm": change,
                     }
                 )
                 if alternative.label == "fedavg":

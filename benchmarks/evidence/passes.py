@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from fedalign.data.batches import IGNORED, Batch, Encoded, batches
+from fedalign.data.batches import Encoded, batches
+from fedalign.data.tokens import TokenCounts
 from fedalign.forward import answer_logits
 from fedalign.moe.model import MoEModel
 
@@ -25,11 +26,11 @@ RIDGE = 1e-6  # of the Gram matrix's mean diagonal
 
 @dataclass(frozen=True)
 class Passed:
-    """Sums over one client's tokens, float64; V token ids, N inputs of `o_proj`, I of an expert's `down_proj`."""
+    """Sums over one client's tokens, float64; N inputs of `o_proj`, I of an expert's `down_proj`."""
 
-    count_V: Tensor  # how often an id is read
-    examples_V: Tensor  # in how many examples
-    answer_V: Tensor  # boolean: the id stands in an answer
+    tokens: int  # of all examples
+    met: TokenCounts  # those that own rows, as a client counts them
+    answers: TokenCounts  # the same, in answers alone
     attention_in_L_H_H: Tensor  # XᵀX of the input of q, k and v
     attention_out_L_N_N: Tensor  # of o's
     expert_in_L_E_H_H: Tensor  # of gate_up's, tokens sent to the expert alone
@@ -38,20 +39,20 @@ class Passed:
     router_inputs: tuple[list[Tensor], ...]  # of each layer, [T, H] a batch: a random sample of the tokens
 
     @classmethod
-    def nothing(cls, moe: MoEModel) -> Self:
+    def nothing(cls, moe: MoEModel, tokens: int) -> Self:
         """Before the first batch."""
         layers, experts, hidden = len(moe.layers), moe.experts, moe.hidden
         heads = moe.model.model.layers[0].self_attn.o_proj.in_features
         middle = moe.model.get_submodule(moe.layers[0].experts).down_proj.shape[2]
-        vocabulary = len(moe.model.get_input_embeddings().weight)
+        rows = moe.layout.token_rows
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64)
 
         return cls(
-            zeros(vocabulary),
-            zeros(vocabulary),
-            zeros(vocabulary).bool(),
+            tokens,
+            TokenCounts(rows),
+            TokenCounts([replace(matrix, answers=True) for matrix in rows]),
             zeros(layers, hidden, hidden),
             zeros(layers, heads, heads),
             zeros(layers, experts, hidden, hidden),
@@ -60,24 +61,9 @@ class Passed:
             tuple([] for _ in range(layers)),
         )
 
-    @property
-    def tokens(self) -> int:
-        """Of all examples."""
-        return int(self.count_V.sum())
-
     def router_input_T_H(self, layer: int) -> Tensor:
         """What entered the layer's router, for at most `SAMPLE` tokens, the same in all layers."""
         return torch.cat(self.router_inputs[layer])
-
-    def add_ids(self, batch: Batch) -> None:
-        """Count a batch's token ids."""
-        row_T, position_T = batch.attention_mask_B_S.nonzero(as_tuple=True)
-        id_T = batch.input_ids_B_S[row_T, position_T]
-        cells = batch.examples, len(self.count_V)
-        count_B_V = (row_T * cells[1] + id_T).bincount(minlength=cells[0] * cells[1]).view(cells)
-        self.count_V.add_(count_B_V.sum(0))
-        self.examples_V.add_((count_B_V > 0).sum(0))
-        self.answer_V[batch.labels_B_S[batch.labels_B_S != IGNORED]] = True
 
 
 @dataclass(frozen=True)
@@ -148,14 +134,15 @@ def walk(moe: MoEModel, encoded: Sequence[Encoded], batch_tokens: int, seed: int
     total, begin = sum(one.tokens for one in encoded), 0
     sample_T = torch.zeros(total, dtype=torch.bool)
     sample_T[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:SAMPLE]] = True
-    passed = Passed.nothing(moe)
+    passed = Passed.nothing(moe, total)
     with watching(moe, passed) as watch:
         for batch in batches(encoded, batch_tokens, EXAMPLES):
             token_T = batch.attention_mask_B_S.flatten().nonzero().squeeze(1)
             watch.kept = Kept(token_T, sample_T[begin : begin + len(token_T)])
             begin += len(token_T)
             answer_logits(moe, batch)
-            passed.add_ids(batch)
+            passed.met.update(batch)
+            passed.answers.update(batch)
     return passed
 
 
@@ -192,16 +179,3 @@ def regression_mean(
     wanted_N_M = sum((g @ (d - mean_M_N).T for g, d in zip(damped, changes, strict=True)), torch.zeros(()))
     off_N_M: Tensor = torch.linalg.solve(total_N_N, wanted_N_M)
     return (mean_M_N + off_N_M.T).float()
-
-
-def row_mean(counts: Sequence[Tensor], changes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Each row's mean weighted by its own counts [V] of each client, changes [V, H]; and which rows anybody counts.
-
-    >>> mean, counted = row_mean([torch.tensor([3.0, 0.0])], [torch.tensor([[1.0], [2.0]])])
-    >>> mean.tolist(), counted.tolist()
-    ([[1.0], [0.0]], [True, False])
-    """
-    total_V = torch.stack(list(counts)).sum(0)
-    share = (torch.where(total_V > 0, count / total_V, 0.0).float().unsqueeze(1) for count in counts)
-    mean_V_H: Tensor = sum((s * change for s, change in zip(share, changes, strict=True)), torch.zeros(()))
-    return mean_V_H, total_V > 0

@@ -38,6 +38,7 @@ from fedalign.protocol import (
     Broadcast,
     Evaluation,
     Hello,
+    Layout,
     LocalRound,
     ParameterGroup,
     Statistics,
@@ -166,12 +167,7 @@ class Trainer:
         """Trained minus start, in place; softmax routers' rows centred if the algorithm weights them one by one."""
         update = {g: value.sub_(start[g].to(value.device)) for g, value in trained.items()}
         if self.algorithm.centre_gates:
-            for layer, info in enumerate(self.moe.layers):
-                if info.scoring == "softmax":
-                    rows = [ParameterGroup("gate", layer, expert) for expert in range(self.moe.experts)]
-                    mean = torch.stack([update[row] for row in rows]).mean(0)
-                    for row in rows:
-                        update[row] -= mean
+            centre_rows(update, self.moe)
         return update
 
     def _report(
@@ -187,13 +183,8 @@ class Trainer:
         options, layout, seed = self.config.statistics, self.moe.layout, self.config.run.seed
         routing = fit.statistics.finish(options.min_tokens, options.min_examples).without(fit.frozen_L_E)
         held_L_E = routing.load_L_E > 0
-        cells = (layout.layers, layout.experts, -1)
-        centroid_L_E_D = sketched(routing.centroid_L_E_H.flatten(0, 1), options.centroid_width, seed).view(cells)
-        scale_L = centroid_L_E_D.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
-        sketch = Sketch(options.update_width, seed)
-        experts = [group for group in layout.groups if group.kind == "expert"]
-        update_L_E_S = torch.stack([self._sketch(sketch, group, update, local.start) for group in experts]).view(cells)
-        update_L_E_S = torch.nn.functional.normalize(update_L_E_S, dim=-1) * held_L_E.cpu().unsqueeze(-1)
+        centroid_L_E_D, scale_L = centroid_sketches(routing.centroid_L_E_H, options.centroid_width, seed)
+        update_L_E_S = update_sketches(layout, update, local.start, options.update_width, seed)
         return Statistics(
             client=client.name,
             round=round,
@@ -203,9 +194,9 @@ class Trainer:
             prob_L_E=routing.prob_L_E.cpu(),
             load_L_E=routing.load_L_E.cpu(),
             margin_L_E=routing.margin_L_E.cpu(),
-            centroid_L_E_D=(centroid_L_E_D / scale_L[:, None, None]).half(),
+            centroid_L_E_D=centroid_L_E_D,
             centroid_scale_L=scale_L,
-            update_L_E_S=update_L_E_S.half(),
+            update_L_E_S=(update_L_E_S * held_L_E.cpu().unsqueeze(-1)).half(),
             norm_G=norm_G,
             token_count_M_V=fit.tokens.finish(options.min_examples),
             frozen=tuple(ParameterGroup("expert", *cell) for cell in fit.frozen_L_E.nonzero().tolist()),
@@ -215,14 +206,6 @@ class Trainer:
                 "learning_rate": self.config.training.learning_rate,
             },
         )
-
-    def _sketch(self, sketch: Sketch, group: ParameterGroup, update: Weights, start: Weights) -> Tensor:
-        """The direction of a group's update; of adapters that of their product, since factors are not unique."""
-        factors = self.moe.layout.factors.get(group)
-        if not factors:
-            return sketch.project(update[group]).cpu()
-        old = start[group].to(update[group].device)
-        return sketch.project_change(old + update[group], old, factors).cpu()
 
     def evaluate(self, client: ClientData, received: Weights, round: int) -> Evaluation | None:
         """Score the received weights, which the model holds, on the client's held-out part; None without one.
@@ -407,10 +390,37 @@ def private_weights(remembered: Mapping[str, Tensor]) -> Weights:
     return {parse_group(name.removeprefix(PRIVATE)): remembered[name] for name in names}
 
 
-def sketched(vectors: Sequence[Tensor] | Tensor, width: int, seed: int) -> Tensor:
-    """The sketch of each vector: [number of vectors, width], on the CPU."""
+def centre_rows(update: Weights, moe: MoEModel) -> None:
+    """Take the mean over its experts off each softmax router's rows, in place."""
+    for layer, info in enumerate(moe.layers):
+        if info.scoring == "softmax":
+            rows = [ParameterGroup("gate", layer, expert) for expert in range(moe.experts)]
+            mean = torch.stack([update[row] for row in rows]).mean(0)
+            for row in rows:
+                update[row] -= mean
+
+
+def centroid_sketches(centroid_L_E_H: Tensor, width: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Centroids sketched, float16 [L, E, D], and the scale of each layer that they are to be multiplied with."""
     sketch = Sketch(width, seed)
-    return torch.stack([sketch.project(vector) for vector in vectors]).cpu()
+    sketch_L_E_D = torch.stack([torch.stack([sketch.project(row) for row in rows]) for rows in centroid_L_E_H]).cpu()
+    scale_L = sketch_L_E_D.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
+    return (sketch_L_E_D / scale_L[:, None, None]).half(), scale_L
+
+
+def update_sketches(layout: Layout, update: Weights, start: Weights, width: int, seed: int) -> Tensor:
+    """Directions of the experts' updates, [L, E, S]; of adapters those of their products, as factors are not unique."""
+    sketch = Sketch(width, seed)
+
+    def project(group: ParameterGroup) -> Tensor:
+        factors = layout.factors.get(group)
+        if not factors:
+            return sketch.project(update[group]).cpu()
+        old = start[group].to(update[group].device)
+        return sketch.project_change(old + update[group], old, factors).cpu()
+
+    sketches = torch.stack([project(group) for group in layout.groups if group.kind == "expert"])
+    return torch.nn.functional.normalize(sketches.view(layout.layers, layout.experts, width), dim=-1)
 
 
 def grouped(items: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
