@@ -128,7 +128,7 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
             "plain": lambda: plain(moe, data, config, with_labels=False),
             "labels": lambda: plain(moe, data, config, with_labels=True),
             "fedavg": client_step("fedavg"),
-            "fedalign_moe": client_step("fedalign_moe"),
+            "fedalign_paper": client_step("fedalign_paper"),
         }
         seconds: dict[str, list[float]] = {variant: [] for variant in variants}
         for repeat in range(arguments.repeats + 1):

@@ -53,6 +53,13 @@ def test_toml_round_trip(tmp_path: Path) -> None:
     assert load_config(path) == config
 
 
+def test_options_left_out_are_written_down_with_their_defaults(tmp_path: Path) -> None:
+    config = load_config(None, ["algorithm.name=fc_moe", "algorithm.keep=0.25"])
+    written = tomllib.loads(config.to_toml())["algorithm"]
+    assert written == {"name": "fc_moe"} | vars(ALGORITHMS["fc_moe"](keep=0.25))  # type: ignore[call-arg]
+    assert config.algorithm.chosen == {"keep": 0.25}
+
+
 def test_overrides_are_toml_or_plain_text() -> None:
     config = load_config(None, ["training.learning_rate=2e-5", "model.path=some/folder", "run.seed=3"])
     assert config.training.learning_rate == 2e-5
@@ -116,7 +123,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
-def test_the_default_algorithm_is_the_papers() -> None:
+def test_the_default_algorithm() -> None:
     assert AlgorithmConfig().build() == FedAlignMoE()
 
 

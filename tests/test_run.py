@@ -259,9 +259,9 @@ def test_wire_precision_saves_bytes_and_still_learns(
     assert summary["final_loss"] < summary["initial_loss"]
 
 
-def test_only_groups_with_weight_travel(finished: Path) -> None:
-    line = metrics(finished)[1]
-    assert 0.3 < line["uploaded_share"] < 1.0
+def test_only_groups_with_weight_travel(settings: list[str], tmp_path: Path) -> None:
+    start(tmp_path / "run", settings, "algorithm.name=fedalign_paper", "run.rounds=1")
+    assert 0.3 < metrics(tmp_path / "run")[1]["uploaded_share"] < 1.0
 
 
 def test_sampled_clients_take_turns(settings: list[str], tmp_path: Path) -> None:

@@ -8,6 +8,8 @@
     drift      more examples and local steps between averages, at two learning rates: where clients really part
     confirm    what drift found, asked again: seeds not used before, every test row, the rate chosen on validation data
     beyond     token rows and load weights, every line at the learning rate that suits it
+    routers    which half of the router side costs most where labels differ
+    defaults   what became the defaults against the paper's method and FedAvg: more seeds, more regimes, few bytes
     candidates ideas that are not part of the package, see candidates/
     bounds     each client alone, and all data in one place
     tuned      the main regimes, learning rate and strength chosen for each algorithm by `compare --tune`
@@ -45,10 +47,11 @@ from fedalign.moe.model import quiet
 from fedalign.results import RunFolder, versions
 from fedalign.server import merit
 
-MAIN = ("fedavg", "fedprox", "fedmoe", "fedalign_moe")
+MAIN = ("fedavg", "fedprox", "fedmoe", "fedalign_paper")
+OURS = "fedalign_moe"
 RATE = "training.learning_rate"
 RATES = ("3e-4", "1e-3", "1e-4")
-RATED = ("fedavg", "fedalign_moe")  # the first decides
+RATED = ("fedavg", "fedalign_paper")  # the first decides
 RATE_SEED = "1000,"
 EPOCHS = (1, 4, 2)
 KINDS = ("full", "moe", "experts")
@@ -112,41 +115,35 @@ def short() -> Iterator[Part]:
         yield Part(f"{regime}-full-1", regime, MAIN, settings=few)
 
 
+LONG = ("run.rounds=5", "training.batch_examples=8", "data.max_train=2000", "evaluation.clients=false")
+FULL_TEST = (*LONG, "data.max_test=2000")
+
+
 def drift() -> Iterator[Part]:
     """50 local steps a round; not tuned, since what suits FedAvg may be just what keeps clients from drifting."""
-    long = ("run.rounds=5", "training.batch_examples=8", "data.max_train=2000", "evaluation.clients=false")
-    lines = ("fedavg", "fedalign_moe", "fedalign_moe:experts=average")
+    lines = ("fedavg", "fedalign_paper", "fedalign_paper:experts=average")
     pulls = ("reg_strength=0.0", "overlap=relative", "adaptive_strength=false", "granularity=batch:form=bregman")
-    every = (*lines, *(f"fedalign_moe:{pull}" for pull in pulls))
-    yield Part("label_skew-full-2-3e-4", "label_skew", every, "full", 2, long, rate="3e-4")
-    yield Part("tasks-full-2-3e-4", "tasks", (*lines, f"fedalign_moe:{pulls[1]}"), "full", 2, long, rate="3e-4")
-    yield Part("label_skew-full-2-1e-4", "label_skew", lines, "full", 2, long, rate="1e-4")
+    every = (*lines, *(f"fedalign_paper:{pull}" for pull in pulls))
+    yield Part("label_skew-full-2-3e-4", "label_skew", every, "full", 2, LONG, rate="3e-4")
+    yield Part("tasks-full-2-3e-4", "tasks", (*lines, f"fedalign_paper:{pulls[1]}"), "full", 2, LONG, rate="3e-4")
+    yield Part("label_skew-full-2-1e-4", "label_skew", lines, "full", 2, LONG, rate="1e-4")
 
 
-AVERAGED = "fedalign_moe:gate=average:reg_strength=0.0"  # routers as under FedAvg
-TOKENS = (
-    f"{AVERAGED}:experts=average:vocabulary=tokens",  # FedAvg but for token rows
-    f"{AVERAGED}:experts=load:vocabulary=tokens",
-    "fedalign_moe:experts=load:vocabulary=tokens",
-    "fedalign_moe:vocabulary=tokens",
-)
-FULL_TEST = (
-    *("run.rounds=5", "training.batch_examples=8", "data.max_train=2000", "data.max_test=2000"),
-    "evaluation.clients=false",
-)
+EXPERT_SIDE = "fedalign_paper:gate=average:reg_strength=0.0"  # routers as under FedAvg
+ROWS_ALONE = f"{OURS}:experts=average"  # FedAvg but for token rows
+ALIGNED = f"{OURS}:gate=rows:reg_strength=0.1"  # the paper's router side, ours of the rest
 
 
 def confirm() -> Iterator[Part]:
     """Written before its first run: baselines, the paper's ablation, each side alone; then token rows, few bytes."""
-    plain = "experts=average:adaptive_strength=false"
+    plain = "fedalign_paper:experts=average:adaptive_strength=false"
     lines = (
-        *("fedavg", "fedalign_moe", AVERAGED, "fedalign_moe:experts=average"),
-        *(f"fedalign_moe:{plain}", f"fedalign_moe:{plain}:gate_weights=uniform"),
+        *("fedavg", "fedalign_paper", EXPERT_SIDE, "fedalign_paper:experts=average"),
+        *(plain, f"{plain}:gate_weights=uniform"),
         *("fedprox", "fedmoe"),
     )
-    small = tuple(f"fedalign_moe:min_agreement=0.8:wire.dtype={dtype}" for dtype in ("bfloat16", "int8"))
-    yield Part("tasks", "tasks", (*lines, *TOKENS[:2], *small), "full", 2, FULL_TEST)
-    yield Part("moe-tasks", "tasks", lines[:3], "moe", 2, FULL_TEST)
+    small = tuple(f"fedalign_paper:min_agreement=0.8:wire.dtype={dtype}" for dtype in ("bfloat16", "int8"))
+    yield Part("tasks", "tasks", (*lines, ROWS_ALONE, OURS, *small), "full", 2, FULL_TEST)
 
 
 def beyond() -> Iterator[Part]:
@@ -154,16 +151,41 @@ def beyond() -> Iterator[Part]:
 
     Later lines have the rate that FedAvg chose: experts alone, with token rows, and with a pull that cannot be fled.
     """
-    each = ("fedavg", "fedalign_moe", TOKENS[0], *TOKENS[2:])
-    later = (AVERAGED, TOKENS[1], "fedalign_moe:overlap=relative:experts=load:vocabulary=tokens")
+    each = ("fedavg", "fedalign_paper", ROWS_ALONE, ALIGNED, "fedalign_paper:vocabulary=tokens")
+    later = (EXPERT_SIDE, OURS, f"{ALIGNED}:overlap=relative")
     late = tuple(f"{line}:{RATE}=3e-4" for line in later)
     yield Part("label_skew", "label_skew", (*each, *late), "full", 2, FULL_TEST, rate="each")
-    yield Part("domain", "domain", each, "full", 2, FULL_TEST, rate="each")
+
+
+def routers() -> Iterator[Part]:
+    """Which half of the router side costs most under label skew: rows by consistency, or the pull while training."""
+    ways = ("reg_strength=0.1", "gate=rows", "gate=rows:size_weighted=true")
+    sized = f"{ALIGNED}:size_weighted=true"
+    lines = ("fedavg", OURS, ALIGNED, *(f"{OURS}:{way}" for way in ways), sized)
+    yield Part("label_skew", "label_skew", lines, "full", 2, FULL_TEST, rate="3e-4")
+
+
+def defaults() -> Iterator[Part]:
+    """What became the defaults, against the paper's method: more seeds, and regimes that chose nothing."""
+    pair = ("fedalign_paper", OURS)
+    each = ("fedavg", *pair)
+    yield Part("label_skew", "label_skew", (*each, f"fedmoe:{RATE}=3e-4"), "full", 2, FULL_TEST, rate="each")
+    yield Part("tasks", "tasks", (*each, f"fedmoe:{RATE}=1e-3"), "full", 2, FULL_TEST, rate="each")
+    yield Part("label_skew_0.5", "label_skew_0.5", each, "full", 2, FULL_TEST, rate="3e-4")
+    yield Part("domain", "domain", each, "full", 2, FULL_TEST, rate="1e-3")
+    yield Part("tasks-moe", "tasks", each, "moe", 2, FULL_TEST, rate="1e-3")
+    yield Part("tasks-experts", "tasks", each, "experts", 2, FULL_TEST, rate="1e-3")
+    small = tuple(f"{OURS}:wire.dtype={dtype}" for dtype in ("bfloat16", "int8"))
+    for regime, rate in (("label_skew", "3e-4"), ("tasks", "1e-3")):
+        yield Part(f"{regime}-bytes", regime, ("fedavg", OURS, *small), "full", 2, FULL_TEST, rate=rate)
+    choices = ("consensus=relu", "wire.dtype=int8", "form=bregman", "granularity=batch:form=bregman")
+    paper = tuple(f"fedalign_paper:{choice}" for choice in choices)
+    yield Part("tasks-choices", "tasks", ("fedavg", "fedalign_paper", *paper), "full", 2, FULL_TEST, rate="1e-3")
 
 
 def candidates() -> Iterator[Part]:
     """What candidates/ holds: `pip install benchmarks/evidence/candidates` first."""
-    yield Part("tasks", "tasks", ("fedalign_moe", "align_by_layer", "align_projected"), "full", 2, FULL_TEST)
+    yield Part("tasks", "tasks", ("fedalign_paper", "align_by_layer", "align_projected"), "full", 2, FULL_TEST)
 
 
 def bounds() -> Iterator[Part]:
@@ -215,10 +237,10 @@ def alternatives() -> Iterator[Part]:
     """One option changed at a time; where routers differ, and where labels do."""
     for regime in ("tasks", "label_skew"):
         for about, options in ALTERNATIVES.items():
-            lines = ("fedavg", "fedalign_moe", *(f"fedalign_moe:{option}" for option in options))
+            lines = ("fedavg", "fedalign_paper", *(f"fedalign_paper:{option}" for option in options))
             yield Part(f"{regime}-{about}", regime, lines, "full", 4)
         sgd = "training.optimizer=sgd:training.learning_rate=0.3"
-        yield Part(f"{regime}-sgd", regime, (f"fedavg:{sgd}", f"fedalign_moe:{sgd}"), "full", 4)
+        yield Part(f"{regime}-sgd", regime, (f"fedavg:{sgd}", f"fedalign_paper:{sgd}"), "full", 4)
 
 
 def sent() -> Iterator[Part]:
@@ -226,8 +248,8 @@ def sent() -> Iterator[Part]:
     selected = ("0.0", "0.5", "0.8", "0.95")
     lines = (
         *("fedavg", "fedavg:wire.dtype=bfloat16", "fedavg:wire.dtype=int8"),
-        *(f"fedalign_moe:min_agreement={share}" for share in selected),
-        *(f"fedalign_moe:min_agreement={share}:wire.dtype=int8" for share in selected[1:]),
+        *(f"fedalign_paper:min_agreement={share}" for share in selected),
+        *(f"fedalign_paper:min_agreement={share}:wire.dtype=int8" for share in selected[1:]),
     )
     for regime in ("label_skew", "tasks"):
         for kind in ("full", "moe"):
@@ -235,20 +257,23 @@ def sent() -> Iterator[Part]:
 
 
 def losses() -> Iterator[Part]:
-    """Where aligning may harm."""
-    few = ("clients.min_examples=2", "clients.held_out=0.0")
-    yield Part("iid", "iid", MAIN)
-    yield Part("two clients", "label_skew", MAIN, settings=("clients.count=2",))
-    yield Part("tiny clients", "iid", MAIN, settings=("data.max_train=80", "clients.held_out=0.0"))
+    """Where aligning may harm. One learning rate for all: there is too little data to choose by."""
+    lines = ("fedavg", "fedalign_paper", OURS)
+    few = ("clients.min_examples=2", "clients.held_out=0.0", "evaluation.clients=false")
+    every = ("training.batch_examples=8", "data.max_test=1000")
+    yield Part("iid", "iid", lines, settings=every, rate="3e-4")
+    yield Part("two clients", "label_skew", lines, settings=("clients.count=2", *every), rate="3e-4")
+    yield Part("tiny clients", "iid", lines, settings=("data.max_train=80", *few, *every), rate="3e-4")
     for count in (50, 100):
         sizes = (f"clients.count={count}", "clients.sample=0.1", f"data.max_train={20 * count}", "clients.alpha=0.5")
-        yield Part(f"{count} clients", "label_skew", MAIN, settings=(*sizes, *few, "run.rounds=20"))
+        settings = (*sizes, *few, *every, "run.rounds=20", "evaluation.every=2")
+        yield Part(f"{count} clients", "label_skew", lines, settings=settings, rate="3e-4")
 
 
 def rounds() -> Iterator[Part]:
     """Speed."""
     for regime in FIRST:
-        yield Part(f"{regime}-full", regime, ("fedavg", "fedmoe", "fedalign_moe"), settings=("run.rounds=30",))
+        yield Part(f"{regime}-full", regime, ("fedavg", "fedmoe", "fedalign_paper", OURS), settings=("run.rounds=30",))
 
 
 STUDIES = {
@@ -257,6 +282,8 @@ STUDIES = {
     "drift": drift,
     "confirm": confirm,
     "beyond": beyond,
+    "routers": routers,
+    "defaults": defaults,
     "candidates": candidates,
     "bounds": bounds,
     "tuned": tuned,

@@ -339,7 +339,7 @@ def main() -> None:
             continue
         text += [f"## {study}", ""]
         if study in ("regimes", "short"):
-            text += [overview(parts, ("fedprox", "fedmoe", "fedalign_moe")), ""]
+            text += [overview(parts, ("fedprox", "fedmoe", "fedalign_paper")), ""]
         text += [part.text() for part in parts]
     folders = [folder for folder in sorted((args.runs / "merges").glob("*")) if any(folder.glob("seed-*.json"))]
     text += ["## merges", "", ABOUT_MERGES, *map(merges, folders)] if folders else []

@@ -16,7 +16,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from fedalign.algorithms import make
+from fedalign.algorithms import make, options
 from fedalign.errors import UserError, unknown
 from fedalign.maths.server_step import ServerOptimizer
 from fedalign.protocol import Algorithm, WireDtype
@@ -192,9 +192,27 @@ class AlgorithmConfig(Section):
     model_config = ConfigDict(extra="allow")
     name: str = "fedalign_moe"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _write_defaults_out(cls, values: Any) -> Any:
+        """So that a run folder repeats its run when defaults have changed."""
+        if not isinstance(values, Mapping):
+            return values
+        named = {"name": cls.model_fields["name"].default} | dict(values)
+        if not isinstance(named["name"], str):
+            return values
+        built = make(named["name"], {key: value for key, value in named.items() if key != "name"})
+        return named | options(built)
+
     def build(self) -> Algorithm:
-        """The algorithm itself; a wrong name or option is a UserError."""
+        """The algorithm itself."""
         return make(self.name, self.model_extra or {})
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """Options that are not at their defaults."""
+        defaults = options(make(self.name, {}))
+        return {key: value for key, value in (self.model_extra or {}).items() if value != defaults[key]}
 
 
 class WireConfig(Section):
@@ -287,7 +305,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        self.algorithm.build()
         self._check_tuning()
         share = self.data.validation
         if self.evaluation.part == "validation" and not share:

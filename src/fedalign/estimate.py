@@ -134,7 +134,7 @@ def statistics_nbytes(config: Config, layout: Layout) -> int:
     cells = layout.layers * layout.experts
     sketches = 2 * cells * (config.statistics.update_width + config.statistics.centroid_width)
     counts = math.prod(layout.token_cells) if config.algorithm.build().counts_tokens else 0
-    return sketches + 4 * 3 * cells + 4 * layout.layers + 4 * len(layout.groups) + 4 * counts + 40
+    return sketches + 4 * 3 * cells + 4 * layout.layers + 4 * len(layout.groups) + 4 * counts + 48
 
 
 def moments(config: Config) -> int:

@@ -10,7 +10,7 @@ import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -256,9 +256,8 @@ def training_rows(trained: Trained) -> list[tuple[str, str]]:
     """How it was trained, as names and values."""
     config, training = trained.config, trained.config.training
     examples = [int(client["examples"]) for client in trained.holdings.values()]
-    options = asdict(config.algorithm.build())  # type: ignore[call-overload] # algorithms are dataclasses
     rows = [
-        ("algorithm", f"`{config.algorithm.name}`{_listed(options)}"),
+        ("algorithm", f"`{config.algorithm.name}`{_listed(config.algorithm.model_extra or {})}"),
         ("rounds", f"{trained.round} of {config.run.rounds}{', the best one' if trained.best else ''}"),
         ("data", _data(trained)),
         ("examples to train on", f"{sum(examples):,} in all, {min(examples):,} to {max(examples):,} a client"),

@@ -1,4 +1,4 @@
-"""FedAlign-MoE by hand: a plan for two clients and two experts, rare experts, the target, the penalty."""
+"""FedAlign-MoE by hand, as the paper has it and by its defaults: plans, rare experts, the target, the penalty."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from fedalign.algorithms import fedalign_moe as module
 from fedalign.algorithms.fedalign_moe import FedAlignMoE
+from fedalign.algorithms.fedalign_paper import FedAlignPaper
 from fedalign.maths.routing import Overlap, alignment_strength, routing_penalty
 from fedalign.protocol import LayerRouting, Layout, Statistics, Step, TokenRows
 from tests.algorithms.conftest import Report
@@ -33,7 +34,7 @@ def columns(layout: Layout, reports: list[Statistics], algorithm: FedAlignMoE) -
 
 
 def test_the_plan_by_hand(layout: Layout, pair: list[Statistics]) -> None:
-    shared, gate, expert = columns(layout, pair, FedAlignMoE(max_weight=1.0, min_agreement=0.0))
+    shared, gate, expert = columns(layout, pair, FedAlignPaper(max_weight=1.0, min_agreement=0.0))
     assert_close(shared, tensor([0.75, 0.25]))
     # the target cancels: ω(0) ∝ .6·.5, .2·.5 and ω(1) ∝ .4·.1, .8·.2
     assert_close(gate, tensor([[0.75, 0.2], [0.25, 0.8]]))
@@ -43,49 +44,49 @@ def test_the_plan_by_hand(layout: Layout, pair: list[Statistics]) -> None:
 
 
 def test_the_target_is_the_weighted_routing(layout: Layout, pair: list[Statistics]) -> None:
-    _, state = FedAlignMoE(max_weight=1.0).plan(pair, layout, {})
+    _, state = FedAlignPaper(max_weight=1.0).plan(pair, layout, {})
     mixed = tensor([[0.75 * 0.6 + 0.25 * 0.2, 0.2 * 0.4 + 0.8 * 0.8]])
     assert_close(state["target_L_E"], mixed / mixed.sum())
 
 
 def test_momentum_keeps_a_share_of_the_old_target(layout: Layout, pair: list[Statistics]) -> None:
     old = {"target_L_E": tensor([[0.9, 0.1]]), "other": tensor(3.0)}
-    fresh = FedAlignMoE().plan(pair, layout, old)[1]
-    slow = FedAlignMoE(target_momentum=0.75).plan(pair, layout, old)[1]
+    fresh = FedAlignPaper().plan(pair, layout, old)[1]
+    slow = FedAlignPaper(target_momentum=0.75).plan(pair, layout, old)[1]
     assert_close(slow["target_L_E"], 0.75 * old["target_L_E"] + 0.25 * fresh["target_L_E"])
     assert slow["other"] == 3.0
     # the first round has nothing to keep
-    first = FedAlignMoE(target_momentum=0.75).plan(pair, layout, {})[1]
-    assert_close(first["target_L_E"], FedAlignMoE().plan(pair, layout, {})[1]["target_L_E"])
+    first = FedAlignPaper(target_momentum=0.75).plan(pair, layout, {})[1]
+    assert_close(first["target_L_E"], FedAlignPaper().plan(pair, layout, {})[1]["target_L_E"])
 
 
 def test_round_one_measures_overlap_with_the_mean_by_data(layout: Layout, pair: list[Statistics]) -> None:
     # p_g = .75·(.6, .4) + .25·(.2, .8) = (.5, .5): ratios .5/.6, .2/.5 | .4/.5, .5/.8
-    _, gate, _ = columns(layout, pair, FedAlignMoE(overlap="relative", max_weight=1.0))
+    _, gate, _ = columns(layout, pair, FedAlignPaper(overlap="relative", max_weight=1.0))
     score = tensor([[0.5 * 0.5 / 0.6, 0.1 * 0.8], [0.5 * 0.4, 0.2 * 0.625]])
     assert_close(gate, score / score.sum(dim=0))
 
 
 def test_the_cap_holds_among_holders(layout: Layout, pair: list[Statistics]) -> None:
-    assert_close(columns(layout, pair, FedAlignMoE())[1], torch.full((2, 2), 0.5))
-    assert_close(columns(layout, pair, FedAlignMoE(max_weight=0.7))[1], tensor([[0.7, 0.3], [0.3, 0.7]]))
+    assert_close(columns(layout, pair, FedAlignPaper())[1], torch.full((2, 2), 0.5))
+    assert_close(columns(layout, pair, FedAlignPaper(max_weight=0.7))[1], tensor([[0.7, 0.3], [0.3, 0.7]]))
     alone = [replace(pair[0], load_L_E=tensor([[75.0, 0.0]])), pair[1]]
-    assert_close(columns(layout, alone, FedAlignMoE())[1], tensor([[0.5, 0.0], [0.5, 1.0]]))
+    assert_close(columns(layout, alone, FedAlignPaper())[1], tensor([[0.5, 0.0], [0.5, 1.0]]))
 
 
 def test_gate_options(layout: Layout, pair: list[Statistics]) -> None:
     by_data = tensor([[0.75, 0.75], [0.25, 0.25]])
-    assert_close(columns(layout, pair, FedAlignMoE(gate="average"))[1], by_data)
-    assert_close(columns(layout, pair, FedAlignMoE(gate_weights="uniform"))[1], torch.full((2, 2), 0.5))
+    assert_close(columns(layout, pair, FedAlignPaper(gate="average"))[1], by_data)
+    assert_close(columns(layout, pair, FedAlignPaper(gate_weights="uniform"))[1], torch.full((2, 2), 0.5))
     # 30 and 10 examples: .75·3 : .25·1 and .2·3 : .8·1
-    sized = columns(layout, pair, FedAlignMoE(size_weighted=True, max_weight=1.0))[1]
+    sized = columns(layout, pair, FedAlignPaper(size_weighted=True, max_weight=1.0))[1]
     assert_close(sized, tensor([[0.9, 3 / 7], [0.1, 4 / 7]]))
-    assert FedAlignMoE().centre_gates
-    assert not FedAlignMoE(gate="average").centre_gates
+    assert FedAlignPaper().centre_gates
+    assert not FedAlignPaper(gate="average").centre_gates
 
 
 def test_experts_may_be_averaged_for_the_ablation(layout: Layout, pair: list[Statistics]) -> None:
-    expert = columns(layout, pair, FedAlignMoE(experts="average"))[2]
+    expert = columns(layout, pair, FedAlignPaper(experts="average"))[2]
     assert_close(expert, tensor([[0.75, 0.75], [0.25, 0.25]]))
 
 
@@ -93,9 +94,9 @@ def test_a_client_of_another_role_is_left_out(layout: Layout, report: Report) ->
     same, other = [[1.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.0, -1.0]]
     rest = ([0.5, 0.5], [50, 50], [0.1, 0.1])
     reports = [report(c, 10, *rest, same if c != "d" else other, [[1.0, 0.2], [1.0, 0.2]]) for c in "abcd"]
-    expert = columns(layout, reports, FedAlignMoE())[2]
+    expert = columns(layout, reports, FedAlignPaper())[2]
     assert_close(expert, tensor([[1 / 3, 1 / 3]] * 3 + [[0.0, 0.0]]))
-    plan, _ = FedAlignMoE().plan(reports, layout, {})
+    plan, _ = FedAlignPaper().plan(reports, layout, {})
     asked = {request.client: {group.kind for group in request.groups} for request in plan.requests(1, layout)}
     assert asked["a"] == {"shared", "gate", "expert"}
     assert asked["d"] == {"shared", "gate"}  # what is left out is never uploaded
@@ -103,7 +104,7 @@ def test_a_client_of_another_role_is_left_out(layout: Layout, report: Report) ->
 
 def test_an_expert_nobody_holds_stays(layout: Layout, pair: list[Statistics]) -> None:
     reports = [replace(report, load_L_E=tensor([[50.0, 0.0]])) for report in pair]
-    plan, _ = FedAlignMoE().plan(reports, layout, {})
+    plan, _ = FedAlignPaper().plan(reports, layout, {})
     _, gate, expert = layout.split(plan.weight_C_G)
     assert_close(expert[:, 0, 1], torch.zeros(2))
     assert_close(gate[:, 0, 1], torch.full((2,), 0.5))  # its router row goes on with everyone's
@@ -115,17 +116,17 @@ def test_a_rare_expert_is_clipped_to_the_median_norm_of_its_layer(layout: Layout
         replace(pair[0], norm_G=tensor([9.0, 9, 9, 1, 8])),
         replace(pair[1], norm_G=tensor([9.0, 9, 9, 2, 7]), load_L_E=tensor([[50.0, 0.0]])),
     ]
-    plan, _ = FedAlignMoE().plan(reports, layout, {})
+    plan, _ = FedAlignPaper().plan(reports, layout, {})
     assert plan.factor_C_G is not None
     assert_close(plan.factor_C_G[0], tensor([1.0, 1, 1, 1, 0.25]))
     assert_close(plan.weight_C_G[:, 4], tensor([1.0, 0.0]))
-    assert FedAlignMoE(min_holders=1).plan(reports, layout, {})[0].factor_C_G is None
-    assert FedAlignMoE(experts="average").plan(reports, layout, {})[0].factor_C_G is None
+    assert FedAlignPaper(min_holders=1).plan(reports, layout, {})[0].factor_C_G is None
+    assert FedAlignPaper(experts="average").plan(reports, layout, {})[0].factor_C_G is None
     # with all of them rare, the even number of norms 1, 2, 8: still 2; without b: 1 and 8, their middle 4.5
-    all_rare = FedAlignMoE(min_holders=5).plan(reports, layout, {})[0].factor_C_G
+    all_rare = FedAlignPaper(min_holders=5).plan(reports, layout, {})[0].factor_C_G
     assert all_rare is not None
     assert_close(all_rare[:, 3:], tensor([[1.0, 0.25], [1.0, 2 / 7]]))
-    alone = FedAlignMoE().plan(reports[:1], layout, {})[0].factor_C_G
+    alone = FedAlignPaper().plan(reports[:1], layout, {})[0].factor_C_G
     assert alone is not None
     assert_close(alone[0, 3:], tensor([1.0, 4.5 / 8]))
 
@@ -146,11 +147,11 @@ def test_the_plan_follows_a_permutation_of_clients_and_does_not_depend_on_the_sl
         )
         for c in range(5)
     ]
-    plan, _ = FedAlignMoE().plan(reports, layout, {})
-    reverse, _ = FedAlignMoE().plan(reports[::-1], layout, {})
+    plan, _ = FedAlignPaper().plan(reports, layout, {})
+    reverse, _ = FedAlignPaper().plan(reports[::-1], layout, {})
     assert_close(reverse.weight_C_G, plan.weight_C_G.flip(0))
     monkeypatch.setattr(module, "PAIRS", 1)
-    assert_close(FedAlignMoE().plan(reports, layout, {})[0].weight_C_G, plan.weight_C_G)
+    assert_close(FedAlignPaper().plan(reports, layout, {})[0].weight_C_G, plan.weight_C_G)
 
 
 def routing(tokens: int, seed: int) -> LayerRouting:
@@ -163,8 +164,8 @@ def step_of(layers: list[LayerRouting], target: Tensor | None, prob: Tensor | No
 
 
 def test_no_penalty_without_a_target_or_strength() -> None:
-    assert FedAlignMoE().penalty(step_of([routing(3, 0)], None)) is None
-    assert FedAlignMoE(reg_strength=0.0).penalty(step_of([routing(3, 0)], torch.ones(1, 4) / 4)) is None
+    assert FedAlignPaper().penalty(step_of([routing(3, 0)], None)) is None
+    assert FedAlignPaper(reg_strength=0.0).penalty(step_of([routing(3, 0)], torch.ones(1, 4) / 4)) is None
 
 
 @pytest.mark.parametrize("overlap", ["product", "relative"])
@@ -178,7 +179,7 @@ def test_the_penalty_is_the_mean_over_layers_whatever_their_lengths(own: bool, o
         batch = layer.logits_T_E.detach().softmax(-1).mean(0)
         strength = alignment_strength(prob[i] if own else batch, target[i], overlap)
         expected.append(routing_penalty(layer.logits_T_E, layer.topk_T_K, target[i], strength))
-    penalty = FedAlignMoE(reg_strength=0.3, overlap=overlap).penalty(step_of(layers, target, prob if own else None))
+    penalty = FedAlignPaper(reg_strength=0.3, overlap=overlap).penalty(step_of(layers, target, prob if own else None))
     assert penalty is not None
     assert_close(penalty, 0.3 * torch.stack(expected).mean())
     torch.autograd.backward(penalty)
@@ -187,7 +188,7 @@ def test_the_penalty_is_the_mean_over_layers_whatever_their_lengths(own: bool, o
 
 def test_the_penalty_passes_its_options_on() -> None:
     layer, target = routing(3, 0), torch.ones(1, 4) / 4
-    algorithm = FedAlignMoE(reg_strength=1.0, granularity="batch", form="bregman", adaptive_strength=False)
+    algorithm = FedAlignPaper(reg_strength=1.0, granularity="batch", form="bregman", adaptive_strength=False)
     sigmoid = replace(layer, scoring="sigmoid")
     expected = routing_penalty(
         layer.logits_T_E, layer.topk_T_K, target[0], torch.ones(4), "batch", "bregman", "sigmoid"
@@ -200,7 +201,7 @@ def test_descending_the_penalty_leads_to_the_target() -> None:
     logits = torch.zeros(6, 4, requires_grad=True)
     everyone = torch.arange(4).expand(6, 4)
     optimizer = torch.optim.Adam([logits], lr=0.05)
-    algorithm = FedAlignMoE(reg_strength=1.0, adaptive_strength=False)
+    algorithm = FedAlignPaper(reg_strength=1.0, adaptive_strength=False)
     for _ in range(200):
         optimizer.zero_grad()
         penalty = algorithm.penalty(step_of([LayerRouting(logits, everyone, "softmax")], target))
@@ -211,19 +212,35 @@ def test_descending_the_penalty_leads_to_the_target() -> None:
 
 
 def test_experts_by_load_alone(layout: Layout, pair: list[Statistics]) -> None:
-    _, _, expert = columns(layout, pair, FedAlignMoE(experts="load"))
+    _, _, expert = columns(layout, pair, FedAlignPaper(experts="load"))
     assert_close(expert, tensor([[22.5 / 27.5, 7.5 / 12.5], [5 / 27.5, 5 / 12.5]]))
+
+
+def test_the_defaults_by_hand(layout: Layout, pair: list[Statistics]) -> None:
+    algorithm = FedAlignMoE()
+    shared, gate, expert = columns(layout, pair, algorithm)
+    assert_close(shared, tensor([0.75, 0.25]))
+    assert_close(gate, tensor([[0.75, 0.75], [0.25, 0.25]]))
+    assert_close(expert, tensor([[22.5 / 27.5, 7.5 / 12.5], [5 / 27.5, 5 / 12.5]]))
+    assert algorithm.counts_tokens
+    assert not algorithm.centre_gates
+    assert algorithm.penalty(step_of([routing(3, 0)], torch.ones(1, 4) / 4)) is None
+
+
+def test_the_papers_defaults_are_options_of_ours() -> None:
+    paper = FedAlignMoE(reg_strength=0.1, gate="rows", experts="semantic", vocabulary="average")
+    assert vars(FedAlignPaper()) == vars(paper)
 
 
 def test_token_rows_by_hand(layout: Layout, pair: list[Statistics]) -> None:
     met = [tensor([[60.0, 40.0, 0.0]]), tensor([[25.0, 0.0, 0.0]])]
     reports = [replace(report, token_count_M_V=count) for report, count in zip(pair, met, strict=True)]
     with_rows = replace(layout, token_rows=(TokenRows(1, tokens=3, width=1),))
-    plan, _ = FedAlignMoE(vocabulary="tokens").plan(reports, with_rows, {})
+    plan, _ = FedAlignMoE().plan(reports, with_rows, {})
     # n·share: token 0 by 30·.6 and 10·1, token 1 by a alone, token 2 by nobody: by data
     expected = tensor([[[18 / 28, 1.0, 0.75]], [[10 / 28, 0.0, 0.25]]])
     assert plan.token_weight_C_M_V is not None
     assert_close(plan.token_weight_C_M_V, expected)
-    assert FedAlignMoE().plan(reports, with_rows, {})[0].token_weight_C_M_V is None
-    frozen = FedAlignMoE(vocabulary="tokens").plan(pair, layout, {})[0]  # no embedding is trained
+    assert FedAlignMoE(vocabulary="average").plan(reports, with_rows, {})[0].token_weight_C_M_V is None
+    frozen = FedAlignMoE().plan(pair, layout, {})[0]  # no embedding is trained
     assert frozen.token_weight_C_M_V is None

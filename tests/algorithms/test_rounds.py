@@ -49,10 +49,11 @@ def one_round(
     """As the server does it."""
     layout, algorithm = engine.trainer.moe.layout, engine.trainer.algorithm
     broadcast = Broadcast(number, {group: pack(value, "float32", 0) for group, value in old.items()}, state)
+    cells = layout.token_cells if algorithm.counts_tokens else (0, 0)
     reports = []
     for report in engine.train(broadcast, engine.members()):
         assert isinstance(report, Statistics)
-        assert check_statistics(report, layout, engine.trainer.config.statistics, number) is None
+        assert check_statistics(report, layout, engine.trainer.config.statistics, number, cells) is None
         reports.append(report)
     plan, after = algorithm.plan(reports, layout, state)
     total = StreamingSum(layout, plan, {report.client: report.norm_G for report in reports}, "float32")

@@ -4,6 +4,8 @@ import pytest
 
 from fedalign.algorithms import ABLATION, ALGORITHMS, BASELINE, STRENGTHS
 from fedalign.algorithms.fedalign_moe import FedAlignMoE
+from fedalign.algorithms.fedalign_paper import FedAlignPaper
+from fedalign.algorithms.fedavg import FedAvg
 from fedalign.compare.plan import (
     Cell,
     Request,
@@ -64,13 +66,11 @@ def test_the_ablation_adds_one_part_a_row() -> None:
     request = make_request(load_config(), ablation(), {}, (0,), False)
     rows = [cell.config.algorithm.build() for cell in cells(request)]
     assert rows == [
-        FedAlignMoE(
-            gate="average", gate_weights="uniform", adaptive_strength=False, experts="average", reg_strength=0.0
-        ),
-        FedAlignMoE(gate_weights="uniform", adaptive_strength=False, experts="average"),
-        FedAlignMoE(adaptive_strength=False, experts="average"),
-        FedAlignMoE(experts="average"),
-        FedAlignMoE(),
+        FedAvg(),
+        FedAlignPaper(gate_weights="uniform", adaptive_strength=False, experts="average"),
+        FedAlignPaper(adaptive_strength=False, experts="average"),
+        FedAlignPaper(experts="average"),
+        FedAlignPaper(),
     ]
     assert request.baseline == next(iter(ABLATION)) == "parameter average"
 

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from fedalign.algorithms.centralised import Centralised
 from fedalign.algorithms.fc_moe import FCMoE
 from fedalign.algorithms.fedalign_moe import FedAlignMoE
+from fedalign.algorithms.fedalign_paper import FedAlignPaper
 from fedalign.algorithms.fedavg import FedAvg
 from fedalign.algorithms.fedmoe import FedMoE
 from fedalign.algorithms.fedprox import FedProx
@@ -37,6 +38,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "centralised": Centralised,
     "fc_moe": FCMoE,
     "fedalign_moe": FedAlignMoE,
+    "fedalign_paper": FedAlignPaper,
     "fedavg": FedAvg,
     "fedmoe": FedMoE,
     "fedprox": FedProx,
@@ -49,25 +51,26 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 
 BASELINE = "fedavg"  # what a comparison measures the others against
 STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {  # the option that tuning varies beside the learning rate
-    "fedalign_moe": ("reg_strength", (0.01, 0.1, 1.0)),
+    "fedalign_moe": ("reg_strength", (0.0, 0.01, 0.1)),
+    "fedalign_paper": ("reg_strength", (0.01, 0.1, 1.0)),
     "fedprox": ("mu", (0.001, 0.01, 0.1)),
 }
-_PARTS = {"gate_weights": "uniform", "adaptive_strength": False, "experts": "average"}
+_PLAIN = {"adaptive_strength": False, "experts": "average"}
 ABLATION: dict[str, tuple[str, dict[str, Any]]] = {  # the paper's rows: each has one more part of the method
-    "parameter average": ("fedalign_moe", _PARTS | {"gate": "average", "reg_strength": 0.0}),
-    "gate alignment": ("fedalign_moe", _PARTS | {"gate": "rows"}),
-    "+ consistency weights": ("fedalign_moe", {"gate": "rows", "adaptive_strength": False, "experts": "average"}),
-    "+ adaptive strength": ("fedalign_moe", {"gate": "rows", "experts": "average"}),
-    "+ semantic experts": ("fedalign_moe", {"gate": "rows"}),
+    "parameter average": ("fedavg", {}),
+    "gate alignment": ("fedalign_paper", _PLAIN | {"gate_weights": "uniform"}),
+    "+ consistency weights": ("fedalign_paper", _PLAIN),
+    "+ adaptive strength": ("fedalign_paper", {"experts": "average"}),
+    "+ semantic experts": ("fedalign_paper", {}),
 }
 
 
-def make(name: str, options: Mapping[str, Any]) -> Algorithm:
+def make(name: str, given: Mapping[str, Any]) -> Algorithm:
     """The algorithm `name` with the given options, the rest at their defaults.
 
     Args:
         name: a key of `ALGORITHMS`, or an entry point of another package.
-        options: the keys of the configuration's `[algorithm]` table without `name`.
+        given: the keys of the configuration's `[algorithm]` table without `name`.
 
     Raises:
         UserError: an unknown name or option, a value of the wrong type or outside its range, or a broken package.
@@ -77,14 +80,23 @@ def make(name: str, options: Mapping[str, Any]) -> Algorithm:
     """
     kind = ALGORITHMS.get(name) or _from_package(name)
     known, hints = _options(kind), get_type_hints(kind)
-    for key, value in options.items():
+    for key, value in given.items():
         if key not in known:
             raise _unknown_option(name, key, value, known)
         _check_type(f"algorithm.{key}", value, hints[key])
     try:
-        return kind(**options)
+        return kind(**given)
     except ValueError as error:
         raise UserError(f"algorithm.{error}") from None
+
+
+def options(algorithm: Algorithm) -> dict[str, Any]:
+    """Its options with their values, those at their defaults too.
+
+    >>> options(make("fedprox", {"mu": 0.1}))
+    {'mu': 0.1}
+    """
+    return {name: getattr(algorithm, name) for name in _options(type(algorithm))}
 
 
 def _from_package(name: str) -> type[Algorithm]:

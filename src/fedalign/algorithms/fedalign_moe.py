@@ -1,12 +1,18 @@
-"""FedAlign-MoE: align routing, and average experts that do the same job (arXiv 2603.21276).
+"""FedAlign-MoE (arXiv 2603.21276): by default, what measurements left of it, and token rows.
+
+    experts       θ_e    ← θ_e + Σ_c b_c(e) · Δ_c(e)                b ∝ n_c(e), the client's share of its load     [O]
+    token rows    row_v  ← row_v + Σ_c k_c(v) · Δrow_c(v)          k: n_c · the token's share of what c read        [O]
+    the rest      FedAvg, routers too
+
+The paper's method is here as options, and is what `fedalign_paper` has as defaults:
 
     router rows   row_e  ← row_e + Σ_c ω_c(e) · Δrow_c(e)          ω from `maths.routing`: consistency of routing  [P]
     target        p_g(e) ← Σ_c ω_c(e) · p̄_c(e), normalised          pulls the clients' routers in the next round   [P]
     experts       θ_e    ← θ_e + Σ_c b_c(e) · Δ_c(e)                b from `maths.experts`: same role, same aim     [P]
-    token rows    row_v  ← row_v + Σ_c k_c(v) · Δrow_c(v)          k: n_c · the token's share of what c read        [O]
     the rest      FedAvg
 
-Marks: [P] the paper says so, [O] our choice where it is silent. Every [O] is an option.
+Marks: [P] the paper says so, [O] our choice where it is silent. Every [O] is an option. Which of them won or lost what,
+and on which models: docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -42,23 +48,23 @@ PAIRS = 1 << 20  # entries of one [E, C, C] table at a time: 4 MB stay in cache
 
 @dataclass(frozen=True)
 class FedAlignMoE(FedAvg):
-    """Options with their defaults; the ablations of the paper are `gate_weights`, `adaptive_strength` and `experts`."""
+    """Options with their defaults."""
 
-    reg_strength: float = 0.1  # λ [P]; 0 leaves the clients' loss alone
+    reg_strength: float = 0.0  # λ, 0.1 [P]; 0 leaves the clients' loss alone
     overlap: Overlap = "product"  # [P] in ω and α; "relative" [O]: in ω the product cancels the target
     granularity: Granularity = "token"  # [P]; "batch" [O] keeps the decisions of single tokens sharp
     form: Form = "kl"  # [P]; "bregman" [O] is never negative
-    gate: Literal["rows", "average", "local"] = "rows"  # [O]; "average": FedAvg; "local": clients keep their own gates
+    gate: Literal["rows", "average", "local"] = "average"  # FedAvg; "rows" [O] by ω; "local": clients keep their own
     gate_weights: Literal["consistency", "uniform"] = "consistency"  # [P]
     max_weight: float = 0.5  # [O] the largest weight of a client in a router row
     size_weighted: bool = False  # [P] data size does not enter ω; True [O] multiplies by n_c
     target_momentum: float = 0.0  # [O] share of the old target that stays
     adaptive_strength: bool = True  # [P] α; False pulls on all experts alike
-    experts: Literal["semantic", "load", "average"] = "semantic"  # [P]; "load": n_c(e) alone [O]; "average": FedAvg
+    experts: Literal["semantic", "load", "average"] = "load"  # n_c(e) alone [O]; "semantic" [P]; "average": FedAvg
     beta: float = 0.5  # [O] standard deviations below the mean similarity that still pass
     consensus: Consensus = "half"  # [O] (1 + D) / 2, or max(0, D)
     min_agreement: float = 0.5  # [O] share of the largest agreement below which a client is left out
-    vocabulary: Literal["average", "tokens"] = "average"  # [O] "tokens": rows of trained embeddings by who met them
+    vocabulary: Literal["average", "tokens"] = "tokens"  # [O] rows of trained embeddings by who met them; or FedAvg
     min_holders: int = 2  # [O] with fewer, an expert's update is clipped to its layer's median norm
 
     def __post_init__(self) -> None:

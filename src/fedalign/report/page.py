@@ -100,7 +100,7 @@ def _config_text(material: Material) -> str:
 
 def _about(material: Material, index: int) -> dict[str, str]:
     run = material.runs[index]
-    options = run.cell.config.algorithm.model_dump(exclude={"name"})
+    options = run.cell.config.algorithm.chosen
     return {
         "name": line_name(run.label, run.cell.point),
         "seed": str(run.cell.seed),
