@@ -165,15 +165,16 @@ def test_token_rows_of_two_clients_by_hand(seen: merges.Round, words: str, count
     assert torch.equal(merges.part(moe, rest, merged[SHARED]), merges.part(moe, rest, average[SHARED]))
 
 
-def test_squared_loads_weigh_experts_alone(seen: merges.Round) -> None:
-    alternative = merges.Alternative("", "fedavg", weigh=merges.squared_load)
+@pytest.mark.parametrize(("label", "power"), [("experts by load", 1), ("experts by load^2", 2)])
+def test_loads_weigh_experts_alone(seen: merges.Round, label: str, power: int) -> None:
+    (alternative,) = (one for one in merges.beyond() if one.label == label)
     weight_C_G = alternative.plan(seen, {})[0].weight_C_G
     plain_C_G = merges.Alternative("", "fedavg").plan(seen, {})[0].weight_C_G
     layout, (one, other) = seen.prepared.layout, seen.standard
     cell = tuple((one.held_L_E & other.held_L_E).nonzero()[0].tolist())
-    squares = [r.examples * float(r.load_L_E[cell] / r.load_L_E[cell[0]].sum()) ** 2 for r in (one, other)]
+    sizes = [r.examples * float(r.load_L_E[cell] / r.load_L_E[cell[0]].sum()) ** power for r in (one, other)]
     _, gate_C_L_E, expert_C_L_E = layout.split(weight_C_G)
-    assert_close(expert_C_L_E[:, cell[0], cell[1]], torch.tensor(squares) / sum(squares))
+    assert_close(expert_C_L_E[:, cell[0], cell[1]], torch.tensor(sizes) / sum(sizes))
     assert torch.equal(gate_C_L_E, layout.split(plain_C_G)[1])
 
 
@@ -198,6 +199,8 @@ def test_every_alternative_gives_a_finite_line(olmoe: Path, texts: Path, tmp_pat
     assert list(by_label) == [alternative.label for alternative in merges.alternatives()]
     assert len(by_label) == len(lines)
     assert all(math.isfinite(line["loss_nats"]) for line in lines)
+    centred, as_trained = (by_label[label]["loss_nats"] for label in ("gate side alone", "rows not centred"))
+    assert abs(centred - as_trained) > 1e-6  # more than rounding: clients did not centre them
     beyond = [by_label[alternative.label] for alternative in merges.beyond()]
     assert {line["about"] for line in beyond} == {"beyond the paper"}
     assert len({line["loss_nats"] for line in beyond}) > len(beyond) * 0.8  # they are not the same model

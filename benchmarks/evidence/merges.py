@@ -416,10 +416,10 @@ def next_round(prepared: Prepared, number: int, start: Weights) -> Round:
 
 def run(part: Part, seed: int, data: Path, start: str, rounds: int) -> list[dict[str, Any]]:
     """A line for each round and alternative."""
-    settings = [*overrides(part, data, start), f"run.seed={seed}", f"training.learning_rate={part.rate}"]
+    own = ("algorithm.name=fedavg", f"run.seed={seed}", f"training.learning_rate={part.rate}")
     lines = []
     with TemporaryDirectory() as folder:
-        prepared = prepare(load_config(None, settings), Path(folder))
+        prepared = prepare(load_config(None, [*overrides(part, data, start), *own]), Path(folder))
         weights = prepared.initial_weights()
         states: dict[str, State] = {}
         for number in range(1, rounds + 1):
