@@ -70,7 +70,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--algorithms", nargs="+", choices=sorted(ALGORITHMS), default=["fedavg", "fedalign_moe", "fedalign_paper"])
+    every = ["fedavg", "fedalign_moe", "fedalign_paper"]
+    parser.add_argument("--algorithms", nargs="+", choices=sorted(ALGORITHMS), default=every)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 

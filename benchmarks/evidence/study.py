@@ -32,6 +32,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -399,7 +400,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="?", choices=STUDIES)
     parser.add_argument("--seeds", default="5", help="how many, or which, as for `fedalign compare`")
-    parser.add_argument("--only", default="", help="parts whose names begin with this")
+    parser.add_argument("--only", default="*", help="parts of this name, or pattern: tasks, label_skew*")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--data", type=Path, default=Path("runs/evidence/data"), help="what data.py wrote")
     parser.add_argument("--start", default="runs/evidence/start", help='a model folder, or "demo"')
@@ -417,7 +418,7 @@ def main() -> None:
     torch.set_num_threads(1)
     place = Place(args.out, args.data, args.start, args.jobs)
     for part in STUDIES[args.study]():
-        if part.name.startswith(args.only):
+        if fnmatch(part.name, args.only):
             place.make(args.study, part, args.seeds)
 
 
