@@ -89,7 +89,7 @@ def test_a_round_of_one_client(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3"])
 def test_softmax_rows_are_centred_and_sigmoid_rows_are_not(family: str, tmp_path: Path) -> None:
-    step = trainer(family)
+    step = trainer(family, "algorithm.name=fedalign_paper")
     layout, data = step.moe.layout, client(tmp_path)
     start = step.moe.read()
     step.train(data, broadcast(step.moe))
