@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-COMPARED := fedavg,fedprox,fedmoe,pfl_moe,fedalign_moe
+COMPARED := fedavg,fedprox,fedmoe,pfl_moe,fedalign_paper,fedalign_moe
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help

@@ -89,6 +89,7 @@ def main() -> None:
         "training.precision=bfloat16",
         "tuning.kind=lora",
         "tuning.dtype=bfloat16",
+        "algorithm.name=fedalign_paper",
         "tracking.loggers=[]",
     ]
     tune(load_config(None, [*overrides, *arguments.set_]), arguments.out / "run")

@@ -23,7 +23,7 @@ COMPARE_EXAMPLES = """
 
   fedalign compare demo --algorithms fedavg,fedprox,fedalign_moe --seeds 5
 
-  fedalign compare my.toml --algorithms fedavg,fedalign_moe,fedalign_moe:gate=average:experts=average
+  fedalign compare my.toml --algorithms fedavg,fedalign_paper,fedalign_moe,fedalign_moe:experts=average
 
   fedalign compare my.toml --algorithms fedavg,fedprox:mu=0.1 --set clients.alpha=0.1,1.0 --out runs/skew
 
