@@ -321,25 +321,24 @@ class Place:
     jobs: int
 
     def run(self, folder: Path, part: Part, seeds: str, settings: Sequence[str]) -> ComparisonFolder:
-        """One comparison, as far as it is not there yet.
+        """One comparison, as far as it is not there yet. Lines and seeds that are there stay part of it.
 
         Raises:
             SystemExit: Some of its runs failed.
         """
         base = load_config(None, [*overrides(part, self.data, self.start), *settings])
-        request = make_request(base, part.choices, {}, self._with_those_there(folder, seeds), part.tune)
+        known = ComparisonFolder(folder)
+        before = known.read() if known.request.exists() else None
+        choices, asked = [*part.choices], parse_seeds(seeds)
+        if before is not None:
+            choices += [choice for choice in before.choices if choice not in choices]
+            asked = (*before.seeds, *(seed for seed in asked if seed not in before.seeds))
+        request = make_request(base, choices, {}, asked, part.tune)
         comparison = Comparison(request, ComparisonFolder(folder), self.jobs, Console(), print)
         outcome = comparison.run()
         if outcome.failed:
             raise SystemExit(f"{folder}: {outcome.failed}")
         return comparison.folder
-
-    @staticmethod
-    def _with_those_there(folder: Path, seeds: str) -> tuple[int, ...]:
-        """Asking for fewer seeds than there are asks for those that there are."""
-        known = ComparisonFolder(folder)
-        before = known.read().seeds if known.request.exists() else ()
-        return (*before, *(seed for seed in parse_seeds(seeds) if seed not in before))
 
     def rates(self, part: Part, lines: Sequence[str]) -> dict[str, str]:
         """The learning rate that suits each line best here, chosen once for all studies."""
