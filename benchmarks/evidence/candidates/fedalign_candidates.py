@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from fedalign.algorithms.fc_moe import FCMoE
-from fedalign.algorithms.fedalign_moe import TARGET, FedAlignMoE
+from fedalign.algorithms.fedalign_moe import TARGET
+from fedalign.algorithms.fedalign_paper import FedAlignPaper
 from fedalign.protocol import Layout, LocalRound, Plan, State, Statistics, Step, Weights
 
 STRENGTH = "layer_strength_L"
 
 
 @dataclass(frozen=True)
-class Projected(FedAlignMoE):
+class Projected(FedAlignPaper):
     """FedAlign-MoE, where an expert's update that points against its clients' consensus is projected (see `fc_moe`)."""
 
     keep: float = 0.5
@@ -58,7 +59,7 @@ class Projected(FedAlignMoE):
 
 
 @dataclass(frozen=True)
-class ByLayer(FedAlignMoE):
+class ByLayer(FedAlignPaper):
     """FedAlign-MoE with λ_l = λ · KL_l / mean KL: how far clients parted in the last round."""
 
     def plan(self, reports: Sequence[Statistics], layout: Layout, state: State) -> tuple[Plan, State]:
