@@ -258,6 +258,7 @@ def token_rows(
     rare: bool = False,
     counted: bool = True,
     words: Literal["all", "answers", "others"] = "all",
+    holders: int = 1,
 ) -> Plan:
     """Each row that belongs to a token as a mean over the clients that met it, others as under FedAvg.
 
@@ -267,6 +268,7 @@ def token_rows(
         rare: whether a token counts too that fewer than `statistics.min_examples` of a client's examples hold.
         counted: weights n_c · (share of the client's tokens); else n_c of those that met it.
         words: which rows: all, those that stand in anybody's answers, or those that stand in none.
+        holders: clients that must have met a token.
     """
     least = 1 if rare else seen.prepared.config.statistics.min_examples
     reports = []
@@ -278,6 +280,8 @@ def token_rows(
         rest_M_1 = (every_M_V - count_M_V).sum(-1, keepdim=True)  # shares are of all tokens, those left out too
         reports.append(replace(report, token_count_M_V=torch.cat([count_M_V, rest_M_1], -1)))
     weight_C_M_V = token_weights(reports)[..., :-1]
+    few_M_V = torch.stack([report.token_count_M_V[:, :-1] > 0 for report in reports]).sum(0) < holders
+    weight_C_M_V = weight_C_M_V.where(~few_M_V, data_share(reports)[:, None, None])
     if words != "all":
         answers_M_V = torch.stack([seen.passed[report.client].answers.finish(1) for report in reports]).sum(0)
         wanted_M_V = (answers_M_V > 0) == (words == "answers")
@@ -376,6 +380,7 @@ def beyond() -> Iterator[Alternative]:
         "token rows": {"weigh": token_rows},
         "token rows, every count": {"weigh": partial(token_rows, rare=True)},
         "token rows, seen or not": {"weigh": partial(token_rows, counted=False)},
+        "token rows, met by two": {"weigh": partial(token_rows, holders=2)},
         "token rows of label words alone": {"weigh": partial(token_rows, words="answers")},
         "token rows but label words": {"weigh": partial(token_rows, words="others")},
         "token rows + Gram everywhere": {"weigh": token_rows, "steps": (experts_by_gram, attention_by_gram)},
