@@ -27,6 +27,8 @@ SETTINGS = [
     "training.learning_rate=1e-1",
     "training.balance_coefficient=0.01",
     "statistics.min_tokens=2",
+    "algorithm.name=fedalign_paper",
+    "algorithm.vocabulary=tokens",
 ]
 
 

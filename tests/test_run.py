@@ -155,7 +155,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
         ("algorithm.name=local",),
         ("algorithm.name=centralised",),
         ("algorithm.gate=local",),
-        ("algorithm.vocabulary=tokens", "algorithm.experts=load", "wire.dtype=int8"),
+        ("algorithm.name=fedalign_paper", "algorithm.vocabulary=tokens", "wire.dtype=int8"),
         ("algorithm.name=fedavg", "server.optimizer=adam", "server.learning_rate=0.01"),
     ],
 )

@@ -244,6 +244,7 @@ def test_qlora_on_the_processor_that_there_is(
     monkeypatch.setattr("fedalign.workbench.need_cuda", lambda device: None)
     monkeypatch.setattr("fedalign.moe.four_bit.LEAST_SAVED", 0.1)  # so small a model is mostly vocabulary
     tuning = ["tuning.kind=qlora", "tuning.rank=4", "tuning.average=exact", "training.learning_rate=3e-2"]
+    tuning.append("algorithm.name=fedalign_paper")
     summary = run(tmp_path / "run", settings, *tuning)
     assert summary["final_loss"] < summary["initial_loss"] - 0.1
     config = load_config(None, [*settings, *tuning])

@@ -159,13 +159,14 @@ def test_where_adapted_experts_crash_they_are_refused_and_attention_is_not(
 def one_round(family: str, kind: str, base: Folder, settings: list[str], out: Path) -> set[str]:
     """Two clients; what plain libraries load of it computes the same. The kinds of groups that moved."""
     changes = [f"model.path={base(family)}", "model.trust_remote_code=true", "clients.count=2", "run.rounds=1"]
-    config = load_config(None, [*settings, "training.epochs=1", *changes, *TUNING[kind]])
+    most = ("algorithm.name=fedalign_paper", "algorithm.vocabulary=tokens")  # asks most of a model
+    config = load_config(None, [*settings, "training.epochs=1", *most, *changes, *TUNING[kind]])
     folder = RunFolder(out)
     prepared = prepare(config, folder.clients)
     before = prepared.initial_weights()
     folder.begin(config)
     summary = execute(prepared, folder, Silent())
-    assert summary["algorithm"] == "fedalign_moe"
+    assert summary["algorithm"] == "fedalign_paper"
     moe, inputs = prepared.bench.moe, tiny.batch(family)
     plain = tiny.plain(folder.model) if kind == "full" else adapted(tiny.plain(base(family)), folder.model)
     with torch.no_grad():

@@ -43,6 +43,7 @@ def settings(model: Path) -> dict[str, Any]:
         "clients": {"held_out": 0.2, "min_examples": 5},
         "training": {"learning_rate": 1e-2},
         "statistics": {"min_tokens": 4, "min_examples": 1},
+        "algorithm": {"name": "fedalign_paper", "vocabulary": "tokens"},  # sends most
         "tracking": {"loggers": []},
         "federation": {"engine": "flower", "min_sites": 3, "wait_seconds": 180, "timeout_seconds": 200},
     }

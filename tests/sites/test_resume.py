@@ -56,7 +56,7 @@ def assert_whole(run: Run, whole: Run, said: str) -> None:
     assert run.measured == whole.measured
     assert run.status["state"] == "complete"
     assert run.summary["failures"] == []
-    assert "fedalign_moe after 2 rounds" in said
+    assert "fedalign_paper after 2 rounds" in said
 
 
 def test_the_coordinator_killed_between_rounds(deployment: Deployment, whole: Run) -> None:
