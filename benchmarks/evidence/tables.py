@@ -55,10 +55,9 @@ class Run:
         value: float | None = self.history[-1].get(name)
         return value
 
-    @property
-    def late_accuracy(self) -> float | None:
+    def late(self, name: str) -> float | None:
         """Mean over the second half of the rounds: under label skew single rounds jump."""
-        scored = [line["accuracy"] for line in self.history[1:] if "accuracy" in line]
+        scored = [line[name] for line in self.history[1:] if name in line]
         half = scored[len(scored) // 2 :]
         return statistics.fmean(half) if len(half) > 1 else None
 
@@ -85,9 +84,10 @@ class Column:
 
 SCORES = (
     Column("accuracy, %", lambda run: run.last("accuracy"), 100, 1),
-    Column("mean of the later rounds, %", lambda run: run.late_accuracy, 100, 1),
+    Column("mean of the later rounds, %", lambda run: run.late("accuracy"), 100, 1),
     Column("mean client, %", lambda run: run.last("client_accuracy_mean"), 100, 1),
     Column("test loss, nats", lambda run: run.last("loss_nats")),
+    Column("mean of the later rounds, nats", lambda run: run.late("loss_nats")),
 )
 DOING = (
     Column("routing divergence, first round", lambda run: run.layer_mean("first", "routing_divergence_nats"), 1, 4),
@@ -169,7 +169,7 @@ class Part:
         header = ["algorithm", "seeds"]
         for column in shown:
             header += [column.title, "difference"]
-        others = [self.baseline, *({"fedmoe"} & {*self.runs} - {self.baseline})]
+        others = [self.baseline, *(label for label in self.runs if label.partition(":")[0] == "fedmoe")]
         header += ["bytes up", *(f"rounds to {other}'s end" for other in others)]
         rows = []
         for label, runs in self.runs.items():
