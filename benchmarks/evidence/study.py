@@ -167,11 +167,16 @@ def routers() -> Iterator[Part]:
 
 
 def defaults() -> Iterator[Part]:
-    """What became the defaults, against the paper's method: more seeds, and regimes that chose nothing."""
+    """What became the defaults, against the paper's method: more seeds, and regimes that chose nothing.
+
+    Lines at a rate of their own choice, then some at the rate that FedAvg chose.
+    """
     pair = ("fedalign_paper", OURS)
     each = ("fedavg", *pair)
-    yield Part("label_skew", "label_skew", (*each, f"fedmoe:{RATE}=3e-4"), "full", 2, FULL_TEST, rate="each")
-    yield Part("tasks", "tasks", (*each, f"fedmoe:{RATE}=1e-3"), "full", 2, FULL_TEST, rate="each")
+    late = tuple(f"{line}:{RATE}=3e-4" for line in ("fedmoe", OURS))
+    yield Part("label_skew", "label_skew", (*each, *late), "full", 2, FULL_TEST, rate="each")
+    late = tuple(f"{line}:{RATE}=1e-3" for line in ("fedmoe", OURS, ALIGNED))
+    yield Part("tasks", "tasks", (*each, *late), "full", 2, FULL_TEST, rate="each")
     yield Part("label_skew_0.5", "label_skew_0.5", each, "full", 2, FULL_TEST, rate="3e-4")
     yield Part("domain", "domain", each, "full", 2, FULL_TEST, rate="1e-3")
     yield Part("tasks-moe", "tasks", each, "moe", 2, FULL_TEST, rate="1e-3")
