@@ -1,10 +1,10 @@
-"""FedAlign-MoE (arXiv 2603.21276): by default, what measurements left of it, and token rows.
+"""FedAlign-MoE (after arXiv 2603.21276): experts averaged by who uses them, token rows by who met the token.
 
     experts       θ_e    ← θ_e + Σ_c b_c(e) · Δ_c(e)                b ∝ n_c(e), the client's share of its load     [O]
     token rows    row_v  ← row_v + Σ_c k_c(v) · Δrow_c(v)          k: n_c · the token's share of what c read        [O]
     the rest      FedAvg, routers too
 
-The paper's method is here as options, and is what `fedalign_paper` has as defaults:
+These are the defaults: what won in measurements. The paper's method is here as options, which `fedalign_paper` sets:
 
     router rows   row_e  ← row_e + Σ_c ω_c(e) · Δrow_c(e)          ω from `maths.routing`: consistency of routing  [P]
     target        p_g(e) ← Σ_c ω_c(e) · p̄_c(e), normalised          pulls the clients' routers in the next round   [P]

@@ -1,4 +1,4 @@
-"""FedAlign-MoE as the paper has it (arXiv 2603.21276): what `fedalign_moe` is called with all that it says switched on.
+"""FedAlign-MoE as its paper has it (arXiv 2603.21276): routing aligned, experts averaged where they do the same job.
 
     router rows   by consistency of routing, and while training a pull towards the global routing distribution   [P]
     experts       by semantic similarity and consensus of directions                                             [P]
