@@ -64,7 +64,7 @@ test-families: $(VENV)/.tools ## every model family: capture, groups, a round, l
 models: $(VENV)/.tools ## write docs/models.md from what the tests of the families give
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.families --write
 
-compare: $(VENV)/.package ## five algorithms, three seeds, a small model: under 25 minutes on two cores; goes on where it stopped
+compare: $(VENV)/.package ## six algorithms, three seeds, a small model: under 25 minutes on two cores; goes on where it stopped
 	@$(BIN)/fedalign compare examples/compare.toml --algorithms $(COMPARED) --seeds 3 --out runs/compare
 
 format: ## rewrite the sources as `check` wants them

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "evidence"))
+import figures
 import measure
 import study
 import tables
@@ -89,3 +91,24 @@ def test_a_line_that_brings_its_rate_keeps_it(tmp_path: Path, monkeypatch: pytes
     fitted = study.Place(tmp_path, tmp_path, "demo", 1).fitted(part)
     assert fitted.algorithms == ("fedavg:training.learning_rate=1e-4", "fedmoe:training.learning_rate=3e-4")
     assert fitted.rate == "1e-4"
+
+
+def test_the_figure_shows_differences_seed_by_seed_at_the_rate_asked_for() -> None:
+    def run(*accuracy: float) -> tables.Run:
+        return tables.Run([{"accuracy": value} for value in accuracy], {})
+
+    class Made(tables.Part):
+        baseline = f"fedavg:{study.RATE}=3e-4"
+
+    part = Made(Path())
+    vars(part)["runs"] = {
+        part.baseline: {0: run(0.1, 0.5, 0.6), 1: run(0.1, 0.4, 0.5)},
+        f"{study.OURS}:{study.RATE}=1e-4": {0: run(0.1, 0.9, 0.9), 1: run(0.1, 0.9, 0.9)},
+        f"{study.OURS}:{study.RATE}=3e-4": {0: run(0.1, 0.6, 0.6), 1: run(0.1, 0.6, 0.5)},
+    }
+    axes = Figure().subplots()
+    figures.draw(axes, part, "3e-4")
+    (drawn,) = axes.containers
+    points = drawn[0].get_ydata()
+    assert points == pytest.approx([15, 0])
+    assert drawn.get_label() == study.OURS
