@@ -12,6 +12,11 @@ made from a pass of each client's trained model over its own data (`passes.py`).
 is not in `uploaded_share`.
 
 Results are in OUT/merges/REGIME/seed-N.json.
+
+    python benchmarks/evidence/merges.py tasks --seeds 10,11,12 --rounds 5 --follow "token rows + Gram everywhere"
+
+What wins a round may be asked over whole runs, if it is no option of the package yet: each round goes on from that
+alternative's model, all test rows score it, and results are in OUT/followed/REGIME/LABEL/seed-N.json.
 """
 
 from __future__ import annotations
@@ -61,8 +66,10 @@ from fedalign.run import Prepared, prepare
 from fedalign.wire import pack, unpack
 
 CANDIDATES: Mapping[str, Callable[..., Algorithm]] = {"align_projected": Projected}
+MET_BY_TWO = "token rows, met by two + experts by load"
 OFF_DIAGONAL = 0.9  # what RegMean keeps of its Gram matrices off the diagonal
 SETTINGS = ("training.batch_examples=8", "data.max_train=2000", "data.max_test=600", "evaluation.clients=false")
+EVERY_TEST_ROW = "data.max_test=2000"
 
 
 @dataclass(frozen=True)
@@ -390,6 +397,7 @@ def beyond() -> Iterator[Alternative]:
     for label, way in ways.items():
         yield Alternative(label, "fedavg", about=about, **way)
     yield replace(load, label="token rows + experts by load", weigh=token_rows)
+    yield replace(load, label=MET_BY_TWO, weigh=partial(token_rows, holders=2))
     yield replace(aligned("token rows + FedAlign-MoE", about), weigh=token_rows)
     yield Alternative("gate as received", "fedavg", about=about, weigh=no_gates)
 
@@ -418,8 +426,9 @@ def next_round(prepared: Prepared, number: int, start: Weights) -> Round:
     return Round(prepared, start, standard, kept.updates)
 
 
-def run(part: Part, seed: int, data: Path, start: str, rounds: int) -> list[dict[str, Any]]:
-    """A line for each round and alternative."""
+def run(part: Part, seed: int, data: Path, start: str, rounds: int, follow: str) -> list[dict[str, Any]]:
+    """A line for each round and alternative; if one is followed, its alone."""
+    compared = [alternative for alternative in alternatives() if follow in ("", alternative.label)]
     own = ("algorithm.name=fedavg", f"run.seed={seed}", f"training.learning_rate={part.rate}")
     lines = []
     with TemporaryDirectory() as folder:
@@ -431,7 +440,7 @@ def run(part: Part, seed: int, data: Path, start: str, rounds: int) -> list[dict
             seen = next_round(prepared, number, weights)
             size_G = torch.tensor([seen.prepared.layout.sizes[group] for group in seen.prepared.layout.groups]).double()
             length: dict[str, float] = {}
-            for alternative in alternatives():
+            for alternative in compared:
                 plan, states[alternative.label] = alternative.plan(seen, states.get(alternative.label, {}))
                 merged = alternative.merged(seen, plan)
                 change = norm_of_change(merged, weights)
@@ -454,7 +463,7 @@ def run(part: Part, seed: int, data: Path, start: str, rounds: int) -> list[dict
                         "change_norm": change,
                     }
                 )
-                if alternative.label == "fedavg":
+                if alternative.label == (follow or "fedavg"):
                     following = merged
             weights = following
             print(f"{part.regime}, seed {seed}, round {number}: {time.perf_counter() - began:.0f} s", flush=True)
@@ -473,19 +482,25 @@ def main() -> None:
     parser.add_argument("--seeds", default="5", help="how many, or which")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rate", default="1e-3", help="learning rate")
+    followable = [alternative.label for alternative in alternatives() if not alternative.as_long_as]
+    parser.add_argument(
+        "--follow", choices=followable, default="", help="one alternative, over whole runs", metavar="LABEL"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--data", type=Path, default=Path("runs/evidence/data"), help="what data.py wrote")
     parser.add_argument("--start", default="runs/evidence/start", help="a model folder")
     args = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
-    part = Part(args.regime, args.regime, ("fedavg",), "full", 2, SETTINGS, rate=args.rate)
+    settings = (*SETTINGS, EVERY_TEST_ROW) if args.follow else SETTINGS
+    part = Part(args.regime, args.regime, ("fedavg",), "full", 2, settings, rate=args.rate)
+    kind = f"followed/{args.regime}/{args.follow.replace(' ', '_')}" if args.follow else f"merges/{args.regime}"
     for seed in parse_seeds(args.seeds):
-        file = args.out / "merges" / args.regime / f"seed-{seed}.json"
+        file = args.out / kind / f"seed-{seed}.json"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            lines = run(part, seed, args.data, args.start, args.rounds)
-            write_text(file, json.dumps({"rate": args.rate, "settings": SETTINGS, "lines": lines}, indent=1) + "\n")
+            lines = run(part, seed, args.data, args.start, args.rounds, args.follow)
+            write_text(file, json.dumps({"rate": args.rate, "settings": settings, "lines": lines}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ MAIN = ("fedavg", "fedprox", "fedmoe", "fedalign_paper")
 OURS = "fedalign_moe"
 RATE = "training.learning_rate"
 RATES = ("3e-4", "1e-3", "1e-4")
-RATED = ("fedavg", "fedalign_paper")  # the first decides
+RATED = "fedavg"
 RATE_SEED = "1000,"
 EPOCHS = (1, 4, 2)
 KINDS = ("full", "moe", "experts")
@@ -74,6 +74,7 @@ CHOICES = ("data.kind=multiple_choice", "evaluation.every=5", "data.max_test=200
 REGIMES: Mapping[str, tuple[str, ...]] = {  # folder of the data, and what is set
     "label_skew": ("label_skew", "clients.partition=dirichlet", "clients.alpha=0.1"),
     "label_skew_0.5": ("label_skew", "clients.partition=dirichlet", "clients.alpha=0.5"),
+    "label_skew_1.0": ("label_skew", "clients.partition=dirichlet", "clients.alpha=1.0"),
     "iid": ("label_skew", "clients.partition=iid"),
     "domain": ("domain", "clients.partition=natural", "data.max_train=800"),
     "tasks": ("tasks", "clients.partition=natural"),
@@ -94,6 +95,7 @@ class Part:
     settings: tuple[str, ...] = ()
     tune: bool = False
     rate: str | None = None  # None: that which suits FedAvg; "each": every line has its own
+    rates: tuple[str, ...] = RATES  # to choose from
 
     @property
     def choices(self) -> list[Choice]:
@@ -118,6 +120,7 @@ def short() -> Iterator[Part]:
 
 LONG = ("run.rounds=5", "training.batch_examples=8", "data.max_train=2000", "evaluation.clients=false")
 FULL_TEST = (*LONG, "data.max_test=2000")
+QUESTIONS = (*LONG, "data.max_train=1000", "data.max_test=300", "evaluation.every=1")  # four texts each
 
 
 def drift() -> Iterator[Part]:
@@ -177,21 +180,22 @@ def defaults() -> Iterator[Part]:
     yield Part("label_skew", "label_skew", (*each, *late), "full", 2, FULL_TEST, rate="each")
     late = tuple(f"{line}:{RATE}=1e-3" for line in ("fedmoe", OURS, ALIGNED))
     yield Part("tasks", "tasks", (*each, *late), "full", 2, FULL_TEST, rate="each")
-    yield Part("label_skew_0.5", "label_skew_0.5", each, "full", 2, FULL_TEST, rate="3e-4")
+    for alpha in ("0.5", "1.0"):
+        yield Part(f"label_skew_{alpha}", f"label_skew_{alpha}", each, "full", 2, FULL_TEST, rate="3e-4")
     yield Part("domain", "domain", each, "full", 2, FULL_TEST, rate="1e-3")
-    yield Part("tasks-moe", "tasks", each, "moe", 2, FULL_TEST, rate="1e-3")
-    yield Part("tasks-experts", "tasks", each, "experts", 2, FULL_TEST, rate="1e-3")
+    for kind in ("moe", "experts"):
+        yield Part(f"tasks-{kind}", "tasks", each, kind, 2, FULL_TEST, rate="1e-3")
+    yield Part("tasks-4 epochs", "tasks", each, "full", 4, FULL_TEST, rate="1e-3")
+    for regime in ("subjects", "activities"):
+        yield Part(regime, regime, each, "full", 2, QUESTIONS, rate="3e-4")
     for regime, rate in (("label_skew", "3e-4"), ("tasks", "1e-3")):
         lines = ("fedavg", OURS, f"{OURS}:wire.dtype=int8")
         yield Part(f"{regime}-bytes", regime, lines, "full", 2, FULL_TEST, rate=rate)
-    choices = ("consensus=relu", "wire.dtype=int8", "form=bregman", "granularity=batch:form=bregman")
-    paper = tuple(f"fedalign_paper:{choice}" for choice in choices)
-    yield Part("tasks-choices", "tasks", ("fedavg", "fedalign_paper", *paper), "full", 2, FULL_TEST, rate="1e-3")
 
 
 def candidates() -> Iterator[Part]:
     """What candidates/ holds: `pip install benchmarks/evidence/candidates` first."""
-    yield Part("tasks", "tasks", ("fedalign_paper", "align_by_layer", "align_projected"), "full", 2, FULL_TEST)
+    yield Part("tasks", "tasks", ("fedalign_paper", "align_by_layer"), "full", 2, FULL_TEST, rate="1e-3")
 
 
 def bounds() -> Iterator[Part]:
@@ -208,45 +212,26 @@ def tuned() -> Iterator[Part]:
 
 
 def ablations() -> Iterator[Part]:
-    """The paper's table."""
-    for regime in FIRST:
-        for epochs in (1, 4):
-            yield Part(f"{regime}-full-{epochs}", regime, ("ablation",), "full", epochs)
+    """The paper's table; that of tasks is in `confirm`."""
+    yield Part("label_skew", "label_skew", ("ablation",), "full", 2, FULL_TEST, rate="3e-4")
 
 
-ALTERNATIVES = {
-    "gate": ("gate=average", "gate=local", "gate_weights=uniform", "max_weight=1.0", "size_weighted=true"),
-    "target": ("overlap=relative", "target_momentum=0.5", "target_momentum=0.9"),
-    "regulariser": (
-        "reg_strength=0.0",
-        "reg_strength=1.0",
-        "granularity=batch",
-        "form=bregman",
-        "granularity=batch:form=bregman",
-        "adaptive_strength=false",
-    ),
-    "experts": (
-        "experts=average",
-        "consensus=relu",
-        "beta=0.0",
-        "beta=1.0",
-        "min_agreement=0.0",
-        "min_agreement=0.8",
-        "min_holders=1",
-        "statistics.update_width=64",
-        "statistics.update_width=1024",
-    ),
-}
+PULLS = (
+    "reg_strength=1.0",
+    "overlap=relative",
+    "adaptive_strength=false",
+    "granularity=batch:form=bregman",
+    "target_momentum=0.5",
+    "consensus=relu",
+)
 
 
 def alternatives() -> Iterator[Part]:
-    """One option changed at a time; where routers differ, and where labels do."""
-    for regime in ("tasks", "label_skew"):
-        for about, options in ALTERNATIVES.items():
-            lines = ("fedavg", "fedalign_paper", *(f"fedalign_paper:{option}" for option in options))
-            yield Part(f"{regime}-{about}", regime, lines, "full", 4)
-        sgd = "training.optimizer=sgd:training.learning_rate=0.3"
-        yield Part(f"{regime}-sgd", regime, (f"fedavg:{sgd}", f"fedalign_paper:{sgd}"), "full", 4)
+    """One option of the paper's method changed at a time, where merges.py cannot say; then SGD on the clients."""
+    lines = ("fedavg", "fedalign_paper", *(f"fedalign_paper:{pull}" for pull in PULLS))
+    yield Part("tasks", "tasks", lines, "full", 2, FULL_TEST, rate="1e-3")
+    sgd = Part("tasks-sgd", "tasks", ("fedavg", "fedalign_paper", OURS), "full", 2)
+    yield replace(sgd, settings=(*FULL_TEST, "training.optimizer=sgd"), rates=("1", "3e-1", "1e-1"))
 
 
 def sent() -> Iterator[Part]:
@@ -348,7 +333,7 @@ class Place:
     def rates(self, part: Part, lines: Sequence[str]) -> dict[str, str]:
         """The learning rate that suits each line best here, chosen once for all studies."""
         name = "-".join([part.regime, part.kind, str(part.epochs), *(s.partition("=")[2] for s in part.settings)])
-        tried = tuple(f"{line}:{RATE}={rate}" for line in lines for rate in RATES)
+        tried = tuple(f"{line}:{RATE}={rate}" for line in lines for rate in part.rates)
         look = ("evaluation.part=validation", "data.validation=0.5", "evaluation.clients=false")
         twice = 2 * load_config(None, overrides(part, self.data, self.start)).data.max_train
         trial = replace(part, name=name, algorithms=tried, tune=False)
@@ -357,7 +342,7 @@ class Place:
         score = {label: merit(read_history(run)[-1]) for label, run in scored.items()}
         for run in scored.values():
             prune(run.path)
-        return {line: max(RATES, key=lambda rate: score[f"{line}:{RATE}={rate}"] or -1e9) for line in lines}
+        return {line: max(part.rates, key=lambda rate: score[f"{line}:{RATE}={rate}"] or -1e9) for line in lines}
 
     def fitted(self, part: Part) -> Part:
         """The part with its learning rate, or with one for each of its lines that has none yet."""
@@ -365,7 +350,7 @@ class Place:
             chosen = self.rates(part, [line for line in part.algorithms if RATE not in line])
             lines = [line if RATE in line else f"{line}:{RATE}={chosen[line]}" for line in part.algorithms]
             return replace(part, algorithms=tuple(lines), rate=chosen[part.algorithms[0]])
-        return part if part.rate else replace(part, rate=self.rates(part, RATED)[RATED[0]])
+        return part if part.rate else replace(part, rate=self.rates(part, [RATED])[RATED])
 
     def make(self, study: str, part: Part, seeds: str) -> None:
         """Runs, measures, and what is to be known about them."""
