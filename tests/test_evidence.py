@@ -85,6 +85,22 @@ def test_merges_are_told_beside_the_first_alternative(tmp_path: Path) -> None:
     assert "|  | other | 54.5 ± 6.4 | +4.5 ± 6.4 | 1.000 ± 0.000 | **-1.000 ± 0.000** | 0.50 | 0.50 |" in text
 
 
+def test_a_followed_plan_is_told_beside_whole_runs_of_the_same_seeds_and_rate(tmp_path: Path) -> None:
+    def runs(*accuracy: float) -> dict[int, tables.Run]:
+        return {seed: tables.Run([{}, {"accuracy": value}], {}) for seed, value in enumerate(accuracy, start=3)}
+
+    whole = tables.Part(tmp_path)
+    other = f"fedavg:{study.RATE}=1e-4"
+    ours = f"{study.OURS}:{study.RATE}=1e-3"
+    vars(whole)["runs"] = {other: runs(0.9, 0.9), f"fedavg:{study.RATE}=1e-3": runs(0.5, 0.6), ours: runs(0.6, 0.6)}
+    (tmp_path / "tasks" / "a_plan").mkdir(parents=True)
+    for seed, accuracy in ((3, 0.6), (4, 0.7)):
+        found = {"rate": "1e-3", "settings": ["data.max_train=10"], "lines": [{"round": 1, "accuracy": accuracy}]}
+        (tmp_path / "tasks" / "a_plan" / f"seed-{seed}.json").write_text(json.dumps(found))
+    text = tables.followed(tmp_path / "tasks", whole)
+    assert "| a plan | 2 | 65.0 ± 63.5 | **+10.0 ± 0.0** | +5.0 ± 63.5 |" in text
+
+
 def test_a_line_that_brings_its_rate_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study.Place, "rates", lambda self, part, lines: dict.fromkeys(lines, "1e-4"))
     part = study.Part("x", "tasks", ("fedavg", "fedmoe:training.learning_rate=3e-4"), rate="each")

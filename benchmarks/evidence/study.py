@@ -1,21 +1,18 @@
 """Make the runs of a study: each part of it is one call of `fedalign compare`, kept and gone on with.
 
-    python benchmarks/evidence/study.py regimes --seeds 3 --only label_skew     # after data.py and start.py
+    python benchmarks/evidence/study.py defaults --seeds 3 --only tasks        # after data.py and start.py
     python benchmarks/evidence/study.py --list                                  # all studies, their parts and runs
 
-    regimes    algorithms over ways in which clients differ, what is trained, and local epochs
-    short      the main regimes with 0.3 of the steps
+    short      a first look at three regimes: few examples, few steps
     drift      more examples and local steps between averages, at two learning rates: where clients really part
     confirm    what drift found, asked again: seeds not used before, every test row, the rate chosen on validation data
     beyond     token rows and load weights, every line at the learning rate that suits it
     routers    which half of the router side costs most where labels differ
-    defaults   what became the defaults against the paper's method and FedAvg: more seeds, more regimes, few bytes
+    defaults   what became the defaults against the paper's method and FedAvg: more seeds, regimes, kinds, few bytes
+    pretrained a real model, upcycled SmolLM2, for very few steps
     candidates ideas that are not part of the package, see candidates/
-    bounds     each client alone, and all data in one place
-    tuned      the main regimes, learning rate and strength chosen for each algorithm by `compare --tune`
-    ablation   the paper's five steps
-    choices    each choice where the paper is silent, against its alternatives
-    bytes      wire precision, and how much is selected for upload
+    ablation   the paper's five steps under label skew; for tasks see `confirm`
+    choices    what merges.py cannot say of the paper's gaps: forms of the pull, momentum of its target, SGD
     losses     IID data, two clients, many clients of which a tenth is asked, tiny clients
     rounds     more rounds, to count those until FedMoE's final accuracy
 
@@ -54,8 +51,6 @@ RATE = "training.learning_rate"
 RATES = ("3e-4", "1e-3", "1e-4")
 RATED = "fedavg"
 RATE_SEED = "1000,"
-EPOCHS = (1, 4, 2)
-KINDS = ("full", "moe", "experts")
 FIRST = ("label_skew", "tasks", "domain")
 
 COMMON = (
@@ -93,7 +88,6 @@ class Part:
     kind: str = "full"
     epochs: int = 1
     settings: tuple[str, ...] = ()
-    tune: bool = False
     rate: str | None = None  # None: that which suits FedAvg; "each": every line has its own
     rates: tuple[str, ...] = RATES  # to choose from
 
@@ -103,16 +97,8 @@ class Part:
         return ablation() if self.algorithms == ("ablation",) else parse_algorithms(self.algorithms)
 
 
-def regimes() -> Iterator[Part]:
-    """Most important first."""
-    first = [(regime, kind, epochs) for kind in KINDS[:2] for epochs in EPOCHS[:2] for regime in FIRST]
-    every = [(regime, kind, epochs) for regime in REGIMES for kind in KINDS for epochs in EPOCHS]
-    for regime, kind, epochs in dict.fromkeys([*first, *every]):
-        yield Part(f"{regime}-{kind}-{epochs}", regime, MAIN, kind, epochs)
-
-
 def short() -> Iterator[Part]:
-    """A first look: 0.3 of the steps."""
+    """A first look."""
     few = ("run.rounds=6", "training.batch_examples=8")
     for regime in FIRST:
         yield Part(f"{regime}-full-1", regime, MAIN, settings=few)
@@ -193,22 +179,16 @@ def defaults() -> Iterator[Part]:
         yield Part(f"{regime}-bytes", regime, lines, "full", 2, FULL_TEST, rate=rate)
 
 
+def pretrained() -> Iterator[Part]:
+    """A real model at the size that two cores can do: `base_model.py` first, then `--start runs/smollm2-moe`."""
+    sizes = ("clients.count=5", "data.max_train=240", "data.max_test=200", "run.rounds=4", "training.batch_examples=8")
+    lines = ("fedavg", OURS, "fedalign_paper")
+    yield Part("label_skew", "label_skew", lines, "full", 1, (*sizes, "evaluation.clients=false"), rate="3e-4")
+
+
 def candidates() -> Iterator[Part]:
     """What candidates/ holds: `pip install benchmarks/evidence/candidates` first."""
     yield Part("tasks", "tasks", ("fedalign_paper", "align_by_layer"), "full", 2, FULL_TEST, rate="1e-3")
-
-
-def bounds() -> Iterator[Part]:
-    """What federation is worth."""
-    for regime in REGIMES:
-        yield Part(f"{regime}-full-1", regime, ("fedavg", "local", "centralised"))
-
-
-def tuned() -> Iterator[Part]:
-    """Equal budgets of tuning."""
-    for regime in FIRST:
-        for epochs in (1, 4):
-            yield Part(f"{regime}-full-{epochs}", regime, MAIN, "full", epochs, ("data.validation=0.3",), tune=True)
 
 
 def ablations() -> Iterator[Part]:
@@ -216,14 +196,7 @@ def ablations() -> Iterator[Part]:
     yield Part("label_skew", "label_skew", ("ablation",), "full", 2, FULL_TEST, rate="3e-4")
 
 
-PULLS = (
-    "reg_strength=1.0",
-    "overlap=relative",
-    "adaptive_strength=false",
-    "granularity=batch:form=bregman",
-    "target_momentum=0.5",
-    "consensus=relu",
-)
+PULLS = ("overlap=relative", "granularity=batch:form=bregman", "target_momentum=0.5")
 
 
 def alternatives() -> Iterator[Part]:
@@ -232,19 +205,6 @@ def alternatives() -> Iterator[Part]:
     yield Part("tasks", "tasks", lines, "full", 2, FULL_TEST, rate="1e-3")
     sgd = Part("tasks-sgd", "tasks", ("fedavg", "fedalign_paper", OURS), "full", 2)
     yield replace(sgd, settings=(*FULL_TEST, "training.optimizer=sgd"), rates=("1", "3e-1", "1e-1"))
-
-
-def sent() -> Iterator[Part]:
-    """Accuracy against bytes."""
-    selected = ("0.0", "0.5", "0.8", "0.95")
-    lines = (
-        *("fedavg", "fedavg:wire.dtype=bfloat16", "fedavg:wire.dtype=int8"),
-        *(f"fedalign_paper:min_agreement={share}" for share in selected),
-        *(f"fedalign_paper:min_agreement={share}:wire.dtype=int8" for share in selected[1:]),
-    )
-    for regime in ("label_skew", "tasks"):
-        for kind in ("full", "moe"):
-            yield Part(f"{regime}-{kind}", regime, lines, kind, 1)
 
 
 def losses() -> Iterator[Part]:
@@ -263,24 +223,21 @@ def losses() -> Iterator[Part]:
 
 def rounds() -> Iterator[Part]:
     """Speed."""
-    for regime in FIRST:
-        yield Part(f"{regime}-full", regime, ("fedavg", "fedmoe", "fedalign_paper", OURS), settings=("run.rounds=30",))
+    lines = ("fedavg", "fedmoe", "fedalign_paper", OURS)
+    yield Part("tasks", "tasks", lines, "full", 2, (*FULL_TEST, "run.rounds=12"), rate="1e-3")
 
 
 STUDIES = {
-    "regimes": regimes,
     "short": short,
     "drift": drift,
     "confirm": confirm,
     "beyond": beyond,
     "routers": routers,
     "defaults": defaults,
+    "pretrained": pretrained,
     "candidates": candidates,
-    "bounds": bounds,
-    "tuned": tuned,
     "ablation": ablations,
     "choices": alternatives,
-    "bytes": sent,
     "losses": losses,
     "rounds": rounds,
 }
@@ -323,7 +280,7 @@ class Place:
         if before is not None:
             choices += [choice for choice in before.choices if choice not in choices]
             asked = (*before.seeds, *(seed for seed in asked if seed not in before.seeds))
-        request = make_request(base, choices, {}, asked, part.tune)
+        request = make_request(base, choices, {}, asked, tune=False)
         comparison = Comparison(request, ComparisonFolder(folder), self.jobs, Console(), print)
         outcome = comparison.run()
         if outcome.failed:
@@ -336,7 +293,7 @@ class Place:
         tried = tuple(f"{line}:{RATE}={rate}" for line in lines for rate in part.rates)
         look = ("evaluation.part=validation", "data.validation=0.5", "evaluation.clients=false")
         twice = 2 * load_config(None, overrides(part, self.data, self.start)).data.max_train
-        trial = replace(part, name=name, algorithms=tried, tune=False)
+        trial = replace(part, name=name, algorithms=tried)
         folder = self.run(self.out / "rates" / name, trial, RATE_SEED, [*look, f"data.max_train={twice}"])
         scored = {cell.choice.label: folder.run(cell, "runs") for cell in cells(folder.read())}
         score = {label: merit(read_history(run)[-1]) for label, run in scored.items()}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import MEASURES, mean
-from study import STUDIES
+from study import OURS, RATE, STUDIES
 
 from fedalign.compare.folder import ComparisonFolder, read_history
 from fedalign.compare.plan import cells
@@ -40,6 +40,11 @@ on test texts.
 
 ABOUT_MERGES = """From the same updates of the same clients, which plan makes the better model? One round at a time,
 then FedAvg's model goes on. Scores are means over rounds, intervals over seeds; lengths are shares of FedAvg's.
+"""
+
+TO_FEDAVG, TO_OURS = ", to FedAvg", f", to {OURS}"
+ABOUT_FOLLOWED = """Plans that are no option of the package, over whole runs, beside the runs of study `defaults` with
+the same seeds, examples and learning rate. Differences are to FedAvg, and to `fedalign_moe`.
 """
 
 
@@ -155,10 +160,9 @@ class Part:
         before = [run.history[0].get("accuracy") for runs in self.runs.values() for run in runs.values()]
         known = [accuracy for accuracy in before if accuracy is not None]
         begun = f", {100 * statistics.fmean(known):.1f} % right before training" if known else ""
-        tuned = ", then tuned for each" if self.about["part"]["tune"] else ""
         return (
             f"Start {self.about['start']}{begun}; {base.data.max_train} examples, clients {clients}, "
-            f"{base.run.rounds} rounds, learning rate {self.about['learning_rate']}{tuned}, "
+            f"{base.run.rounds} rounds, learning rate {self.about['learning_rate']}, "
             f"seeds {', '.join(map(str, seeds))}; {count} runs, {self.about['run_seconds'] / 60:.0f} minutes"
             f"{f' ({more})' if more else ''}."
         )
@@ -326,6 +330,29 @@ def merges(folder: Path) -> str:
     )
 
 
+def followed(folder: Path, whole: Part) -> str:
+    """What `merges.py --follow` found of one regime."""
+    read = {
+        line.name: {int(file.stem.partition("-")[2]): json.loads(file.read_text("utf-8")) for file in files}
+        for line in sorted(folder.iterdir())
+        if (files := sorted(line.glob("seed-*.json")))
+    }
+    about = next(iter(next(iter(read.values())).values()))
+    bases = [f"{name}:{RATE}={about['rate']}" for name in ("fedavg", OURS)]
+    shown = [column for column in SCORES if any(whole.values(base, column) for base in bases)]
+    header = ["plan", "seeds", *(f"{column.title}{more}" for column in shown for more in ("", TO_FEDAVG, TO_OURS))]
+    rows = []
+    for name, seeds in read.items():
+        runs = {seed: Run([{}, *found["lines"]], {}) for seed, found in seeds.items()}
+        row = [name.replace("_", " "), str(len(runs))]
+        for column in shown:
+            mine = {seed: value for seed, run in runs.items() if (value := column.of(run)) is not None}
+            row += [told(mine, column), *(told_difference(mine, whole.values(base, column), column) for base in bases)]
+        rows.append(row)
+    settings = f"Learning rate {about['rate']} ({'; '.join(about['settings'])})."
+    return "\n".join([f"### followed: {folder.name}", "", settings, "", table(header, rows), ""])
+
+
 def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -338,11 +365,14 @@ def main() -> None:
         if not parts:
             continue
         text += [f"## {study}", ""]
-        if study in ("regimes", "short"):
+        if study == "short":
             text += [overview(parts, ("fedprox", "fedmoe", "fedalign_paper")), ""]
         text += [part.text() for part in parts]
     folders = [folder for folder in sorted((args.runs / "merges").glob("*")) if any(folder.glob("seed-*.json"))]
     text += ["## merges", "", ABOUT_MERGES, *map(merges, folders)] if folders else []
+    chains = [folder for folder in sorted((args.runs / "followed").glob("*")) if any(folder.glob("*/seed-*.json"))]
+    text += ["## followed", "", ABOUT_FOLLOWED] if chains else []
+    text += [followed(folder, Part(args.runs / "defaults" / folder.name)) for folder in chains]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text("\n".join(text), encoding="utf-8")
     print(f"{args.out}: {len(text)} pieces")
