@@ -4,6 +4,7 @@ import doctest
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,8 @@ def test_a_line_that_brings_its_rate_keeps_it(tmp_path: Path, monkeypatch: pytes
     fitted = study.Place(tmp_path, tmp_path, "demo", 1).fitted(part)
     assert fitted.algorithms == ("fedavg:training.learning_rate=1e-4", "fedmoe:training.learning_rate=3e-4")
     assert fitted.rate == "1e-4"
+    twice = replace(part, algorithms=("fedavg", "fedavg:training.learning_rate=1e-4"))
+    assert study.Place(tmp_path, tmp_path, "demo", 1).fitted(twice).algorithms == fitted.algorithms[:1]
 
 
 def test_the_figure_shows_differences_seed_by_seed_at_the_rate_asked_for() -> None:

@@ -168,7 +168,8 @@ def defaults() -> Iterator[Part]:
     yield Part("tasks", "tasks", (*each, *late), "full", 2, FULL_TEST, rate="each")
     for alpha in ("0.5", "1.0"):
         yield Part(f"label_skew_{alpha}", f"label_skew_{alpha}", each, "full", 2, FULL_TEST, rate="3e-4")
-    yield Part("domain", "domain", each, "full", 2, FULL_TEST, rate="1e-3")
+    lines = (*each, *(f"{line}:{RATE}=1e-3" for line in (OURS, ROWS_ALONE)))
+    yield Part("domain", "domain", lines, "full", 2, FULL_TEST, rate="each")
     for kind in ("moe", "experts"):
         yield Part(f"tasks-{kind}", "tasks", each, kind, 2, FULL_TEST, rate="1e-3")
     yield Part("tasks-4 epochs", "tasks", each, "full", 4, FULL_TEST, rate="1e-3")
@@ -306,7 +307,7 @@ class Place:
         if part.rate == "each":
             chosen = self.rates(part, [line for line in part.algorithms if RATE not in line])
             lines = [line if RATE in line else f"{line}:{RATE}={chosen[line]}" for line in part.algorithms]
-            return replace(part, algorithms=tuple(lines), rate=chosen[part.algorithms[0]])
+            return replace(part, algorithms=tuple(dict.fromkeys(lines)), rate=chosen[part.algorithms[0]])
         return part if part.rate else replace(part, rate=self.rates(part, [RATED])[RATED])
 
     def make(self, study: str, part: Part, seeds: str) -> None:
