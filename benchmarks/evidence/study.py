@@ -168,7 +168,7 @@ def defaults() -> Iterator[Part]:
     yield Part("tasks", "tasks", (*each, *late), "full", 2, FULL_TEST, rate="each")
     for alpha in ("0.5", "1.0"):
         yield Part(f"label_skew_{alpha}", f"label_skew_{alpha}", each, "full", 2, FULL_TEST, rate="3e-4")
-    lines = (*each, *(f"{line}:{RATE}=1e-3" for line in (OURS, ROWS_ALONE)))
+    lines = (*each, *(f"{line}:{RATE}=1e-3" for line in ("fedmoe", OURS, ROWS_ALONE)))
     yield Part("domain", "domain", lines, "full", 2, FULL_TEST, rate="each")
     for kind in ("moe", "experts"):
         yield Part(f"tasks-{kind}", "tasks", each, kind, 2, FULL_TEST, rate="1e-3")
@@ -224,8 +224,8 @@ def losses() -> Iterator[Part]:
 
 def rounds() -> Iterator[Part]:
     """Speed."""
-    lines = ("fedavg", "fedmoe", "fedalign_paper", OURS)
-    yield Part("tasks", "tasks", lines, "full", 2, (*FULL_TEST, "run.rounds=12"), rate="1e-3")
+    for regime in ("domain", "tasks"):
+        yield Part(regime, regime, ("fedavg", "fedmoe", OURS), "full", 2, (*FULL_TEST, "run.rounds=12"), rate="1e-3")
 
 
 STUDIES = {
