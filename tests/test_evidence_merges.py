@@ -208,6 +208,9 @@ def test_every_alternative_gives_a_finite_line(olmoe: Path, texts: Path, tmp_pat
     assert {line["about"] for line in beyond} == {"beyond the paper"}
     assert len({line["loss_nats"] for line in beyond}) > len(beyond) * 0.8  # they are not the same model
     assert by_label["gate as received"]["uploaded_share"] < by_label["token rows"]["uploaded_share"] == 1.0
+    first, second = merges.run(part, 0, tmp_path, str(olmoe), 2, follow="token rows")
+    assert first == by_label["token rows"]
+    assert second["loss_nats"] != first["loss_nats"]
 
 
 def given(clients: int, seed: int = 0, alike: bool = False) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

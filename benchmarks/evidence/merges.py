@@ -426,7 +426,7 @@ def next_round(prepared: Prepared, number: int, start: Weights) -> Round:
     return Round(prepared, start, standard, kept.updates)
 
 
-def run(part: Part, seed: int, data: Path, start: str, rounds: int, follow: str) -> list[dict[str, Any]]:
+def run(part: Part, seed: int, data: Path, start: str, rounds: int, follow: str = "") -> list[dict[str, Any]]:
     """A line for each round and alternative; if one is followed, its alone."""
     compared = [alternative for alternative in alternatives() if follow in ("", alternative.label)]
     own = ("algorithm.name=fedavg", f"run.seed={seed}", f"training.learning_rate={part.rate}")

@@ -260,14 +260,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def overview(parts: Sequence[Part], labels: Sequence[str]) -> str:
-    """One line a part: differences of each algorithm to FedAvg at the same learning rate, later rounds."""
+    """One line a part: differences of each algorithm to FedAvg, later rounds.
+
+    At FedAvg's learning rate if there are such runs, else at the algorithm's own.
+    """
     accuracy, loss = SCORES[1], SCORES[4]
     rows = []
     for part in parts:
         base = part.values(part.baseline, accuracy)
         row = [part.folder.name, str(len(base)), told(base, accuracy)]
         for label in labels:
-            line = next((at for at in (label, f"{label}:{RATE}={part.about['learning_rate']}") if at in part.runs), "")
+            same, own = f"{label}:{RATE}={part.about['learning_rate']}", f"{label}:{RATE}="
+            line = next((at for at in (label, same) if at in part.runs), "")
+            line = line or next((at for at in part.runs if at.startswith(own)), "")
             both = (
                 (part.values(line, column), part.values(part.baseline, column), column) for column in (accuracy, loss)
             )
