@@ -66,7 +66,6 @@ from fedalign.run import Prepared, prepare
 from fedalign.wire import pack, unpack
 
 CANDIDATES: Mapping[str, Callable[..., Algorithm]] = {"align_projected": Projected}
-MET_BY_TWO = "token rows, met by two + experts by load"
 OFF_DIAGONAL = 0.9  # what RegMean keeps of its Gram matrices off the diagonal
 SETTINGS = ("training.batch_examples=8", "data.max_train=2000", "data.max_test=600", "evaluation.clients=false")
 EVERY_TEST_ROW = "data.max_test=2000"
@@ -397,7 +396,7 @@ def beyond() -> Iterator[Alternative]:
     for label, way in ways.items():
         yield Alternative(label, "fedavg", about=about, **way)
     yield replace(load, label="token rows + experts by load", weigh=token_rows)
-    yield replace(load, label=MET_BY_TWO, weigh=partial(token_rows, holders=2))
+    yield replace(load, label="token rows, met by two + experts by load", weigh=partial(token_rows, holders=2))
     yield replace(aligned("token rows + FedAlign-MoE", about), weigh=token_rows)
     yield Alternative("gate as received", "fedavg", about=about, weigh=no_gates)
 

@@ -1,6 +1,6 @@
 """Make the runs of a study: each part of it is one call of `fedalign compare`, kept and gone on with.
 
-    python benchmarks/evidence/study.py defaults --seeds 3 --only tasks        # after data.py and start.py
+    python benchmarks/evidence/study.py defaults --seeds 3 --only tasks            # after data.py and start.py
     python benchmarks/evidence/study.py --list                                  # all studies, their parts and runs
 
     short      a first look at three regimes: few examples, few steps

@@ -287,11 +287,15 @@ def overview(parts: Sequence[Part], labels: Sequence[str]) -> str:
     return table([*header, "routing divergence", "cosine of updates"], rows)
 
 
+def by_seed(folder: Path) -> dict[int, dict[str, Any]]:
+    """What `merges.py` wrote into seed-N.json."""
+    files = sorted(folder.glob("seed-*.json"))
+    return {int(file.stem.partition("-")[2]): json.loads(file.read_text("utf-8")) for file in files}
+
+
 def merges(folder: Path) -> str:
     """What each plan makes of the same updates: means over rounds, differences to FedAvg seed by seed."""
-    found = {
-        int(file.stem.partition("-")[2]): json.loads(file.read_text("utf-8")) for file in folder.glob("seed-*.json")
-    }
+    found = by_seed(folder)
     about = next(iter(found.values()))
     by_label: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for seed, run in sorted(found.items()):
@@ -337,11 +341,7 @@ def merges(folder: Path) -> str:
 
 def followed(folder: Path, whole: Part) -> str:
     """What `merges.py --follow` found of one regime."""
-    read = {
-        line.name: {int(file.stem.partition("-")[2]): json.loads(file.read_text("utf-8")) for file in files}
-        for line in sorted(folder.iterdir())
-        if (files := sorted(line.glob("seed-*.json")))
-    }
+    read = {line.name: found for line in sorted(folder.iterdir()) if (found := by_seed(line))}
     about = next(iter(next(iter(read.values())).values()))
     bases = [f"{name}:{RATE}={about['rate']}" for name in ("fedavg", OURS)]
     shown = [column for column in SCORES if any(whole.values(base, column) for base in bases)]
