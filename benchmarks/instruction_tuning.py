@@ -31,13 +31,15 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from base_model import add_recipe, dense_weights, make, recipe_of
-from fedalign.checkpoint import ServerState
-from fedalign.config import Config, load_config
-from fedalign.moe.model import quiet
+from fedalign.config.run import Config
+from fedalign.config.toml import load_config
+from fedalign.federation.in_process import prepare
+from fedalign.moe.load import quiet
 from fedalign.moe.upcycle import Source, load_dense
 from fedalign.protocol import Layout, Plan, Statistics
-from fedalign.results import RunFolder
-from fedalign.run import execute, prepare
+from fedalign.server.checkpoint import ServerState
+from fedalign.server.results import RunFolder
+from fedalign.server.run import execute
 
 PROMPTS = (
     "What is the capital of France?",

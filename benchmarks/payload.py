@@ -24,9 +24,9 @@ import tomli_w
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from fedalign.demo import model_folder
-from fedalign.demo.loopback import Loopback
+from fedalign.federation.flower.keys import make_node_key
 from fedalign.federation.flower.launch import APP
-from fedalign.keys import make_node_key
+from fedalign.federation.flower.loopback import Loopback
 from watching import PeakMemory, descendants_of_this, machine
 
 SERVER = """

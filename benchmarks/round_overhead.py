@@ -19,9 +19,9 @@ from pathlib import Path
 
 import tomli_w
 
-from fedalign.demo.loopback import Loopback
+from fedalign.federation.flower.keys import make_node_key
 from fedalign.federation.flower.launch import APP
-from fedalign.keys import make_node_key
+from fedalign.federation.flower.loopback import Loopback
 from watching import machine
 
 SITES = ("a", "b", "c")
@@ -163,9 +163,9 @@ def pieces(folder: Path) -> list[tuple[str, float]]:
     """What our ClientApp adds in each new process, one process at a time; medians of three."""
     flower = fresh("import flwr.app, flwr.clientapp")
     update = fresh("import fedalign.federation.flower.client_app")
-    train = fresh("import fedalign.federation.flower.client_app, fedalign.clients")
+    train = fresh("import fedalign.federation.flower.client_app, fedalign.client.open")
     load = measured(
-        "import time\nfrom fedalign.config import Config\nfrom fedalign.workbench import Workbench\n"
+        "import time\nfrom fedalign.config.run import Config\nfrom fedalign.client.workbench import Workbench\n"
         "started = time.perf_counter()\nWorkbench.load(Config())\nprint(time.perf_counter() - started)"
     )
     return [

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from fedalign.maths.average import StreamingSum
+from fedalign.maths.rounding import pack
 from fedalign.protocol import SHARED, Layout, Packed, ParameterGroup, Plan, Update, WireDtype
-from fedalign.wire import pack
 
 
 def layout_of(megabytes: int, layers: int, experts: int) -> Layout:

@@ -28,15 +28,14 @@ import torch
 import transformers
 
 from base_model import add_recipe, make, recipe_of
-from fedalign.checkpoint import ClientMemory
-from fedalign.client import ClientData
-from fedalign.config import load_config
-from fedalign.data.batches import IGNORED, Encoded
+from fedalign.client.memory import ClientData, ClientMemory
+from fedalign.client.workbench import Workbench
+from fedalign.config.toml import load_config
+from fedalign.data.encode import IGNORED, Encoded
 from fedalign.errors import UserError
-from fedalign.moe.model import quiet
+from fedalign.maths.rounding import pack
+from fedalign.moe.load import quiet
 from fedalign.protocol import Broadcast
-from fedalign.wire import pack
-from fedalign.workbench import Workbench
 
 KINDS: dict[str, tuple[str, ...]] = {
     "full": ("tuning.kind=full",),

@@ -10,9 +10,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fedalign.cli import main
-from fedalign.config import Config, load_config
-from fedalign.site import SiteFolder
+from fedalign.cli.main import main
+from fedalign.config.run import Config
+from fedalign.config.site import SiteFolder
+from fedalign.config.toml import load_config
 from tests.moe.tiny import build
 
 # a shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that

@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import save_file
 
 from fedalign import parallel
-from fedalign.checkpoint import ClientMemory
-from fedalign.cli import app
-from fedalign.client import ClientData, Trainer
-from fedalign.config import load_config
-from fedalign.moe.model import DTYPES, MoEModel
+from fedalign.cli.main import app
+from fedalign.client.memory import ClientData, ClientMemory
+from fedalign.client.trainer import Trainer
+from fedalign.config.toml import load_config
+from fedalign.maths.rounding import pack
+from fedalign.moe.load import DTYPES
+from fedalign.moe.model import MoEModel
 from fedalign.protocol import Broadcast
-from fedalign.wire import pack
+from tests.client.test_trainer import examples
 from tests.moe.tiny import build
-from tests.test_client import examples
 
 SETTINGS = [
     "training.batch_examples=5",

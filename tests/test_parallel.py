@@ -22,17 +22,18 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fedalign import parallel
-from fedalign.checkpoint import ClientMemory
-from fedalign.cli import app, main
-from fedalign.client import ClientData, Trainer
-from fedalign.data.batches import IGNORED, batches
+from fedalign.cli.main import app, main
+from fedalign.client.memory import ClientData, ClientMemory
+from fedalign.client.trainer import Trainer
+from fedalign.data.batches import batches
+from fedalign.data.encode import IGNORED
 from fedalign.errors import UserError
+from fedalign.moe.load import pick_device
 from fedalign.moe.model import MoEModel
-from fedalign.workbench import pick_device
+from tests.client.test_trainer import broadcast, examples, settings, uniform
 from tests.moe.tiny import build
+from tests.server.test_run import metrics, model_bytes
 from tests.shared_by_two import one_round
-from tests.test_client import broadcast, examples, settings, uniform
-from tests.test_run import metrics, model_bytes
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 120  # seconds for two processes on one slow core

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from transformers import OlmoeForCausalLM, PreTrainedTokenizerFast
 
-from fedalign.checkpoint import write_text
-from fedalign.config import Config, load_config
-from fedalign.data.formats import read_rows
-from fedalign.health import Health, read_health
-from fedalign.results import RunFolder
+from fedalign.config.run import Config
+from fedalign.config.toml import load_config
+from fedalign.data.sources import read_rows
+from fedalign.files import write_text
+from fedalign.server.health import Health, read_health
+from fedalign.server.results import RunFolder
 
 MEASURES = "measures.json"
 BATCH = 64  # texts of one pass

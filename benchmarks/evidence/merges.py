@@ -41,14 +41,18 @@ from torch import Tensor
 from fedalign.algorithms import make
 from fedalign.algorithms.fedalign_moe import token_weights
 from fedalign.algorithms.fedavg import column_shares, data_share
-from fedalign.checkpoint import write_text
-from fedalign.client import centre_rows, centroid_sketches, derive_seed, update_sketches
+from fedalign.client.forward import answer_logits
+from fedalign.client.statistics import centre_rows, centroid_sketches, update_sketches
 from fedalign.compare.plan import parse_seeds
-from fedalign.config import load_config
+from fedalign.config.toml import load_config
 from fedalign.data.batches import batches
-from fedalign.forward import answer_logits
+from fedalign.federation.in_process import Prepared, prepare
+from fedalign.files import write_text
 from fedalign.maths.average import StreamingSum
-from fedalign.moe.model import MoEModel, quiet
+from fedalign.maths.hashing import derive_seed
+from fedalign.maths.rounding import pack, unpack
+from fedalign.moe.load import quiet
+from fedalign.moe.model import MoEModel
 from fedalign.moe.probe import RoutingProbe, RoutingStatistics
 from fedalign.protocol import (
     SHARED,
@@ -62,8 +66,6 @@ from fedalign.protocol import (
     Weights,
     WireDtype,
 )
-from fedalign.run import Prepared, prepare
-from fedalign.wire import pack, unpack
 
 CANDIDATES: Mapping[str, Callable[..., Algorithm]] = {"align_projected": Projected}
 OFF_DIAGONAL = 0.9  # what RegMean keeps of its Gram matrices off the diagonal

@@ -14,9 +14,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fedalign.data.batches import Encoded, batches
+from fedalign.client.forward import answer_logits
+from fedalign.data.batches import batches
+from fedalign.data.encode import Encoded
 from fedalign.data.tokens import TokenCounts
-from fedalign.forward import answer_logits
 from fedalign.moe.model import MoEModel
 
 EXAMPLES = 64  # of a batch

@@ -30,7 +30,7 @@ from measure import expert_counts, mean, specialisation
 from torch import Tensor
 from transformers import OlmoeForCausalLM, PreTrainedTokenizerFast
 
-from fedalign.checkpoint import replacing
+from fedalign.files import replacing
 
 sys.path.append(str(Path(__file__).parents[1]))
 from pretrain_demo import BALANCE, balance, new_model, next_token_loss, optimizer_of, rate

@@ -36,14 +36,14 @@ import torch
 from measure import measure, prune
 from rich.console import Console
 
-from fedalign.checkpoint import write_text
 from fedalign.compare import Comparison
-from fedalign.compare.folder import ComparisonFolder, read_history
+from fedalign.compare.folder import ComparisonFolder
 from fedalign.compare.plan import Choice, ablation, cells, make_request, parse_algorithms, parse_seeds
-from fedalign.config import load_config
-from fedalign.moe.model import quiet
-from fedalign.results import RunFolder, versions
-from fedalign.server import merit
+from fedalign.config.toml import load_config
+from fedalign.files import write_text
+from fedalign.moe.load import quiet
+from fedalign.server.results import RunFolder, read_history, versions
+from fedalign.server.scores import merit
 
 MAIN = ("fedavg", "fedprox", "fedmoe", "fedalign_paper")
 OURS = "fedalign_moe"

@@ -20,12 +20,12 @@ from typing import Any
 from measure import MEASURES, mean
 from study import OURS, RATE, STUDIES
 
-from fedalign.compare.folder import ComparisonFolder, read_history
+from fedalign.compare.folder import ComparisonFolder
 from fedalign.compare.plan import cells
 from fedalign.compare.statistics import Interval, mean_interval, paired_interval
 from fedalign.compare.tables import rounds_to
 from fedalign.protocol import Metrics
-from fedalign.results import RunFolder
+from fedalign.server.results import RunFolder, read_history
 
 BySeed = Mapping[int, float]
 OVERVIEWS = {"short": ("fedprox", "fedmoe", "fedalign_paper"), "defaults": (OURS, "fedalign_paper")}

@@ -1,6 +1,6 @@
 """`python -m fedalign` is the `fedalign` command."""
 
-from fedalign.cli import main
+from fedalign.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -33,7 +33,6 @@ import torch
 from torch import Tensor
 
 PROTOCOL = 3  # of these messages; sites that speak another are refused
-
 Kind = Literal["shared", "gate", "expert"]
 Scoring = Literal["softmax", "sigmoid"]
 WireDtype = Literal["float32", "bfloat16", "int8"]
@@ -346,7 +345,7 @@ class Algorithm(Protocol):
 
     @property
     def mixes(self) -> bool:
-        """Whether each client also trains a model of its own and mixes it with the server's (`personal.Mixture`)."""
+        """Whether each client also trains a model of its own and mixes it with the server's (`client.mixture`)."""
 
     @property
     def counts_tokens(self) -> bool:
@@ -409,3 +408,22 @@ class Federation(Protocol):
 
 
 Metrics = dict[str, Any]
+CELLS: tuple[Kind, ...] = ("gate", "expert")  # groups that have a place, which stands in their name
+
+
+def parse_group(key: str) -> ParameterGroup:
+    """The group of a name, which is its `str`.
+
+    >>> parse_group("expert[3,5]")
+    ParameterGroup(kind='expert', layer=3, expert=5)
+    """
+    if key == SHARED.kind:
+        return SHARED
+    for kind in CELLS:
+        if key.startswith(f"{kind}["):
+            layer, _, expert = key.removeprefix(f"{kind}[").removesuffix("]").partition(",")
+            if layer.isdecimal() and expert.isdecimal():
+                group = ParameterGroup(kind, int(layer), int(expert))
+                if str(group) == key:
+                    return group
+    raise ValueError(f"no parameter group {key!r:.40}")

@@ -11,9 +11,10 @@ from fedalign.algorithms.fc_moe import RECEIVED, FCMoE
 from fedalign.algorithms.fedalign_moe import FedAlignMoE
 from fedalign.algorithms.local import Local
 from fedalign.algorithms.scaffold import CONTROL, Scaffold
+from fedalign.client.forward import answer_logits
 from fedalign.data.batches import batches
-from fedalign.forward import answer_logits
 from fedalign.maths.average import StreamingSum
+from fedalign.maths.rounding import pack
 from fedalign.protocol import (
     SHARED,
     Broadcast,
@@ -27,7 +28,6 @@ from fedalign.protocol import (
     Update,
     Weights,
 )
-from fedalign.wire import pack
 from tests.algorithms.test_rounds import federation, one_round
 
 EXPERT = ParameterGroup("expert", 0, 0)

@@ -18,7 +18,7 @@ from fedalign import algorithms
 from fedalign.algorithms import ALGORITHMS, make
 from fedalign.algorithms.fedalign_moe import FedAlignMoE
 from fedalign.algorithms.fedprox import FedProx
-from fedalign.config import load_config, read_config
+from fedalign.config.toml import load_config, read_config
 from fedalign.errors import UserError
 from fedalign.protocol import Layout
 from tests.algorithms.conftest import Report

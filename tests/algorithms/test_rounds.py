@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from fedalign.algorithms import ALGORITHMS
-from fedalign.checkpoint import ClientMemory
-from fedalign.client import ClientData, Trainer
-from fedalign.config import load_config
+from fedalign.client.memory import ClientData, ClientMemory
+from fedalign.client.trainer import Trainer
+from fedalign.config.toml import load_config
 from fedalign.federation.in_process import InProcess
 from fedalign.maths.average import StreamingSum
+from fedalign.maths.rounding import pack
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import Broadcast, Plan, State, Statistics, Weights
-from fedalign.server import check_statistics
-from fedalign.wire import pack
+from fedalign.server.checks import check_statistics
+from tests.client.test_trainer import examples
 from tests.moe.tiny import build
-from tests.test_client import examples
 
 SIZES = {"a": 24, "b": 5, "c": 15}
 

@@ -9,7 +9,7 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
-from fedalign.config import load_config
+from fedalign.config.toml import load_config
 from fedalign.report import write_report
 from tests.browser.conftest import CLIENTS, EVIL, Browser
 from tests.report.made import Shape, make_comparison, make_run

@@ -7,7 +7,7 @@ import pytest
 
 from fedalign.compare.plan import Cell, Request, cells, make_request, parse_algorithms, parse_grid, parse_seeds
 from fedalign.compare.tables import Finished
-from fedalign.config import load_config
+from fedalign.config.toml import load_config
 
 Ask = Callable[..., Request]
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from fedalign import compare as comparing
-from fedalign.compare.folder import read_history
 from fedalign.compare.schedule import Slot, Task, Watcher
-from fedalign.run import execute, prepare
+from fedalign.federation.in_process import prepare
+from fedalign.server.results import read_history
+from fedalign.server.run import execute
 from tests.compare.conftest import tree
 from tests.conftest import Command
-from tests.test_run import Silent
+from tests.server.test_run import Silent
 
 HALVES = textwrap.dedent(
     '''

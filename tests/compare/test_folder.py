@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fedalign.compare.folder import ComparisonFolder, read_history, set_aside, standing
+from fedalign.compare.folder import ComparisonFolder, set_aside, standing
 from fedalign.compare.plan import Cell, cells
 from fedalign.errors import UserError
-from fedalign.results import RunFolder
+from fedalign.server.results import RunFolder, read_history
 from tests.compare.conftest import Ask, tree
 
 

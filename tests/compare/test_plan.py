@@ -17,7 +17,8 @@ from fedalign.compare.plan import (
     parse_grid,
     parse_seeds,
 )
-from fedalign.config import Config, load_config
+from fedalign.config.run import Config
+from fedalign.config.toml import load_config
 from fedalign.errors import UserError
 from tests.compare.conftest import Ask
 

@@ -19,7 +19,7 @@ from fedalign.compare.folder import ComparisonFolder
 from fedalign.compare.overview import Overview
 from fedalign.compare.plan import cells
 from fedalign.compare.schedule import Task, run_all, slots_for
-from fedalign.config import load_config
+from fedalign.config.toml import load_config
 from fedalign.errors import UserError
 from tests.compare.conftest import Ask
 
@@ -133,7 +133,7 @@ sys.path.insert(0, {root!r})
 from pathlib import Path
 from fedalign.compare.folder import ComparisonFolder
 from fedalign.compare.plan import cells, make_request, parse_algorithms
-from fedalign.config import load_config
+from fedalign.config.toml import load_config
 from tests.compare.test_schedule import run, Quiet, STAND_IN
 from fedalign.compare.schedule import Task, run_all
 folder = ComparisonFolder(Path({out!r}))

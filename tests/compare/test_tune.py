@@ -8,9 +8,9 @@ import pytest
 from fedalign.compare.plan import Cell, cells, make_request, parse_algorithms
 from fedalign.compare.schedule import Task
 from fedalign.compare.tune import Choices, candidates, choose, record, tuning_cells, why_not
-from fedalign.config import load_config
+from fedalign.config.toml import load_config
 from fedalign.errors import UserError
-from fedalign.results import RunFolder
+from fedalign.server.results import RunFolder
 from tests.compare.conftest import Ask
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fedalign.data.batches import IGNORED, Encoded, Encoder, batches, load_tokenizer
+from fedalign.data.batches import batches
+from fedalign.data.encode import IGNORED, Encoded, Encoder, load_tokenizer
 from fedalign.data.formats import Example
 from fedalign.errors import UserError
 

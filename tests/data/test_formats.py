@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedalign.config import Columns, DataConfig
+from fedalign.config.run import Columns, DataConfig
 from fedalign.data.formats import FORMATS, Example, load_examples
 from fedalign.errors import UserError
 

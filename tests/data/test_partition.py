@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedalign.config import ClientsConfig
+from fedalign.config.run import ClientsConfig
 from fedalign.data.formats import Example
 from fedalign.data.partition import hold_out, partition
 from fedalign.errors import UserError

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, tensor
 
-from fedalign.data.batches import IGNORED, Batch
+from fedalign.data.batches import Batch
+from fedalign.data.encode import IGNORED
 from fedalign.data.tokens import TokenCounts
 from fedalign.protocol import TokenRows
 

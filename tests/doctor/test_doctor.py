@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedalign.config import Config, load_config
+from fedalign.config.run import Config
+from fedalign.config.site import SiteConfig, SiteFolder
+from fedalign.config.toml import load_config
 from fedalign.doctor import examine_coordinator, examine_site, machine
 from fedalign.doctor.report import Check, Examination
 from fedalign.errors import UserError
-from fedalign.keys import make_node_key
+from fedalign.federation.flower.keys import make_node_key
 from fedalign.moe.model import MoEModel
-from fedalign.site import SiteConfig, SiteFolder
 from tests.doctor.server import serving
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"

@@ -7,10 +7,10 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
+from fedalign.config.site import SiteConfig, SiteFolder
 from fedalign.doctor.link import check_key, check_superlink
 from fedalign.doctor.report import Check, Examination
-from fedalign.keys import make_node_key
-from fedalign.site import SiteConfig, SiteFolder
+from fedalign.federation.flower.keys import make_node_key
 from tests.doctor.server import certify, serving
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from fedalign.doctor.estimate import SiteEstimate
 from fedalign.doctor.machine import (
     available_in,
     check_device,
@@ -17,7 +18,6 @@ from fedalign.doctor.machine import (
     version_check,
 )
 from fedalign.doctor.report import Examination
-from fedalign.estimate import SiteEstimate
 
 GB = 10**9
 

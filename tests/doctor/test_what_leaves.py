@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedalign.clients import open_site
-from fedalign.config import Config, load_config
+from fedalign.client.open import open_site
+from fedalign.config.run import Config
+from fedalign.config.site import SiteConfig, SiteFolder
+from fedalign.config.toml import load_config
 from fedalign.doctor.what_leaves import MEANINGS, TELLS, WHEN, empty_messages, what_leaves
-from fedalign.messages import MESSAGES, Parcel, decode, encode
+from fedalign.federation.messages import MESSAGES, Parcel, decode, encode
+from fedalign.federation.service import Service
+from fedalign.maths.rounding import pack
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import PROTOCOL, Broadcast, Request, Statistics, Update
-from fedalign.service import Service
-from fedalign.site import SiteConfig, SiteFolder
-from fedalign.wire import pack
-from tests.test_messages import travel
+from tests.federation.test_messages import travel
 
 TO_SITES = {Broadcast, Request}
 

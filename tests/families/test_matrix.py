@@ -18,20 +18,21 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from fedalign.config import load_config
+from fedalign.config.toml import load_config
 from fedalign.errors import UserError
+from fedalign.federation.in_process import prepare
 from fedalign.maths.routing import router_log_prob
 from fedalign.moe.families import MoELayer
 from fedalign.moe.lora import FAILS_UPSTREAM
 from fedalign.moe.model import MoEModel
 from fedalign.moe.probe import Captured, RoutingProbe, RoutingStatistics
 from fedalign.protocol import ParameterGroup
-from fedalign.results import RunFolder
-from fedalign.run import execute, prepare
+from fedalign.server.results import RunFolder
+from fedalign.server.run import execute
 from tests.families.table import CASES
 from tests.moe import tiny
 from tests.moe.given import given_experts
-from tests.test_run import Silent
+from tests.server.test_run import Silent
 
 Folder = Callable[[str], Path]
 

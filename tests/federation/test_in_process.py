@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from fedalign.algorithms.fedavg import FedAvg
-from fedalign.checkpoint import ClientMemory
-from fedalign.client import ClientData, Trainer
-from fedalign.config import load_config
+from fedalign.client.memory import ClientData, ClientMemory
+from fedalign.client.trainer import Trainer
+from fedalign.config.toml import load_config
 from fedalign.federation.in_process import InProcess
 from fedalign.maths.average import StreamingSum
 from fedalign.maths.experts import direction_consensus
+from fedalign.maths.rounding import pack
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import Broadcast, ParameterGroup, Statistics, Weights
-from fedalign.wire import pack
+from tests.client.test_trainer import examples
 from tests.moe.tiny import build
-from tests.test_client import examples
 
 SIZES = {"a": 24, "b": 9, "c": 15}
 

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 
 from fedalign.maths import average as module
 from fedalign.maths.average import StreamingSum
+from fedalign.maths.rounding import pack, unpack
 from fedalign.protocol import SHARED, Layout, Packed, ParameterGroup, Plan, TokenRows, Update, WireDtype
-from fedalign.wire import pack, unpack
 
 GATE, EXPERT = ParameterGroup("gate"), ParameterGroup("expert")
 LAYOUT = Layout(1, 1, {SHARED: 600, GATE: 0, EXPERT: 300})  # the router is frozen

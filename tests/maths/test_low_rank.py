@@ -18,8 +18,8 @@ from torch.testing import assert_close
 from fedalign.maths import low_rank as module
 from fedalign.maths.average import StreamingSum
 from fedalign.maths.low_rank import Pair, Stack, best_factors, pair_in, plain_ranges
+from fedalign.maths.rounding import pack, unpack
 from fedalign.protocol import Factors, Layout, ParameterGroup, Plan, Update, Weights, WireDtype
-from fedalign.wire import pack, unpack
 
 EXPERTS = [ParameterGroup("expert", 0, expert) for expert in range(3)]
 GATE_UP = Factors(start_A=5, start_B=5 + 4 * 12, rank=4, inputs=12, outputs=20)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, tensor
 from torch.testing import assert_close
 
-from fedalign.config import ServerConfig
+from fedalign.config.run import ServerConfig
 from fedalign.maths.server_step import server_step
 from fedalign.protocol import SHARED, ParameterGroup, State, Weights
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, tensor
 from torch.testing import assert_close
 
-from fedalign.hashing import words
 from fedalign.maths import sketch as module
+from fedalign.maths.hashing import words
 from fedalign.maths.low_rank import Pair, pair_in
 from fedalign.maths.sketch import Sketch
 from fedalign.protocol import Factors

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from fedalign.errors import UserError
-from fedalign.moe.families import FAMILIES, REFUSED, detect, expert_count, module_tree, refuse
+from fedalign.moe.detect import detect, expert_count, module_tree
+from fedalign.moe.families import FAMILIES, REFUSED, refuse
 from fedalign.moe.model import MoEModel
 from tests.moe import tiny
 

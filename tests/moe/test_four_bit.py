@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from fedalign.errors import UserError
 from fedalign.moe import four_bit
-from fedalign.moe.families import MoELayer, detect
+from fedalign.moe.detect import detect
+from fedalign.moe.families import MoELayer
 from fedalign.moe.four_bit import BLOCK, Packed, Saved, forecast, need_cuda, quantise, recompute_experts
 from fedalign.moe.model import MoEModel
 from tests.moe import tiny

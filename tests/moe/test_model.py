@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from fedalign.config import TuningConfig
+from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
 from fedalign.moe.families import router_outputs
 from fedalign.moe.model import MoEModel

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fedalign.config import TuningConfig
+from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
 from fedalign.moe.lora import base_of
 from fedalign.moe.model import BASE_DIGEST, MoEModel

@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 from fedalign.compare.folder import ComparisonFolder
 from fedalign.compare.plan import ablation, cells, make_request, parse_algorithms
-from fedalign.config import Config, load_config
+from fedalign.config.run import Config
+from fedalign.config.toml import load_config
 
 LABELS = ("business", "science", "sport", "world")
 

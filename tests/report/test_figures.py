@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedalign.config import load_config
+from fedalign.config.toml import load_config
 from fedalign.report.figures import GROUPS, clients, curves, short, thinned, uploads
 from fedalign.report.findings import ablations, facts, verdicts
 from fedalign.report.material import Material, read_material

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fedalign.config import load_config
+from fedalign.config.toml import load_config
 from fedalign.report import write_report
-from fedalign.report.health import MISSING, DamagedError, budget_text, health, read_round
+from fedalign.report.health import MISSING, budget_text, health
 from fedalign.report.material import read_material
+from fedalign.server.health import DamagedError, read_round
 from tests.report.made import Shape, make_comparison, make_health, make_run
 
 

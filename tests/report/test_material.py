@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from fedalign.config import load_config
+from fedalign.config.toml import load_config
 from fedalign.errors import UserError
 from fedalign.report import write_report
 from fedalign.report.material import read_material
 from tests.report.made import Shape, make_comparison, make_run
-from tests.test_run import start
+from tests.server.test_run import start
 
 
 def run(folder: Path, *overrides: str, rounds: int | None = None) -> Path:

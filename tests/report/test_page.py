@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fedalign.cli import app
-from fedalign.config import load_config
+from fedalign.cli.main import app
+from fedalign.config.toml import load_config
 from fedalign.report import write_report
 from tests.report.made import Shape, make_comparison, make_run
 

@@ -19,8 +19,8 @@ import tomli_w
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedalign.demo.loopback import Loopback
-from fedalign.keys import make_node_key
+from fedalign.federation.flower.keys import make_node_key
+from fedalign.federation.flower.loopback import Loopback
 from tests.conftest import rows, write_jsonl
 
 PATIENCE = 420  # seconds for a whole run on a busy machine

@@ -21,7 +21,7 @@ SITES = ("hospital-a", "hospital-b", "lab-c")
 def test_the_demo_reports_bytes_and_accuracy_and_leaves_nothing_running(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     done = subprocess.run(
-        [sys.executable, "-m", "fedalign.demo.sites", "--out", str(out), "--rounds", "1"],
+        [sys.executable, "-m", "fedalign.federation.flower.three_sites", "--out", str(out), "--rounds", "1"],
         env={**os.environ, "HOME_OF_THE_TEST": str(tmp_path), "COLUMNS": "200"},
         capture_output=True,
         text=True,

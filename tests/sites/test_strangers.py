@@ -31,13 +31,13 @@ GOOD = ("north", "south")
 NEWER_PROTOCOL = """
 import fedalign.protocol
 fedalign.protocol.PROTOCOL += 1
-import fedalign.messages
-fedalign.messages.PROTOCOL = fedalign.protocol.PROTOCOL
+import fedalign.federation.messages
+fedalign.federation.messages.PROTOCOL = fedalign.protocol.PROTOCOL
 """
 WRAPPED = """
 import dataclasses
 import torch
-from fedalign.service import Service
+from fedalign.federation.service import Service
 
 def wrap(verb, change):
     honest = getattr(Service, verb)
@@ -49,11 +49,11 @@ def change_groups(update, change):
 """
 IN_TRAINING = {
     "enormous": """
-from fedalign.service import Service
+from fedalign.federation.service import Service
 honest = Service._train
 
 def train(self, parcel):
-    from fedalign.client import Trainer
+    from fedalign.client.trainer import Trainer
     make_update = Trainer._update
     Trainer._update = lambda *args: {g: 1e6 * delta for g, delta in make_update(*args).items()}
     return honest(self, parcel)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.sites
 COUNTED = """
 import os
 from pathlib import Path
-from fedalign.service import Service
+from fedalign.federation.service import Service
 make = Service.__init__
 
 def init(self, name, memory, open_client):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedalign.checkpoint import write_text
 from fedalign.compare.folder import ComparisonFolder, Part, set_aside, standing
 from fedalign.compare.overview import Overview
 from fedalign.compare.plan import Cell, Point, Request, cells, line_name
@@ -24,6 +23,7 @@ from fedalign.compare.tables import (
     write_csv,
 )
 from fedalign.compare.tune import Choices, choose, record, tuning_cells, why_not
+from fedalign.files import write_text
 
 Tell = Callable[[str], None]
 

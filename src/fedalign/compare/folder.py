@@ -19,12 +19,12 @@ from typing import Any, Literal
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from fedalign.checkpoint import write_text
 from fedalign.compare.plan import Cell, Request, differences
-from fedalign.config import read_config
+from fedalign.config.toml import read_config
 from fedalign.errors import UserError
+from fedalign.files import write_text
 from fedalign.protocol import Metrics
-from fedalign.results import RunFolder
+from fedalign.server.results import RunFolder, read_history
 
 Part = Literal["runs", "tune"]
 
@@ -166,25 +166,6 @@ def set_aside(folder: RunFolder) -> Path:
     names = (folder.path.with_name(f"{folder.path.name}.damaged-{number}") for number in range(1, 10_000))
     free = next(name for name in names if not name.exists())
     return folder.path.rename(free)
-
-
-def read_history(folder: RunFolder, *, strict: bool = False) -> list[Metrics]:
-    """The rounds that metrics.jsonl holds; unless `strict`, without what cannot be read of a run at work.
-
-    Raises:
-        ValueError, OSError: `strict`, and it is missing or damaged.
-    """
-    try:
-        lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        if strict:
-            raise ValueError(f"metrics.jsonl: {error}") from None
-        return []
-    if not all(isinstance(line, dict) for line in lines):
-        if strict:
-            raise ValueError("metrics.jsonl: a line is not an object")
-        return []
-    return lines
 
 
 def _check_checkpoint(folder: Path) -> None:

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from fedalign.compare.plan import line_name
 from fedalign.compare.schedule import Task
-from fedalign.live import clock, percent
-from fedalign.server import accuracy_of, loss_of
+from fedalign.server.scores import accuracy_of, loss_of
+from fedalign.units import clock, percent
 
 STYLES = {"waiting": "dim", "running": "cyan", "finished": "green", "failed": "bold red"}
 MARGIN = 8  # lines of the terminal that are left to other things

@@ -20,7 +20,8 @@ import tomli_w
 from pydantic import Field
 
 from fedalign.algorithms import ABLATION, BASELINE
-from fedalign.config import Config, Section, overridden
+from fedalign.config.run import Config, Section
+from fedalign.config.toml import overridden
 from fedalign.errors import UserError
 
 Texts = Annotated[tuple[str, ...], Field(strict=False)]

@@ -17,13 +17,12 @@ from typing import IO, Literal, Protocol
 
 import torch
 
-from fedalign.checkpoint import write_text
-from fedalign.compare.folder import read_history
 from fedalign.compare.plan import Cell
-from fedalign.config import Config
+from fedalign.config.run import Config
+from fedalign.files import write_text
 from fedalign.parallel import SPLIT
 from fedalign.protocol import Metrics
-from fedalign.results import RunFolder
+from fedalign.server.results import RunFolder, read_history
 
 LOOK = 0.2  # seconds between two looks at the children
 GRACE = 10.0  # seconds that a child has to end

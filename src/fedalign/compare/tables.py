@@ -13,9 +13,9 @@ from pathlib import Path
 
 from fedalign.compare.plan import Cell, Point, Request
 from fedalign.compare.statistics import Interval, mean_interval, paired_interval
-from fedalign.live import size
 from fedalign.protocol import Metrics
-from fedalign.server import merit
+from fedalign.server.scores import merit
+from fedalign.units import size
 
 MARK = "†"
 BySeed = dict[int, float]

@@ -19,12 +19,12 @@ import tomli_w
 from pydantic import Field, ValidationError
 
 from fedalign.algorithms import STRENGTHS
-from fedalign.checkpoint import write_text
 from fedalign.compare.plan import Cell, Choice, Point, Request, Texts, configure
 from fedalign.compare.schedule import Task
-from fedalign.config import Section
+from fedalign.config.run import Section
 from fedalign.errors import UserError
-from fedalign.server import merit
+from fedalign.files import write_text
+from fedalign.server.scores import merit
 
 RATES = (1.0, 1 / 3, 3.0)  # times the configured learning rate; the first wins a tie
 

@@ -29,8 +29,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedalign.data.cache import cache_folder, write_atomically
 from fedalign.errors import UserError
+from fedalign.files import cache_folder, write_atomically
 
 # Class name -> package; "" is the standard library.
 LIBRARIES = {

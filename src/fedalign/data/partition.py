@@ -26,7 +26,7 @@ from fedalign.data.formats import Example
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
-    from fedalign.config import ClientsConfig
+    from fedalign.config.run import ClientsConfig
 
 Partition = dict[str, list[int]]
 DRAWS = 110  # of a Dirichlet split, until each client has clients.min_examples

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedalign.data.batches import IGNORED, Batch
+from fedalign.data.batches import Batch
+from fedalign.data.encode import IGNORED
 from fedalign.protocol import TokenRows
 
 

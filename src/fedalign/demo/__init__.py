@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from fedalign.data.cache import cache_folder
+from fedalign.files import cache_folder
 
 SHIPPED = Path(__file__).parent / "model"
 DEMO = Path(__file__).parent / "demo.toml"  # the configuration behind `fedalign run demo`

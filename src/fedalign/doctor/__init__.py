@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedalign.checkpoint import KEPT_ROUNDS
-from fedalign.config import Config
+from fedalign.client.workbench import Workbench
+from fedalign.config.run import Config
+from fedalign.config.site import SiteFolder
 from fedalign.data.formats import Example, load_examples
 from fedalign.doctor.data import check_data, check_lengths, check_parts, guess_kind
+from fedalign.doctor.estimate import estimate_site, parameter_counts
 from fedalign.doctor.link import check_key, check_superlink
 from fedalign.doctor.machine import (
     check_device,
@@ -21,10 +23,8 @@ from fedalign.doctor.machine import (
 )
 from fedalign.doctor.model import check_model, check_time, check_traffic, check_weights, measured
 from fedalign.doctor.report import Examination
-from fedalign.estimate import estimate_site, parameter_counts
-from fedalign.live import clock
-from fedalign.site import SiteFolder
-from fedalign.workbench import Workbench
+from fedalign.files import KEPT_ROUNDS
+from fedalign.units import clock
 
 
 def examine_site(folder: SiteFolder, config: Config | None) -> Examination:

@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from fedalign.client import ClientData
-from fedalign.config import Config, DataConfig
-from fedalign.data.batches import IGNORED, Encoded, Encoder
-from fedalign.data.formats import FORMATS, Example, load_examples, read_rows
+from fedalign.client.memory import ClientData
+from fedalign.client.workbench import Workbench
+from fedalign.config.run import Config, DataConfig
+from fedalign.config.site import SiteFolder
+from fedalign.data.encode import IGNORED, Encoded, Encoder
+from fedalign.data.formats import FORMATS, Example, load_examples
+from fedalign.data.sources import read_rows
 from fedalign.doctor.report import Examination
 from fedalign.errors import UserError
-from fedalign.site import SiteFolder
-from fedalign.workbench import Workbench
 
 KINDS = ("chat", "multiple_choice", "instruction", "classification", "text")  # the most particular first
 GUESS_ROWS = 20

@@ -6,10 +6,10 @@ import shlex
 import stat
 from pathlib import Path
 
+from fedalign.config.site import SiteFolder
 from fedalign.doctor.reach import Reached, is_free, reach, split_address
 from fedalign.doctor.report import Examination
 from fedalign.federation.flower.launch import is_loopback
-from fedalign.site import SiteFolder
 
 CLOCK_SECONDS = 60
 CERTIFICATE_DAYS = 14

@@ -12,11 +12,11 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from fedalign.doctor.estimate import SiteEstimate
 from fedalign.doctor.report import Check, Examination, Verdict
-from fedalign.estimate import SiteEstimate
-from fedalign.live import size
+from fedalign.moe.load import pick_device
 from fedalign.parallel import SPLIT
-from fedalign.workbench import pick_device
+from fedalign.units import size
 
 PACKAGE = "fedalign-moe"
 NAMED = ("torch", "transformers", "flwr")  # told even if they fit

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from fedalign.client import ClientData
-from fedalign.clients import text_hash, tokenizer_hash
-from fedalign.config import Config
+from fedalign.client.memory import ClientData
+from fedalign.client.workbench import Workbench
+from fedalign.config.run import Config
+from fedalign.data.encode import text_hash, tokenizer_hash
+from fedalign.doctor.estimate import SiteEstimate, StepCost, measure_step, parameter_counts, round_tokens
 from fedalign.doctor.machine import COMFORT
 from fedalign.doctor.report import Examination
-from fedalign.estimate import SiteEstimate, StepCost, measure_step, parameter_counts, round_tokens
-from fedalign.live import clock, size
+from fedalign.moe.load import model_path
 from fedalign.moe.model import MoEModel
-from fedalign.workbench import Workbench, model_path
+from fedalign.units import clock, size
 
 
 def skeleton_bench(config: Config) -> Workbench:

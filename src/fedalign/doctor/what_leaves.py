@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from fedalign import __version__
-from fedalign.config import Config
-from fedalign.messages import Parcel, encode
+from fedalign.config.run import Config
+from fedalign.federation.messages import Parcel, encode
+from fedalign.maths.rounding import BLOCK, TORCH_DTYPE
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import (
     PROTOCOL,
@@ -33,7 +34,6 @@ from fedalign.protocol import (
     Update,
     WireDtype,
 )
-from fedalign.wire import BLOCK, TORCH_DTYPE
 
 Leaving = Hello | Start | Statistics | Update | Evaluation | Failure
 NEVER = "Raw text, tokens, labels and values of single examples never leave."

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from fedalign.checkpoint import ClientMemory
-from fedalign.client import ClientData, Trainer
-from fedalign.errors import TrainingFailedError
-from fedalign.protocol import Accumulator, Broadcast, Evaluation, Failure, Request, Statistics
-from fedalign.wire import unpack_weights
+from fedalign.client.evaluation import TestSet
+from fedalign.client.memory import ClientData, ClientMemory
+from fedalign.client.trainer import Trainer
+from fedalign.client.workbench import Workbench
+from fedalign.config.run import Config
+from fedalign.data.deal import split_among_clients
+from fedalign.errors import TrainingFailedError, UserError
+from fedalign.files import folder_name
+from fedalign.maths.rounding import unpack_weights
+from fedalign.protocol import Accumulator, Broadcast, Evaluation, Failure, Layout, Request, Statistics, Weights
+from fedalign.server.run import Holdings, digest, identity
+from fedalign.server.trackers import require_trackers
 
 POOLED = "pooled"
 
@@ -57,3 +67,87 @@ def pooled(clients: Mapping[str, ClientData]) -> dict[str, ClientData]:
     first = next(iter(clients.values()))
     memory = ClientMemory(first.memory.folder.with_name(POOLED))
     return {POOLED: ClientData(POOLED, [e for client in clients.values() for e in client.train], None, memory)}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run in this process needs, loaded and checked; nothing has been trained or written. A `Centre`."""
+
+    bench: Workbench
+    clients: dict[str, ClientData]
+    test: TestSet | None
+    labels: Mapping[str, Mapping[str, int]]  # of each client's examples
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration."""
+        return self.bench.config
+
+    @property
+    def layout(self) -> Layout:
+        """The model's parameter groups."""
+        return self.bench.moe.layout
+
+    @property
+    def federation(self) -> InProcess:
+        """The clients, in this process."""
+        return InProcess(self.bench.trainer(), self.clients)
+
+    def initial_weights(self) -> Weights:
+        """Those that the model was loaded with."""
+        return {group: value.cpu() for group, value in self.bench.moe.read().items()}
+
+    def evaluate(self, weights: Weights) -> Evaluation | None:
+        """Score weights on the global test set, if there is one."""
+        return self.bench.score(weights, self.test)
+
+    def save_model(self, weights: Weights, folder: Path) -> None:
+        """Write weights as an ordinary Hugging Face folder, with the tokenizer."""
+        self.bench.save(weights, folder)
+
+    def identity(self) -> dict[str, str]:
+        """Of the model's architecture, the configuration, and the sizes of the data."""
+        held = {name: [len(c.train), sum(e.tokens for e in c.train)] for name, c in self.clients.items()}
+        return identity(self.config, self.bench.moe.fingerprint()) | {"data": digest(held)}
+
+    def holdings(self) -> Holdings:
+        """Examples to train on, and all of a client's labels."""
+        return {
+            name: {"examples": len(client.train), "labels": dict(self.labels[name])}
+            for name, client in self.clients.items()
+        }
+
+    def finish(self) -> None:
+        """Clients forget their updates."""
+        for client in self.clients.values():
+            client.memory.forget_updates()
+
+
+def prepare(config: Config, client_folder: Path) -> Prepared:
+    """Load model and data, and give each client its part.
+
+    Raises:
+        UserError: Anything in the configuration does not fit the model or the data.
+    """
+    require_trackers(config.tracking.loggers)
+    examples, parts = split_among_clients(config)
+    bench = Workbench.load(config)
+    clients = {
+        name: bench.client(name, examples, indices, client_folder / folder_name(name))
+        for name, indices in parts.items()
+    }
+    check_limits(config, clients, bench)
+    labels = {name: Counter(examples[index].label for index in indices) for name, indices in parts.items()}
+    return Prepared(bench, clients, bench.test_set(), labels)
+
+
+def check_limits(config: Config, clients: Mapping[str, ClientData], bench: Workbench) -> None:
+    """Refuse limits of clients that there are not, or that the model cannot keep."""
+    for name, limits in config.clients.limits.items():
+        if name not in clients:
+            raise UserError(f"clients.limits.{name}: no such client. Choose one of: {', '.join(clients)}.")
+        try:
+            with bench.moe.sending_to(limits.top_k):
+                pass
+        except UserError as error:
+            raise UserError(f"clients.limits.{name}.{error}") from None

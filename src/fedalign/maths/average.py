@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from fedalign.maths.low_rank import Stack
+from fedalign.maths.rounding import BLOCK, TORCH_DTYPE, scale_into
 from fedalign.protocol import SHARED, Failure, Layout, Packed, ParameterGroup, Plan, Update, Weights, WireDtype
-from fedalign.wire import BLOCK, TORCH_DTYPE, scale_into
 
 Average = Literal["sum", "exact"]
 

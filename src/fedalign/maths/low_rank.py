@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedalign.maths.rounding import BLOCK, unpack
 from fedalign.protocol import Factors, Packed
-from fedalign.wire import BLOCK, unpack
 
 SINGLE, DOUBLE = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 ROUNDING = 1e-6  # a sum of float32 weights that is closer to 1 is 1

@@ -31,7 +31,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fedalign.hashing import words
+from fedalign.maths.hashing import words
 from fedalign.maths.low_rank import pair_in, plain_ranges
 from fedalign.maths.routing import full
 from fedalign.protocol import Factors

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedalign.config import TuningConfig
+from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
 from fedalign.moe.families import MoELayer, family_of, is_encoder_decoder
 from fedalign.moe.tuning import chosen

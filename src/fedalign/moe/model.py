@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,88 +21,37 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from huggingface_hub.utils.tqdm import enable_progress_bars
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import GenerationConfig, PreTrainedModel
 
 from fedalign import parallel
-from fedalign.config import TuningConfig
-from fedalign.errors import UserError, unknown
-from fedalign.moe.families import MoELayer, detect, family_of, is_encoder_decoder, refuse
+from fedalign.config.run import TuningConfig
+from fedalign.errors import UserError
+from fedalign.moe.detect import detect
+from fedalign.moe.families import MoELayer, family_of, is_encoder_decoder
+from fedalign.moe.groups import Slot, find_slots, flat, unwrapped
+from fedalign.moe.load import (
+    DTYPES,
+    SELECTION_BIAS,
+    configuration_of,
+    explaining,
+    freeze_biases,
+    in_one_line,
+    load_plain,
+    model_path,
+    resolved_source,
+)
 from fedalign.moe.tuning import freeze
-from fedalign.protocol import SHARED, Factors, Kind, Layout, ParameterGroup, TokenRows, Weights
+from fedalign.protocol import SHARED, Factors, Layout, ParameterGroup, TokenRows, Weights
 
 if TYPE_CHECKING:
-    from peft import LoraConfig  # takes a second to import, and most kinds of tuning need none of it
+    from peft import LoraConfig
 
     from fedalign.moe.four_bit import Saved
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
 TOP_K = ("top_k", "num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_selected_experts")
 BASE_DIGEST = "base.sha256"  # in the constants of adapters
-SELECTION_BIAS = ("e_score_correction_bias", "expert_bias")  # added to scores only to choose: no gradient reaches it
-
-
-@dataclass(frozen=True)
-class Owners:
-    """The groups that one parameter's values belong to: one, or index e of an axis to the group of expert e."""
-
-    groups: tuple[ParameterGroup, ...] = (SHARED,)
-    axis: int | None = None
-    shape: tuple[int, ...] | None = None  # in which experts have an axis of their own; None: the parameter's
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One parameter, and whose its values are."""
-
-    name: str
-    parameter: nn.Parameter
-    owners: Owners
-
-    @property
-    def groups(self) -> tuple[ParameterGroup, ...]:
-        """The groups that its values belong to."""
-        return self.owners.groups
-
-    @property
-    def kind(self) -> Kind:
-        """The kind that all its groups share."""
-        return self.groups[0].kind
-
-    @property
-    def size(self) -> int:
-        """Number of values of each of its groups."""
-        return self.parameter.numel() // len(self.groups)
-
-    def view(self, group: ParameterGroup) -> Tensor:
-        """The part that belongs to `group`: the parameter's own storage, outside autograd."""
-        return self.part(self.parameter.detach(), group)
-
-    def gradient(self, group: ParameterGroup) -> Tensor:
-        """The same part of the gradient."""
-        if self.parameter.grad is None:
-            self.parameter.grad = torch.zeros_like(self.parameter)
-        return self.part(self.parameter.grad, group)
-
-    def part(self, whole: Tensor, group: ParameterGroup) -> Tensor:
-        """The part that belongs to `group` of any tensor shaped like the parameter."""
-        owners = self.owners
-        whole = whole if owners.shape is None else whole.view(owners.shape)
-        return whole if owners.axis is None else whole.select(owners.axis, group.expert)
-
-    def held(self, sharded: Tensor, group: ParameterGroup) -> tuple[Tensor, int]:
-        """What is here of that part, in place and flat in its first axes, and where in the flat part it begins."""
-        local, first = parallel.held(sharded)
-        if self.owners.axis and self.owners.shape is None:
-            row = self.size // len(sharded)
-            return local.select(self.owners.axis, group.expert), first * row
-        row, skipped = sharded.numel() // len(sharded), self.groups.index(group) * self.size
-        begin = max(first * row, skipped)
-        end = max(begin, min(first * row + local.numel(), skipped + self.size))
-        return local.view(-1)[begin - first * row : end - first * row], begin - skipped
 
 
 @dataclass(frozen=True)
@@ -153,8 +102,8 @@ class MoEModel:
         self.family = family_of(model.config)
         self.found, self.layers, self.adapter = found, layers, adapter
         for layer in layers:
-            _keep_in_float32(_base(model.get_submodule(layer.router)), layer)
-        self.slots = tuple(_slots(model, layers))
+            _keep_in_float32(unwrapped(model.get_submodule(layer.router)), layer)
+        self.slots = tuple(find_slots(model, layers))
         self.saved: Saved | None = None
         self.sharded = any(parallel.is_sharded(slot.parameter) for slot in self.slots)
         self.devices = tuple(dict.fromkeys(slot.parameter.device for slot in self.slots))
@@ -232,7 +181,7 @@ class MoEModel:
             UserError: there is no such model, it is broken or incomplete, or `wrap` refuses it.
         """
         model = load_plain(path_or_id, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
-        return cls.wrap(_frozen_biases(model), tuning, seed, device)
+        return cls.wrap(freeze_biases(model), tuning, seed, device)
 
     @classmethod
     def skeleton(
@@ -249,16 +198,16 @@ class MoEModel:
         Raises:
             UserError: as `load`.
         """
-        source = _source(path_or_id)
+        source = resolved_source(path_or_id)
         options = {"trust_remote_code": trust_remote_code, "revision": revision}
-        with _explained(source):
-            config, auto = _configured(source, options)
+        with explaining(source):
+            config, auto = configuration_of(source, options)
             with torch.device("meta"):
                 model = auto.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
             if (Path(source) / "generation_config.json").is_file() or not Path(source).is_dir():
                 with contextlib.suppress(OSError):  # few models on the Hub have none
                     model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
-        return cls.wrap(_frozen_biases(model), tuning)
+        return cls.wrap(freeze_biases(model), tuning)
 
     def filled(self, weights: Mapping[ParameterGroup, Tensor], constants: Mapping[str, Tensor]) -> Self:
         """A skeleton's copy on the CPU with these values, to be saved; the skeleton stays one.
@@ -273,7 +222,7 @@ class MoEModel:
         else:  # the base stays without values: an adapter is saved without it
             for path in {name.rpartition(".")[0] for name in self._adapter_slots()}:
                 model.get_submodule(path).to_empty(device="cpu", recurse=False)
-        moe = type(self)(_frozen_biases(model), self.found, self.layers, self.adapter)
+        moe = type(self)(freeze_biases(model), self.found, self.layers, self.adapter)
         moe._base_digest = constants.get(BASE_DIGEST)
         mine = moe.constants()
         for what, lacking in (("weights", moe.layout.sizes.keys() - weights), ("constants", mine.keys() ^ constants)):
@@ -429,7 +378,7 @@ class MoEModel:
         before, layers = [], self.layers
         for layer in layers:
             block = layer.router.rpartition(".")[0]
-            holders = [_base(self.model.get_submodule(path)) for path in (layer.router, block, layer.experts)]
+            holders = [unwrapped(self.model.get_submodule(path)) for path in (layer.router, block, layer.experts)]
             places = [(h, name) for h in holders for name in TOP_K if getattr(h, name, None) == layer.top_k]
             if not places:
                 raise UserError(f"top_k = {top_k}: {self.family} fixes it at {layer.top_k}. Leave it out.")
@@ -494,7 +443,9 @@ class MoEModel:
         try:
             enable({"use_reentrant": False})
         except ValueError as error:
-            raise UserError(f"tuning.gradient_checkpointing = true: {self.family} cannot: {_one_line(error)}") from None
+            raise UserError(
+                f"tuning.gradient_checkpointing = true: {self.family} cannot: {in_one_line(error)}"
+            ) from None
 
     def save(self, folder: str | Path) -> None:
         """Save as an ordinary transformers folder, adapters as one of peft; the same weights give the same bytes."""
@@ -646,68 +597,6 @@ class MoEModel:
                         yield f"{place}.{name} ({type(module).__name__})"
 
 
-def flat(pieces: Sequence[Tensor], device: torch.device) -> Tensor:
-    """A flat float32 copy [N] of a group's pieces on `device`."""
-    parts = [piece.reshape(-1).float().to(device) for piece in pieces]
-    return torch.cat(parts) if parts else torch.empty(0, device=device)
-
-
-def _slots(model: PreTrainedModel, layers: Iterable[MoELayer]) -> Iterator[Slot]:
-    owned: dict[nn.Parameter, Owners] = {}
-    for index, layer in enumerate(layers):
-        owned |= _gate_rows(model.get_submodule(layer.router), index, layer.size)
-        owned |= _expert_slices(model.get_submodule(layer.experts), index, layer.size)
-    for name, parameter in model.named_parameters():
-        yield Slot(name, parameter, owned.get(parameter, Owners()))
-
-
-def _gate_rows(router: nn.Module, layer: int, size: int) -> dict[nn.Parameter, Owners]:
-    """Weights [E, H], biases [E] and [1, E]; a norm or scale without an axis of length E stays shared.
-
-    Of an adapter B has a row for each expert, and A, which has none, is shared.
-    """
-    rows = tuple(ParameterGroup("gate", layer, expert) for expert in range(size))
-    cut = [(n, p) for n, p in router.named_parameters() if "lora_A." not in n]
-    axes = ((p, axis) for n, p in cut for axis in (p.dim() - 1, 0) if p.dim() and p.shape[axis] == size)
-    return {parameter: Owners(rows, axis) for parameter, axis in axes}
-
-
-def _expert_slices(experts: nn.Module, layer: int, size: int) -> dict[nn.Parameter, Owners]:
-    """Tensors [E, ...] slice by slice, E child modules, or tensors [E·F, H] block by block; all else stays shared."""
-    slices = tuple(ParameterGroup("expert", layer, expert) for expert in range(size))
-    owned: dict[nn.Parameter, Owners] = {}
-    for module in _fused(experts, size):
-        owned |= {p: Owners(slices, 0) for p in _base(module).parameters(recurse=False) if p.shape[:1] == (size,)}
-        if module is not _base(module):
-            from fedalign.moe import lora
-
-            owned |= {p: Owners(slices, axis, shape) for p, shape, axis in lora.fused_factors(module, size)}
-    children = list(experts.children())
-    if not owned and len(children) == size:
-        owned = {p: Owners((group,)) for group, child in zip(slices, children, strict=True) for p in child.parameters()}
-    if not owned:
-        flat = [p for p in experts.parameters() if p.dim() == 2 and p.shape[0] % size == 0]
-        owned = {p: Owners(slices, 0, (size, p.shape[0] // size, p.shape[1])) for p in flat}
-    return owned
-
-
-def _fused(experts: nn.Module, size: int) -> list[nn.Module]:
-    """What holds tensors of E experts, adapters around them or not: the module, or those in it with a part of each."""
-
-    def holds(module: nn.Module) -> bool:
-        fused = any(p.dim() == 3 and len(p) == size for p in _base(module).parameters(recurse=False))
-        return fused or module is not _base(module)
-
-    if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
-        return []
-    return [experts] if holds(experts) else [child for child in experts.children() if holds(child)]
-
-
-def _base(module: nn.Module) -> nn.Module:
-    """The module that adapters were put around, or itself."""
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator]
-
-
 def _lasting(config: Any) -> Any:
     """A configuration, nested ones too, without what differs from place to place."""
     volatile = {"transformers_version", "architectures", "_name_or_path", "dtype", "use_cache", "auto_map"}
@@ -756,87 +645,22 @@ def _forward_in_float32(router: nn.Module, hidden: Tensor, *args: Any, **kwargs:
         return forward(router, hidden.float(), *args, **kwargs)
 
 
-def _configured(source: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The configuration, and the auto class that makes a model of it."""
-    config = AutoConfig.from_pretrained(source, **options)
-    refuse(config)
-    return config, AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
-
-
-def load_plain(
-    path_or_id: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False, revision: str | None = None
-) -> PreTrainedModel:
-    """An ordinary transformers model on the CPU, nothing of it changed.
-
-    Raises:
-        UserError: there is no such model, or it is broken or incomplete.
-    """
-    if dtype not in DTYPES:
-        raise unknown("model.dtype", dtype, DTYPES)
-    source = _source(path_or_id)
-    options = {"trust_remote_code": trust_remote_code, "revision": revision}
-    with _explained(source):
-        config, auto = _configured(source, options)
-        model, report = auto.from_pretrained(
-            source, config=config, dtype=DTYPES[dtype], output_loading_info=True, **options
-        )
-    _check_complete(source, model, report["missing_keys"])
-    return model
-
-
-def auto_class(folder: Path, *, trust_remote_code: bool = False) -> str:
-    """The class of transformers that loads what `MoEModel.save` wrote to a folder."""
-    with _explained(str(folder)):
-        return str(_configured(str(folder), {"trust_remote_code": trust_remote_code})[1].__name__)
-
-
-@contextlib.contextmanager
-def _explained(source: str) -> Iterator[None]:
-    """Turn what transformers raises for a model that is not there or broken into a UserError."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        place = "" if Path(source).is_dir() else "no such folder, and from the Hub it "
-        raise UserError(f"model = {source!r}: {place}cannot be loaded: {_one_line(error)}") from error
-
-
-def _frozen_biases(model: PreTrainedModel) -> PreTrainedModel:
-    """Loading forgets that ernie4_5_moe's selection bias is frozen."""
-    for name, parameter in model.named_parameters():
-        if name.endswith(SELECTION_BIAS):
-            parameter.requires_grad_(False)
-    return model
-
-
-def _source(path_or_id: str | Path) -> str:
-    """The folder, or else the Hub id; a UserError if it is clearly meant as a folder and is none."""
-    path, text = Path(path_or_id).expanduser(), str(path_or_id)
-    if path.is_dir():
-        if (path / "adapter_config.json").is_file():
-            raise UserError(
-                f"model = {text!r}: holds a PEFT adapter, not a model. Merge it into its base first: "
-                "`fedalign export RUN --to DIR --merge`, or peft's merge_and_unload"
-            )
-        if not (path / "config.json").is_file():
-            raise UserError(f"model = {text!r}: the folder must hold a config.json and weights")
-        return str(path)
-    if isinstance(path_or_id, Path) or path.is_absolute() or text.startswith(".") or text.count("/") > 1:
-        raise UserError(f"model = {text!r}: no such folder. Give a folder saved by transformers, or a Hub id")
-    return text
-
-
-def _check_complete(source: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
-    absent = sorted(set(missing) & {name for name, _ in model.named_parameters()})
-    if absent:
-        few = ", ".join(absent[:3])
-        raise UserError(f"model = {source!r}: the checkpoint must hold every weight; {len(absent)} lack: {few}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def quiet() -> None:
-    """Hide transformers' bars for loading and writing weights; those of downloads stay. For command lines."""
-    transformers_logging.disable_progress_bar()
-    enable_progress_bars()
+def load_model(
+    name: str,
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    tuning: TuningConfig | None = None,
+    seed: int = 0,
+) -> MoEModel:
+    """Load any Hugging Face MoE model, or the demo's, to be tuned as configured."""
+    return MoEModel.load(
+        model_path(name),
+        dtype=tuning.loaded_dtype if tuning else "float32",
+        device=device,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        tuning=tuning,
+        seed=seed,
+    )

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import nn
 
-from fedalign.config import TuningConfig
+from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
 from fedalign.protocol import Kind
 

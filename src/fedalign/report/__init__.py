@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedalign.checkpoint import write_text
 from fedalign.errors import UserError
+from fedalign.files import write_text
 from fedalign.report.material import read_material
 from fedalign.report.page import GENERATOR, render
 

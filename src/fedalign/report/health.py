@@ -7,56 +7,20 @@ there. Rounds, then layers, are thinned evenly until everything fits.
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
-from fedalign.health import read_health
 from fedalign.report.figures import CLIENTS, Json, label_index, lines_of, point_index, thinned
 from fedalign.report.material import Material, Run
+from fedalign.server.health import DamagedError, Floats, Round, read_round
 
-Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 BUDGET = 2_400_000  # bytes of all tables together, before they are made text of
 MISSING = 255
-DEAD, OVERLOADED = 0.05, 2.0  # times an even share of the layer's tokens
 OCTAVES = 5  # of load that are told apart, up and down from an even share
-SHAPES = {"prob_C_L_E": 3, "load_C_L_E": 3, "gate_weight_C_L_E": 3, "expert_weight_C_L_E": 3, "shared_weight_C": 1}
-
-
-class DamagedError(Exception):
-    """A file that cannot be read."""
-
-
-@dataclass(frozen=True)
-class Round:
-    """One round's file."""
-
-    number: int
-    clients: tuple[str, ...]
-    tables: Mapping[str, Floats]
-
-    @property
-    def relative_load_L_E(self) -> Floats:
-        """Tokens of each expert over all clients, 1: an even share of its layer; a layer without tokens has none."""
-        load_L_E: Floats = self.tables["load_C_L_E"].sum(axis=0)
-        total_L_1 = load_L_E.sum(axis=1, keepdims=True)
-        relative_L_E: Floats = load_L_E * load_L_E.shape[1] / np.where(total_L_1 > 0, total_L_1, 1)
-        return relative_L_E
-
-    @property
-    def dead(self) -> int:
-        """Experts that hardly anyone uses, over all layers."""
-        return int((self.relative_load_L_E < DEAD).sum())
-
-    @property
-    def overloaded(self) -> int:
-        """Experts with far more than their share, over all layers."""
-        return int((self.relative_load_L_E > OVERLOADED).sum())
 
 
 @dataclass
@@ -100,32 +64,6 @@ def _read_all(run: Run, problems: list[str]) -> list[Round]:
             continue
         rounds.append(one)
     return rounds
-
-
-def read_round(path: Path) -> Round:
-    """Read and check one file.
-
-    Raises:
-        DamagedError: It is not what it should be.
-    """
-    try:
-        number = int(path.stem.removeprefix("round-"))
-        kept = read_health(path)
-        clients, tables = kept.clients, {name: table.float().numpy() for name, table in kept.tensors.items()}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise DamagedError(" ".join(str(error).split())) from None
-    if not all(isinstance(name, str) for name in clients) or len(set(clients)) < len(clients) or not clients:
-        raise DamagedError("its clients are not a list of different names")
-    cells = tables["prob_C_L_E"].shape[1:] if "prob_C_L_E" in tables else ()
-    for name, axes in SHAPES.items():
-        if name not in tables or tables[name].shape != (len(clients), *cells)[:axes]:
-            raise DamagedError(f"{name} is missing or has a wrong shape")
-        if not np.isfinite(tables[name]).all() or (tables[name] < 0).any():
-            raise DamagedError(f"{name} is not finite or negative")
-    similarity = tables.get("similarity_L_E_C_C")
-    if similarity is not None and similarity.shape != (*cells, len(clients), len(clients)):
-        raise DamagedError("similarity_L_E_C_C has a wrong shape")
-    return Round(number, clients, tables)
 
 
 def _packed(rounds: Sequence[Round], budget: int) -> Json:

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedalign.compare.folder import ComparisonFolder, read_history
+from fedalign.compare.folder import ComparisonFolder
 from fedalign.compare.plan import Cell, Choice, Request, cells, line_name
 from fedalign.compare.tables import Finished, notes
 from fedalign.compare.tune import Choices
-from fedalign.config import Config, read_config
+from fedalign.config.run import Config
+from fedalign.config.toml import read_config
 from fedalign.errors import UserError
 from fedalign.protocol import Metrics
-from fedalign.results import RunFolder, flat
-from fedalign.server import merit
+from fedalign.server.results import RunFolder, flat, read_history
+from fedalign.server.scores import merit
 
 UNTOLD = ("run.seed", "run.device", "run.threads", "tracking.", "federation.", "server.min_clients")
 NUMBERS = (  # that tables and figures are made of

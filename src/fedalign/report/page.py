@@ -16,8 +16,9 @@ from fedalign.compare.plan import line_name
 from fedalign.compare.tables import MARK, final_scores, paired_differences
 from fedalign.report import figures, findings
 from fedalign.report.figures import Json
-from fedalign.report.health import DEAD, OVERLOADED, Health, budget_text, health
+from fedalign.report.health import Health, budget_text, health
 from fedalign.report.material import Material
+from fedalign.server.health import DEAD, OVERLOADED
 
 GENERATOR = "fedalign report"
 LIBRARIES = ("d3-7.9.0.min.js", "plot-0.6.17.min.js")

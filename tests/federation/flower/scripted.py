@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedalign.federation.flower.link import Reply
-from fedalign.messages import Message, Parcel, encode
-from tests.test_messages import travel
+from fedalign.federation.messages import Message, Parcel, encode
+from tests.federation.test_messages import travel
 
 Answer = Message | Parcel | str | None  # None: silence; a string: what Flower says instead
 Script = Callable[[Parcel], Answer]

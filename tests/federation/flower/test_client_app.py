@@ -13,11 +13,14 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedalign.config import Config, load_config
+from fedalign.config.run import Config
+from fedalign.config.site import SiteFolder
+from fedalign.config.toml import load_config
 from fedalign.federation.flower import client_app
-from fedalign.federation.flower.link import RUN
-from fedalign.federation.flower.records import from_records, to_records
-from fedalign.messages import MESSAGES, Parcel, decode, encode
+from fedalign.federation.flower.link import RUN, from_records, to_records
+from fedalign.federation.flower.warm import meeting_file, receive, send
+from fedalign.federation.messages import MESSAGES, Parcel, decode, encode
+from fedalign.maths.rounding import pack
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import (
     PROTOCOL,
@@ -31,9 +34,6 @@ from fedalign.protocol import (
     Statistics,
     Update,
 )
-from fedalign.site import SiteFolder
-from fedalign.warm import meeting_file, receive, send
-from fedalign.wire import pack
 
 NOTHING = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
 

@@ -11,22 +11,24 @@ from typing import Any
 import pytest
 import torch
 
-from fedalign.clients import DealtClients, open_site
-from fedalign.config import Config, load_config
+from fedalign.client.open import DealtClients, open_site
+from fedalign.config.run import Config
+from fedalign.config.toml import load_config
 from fedalign.errors import UserError
-from fedalign.federation.flower import federation
+from fedalign.federation.flower import sites as federation
 from fedalign.federation.flower.coordinator import Coordinator
 from fedalign.federation.flower.link import Reply
-from fedalign.messages import MESSAGES, Parcel, decode, encode
+from fedalign.federation.in_process import prepare
+from fedalign.federation.messages import MESSAGES, Parcel, decode, encode
+from fedalign.federation.service import Answers, Service
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import PROTOCOL, SHARED, Packed, ParameterGroup, Start, Update
-from fedalign.results import RunFolder
-from fedalign.run import execute, prepare
-from fedalign.service import Answers, Service
+from fedalign.server.results import RunFolder
+from fedalign.server.run import execute
 from tests.conftest import SUBJECTS, changed, make_site, rows, write_jsonl
 from tests.federation.flower.scripted import Clock
-from tests.test_messages import travel
-from tests.test_run import Silent, metrics, model_bytes
+from tests.federation.test_messages import travel
+from tests.server.test_run import Silent, metrics, model_bytes
 
 SITES = ("east", "lab", "ward")
 

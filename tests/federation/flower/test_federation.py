@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from fedalign.config import FederationConfig
+from fedalign.config.run import FederationConfig
 from fedalign.errors import UserError
-from fedalign.federation.flower import federation
-from fedalign.federation.flower.federation import Agreement, FlowerFederation
-from fedalign.messages import Message, Parcel, decode, encode
+from fedalign.federation.flower import sites as federation
+from fedalign.federation.flower.sites import Agreement, FlowerFederation
+from fedalign.federation.messages import Message, Parcel, decode, encode
 from fedalign.protocol import (
     PROTOCOL,
     SHARED,
@@ -25,7 +25,7 @@ from fedalign.protocol import (
     Update,
 )
 from tests.federation.flower.scripted import Clock, Node, Script, ScriptedLink
-from tests.test_messages import hello, packed, statistics
+from tests.federation.test_messages import hello, packed, statistics
 
 OTHER = PROTOCOL + 1
 AGREEMENT = Agreement("a" * 64, "c" * 64, "d" * 64, layers=2, experts=3, weights="b" * 64)

@@ -10,11 +10,10 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedalign.federation.flower.link import REASONS, GridLink, Reply, RunAbout, reason
-from fedalign.federation.flower.records import from_records, to_records
-from fedalign.messages import MessageError, Parcel, decode, encode
+from fedalign.federation.flower.link import REASONS, GridLink, Reply, RunAbout, from_records, reason, to_records
+from fedalign.federation.messages import MessageError, Parcel, decode, encode
 from fedalign.protocol import SHARED, Broadcast, Update
-from tests.test_messages import packed, same
+from tests.federation.test_messages import packed, same
 
 Answer = Callable[[Message], Message]
 RUN = RunAbout("[run]\nseed = 1\n", "night-7", "/out")

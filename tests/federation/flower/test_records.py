@@ -11,12 +11,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-from fedalign import messages
-from fedalign.federation.flower.records import from_records, to_records
-from fedalign.messages import MESSAGES, MessageError, Parcel, decode, encode
+from fedalign.federation import messages
+from fedalign.federation.flower.link import from_records, to_records
+from fedalign.federation.messages import MESSAGES, MessageError, Parcel, decode, encode
+from fedalign.maths.rounding import pack
 from fedalign.protocol import SHARED, Broadcast, Packed, Update, WireDtype
-from fedalign.wire import pack
-from tests.test_messages import DTYPES, GROUPS, every_message, packed, same
+from tests.federation.test_messages import DTYPES, GROUPS, every_message, packed, same
 
 
 def through_flower(parcel: Parcel) -> Parcel:

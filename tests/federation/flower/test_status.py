@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedalign.checkpoint import ServerState
 from fedalign.errors import UserError
 from fedalign.federation.flower.status import Beacon, Status, is_running, read_status, running
+from fedalign.server.checkpoint import ServerState
 
 
 def test_a_run_that_nobody_began_is_starting(tmp_path: Path) -> None:

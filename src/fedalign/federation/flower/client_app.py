@@ -14,19 +14,18 @@ from typing import TYPE_CHECKING
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedalign.checkpoint import folder_name
-from fedalign.config import read_config
+from fedalign.config.site import SiteFolder
+from fedalign.config.toml import read_config
 from fedalign.errors import UserError
-from fedalign.federation.flower.link import RunAbout
-from fedalign.federation.flower.records import from_records, to_records
-from fedalign.messages import MessageError, Parcel, encode
+from fedalign.federation.flower.link import RunAbout, from_records, to_records
+from fedalign.federation.messages import MessageError, Parcel, encode
+from fedalign.federation.service import Service, log_to_stderr
+from fedalign.files import folder_name
 from fedalign.protocol import Failure
-from fedalign.service import Service, log_to_stderr
-from fedalign.site import SiteFolder
 
 if TYPE_CHECKING:
-    from fedalign.client import OpenClient
-    from fedalign.clients import DealtClients
+    from fedalign.client.open import DealtClients
+    from fedalign.client.trainer import OpenClient
 
 app = ClientApp()
 
@@ -89,7 +88,7 @@ def _answer(verb: str, parcel: Parcel, run: RunAbout, context: Context) -> Parce
 def site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel) -> Parcel:
     """A site's answer: from its warm trainer where the model is needed and the trainer is there, else from here."""
     if verb in ("hello", "start", "train", "evaluate"):
-        from fedalign.warm import ask  # noqa: PLC0415
+        from fedalign.federation.flower.warm import ask  # noqa: PLC0415
 
         answer = ask(folder, config, run, verb, parcel)
         if answer is not None:
@@ -98,8 +97,8 @@ def site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: Pa
 
 
 def _open_site(folder: SiteFolder, config: str, run: str) -> OpenClient:
-    from fedalign.clients import open_site  # noqa: PLC0415
-    from fedalign.moe.model import quiet  # noqa: PLC0415
+    from fedalign.client.open import open_site  # noqa: PLC0415
+    from fedalign.moe.load import quiet  # noqa: PLC0415
 
     quiet()
     return open_site(folder, read_config(config), run)
@@ -116,8 +115,8 @@ def _dealt_service(partition: int, config: str, folder: Path) -> Service:
 
 @lru_cache(maxsize=1)
 def _dealt(config: str, folder: Path) -> DealtClients:
-    from fedalign.clients import DealtClients  # noqa: PLC0415
-    from fedalign.moe.model import quiet  # noqa: PLC0415
+    from fedalign.client.open import DealtClients  # noqa: PLC0415
+    from fedalign.moe.load import quiet  # noqa: PLC0415
 
     quiet()
     return DealtClients(read_config(config), folder)

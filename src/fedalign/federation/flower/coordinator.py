@@ -12,18 +12,19 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedalign.clients import text_hash, tokenizer_hash
-from fedalign.config import Config
+from fedalign.client.evaluation import TestSet
+from fedalign.client.workbench import Workbench
+from fedalign.config.run import Config
+from fedalign.data.encode import text_hash, tokenizer_hash
 from fedalign.errors import UserError
-from fedalign.evaluation import TestSet
-from fedalign.federation.flower.federation import Agreement, FlowerFederation
 from fedalign.federation.flower.link import Link
+from fedalign.federation.flower.sites import Agreement, FlowerFederation
+from fedalign.maths.rounding import unpack_weights
+from fedalign.moe.load import model_path
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import Evaluation, Layout, Weights
-from fedalign.results import RunFolder
-from fedalign.run import Holdings, identity
-from fedalign.wire import unpack_weights
-from fedalign.workbench import Workbench, model_path
+from fedalign.server.results import RunFolder
+from fedalign.server.run import Holdings, identity
 
 
 @dataclass

@@ -22,14 +22,15 @@ from typing import Any
 
 import tomli_w
 
-from fedalign.checkpoint import ServerState, write_text
-from fedalign.config import Config
+from fedalign.config.run import Config
+from fedalign.data.deal import split_among_clients
 from fedalign.errors import UserError
+from fedalign.federation.flower.programs import HOST, environment, executable, free_port
 from fedalign.federation.flower.status import is_running, read_status
-from fedalign.programs import HOST, environment, executable, free_port
-from fedalign.results import RunFolder
-from fedalign.server import Observer
-from fedalign.workbench import split_among_clients
+from fedalign.files import write_text
+from fedalign.server.checkpoint import ServerState
+from fedalign.server.results import RunFolder
+from fedalign.server.rounds import Observer
 
 CONNECTION = "fedalign"
 APP = Path(__file__).parent / "app" / "pyproject.toml"

@@ -8,16 +8,16 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedalign.checkpoint import write_text
-from fedalign.config import load_config
+from fedalign.config.toml import load_config
 from fedalign.errors import UserError
 from fedalign.federation.flower.coordinator import Coordinator
 from fedalign.federation.flower.link import GridLink, RunAbout
 from fedalign.federation.flower.status import Beacon, running
-from fedalign.moe.model import quiet
-from fedalign.results import RunFolder
-from fedalign.run import execute
-from fedalign.service import log_to_stderr
+from fedalign.federation.service import log_to_stderr
+from fedalign.files import write_text
+from fedalign.moe.load import quiet
+from fedalign.server.results import RunFolder
+from fedalign.server.run import execute
 
 app = ServerApp()
 

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from fedalign.checkpoint import ServerState, write_text
 from fedalign.errors import UserError
+from fedalign.files import write_text
 from fedalign.protocol import Layout, Plan, Statistics
+from fedalign.server.checkpoint import ServerState
 
 State = Literal["starting", "running", "failed", "complete"]
 PATIENCE = 1.0  # seconds that a run folder may be held before another coordinator is said to run it
@@ -34,7 +35,7 @@ class Status:
 
 
 class Beacon:
-    """A `server.Observer` that writes what happens to `status.json`."""
+    """A `server.rounds.Observer` that writes what happens to `status.json`."""
 
     def __init__(self, folder: Path) -> None:
         self.path = status_file(folder)

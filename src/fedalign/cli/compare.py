@@ -1,0 +1,188 @@
+"""The command line of comparisons: `fedalign compare`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.table import Table as TerminalTable
+from rich.text import Text
+
+from fedalign.cli.terminal import out, say
+from fedalign.errors import UserError
+
+if TYPE_CHECKING:
+    from fedalign.compare import Comparison, Outcome
+    from fedalign.compare.tables import Table, TableCell
+
+COMPARE_EXAMPLES = """
+[bold]Examples[/bold]
+
+  fedalign compare demo --algorithms fedavg,fedprox,fedalign_moe --seeds 5
+
+  fedalign compare my.toml --algorithms fedavg,fedalign_paper,fedalign_moe,fedalign_moe:experts=average
+
+  fedalign compare my.toml --algorithms fedavg,fedprox:mu=0.1 --set clients.alpha=0.1,1.0 --out runs/skew
+
+  fedalign compare my.toml --ablation --seeds 3,7,11
+
+  fedalign compare my.toml --algorithms fedavg,fedprox --tune
+
+  fedalign compare --resume runs/skew           or the same command again: finished runs are kept
+"""
+
+
+def compare(
+    config: Annotated[Path | None, typer.Argument(help='TOML file, or "demo".', show_default=False)] = None,
+    algorithms: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--algorithms",
+            metavar="NAME,NAME:OPTION=VALUE",
+            help="What to compare; each may set options of its own, such as fedprox:mu=0.1, also of the sections "
+            "training, wire, server and statistics. Quote values that hold a comma or a colon.",
+        ),
+    ] = None,
+    ablation: Annotated[bool, typer.Option("--ablation", help="Compare the paper's five steps to the method.")] = False,
+    seeds: Annotated[str, typer.Option("--seeds", metavar="N|A,B,C", help="How many, or which.")] = "3",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE,VALUE",
+            help="Change one key for all runs; several values: every combination is compared. May be repeated. "
+            "Quote values that hold a comma; a TOML list is one value.",
+        ),
+    ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="First choose learning rate and strength of every algorithm on a part of the training data.",
+        ),
+    ] = False,
+    out_: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Where results go; without it: runs/compare-NAME or ablation-NAME."),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="DIR", help="Go on with the comparison in that folder.")
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs", min=1, help="Runs side by side; without it: one a GPU, or one a core.", show_default=False
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the comparison that --out holds.")] = False,
+) -> None:
+    """Compare algorithms over seeds: same start, partition and order of batches; means with their intervals.
+
+    A run is an ordinary `fedalign run`, with one thread unless run.threads says more. Exit code 1: some runs failed.
+    """
+    from fedalign.compare import open_comparison
+    from fedalign.compare.tune import tuning_cells
+    from fedalign.moe.load import quiet
+
+    quiet()
+    if resume is not None:
+        if config or algorithms or ablation or set_ or tune or out_ or overwrite:
+            raise UserError("--resume: takes the comparison's folder and --jobs alone. Leave out everything else.")
+        comparison = open_comparison(resume, jobs, out, say)
+    else:
+        comparison = _new(config, algorithms or [], ablation, seeds, set_ or [], tune, out_, jobs)
+    request = comparison.request
+    runs = len(request.choices) * len(request.points) * len(request.seeds)
+    points = f"grid points {len(request.points)}, " if request.grid else ""
+    size = f"algorithms {len(request.choices)}, {points}seeds {len(request.seeds)}: {runs} runs"
+    before = f" after {len(tuning_cells(request))} runs of tuning" if request.tune else ""
+    say(f"{size}{before} in {comparison.folder.path}")
+    try:
+        outcome = comparison.run(overwrite)
+    except KeyboardInterrupt:
+        again = shlex.quote(str(comparison.folder.path))
+        say(f"\nInterrupted. Finished runs and rounds are kept; go on with: fedalign compare --resume {again}")
+        raise typer.Exit(130) from None
+    _write_report(comparison.folder.path)
+    _print_outcome(outcome, comparison)
+    if outcome.failed:
+        raise typer.Exit(1)
+
+
+def _write_report(folder: Path) -> None:
+    from fedalign.report import default_out, write_report
+
+    try:
+        problems = write_report([folder], default_out([folder]))
+    except UserError as error:  # not one run to report on: the reasons follow
+        problems = [str(error)]
+    for problem in problems:
+        say(f"report: {problem}")
+
+
+def _new(
+    config: Path | None,
+    algorithms: list[str],
+    ablation: bool,
+    seeds: str,
+    set_: list[str],
+    tune: bool,
+    out_: Path | None,
+    jobs: int | None,
+) -> Comparison:
+    from fedalign.compare import Comparison, plan
+    from fedalign.compare.folder import ComparisonFolder
+    from fedalign.config.toml import load_config
+    from fedalign.demo import DEMO
+
+    if config is None:
+        raise UserError('fedalign compare: no configuration. Give a TOML file, the word "demo", or --resume DIR.')
+    if ablation == bool(algorithms):
+        raise UserError(
+            "fedalign compare: what is to be compared? Give either --algorithms, for example fedavg,fedalign_moe, "
+            "or --ablation."
+        )
+    choices = plan.ablation() if ablation else plan.parse_algorithms(algorithms)
+    single, grid = plan.parse_grid(set_)
+    base = load_config(DEMO if config == Path("demo") and not config.exists() else config, single)
+    request = plan.make_request(base, choices, grid, plan.parse_seeds(seeds), tune)
+    folder = out_ or Path("runs") / f"{'ablation' if ablation else 'compare'}-{config.stem}"
+    return Comparison(request, ComparisonFolder(folder), jobs, out, say)
+
+
+def _print_outcome(outcome: Outcome, comparison: Comparison) -> None:
+    folder = comparison.folder
+    if out.is_terminal:
+        for table in outcome.tables:
+            _print_table(table)
+        for note in outcome.notes:
+            say(note)
+    else:
+        say(folder.markdown.read_text(encoding="utf-8"))
+    made = (folder.markdown, folder.latex, folder.results, folder.path / "report.html")
+    say(f"Results   {folder.path}: {', '.join(file.name for file in made)}, runs/")
+    if outcome.failed:
+        again = shlex.quote(str(folder.path))
+        out.print(f"{len(outcome.failed)} failed; try them again: fedalign compare --resume {again}", style="bold red")
+
+
+def _print_table(table: Table) -> None:
+    shown = TerminalTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
+    for i, title in enumerate(table.header):
+        shown.add_column(title, justify="right" if i else "left")
+    for title, lines in table.sections:
+        shown.add_section()
+        if title:
+            shown.add_row(Text(title, style="italic"))
+        for line in lines:
+            shown.add_row(*(_in_terminal(cell) for cell in line))
+    out.print(shown)
+
+
+def _in_terminal(cell: TableCell) -> Text:
+    from fedalign.compare.tables import MARK
+
+    return Text(f"{cell.text} {MARK}" if cell.marked else cell.text, style="bold" if cell.bold else "")

@@ -1,0 +1,105 @@
+"""The command line of exports: `fedalign export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedalign.cli.terminal import out, print_table, say
+
+if TYPE_CHECKING:
+    from fedalign.export.write import Exported
+
+EXPORT_EXAMPLES = """
+[bold]Examples[/bold]
+
+  fedalign export runs/a --to models/a                       the final model; of a LoRA run the adapter
+
+  fedalign export runs/a --to models/a --best                that of the best round
+
+  fedalign export runs/a --to models/a --merge               the adapter in its base's weights
+
+  fedalign export runs/a --to models/a --dtype bfloat16      half the size
+
+  fedalign export runs/a --to models/a --clients             and a model for each client, with its personal parts
+"""
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, finished or not.", show_default=False)],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where the model goes.", show_default=False)],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add the adapter to its base's weights: a checkpoint without peft.")
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="bfloat16|float16|float32",
+            help="Round the weights, routers too; of an adapter its factors alone. Without it: as trained.",
+        ),
+    ] = None,
+    best: Annotated[bool, typer.Option("--best", help="The model of the best round, not of the last one.")] = False,
+    clients: Annotated[
+        bool,
+        typer.Option(
+            "--clients", help="Also a folder for each client that has personal parts (gate = local, pfl_moe)."
+        ),
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            metavar="PATH_OR_HUB_ID",
+            help="Where the adapter's base is now; without it: model.path of the run. It is compared with what the "
+            "adapter was trained on.",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that --to holds.")] = False,
+) -> None:
+    """Make of a run what plain transformers or plain peft load: a checkpoint or an adapter, with a model card.
+
+    Without --merge and --dtype, weights are copied as they are, and what was scored is what is loaded.
+    """
+    from fedalign.export.write import Request
+    from fedalign.export.write import export as write
+    from fedalign.moe.load import quiet
+
+    quiet()
+    request = Request(run, to, merge, dtype, best, clients, base, overwrite)
+    with out.status("Looking at the run ...") as status:
+        exported = write(request, status.update)
+    _print(exported, to)
+
+
+def _print(exported: Exported, to: Path) -> None:
+    from fedalign.export.card import CARD
+    from fedalign.server.scores import accuracy_of
+    from fedalign.units import percent, size
+
+    made, source = exported.made, exported.source
+    accuracy = accuracy_of(exported.trained.scored)
+    rows = [
+        ("what", f"{FORMS[made.form]}, {made.dtype}"),
+        ("round", f"{source.round} of {source.config.run.rounds}"),
+        ("accuracy", percent(accuracy) if accuracy is not None else ""),
+        ("of clients", _of_clients(exported)),
+        ("size", size(sum(file.stat().st_size for file in to.rglob("*") if file.is_file()))),
+    ]
+    print_table(f"{source.config.algorithm.name}: exported", [row for row in rows if row[1]])
+    for note in exported.notes:
+        out.print(note, style="yellow", markup=False, soft_wrap=True)
+    say(f"Written   {to}, with a model card: {CARD}")
+    say("Load      " + "\n          ".join(made.load(str(to))))
+
+
+FORMS = {"checkpoint": "checkpoint", "merged": "checkpoint, adapter merged", "adapter": "adapter (peft)"}
+
+
+def _of_clients(exported: Exported) -> str:
+    if not exported.clients:
+        return ""
+    without = f"; {exported.without} have nothing of their own" if exported.without else ""
+    return f"{exported.clients} models in clients/{without}"

@@ -1,0 +1,95 @@
+"""What a person sees while a run goes on: a table with a line a round, and what is happening now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from fedalign.protocol import Layout, Metrics, Plan, Statistics
+from fedalign.server.checkpoint import ServerState
+from fedalign.server.scores import accuracy_of, loss_of
+from fedalign.units import clock, percent, size
+
+ROWS = 25  # of the live table; older rounds are in metrics.jsonl
+
+
+class LiveTable:
+    """A `server.rounds.Observer` for a terminal; where output goes to a file it prints a line a round instead."""
+
+    def __init__(self, console: Console, rounds: int) -> None:
+        self.console, self.rounds = console, rounds
+        self.history: Sequence[Metrics] = ()
+        self._started, self._done = time.monotonic(), 0  # rounds of this process
+        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        self._task = self._bar.add_task("starting", total=1)
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4)
+
+    def __enter__(self) -> LiveTable:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self._bar.update(self._task, visible=False)
+            self._live.stop()
+
+    def progress(self, round: int, stage: str, done: int, total: int) -> None:
+        """Move the bar."""
+        where = f"round {round} of {self.rounds}" if round else "before round 1"
+        self._bar.update(self._task, description=f"{where}: {stage}", completed=done, total=total)
+
+    def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
+        """Nothing to see."""
+
+    def completed(self, state: ServerState, improved: bool) -> None:
+        """Add the round's line."""
+        self.history = state.history
+        self._done += state.round > 0
+        if not self.console.is_terminal:
+            cells = zip(COLUMNS, row(self.history, len(self.history) - 1, self.time_left()), strict=True)
+            self.console.print(" | ".join(f"{name} {value}" for name, value in cells), soft_wrap=True)
+        for failure in state.history[-1].get("failures", ()):
+            text = f"round {state.round}: {failure['client']}, {failure['stage']}: {failure['reason']}"
+            self.console.print(text, style="yellow", markup=False, soft_wrap=True)
+
+    def time_left(self) -> str:
+        """From the rounds that this process has run."""
+        if not self._done:
+            return "..."
+        rounds_left = self.rounds - int(self.history[-1]["round"])
+        return clock((time.monotonic() - self._started) / self._done * rounds_left)
+
+    def _render(self) -> RenderableType:
+        table = Table(box=box.SIMPLE_HEAD)
+        for name in COLUMNS:
+            table.add_column(name, justify="right")
+        newest = len(self.history) - 1
+        for index in range(max(0, newest + 1 - ROWS), newest + 1):
+            table.add_row(*row(self.history, index, self.time_left() if index == newest else ""))
+        return Group(table, self._bar)
+
+
+COLUMNS = ("round", "accuracy", "worst client", "loss", "routing divergence", "sent up", "time left")
+
+
+def row(history: Sequence[Metrics], index: int, time_left: str) -> tuple[str, ...]:
+    """The cells of one round, in the order of `COLUMNS`."""
+    line = history[index]
+    loss = loss_of(line)
+    sent = sum(past.get("bytes_up", 0) for past in history[: index + 1])
+    return (
+        str(line["round"]),
+        percent(accuracy_of(line)),
+        percent(line.get("client_accuracy_worst")),
+        "-" if loss is None else f"{loss:.3f}",
+        f"{line['routing_divergence_nats']:.4f}" if "routing_divergence_nats" in line else "-",
+        size(sent),
+        time_left,
+    )

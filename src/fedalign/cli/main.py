@@ -1,0 +1,70 @@
+"""The command line, put together. A user's mistake is one message, exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from fedalign import __version__
+from fedalign.cli.compare import COMPARE_EXAMPLES, compare
+from fedalign.cli.doctor import DOCTOR_EXAMPLES, doctor
+from fedalign.cli.export import EXPORT_EXAMPLES, export
+from fedalign.cli.inspect import INSPECT_EXAMPLES, inspect
+from fedalign.cli.report import REPORT_EXAMPLES, report
+from fedalign.cli.run import RUN_EXAMPLES, run
+from fedalign.cli.site import site_app
+from fedalign.cli.terminal import err, out
+from fedalign.cli.upcycle import UPCYCLE_EXAMPLES, upcycle
+from fedalign.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Federated fine-tuning of Mixture-of-Experts language models: align routing, average experts that agree.",
+)
+app.add_typer(site_app, name="site")
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and context.invoked_subcommand != "run":
+        raise UserError(f"fedalign {context.invoked_subcommand}: torchrun is for `fedalign run` alone. Leave it out.")
+
+
+COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
+    (run, RUN_EXAMPLES),
+    (inspect, INSPECT_EXAMPLES),
+    (compare, COMPARE_EXAMPLES),
+    (doctor, DOCTOR_EXAMPLES),
+    (export, EXPORT_EXAMPLES),
+    (report, REPORT_EXAMPLES),
+    (upcycle, UPCYCLE_EXAMPLES),
+)
+for command, examples in COMMANDS:
+    app.command(epilog=examples)(command)
+
+
+def main() -> None:
+    """Entry point of the `fedalign` command."""
+    # where it is installed, peft loads it, and a CPU with bfloat16 is told to install what only helps without CUDA
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        app()
+    except UserError as error:
+        err.print("Error:", style="bold red", end=" ")
+        err.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(2)

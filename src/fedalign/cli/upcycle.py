@@ -1,0 +1,130 @@
+"""The command line of sparse upcycling: `fedalign upcycle`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedalign.cli.terminal import out, print_table, say
+from fedalign.errors import UserError
+
+if TYPE_CHECKING:
+    from fedalign.moe.upcycle import Source
+
+UPCYCLE_EXAMPLES = """
+[bold]What becomes of which model[/bold]
+
+  Llama, Mistral   Mixtral; Qwen2-MoE where some layers stay dense, which Mixtral cannot
+
+  Qwen2            Qwen2-MoE
+
+  Qwen3            Qwen3-MoE
+
+[bold]Examples[/bold]
+
+  fedalign upcycle Qwen/Qwen3-0.6B --out models/qwen3-8x
+
+  fedalign upcycle models/llama --experts 4 --layers every:4 --out models/llama-4x
+
+  fedalign upcycle model.Q4_1.gguf --out models/from-gguf      needs pip install 'fedalign-moe\\[gguf]'
+"""
+
+
+def upcycle(
+    dense: Annotated[str, typer.Argument(metavar="DENSE", help="A folder, a hub id, or a GGUF file.")],
+    out_: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the new model goes.", show_default=False)],
+    experts: Annotated[int, typer.Option("--experts", help="Experts of each MoE layer.")] = 8,
+    top_k: Annotated[int, typer.Option("--top-k", help="Experts a token is sent to.")] = 2,
+    layers: Annotated[
+        str,
+        typer.Option(
+            "--layers",
+            metavar="all|every:N|0,3,6",
+            help="Which layers get experts: all, every Nth (every:4 is 3, 7, 11, ...), or numbers from 0.",
+        ),
+    ] = "all",
+    noise: Annotated[
+        float,
+        typer.Option(
+            "--noise",
+            help="What makes the copies differ: a standard deviation, as a share of that of each matrix. "
+            "0: exactly the dense model.",
+        ),
+    ] = 0.01,
+    seed: Annotated[int, typer.Option("--seed", help="Of the random routers and the noise.")] = 0,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that --out holds.")] = False,
+) -> None:
+    """Make a Mixture-of-Experts model of a dense one: each expert starts as a copy of the layer's FFN.
+
+    The router is random and the weights of the top-k experts sum to one, so without noise the new model computes what
+    the dense one does.
+    """
+    from fedalign.files import replacing
+    from fedalign.moe.load import quiet
+    from fedalign.moe.model import MoEModel
+    from fedalign.moe.upcycle import Recipe, Source, check_dense, load_dense, probe_logits
+    from fedalign.moe.upcycle import upcycle as make_sparse
+    from fedalign.units import size
+
+    quiet()
+    recipe, source = Recipe(experts, top_k, layers, noise, seed), Source.find(dense, revision)
+    _check_free(out_, source, overwrite)
+    with out.status("Loading the dense model ..."):
+        check_dense(source, recipe)
+        model = load_dense(source)
+        tokenizer, tokenizer_found = _tokenizer(source)
+    family, parameters = model.config.model_type, model.num_parameters()
+    with out.status("Copying ..."):
+        logits = probe_logits(model)
+        model = make_sparse(model, recipe)
+        highest, difference = float(logits.abs().max()), float((probe_logits(model) - logits).abs().max())
+    with out.status("Writing ..."), replacing(out_) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    about = MoEModel.wrap(model).describe()
+    rows = [
+        ("family", f"{family} -> {about.family}"),
+        ("layers", f"{about.moe_layers} MoE, {about.dense_layers} dense"),
+        ("experts", f"{about.experts} a layer, top-{about.top_k}, noise {noise:g}, seed {seed}"),
+        ("parameters", f"{parameters:,} -> {about.parameters:,}, active for a token {about.active_parameters:,}"),
+        ("logits", f"at most {difference:.1e} from the dense model's, which reach {highest:.0f} ({about.dtype})"),
+        ("tokenizer", tokenizer_found),
+    ]
+    print_table(f"{source} upcycled", rows)
+    bytes_written = sum(file.stat().st_size for file in out_.iterdir())
+    place = shlex.quote(str(out_))
+    say(f"Written   {out_} ({size(bytes_written)}): load it with transformers")
+    say(f"Look      fedalign inspect {place}")
+    say(f"Train     fedalign run my.toml --set model.path={place}")
+
+
+def _tokenizer(source: Source) -> tuple[Any, str]:
+    """The model's tokenizer, or None, and what to tell of it."""
+    from fedalign.moe.upcycle import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(source)
+    except UserError as error:
+        return None, f"none: {error}"
+    return tokenizer, "copied, with its chat template" if tokenizer.chat_template else "copied; it has no chat template"
+
+
+def _check_free(folder: Path, source: Source, overwrite: bool) -> None:
+    """Refuse a place where anything but a model that may be replaced would be lost."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {str(folder)!r}: is a file. Give a folder that does not exist yet.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "config.json").exists():
+        raise UserError(f"--out {str(folder)!r}: is not empty and holds no model. Give a new or empty folder.")
+    if folder.resolve() == Path(source.place).resolve():
+        raise UserError(f"--out {str(folder)!r}: is the dense model itself. Give another folder.")
+    if not overwrite:
+        raise UserError(
+            f"--out {str(folder)!r}: already holds a model. Replace it: --overwrite; or give another --out."
+        )

@@ -1,0 +1,160 @@
+"""Scores of the current weights on a set of examples.
+
+Classification and multiple choice: the choice whose answer tokens are likeliest. Where every choice is one token, one
+forward pass scores them all. Language modelling: loss. Instruction and chat: loss, and exact match on request.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedalign import parallel
+from fedalign.client.forward import AnswerLogits, answer_logits, own_share
+from fedalign.config.run import EvaluationConfig
+from fedalign.data.batches import Batch, batches
+from fedalign.data.encode import IGNORED, Encoded, Encoder
+from fedalign.data.formats import Example
+from fedalign.moe.model import MoEModel
+from fedalign.protocol import Evaluation
+
+Answer = Callable[[Batch], AnswerLogits]
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Examples made ready for scoring once, to be scored every round."""
+
+    __test__ = False  # not a test class
+
+    encoded: Sequence[Encoded]  # with the right answer
+    choices: Sequence[Sequence[Encoded]] = ()  # of each example, if it has any
+    right_N: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # index of the right choice
+    prompts: Sequence[list[int]] = ()  # what a generated answer continues,
+    answers: Sequence[str] = ()  # and what it should be
+
+    @classmethod
+    def prepare(cls, examples: Sequence[Example], encoder: Encoder) -> TestSet | None:
+        """Encode right answers and, where there are any, all choices; None if nothing is left to score."""
+        tests = (
+            cls._with_choices(examples, encoder) if any(e.choices for e in examples) else cls._free(examples, encoder)
+        )
+        return tests if len(tests) else None
+
+    @classmethod
+    def _free(cls, examples: Sequence[Example], encoder: Encoder) -> TestSet:
+        encoded = encoder.encode(examples)
+        kept = [examples[one.example] for one in encoded]  # too long ones may have been dropped
+        answers = [_last_answer(example).strip() for example in kept]
+        return cls(encoded, prompts=encoder.encode_prompts(kept), answers=answers)
+
+    @classmethod
+    def _with_choices(cls, examples: Sequence[Example], encoder: Encoder) -> TestSet:
+        groups = [list(group) for _, group in itertools.groupby(encoder.encode_choices(examples), lambda e: e.example)]
+        kept = [examples[group[0].example] for group in groups]
+        right = [example.choices.index(example.answer) for example in kept]
+        return cls([group[i] for group, i in zip(groups, right, strict=True)], groups, torch.tensor(right))
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+
+def _last_answer(example: Example) -> str:
+    return example.messages[-1][1] if example.messages else example.answer
+
+
+@torch.no_grad()
+def evaluate(
+    moe: MoEModel,
+    tests: TestSet,
+    config: EvaluationConfig,
+    tokenizer: Any,
+    client: str | None,
+    answer: Answer | None = None,
+) -> Evaluation:
+    """Score the model as it stands; deterministic, and independent of how examples are batched to rounding.
+
+    `answer` predicts in the model's place, where a client mixes it with another; generated text is the model's alone.
+    """
+    moe.model.eval()
+    answer = answer or partial(answer_logits, moe)
+    if len(tests.choices):
+        nll_sum, tokens, right = _score_choices(moe.device, answer, tests, config)
+        return Evaluation(client, len(tests), nll_sum / tokens, right / len(tests))
+    nll_sum, tokens = 0.0, 0
+    for batch in _batches(tests.encoded, config, moe.device):
+        nll_N = answer(batch).nll_N
+        nll_sum, tokens = nll_sum + float(nll_N.double().sum()), tokens + nll_N.numel()
+    nll_sum, tokens = _over_all(moe.device, nll_sum, tokens)
+    matches = _exact_matches(moe, tests, config, tokenizer) if config.generate else None
+    return Evaluation(client, len(tests), nll_sum / tokens, None if matches is None else matches / len(tests))
+
+
+def _batches(encoded: Sequence[Encoded], config: EvaluationConfig, device: torch.device) -> Iterator[Batch]:
+    for batch in batches(encoded, config.batch_tokens, batch_examples=config.batch_tokens, seed=None):
+        yield own_share(batch).to(device)
+
+
+def _over_all(device: torch.device, nll_sum: float, count: int) -> tuple[float, int]:
+    """The sums of all processes that share the batches."""
+    both = parallel.total(torch.tensor([nll_sum, count], dtype=torch.float64, device=device))
+    return float(both[0]), int(both[1])
+
+
+def _score_choices(
+    device: torch.device, answer: Answer, tests: TestSet, config: EvaluationConfig
+) -> tuple[float, int, int]:
+    """Sum of the right answers' NLL, their tokens, and how many examples were answered rightly."""
+    tokens = [[[t for t in choice.labels if t != IGNORED] for choice in choices] for choices in tests.choices]
+    if len({len(choices) for choices in tokens}) == 1 and all(len(t) == 1 for choices in tokens for t in choices):
+        return _score_single_tokens(device, answer, tests, config, torch.tensor(tokens).squeeze(2))
+    flat = [choice for choices in tests.choices for choice in choices]
+    nll_F, length_F = torch.zeros(len(flat), dtype=torch.float64), torch.zeros(len(flat), dtype=torch.int64)
+    for batch in _batches(flat, config, device):
+        answers = answer(batch)
+        rows = torch.tensor(batch.rows)[answers.row_N.cpu()]
+        nll_F.index_add_(0, rows, answers.nll_N.double().cpu())
+        length_F.index_add_(0, rows, torch.ones_like(rows))
+    nll_F, length_F = (parallel.total(sums.to(device)).cpu() for sums in (nll_F, length_F))
+    score_F = nll_F / length_F if config.length_normalise else nll_F
+    counts = [len(choices) for choices in tests.choices]
+    best_N = torch.stack([part.argmin() for part in torch.split(score_F, counts)])
+    right_F = torch.tensor([0, *counts[:-1]]).cumsum(0) + tests.right_N
+    return float(nll_F[right_F].sum()), int(length_F[right_F].sum()), int((best_N == tests.right_N).sum())
+
+
+def _score_single_tokens(
+    device: torch.device, answer: Answer, tests: TestSet, config: EvaluationConfig, choice_N_K: Tensor
+) -> tuple[float, int, int]:
+    nll_sum, right = 0.0, 0
+    for batch in _batches(tests.encoded, config, device):
+        answers = answer(batch)
+        rows = torch.tensor(batch.rows)[answers.row_N.cpu()]
+        nll_sum += float(answers.nll_N.double().sum())
+        score_N_K = answers.logits_N_V.gather(1, choice_N_K[rows].to(device))
+        right += int((score_N_K.argmax(1).cpu() == tests.right_N[rows]).sum())
+    nll_sum, right = _over_all(device, nll_sum, right)
+    return nll_sum, len(tests), right
+
+
+def _exact_matches(moe: MoEModel, tests: TestSet, config: EvaluationConfig, tokenizer: Any) -> int:
+    """Greedy continuations of each prompt that equal the answer but for white space at the ends."""
+    matches = 0
+    for prompt, answer in zip(tests.prompts, tests.answers, strict=True):
+        output = moe.model.generate(
+            torch.tensor([prompt], device=moe.device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=moe.device),
+            max_new_tokens=config.max_new_tokens,
+            do_sample=False,
+            synced_gpus=parallel.world() > 1,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+        new = output[0] if moe.is_seq2seq else output[0, len(prompt) :]
+        matches += tokenizer.decode(new, skip_special_tokens=True).strip() == answer
+    return matches

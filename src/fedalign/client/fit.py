@@ -1,0 +1,238 @@
+"""The local epochs of one client in one round: a plain PyTorch loop.
+
+Statistics are streamed from the last local epoch's own forward passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import get_scheduler
+
+from fedalign import parallel
+from fedalign.client.forward import answer_logits, own_share
+from fedalign.client.memory import ClientData
+from fedalign.config.run import ClientLimits, TrainingConfig
+from fedalign.data.batches import Batch, batches
+from fedalign.data.tokens import TokenCounts
+from fedalign.errors import TrainingFailedError
+from fedalign.maths.hashing import derive_seed
+from fedalign.moe.probe import Captured, RoutingProbe, RoutingStatistics, balancing_loss, idle_experts
+from fedalign.protocol import LocalRound, ParameterGroup, Step, Weights
+
+if TYPE_CHECKING:
+    from fedalign.client.trainer import Trainer
+
+AS_EVERYBODY = ClientLimits()
+BATCHES_TO_CHOOSE = 8  # that a client reads before it says which experts it trains
+REMEDY = "try a lower training.learning_rate, or training.precision = 'float32'"
+
+
+class LocalFit:
+    """The local epochs of one client in one round."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        client: ClientData,
+        local: LocalRound,
+        round: int,
+        remembered: Mapping[str, Tensor],
+        limits: ClientLimits = AS_EVERYBODY,
+    ) -> None:
+        self.moe, self.algorithm, self.options = trainer.moe, trainer.algorithm, trainer.config.training
+        self.client, self.local = client, local
+        self.seed = derive_seed(trainer.config.run.seed, round, client.name, "order")
+        device = self.moe.device
+        self.state = {name: value.to(device) for name, value in local.state.items()}
+        self.prob_L_E = remembered["prob_L_E"].to(device) if "prob_L_E" in remembered else None
+        self.statistics = RoutingStatistics(len(self.moe.layers), self.moe.experts, self.moe.hidden, device)
+        self.tokens = TokenCounts(self.moe.layout.token_rows if self.algorithm.counts_tokens else ())
+        self.parameters = [p for p in self.moe.model.parameters() if p.requires_grad]
+        self.masters = {p: p.detach().float() for p in self.parameters if p.dtype != torch.float32}
+        self.views = trainer.views if not self.masters else self.moe.views_of(self.masters)
+        if self.masters:  # the model's own values are rounded
+            self.moe.write(local.start, self.masters)
+        self.stepped = [self.masters.get(p, p) for p in self.parameters]
+        self.optimizer = make_optimizer(self.stepped, self.options)
+        if self.options.keep_optimizer:
+            restore_optimizer(self.optimizer, self.stepped, remembered)
+        self.limits = limits
+        self.frozen_L_E = torch.zeros(len(self.moe.layers), self.moe.experts, dtype=torch.bool, device=device)
+        self.still = self.moe.weaker_components(limits.rank) if limits.rank else []
+        self.steps = 0
+        self._start: list[Tensor] | None = None
+        self._nll_sum, self._answer_tokens = 0.0, 0
+
+    @property
+    def mean_loss(self) -> float:
+        """Task loss of the last epoch, nats per answer token."""
+        return self._nll_sum / max(1, self._answer_tokens)
+
+    def run(self) -> None:
+        """All local epochs."""
+        self.moe.model.train()
+        schedule = self._schedule()
+        autocast = make_autocast(self.moe.device, self.options.precision)
+        with RoutingProbe(self.moe) as probe:
+            if self.limits.max_experts:
+                self.frozen_L_E = self._least_used(probe, self.limits.max_experts)
+            for epoch in range(self.options.epochs):
+                self._nll_sum, self._answer_tokens = 0.0, 0
+                last = epoch == self.options.epochs - 1
+                for group in grouped(self._batches(epoch), self.options.accumulate):
+                    self._step(group, probe, autocast, record=last)
+                    schedule.step()
+        self.moe.model.zero_grad(set_to_none=True)
+
+    def trained(self) -> Weights:
+        """Flat float32 copies of all that was trained."""
+        return self.moe.read(stand_ins=self.masters)
+
+    @torch.no_grad()
+    def _least_used(self, probe: RoutingProbe, count: int) -> Tensor:
+        """Boolean [L, E]: all but the `count` experts of each layer that most of the client's tokens go to."""
+        load_L_E = torch.zeros(self.frozen_L_E.shape, device=self.moe.device)
+        for batch in itertools.islice(self._batches(0), BATCHES_TO_CHOOSE):
+            here = own_share(batch).to(self.moe.device)
+            with probe.capture(*here.masks()) as captured:
+                answer_logits(self.moe, here)
+            load_L_E += torch.cat([stack.dispatch_M_T_E.sum(1) for stack in captured.stacks])
+        most_L_K = load_L_E.topk(min(count, self.moe.experts), dim=1).indices
+        return torch.ones_like(self.frozen_L_E).scatter_(1, most_L_K, False)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """What the client's next round needs, if the optimizer is kept."""
+        return dump_optimizer(self.optimizer, self.stepped) if self.options.keep_optimizer else {}
+
+    def _batches(self, epoch: int) -> Iterator[Batch]:
+        options = self.options
+        seed = derive_seed(self.seed, epoch)
+        return batches(self.client.train, options.batch_tokens, options.batch_examples, seed=seed)
+
+    def _schedule(self) -> Any:
+        name = "constant_with_warmup" if self.options.schedule == "constant" else self.options.schedule
+        steps = 0  # a constant rate needs no count, and counting collates every batch
+        if self.options.schedule != "constant":
+            epochs = range(self.options.epochs)
+            steps = sum(math.ceil(sum(1 for _ in self._batches(e)) / self.options.accumulate) for e in epochs)
+        return get_scheduler(name, self.optimizer, self.options.warmup_steps, steps)
+
+    def _step(self, group: Sequence[Batch], probe: RoutingProbe, autocast: Any, record: bool) -> None:
+        """One optimizer step on one or more batches."""
+        answer_tokens = sum(batch.answer_tokens for batch in group)
+        self.moe.model.zero_grad(set_to_none=True)
+        idle_L_E: Tensor | None = None
+        for batch in group:
+            here = own_share(batch).to(self.moe.device)
+            with probe.capture(*here.masks()) as captured, autocast():
+                nll_sum = answer_logits(self.moe, here).nll_N.sum()
+            share = batch.answer_tokens / answer_tokens
+            loss = nll_sum / answer_tokens
+            for extra in self._penalties(captured):
+                loss = loss + share * extra
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._nll_sum += self._finite(parallel.total(nll_sum))
+            self._answer_tokens += batch.answer_tokens
+            idle = idle_experts(captured)
+            idle_L_E = idle if idle_L_E is None else idle_L_E & idle
+            if record:
+                self.statistics.update(captured)
+                self.tokens.update(batch)
+        if self.algorithm.corrects:
+            self.algorithm.correct(self.local, self.moe.gradients())
+        for parameter, master in self.masters.items():
+            master.grad = parameter.grad.float() if parameter.grad is not None else None
+        if self.options.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.stepped, self.options.max_grad_norm)
+        assert idle_L_E is not None
+        with self._holding_still(idle_L_E | self.frozen_L_E):
+            self.optimizer.step()
+        with torch.no_grad():
+            for parameter, master in self.masters.items():
+                parameter.copy_(master)
+        self.steps += 1
+
+    def _finite(self, nll_sum: Tensor) -> float:
+        value = float(nll_sum.detach())
+        if not math.isfinite(value):
+            raise TrainingFailedError(f"its loss is {value} at step {self.steps + 1}; {REMEDY}")
+        return value
+
+    def _penalties(self, captured: Captured) -> Iterator[Tensor]:
+        penalty = self.algorithm.penalty(Step(captured.routing, self._drift, self.state, self.prob_L_E))
+        if penalty is not None:
+            yield penalty
+        if self.options.balance_coefficient:
+            yield self.options.balance_coefficient * balancing_loss(captured.routing, self.moe.experts)
+
+    def _drift(self) -> Tensor:
+        """‖w − w_received‖², of the rows that are here; the received weights are copied when first asked for."""
+        if self._start is None:
+            if self.steps:
+                raise RuntimeError("a penalty on the drift must use it from the first step on")
+            self._start = [parallel.held(p.detach())[0].clone() for p in self.parameters]
+        pairs = zip(self.parameters, self._start, strict=True)
+        terms = [(parallel.held(p)[0] - start).square().sum().to(self.moe.device) for p, start in pairs]
+        return torch.stack(terms).sum()
+
+    @contextlib.contextmanager
+    def _holding_still(self, idle_L_E: Tensor) -> Iterator[None]:
+        """Idle experts stay where they are: AdamW would move them by momentum, and the plan read that as direction."""
+        cells = [ParameterGroup("expert", *cell) for cell in idle_L_E.nonzero().tolist()]
+        before = [(view, view.clone()) for view in (*(v for cell in cells for v in self.views[cell]), *self.still)]
+        yield
+        for view, value in before:
+            view.copy_(value)
+
+
+def grouped(items: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    """Consecutive lists of `size`; the last may be shorter."""
+    while part := list(itertools.islice(items, size)):
+        yield part
+
+
+def make_optimizer(parameters: Sequence[Tensor], options: TrainingConfig) -> Optimizer:
+    """AdamW or plain SGD; weight decay on matrices only."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=options.learning_rate)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
+
+
+def dump_optimizer(optimizer: Optimizer, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The optimizer's tensors by parameter index."""
+    return {
+        f"optimizer.{index}.{name}": parallel.whole(value.detach()).cpu()
+        for index, parameter in enumerate(parameters)
+        for name, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_optimizer(optimizer: Optimizer, parameters: Sequence[Tensor], remembered: Mapping[str, Tensor]) -> None:
+    """The inverse of `dump_optimizer`; nothing remembered leaves the optimizer fresh."""
+    for key, value in remembered.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            parameter = parameters[int(index)]
+            optimizer.state[parameter][name] = parallel.like(value.clone(), parameter)
+
+
+def make_autocast(device: torch.device, precision: str) -> Any:
+    """A factory of contexts: bfloat16 where asked for, or where the hardware has it and the choice is ours."""
+    wanted = precision == "bfloat16" or (
+        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)

@@ -1,0 +1,181 @@
+"""Model, tokenizer and encoder of a configuration, and a client's examples made ready for training on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedalign import parallel
+from fedalign.client.evaluation import TestSet, evaluate
+from fedalign.client.memory import ClientData, ClientMemory
+from fedalign.client.trainer import Trainer
+from fedalign.config.run import Config
+from fedalign.data.deal import set_aside
+from fedalign.data.encode import Encoder, load_tokenizer
+from fedalign.data.formats import Example, load_examples
+from fedalign.data.partition import hold_out
+from fedalign.errors import UserError
+from fedalign.maths.hashing import derive_seed
+from fedalign.moe.four_bit import need_cuda
+from fedalign.moe.load import model_path, pick_device
+from fedalign.moe.model import MoEModel, load_model
+from fedalign.protocol import Evaluation, Weights
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A loaded model and what turns text into its batches."""
+
+    config: Config
+    moe: MoEModel
+    tokenizer: Any
+    encoder: Encoder
+
+    @classmethod
+    def load(cls, config: Config) -> Workbench:
+        """Load the configured model and tokenizer.
+
+        Raises:
+            UserError: There is no such model or device, it cannot train so, or a limit does not fit the model.
+        """
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        device = pick_device(config.run.device)
+        several = parallel.world() > 1 or device == parallel.SPLIT
+        if device == parallel.SPLIT:
+            check_splittable(config)
+        elif config.tuning.kind == "qlora":
+            need_cuda(device)
+        moe = load_model(
+            config.model.path,
+            device="cpu" if several else device,
+            trust_remote_code=config.model.trust_remote_code,
+            revision=config.model.revision,
+            tuning=config.tuning,
+            seed=config.run.seed,
+        )
+        if several:
+            moe = moe.split() if device == parallel.SPLIT else moe.shard(torch.device(device))
+        if config.tuning.gradient_checkpointing:
+            moe.checkpoint_activations()
+        return cls.around(moe, config)
+
+    @classmethod
+    def around(cls, moe: MoEModel, config: Config) -> Workbench:
+        """The workbench of a model that is there."""
+        tokenizer = load_tokenizer(
+            model_path(config.model.path),
+            trust_remote_code=config.model.trust_remote_code,
+            revision=config.model.revision,
+        )
+        encoder = Encoder(
+            tokenizer,
+            pick_length(config, moe),
+            moe.is_seq2seq,
+            config.data.too_long,
+            decoder_start=getattr(moe.model.config, "decoder_start_token_id", None),
+        )
+        return cls(config, moe, tokenizer, encoder)
+
+    def trainer(self) -> Trainer:
+        """The client step on this model."""
+        return Trainer(self.moe, self.tokenizer, self.config.algorithm.build(), self.config)
+
+    def client(self, name: str, examples: Sequence[Example], indices: Sequence[int], folder: Path) -> ClientData:
+        """Encode the examples that `indices` names: a part to train on and a held-out part.
+
+        Raises:
+            UserError: Nothing is left to train on.
+        """
+        seed = derive_seed(self.config.run.seed, "held out")
+        kept, held = hold_out(indices, self.config.clients.held_out, seed, name)
+        client = ClientData(
+            name=name,
+            train=self.encoder.encode([examples[index] for index in kept]),
+            held_out=TestSet.prepare([examples[index] for index in held], self.encoder),
+            memory=ClientMemory(folder),
+        )
+        if not client.train:
+            raise UserError(
+                f"client {name!r}: all of its examples are longer than {self.encoder.max_length} tokens and dropped. "
+                f'Raise data.max_length, or set data.too_long = "truncate".'
+            )
+        return client
+
+    def test_set(self) -> TestSet | None:
+        """The global test examples, if there are any; or the validation part in their place."""
+        config = self.config
+        if config.evaluation.part == "validation":
+            return TestSet.prepare(set_aside(config)[1], self.encoder)
+        test = load_examples(config.data.test or config.data.train, config.data, "test", config.run.seed)
+        return TestSet.prepare(test, self.encoder)
+
+    def score(self, weights: Weights, tests: TestSet | None) -> Evaluation | None:
+        """Score weights on a test set, if there is one."""
+        if tests is None:
+            return None
+        self.moe.write(weights)
+        return evaluate(self.moe, tests, self.config.evaluation, self.tokenizer, client=None)
+
+    def save(self, weights: Weights, folder: Path) -> None:
+        """Write weights as an ordinary Hugging Face folder, with the tokenizer."""
+        self.moe.write(weights)
+        self.moe.save(folder)
+        if parallel.is_first():
+            self.tokenizer.save_pretrained(folder)
+
+
+def check_shardable(config: Config) -> None:
+    """Refuse what cannot go over the processes that torchrun started.
+
+    Raises:
+        UserError: Another engine, or its tuning or algorithm needs whole parameters.
+    """
+    if config.federation.engine != "in_process":
+        raise UserError(
+            f'federation.engine = "{config.federation.engine}": torchrun starts clients in process alone. Leave '
+            'torchrun out, or choose "in_process".'
+        )
+    if config.tuning.adapts:
+        raise UserError(
+            f'tuning.kind = "{config.tuning.kind}": torchrun does not shard adapters. Leave torchrun out (lora can '
+            f'take run.device = "{parallel.SPLIT}"), or choose one of: full, moe, experts, router.'
+        )
+    algorithm = config.algorithm.build()
+    if algorithm.corrects or algorithm.mixes:
+        what = "whole gradients" if algorithm.corrects else "a second model"
+        raise UserError(
+            f'algorithm.name = "{config.algorithm.name}": needs {what}, which torchrun cannot shard. Leave torchrun '
+            "out, or choose another algorithm."
+        )
+
+
+def check_splittable(config: Config) -> None:
+    """Refuse what cannot go over several GPUs layer by layer.
+
+    Raises:
+        UserError: A 4-bit base, or an algorithm with a second model.
+    """
+    if config.tuning.kind == "qlora":
+        raise UserError(
+            f'run.device = "{parallel.SPLIT}": not for a 4-bit base. Choose tuning.kind = "lora", or one GPU.'
+        )
+    if config.algorithm.build().mixes:
+        raise UserError(
+            f'run.device = "{parallel.SPLIT}": algorithm.name = "{config.algorithm.name}" has a second model beside. '
+            "Choose one GPU, or another algorithm."
+        )
+
+
+def pick_length(config: Config, moe: MoEModel) -> int:
+    """The longest example in tokens: as asked, at most what the model allows."""
+    asked, allowed = config.data.max_length, moe.max_length
+    if asked and allowed and asked > allowed:
+        raise UserError(
+            f"data.max_length = {asked}: the model allows {allowed} tokens. Choose 1 to {allowed}, or 0 for all of it."
+        )
+    return asked or allowed or 0

@@ -1,0 +1,1 @@
+"""Every knob: TOML in, frozen and checked sections out."""

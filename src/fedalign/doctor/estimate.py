@@ -1,0 +1,221 @@
+"""What training would take: sizes are counted, time is extrapolated from one forward and backward pass."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedalign.client.evaluation import TestSet
+from fedalign.client.fit import make_autocast
+from fedalign.client.forward import answer_logits
+from fedalign.client.memory import ClientData
+from fedalign.client.workbench import Workbench
+from fedalign.config.run import Config
+from fedalign.data.batches import batches
+from fedalign.data.encode import Encoded
+from fedalign.federation.in_process import Prepared
+from fedalign.files import KEPT_ROUNDS
+from fedalign.maths.rounding import broadcast_dtype, packed_nbytes
+from fedalign.protocol import Layout
+from fedalign.server.rounds import select
+
+CARRIER = 4  # bytes that Flower's process at a site holds at its peak for each byte of a message (flwr 1.41, measured)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run in one process would take. Bytes and seconds; memory is that of all clients in turn."""
+
+    parameters: int
+    trained: int
+    clients: int
+    clients_a_round: int
+    examples: Mapping[str, int]  # by client
+    bytes_down_a_round: int
+    bytes_up_a_round_at_most: int  # every group of every client
+    bytes_statistics_a_client: int
+    memory: int
+    seconds_a_round: float  # from one measured forward and backward pass
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SiteEstimate:
+    """What one site's part of a run takes before anything is measured: bytes."""
+
+    training: int  # of the device that trains: weights, gradients, optimizer; activations come on top
+    loading: int  # of RAM: the weights on their way to another device
+    exchange: int  # of RAM: what was received, and the update
+    carrier: int  # of RAM: Flower's own process, which carries messages in and out
+    down_a_round: int
+    up_a_round_at_most: int  # every group
+    statistics: int
+    disk: int  # kept rounds, and the one being written
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One measured forward and backward pass."""
+
+    activations: int  # bytes that the backward pass reads, on top of the weights
+    seconds_a_token: float
+
+
+def estimate_run(
+    bench: Workbench, clients: Mapping[str, ClientData], test: TestSet | None, clients_a_round: int
+) -> Estimate:
+    """A run of all clients in this process, without training; the weights stay as they are."""
+    config, layout = bench.config, bench.moe.layout
+    total, trained = parameter_counts(bench)
+    statistics = statistics_nbytes(config, layout)
+    scored = len(clients) if config.evaluation.clients and config.clients.held_out else 0
+    largest = max(clients.values(), key=lambda client: len(client.train))
+    step = measure_step(bench, largest.train)
+    held = [client.held_out for client in clients.values()]
+    train = [client.train for client in clients.values()]
+    tokens = round_tokens(config, train, [*held, test])
+    seconds = step.seconds_a_token * tokens * clients_a_round / max(1, len(clients))
+    return Estimate(
+        parameters=total,
+        trained=trained,
+        clients=len(clients),
+        clients_a_round=clients_a_round,
+        examples={name: len(client.train) for name, client in clients.items()},
+        bytes_down_a_round=weights_nbytes(config, layout) * (clients_a_round + scored),
+        bytes_up_a_round_at_most=(update_nbytes(config, layout) + statistics) * clients_a_round,
+        bytes_statistics_a_client=statistics,
+        memory=training_nbytes(bench) + exchange_nbytes(trained, config) + server_nbytes(trained) + step.activations,
+        seconds_a_round=seconds,
+        seconds=seconds * config.run.rounds,
+    )
+
+
+def estimate_site(bench: Workbench) -> SiteEstimate:
+    """What a site needs for this model; a skeleton of it is enough."""
+    config, layout = bench.config, bench.moe.layout
+    _, trained = parameter_counts(bench)
+    weights, update = weights_nbytes(config, layout), update_nbytes(config, layout)
+    statistics = statistics_nbytes(config, layout)
+    broadcasts = 2 if config.evaluation.clients and config.clients.held_out else 1  # to train on, and to be scored
+    remembered = 4 * layout.layers * layout.experts + (4 * trained * moments(config) * config.training.keep_optimizer)
+    return SiteEstimate(
+        training=training_nbytes(bench),
+        loading=bench.moe.saved.before if bench.moe.saved else bench.moe.nbytes,
+        exchange=exchange_nbytes(trained, config),
+        carrier=CARRIER * max(weights, update),
+        down_a_round=weights * broadcasts,
+        up_a_round_at_most=update + statistics,
+        statistics=statistics,
+        disk=(KEPT_ROUNDS + 1) * (update + remembered),
+    )
+
+
+def parameter_counts(bench: Workbench) -> tuple[int, int]:
+    """Values of the model, and how many of them are trained."""
+    return sum(p.numel() for p in bench.moe.model.parameters()), sum(bench.moe.layout.sizes.values())
+
+
+def weights_nbytes(config: Config, layout: Layout) -> int:
+    """Bytes of all weights on their way to a client."""
+    dtype = broadcast_dtype(config.wire.dtype)
+    return sum(packed_nbytes(size, dtype) for size in layout.sizes.values())
+
+
+def update_nbytes(config: Config, layout: Layout) -> int:
+    """Bytes of a whole update on its way to the server."""
+    return sum(packed_nbytes(size, config.wire.dtype) for size in layout.sizes.values())
+
+
+def statistics_nbytes(config: Config, layout: Layout) -> int:
+    """Bytes of one client's statistics on the wire."""
+    cells = layout.layers * layout.experts
+    sketches = 2 * cells * (config.statistics.update_width + config.statistics.centroid_width)
+    counts = math.prod(layout.token_cells) if config.algorithm.build().counts_tokens else 0
+    return sketches + 4 * 3 * cells + 4 * layout.layers + 4 * len(layout.groups) + 4 * counts + 48
+
+
+def moments(config: Config) -> int:
+    """Values that the optimizer keeps for each trained value."""
+    return 2 if config.training.optimizer == "adamw" else 0
+
+
+def training_nbytes(bench: Workbench) -> int:
+    """Weights, gradients, optimizer, and masters of what is rounded; the update takes the place of the gradients."""
+    trained: list[nn.Parameter] = [p for p in bench.moe.model.parameters() if p.requires_grad]
+    rounded = [p for p in trained if p.dtype != torch.float32]
+    stepped = 4 * sum(p.numel() for p in trained) * (1 + moments(bench.config))
+    return bench.moe.nbytes + stepped + sum(4 * p.numel() + p.nbytes for p in rounded)
+
+
+def exchange_nbytes(trained: int, config: Config) -> int:
+    """Received weights and update; what travels is a copy of each, unless it travels in float32 as well."""
+    dtypes = (broadcast_dtype(config.wire.dtype), config.wire.dtype)
+    return 4 * trained * 2 + sum(packed_nbytes(trained, dtype) for dtype in dtypes if dtype != "float32")
+
+
+def server_nbytes(trained: int) -> int:
+    """Master weights and their sum."""
+    return 4 * trained * 2
+
+
+def round_tokens(config: Config, train: Sequence[Sequence[Encoded]], tests: Sequence[TestSet | None]) -> float:
+    """Tokens of one round in which every client takes part; those of evaluation cost a third."""
+    trained = sum(len(one.input_ids) for client in train for one in client) * config.training.epochs
+    scored = sum(len(one.input_ids) for test in tests if test is not None for one in test.encoded)
+    return trained + scored / 3
+
+
+def measure_step(bench: Workbench, examples: Sequence[Encoded]) -> StepCost:
+    """Run one batch of these examples forward and backward; the weights stay as they are."""
+    moe, options = bench.moe, bench.config.training
+    batch = next(iter(batches(examples, options.batch_tokens, options.batch_examples, seed=0))).to(moe.device)
+    autocast = make_autocast(moe.device, options.precision)
+    moe.model.train()
+    kept, seconds = Kept(moe.model), math.inf
+    for counting in (kept.counting(), nullcontext(), nullcontext()):  # the first pass also warms up
+        started = time.perf_counter()
+        with autocast(), counting:
+            loss = answer_logits(moe, batch).nll_N.mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        moe.model.zero_grad(set_to_none=True)
+        if moe.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = min(seconds, time.perf_counter() - started)
+    return StepCost(kept.nbytes, seconds / float(batch.attention_mask_B_S.sum()))
+
+
+class Kept:
+    """Counts what a forward pass keeps for its backward pass, the model's own storage left out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._sizes: dict[int, int] = {}
+        self._own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all kept storages."""
+        return sum(self._sizes.values())
+
+    def counting(self) -> AbstractContextManager[Any]:
+        """A context in which what is kept is counted."""
+        return torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._own:
+            self._sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+def estimate(prepared: Prepared) -> Estimate:
+    """What to expect, without training."""
+    config = prepared.config
+    asked = select(list(prepared.clients), config.clients.sample, config.run.seed, 1)
+    return estimate_run(prepared.bench, prepared.clients, prepared.test, len(asked))

@@ -1,0 +1,1 @@
+"""`fedalign export`: what others load, with a model card."""

@@ -1,0 +1,423 @@
+"""The model card of what is exported: a README.md whose head the Hub reads.
+
+It tells how many clients there were, never their names, and of their data the kind and size alone: no text, no class
+names, no paths. Whoever has the run's folder finds these there.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from fedalign.config.run import Config, DataConfig
+from fedalign.data.formats import FORMATS
+from fedalign.data.sources import Row
+from fedalign.protocol import Metrics
+from fedalign.server.health import DEAD, OVERLOADED, Round
+from fedalign.server.scores import merit
+from fedalign.units import percent
+
+CARD = "README.md"
+Form = Literal["checkpoint", "merged", "adapter"]
+MIXTURE_GATE = "mixture_gate.safetensors"
+PACKAGES = ("fedalign-moe", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
+KINDS = {
+    "chat": "conversations",
+    "classification": "texts with a class each",
+    "instruction": "instructions with a response each",
+    "multiple_choice": "questions with choices, one of them right",
+    "text": "plain text",
+}
+MODEL = "A Mixture-of-Experts language model"
+PARTITIONS = {
+    "dirichlet": "dealt out by class, Dirichlet with alpha {alpha:g}",
+    "files": "each client has its own",
+    "iid": "dealt out at random",
+    "natural": "each client has its own",
+    "pathological": "dealt out, {classes} classes a client",
+    "size": "dealt out at random in growing sizes ({size_growth})",
+}
+TUNINGS = {
+    "full": "all parameters",
+    "moe": "routers and experts",
+    "experts": "experts",
+    "router": "routers",
+}
+ROUTERS = {"full": "trained whole", "lora": "LoRA too", "frozen": "frozen"}
+AVERAGES = {"factors": "the factors", "freeze_a": "B alone, A is frozen", "exact": "the products, cut back to the rank"}
+PLACEHOLDERS = {
+    "text": "{text}",
+    "label": "{label}",
+    "prompt": "{prompt}",
+    "response": "{response}",
+    "question": "{question}",
+    "choices": ["{choice}", "{other choice}"],
+    "answer": 0,
+}
+HEAD = """\
+{imports}
+
+folder = "."  # {place}
+{model}
+tokenizer = AutoTokenizer.from_pretrained(folder)
+"""
+MIXED = """\
+{server}  # the global model
+gate = load_file(f"{{folder}}/{gate}")
+heard = []
+server.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
+
+
+@torch.no_grad()
+def log_probabilities(**inputs):
+    \"\"\"Of the next token at each position: what the gate makes of the global model and the client's own.\"\"\"
+    heard.clear()
+    theirs, own = (m.eval()(**inputs).logits.float().log_softmax(-1) for m in (server, model))
+    score = heard[0].float() @ gate["gate.weight"].T + gate["gate.bias"]
+    log_share = torch.nn.functional.logsigmoid
+    return torch.logaddexp(log_share(score) + theirs, log_share(-score) + own)
+
+
+"""
+UNTOLD = {  # of the configuration: paths, names of clients and classes, what the machines were
+    "run": ("device", "threads"),
+    "model": ("path", "revision"),
+    "data": ("train", "test", "subset", "train_split", "test_split", "columns", "labels", "template"),
+    "clients": ("limits",),
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was exported."""
+
+    name: str
+    form: Form
+    dtype: str
+    loader: str  # the class that loads it
+    base: str  # a folder or a Hub id
+    local_base: bool
+    trust_remote_code: bool = False
+    clients: int = 0  # personal models beside it
+    personal: str | None = None  # the client whose model it is
+    mixes: bool = False  # it is mixed with the global model by a gate
+
+    @property
+    def is_seq2seq(self) -> bool:
+        """Whether it has an encoder and a decoder."""
+        return "Seq2Seq" in self.loader
+
+    @property
+    def library(self) -> str:
+        """What loads it."""
+        return "peft" if self.form == "adapter" else "transformers"
+
+    def load(self, place: str) -> tuple[str, str]:
+        """The two lines that load it from a folder or the Hub."""
+        options = [repr(place)] + [f'dtype="{self.dtype}"'] * (self.form == "adapter")
+        options += ["trust_remote_code=True"] * self.trust_remote_code
+        return (
+            f"from {self.library} import {self.loader}",
+            f"model = {self.loader}.from_pretrained({', '.join(options)})",
+        )
+
+    def of_client(self, name: str, *, mixes: bool) -> Made:
+        """The same for a client's own model, which lies in a folder of it."""
+        return replace(self, personal=name, mixes=mixes, clients=0)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The run that it comes from."""
+
+    config: Config
+    round: int
+    best: bool
+    history: Sequence[Metrics]  # up to that round
+    holdings: Mapping[str, Mapping[str, Any]]
+    versions: Mapping[str, str]  # empty: the run is not finished, and recorded none
+    health: Round | None
+
+    @property
+    def scored(self) -> Metrics:
+        """The line of the last round that was scored; empty: none was."""
+        return next((line for line in reversed(self.history) if merit(line) is not None), {})
+
+    @property
+    def before(self) -> Metrics:
+        """The same before training."""
+        first = self.history[0] if self.history else {}
+        return first if merit(first) is not None else {}
+
+
+def write_card(folder: Path, made: Made, trained: Trained) -> None:
+    """Write the card of the model in `folder`."""
+    (folder / CARD).write_text(f"{render(made, trained)}\n", encoding="utf-8")
+
+
+def render(made: Made, trained: Trained) -> str:
+    """The whole card."""
+    environment = Environment(
+        loader=PackageLoader("fedalign.export", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    config = trained.config
+    return environment.get_template("card.md.jinja").render(
+        head=card_data(made, trained).to_yaml().strip(),
+        made=made,
+        trained=trained,
+        config=config,
+        lead=lead(made, trained),
+        snippet=snippet(made),
+        rows=training_rows(trained),
+        scores=score_rows(made, trained),
+        routing=routing_sentences(trained),
+        flags=_flags(made, trained),
+        settings=public_settings(made, config),
+        prompt=prompt_format(config.data),
+        versions=_versions(trained),
+    )
+
+
+def card_data(made: Made, trained: Trained) -> ModelCardData:
+    """What the Hub reads. A base that is a folder has no name there, and licences are not ours to say."""
+    config = trained.config
+    as_scored = made.personal is None and config.tuning.kind != "qlora" and made.dtype == config.tuning.loaded_dtype
+    results = _results(trained) if as_scored else []
+    tags = ["federated-learning", "mixture-of-experts", "fedalign-moe", config.algorithm.name]
+    return ModelCardData(
+        base_model=None if made.local_base else made.base,
+        base_model_relation=None if made.local_base else "adapter" if made.form == "adapter" else "finetune",
+        library_name=made.library,
+        pipeline_tag=None if made.is_seq2seq else "text-generation",
+        tags=[*tags, "lora"] if config.tuning.adapts else tags,
+        metrics=sorted({result.metric_type for result in results}) or None,
+        model_name=made.name if results else None,
+        eval_results=results or None,
+    )
+
+
+def _results(trained: Trained) -> list[EvalResult]:
+    part = trained.config.evaluation.part
+    numbers = [
+        ("accuracy", "accuracy", f"global {part} set", part, None),
+        ("perplexity", "perplexity", f"global {part} set", part, None),
+        ("client_accuracy_mean", "accuracy", "clients' held-out examples", "held out", "mean over clients"),
+        ("client_accuracy_worst", "accuracy", "clients' held-out examples", "held out", "worst client"),
+    ]
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="private",
+            dataset_name=data,
+            dataset_split=split,
+            metric_type=metric,
+            metric_name=name,
+            metric_value=trained.scored[key],
+        )
+        for key, metric, data, split, name in numbers
+        if key in trained.scored
+    ]
+
+
+def lead(made: Made, trained: Trained) -> str:
+    """What it is, in a sentence or two."""
+    config, clients = trained.config, len(trained.holdings)
+    what = "A LoRA adapter for a Mixture-of-Experts language model" if made.form == "adapter" else MODEL
+    where = (
+        f"across {clients} sites that kept their data"
+        if config.federation.engine == "flower"
+        else f"across {clients} clients, simulated on one machine"
+    )
+    text = f"{what}, fine-tuned {where}. {_algorithm(config)}"
+    if made.personal is not None:
+        return f"{text} This is the model of one of the clients: the global one, with what is personal to the client."
+    return text
+
+
+def _algorithm(config: Config) -> str:
+    """The first line of its file: what it is, and whose."""
+    about = sys.modules[type(config.algorithm.build()).__module__].__doc__ or config.algorithm.name
+    return about.strip().splitlines()[0]
+
+
+def training_rows(trained: Trained) -> list[tuple[str, str]]:
+    """How it was trained, as names and values."""
+    config, training = trained.config, trained.config.training
+    examples = [int(client["examples"]) for client in trained.holdings.values()]
+    rows = [
+        ("algorithm", f"`{config.algorithm.name}`{_listed(config.algorithm.model_extra or {})}"),
+        ("rounds", f"{trained.round} of {config.run.rounds}{', the best one' if trained.best else ''}"),
+        ("data", _data(trained)),
+        ("examples to train on", f"{sum(examples):,} in all, {min(examples):,} to {max(examples):,} a client"),
+        ("split among clients", _split(config)),
+        ("clients a round", f"{100 * config.clients.sample:g} % of them"),
+        ("tuning", _tuning(config)),
+        (
+            "local training",
+            f"epochs a round: {training.epochs}; {training.optimizer}, learning rate {training.learning_rate:g}, "
+            f"{training.schedule}, at most {training.batch_examples} examples a batch",
+        ),
+        ("server", f"{config.server.optimizer}, updates in {config.wire.dtype}"),
+        ("seed", str(config.run.seed)),
+    ]
+    if config.clients.limits:
+        rows.append(("limits", f"{len(config.clients.limits)} clients trained less than the whole"))
+    return [row for row in rows if row[1]]
+
+
+def _split(config: Config) -> str:
+    at_sites = config.federation.engine == "flower"
+    return PARTITIONS["files" if at_sites else config.clients.partition].format(**config.clients.model_dump())
+
+
+def _listed(options: Mapping[str, Any]) -> str:
+    return (
+        ": "
+        + ", ".join(
+            f"{key} {str(value).lower() if isinstance(value, bool) else value}" for key, value in options.items()
+        )
+        if options
+        else ""
+    )
+
+
+def _data(trained: Trained) -> str:
+    data = trained.config.data
+    classes = len(data.labels) or len({label for client in trained.holdings.values() for label in client["labels"]})
+    counted = f", {classes} classes" if data.kind == "classification" and classes else ""
+    source = " (docstrings of Python libraries)" if data.train == "docstrings" else ""
+    return f"{KINDS[data.kind]}{counted}{source}"
+
+
+def _tuning(config: Config) -> str:
+    tuning = config.tuning
+    if not tuning.adapts:
+        return TUNINGS[tuning.kind]
+    base = ", on a base in 4 bits" if tuning.kind == "qlora" else ""
+    return (
+        f"LoRA of rank {tuning.rank}, alpha {tuning.alpha:g}{base}, on {', '.join(tuning.targets) or 'no matrices'}; "
+        f"routers: {ROUTERS[tuning.router]}; averaged: {AVERAGES[tuning.average]}"
+    )
+
+
+def score_rows(made: Made, trained: Trained) -> list[tuple[str, str, str]]:
+    """What was scored, before training and after."""
+    before, after = trained.before, trained.scored
+    everyone = f"global {trained.config.evaluation.part} set, {after.get('test_examples', 0):,} examples"
+    shares = [
+        ("accuracy", f"accuracy, {everyone}"),
+        ("client_accuracy_mean", "accuracy, clients' held-out examples, mean over clients"),
+        ("client_accuracy_worst", "accuracy, worst client"),
+        ("client_accuracy_spread", "accuracy, standard deviation over clients"),
+    ]
+    losses = [
+        ("loss_nats", f"loss in nats a token, {everyone}"),
+        ("client_loss_mean_nats", "loss in nats a token, clients' held-out examples"),
+    ]
+    rows = [(what, percent(before.get(key)), percent(after[key])) for key, what in shares if key in after]
+    rows += [(what, _nats(before.get(key)), _nats(after[key])) for key, what in losses if key in after]
+    if made.personal is None:
+        return rows
+    own = [line.get("client_accuracies", {}).get(made.personal) for line in (before, after)]
+    return [("accuracy, this client's held-out examples", percent(own[0]), percent(own[1])), *rows]
+
+
+def _nats(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.3f}"
+
+
+def routing_sentences(trained: Trained) -> list[str]:
+    """How the routers and experts did in the round."""
+    line = trained.history[-1] if trained.history else {}
+    said = []
+    if "routing_divergence_nats" in line:
+        divergence = line["routing_divergence_nats"]
+        said.append(
+            f"Routing divergence between clients: {divergence:.4f} nats (mean over clients and layers of the "
+            "Kullback-Leibler divergence of a client's mean routing from that of all)."
+        )
+    if trained.health is not None:
+        layers, experts = trained.health.relative_load_L_E.shape
+        dead, overloaded = trained.health.dead, trained.health.overloaded
+        said.append(
+            f"Of {layers * experts} experts ({layers} layers of {experts}) {dead} took less than {100 * DEAD:g} % of "
+            f"an even share of their layer's tokens, {overloaded} more than {OVERLOADED:g} times such a share."
+        )
+    if "experts_held_by_nobody" in line:
+        said.append(f"Experts that no client used enough to speak for: {line['experts_held_by_nobody']}.")
+    return said
+
+
+def prompt_format(data: DataConfig) -> str:
+    """What a prompt must look like; empty: there are no prompts."""
+    if data.kind == "chat":
+        return "Prompts go through the tokenizer's chat template."
+    if data.template is not None:
+        return "Prompts were made by a template of the run's own, which is in its configuration (`data.template`)."
+    prompt = FORMATS[data.kind](Row(PLACEHOLDERS, "", 0), DataConfig(kind=data.kind)).prompt
+    return f"A prompt is `{json.dumps(prompt)}`." if prompt else ""
+
+
+def public_settings(made: Made, config: Config) -> str:
+    """The configuration as TOML, without what is nobody else's business."""
+    tables = config.model_dump(mode="json", exclude_none=True)
+    for section, keys in UNTOLD.items():
+        for key in keys:
+            if section != "model" or made.local_base:
+                tables[section].pop(key, None)
+    del tables["federation"], tables["tracking"]
+    return tomli_w.dumps({section: table for section, table in tables.items() if table}).strip()
+
+
+def _flags(made: Made, trained: Trained) -> str:
+    """Of the command that exports it again."""
+    given = [
+        " --merge" if made.form == "merged" else "",
+        f" --dtype {made.dtype}" if made.dtype != trained.config.tuning.loaded_dtype else "",
+        " --best" if trained.best else "",
+        " --clients" if made.clients or made.personal is not None else "",
+    ]
+    return "".join(given)
+
+
+def _versions(trained: Trained) -> list[tuple[str, str, str]]:
+    mine = {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    return [(name, trained.versions.get(name, "-"), mine.get(name, "-")) for name in {**mine, **trained.versions}]
+
+
+def snippet(made: Made) -> str:
+    """Code that loads it and lets it say something, to be run where it lies."""
+    first, model = made.load("folder")
+    model = model.replace("'folder'", "folder")
+    start = 'input_ids = tokenizer("The", return_tensors="pt").input_ids'
+    if not made.mixes:
+        body = f"{start}\nprint(tokenizer.decode(model.generate(input_ids=input_ids, max_new_tokens=20)[0]))"
+        place = "this folder, or the model's name on the Hub"
+        return HEAD.format(imports=_imports(first), place=place, model=model) + body
+    server = model.replace("model =", "server =").replace("(folder", '(f"{folder}/../.."')
+    inputs = "input_ids=input_ids"
+    if made.is_seq2seq:
+        inputs += ", decoder_input_ids=torch.tensor([[model.config.decoder_start_token_id]])"
+    mixed = MIXED.format(server=server, gate=MIXTURE_GATE)
+    body = f"{start}\nprint(tokenizer.decode(log_probabilities({inputs})[0, -1].argmax()))"
+    imports = f"import torch\nfrom safetensors.torch import load_file\n{_imports(first)}"
+    return HEAD.format(imports=imports, place="this folder", model=model) + mixed + body
+
+
+def _imports(first: str) -> str:
+    if first.startswith("from transformers"):
+        return f"{first}, AutoTokenizer"
+    return f"{first}\nfrom transformers import AutoTokenizer"

@@ -1,0 +1,119 @@
+"""Make a site: a folder with its configuration and its own pair of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedalign.config.run import Columns, DataConfig
+from fedalign.config.site import FILE, SiteConfig, SiteFolder
+from fedalign.config.toml import explain, site_toml
+from fedalign.data.sources import read_rows
+from fedalign.errors import UserError, unknown
+from fedalign.federation.flower.keys import make_node_key
+
+FIRST_ROWS = 10
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user says of a new site; None leaves the default."""
+
+    data: Path
+    model: str | None = None
+    device: str | None = None
+    columns: Mapping[str, str] | None = None
+    superlink: str | None = None
+    root_certificates: Path | None = None
+
+
+def init_site(name: str, folder: Path, wishes: Wishes) -> SiteFolder:
+    """Make the folder; nothing that is there is changed, and nothing is made if something is wrong.
+
+    Raises:
+        UserError: A value is wrong, the data cannot be read, or the folder holds a site.
+    """
+    config = configure(name, wishes)
+    for path in (folder / FILE, folder / config.coordinator.key, folder / f"{config.coordinator.key}.pub"):
+        if path.exists():
+            raise UserError(f"site {name!r}: {path} is there already. Choose another folder with --dir.")
+    check_first_rows(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # a run's updates are kept here
+    except OSError as error:
+        raise UserError(f"site {name!r}: {folder} cannot be made ({error.strerror}). Choose another --dir.") from None
+    make_node_key(folder / config.coordinator.key)
+    (folder / FILE).write_text(site_toml(config), encoding="utf-8")
+    return SiteFolder.load(folder)
+
+
+def configure(name: str, wishes: Wishes) -> SiteConfig:
+    """The checked configuration of a new site; paths are absolute, so that the folder can be moved."""
+    if not wishes.data.expanduser().exists():
+        raise UserError(f"--data {str(wishes.data)!r}: no such file or folder.")
+    certificates = wishes.root_certificates
+    if certificates is not None and not certificates.expanduser().is_file():
+        raise UserError(f"--root-certificates {str(certificates)!r}: no such file. Give the coordinator's ca.crt.")
+    coordinator = {"superlink": wishes.superlink, "root_certificates": _absolute(certificates)}
+    tables = {
+        "name": name,
+        "data": {"train": _absolute(wishes.data), "columns": dict(wishes.columns or {})},
+        "model": _given({"path": wishes.model and _model(wishes.model)}),
+        "limits": _given({"device": wishes.device}),
+        "coordinator": _given(coordinator),
+    }
+    try:
+        return SiteConfig.model_validate(tables)
+    except ValidationError as error:
+        raise UserError("\n".join(explain(problem, SiteConfig) for problem in error.errors())) from None
+
+
+def parse_columns(pairs: list[str]) -> dict[str, str]:
+    """The columns of `--column role=name`.
+
+    >>> parse_columns(["text=body", "label=topic"])
+    {'text': 'body', 'label': 'topic'}
+
+    Raises:
+        UserError: Not written so, or no such role.
+    """
+    columns = {}
+    for pair in pairs:
+        role, equals, name = pair.partition("=")
+        if not equals or not name:
+            raise UserError(f"--column {pair!r}: write ROLE=NAME, for example text=body.")
+        if role not in Columns.model_fields:
+            raise unknown("--column", role, Columns.model_fields)
+        columns[role] = name
+    return columns
+
+
+def check_first_rows(config: SiteConfig) -> None:
+    """The first rows can be read, and hold the columns that were named; what they say is not told.
+
+    Raises:
+        UserError: They cannot, or do not.
+    """
+    data = DataConfig(train=config.data.train, columns=config.data.columns)
+    for row in islice(read_rows(data.train, data, "train"), FIRST_ROWS):
+        for role in config.data.columns.model_fields_set:
+            row.get(getattr(data.columns, role))
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.expanduser().resolve())
+
+
+def _model(text: str) -> str:
+    """A folder that is there as an absolute path; anything else is a hub id, or "demo"."""
+    path = Path(text).expanduser()
+    return str(path.resolve()) if path.is_dir() else text

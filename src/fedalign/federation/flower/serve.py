@@ -1,0 +1,111 @@
+"""A site's two processes as one command: the trainer that keeps the model loaded, and Flower's SuperNode."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+
+from fedalign.client.open import open_site
+from fedalign.config.site import SiteFolder
+from fedalign.config.toml import read_config
+from fedalign.errors import UserError
+from fedalign.federation.flower.launch import check_plaintext, end, require_flower
+from fedalign.federation.flower.programs import environment, free_port
+from fedalign.federation.flower.warm import meeting_file, serve
+from fedalign.federation.service import Service, log_to_stderr
+from fedalign.moe.load import quiet
+
+
+def serve_site(folder: SiteFolder, *, supernode: bool, insecure_anywhere: bool, tell: Callable[[str], None]) -> None:
+    """Keep a site ready for rounds until it is interrupted; whatever was started is ended.
+
+    Args:
+        folder: the site.
+        supernode: also start Flower's SuperNode; without it, the trainer alone.
+        insecure_anywhere: the user accepts plaintext over a network.
+        tell: says what a person should know.
+
+    Raises:
+        UserError: It is served already, or the SuperNode cannot be started or has ended.
+    """
+    log_to_stderr()
+    quiet()
+    refuse_second(folder)
+    with _terminated_as_interrupted():
+        if supernode:
+            link = folder.config.coordinator
+            require_flower("flower")
+            certificates = link.root_certificates and folder.resolve(link.root_certificates)
+            check_plaintext(link.superlink, certificates, insecure_anywhere)
+            with _supernode(folder) as ended:
+                _serve(folder, lambda: tell(f"{folder.config.name} is ready for {link.superlink}; Ctrl-C ends it"))
+                if ended.is_set():
+                    raise UserError(f"site {folder.config.name!r}: flower-supernode has ended; see its messages above.")
+        else:
+            _serve(folder, lambda: tell(f"the trainer of {folder.config.name} is ready; Ctrl-C ends it"))
+
+
+def _serve(folder: SiteFolder, ready: Callable[[], None]) -> None:
+    def service(config: str, run: str) -> Service:
+        return Service(folder.config.name, folder.memory(run), lambda: open_site(folder, read_config(config), run))
+
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(folder, service, ready)
+
+
+def refuse_second(folder: SiteFolder) -> None:
+    """Two trainers for one site would load its model twice.
+
+    Raises:
+        UserError: There is one already.
+    """
+    file = meeting_file(folder)
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, ProcessLookupError):
+        pid = int(json.loads(file.read_text(encoding="utf-8"))["pid"])
+        os.kill(pid, 0)
+        raise UserError(f"site {folder.config.name!r}: process {pid} serves it already. End that one first.")
+
+
+@contextlib.contextmanager
+def _supernode(folder: SiteFolder) -> Iterator[threading.Event]:
+    """Flower's SuperNode beside this process; the event is set, and this process interrupted, if it ends first."""
+    home = folder.path / "flower"
+    home.mkdir(exist_ok=True)
+    process = subprocess.Popen(
+        folder.supernode_command(free_port()),
+        env=environment(home),
+        start_new_session=True,
+    )
+    ended, closing = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        process.wait()
+        if not closing.is_set():
+            ended.set()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes a waiting socket
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield ended
+    finally:
+        closing.set()
+        end(process)
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, as a service manager sends it, ends this process in good order."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,382 @@
+"""Sites behind Flower: who is there and fits, what they are asked, and what becomes of those that do not answer.
+
+A site is asked for a `Hello` when its node first appears; one whose model, tokenizer, layout or protocol differs is
+refused with the reason. From then on a silent, dead or late site costs its share of a round, never the round. Every
+fault has a name: see `faults`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fedalign.config.run import FederationConfig
+from fedalign.errors import UserError
+from fedalign.federation.flower.link import Link, Reply
+from fedalign.federation.messages import Message, MessageError, Parcel, decode, encode
+from fedalign.protocol import (
+    PROTOCOL,
+    Accumulator,
+    Broadcast,
+    Evaluation,
+    Failure,
+    Hello,
+    Request,
+    Start,
+    Statistics,
+    Update,
+)
+
+log = logging.getLogger("fedalign")
+
+NOTHING = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
+LONGEST_REASON = 500  # characters of what a site says in a failure
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What every site must have in common with the coordinator; hashes as in `Hello`."""
+
+    architecture: str
+    tokenizer: str
+    chat_template: str
+    layers: int
+    experts: int
+    weights: str | None  # None: what most of the first sites have
+
+    def refusal(self, hello: Hello) -> str | None:
+        """Why a site may not take part, or None."""
+        if hello.protocol != PROTOCOL:
+            return f"it speaks protocol {hello.protocol}, this is {PROTOCOL}: install the same version"
+        for name, its, mine in (
+            ("MoE layout differs", _layout(hello.layers, hello.experts), _layout(self.layers, self.experts)),
+            ("model architecture differs", hello.architecture, self.architecture),
+            ("model weights differ", hello.weights, self.weights),
+            ("tokenizer differs", hello.tokenizer, self.tokenizer),
+            ("chat template differs", hello.chat_template, self.chat_template),
+        ):
+            if mine not in (None, its):
+                return f"its {name}: {its:.24}, the coordinator's is {mine:.24}"
+        return None if hello.client else "it has no name"
+
+
+@dataclass
+class Site:
+    """What is known of an accepted site."""
+
+    hello: Hello
+    node: int
+    missed: int = 0  # rounds in a row
+    left_out: bool = False  # for good
+
+
+@dataclass(frozen=True)
+class Late:
+    """A message whose reply did not come in time."""
+
+    site: str
+    stage: str
+    round: int
+    asked: float
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a node may not take part, as long as all these nodes are connected."""
+
+    reason: str
+    among: frozenset[int]
+
+
+@dataclass
+class Gate:
+    """Nodes on their way in."""
+
+    asked: dict[str, tuple[int, float]] = field(default_factory=dict)  # message id -> node, when
+    refused: dict[int, Refusal] = field(default_factory=dict)  # by node
+
+
+class FlowerFederation:
+    """A `protocol.Federation` of Flower nodes.
+
+    Args:
+        link: messages over Flower's grid.
+        policy: minimum of sites, timeouts, what becomes of late ones.
+        agreement: what sites must have in common.
+        pause: seconds between two looks at what has arrived, at most.
+    """
+
+    def __init__(self, link: Link, policy: FederationConfig, agreement: Agreement, pause: float = 1.0) -> None:
+        self.link = link
+        self.policy = policy
+        self.agreement = agreement
+        self.sites: dict[str, Site] = {}
+        self._pause = pause
+        self._gate = Gate()
+        self._late: dict[str, Late] = {}
+        self._faults: list[Failure] = []
+        self._round = 0
+
+    def members(self) -> Sequence[str]:
+        """The sites that are connected and fit, by name; waits for `min_sites` of them.
+
+        Raises:
+            UserError: There are too few after `wait_seconds`.
+        """
+        started = time.monotonic()
+        while True:
+            self._let_in()
+            self._hear_late()
+            nodes = set(self.link.nodes())
+            present = [name for name, site in sorted(self.sites.items()) if self._why_not(site, nodes) is None]
+            waited = time.monotonic() - started
+            knocking = any(
+                asked > time.monotonic() - self.policy.wait_seconds for _, asked in self._gate.asked.values()
+            )
+            if len(present) >= self.policy.min_sites and not knocking:
+                self._faults += self._absent(nodes)
+                return present
+            if waited > self.policy.wait_seconds:
+                raise UserError(self._too_few(present))
+            time.sleep(self._pause)
+
+    def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
+        """Local training at all of them at once; replies as they come, until the timeout."""
+        self._round = broadcast.round
+        for absent in self._absent(set(self.link.nodes())):
+            if absent.client not in clients:
+                self._count_missed(absent.client)
+        for reply in self._everywhere("train", "train", broadcast, clients, Statistics):
+            if isinstance(reply, Statistics):
+                self.sites[reply.client].missed = 0
+            else:
+                self._count_missed(reply.client)
+            yield reply
+
+    def evaluate(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Evaluation | Failure]:
+        """Scores of all sites that hold something out."""
+        self._round = broadcast.round
+        able = [client for client in clients if self.sites[client].hello.held_out]
+        yield from self._everywhere("evaluate", "evaluate", broadcast, able, Evaluation)
+
+    def collect(self, requests: Sequence[Request], accumulator: Accumulator) -> list[Failure]:
+        """Updates in the order of `requests`, so that the sum is the same each time; a few are asked for ahead."""
+        waiting, asked, failures = deque(requests), deque[tuple[Request, str | None, float]](), list[Failure]()
+        while waiting or asked:
+            while waiting and len(asked) < self.policy.in_flight:
+                request = waiting.popleft()
+                asked.append((request, *self._ask("query.update", encode(request), request.client)))
+            request, message, since = asked.popleft()
+            failure = self._add(request, message, since, accumulator)
+            failures += [failure] if failure else []
+        return failures
+
+    def faults(self) -> list[Failure]:
+        """Sites refused, gone, late or left out since this was last asked."""
+        faults, self._faults = self._faults, []
+        return list(dict.fromkeys(faults))
+
+    def start(self) -> Start:
+        """The weights that the first round starts from, of the first site that can send them.
+
+        Raises:
+            UserError: None can.
+        """
+        reasons = []
+        for name in self.members():
+            message, since = self._ask("query.start", NOTHING, name)
+            answer = self._read(name, "join", self._wait(message, since), Start)
+            if isinstance(answer, Start):
+                return answer
+            reasons.append(f"{name}: {answer.reason}")
+        raise UserError(f"no site could send the weights to start from: {'; '.join(reasons)}")
+
+    def finish(self) -> None:
+        """Tell the sites that the run is complete, and wait a moment for them to have heard."""
+        nodes = set(self.link.nodes())
+        asked = [self._ask("query.finish", NOTHING, name) for name, site in self.sites.items() if site.node in nodes]
+        for message, since in asked:
+            self._wait(message, since, limit=30)
+
+    # -------------------------------------------------------------------------------------------------- membership
+
+    def _let_in(self) -> None:
+        """Greet nodes that are new, and admit or refuse those that have answered."""
+        nodes = self.link.nodes()  # what is gone may have been mended when it comes back
+        self._gate.refused = {n: refusal for n, refusal in self._gate.refused.items() if refusal.among <= set(nodes)}
+        self._gate.asked = {message: asked for message, asked in self._gate.asked.items() if asked[0] in nodes}
+        known = {site.node for site in self.sites.values()} | {node for node, _ in self._gate.asked.values()}
+        new = [node for node in nodes if node not in known and node not in self._gate.refused]
+        if new:
+            now = time.monotonic()
+            self._gate.asked |= {
+                message: (node, now) for message, node in self.link.ask("query.hello", NOTHING, new).items()
+            }
+        answers = []
+        for reply in self.link.replies(list(self._gate.asked)):
+            node, _ = self._gate.asked.pop(reply.message)
+            answer = self._read("", "join", reply, Hello)
+            if isinstance(answer, Hello):
+                answers.append((node, answer))
+            else:
+                self._refuse(node, answer.client or f"node {node}", answer.reason)
+        for node, hello in sorted(answers, key=lambda answer: answer[1].client):
+            self._admit(node, hello)
+
+    def _admit(self, node: int, hello: Hello) -> None:
+        there = self.sites.get(hello.client)
+        if there is not None and there.node != node and there.node in set(self.link.nodes()):
+            self._refuse(node, hello.client, "another connected site has the same name", there.node)
+            return
+        reason = self.agreement.refusal(hello)
+        if reason is not None:
+            self._refuse(node, hello.client, reason)
+            return
+        self.sites[hello.client] = replace(there, hello=hello, node=node) if there else Site(hello, node)
+        log.info("%s has joined with %d examples", hello.client, hello.examples)
+
+    def settle_weights(self) -> str:
+        """Agree on the weights that most sites have, and refuse the others; the hash that was settled on.
+
+        Raises:
+            UserError: As many sites have one as another.
+        """
+        if self.agreement.weights is None:
+            self.members()
+            counts = Counter(site.hello.weights for site in self.sites.values())
+            (weights, most), *others = counts.most_common()
+            if others and others[0][1] == most:
+                held = "; ".join(f"{site.hello.client} has {site.hello.weights}" for site in self.sites.values())
+                raise UserError(f"sites disagree about the model's weights: {held}. Set model.weights_hash to one.")
+            self.agreement = replace(self.agreement, weights=weights)
+            for name, site in list(self.sites.items()):
+                reason = self.agreement.refusal(site.hello)
+                if reason is not None:
+                    del self.sites[name]
+                    self._refuse(site.node, name, reason)
+        return str(self.agreement.weights)
+
+    def _refuse(self, node: int, name: str, reason: str, *because_of: int) -> None:
+        log.warning("%s was refused: %s", name, reason)
+        self._gate.refused[node] = Refusal(f"{name}: {reason}", frozenset({node, *because_of}))
+        self._faults.append(Failure(name, "join", f"refused: {reason}"))
+
+    def _why_not(self, site: Site, nodes: set[int]) -> str | None:
+        """Why a site cannot be asked now, or None."""
+        if site.left_out:
+            return "left out for good"
+        if site.node not in nodes:
+            return "not connected"
+        late = [late for late in self._late.values() if late.site == site.hello.client]
+        if late and self.policy.late == "leave_out":
+            return f"left out until its reply of round {late[0].round} is there (federation.late)"
+        return None
+
+    def _absent(self, nodes: set[int]) -> list[Failure]:
+        """Sites that belong to the run and cannot be asked now."""
+        reasons = {name: self._why_not(site, nodes) for name, site in self.sites.items() if not site.left_out}
+        return [Failure(name, "join", reason) for name, reason in reasons.items() if reason is not None]
+
+    def _count_missed(self, name: str) -> None:
+        """A site has missed a round; too many in a row, and it is left out."""
+        site = self.sites[name]
+        site.missed += 1
+        if 0 < self.policy.max_missed < site.missed and not site.left_out:
+            site.left_out = True
+            reason = f"left out for good: missed {site.missed} rounds in a row, federation.max_missed = "
+            self._faults.append(Failure(name, "join", f"{reason}{self.policy.max_missed}"))
+
+    def _too_few(self, present: Sequence[str]) -> str:
+        refused = "; ".join(refusal.reason for refusal in self._gate.refused.values())
+        out = ", ".join(name for name, site in self.sites.items() if site.left_out)
+        return (
+            f"{len(present)} sites are connected and fit, federation.min_sites = {self.policy.min_sites} are needed; "
+            f"waited {self.policy.wait_seconds} s (federation.wait_seconds)."
+            + (f" Connected, but not heard yet: {len(self._gate.asked)}." if self._gate.asked else "")
+            + (f" Refused: {refused}." if refused else "")
+            + (f" Left out: {out}." if out else "")
+            + " Run `fedalign doctor` at the sites; complete rounds are kept."
+        )
+
+    # ---------------------------------------------------------------------------------------------------- messages
+
+    def _ask(self, kind: str, parcel: Parcel, name: str) -> tuple[str | None, float]:
+        """Ask one site; None if it is not there to be asked."""
+        message = next(iter(self.link.ask(kind, parcel, [self.sites[name].node])), None)
+        return message, time.monotonic()
+
+    def _everywhere(
+        self, kind: str, stage: Any, content: Message, clients: Sequence[str], expected: type[Any]
+    ) -> Iterator[Any]:
+        """Ask all clients the same, yield what they say as it comes, and a Failure for each that stays silent."""
+        started = time.monotonic()
+        names = {self.sites[client].node: client for client in clients}
+        asked = {message: names[node] for message, node in self.link.ask(kind, encode(content), list(names)).items()}
+        reached = set(asked.values())
+        yield from (Failure(name, stage, "not connected") for name in clients if name not in reached)
+        pause = self._pause / 8
+        while asked and time.monotonic() - started < self.policy.timeout_seconds:
+            for reply in self.link.replies(list(asked)):
+                yield self._read(asked.pop(reply.message), stage, reply, expected)
+                pause = self._pause / 8
+            time.sleep(pause if asked else 0)
+            pause = min(pause * 1.5, self._pause)
+        for message, name in asked.items():
+            self._late[message] = Late(name, stage, self._round, started)
+            yield Failure(name, stage, f"no reply within {self.policy.timeout_seconds} s (federation.timeout_seconds)")
+
+    def _wait(self, message: str | None, since: float, limit: float | None = None) -> Reply | None:
+        """The reply to a message; however much time has passed, what is there already is taken."""
+        if message is None:
+            return Reply("", "not connected")
+        pause = self._pause / 8
+        while True:
+            for reply in self.link.replies([message]):
+                return reply
+            if time.monotonic() - since >= (limit or self.policy.timeout_seconds):
+                return None
+            time.sleep(pause)
+            pause = min(pause * 1.5, self._pause)
+
+    def _read(self, name: str, stage: Any, reply: Reply | None, expected: type[Any]) -> Any:
+        """The message in a reply, or a Failure that says why there is none."""
+        if reply is None:
+            return Failure(name, stage, f"no reply within {self.policy.timeout_seconds} s (federation.timeout_seconds)")
+        if isinstance(reply.content, str):
+            return Failure(name, stage, reply.content)
+        try:
+            answer = decode(reply.content, (expected, Failure))
+        except MessageError as error:
+            return Failure(name, stage, str(error))
+        if isinstance(answer, Failure):
+            return Failure(name or answer.client, stage, answer.reason[:LONGEST_REASON])
+        if name and answer.client != name:
+            return Failure(name, stage, f"it answers as {answer.client!r}")
+        return answer
+
+    def _add(self, request: Request, message: str | None, since: float, accumulator: Accumulator) -> Failure | None:
+        reply = self._wait(message, since)
+        answer = self._read(request.client, "update", reply, Update)
+        if reply is None and message is not None:
+            self._late[message] = Late(request.client, "update", request.round, since)
+        return answer if isinstance(answer, Failure) else accumulator.add(answer)
+
+    def _hear_late(self) -> None:
+        """Take what comes too late off the wire: it is discarded, and said."""
+        for reply in self.link.replies(list(self._late)):
+            late = self._late.pop(reply.message)
+            seconds = time.monotonic() - late.asked
+            reason = (
+                f"its late reply of round {late.round} will not come: {reply.content}"
+                if isinstance(reply.content, str)
+                else f"its reply of round {late.round} came after {seconds:.0f} s and was discarded"
+            )
+            self._faults.append(Failure(late.site, late.stage, reason))  # type: ignore[arg-type]
+
+
+def _layout(layers: int, experts: int) -> str:
+    return f"{layers} layers x {experts} experts"

@@ -1,0 +1,118 @@
+"""A warm site: one process that keeps the model loaded, and answers the short-lived processes that Flower starts.
+
+They meet on a local socket. Where it is and its secret (an HMAC challenge in both directions, see
+`multiprocessing.connection`) stand in a file that only the site's user can read. Without that process, or if it dies,
+each message loads the model anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from multiprocessing import ProcessError
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+
+import torch
+
+from fedalign.config.site import SiteFolder
+from fedalign.federation.messages import DTYPES, Parcel
+from fedalign.federation.service import Service
+
+log = logging.getLogger("fedalign")
+
+MeetingPoint = tuple[str, bytes]  # address, secret
+
+
+def ask(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel) -> Parcel | None:
+    """The warm trainer's answer, or None where there is none."""
+    file = meeting_file(folder)
+    if not file.exists():
+        return None
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        with Client(about["address"], authkey=bytes.fromhex(about["secret"])) as connection:
+            connection.send_bytes(json.dumps({"config": config, "run": run, "verb": verb}).encode())
+            send(connection, parcel)
+            return receive(connection)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, ProcessError) as error:
+        log.warning("no warm trainer (%s): loading the model for this message", type(error).__name__)
+        return None
+
+
+def serve(folder: SiteFolder, open_service: Callable[[str, str], Service], ready: Callable[[], None]) -> None:
+    """Answer one connection after another until interrupted.
+
+    Args:
+        folder: the site.
+        open_service: makes the service of a configuration (as TOML) and a run's key; one is kept at a time.
+        ready: called when the socket is open.
+    """
+    secret = secrets.token_bytes(32)
+    file = meeting_file(folder)
+    current: tuple[tuple[str, str], Service] | None = None
+    with Listener(authkey=secret) as listener:
+        where = json.dumps({"address": listener.address, "secret": secret.hex(), "pid": os.getpid()})
+        try:
+            _write_private(file, where)
+            ready()
+            while True:
+                try:
+                    with listener.accept() as connection:
+                        about = json.loads(connection.recv_bytes())
+                        key = (str(about["config"]), str(about["run"]))
+                        if current is None or current[0] != key:
+                            if current is not None:
+                                current[1].close()  # the old model goes before the new one comes
+                            current = (key, open_service(*key))
+                        send(connection, current[1].answer(str(about["verb"]), receive(connection)))
+                except Exception as error:  # whoever it was went away or does not know the secret: on to the next
+                    log.warning("a message came to nothing: %s", type(error).__name__)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                if file.read_text(encoding="utf-8") == where:  # and not that of another trainer
+                    file.unlink()
+
+
+def meeting_file(folder: SiteFolder) -> Path:
+    """Where a site's warm trainer says how to reach it."""
+    return folder.path / "trainer.json"
+
+
+def send(connection: Connection, parcel: Parcel) -> None:
+    """Write a parcel to a connection, piece by piece."""
+    index = {
+        name: [str(pieces[0].dtype).removeprefix("torch."), [piece.nbytes for piece in pieces]]
+        for name, pieces in parcel.arrays.items()
+    }
+    connection.send_bytes(json.dumps({"head": parcel.head, "arrays": index}).encode())
+    for pieces in parcel.arrays.values():
+        for piece in pieces:
+            if piece.nbytes:
+                connection.send_bytes(piece.contiguous().view(torch.uint8).numpy().data)
+
+
+def receive(connection: Connection) -> Parcel:
+    """The inverse of `send`."""
+    about = json.loads(connection.recv_bytes())
+    arrays = {}
+    for name, (dtype, sizes) in about["arrays"].items():
+        flat = torch.empty(sum(sizes) // DTYPES[dtype].itemsize, dtype=DTYPES[dtype])
+        start, buffer = 0, flat.view(torch.uint8).numpy().data if len(flat) else memoryview(b"")
+        for size in sizes:
+            if size:
+                start += connection.recv_bytes_into(buffer, start)
+        arrays[name] = (flat,)
+    return Parcel(about["head"], arrays)
+
+
+def _write_private(file: Path, text: str) -> None:
+    new = file.with_name(f".{file.name}.new")
+    new.unlink(missing_ok=True)
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as target:
+        target.write(text)
+    new.replace(file)

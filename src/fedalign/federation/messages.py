@@ -1,0 +1,249 @@
+"""The one codec: what `protocol` calls a message, as a small JSON head and flat arrays, and back.
+
+Engines and sockets carry parcels and know nothing of what is in them. Groups travel in slabs, consecutive groups in
+one array, since an engine spends about as long on a small array as on a large one. bfloat16 and int8 stay what they
+are. What arrives is not trusted: a parcel that is not exactly one message is a `MessageError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from fedalign.maths.rounding import BLOCK, TORCH_DTYPE
+from fedalign.protocol import (
+    PROTOCOL,
+    Broadcast,
+    Evaluation,
+    Failure,
+    Hello,
+    Packed,
+    ParameterGroup,
+    Request,
+    Stage,
+    Start,
+    Statistics,
+    Update,
+    parse_group,
+)
+
+Message = Hello | Start | Broadcast | Statistics | Request | Update | Evaluation | Failure
+MESSAGES: dict[str, type[Any]] = {
+    "hello": Hello,
+    "start": Start,
+    "broadcast": Broadcast,
+    "statistics": Statistics,
+    "request": Request,
+    "update": Update,
+    "evaluation": Evaluation,
+    "failure": Failure,
+}
+SLAB = 1 << 25  # bytes that an array of groups holds at least, but for the last
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8)
+} | {"uint8": torch.uint8, "bool": torch.bool}
+WIRE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH_DTYPE.values()}
+
+
+class MessageError(Exception):
+    """A parcel that cannot be read; the message says why."""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """One message, ready to travel."""
+
+    head: Mapping[str, Any]  # JSON: kind, protocol, scalars, and what the arrays are
+    arrays: Mapping[str, tuple[Tensor, ...]]  # name -> the pieces whose bytes follow one another
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire, without what an engine puts around them."""
+        return len(self.text) + sum(piece.nbytes for pieces in self.arrays.values() for piece in pieces)
+
+    @property
+    def text(self) -> bytes:
+        """The head as it travels."""
+        return json.dumps(self.head, separators=(",", ":")).encode()
+
+
+def encode(message: Message) -> Parcel:
+    """Make a parcel of any message. Tensors are not copied."""
+    kind = next(kind for kind, cls in MESSAGES.items() if type(message) is cls)
+    head: dict[str, Any] = {"protocol": PROTOCOL, "kind": kind}
+    arrays: dict[str, tuple[Tensor, ...]] = {}
+    for field in dataclasses.fields(message):
+        value = getattr(message, field.name)
+        if field.type == "Tensor":
+            head[field.name] = _tensor(field.name, value, arrays)
+        elif field.type == "Mapping[str, Tensor]":
+            named = sorted(value.items())
+            head[field.name] = {key: _tensor(f"{field.name}/{key}", tensor, arrays) for key, tensor in named}
+        elif field.type == "Mapping[ParameterGroup, Packed]":
+            head[field.name] = _slabs(field.name, value, arrays)
+        elif field.type == "tuple[ParameterGroup, ...]":
+            head[field.name] = [str(group) for group in value]
+        else:
+            head[field.name] = dict(value) if isinstance(value, Mapping) else value
+    return Parcel(head, arrays)
+
+
+def decode(parcel: Parcel, expected: type[Any] | tuple[type[Any], ...]) -> Any:
+    """Read a message of one of the expected types; its tensors are views of the parcel's arrays.
+
+    Raises:
+        MessageError: Another protocol, another kind of message, or a field that is missing or not what it must be.
+    """
+    head, arrays = parcel.head, dict(parcel.arrays)
+    if _protocol(head) != PROTOCOL:
+        raise MessageError(
+            f"it speaks protocol {head.get('protocol')!r:.40}, this is {PROTOCOL}: install the same version"
+        )
+    cls = MESSAGES.get(str(head.get("kind")))
+    if cls is None or not issubclass(cls, expected):
+        raise MessageError(f"unexpected message {head.get('kind')!r:.40}")
+    fields = dataclasses.fields(cls)
+    try:
+        if extra := head.keys() - {"protocol", "kind", *(field.name for field in fields)}:
+            raise ValueError(f"no field {min(extra)!r:.40}")
+        message = cls(**{field.name: _field(field, head[field.name], arrays) for field in fields})
+        if arrays:
+            raise ValueError(f"no array {min(arrays)!r:.40}")
+    except Exception as error:  # whatever a stranger can think of
+        raise MessageError(f"a damaged {head['kind']}: {type(error).__name__}: {error!s:.200}") from None
+    return message
+
+
+def _protocol(head: Mapping[str, Any]) -> int | None:
+    protocol = head.get("protocol")
+    return protocol if type(protocol) is int else None
+
+
+def _field(field: dataclasses.Field[Any], about: Any, arrays: dict[str, tuple[Tensor, ...]]) -> Any:
+    """The value of a field; the arrays that it is made of are taken."""
+    if field.type == "Tensor":
+        return _read_tensor(field.name, about, arrays)
+    if field.type == "Mapping[str, Tensor]":
+        return {_text(key): _read_tensor(f"{field.name}/{key}", entry, arrays) for key, entry in about.items()}
+    if field.type == "Mapping[ParameterGroup, Packed]":
+        return dict(_read_slabs(field.name, about, arrays))
+    if field.type == "tuple[ParameterGroup, ...]":
+        return _groups(about)
+    try:
+        return SCALARS[str(field.type)](about)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{field.name} = {about!r:.40}: must be {field.type}") from None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    value.encode()  # JSON can hold half a character
+    return value
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
+        raise TypeError
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        raise TypeError
+    return float(value)
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    if not isinstance(value, dict):
+        raise TypeError
+    return {_text(key): _number(item) for key, item in value.items()}
+
+
+def _stage(value: Any) -> Any:
+    if value not in get_args(Stage):
+        raise ValueError
+    return value
+
+
+SCALARS: dict[str, Callable[[Any], Any]] = {
+    "str": _text,
+    "int": _integer,
+    "float": _number,
+    "str | None": lambda value: None if value is None else _text(value),
+    "float | None": lambda value: None if value is None else _number(value),
+    "Stage": _stage,
+    "Mapping[str, float]": _numbers,
+}
+
+
+def _groups(about: Any) -> tuple[ParameterGroup, ...]:
+    groups = tuple(parse_group(key) for key in about)
+    if not isinstance(about, list) or len(set(groups)) != len(groups):
+        raise ValueError("must be a list of parameter groups, each once")
+    return groups
+
+
+def _tensor(name: str, tensor: Tensor, arrays: dict[str, tuple[Tensor, ...]]) -> list[Any]:
+    arrays[name] = (tensor.contiguous().reshape(-1),)
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+
+
+def _read_tensor(name: str, about: Any, arrays: dict[str, tuple[Tensor, ...]]) -> Tensor:
+    dtype, shape = about
+    flat = _take(name, DTYPES[dtype], arrays)
+    if not isinstance(shape, list) or not all(type(length) is int and length >= 0 for length in shape):
+        raise ValueError(f"{name}: shape {shape!r:.40}")
+    return flat.view(shape)
+
+
+def _take(name: str, dtype: torch.dtype, arrays: dict[str, tuple[Tensor, ...]]) -> Tensor:
+    (flat,) = arrays.pop(name)
+    if flat.dtype != dtype:
+        raise TypeError(f"{name} is {flat.dtype}, announced as {dtype}")
+    return flat
+
+
+def _slabs(name: str, groups: Mapping[ParameterGroup, Packed], arrays: dict[str, tuple[Tensor, ...]]) -> Any:
+    every = list(groups.values())
+    sizes = [len(packed.values) for packed in every]
+    (dtype,) = {str(packed.values.dtype).removeprefix("torch.") for packed in every} or {"float32"}
+    for number, part in enumerate(_cut(sizes, dtype)):
+        arrays[f"{name}.{number}"] = tuple(packed.values for packed in every[part])
+        if dtype == "int8":
+            arrays[f"{name}.{number}.scale"] = tuple(p.scale for p in every[part] if p.scale is not None)
+    return {"dtype": dtype, "groups": [str(group) for group in groups], "sizes": sizes}
+
+
+def _read_slabs(
+    name: str, about: Mapping[str, Any], arrays: dict[str, tuple[Tensor, ...]]
+) -> Iterator[tuple[ParameterGroup, Packed]]:
+    groups, sizes, dtype = _groups(about["groups"]), about["sizes"], about["dtype"]
+    if len(sizes) != len(groups) or not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError(f"{name}: {len(groups)} groups, {len(sizes)} sizes")
+    for number, part in enumerate(_cut(sizes, dtype)):
+        pieces = torch.split(_take(f"{name}.{number}", WIRE_DTYPES[dtype], arrays), sizes[part])
+        scales: Sequence[Tensor | None] = [None] * len(pieces)
+        if dtype == "int8":
+            scale = _take(f"{name}.{number}.scale", torch.float32, arrays)
+            scales = torch.split(scale, [math.ceil(size / BLOCK) for size in sizes[part]])
+        for group, piece, piece_scale in zip(groups[part], pieces, scales, strict=True):
+            yield group, Packed(piece, piece_scale)
+
+
+def _cut(sizes: Sequence[int], dtype: str) -> Iterator[slice]:
+    """Slices of consecutive groups, each of SLAB bytes or more but for the last."""
+    first, nbytes = 0, 0
+    for index, size in enumerate(sizes):
+        nbytes += size * DTYPES[dtype].itemsize
+        if nbytes >= SLAB or index == len(sizes) - 1:
+            yield slice(first, index + 1)
+            first, nbytes = index + 1, 0

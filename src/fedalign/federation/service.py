@@ -1,0 +1,137 @@
+"""What a client answers to each message, whichever way the message came.
+
+A reason that leaves a site never quotes its data: what went wrong with the data itself is told in the site's own log
+alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from fedalign.client.memory import ClientMemory
+from fedalign.errors import DataError, TrainingFailedError, UserError
+from fedalign.federation.messages import Message, MessageError, Parcel, decode, encode
+from fedalign.maths.rounding import unpack_weights
+from fedalign.protocol import Broadcast, Failure, Hello, Packed, Request, Start, Update
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and handing over an update needs none of it
+    from fedalign.client.trainer import OpenClient
+
+log = logging.getLogger("fedalign")
+
+SEE_LOG = "the reason is in the client's own log"
+
+
+class Answers(Protocol):
+    """Whoever can answer a message of the coordinator: a service here, or a process that keeps the model loaded."""
+
+    def answer(self, verb: str, parcel: Parcel) -> Parcel:
+        """Answer one message."""
+
+
+class Service:
+    """Answers for one client; what it opens stays open for the next message.
+
+    Args:
+        name: the client.
+        memory: what the client keeps on disk for this run; handing over an update needs nothing else.
+        open_client: loads the model and the client's data.
+    """
+
+    def __init__(self, name: str, memory: Path, open_client: Callable[[], OpenClient]) -> None:
+        self.name = name
+        self.memory = ClientMemory(memory)
+        self._open_client = open_client
+        self._client: OpenClient | None = None
+        self._hello_said: Hello | None = None
+        self._as_loaded = True  # the model, as far as this service has to do with it
+
+    @property
+    def client(self) -> OpenClient:
+        """The loaded client; loads it when first asked."""
+        if self._client is None:
+            self._client = self._open_client()
+            self._as_loaded = True
+        return self._client
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        self._client = None
+        gc.collect()  # a model's modules refer to each other
+
+    def answer(self, verb: str, parcel: Parcel) -> Parcel:
+        """Answer a message: "hello", "start", "train", "update", "evaluate" or "finish"; a fault becomes a Failure."""
+        stage = verb if verb in ("train", "update", "evaluate") else "join"
+        try:
+            return encode(self._verbs[verb](parcel))
+        except (TrainingFailedError, MessageError, UserError) as error:
+            reason = str(error)
+        except DataError as error:
+            log.error("%s: its data cannot be used: %s", self.name, error)
+            reason = f"its data cannot be used; {SEE_LOG}"
+        except Exception as error:
+            log.exception("%s: %s failed", self.name, verb)
+            reason = f"{type(error).__name__}; {SEE_LOG}"
+        return encode(Failure(self.name, stage, reason))  # type: ignore[arg-type]
+
+    @property
+    def _verbs(self) -> dict[str, Callable[[Parcel], Message]]:
+        return {
+            "hello": self._hello,
+            "start": self._start,
+            "train": self._train,
+            "update": self._update,
+            "evaluate": self._evaluate,
+            "finish": self._finish,
+        }
+
+    def _reload(self) -> None:
+        """What is said about the model is said of the one that was loaded, not of what has been written to it since."""
+        if not self._as_loaded:
+            self.close()
+
+    def _hello(self, _: Parcel) -> Message:
+        if self._hello_said is None:
+            self._reload()
+            self._hello_said = self.client.hello()
+        return self._hello_said
+
+    def _start(self, _: Parcel) -> Message:
+        self._reload()
+        moe = self.client.trainer.moe
+        weights = {group: Packed(value.cpu()) for group, value in moe.read().items()}
+        return Start(self.name, weights, {name: value.cpu() for name, value in moe.constants().items()})
+
+    def _train(self, parcel: Parcel) -> Message:
+        broadcast: Broadcast = decode(parcel, Broadcast)
+        client, self._as_loaded = self.client, False
+        return client.trainer.train(client.data, broadcast)
+
+    def _update(self, parcel: Parcel) -> Message:
+        return self.memory.hand_over(self.name, decode(parcel, Request))
+
+    def _evaluate(self, parcel: Parcel) -> Message:
+        broadcast: Broadcast = decode(parcel, Broadcast)
+        client, self._as_loaded = self.client, False
+        received = unpack_weights(broadcast.weights)
+        client.trainer.moe.write(received)
+        score = client.trainer.evaluate(client.data, received, broadcast.round)
+        return score if score is not None else Failure(self.name, "evaluate", "it holds nothing out to be scored on")
+
+    def _finish(self, _: Parcel) -> Message:
+        self.memory.forget_updates()
+        return Update(self.name, 0, {})
+
+
+def log_to_stderr() -> None:
+    """Let what this package logs be seen, in a process that Flower started."""
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s fedalign: %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False

@@ -1,0 +1,204 @@
+"""What a run leaves behind: its folder, and what each file in it holds.
+
+config.toml     as resolved           metrics.jsonl   one line a round, all numbers
+summary.json    how it went           checkpoint/     to resume from
+model/  best/   Hugging Face folders  clients/        what each client keeps for itself
+clients.json    what is known of their data
+health/         routing, similarities and weights of each round
+events.*        for TensorBoard       trackers.json   ids of this run at MLflow and W&B
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from importlib import metadata
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from fedalign import parallel
+from fedalign.config.run import Config
+from fedalign.errors import UserError
+from fedalign.files import replacing, write_text
+from fedalign.protocol import Layout, Metrics, Plan, Statistics, Weights
+from fedalign.server.checkpoint import ServerState
+from fedalign.server.health import write_health
+from fedalign.server.scores import accuracy_of, loss_of, merit
+from fedalign.server.trackers import TrackedRun, open_trackers
+
+SaveModel = Callable[[Weights, Path], None]
+
+
+class RunFolder:
+    """One run's output folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.checkpoint = path / "checkpoint"
+        self.clients = path / "clients"
+        self.model = path / "model"
+        self.best = path / "best"
+        self.health = path / "health"
+        self.holdings = path / "clients.json"
+
+    def check_free(self, overwrite: bool) -> None:
+        """Refuse a place where a run or anything else would be lost.
+
+        Raises:
+            UserError: The folder holds a run and `overwrite` is not set, or holds something that is not a run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {str(self.path)!r}: is a file. Give a folder that does not exist yet.")
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not self.config.exists():
+            raise UserError(f"--out {str(self.path)!r}: is not empty and holds no run. Give a new or empty folder.")
+        if not overwrite:
+            raise UserError(
+                f"--out {str(self.path)!r}: already holds a run. Go on with it: fedalign run --resume {self.path}; "
+                f"replace it: --overwrite; or give another --out."
+            )
+
+    @parallel.by_the_first
+    def begin(self, config: Config) -> None:
+        """Make the folder anew with the resolved configuration."""
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True)
+        write_text(self.config, config.to_toml())
+
+    def require_run(self) -> None:
+        """Refuse to resume where there is no run."""
+        if not self.config.exists():
+            raise UserError(f"--resume {str(self.path)!r}: holds no run (no config.toml). Give the --out of a run.")
+
+
+class Recorder:
+    """A `server.rounds.Observer` that keeps the result files true after every round."""
+
+    def __init__(self, folder: RunFolder, config: Config, save_model: SaveModel, resumed: ServerState) -> None:
+        self.folder = folder
+        self.config = config
+        self.save_model = save_model
+        self._write_metrics(resumed.history)  # lines of a round that was cut off are dropped
+        followed = TrackedRun(folder.path, flat(config.model_dump(mode="json"), "."), resumed.round)
+        self._trackers = open_trackers(config.tracking.loggers if parallel.is_first() else (), followed)
+
+    def progress(self, round: int, stage: str, done: int, total: int) -> None:
+        """Nothing to record."""
+
+    def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
+        """Keep what a person will want to look at: routing, similarity and weights."""
+        if self.config.tracking.health and parallel.is_first():
+            write_health(self.folder.health, round, reports, plan, layout)
+
+    def completed(self, state: ServerState, improved: bool) -> None:
+        """Add the round's line, tell the trackers; keep the model if it is the best yet."""
+        self._write_metrics(state.history)
+        scalars = _scalars(state.history[-1])
+        for tracker in self._trackers:
+            tracker.log(state.round, scalars)
+        if improved:
+            self._save(state.weights, self.folder.best)
+
+    def finish(self, state: ServerState) -> dict[str, Any]:
+        """Write the final model and the summary; return the summary."""
+        for tracker in self._trackers:
+            tracker.close()
+        self._save(state.weights, self.folder.model)
+        summary = summarise(self.config, state.history)
+        if parallel.is_first():
+            write_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def _save(self, weights: Weights, place: Path) -> None:
+        """Every process gives its share of the model, the first writes it."""
+        with replacing(place) if parallel.is_first() else nullcontext(place) as folder:
+            self.save_model(weights, folder)
+
+    @parallel.by_the_first
+    def _write_metrics(self, history: Sequence[Metrics]) -> None:
+        write_text(self.folder.metrics, "".join(json.dumps(line) + "\n" for line in history))
+
+
+def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
+    """The run in one flat record. Accuracies are shares in [0, 1], losses nats per answer token; None: never scored."""
+    scored: list[tuple[float, Metrics]] = [(s, line) for line in history if (s := merit(line)) is not None]
+    scored = scored or [(-math.inf, {})]
+    first, last = scored[0][1], scored[-1][1]
+    best = max(scored, key=itemgetter(0))[1]
+    return {
+        "algorithm": config.algorithm.name,
+        "seed": config.run.seed,
+        "rounds": history[-1]["round"],
+        "initial_accuracy": accuracy_of(first),
+        "final_accuracy": accuracy_of(last),
+        "best_accuracy": accuracy_of(best),
+        "best_round": best.get("round"),
+        "accuracy_of": f"global {config.evaluation.part} set"
+        if "loss_nats" in first
+        else "clients' held-out parts, weighted by examples",
+        "initial_loss": loss_of(first),
+        "final_loss": loss_of(last),
+        "client_accuracies": last.get("client_accuracies", {}),
+        "bytes_up": sum(line.get("bytes_up", 0) for line in history),
+        "bytes_down": sum(line.get("bytes_down", 0) for line in history),
+        "failures": [failure | {"round": line["round"]} for line in history for failure in line.get("failures", ())],
+        "seconds": sum(line.get("round_seconds", 0.0) for line in history),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    packages = ("fedalign-moe", "torch", "transformers", "peft", "tokenizers", "safetensors", "flwr-datasets", "numpy")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+
+
+def _scalars(line: Metrics) -> dict[str, float]:
+    """All numbers of a round, nested ones by path."""
+    values = flat(line, "/")
+    return {name: value for name, value in values.items() if isinstance(value, int | float) and name != "round"}
+
+
+def flat(table: Mapping[str, Any], joint: str) -> dict[str, Any]:
+    """Nested tables as one, names joined.
+
+    >>> flat({"run": {"seed": 0}, "name": "a"}, ".")
+    {'run.seed': 0, 'name': 'a'}
+    """
+    found: dict[str, Any] = {}
+    for name, value in table.items():
+        found |= (
+            {f"{name}{joint}{key}": item for key, item in flat(value, joint).items()}
+            if isinstance(value, Mapping)
+            else {name: value}
+        )
+    return found
+
+
+def read_history(folder: RunFolder, *, strict: bool = False) -> list[Metrics]:
+    """The rounds that metrics.jsonl holds; unless `strict`, without what cannot be read of a run at work.
+
+    Raises:
+        ValueError, OSError: `strict`, and it is missing or damaged.
+    """
+    try:
+        lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        if strict:
+            raise ValueError(f"metrics.jsonl: {error}") from None
+        return []
+    if not all(isinstance(line, dict) for line in lines):
+        if strict:
+            raise ValueError("metrics.jsonl: a line is not an object")
+        return []
+    return lines

@@ -1,0 +1,246 @@
+"""The round loop, written once, against a Federation, and knowing no algorithm by name.
+
+broadcast -> local training -> statistics -> plan -> updates -> sum -> evaluate -> checkpoint
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from fedalign.config.run import Config
+from fedalign.errors import UserError
+from fedalign.maths.average import StreamingSum
+from fedalign.maths.rounding import broadcast_dtype, pack
+from fedalign.maths.server_step import server_step
+from fedalign.protocol import (
+    Accumulator,
+    Algorithm,
+    Broadcast,
+    Evaluation,
+    Failure,
+    Federation,
+    Layout,
+    Metrics,
+    Plan,
+    State,
+    Statistics,
+    Update,
+    Weights,
+)
+from fedalign.server.checkpoint import Checkpoints, ServerState
+from fedalign.server.checks import check_evaluation, check_statistics, find_outliers
+from fedalign.server.scores import Traffic, describe_plan, describe_scores, describe_training, merit
+
+
+class Observer(Protocol):
+    """Whoever wants to know how the run goes: the live table, the result files."""
+
+    def progress(self, round: int, stage: str, done: int, total: int) -> None:
+        """`done` of `total` clients have finished a stage."""
+
+    def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
+        """What the clients reported, and who is to count for how much."""
+
+    def completed(self, state: ServerState, improved: bool) -> None:
+        """A round is complete (round 0 is the evaluation before training); `improved`: its score is the best yet."""
+
+
+class CountingSum:
+    """An accumulator that counts what arrives, and passes on what is of this round."""
+
+    def __init__(self, inner: Accumulator, round: int, traffic: Traffic, arrived: Callable[[], None]) -> None:
+        self.inner, self.round, self.traffic, self.arrived = inner, round, traffic, arrived
+
+    def add(self, update: Update) -> Failure | None:
+        """Count and pass on."""
+        self.traffic.updates += update.nbytes
+        self.traffic.up(update.client, update.nbytes)
+        self.arrived()
+        if update.round != self.round:
+            return Failure(update.client, "update", f"its update is of round {update.round}, not {self.round}")
+        return self.inner.add(update)
+
+
+class Server:
+    """Runs rounds until the configured number is complete."""
+
+    def __init__(
+        self,
+        federation: Federation,
+        algorithm: Algorithm,
+        layout: Layout,
+        config: Config,
+        checkpoints: Checkpoints,
+        evaluate: Callable[[Weights], Evaluation | None],
+        observer: Observer,
+    ) -> None:
+        self.federation = federation
+        self.algorithm = algorithm
+        self.layout = layout
+        self.config = config
+        self.checkpoints = checkpoints
+        self.evaluate = evaluate
+        self.observer = observer
+
+    def run(self, state: ServerState) -> ServerState:
+        """Continue from `state`; each complete round is checkpointed before it is announced.
+
+        Raises:
+            UserError: Too few clients had anything usable to say.
+        """
+        if not state.history:
+            traffic = Traffic()
+            metrics, failures = self._scores(state.weights, 0, traffic)
+            metrics |= {"bytes_up": 0, "bytes_down": traffic.down, "failures": self._named(failures)}
+            state = self._complete(state, metrics)
+        while state.round < self.config.run.rounds:
+            state = self._round(state)
+        return state
+
+    def _round(self, state: ServerState) -> ServerState:
+        started, number, traffic = time.perf_counter(), state.round + 1, Traffic()
+        members = self.federation.members()
+        chosen = select(members, self.config.clients.sample, self.config.run.seed, number)
+        reports, failures = self._train(state, number, chosen, traffic)
+        if len(reports) < self.config.server.min_clients:
+            reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in failures) or "nobody replied"
+            raise UserError(
+                f"round {number}: {len(reports)} of {len(chosen)} clients can be used, server.min_clients = "
+                f"{self.config.server.min_clients} are needed ({reasons}). The last complete round is kept."
+            )
+        plan, algorithm_state = self.algorithm.plan(reports, self.layout, state.algorithm)
+        plan = plan.without({report.client: report.frozen for report in reports}, self.layout)
+        self.observer.planned(number, reports, plan, self.layout)
+        total, lost = self._sum(plan, reports, number, traffic)
+        share = self.config.server.min_arrived
+        weights, moments = self._optimise(state, total.result(state.weights, share), plan, reports)
+        algorithm_state = self.algorithm.apply(algorithm_state, total.streams(share), self.layout, len(members))
+        scores, unscored = self._scores(weights, number, traffic)
+        metrics = {
+            **scores,
+            **describe_training(reports),
+            **describe_plan(plan, self.layout, traffic, len(total.unchanged(share))),
+            "clients": [report.client for report in reports],
+            "failures": self._named([*failures, *lost, *unscored]),
+            "round_seconds": time.perf_counter() - started,
+        }
+        after = replace(state, round=number, weights=weights, algorithm=algorithm_state, moments=moments)
+        return self._complete(after, metrics)
+
+    def _optimise(
+        self, state: ServerState, summed: Weights, plan: Plan, reports: Sequence[Statistics]
+    ) -> tuple[Weights, State]:
+        """The server's own step along the summed updates (Reddi et al. 2021); groups that did not change stay."""
+        options = self.config.server
+        if options.optimizer == "average":
+            return summed, state.moments
+        norm_C_G = torch.stack([report.norm_G for report in reports])
+        spread = float((plan.weight_C_G.double() * norm_C_G.double().square()).sum())
+        return server_step(options, state.weights, summed, state.moments, spread)
+
+    def _named(self, failures: Sequence[Failure]) -> list[dict[str, str]]:
+        """Every fault of a round, for metrics and the live table."""
+        return [vars(failure) for failure in (*self.federation.faults(), *failures)]
+
+    def _broadcast(self, weights: Weights, state: State, round: int) -> Broadcast:
+        dtype = broadcast_dtype(self.config.wire.dtype)
+        return Broadcast(round, {group: pack(value, dtype, seed=0) for group, value in weights.items()}, state)
+
+    def _train(
+        self, state: ServerState, number: int, chosen: Sequence[str], traffic: Traffic
+    ) -> tuple[list[Statistics], list[Failure]]:
+        broadcast = self._broadcast(state.weights, state.algorithm, number)
+        traffic.send(chosen, broadcast.nbytes)
+        reports: dict[str, Statistics] = {}
+        failures: list[Failure] = []
+        self.observer.progress(number, "training", 0, len(chosen))
+        for reply in self.federation.train(broadcast, chosen):
+            if isinstance(reply, Statistics):
+                traffic.statistics += reply.nbytes
+                traffic.up(reply.client, reply.nbytes)
+                cells = self.layout.token_cells if self.algorithm.counts_tokens else (0, 0)
+                problem = check_statistics(reply, self.layout, self.config.statistics, number, cells)
+                if problem is None:
+                    reports[reply.client] = reply
+                else:
+                    failures.append(Failure(reply.client, "train", problem))
+            else:
+                failures.append(reply)
+            self.observer.progress(number, "training", len(reports) + len(failures), len(chosen))
+        usable = [reports[name] for name in chosen if name in reports]  # arrival order must not matter
+        outliers = find_outliers(usable, self.config.server.max_norm_ratio)
+        names = {failure.client for failure in outliers}
+        return [report for report in usable if report.client not in names], [*failures, *outliers]
+
+    def _sum(
+        self, plan: Plan, reports: Sequence[Statistics], number: int, traffic: Traffic
+    ) -> tuple[StreamingSum, list[Failure]]:
+        norms = {report.client: report.norm_G for report in reports}
+        exact = self.config.tuning.averages_products
+        total = StreamingSum(self.layout, plan, norms, self.config.wire.dtype, "exact" if exact else "sum")
+        requests = [request for request in plan.requests(number, self.layout) if request.groups]
+        done = 0
+
+        def arrived() -> None:
+            nonlocal done
+            done += 1
+            self.observer.progress(number, "summing", done, len(requests))
+
+        failures = self.federation.collect(requests, CountingSum(total, number, traffic, arrived))
+        return total, failures
+
+    def _scores(self, weights: Weights, number: int, traffic: Traffic) -> tuple[Metrics, list[Failure]]:
+        last = number == self.config.run.rounds
+        metrics: Metrics = {"round": number}
+        if number % self.config.evaluation.every and not last:
+            return metrics, []
+        self.observer.progress(number, "evaluating", 0, 1)
+        everyone_alone = all(self.algorithm.private(group) for group in self.layout.groups)
+        overall = None if everyone_alone else self.evaluate(weights)
+        scores: list[Evaluation] = []
+        failures: list[Failure] = []
+        if self.config.evaluation.clients and self.config.clients.held_out:
+            members = self.federation.members()
+            broadcast = self._broadcast(weights, {}, number)
+            traffic.send(members, broadcast.nbytes)
+            for score in self.federation.evaluate(broadcast, members):
+                if isinstance(score, Failure):
+                    failures.append(score)
+                elif problem := check_evaluation(score):
+                    failures.append(Failure(str(score.client), "evaluate", problem))
+                else:
+                    scores.append(score)
+                self.observer.progress(number, "evaluating", len(scores) + len(failures), len(members))
+        scores.sort(key=lambda score: str(score.client))  # arrival order must not matter
+        return metrics | describe_scores(overall, scores), failures
+
+    def _complete(self, state: ServerState, metrics: Metrics) -> ServerState:
+        earlier = [score for past in state.history if (score := merit(past)) is not None]
+        score = merit(metrics)
+        state = replace(state, history=(*state.history, metrics))
+        self.checkpoints.save(state)
+        self.observer.completed(state, improved=score is not None and score > max(earlier, default=-math.inf))
+        return state
+
+
+def select(members: Sequence[str], share: float, seed: int, round: int) -> list[str]:
+    """The clients of a round: a random share, at least one, in the order of `members`.
+
+    >>> select(["a", "b", "c", "d"], 0.5, seed=0, round=1) == select(["a", "b", "c", "d"], 0.5, seed=0, round=1)
+    True
+    """
+    count = max(1, round_half_up(share * len(members)))
+    chosen = set(random.Random(f"{seed}/{round}/select").sample(list(members), count))
+    return [member for member in members if member in chosen]
+
+
+def round_half_up(value: float) -> int:
+    """2.5 becomes 3, always."""
+    return math.floor(value + 0.5)

@@ -1,0 +1,141 @@
+"""From a configuration to a finished run: load, partition, connect, go round, save."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedalign import parallel
+from fedalign.config.run import Config, FederationConfig
+from fedalign.config.toml import load_config
+from fedalign.errors import UserError
+from fedalign.files import write_text
+from fedalign.protocol import Evaluation, Federation, Layout, Plan, Statistics, Weights
+from fedalign.server.checkpoint import Checkpoints, ServerState
+from fedalign.server.results import Recorder, RunFolder
+from fedalign.server.rounds import Observer, Server
+
+RESUMABLE = (  # may change on resume
+    "run.rounds",
+    "run.device",
+    "run.threads",
+    "tracking.loggers",
+    "server.min_clients",
+    *(f"federation.{key}" for key in FederationConfig.model_fields if key != "engine"),
+)
+Holdings = Mapping[str, Mapping[str, Any]]
+
+
+class Centre(Protocol):
+    """The server's side of a run, whatever engine reaches the clients: what `execute` needs to know."""
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration."""
+
+    @property
+    def layout(self) -> Layout:
+        """The model's parameter groups."""
+
+    @property
+    def federation(self) -> Federation:
+        """The clients behind the configured engine."""
+
+    def initial_weights(self) -> Weights:
+        """What the first round starts from."""
+
+    def evaluate(self, weights: Weights) -> Evaluation | None:
+        """Score weights on the global test set, if there is one."""
+
+    def save_model(self, weights: Weights, folder: Path) -> None:
+        """Write weights as an ordinary Hugging Face folder, with the tokenizer."""
+
+    def identity(self) -> dict[str, str]:
+        """Fingerprints that a checkpoint must share with what resumes it."""
+
+    def holdings(self) -> Holdings:
+        """What is known of the clients' data: numbers of examples, and of labels where the data was dealt out here."""
+
+    def finish(self) -> None:
+        """The run is complete: clients may forget its updates."""
+
+
+def identity(config: Config, architecture: str) -> dict[str, str]:
+    """Fingerprints of the model's architecture and of the configuration, but for what may change on resume."""
+    tables = config.model_dump(mode="json")
+    for key in RESUMABLE:
+        section, name = key.split(".")
+        del tables[section][name]
+    return {"model": architecture[:16], "configuration": digest(tables)}
+
+
+def digest(value: object) -> str:
+    """16 hex digits of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def resumed_config(out: Path, overrides: Sequence[str]) -> Config:
+    """The configuration of the run in `out`, with those overrides that a resumed run may take.
+
+    Raises:
+        UserError: There is no run, or an override would make it another run.
+    """
+    folder = RunFolder(out)
+    folder.require_run()
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key not in RESUMABLE:
+            raise UserError(
+                f"--set {override!r}: a resumed run keeps its configuration. "
+                f"It may change: {', '.join(RESUMABLE)}. For anything else start anew with another --out."
+            )
+    return load_config(folder.config, overrides)
+
+
+def execute(centre: Centre, folder: RunFolder, watch: Observer) -> dict[str, Any]:
+    """Run all rounds that `folder` does not hold yet, write the results, return the summary."""
+    config = centre.config
+    checkpoints = Checkpoints(folder.checkpoint, centre.identity())
+    state = checkpoints.load() or ServerState(0, centre.initial_weights(), {}, ())
+    if parallel.is_first():
+        write_text(folder.holdings, json.dumps(centre.holdings(), indent=1))
+    recorder = Recorder(folder, config, centre.save_model, state)
+    server = Server(
+        federation=centre.federation,
+        algorithm=config.algorithm.build(),
+        layout=centre.layout,
+        config=config,
+        checkpoints=checkpoints,
+        evaluate=centre.evaluate,
+        observer=Both(recorder, watch),
+    )
+    summary = recorder.finish(server.run(state))
+    centre.finish()
+    return summary
+
+
+@dataclass(frozen=True)
+class Both:
+    """Two observers as one; the first hears first."""
+
+    first: Observer
+    second: Observer
+
+    def progress(self, round: int, stage: str, done: int, total: int) -> None:
+        """Pass on."""
+        self.first.progress(round, stage, done, total)
+        self.second.progress(round, stage, done, total)
+
+    def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
+        """Pass on."""
+        self.first.planned(round, reports, plan, layout)
+        self.second.planned(round, reports, plan, layout)
+
+    def completed(self, state: ServerState, improved: bool) -> None:
+        """Pass on."""
+        self.first.completed(state, improved)
+        self.second.completed(state, improved)

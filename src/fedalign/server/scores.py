@@ -1,0 +1,122 @@
+"""What a round is worth: merit, accuracy, loss, and what it cost."""
+
+from __future__ import annotations
+
+import math
+import statistics as stats
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedalign.protocol import Evaluation, Layout, Metrics, Plan, Statistics
+
+
+@dataclass
+class Traffic:
+    """Bytes of one round as they would travel, all clients together."""
+
+    down: int = 0
+    statistics: int = 0
+    updates: int = 0
+    up_by_client: dict[str, int] = field(default_factory=dict)
+    down_by_client: dict[str, int] = field(default_factory=dict)
+
+    def send(self, clients: Sequence[str], nbytes: int) -> None:
+        """Count what each of these clients is sent."""
+        self.down += nbytes * len(clients)
+        for client in clients:
+            self.down_by_client[client] = self.down_by_client.get(client, 0) + nbytes
+
+    def up(self, client: str, nbytes: int) -> None:
+        """Count what a client sent."""
+        self.up_by_client[client] = self.up_by_client.get(client, 0) + nbytes
+
+
+def accuracy_of(metrics: Mapping[str, Any]) -> float | None:
+    """The accuracy that a round is known by: the global one, else the clients', weighted by their examples."""
+    accuracy: float | None = metrics.get("accuracy", metrics.get("client_accuracy_weighted"))
+    return accuracy
+
+
+def loss_of(metrics: Mapping[str, Any]) -> float | None:
+    """The loss that a round is known by, nats: the global one, else the clients' mean."""
+    loss: float | None = metrics.get("loss_nats", metrics.get("client_loss_mean_nats"))
+    return loss
+
+
+def merit(metrics: Mapping[str, Any]) -> float | None:
+    """What "best" means: accuracy, where there is none minus the loss; None for a round without evaluation."""
+    accuracy, loss = accuracy_of(metrics), loss_of(metrics)
+    return accuracy if accuracy is not None or loss is None else -loss
+
+
+def describe_scores(overall: Evaluation | None, scores: Sequence[Evaluation]) -> Metrics:
+    """Scores by name: global, and over the clients' own held-out parts."""
+    metrics: Metrics = {}
+    if overall is not None:
+        metrics |= {"loss_nats": overall.loss, "perplexity": _exp(overall.loss), "test_examples": overall.examples}
+        if overall.accuracy is not None:
+            metrics["accuracy"] = overall.accuracy
+    if scores:
+        examples = sum(score.examples for score in scores)
+        loss = sum(score.loss * score.examples for score in scores) / examples
+        metrics["client_loss_mean_nats"] = loss
+        metrics["client_losses_nats"] = {str(score.client): score.loss for score in scores}
+    accuracies = {str(score.client): score.accuracy for score in scores if score.accuracy is not None}
+    if accuracies:
+        counted = [score.examples for score in scores if score.accuracy is not None]
+        right = [score.examples * score.accuracy for score in scores if score.accuracy is not None]
+        metrics |= {
+            "client_accuracies": accuracies,
+            "client_accuracy_mean": stats.fmean(accuracies.values()),
+            "client_accuracy_weighted": sum(right) / sum(counted),
+            "client_accuracy_worst": min(accuracies.values()),
+            "client_accuracy_spread": stats.pstdev(accuracies.values()),
+        }
+    return metrics
+
+
+def describe_training(reports: Sequence[Statistics]) -> Metrics:
+    """What the statistics tell about the round."""
+    examples = sum(report.examples for report in reports)
+    return {
+        "train_loss_nats": sum(report.loss * report.examples for report in reports) / examples,
+        "train_examples": examples,
+        "routing_divergence_nats": routing_divergence(torch.stack([report.prob_L_E for report in reports])),
+        "experts_held_share": float(torch.stack([report.held_L_E for report in reports]).float().mean()),
+        "experts_held_by_nobody": int((~torch.stack([r.held_L_E for r in reports]).any(0)).sum()),
+        "client_train_seconds": sum(report.metrics.get("train_seconds", 0.0) for report in reports),
+    }
+
+
+def routing_divergence(prob_C_L_E: Tensor) -> float:
+    """Mean over clients and layers of KL(p̄_c ‖ mean over clients of p̄_c), nats.
+
+    >>> routing_divergence(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))  # doctest: +ELLIPSIS
+    0.693...
+    """
+    mean_L_E = prob_C_L_E.mean(0)
+    return float(torch.special.xlogy(prob_C_L_E, prob_C_L_E / mean_L_E).nansum(-1).mean())
+
+
+def describe_plan(plan: Plan, layout: Layout, traffic: Traffic, skipped: int) -> Metrics:
+    """How selective the plan was, and what it cost."""
+    size_G = torch.tensor([layout.sizes[group] for group in layout.groups], dtype=torch.float64)
+    asked = float((plan.weight_C_G > 0).double() @ size_G @ torch.ones(len(plan.clients), dtype=torch.float64))
+    return {
+        **plan.metrics,
+        "uploaded_share": asked / (float(size_G.sum()) * len(plan.clients)),
+        "groups_unchanged": skipped,
+        "bytes_up": traffic.statistics + traffic.updates,
+        "bytes_up_statistics": traffic.statistics,
+        "bytes_up_by_client": traffic.up_by_client,
+        "bytes_down": traffic.down,
+        "bytes_down_by_client": traffic.down_by_client,
+    }
+
+
+def _exp(loss: float) -> float:
+    return math.exp(min(loss, 700.0))

@@ -1,0 +1,222 @@
+"""Where a run's numbers go besides its folder: TensorBoard, MLflow or Weights & Biases, each through its own library.
+
+MLflow and W&B are set up as their users know it: `MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`, `WANDB_MODE=offline`,
+`WANDB_PROJECT` ... A resumed run goes on in the same curve: `trackers.json` in the run folder keeps its id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedalign.errors import UserError
+
+logger = logging.getLogger(__name__)
+PROJECT = "fedalign"  # where the user's environment names no other
+METRICS_A_CALL, PARAMETERS_A_CALL = 1000, 100  # MLflow takes no more
+
+
+class Tracker(Protocol):
+    """Takes a round's numbers by name."""
+
+    def log(self, round: int, scalars: Mapping[str, float]) -> None:
+        """Add one round."""
+
+    def close(self) -> None:
+        """No more rounds will come."""
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker may know of the run it follows."""
+
+    folder: Path
+    settings: Mapping[str, Any]  # the configuration, flat: section.key -> value
+    resumed_after: int  # the last round that is complete; what a cut-off round logged is void
+
+    @property
+    def name(self) -> str:
+        """As a person finds it in a list of runs."""
+        return self.folder.resolve().name
+
+    def kept_id(self, tracker: str) -> str | None:
+        """The id under which a tracker knows this run, if it does."""
+        return self._ids().get(tracker)
+
+    def keep_id(self, tracker: str, id: str) -> None:
+        """Remember it for `--resume`."""
+        self._file.write_text(json.dumps(self._ids() | {tracker: id}) + "\n", encoding="utf-8")
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "trackers.json"
+
+    def _ids(self) -> dict[str, str]:
+        try:
+            ids: dict[str, str] = json.loads(self._file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise UserError(f"{str(self._file)!r}: damaged ({error}). Delete it; curves then start anew.") from None
+        return ids
+
+
+class TensorBoard:
+    """Event files in the run folder."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run.folder), purge_step=run.resumed_after + 1)
+
+    def log(self, round: int, scalars: Mapping[str, float]) -> None:
+        """Add and flush, so that a person sees it at once."""
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, round)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
+
+
+class MLflow:
+    """A run of an MLflow experiment."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when the library is imported
+        from mlflow.entities import Param
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking import MlflowClient
+
+        with _setting_up("mlflow", MlflowException, "Check MLFLOW_TRACKING_URI and that its server answers."):
+            self._client = MlflowClient()
+            kept = run.kept_id("mlflow")
+            if kept is not None:
+                self._id = self._client.get_run(kept).info.run_id
+                self._client.update_run(self._id, status="RUNNING")
+                return
+            self._id = self._client.create_run(self._experiment(), run_name=run.name).info.run_id
+            run.keep_id("mlflow", self._id)
+            settings = [Param(key, str(value)[:500]) for key, value in run.settings.items()]
+            for first in range(0, len(settings), PARAMETERS_A_CALL):
+                self._client.log_batch(self._id, params=settings[first : first + PARAMETERS_A_CALL])
+
+    def log(self, round: int, scalars: Mapping[str, float]) -> None:
+        """Add; names keep letters, digits, and what MLflow allows besides."""
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        metrics = [Metric(_mlflow_name(name), float(value), now, round) for name, value in scalars.items()]
+        with _going_on("mlflow", round):
+            for first in range(0, len(metrics), METRICS_A_CALL):
+                self._client.log_batch(self._id, metrics=metrics[first : first + METRICS_A_CALL])
+
+    def close(self) -> None:
+        """Mark it as finished."""
+        with _going_on("mlflow", None):
+            self._client.set_terminated(self._id)
+
+    def _experiment(self) -> str:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        found = self._client.get_experiment_by_name(name)
+        return str(found.experiment_id if found is not None else self._client.create_experiment(name))
+
+
+class WandB:
+    """A run of a Weights & Biases project; with WANDB_MODE=offline, files beside the run to be synced later."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        import wandb
+
+        id = run.kept_id("wandb") or uuid.uuid4().hex[:12]
+        mode: Any = os.environ.get("WANDB_MODE") or "online"
+        remedy = "Log in with `wandb login`, or keep the numbers here: WANDB_MODE=offline."
+        with _setting_up("wandb", wandb.Error, remedy):
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", PROJECT),
+                id=id,
+                mode=mode,  # the library remembers what an earlier run in this process had
+                resume="allow" if mode == "online" else None,
+                name=run.name,
+                dir=str(run.folder),
+                config=dict(run.settings),
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        run.keep_id("wandb", id)
+
+    def log(self, round: int, scalars: Mapping[str, float]) -> None:
+        """Add."""
+        with _going_on("wandb", round):
+            self._run.log(dict(scalars), step=round)
+
+    def close(self) -> None:
+        """Send what is left."""
+        with _going_on("wandb", None):
+            self._run.finish()
+
+
+TRACKERS: Mapping[str, Callable[[TrackedRun], Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
+EXTRAS = ("mlflow", "wandb")  # not installed unless asked for; library and extra have the tracker's name
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers whose library is missing, before anything else is done.
+
+    Raises:
+        UserError: One is, and how to install it.
+    """
+    for name in names:
+        if name in EXTRAS and find_spec(name) is None:
+            raise UserError(
+                f"tracking.loggers = {list(names)}: {name} is not installed. Install it with "
+                f"pip install 'fedalign-moe[{name}]', or leave {name!r} out."
+            )
+
+
+def open_trackers(names: Sequence[str], run: TrackedRun) -> list[Tracker]:
+    """The named trackers, ready for the rounds after `run.resumed_after`.
+
+    Raises:
+        UserError: A library is missing, or its server does not want this run.
+    """
+    require_trackers(names)
+    return [TRACKERS[name](run) for name in names]
+
+
+@contextlib.contextmanager
+def _setting_up(tracker: str, errors: type[Exception], remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"tracking.loggers: {tracker}: {' '.join(str(error).split())} {remedy}") from None
+
+
+@contextlib.contextmanager
+def _going_on(tracker: str, round: int | None) -> Iterator[None]:
+    """A run is not lost because a server for its curves is: metrics.jsonl has every number anyway."""
+    try:
+        yield
+    except Exception as error:  # the libraries raise anything, bare Exception too
+        what = "its end" if round is None else f"round {round}"
+        logger.warning("%s did not take %s: %s", tracker, what, " ".join(str(error).split()))
+
+
+def _mlflow_name(name: str) -> str:
+    """As MLflow allows it.
+
+    >>> _mlflow_name("client_accuracies/site (1)"), _mlflow_name("client_accuracies/..")
+    ('client_accuracies/site _1_', 'client_accuracies/_')
+    """
+    parts = [re.sub(r"[^\w\-. ]", "_", part) for part in name.split("/")]
+    return "/".join(part if part.strip(". ") else "_" for part in parts)[:250]

@@ -1,0 +1,133 @@
+"""The evidence's scripts: what they draw, measure and write. They are no package, so their folder is on the path."""
+
+import doctest
+import json
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "evidence"))
+import figures
+import measure
+import study
+import tables
+
+import data
+
+
+@pytest.mark.parametrize("module", [data, measure, tables])
+def test_examples_in_docstrings(module: object) -> None:
+    found = doctest.testmod(module)  # type: ignore[arg-type]
+    assert found.attempted > 0
+    assert found.failed == 0
+
+
+def test_a_text_that_trains_does_not_test() -> None:
+    train = [{"text": "Same words"}, {"question": "Which?"}]
+    regime = data.apart(data.Regime(train, [{"text": "same words"}, {"text": "other"}, {"question": "which?"}]))
+    assert regime.test == [{"text": "other"}]
+
+
+def test_balanced_draws_as_many_of_each() -> None:
+    rows = [{"label": "a"}] * 90 + [{"label": "b"}] * 10
+    drawn = data.balanced(rows, "label", 10, random.Random(0))
+    assert sorted(row["label"] for row in drawn) == ["a"] * 5 + ["b"] * 5
+
+
+def test_specialisation_is_what_groups_tell_beyond_shuffled_ones() -> None:
+    groups = ["a", "b"] * 200
+    apart = torch.tensor([[[8, 0]], [[0, 8]]] * 200)
+    alike = torch.tensor([[[4, 4]], [[4, 4]]] * 200)
+    assert measure.specialisation(apart, groups)[0] == pytest.approx(0.693, abs=0.01)
+    assert measure.specialisation(alike, groups) == [0.0]
+
+
+def test_every_study_names_each_part_once_and_all_its_lines_are_algorithms() -> None:
+    for make in study.STUDIES.values():
+        parts = list(make())
+        assert len({part.name for part in parts}) == len(parts)
+        for part in parts:
+            assert part.choices[0].settings[0].startswith("algorithm.name=")
+            assert part.regime in study.REGIMES
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    column = tables.Column("accuracy, %", lambda run: run.last("accuracy"), 100, 1)
+    assert tables.told_difference({0: 0.6, 1: 0.7}, {0: 0.5, 1: 0.6}, column) == "**+10.0 ± 0.0**"
+    assert tables.told_difference({0: 0.6, 1: 0.5}, {0: 0.5, 1: 0.6, 2: 0.9}, column).startswith("+0.0 ± 127")
+
+
+def test_measured_runs_keep_their_numbers_and_lose_their_models(tmp_path: Path) -> None:
+    for name in ("model", "best", "checkpoint", "clients", "health"):
+        (tmp_path / name).mkdir()
+    (tmp_path / measure.MEASURES).write_text(json.dumps({"first": {}}))
+    measure.prune(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["health", measure.MEASURES]
+    assert measure.measure(tmp_path) == {"first": {}}
+
+
+def test_merges_are_told_beside_the_first_alternative(tmp_path: Path) -> None:
+    def line(label: str, accuracy: float, loss: float) -> dict[str, object]:
+        scores = {"accuracy": accuracy, "loss_nats": loss, "uploaded_share": 0.5, "change_norm": loss}
+        return {"round": 1, "alternative": label, "about": "", **scores}
+
+    for seed in (3, 4):
+        lines = [line("fedavg", 0.5, 2.0), line("other", 0.51 + seed / 100, 1.0)]
+        found = {"rate": "1e-3", "settings": ["data.max_train=10"], "lines": lines}
+        (tmp_path / f"seed-{seed}.json").write_text(json.dumps(found))
+    text = tables.merges(tmp_path)
+    assert "rounds 1 to 1, seeds 3, 4 (data.max_train=10)" in text
+    assert "|  | fedavg | 50.0 ± 0.0 |  | 2.000 ± 0.000 |  | 0.50 | 1.00 |" in text
+    assert "|  | other | 54.5 ± 6.4 | +4.5 ± 6.4 | 1.000 ± 0.000 | **-1.000 ± 0.000** | 0.50 | 0.50 |" in text
+
+
+def test_a_followed_plan_is_told_beside_whole_runs_of_the_same_seeds_and_rate(tmp_path: Path) -> None:
+    def runs(*accuracy: float) -> dict[int, tables.Run]:
+        return {seed: tables.Run([{}, {"accuracy": value}], {}) for seed, value in enumerate(accuracy, start=3)}
+
+    whole = tables.Part(tmp_path)
+    other = f"fedavg:{study.RATE}=1e-4"
+    ours = f"{study.OURS}:{study.RATE}=1e-3"
+    vars(whole)["runs"] = {other: runs(0.9, 0.9), f"fedavg:{study.RATE}=1e-3": runs(0.5, 0.6), ours: runs(0.6, 0.6)}
+    (tmp_path / "tasks" / "a_plan").mkdir(parents=True)
+    for seed, accuracy in ((3, 0.6), (4, 0.7)):
+        found = {"rate": "1e-3", "settings": ["data.max_train=10"], "lines": [{"round": 1, "accuracy": accuracy}]}
+        (tmp_path / "tasks" / "a_plan" / f"seed-{seed}.json").write_text(json.dumps(found))
+    text = tables.followed(tmp_path / "tasks", whole)
+    assert "| a plan | 2 | 65.0 ± 63.5 | **+10.0 ± 0.0** | +5.0 ± 63.5 |" in text
+
+
+def test_a_line_that_brings_its_rate_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study.Place, "rates", lambda self, part, lines: dict.fromkeys(lines, "1e-4"))
+    part = study.Part("x", "tasks", ("fedavg", "fedmoe:training.learning_rate=3e-4"), rate="each")
+    fitted = study.Place(tmp_path, tmp_path, "demo", 1).fitted(part)
+    assert fitted.algorithms == ("fedavg:training.learning_rate=1e-4", "fedmoe:training.learning_rate=3e-4")
+    assert fitted.rate == "1e-4"
+    twice = replace(part, algorithms=("fedavg", "fedavg:training.learning_rate=1e-4"))
+    assert study.Place(tmp_path, tmp_path, "demo", 1).fitted(twice).algorithms == fitted.algorithms[:1]
+
+
+def test_the_figure_shows_differences_seed_by_seed_at_the_rate_asked_for() -> None:
+    def run(*accuracy: float) -> tables.Run:
+        return tables.Run([{"accuracy": value} for value in accuracy], {})
+
+    class Made(tables.Part):
+        baseline = f"fedavg:{study.RATE}=3e-4"
+
+    part = Made(Path())
+    vars(part)["runs"] = {
+        part.baseline: {0: run(0.1, 0.5, 0.6), 1: run(0.1, 0.4, 0.5)},
+        f"{study.OURS}:{study.RATE}=1e-4": {0: run(0.1, 0.9, 0.9), 1: run(0.1, 0.9, 0.9)},
+        f"{study.OURS}:{study.RATE}=3e-4": {0: run(0.1, 0.6, 0.6), 1: run(0.1, 0.6, 0.5)},
+    }
+    axes = Figure().subplots()
+    figures.draw(axes, part, "3e-4")
+    (drawn,) = axes.containers
+    points = drawn[0].get_ydata()
+    assert points == pytest.approx([15, 0])
+    assert drawn.get_label() == study.OURS

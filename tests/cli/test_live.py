@@ -1,0 +1,62 @@
+import io
+
+from rich.console import Console
+
+from fedalign.cli.live import COLUMNS, LiveTable, row
+from fedalign.protocol import Metrics
+from fedalign.server.checkpoint import ServerState
+from fedalign.units import clock, percent, size
+
+HISTORY: tuple[Metrics, ...] = (
+    {"round": 0, "accuracy": 0.125, "client_accuracy_worst": 0.0, "loss_nats": 2.5, "bytes_up": 0},
+    {
+        "round": 1,
+        "accuracy": 0.5,
+        "client_accuracy_worst": 0.25,
+        "loss_nats": 1.5,
+        "routing_divergence_nats": 0.0123,
+        "bytes_up": 1_500_000,
+        "failures": [{"client": "site [b]", "stage": "train", "reason": "its loss is nan at step 3"}],
+    },
+)
+
+
+def show(terminal: bool) -> str:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=120, highlight=False, color_system=None)
+    with LiveTable(console, rounds=3) as table:
+        table.progress(0, "evaluating", 0, 1)
+        table.completed(ServerState(0, {}, {}, HISTORY[:1]), improved=True)
+        table.progress(1, "training", 1, 2)
+        table.completed(ServerState(1, {}, {}, HISTORY), improved=True)
+    return stream.getvalue()
+
+
+def test_a_terminal_sees_a_table_that_stays() -> None:
+    text = show(terminal=True)
+    last = text[text.rindex("round") :]
+    assert "50.0 %" in last
+    assert "1.5 MB" in last
+    assert "site [b], train: its loss is nan at step 3" in text
+    assert all(name in text for name in COLUMNS)
+
+
+def test_a_file_gets_a_line_a_round() -> None:
+    lines = show(terminal=False).splitlines()
+    assert lines[0].startswith("round 0 | accuracy 12.5 % | worst client 0.0 %")
+    assert lines[1].startswith("round 1 | accuracy 50.0 % | worst client 25.0 % | loss 1.500")
+    assert lines[2] == "round 1: site [b], train: its loss is nan at step 3"
+    assert "\x1b" not in "".join(lines)
+
+
+def test_rows_add_up_what_was_sent_and_fall_back_to_clients() -> None:
+    assert row(HISTORY, 1, "0:10") == ("1", "50.0 %", "25.0 %", "1.500", "0.0123", "1.5 MB", "0:10")
+    no_test_set = ({"round": 0, "client_accuracy_weighted": 0.25, "client_loss_mean_nats": 2.0},)
+    assert row(no_test_set, 0, "...")[:4] == ("0", "25.0 %", "-", "2.000")
+
+
+def test_units() -> None:
+    assert size(2.5e9) == "2.5 GB"
+    assert size(3e12) == "3.0 TB"
+    assert clock(59.6) == "1:00"
+    assert percent(1.0) == "100.0 %"

@@ -1,0 +1,127 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedalign.client.evaluation import TestSet, evaluate
+from fedalign.config.run import EvaluationConfig
+from fedalign.data.encode import Encoder, load_tokenizer
+from fedalign.data.formats import Example
+from fedalign.moe.model import MoEModel
+
+CONFIG = EvaluationConfig()
+
+
+@pytest.fixture(scope="module")
+def model(olmoe: Path) -> MoEModel:
+    return MoEModel.load(olmoe)
+
+
+@pytest.fixture(scope="module")
+def encoder(olmoe: Path) -> Encoder:
+    return Encoder(load_tokenizer(olmoe), 64)
+
+
+def nll(model: MoEModel, encoder: Encoder, prompt: str, answer: str) -> list[float]:
+    """Of each answer token, by a plain forward pass."""
+    ids = [encoder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer)]
+    with torch.no_grad():
+        logits = model.model(torch.tensor([ids[0] + ids[1]])).logits[0, len(ids[0]) - 1 : -1]
+    return [float(x) for x in -logits.log_softmax(-1).gather(1, torch.tensor(ids[1])[:, None])]
+
+
+def choose(prompts: list[str], choices: list[tuple[str, ...]], right: list[int]) -> list[Example]:
+    return [Example(p, c[r], choices=c) for p, c, r in zip(prompts, choices, right, strict=True)]
+
+
+def prepare(examples: list[Example], encoder: Encoder) -> TestSet:
+    tests = TestSet.prepare(examples, encoder)
+    assert tests is not None
+    return tests
+
+
+PROMPTS = ["the dog runs", "rain falls in town", "bread", "a cat sleeps near here"]
+
+
+def test_one_token_choices_and_long_ones_are_scored_alike(model: MoEModel, encoder: Encoder) -> None:
+    letters = choose(PROMPTS, [("a", "b", "c")] * 4, [0, 1, 2, 0])
+    assert all(len(nll(model, encoder, "x", letter)) == 1 for letter in "abc")
+    words = choose(PROMPTS, [("animals", "weather report", "food")] * 4, [0, 1, 2, 0])
+    for examples in (letters, words):
+        scores = [[sum(nll(model, encoder, e.prompt, c)) for c in e.choices] for e in examples]
+        right = [e.choices.index(e.answer) for e in examples]
+        got = evaluate(model, prepare(examples, encoder), CONFIG, encoder.tokenizer, "me")
+        assert got.client == "me"
+        assert got.examples == 4
+        assert got.accuracy == sum(s.index(min(s)) == r for s, r in zip(scores, right, strict=True)) / 4
+        tokens = [t for e in examples for t in nll(model, encoder, e.prompt, e.answer)]
+        assert got.loss == pytest.approx(sum(tokens) / len(tokens), rel=1e-5)
+
+
+def test_examples_may_have_different_numbers_of_choices(model: MoEModel, encoder: Encoder) -> None:
+    examples = choose(PROMPTS[:2], [("a", "b"), ("a", "b", "c")], [1, 2])
+    got = evaluate(model, prepare(examples, encoder), CONFIG, encoder.tokenizer, None)
+    best = [
+        min(range(len(e.choices)), key=lambda i: sum(nll(model, encoder, e.prompt, e.choices[i]))) for e in examples
+    ]
+    assert got.accuracy == sum(e.choices[b] == e.answer for e, b in zip(examples, best, strict=True)) / 2
+
+
+def test_length_normalised_scores_are_means(model: MoEModel, encoder: Encoder) -> None:
+    examples = choose(PROMPTS, [("a", "the weather in the north every day")] * 4, [1] * 4)
+    tests = prepare(examples, encoder)
+    summed = evaluate(model, tests, CONFIG, encoder.tokenizer, None)
+    mean = evaluate(model, tests, EvaluationConfig(length_normalise=True), encoder.tokenizer, None)
+    losses = [[nll(model, encoder, e.prompt, c) for c in e.choices] for e in examples]
+    assert summed.accuracy == sum(sum(long) < sum(short) for short, long in losses) / 4
+    assert mean.accuracy == sum(sum(long) / len(long) < short[0] for short, long in losses) / 4
+
+
+def test_scores_do_not_depend_on_batches(model: MoEModel, encoder: Encoder) -> None:
+    tests = prepare(choose(PROMPTS, [("animals", "food")] * 4, [0, 1, 0, 1]), encoder)
+    one = evaluate(model, tests, EvaluationConfig(batch_tokens=1), encoder.tokenizer, None)
+    all_ = evaluate(model, tests, CONFIG, encoder.tokenizer, None)
+    assert one.accuracy == all_.accuracy
+    assert one.loss == pytest.approx(all_.loss, rel=1e-5)
+
+
+def test_examples_that_are_too_long_are_left_out_of_both_counts(model: MoEModel, olmoe: Path) -> None:
+    encoder = Encoder(load_tokenizer(olmoe), 24, too_long="drop")
+    examples = choose([PROMPTS[0], "long " * 40], [("a", "b")] * 2, [0, 1])
+    assert len(prepare(examples, encoder)) == 1
+    assert TestSet.prepare(examples[1:], encoder) is None
+    assert TestSet.prepare([], encoder) is None
+    assert evaluate(model, prepare(examples, encoder), CONFIG, encoder.tokenizer, None).examples == 1
+
+
+def test_exact_match_continues_the_prompt_greedily(model: MoEModel, encoder: Encoder) -> None:
+    prompt = "the dog runs"
+    ids = torch.tensor([encoder.tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        for _ in range(3):
+            ids = torch.cat([ids, model.model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    said = encoder.tokenizer.decode(ids[0, -3:], skip_special_tokens=True)
+    config = EvaluationConfig(generate=True, max_new_tokens=3)
+    for answer, expected in ((said, 1.0), ("nothing of the kind", 0.0)):
+        tests = prepare([Example(prompt, answer)], encoder)
+        assert evaluate(model, tests, config, encoder.tokenizer, None).accuracy == expected
+    without = evaluate(model, prepare([Example(prompt, "x")], encoder), CONFIG, encoder.tokenizer, None)
+    assert without.accuracy is None
+
+
+def test_an_encoder_decoder_model_is_scored_by_its_decoder(model_folder: Callable[..., Path]) -> None:
+    folder = model_folder("switch_transformers")
+    switch = MoEModel.load(folder)
+    encoder = Encoder(load_tokenizer(folder), 64, is_seq2seq=True, decoder_start=0)
+    (example,) = choose(["the dog runs"], [("animals", "food")], [0])
+    got = evaluate(switch, prepare([example], encoder), CONFIG, encoder.tokenizer, None)
+    ids = [encoder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("the dog runs", "animals")]
+    answer = torch.tensor([[*ids[1], encoder.tokenizer.eos_token_id]])
+    with torch.no_grad():
+        source = torch.tensor([encoder.before + ids[0] + encoder.after])
+        logits = switch.model(
+            input_ids=source, decoder_input_ids=torch.cat([torch.zeros(1, 1).long(), answer], 1)
+        ).logits
+    expected = -logits[0, :-1].log_softmax(-1).gather(1, answer[0][:, None]).mean()
+    assert got.loss == pytest.approx(float(expected), rel=1e-4)

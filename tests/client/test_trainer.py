@@ -1,0 +1,321 @@
+"""One client step on a tiny model of every family: it changes what it should, and reports what happened."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedalign.client.fit import LocalFit, grouped, make_autocast
+from fedalign.client.forward import answer_logits
+from fedalign.client.memory import ClientData, ClientMemory
+from fedalign.client.trainer import Trainer
+from fedalign.config.run import Config
+from fedalign.config.toml import load_config
+from fedalign.data.batches import batches
+from fedalign.data.encode import Encoded
+from fedalign.errors import TrainingFailedError
+from fedalign.maths.rounding import pack, unpack
+from fedalign.maths.sketch import Sketch
+from fedalign.moe.model import MoEModel
+from fedalign.moe.probe import RoutingProbe, RoutingStatistics
+from fedalign.protocol import SHARED, Broadcast, Packed, ParameterGroup, Request, Statistics, Weights
+from tests.moe.tiny import EXPERTS, TABLE, VOCABULARY, build
+
+
+def examples(count: int, seed: int = 0, seq2seq: bool = False) -> list[Encoded]:
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for index in range(count):
+        length = int(torch.randint(4, 12, (1,), generator=generator))
+        tokens = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        if seq2seq:
+            made.append(Encoded(tokens, tokens[-2:], index, decoder_input_ids=[0, tokens[-2]]))
+        else:
+            made.append(Encoded(tokens, [-100] * (length - 2) + tokens[-2:], index))
+    return made
+
+
+def settings(*overrides: str) -> Config:
+    return load_config(
+        None, ["training.batch_examples=4", "training.learning_rate=1e-2", "statistics.min_tokens=2", *overrides]
+    )
+
+
+def trainer(family: str, *overrides: str) -> Trainer:
+    config = settings(*overrides)
+    return Trainer(MoEModel.wrap(build(family)), None, config.algorithm.build(), config)
+
+
+def client(folder: Path, seq2seq: bool = False, count: int = 20) -> ClientData:
+    return ClientData("c", examples(count, seq2seq=seq2seq), None, ClientMemory(folder))
+
+
+def broadcast(moe: MoEModel, round: int = 1, dtype: str = "float32", **state: Tensor) -> Broadcast:
+    weights = {group: pack(value, dtype, 0) for group, value in moe.read().items()}  # type: ignore[arg-type]
+    return Broadcast(round, weights, state)
+
+
+def local_fit(step: Trainer, data: ClientData) -> LocalFit:
+    return LocalFit(step, data, step._local_round(data, broadcast(step.moe), {}), 1, {})
+
+
+def uniform(moe: MoEModel) -> Tensor:
+    return torch.full((moe.layout.layers, moe.experts), 1 / moe.experts)
+
+
+@pytest.mark.parametrize("family", TABLE)
+def test_a_round_of_one_client(family: str, tmp_path: Path) -> None:
+    step = trainer(family)
+    moe, layout = step.moe, step.moe.layout
+    data = client(tmp_path, moe.is_seq2seq)
+    start = {group: value.clone() for group, value in moe.read().items()}
+    buffers = {name: value.clone() for name, value in moe.model.named_buffers()}
+    statistics = step.train(data, broadcast(moe, target_L_E=uniform(moe)))
+
+    assert statistics.examples == 20
+    assert statistics.loss > 0
+    assert torch.allclose(statistics.prob_L_E.sum(1), torch.ones(layout.layers), atol=1e-5)
+    after = moe.read()
+    update = data.memory.hand_over("c", Request("c", 1, layout.groups))
+    for index, group in enumerate(layout.groups):
+        moved = after[group] - start[group]
+        assert torch.equal(statistics.norm_G[index], unpack(update.groups[group]).norm())
+        if group.kind != "gate":  # rows are centred
+            assert torch.equal(unpack(update.groups[group]), moved)
+    assert float(statistics.norm_G[0]) > 0
+    assert float(statistics.norm_G.max()) < 1e3
+    for name, value in moe.model.named_buffers():  # such as e_score_correction_bias
+        assert torch.equal(value, buffers[name]), name
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3"])
+def test_softmax_rows_are_centred_and_sigmoid_rows_are_not(family: str, tmp_path: Path) -> None:
+    step = trainer(family, "algorithm.name=fedalign_paper")
+    layout, data = step.moe.layout, client(tmp_path)
+    start = step.moe.read()
+    step.train(data, broadcast(step.moe))
+    after = step.moe.read()
+    update = data.memory.hand_over("c", Request("c", 1, layout.groups))
+    for layer in range(layout.layers):
+        rows = [ParameterGroup("gate", layer, expert) for expert in range(layout.experts)]
+        sent = torch.stack([unpack(update.groups[row]) for row in rows])
+        moved = torch.stack([after[row] - start[row] for row in rows])
+        expected = moved if family == "deepseek_v3" else moved - moved.mean(0)
+        assert torch.allclose(sent, expected, atol=1e-7)
+        assert (float(sent.sum(0).abs().max()) < 1e-5) == (family != "deepseek_v3")
+
+
+def test_fedavg_leaves_rows_as_trained(tmp_path: Path) -> None:
+    step = trainer("olmoe", "algorithm.name=fedavg")
+    data, start = client(tmp_path), step.moe.read()
+    step.train(data, broadcast(step.moe))
+    row = ParameterGroup("gate", 1, 2)
+    update = data.memory.hand_over("c", Request("c", 1, (row,)))
+    assert torch.equal(unpack(update.groups[row]), step.moe.read()[row] - start[row])
+
+
+def test_idle_experts_stay_where_they_are(tmp_path: Path) -> None:
+    step = trainer("olmoe", "training.weight_decay=0.1")
+    moe = step.moe
+    silent = ParameterGroup("expert", 0, 3)
+    with torch.no_grad():  # nothing is ever sent to expert 3 of layer 0: every token is far from its row
+        router = moe.model.get_submodule(moe.layers[0].router)
+        router.register_forward_pre_hook(lambda _, args: (args[0].abs(),))
+        router.weight[3] = -100.0
+    step.views = moe.views
+    data, start = client(tmp_path), moe.read()
+    statistics = step.train(data, broadcast(moe))
+    after = moe.read()
+    assert torch.equal(after[silent], start[silent])
+    assert not statistics.held_L_E[0, 3]
+    assert statistics.update_L_E_S[0, 3].abs().sum() == 0
+    busy = ParameterGroup("expert", 0, 0)
+    assert not torch.equal(after[busy], start[busy])
+
+
+def test_an_expert_idle_in_one_step_is_not_moved_by_that_step(tmp_path: Path) -> None:
+    step = trainer("olmoe")
+    data = client(tmp_path)
+    fit = local_fit(step, data)
+    group = ParameterGroup("expert", 0, 1)
+    idle_L_E = torch.zeros(step.moe.layout.layers, EXPERTS, dtype=torch.bool)
+    idle_L_E[0, 1] = True
+    before = step.moe.read()
+    with fit._holding_still(idle_L_E), torch.no_grad():
+        for parameter in fit.parameters:
+            parameter.add_(1)
+    after = step.moe.read()
+    assert torch.equal(after[group], before[group])
+    others = [other for other in step.moe.layout.groups if other != group and len(before[other])]
+    assert all(torch.allclose(after[other], before[other] + 1) for other in others)
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    reports: list[Statistics] = []
+    for name in ("one", "two"):
+        step = trainer("phimoe")  # routes stochastically in training
+        torch.manual_seed(len(reports))  # whatever the surrounding process did
+        reports.append(step.train(client(tmp_path / name), broadcast(step.moe)))
+    for field, value in vars(reports[0]).items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, getattr(reports[1], field)), field
+
+
+def test_training_leaves_the_random_state_of_the_process_alone(tmp_path: Path) -> None:
+    step = trainer("olmoe")
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    step.train(client(tmp_path), broadcast(step.moe))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_statistics_are_those_of_the_last_epoch(tmp_path: Path) -> None:
+    one, two = (
+        trainer("olmoe", f"training.epochs={epochs}").train(client(tmp_path / str(epochs)), broadcast(model))
+        for epochs, model in ((1, MoEModel.wrap(build("olmoe"))), (2, MoEModel.wrap(build("olmoe"))))
+    )
+    assert one.tokens == two.tokens == sum(len(example.input_ids) for example in examples(20))
+    assert two.loss < one.loss
+    assert two.metrics["steps"] == 2 * one.metrics["steps"]
+
+
+def test_statistics_equal_a_pass_without_training(tmp_path: Path) -> None:
+    step = trainer("olmoe", "training.learning_rate=1e-30", "statistics.centroid_width=64")
+    data = client(tmp_path)
+    statistics = step.train(data, broadcast(step.moe))
+    sums = RoutingStatistics(step.moe.layout.layers, EXPERTS, step.moe.hidden)
+    step.moe.model.eval()
+    with RoutingProbe(step.moe) as probe, torch.no_grad():
+        for batch in batches(data.train, 2048, 4, seed=None):
+            with probe.capture(batch.attention_mask_B_S) as captured:
+                step.moe.model(**batch.inputs())
+            sums.update(captured)
+    fresh = sums.finish(2, 4)
+    assert torch.allclose(statistics.prob_L_E, fresh.prob_L_E, atol=1e-6)
+    assert torch.equal(statistics.load_L_E, fresh.load_L_E)
+    centroid = statistics.centroid_L_E_D.float() * statistics.centroid_scale_L[:, None, None]
+    assert torch.allclose(centroid[0, 0], Sketch(64, 0).project(fresh.centroid_L_E_H[0, 0]), atol=1e-2)
+
+
+def test_the_penalty_pulls_routing_towards_the_target(tmp_path: Path) -> None:
+    target_E = torch.tensor([0.7, 0.1, 0.1, 0.1])
+    divergence = {}
+    for strength in (0.0, 10.0):
+        step = trainer(
+            "olmoe",
+            f"algorithm.reg_strength={strength}",
+            "algorithm.granularity=batch",
+            "algorithm.adaptive_strength=false",
+            "training.epochs=4",
+        )
+        moe = step.moe
+        target_L_E = target_E.expand(moe.layout.layers, -1)
+        report = step.train(client(tmp_path / str(strength)), broadcast(moe, target_L_E=target_L_E))
+        divergence[strength] = float((report.prob_L_E * (report.prob_L_E / target_L_E).log()).sum(1).mean())
+    assert divergence[10.0] < 0.5 * divergence[0.0]
+
+
+def test_fedprox_holds_clients_near_what_they_received(tmp_path: Path) -> None:
+    norms = {}
+    for mu in (0.0, 50.0):
+        step = trainer("olmoe", "algorithm.name=fedprox", f"algorithm.mu={mu}", "training.optimizer=sgd")
+        norms[mu] = float(step.train(client(tmp_path / str(mu)), broadcast(step.moe)).norm_G[0])
+    assert norms[50.0] < 0.9 * norms[0.0]
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path: Path) -> None:
+    updates: list[Weights] = []
+    for accumulate, size in ((1, 8), (4, 2)):
+        step = trainer("olmoe", "algorithm.name=fedavg", "training.optimizer=sgd", "training.max_grad_norm=0")
+        options = step.config.training.model_copy(update={"accumulate": accumulate, "batch_examples": size})
+        step.config = step.config.model_copy(update={"training": options})
+        data = replace(client(tmp_path / str(size)), train=examples(8))
+        step.train(data, broadcast(step.moe))
+        updates.append({SHARED: unpack(data.memory.hand_over("c", Request("c", 1, (SHARED,))).groups[SHARED])})
+    assert torch.allclose(updates[0][SHARED], updates[1][SHARED], atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_schedules_end_at_zero_within_the_round(tmp_path: Path, schedule: str) -> None:
+    step = trainer("olmoe", f"training.schedule={schedule}", "training.epochs=2", "training.warmup_steps=2")
+    fit = local_fit(step, client(tmp_path))
+    rates: list[float] = []
+    fit.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    fit.run()
+    assert len(rates) == fit.steps == 10
+    assert rates[0] == 0.0
+    assert max(rates) == rates[2] == 1e-2
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert fit.optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_balancing_loss_spreads_tokens_over_experts(tmp_path: Path) -> None:
+    spread = {}
+    for coefficient in (0.0, 1.0):
+        step = trainer(
+            "olmoe", f"training.balance_coefficient={coefficient}", "training.epochs=4", "algorithm.name=fedavg"
+        )
+        spread[coefficient] = float(step.train(client(tmp_path / str(coefficient)), broadcast(step.moe)).prob_L_E.std())
+    assert spread[1.0] < 0.7 * spread[0.0]
+
+
+def test_a_kept_optimizer_changes_the_next_round(tmp_path: Path) -> None:
+    norms = {}
+    for keep in ("true", "false"):
+        step = trainer("olmoe", f"training.keep_optimizer={keep}")
+        data, start = client(tmp_path / keep), broadcast(step.moe)
+        step.train(data, start)
+        remembered = data.memory.before(2)
+        assert any(name.startswith("optimizer.") for name in remembered) == (keep == "true")
+        norms[keep] = float(step.train(data, replace(start, round=2)).norm_G[0])
+    assert norms["true"] != norms["false"]
+
+
+def test_a_nan_loss_is_a_failure_of_this_client(tmp_path: Path) -> None:
+    step = trainer("olmoe")
+    start = broadcast(step.moe)
+    poisoned = replace(start, weights={**start.weights, SHARED: Packed(start.weights[SHARED].values * torch.nan)})
+    with pytest.raises(TrainingFailedError, match="loss is nan at step 1"):
+        step.train(client(tmp_path), poisoned)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    step.train(client(tmp_path), start)  # the model is whole again
+
+
+def test_bfloat16_keeps_routers_and_weights_in_float32(tmp_path: Path) -> None:
+    step = trainer("olmoe", "training.precision=bfloat16")
+    exact = trainer("olmoe", "training.precision=float32")
+    short = step.train(client(tmp_path / "short"), broadcast(step.moe))
+    long = exact.train(client(tmp_path / "long"), broadcast(exact.moe))
+    assert all(parameter.dtype == torch.float32 for parameter in step.moe.model.parameters())
+    assert short.loss == pytest.approx(long.loss, rel=0.05)
+    assert short.loss != long.loss
+    with RoutingProbe(step.moe) as probe, make_autocast(step.moe.device, "bfloat16")():
+        batch = next(iter(batches(examples(4), 2048, 4, seed=None)))
+        with probe.capture(batch.attention_mask_B_S) as captured:
+            answer_logits(step.moe, batch)
+    logits = captured.routing[0].logits_T_E
+    assert not torch.equal(logits, logits.bfloat16().float())  # not rounded
+
+
+@pytest.mark.parametrize("family", TABLE)
+def test_cutting_the_head_changes_no_prediction(family: str) -> None:
+    moe = MoEModel.wrap(build(family))
+    batch = next(iter(batches(examples(5, seq2seq=moe.is_seq2seq), 2048, 8, seed=None)))
+    with torch.no_grad():
+        answers = answer_logits(moe, batch)
+        whole = moe.model(**batch.inputs(), use_cache=False).logits
+    labels = batch.labels_B_S
+    rows, positions = torch.nonzero(labels != -100, as_tuple=True)
+    expected = whole[rows, positions if moe.is_seq2seq else positions - 1]
+    assert len(answers.target_N) == 10  # two answer tokens an example
+    assert torch.equal(answers.target_N, labels[rows, positions])
+    assert torch.allclose(answers.logits_N_V, expected, atol=1e-5)
+
+
+def test_grouping_loses_nothing() -> None:
+    every = list(batches(examples(11), 2048, 2, seed=1))
+    parts = list(grouped(iter(every), 4))
+    assert [len(part) for part in parts] == [4, 2]

@@ -1,0 +1,125 @@
+"""What a workbench makes of a configuration, beyond what whole runs show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedalign.client.workbench import Workbench, pick_length
+from fedalign.config.run import Config
+from fedalign.data.deal import split_among_clients
+from fedalign.errors import UserError
+from fedalign.moe.load import model_path, pick_device
+from fedalign.moe.model import MoEModel, load_model
+from tests.conftest import changed
+
+
+@pytest.fixture(scope="module")
+def skeleton(olmoe: Path) -> MoEModel:
+    return MoEModel.skeleton(olmoe)
+
+
+def test_demo_is_the_model_of_the_package_and_all_else_is_itself(tmp_path: Path) -> None:
+    assert (Path(model_path("demo")) / "model.safetensors").is_file()
+    assert [model_path(name) for name in (str(tmp_path), "allenai/OLMoE-1B-7B-0924")] == [
+        str(tmp_path),
+        "allenai/OLMoE-1B-7B-0924",
+    ]
+
+
+def test_a_device_that_is_not_there_is_named_with_those_that_are() -> None:
+    assert pick_device("cpu") == "cpu"
+    assert pick_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("cuda:99", "tpu", ""):
+        with pytest.raises(UserError, match=rf"run.device = '{name}': not on this machine. Choose one of: auto, cpu"):
+            pick_device(name)
+
+
+def test_threads_are_set_only_when_asked_for(site_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    Workbench.load(site_config)
+    assert asked == []
+    Workbench.load(changed(site_config, "run", threads=3))
+    assert asked == [3]
+
+
+@pytest.mark.parametrize(("asked", "picked"), [(0, 128), (64, 64), (128, 128)])
+def test_examples_are_as_long_as_asked_and_the_model_allows(
+    site_config: Config, skeleton: MoEModel, asked: int, picked: int
+) -> None:
+    config = changed(site_config, "data", max_length=asked)
+    assert pick_length(config, skeleton) == picked
+    assert Workbench.around(skeleton, config).encoder.max_length == picked
+
+
+def test_longer_examples_than_the_model_allows_are_refused(site_config: Config, skeleton: MoEModel) -> None:
+    with pytest.raises(UserError, match=r"data.max_length = 129: the model allows 128 tokens. Choose 1 to 128, or 0"):
+        pick_length(changed(site_config, "data", max_length=129), skeleton)
+
+
+def test_a_model_without_a_limit_takes_what_is_asked_for(
+    site_config: Config, model_folder: Callable[..., Path]
+) -> None:
+    switch = MoEModel.skeleton(model_folder("switch_transformers"))
+    assert pick_length(site_config, switch) == 0
+    assert pick_length(changed(site_config, "data", max_length=5000), switch) == 5000
+
+
+def test_a_skeleton_has_a_tokenizer_and_its_weights_are_not_there(site_config: Config, skeleton: MoEModel) -> None:
+    bench = Workbench.around(skeleton, site_config)
+    assert len(bench.tokenizer) == 384
+    assert bench.moe.device.type == "meta"
+    assert bench.score({}, None) is None  # nothing to score on: the model is not asked
+
+
+def test_no_model_and_no_tokenizer_are_told_apart(site_config: Config, tmp_path: Path, skeleton: MoEModel) -> None:
+    with pytest.raises(UserError, match=r"model = .*nowhere': no such folder"):
+        load_model(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"no tokenizer to load"):
+        Workbench.around(skeleton, changed(site_config, "model", path=str(tmp_path)))
+
+
+def test_a_client_is_encoded_from_its_own_examples_alone(site_config: Config, texts: Path, tmp_path: Path) -> None:
+    config = changed(changed(site_config, "data", train=str(texts / "train.jsonl")), "clients", count=3, held_out=0.25)
+    bench = Workbench.load(config)
+    examples, parts = split_among_clients(config)
+    assert sorted(index for part in parts.values() for index in part) == list(range(len(examples)))
+    name, part = next(iter(parts.items()))
+    client = bench.client(name, examples, part, tmp_path)
+    assert client.held_out is not None
+    assert len(client.train) + len(client.held_out) == len(part)
+    own = [" ".join(bench.tokenizer.decode(one.input_ids).split()) for one in (*client.train, *client.held_out.encoded)]
+    texts_of_others = {examples[i].prompt for other, indices in parts.items() if other != name for i in indices}
+    mine = {examples[i].prompt for i in part}
+    assert all(any(text.startswith(prompt.split("\n")[0]) for prompt in mine) for text in own)
+    assert not any(any(text.startswith(prompt.split("\n")[0]) for text in own) for prompt in texts_of_others - mine)
+    again = bench.client(name, examples, part, tmp_path)
+    assert again.train == client.train
+
+
+def test_scoring_writes_the_weights_that_are_scored(site_config: Config, texts: Path) -> None:
+    config = changed(site_config, "data", train=str(texts / "train.jsonl"), test=str(texts / "test.jsonl"))
+    bench = Workbench.load(config)
+    tests = bench.test_set()
+    weights = {group: value.clone() for group, value in bench.moe.read().items()}
+    first = bench.score(weights, tests)
+    assert first is not None
+    assert first.client is None
+    noise = {group: torch.randn_like(value) for group, value in weights.items()}
+    other = bench.score(noise, tests)
+    assert other is not None
+    assert other.loss != first.loss
+    assert bench.score(weights, tests) == first
+
+
+def test_what_is_saved_is_a_model_with_its_tokenizer(site_config: Config, tmp_path: Path) -> None:
+    bench = Workbench.load(site_config)
+    weights = {group: value + 1 for group, value in bench.moe.read().items()}
+    bench.save(weights, tmp_path)
+    there = Workbench.load(changed(site_config, "model", path=str(tmp_path)))
+    assert all(torch.equal(there.moe.read()[group], value) for group, value in weights.items())
+    assert there.tokenizer.get_vocab() == bench.tokenizer.get_vocab()

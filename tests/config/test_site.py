@@ -1,0 +1,182 @@
+"""What is the site's own, and what it lets the coordinator decide."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedalign.config.run import Config
+from fedalign.config.site import SiteFolder
+from fedalign.config.toml import load_config
+from fedalign.errors import UserError
+from tests.conftest import make_site
+
+LEAST = 'name = "ward"\n[data]\ntrain = "data.jsonl"\n'
+
+
+def test_name_and_data_are_all_that_a_site_must_say(tmp_path: Path) -> None:
+    site = make_site(tmp_path, LEAST)
+    assert site.path == tmp_path.resolve()
+    assert site.config.name == "ward"
+    assert site.config.model.path is None
+    assert not site.config.model.trust_remote_code
+    assert (site.config.limits.min_tokens, site.config.limits.min_examples) == (32, 4)
+    assert SiteFolder.load(tmp_path / "site.toml") == site
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("", r"site.toml: name: missing"),
+        ('name = "ward"', r"site.toml: data: missing"),
+        ('name = ""\n[data]\ntrain = "x"', r'name = "": string should have at least 1 character'),
+        (f'name = "{"w" * 101}"\n[data]\ntrain = "x"', r"at most 100 characters"),
+        ('name = "ward"\n[data]\ntrian = "x"', r"data.train: missing"),
+        (
+            LEAST + "[limits]\nmin_token = 3",
+            r"key = 'limits.min_token': unknown. Choose one of: .*Did you mean 'limits.min_tokens'",
+        ),
+        (LEAST + "[limits]\nmin_tokens = 0", r"limits.min_tokens = 0: input should be greater than or equal to 1"),
+        (LEAST + '[limits]\nthreads = "2"', r'limits.threads = "2"'),
+        (LEAST + "[training]\nepochs = 3", r"section = 'training': unknown. Choose one of: coordinator, data, limits"),
+        (LEAST + "[model]\ntrust_remote_code = 1", r"model.trust_remote_code = 1"),
+        ("name = ward", r"cannot be read: Invalid value"),
+    ],
+)
+def test_what_is_wrong_with_a_site_file_is_said(tmp_path: Path, toml: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_site(tmp_path, toml)
+
+
+def test_a_site_file_that_is_not_there_or_no_text_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no site.toml there. Make one with: fedalign site init NAME --data FILE"):
+        SiteFolder.load(tmp_path)
+    with pytest.raises(UserError, match=r"no site.toml there"):
+        SiteFolder.load(tmp_path / "nowhere")
+    (tmp_path / "site.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"cannot be read"):
+        SiteFolder.load(tmp_path)
+
+
+def test_several_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        make_site(tmp_path, 'name = ""\n[data]\ntrain = 3')
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_each_run_has_a_place_of_its_own_inside_the_site(tmp_path: Path) -> None:
+    site = make_site(tmp_path, LEAST)
+    places = [site.memory(run) for run in ("2026-01-01 night", "2026-01-02", "../../etc", "..", "a/b", "x" * 300)]
+    assert len(set(places)) == len(places)
+    assert all(place.parent == tmp_path.resolve() / "runs" for place in places)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_paths_are_seen_from_the_site_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = make_site(tmp_path / "site", LEAST)
+    (tmp_path / "site" / "data.jsonl").touch()
+    (tmp_path / "elsewhere.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    assert site.resolve("data.jsonl") == str(site.path / "data.jsonl")
+    assert site.resolve(str(tmp_path / "elsewhere.jsonl")) == str(tmp_path / "elsewhere.jsonl")
+    assert site.resolve("../elsewhere.jsonl") == str(site.path / "../elsewhere.jsonl")
+    assert site.resolve("elsewhere.jsonl") == "elsewhere.jsonl"  # left as it is, like a hub id
+    assert site.resolve("ag_news") == "ag_news"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert site.resolve("~/elsewhere.jsonl") == str(tmp_path / "elsewhere.jsonl")
+
+
+COORDINATOR = [
+    "run.seed=7",
+    "run.device=cuda:3",
+    "run.threads=9",
+    "model.path=/their/model",
+    "model.trust_remote_code=true",
+    "model.revision=main",
+    "data.train=/their/data",
+    'data.labels=["a", "b"]',
+    "data.template='Say: {text}'",
+    "data.columns.text=theirs",
+    "training.batch_tokens=4096",
+    "training.epochs=3",
+    "statistics.min_tokens=8",
+    "statistics.min_examples=9",
+    "wire.dtype=int8",
+]
+OWN = """name = "ward"
+[data]
+train = "mine.jsonl"
+columns = {text = "report"}
+[model]
+path = "model"
+[limits]
+device = "cpu"
+threads = 2
+batch_tokens = 1024
+min_tokens = 64
+min_examples = 5
+"""
+
+
+def localised(folder: Path, toml: str, *more: str) -> tuple[Config, Config]:
+    asked = load_config(None, [*COORDINATOR, *more])
+    return asked, make_site(folder, toml).localise(asked)
+
+
+def test_what_is_the_sites_own_is_not_the_coordinators_to_say(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").touch()
+    (tmp_path / "model").mkdir()
+    _, here = localised(tmp_path, OWN)
+    assert (here.run.device, here.run.threads) == ("cpu", 2)
+    assert here.model.path == str(tmp_path.resolve() / "model")
+    assert here.model.trust_remote_code is False
+    assert here.data.train == str(tmp_path.resolve() / "mine.jsonl")
+    assert (here.data.columns.text, here.data.columns.label) == ("report", "label")
+    assert here.training.batch_tokens == 1024
+    assert (here.statistics.min_tokens, here.statistics.min_examples) == (64, 9)
+
+
+def test_all_else_is_as_the_coordinator_says(tmp_path: Path) -> None:
+    asked, here = localised(tmp_path, LEAST)
+    assert here.model.path == "/their/model"  # a site without a copy of its own
+    assert here.training.batch_tokens == 4096
+    assert here.statistics.min_tokens == 32
+    own = {
+        "run": {"device", "threads"},
+        "model": {"path", "trust_remote_code"},
+        "data": {"train", "columns"},
+        "clients": {"limits"},
+        "statistics": {"min_tokens", "min_examples"},
+    }
+    for section in Config.model_fields:
+        mine, theirs = getattr(here, section).model_dump(), getattr(asked, section).model_dump()
+        assert {key for key in theirs if mine[key] != theirs[key]} <= own.get(section, set()), section
+
+
+def test_a_site_may_trust_its_own_model_code(tmp_path: Path) -> None:
+    trusting = LEAST + "[model]\ntrust_remote_code = true\n"
+    assert localised(tmp_path, trusting, "model.trust_remote_code=false")[1].model.trust_remote_code is True
+
+
+def test_a_site_can_only_make_limits_stricter(tmp_path: Path) -> None:
+    asked, here = localised(tmp_path, LEAST + "[limits]\nbatch_tokens = 99999\nmin_tokens = 1\nmin_examples = 1\n")
+    assert here.training.batch_tokens == asked.training.batch_tokens
+    assert here.statistics == asked.statistics
+
+
+def test_the_supernode_of_a_site(tmp_path: Path) -> None:
+    site = make_site(tmp_path, LEAST)
+    command = site.supernode_command(4711)
+    assert command[:2] == ["flower-supernode", "--insecure"]
+    assert command[command.index("--superlink") + 1] == "127.0.0.1:8000"
+    assert command[command.index("--port") + 1] == "4711"
+    assert command[-1] == f'site="{tmp_path.resolve() / "site.toml"}"'
+    link = '[coordinator]\nsuperlink = "hub.example:8000"\nroot_certificates = "ca.crt"\n'
+    for name in ("ca.crt", "key"):
+        (tmp_path / name).touch()
+    command = make_site(tmp_path, LEAST + link).supernode_command()
+    assert command[1:3] == ["--root-certificates", str(tmp_path.resolve() / "ca.crt")]
+    assert command[command.index("--auth-supernode-private-key") + 1] == str(tmp_path.resolve() / "key")
+    assert "--insecure" not in command
+    assert "--port" not in command

@@ -1,0 +1,123 @@
+"""What training would take, against what it takes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedalign.client.workbench import Workbench
+from fedalign.config.run import Config
+from fedalign.config.toml import load_config
+from fedalign.data.encode import Encoded
+from fedalign.data.formats import load_examples
+from fedalign.doctor.estimate import CARRIER, Kept, estimate_site, exchange_nbytes, measure_step, round_tokens
+from fedalign.federation.messages import encode
+from fedalign.maths.rounding import broadcast_dtype, pack
+from fedalign.moe.model import MoEModel
+from fedalign.protocol import Broadcast
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8"])
+def config(request: pytest.FixtureRequest, settings: list[str]) -> Config:
+    return load_config(None, [*settings, f"wire.dtype={request.param}"])
+
+
+def examples(bench: Workbench) -> Sequence[Encoded]:
+    return bench.encoder.encode(load_examples(bench.config.data.train, bench.config.data, "train", 0))
+
+
+def test_a_skeleton_is_estimated_as_the_model_is(config: Config) -> None:
+    skeleton = Workbench.around(MoEModel.skeleton(config.model.path), config)
+    assert estimate_site(skeleton) == estimate_site(Workbench.load(config))
+
+
+def test_bytes_are_those_of_the_messages(config: Config, tmp_path: Path) -> None:
+    bench = Workbench.load(config)
+    expected = estimate_site(bench)
+    wire = broadcast_dtype(config.wire.dtype)
+    broadcast = Broadcast(1, {group: pack(value, wire, 0) for group, value in bench.moe.read().items()})
+    assert expected.down_a_round == 2 * broadcast.nbytes
+    assert expected.carrier == CARRIER * broadcast.nbytes
+    data = load_examples(config.data.train, config.data, "train", 0)
+    client = bench.client("ward", data, range(len(data)), tmp_path)
+    state = {"target_L_E": torch.full((bench.moe.layout.layers, bench.moe.experts), 1 / bench.moe.experts)}
+    statistics = bench.trainer().train(client, replace(broadcast, state=state))
+    assert expected.statistics == pytest.approx(encode(statistics).nbytes, rel=0.15)
+    kept = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    assert expected.disk == pytest.approx(3 * kept, rel=0.2)  # names of groups weigh something in so small a model
+
+
+def test_a_kept_optimizer_is_on_the_disk_too(config: Config) -> None:
+    bench = Workbench.around(MoEModel.skeleton(config.model.path), config)
+    keeps = config.model_copy(update={"training": config.training.model_copy(update={"keep_optimizer": True})})
+    trained = sum(bench.moe.layout.sizes.values())
+    more = estimate_site(replace(bench, config=keeps)).disk - estimate_site(bench).disk
+    assert more == 3 * 2 * 4 * trained
+
+
+@pytest.mark.parametrize(
+    ("tuning", "nbytes"),
+    [
+        ([], lambda total, trained: 4 * 4 * total),  # weights, gradients, two moments
+        (["tuning.kind=lora"], lambda total, trained: 4 * total + 4 * 3 * trained),
+        (["tuning.kind=moe", "training.optimizer=sgd"], lambda total, trained: 4 * total + 4 * trained),
+    ],
+)
+def test_what_is_frozen_needs_neither_gradient_nor_moments(
+    tuning: list[str], nbytes: Callable[[int, int], int], settings: list[str]
+) -> None:
+    config = load_config(None, [*settings, *tuning])
+    moe = MoEModel.skeleton(config.model.path, tuning=config.tuning)
+    total, trained = sum(p.numel() for p in moe.model.parameters()), sum(moe.layout.sizes.values())
+    assert estimate_site(Workbench.around(moe, config)).training == nbytes(total, trained)
+
+
+def test_a_bfloat16_model_has_masters(settings: list[str]) -> None:
+    config = load_config(None, [*settings, "tuning.dtype=bfloat16"])
+    moe = MoEModel.skeleton(config.model.path, dtype="bfloat16")
+    total = sum(p.numel() for p in moe.model.parameters())
+    routers = sum(size for group, size in moe.layout.sizes.items() if group.kind == "gate")
+    # weights and gradients of 2 bytes; masters, their gradients and two moments of 4; routers are float32 themselves
+    assert estimate_site(Workbench.around(moe, config)).training == 20 * (total - routers) + 16 * routers
+
+
+def test_activations_are_what_the_backward_pass_reads() -> None:
+    model = torch.nn.Linear(10, 4)
+    x = torch.randn(7, 10)
+    kept = Kept(model)
+    with kept.counting():
+        (model(x).exp() * 1.0).sum()
+    assert kept.nbytes == 4 * (7 * 10 + 7 * 4)  # the input, and what exp made; the weights are the model's own
+
+
+def test_a_measured_step_leaves_the_weights_as_they_are(settings: list[str]) -> None:
+    bench = Workbench.load(load_config(None, settings))
+    before = {group: value.clone() for group, value in bench.moe.read().items()}
+    step = measure_step(bench, examples(bench))
+    assert step.activations > 0
+    assert step.seconds_a_token > 0
+    assert all(torch.equal(before[group], value) for group, value in bench.moe.read().items())
+    assert all(parameter.grad is None for parameter in bench.moe.model.parameters())
+
+
+def test_larger_batches_have_more_activations(settings: list[str]) -> None:
+    bench = Workbench.load(load_config(None, [*settings, "training.batch_examples=2"]))
+    larger = replace(bench, config=load_config(None, [*settings, "training.batch_examples=8"]))
+    small, large = measure_step(bench, examples(bench)), measure_step(larger, examples(bench))
+    assert 3 < large.activations / small.activations < 5.5
+
+
+def test_tokens_of_a_round_count_epochs_and_a_third_of_scoring(settings: list[str]) -> None:
+    bench = Workbench.load(load_config(None, settings))  # two epochs
+    train = examples(bench)
+    tests = bench.test_set()
+    assert tests is not None
+    trained, scored = (sum(len(one.input_ids) for one in part) for part in (train, tests.encoded))
+    assert round_tokens(bench.config, [train, train], [None, tests]) == pytest.approx(4 * trained + scored / 3)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", 8000), ("bfloat16", 12000), ("int8", 11016)])
+def test_float32_travels_without_a_copy(dtype: str, expected: int) -> None:
+    assert exchange_nbytes(1000, load_config(None, [f"wire.dtype={dtype}"])) == expected

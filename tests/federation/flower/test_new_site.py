@@ -1,0 +1,134 @@
+"""Making a site: what is in its folder, and what is refused before anything is made."""
+
+import json
+import re
+import stat
+import tomllib
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from fedalign.config.run import Columns
+from fedalign.config.site import SiteConfig, SiteFolder
+from fedalign.config.toml import COMMENTS, SECTION_COMMENTS
+from fedalign.doctor.link import check_key
+from fedalign.doctor.report import Examination
+from fedalign.errors import UserError
+from fedalign.federation.flower.new_site import Wishes, init_site, parse_columns
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    file = tmp_path / "notes.jsonl"
+    file.write_text(json.dumps({"body": "a secret", "code": "b"}) + "\n")
+    return file
+
+
+def keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every key of the file, in full."""
+    found = []
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found += keys(inner, f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    return found
+
+
+def test_a_new_site_is_what_was_asked_for(data: Path, tmp_path: Path) -> None:
+    certificates = tmp_path / "ca.crt"
+    certificates.touch()
+    wishes = Wishes(data, "demo", "cpu", {"text": "body"}, "fl.example.org:8000", certificates)
+    site = init_site("hospital-a", tmp_path / "a", wishes)
+    assert site == SiteFolder.load(tmp_path / "a")
+    config = site.config
+    assert config.name == "hospital-a"
+    assert config.data.train == str(data)
+    assert config.data.columns == Columns(text="body")
+    assert config.model.path == "demo"
+    assert config.limits.device == "cpu"
+    assert config.coordinator.superlink == "fl.example.org:8000"
+    assert config.coordinator.root_certificates == str(certificates)
+    assert {path.name for path in site.path.iterdir()} == {"site.toml", "key", "key.pub"}
+    assert stat.S_IMODE((site.path / "key").stat().st_mode) == 0o600
+    assert stat.S_IMODE(site.path.stat().st_mode) == 0o700
+
+
+def test_what_was_not_asked_for_is_the_default(data: Path, tmp_path: Path) -> None:
+    site = init_site("a", tmp_path / "a", Wishes(data))
+    assert site.config == SiteConfig.model_validate({"name": "a", "data": {"train": str(data)}})
+    found = Examination()
+    check_key(found, site)
+    assert [check.verdict for check in found.checks] == ["ok"]
+
+
+def test_every_key_is_in_the_file_and_explained(data: Path, tmp_path: Path) -> None:
+    assert set(COMMENTS) == set(keys(SiteConfig))
+    site = init_site("a", tmp_path / "a", Wishes(data))
+    text = (site.path / "site.toml").read_text()
+    awake = re.sub(r"^# (?=\w+ = )", "", text, flags=re.MULTILINE)  # as if someone had removed every # in front
+    tables = tomllib.loads(awake)
+    assert set(tables) == {"name", *(name for name in SECTION_COMMENTS if "." not in name)}
+    written = SiteConfig.model_validate(tables)
+    for key in keys(SiteConfig):
+        value: object = written
+        for part in key.split("."):
+            assert part in value.model_fields_set  # type: ignore[attr-defined]
+            value = getattr(value, part)
+        assert COMMENTS[key] in text
+    assert written.data.columns == Columns()
+
+
+@pytest.mark.parametrize("name", ['ward "3"', "../ward", "Zürich, Süd", "a\nb"])
+def test_any_name_comes_back(data: Path, tmp_path: Path, name: str) -> None:
+    assert init_site(name, tmp_path / "a", Wishes(data)).config.name == name
+
+
+@pytest.mark.parametrize("present", ["site.toml", "key", "key.pub"])
+def test_nothing_is_overwritten(data: Path, tmp_path: Path, present: str) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / present).write_text("mine")
+    with pytest.raises(UserError, match="there already"):
+        init_site("a", folder, Wishes(data))
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(present, "mine")]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": Path("none.jsonl")}, "no such file"),
+        ({"root_certificates": Path("none.crt")}, "no such file"),
+        ({"columns": {"text": "note"}}, r"no column 'note'. There are: body, code"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_is_made(
+    data: Path, tmp_path: Path, change: dict[str, object], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        init_site("a", tmp_path / "a", Wishes(**({"data": data} | change)))  # type: ignore[arg-type]
+    assert not (tmp_path / "a").exists()
+
+
+def test_rows_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.jsonl").write_text('{"text": "well"}\n{"text": \n')
+    with pytest.raises(UserError, match=r"after row 1: not readable"):
+        init_site("a", tmp_path / "a", Wishes(tmp_path / "notes.jsonl"))
+    (tmp_path / "notes.txt").write_text("text")
+    with pytest.raises(UserError, match=r"type '.txt' are not read"):
+        init_site("a", tmp_path / "a", Wishes(tmp_path / "notes.txt"))
+
+
+def test_an_empty_name_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="name"):
+        init_site("", tmp_path / "a", Wishes(data))
+
+
+def test_columns_are_written_role_and_name() -> None:
+    assert parse_columns(["text=a=b"]) == {"text": "a=b"}
+    with pytest.raises(UserError, match="ROLE=NAME"):
+        parse_columns(["text"])
+    with pytest.raises(UserError, match="Choose one of: answer"):
+        parse_columns(["body=text"])

@@ -1,0 +1,95 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedalign.client.memory import ClientMemory
+from fedalign.errors import UserError
+from fedalign.files import replacing
+from fedalign.protocol import SHARED, Packed, ParameterGroup, Request, parse_group
+from fedalign.server.checkpoint import Checkpoints, ServerState
+
+EXPERT = ParameterGroup("expert", 1, 2)
+IDENTITY = {"model": "m", "configuration": "c"}
+
+
+def state(round: int) -> ServerState:
+    weights = {SHARED: torch.full((3,), float(round)), EXPERT: torch.arange(2.0)}
+    return ServerState(round, weights, {"target_L_E": torch.ones(1, 2)}, ({"round": round, "accuracy": 0.25},))
+
+
+@pytest.mark.parametrize("group", [SHARED, EXPERT, ParameterGroup("gate", 0, 11)])
+def test_group_names_round_trip(group: ParameterGroup) -> None:
+    assert parse_group(str(group)) == group
+
+
+def test_the_latest_round_comes_back_and_two_stay(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, IDENTITY)
+    assert checkpoints.load() is None
+    for round in range(4):
+        checkpoints.save(state(round))
+    loaded = checkpoints.load()
+    assert loaded is not None
+    assert loaded.round == 3
+    assert loaded.history == ({"round": 3, "accuracy": 0.25},)
+    assert loaded.weights[SHARED].tolist() == [3.0, 3.0, 3.0]
+    assert loaded.weights[EXPERT].tolist() == [0.0, 1.0]
+    assert loaded.algorithm["target_L_E"].tolist() == [[1.0, 1.0]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["round-00002", "round-00003"]
+
+
+@pytest.mark.parametrize("name", ["model", "configuration"])
+def test_another_model_or_configuration_is_refused(tmp_path: Path, name: str) -> None:
+    Checkpoints(tmp_path, IDENTITY).save(state(1))
+    with pytest.raises(UserError, match=f"made with another {name}"):
+        Checkpoints(tmp_path, IDENTITY | {name: "other"}).load()
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "algorithm.safetensors", "state.json"])
+def test_a_damaged_file_is_a_clear_error(tmp_path: Path, file: str) -> None:
+    Checkpoints(tmp_path, IDENTITY).save(state(1))
+    (tmp_path / "round-00001" / file).write_bytes(b"\x07rubbish")
+    with pytest.raises(UserError, match="damaged"):
+        Checkpoints(tmp_path, IDENTITY).load()
+
+
+def test_a_write_that_breaks_off_leaves_the_old_folder(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with replacing(target) as folder:
+        (folder / "a").write_text("old")
+
+    def breaks_off() -> None:
+        with replacing(target) as folder:
+            (folder / "a").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        breaks_off()
+    assert (target / "a").read_text() == "old"
+    with replacing(target) as folder:
+        (folder / "b").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_client_hands_over_only_what_is_asked(tmp_path: Path) -> None:
+    memory = ClientMemory(tmp_path)
+    int8 = Packed(torch.tensor([1, -2], dtype=torch.int8), torch.tensor([0.5]))
+    memory.keep(3, {SHARED: Packed(torch.ones(2)), EXPERT: int8}, {"prob_L_E": torch.ones(1)})
+    update = memory.hand_over("a", Request("a", 3, (EXPERT,))).groups
+    assert list(update) == [EXPERT]
+    assert update[EXPERT].values.tolist() == [1, -2]
+    assert update[EXPERT].scale is not None
+    assert memory.hand_over("a", Request("a", 3, (SHARED,))).groups[SHARED].scale is None
+
+
+def test_a_repeated_round_starts_from_the_round_before_it(tmp_path: Path) -> None:
+    memory = ClientMemory(tmp_path)
+    assert memory.before(1) == {}
+    for round in (2, 5):
+        memory.keep(round, {}, {"prob_L_E": torch.tensor([float(round)])})
+    assert memory.before(5)["prob_L_E"].tolist() == [2.0]
+    assert memory.before(6)["prob_L_E"].tolist() == [5.0]
+    memory.forget_updates()
+    assert memory.before(6)["prob_L_E"].tolist() == [5.0]
+    assert not list(tmp_path.rglob("update.safetensors"))

@@ -1,0 +1,470 @@
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedalign.algorithms.fedavg import FedAvg
+from fedalign.config.run import Config, StatisticsConfig
+from fedalign.config.toml import load_config
+from fedalign.errors import UserError
+from fedalign.protocol import (
+    SHARED,
+    Accumulator,
+    Broadcast,
+    Evaluation,
+    Failure,
+    Layout,
+    Packed,
+    ParameterGroup,
+    Request,
+    Statistics,
+    Update,
+    Weights,
+)
+from fedalign.server.checkpoint import Checkpoints, ServerState
+from fedalign.server.checks import check_evaluation, check_statistics, find_outliers
+from fedalign.server.rounds import Server, select
+from fedalign.server.scores import Traffic, describe_scores, merit, routing_divergence
+
+CELLS = [ParameterGroup(kind, 0, e) for kind in ("gate", "expert") for e in range(2)]
+LAYOUT = Layout(1, 2, {SHARED: 2, **dict.fromkeys(CELLS, 1)})
+
+
+def report(client: str, round: int, examples: int, update: Weights) -> Statistics:
+    return Statistics(
+        client=client,
+        round=round,
+        examples=examples,
+        tokens=100,
+        loss=1.0,
+        prob_L_E=torch.tensor([[0.5, 0.5]]),
+        load_L_E=torch.tensor([[50.0, 50.0]]),
+        margin_L_E=torch.tensor([[0.1, 0.1]]),
+        centroid_L_E_D=torch.ones(1, 2, 4, dtype=torch.float16),
+        centroid_scale_L=torch.ones(1),
+        update_L_E_S=torch.ones(1, 2, 4, dtype=torch.float16),
+        norm_G=torch.stack([update[group].norm() for group in LAYOUT.groups]),
+        token_count_M_V=torch.zeros(0, 0),
+    )
+
+
+@dataclass
+class Scripted:
+    """A federation whose clients move every value by a fixed amount; `spoil` and `lose` script the accidents."""
+
+    moves: dict[str, tuple[int, float]]  # client -> examples, move
+    order: Callable[[Sequence[str]], Sequence[str]] = list
+    spoil: Callable[[Statistics], Statistics | Failure] = lambda statistics: statistics
+    corrupt: Callable[[Update], Update] = lambda update: update
+    grade: Callable[[Evaluation], Evaluation | Failure] = lambda evaluation: evaluation
+    lost: set[str] = field(default_factory=set)
+    asked: list[str] = field(default_factory=list)
+    noticed: list[Failure] = field(default_factory=list)
+
+    def members(self) -> Sequence[str]:
+        return list(self.moves)
+
+    def _update(self, client: str) -> Weights:
+        return {group: torch.full((LAYOUT.sizes[group],), self.moves[client][1]) for group in LAYOUT.groups}
+
+    def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
+        for client in self.order(clients):
+            self.asked.append(client)
+            yield self.spoil(report(client, broadcast.round, self.moves[client][0], self._update(client)))
+
+    def collect(self, requests: Sequence[Request], accumulator: Accumulator) -> list[Failure]:
+        failures = []
+        for request in requests:
+            if request.client in self.lost:
+                failures.append(Failure(request.client, "update", "gone"))
+                continue
+            groups = {group: Packed(self._update(request.client)[group]) for group in request.groups}
+            problem = accumulator.add(self.corrupt(Update(request.client, request.round, groups)))
+            failures += [problem] if problem else []
+        return failures
+
+    def evaluate(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Evaluation | Failure]:
+        for client in clients:
+            accuracy = min(1.0, float(broadcast.weights[SHARED].values[0]) / 10)
+            yield self.grade(Evaluation(client, 10, 0.5, accuracy))
+
+    def faults(self) -> list[Failure]:
+        return self.noticed
+
+
+class Log:
+    def __init__(self) -> None:
+        self.improved: list[bool] = []
+
+    def progress(self, round: int, stage: str, done: int, total: int) -> None:
+        assert 0 <= done <= total
+
+    def planned(self, round: int, reports: object, plan: object, layout: object) -> None:
+        pass
+
+    def completed(self, state: ServerState, improved: bool) -> None:
+        self.improved.append(improved)
+
+
+def run(
+    tmp_path: Path, federation: Scripted, *overrides: str, state: ServerState | None = None
+) -> tuple[ServerState, Log]:
+    config: Config = load_config(
+        None, ["run.rounds=1", "statistics.centroid_width=4", "statistics.update_width=4", *overrides]
+    )
+    log = Log()
+    server = Server(
+        federation, FedAvg(), LAYOUT, config, Checkpoints(tmp_path, {}), lambda w: Evaluation(None, 5, 1.0, 0.5), log
+    )
+    zeros = {group: torch.zeros(LAYOUT.sizes[group]) for group in LAYOUT.groups}
+    return server.run(state or ServerState(0, zeros, {}, ())), log
+
+
+def shared(state: ServerState) -> Tensor:
+    return state.weights[SHARED]
+
+
+def test_a_round_of_fedavg_by_hand(tmp_path: Path) -> None:
+    state, _ = run(tmp_path, Scripted({"a": (30, 1.0), "b": (10, 3.0)}))
+    assert shared(state).tolist() == [1.5, 1.5]  # 3/4 * 1 + 1/4 * 3
+    assert all(state.weights[cell].tolist() == [1.5] for cell in CELLS)
+    line = state.history[-1]
+    assert line["clients"] == ["a", "b"]
+    assert line["failures"] == []
+    assert line["uploaded_share"] == 1.0
+    updates = 2 * 6 * 4  # clients, values, bytes
+    assert line["bytes_up"] == line["bytes_up_statistics"] + updates
+    assert sum(line["bytes_up_by_client"].values()) == line["bytes_up"]
+    assert line["bytes_down"] == 2 * 2 * 6 * 4  # to train and to evaluate
+    assert line["client_accuracies"] == {"a": 0.15, "b": 0.15}
+
+
+def test_arrival_order_does_not_matter(tmp_path: Path) -> None:
+    moves = {"a": (30, 0.1), "b": (10, 0.7), "c": (7, -0.3)}
+    forward, _ = run(tmp_path / "1", Scripted(moves))
+    backward, _ = run(tmp_path / "2", Scripted(moves, order=lambda clients: clients[::-1]))
+    assert torch.equal(shared(forward), shared(backward))
+    assert forward.history[-1]["clients"] == backward.history[-1]["clients"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"loss": float("nan")}, "loss is nan"),
+        ({"loss": float("inf")}, "loss is inf"),
+        ({"examples": 0}, "0 examples"),
+        ({"examples": -5}, "-5 examples"),
+        ({"tokens": -1}, "-1 tokens"),
+        ({"metrics": {"train_seconds": float("nan")}}, "its metrics are not finite"),
+        ({"round": 7}, "of round 7, not 1"),
+        ({"prob_L_E": torch.tensor([[float("nan"), 1.0]])}, "prob_L_E is not finite"),
+        ({"norm_G": torch.full((5,), torch.inf)}, "norm_G is not finite"),
+        ({"norm_G": torch.ones(3)}, "norm_G is torch.float32"),
+        ({"load_L_E": torch.ones(2, 2)}, "load_L_E is torch.float32"),
+    ],
+)
+def test_unusable_statistics_leave_the_client_out_and_name_it(
+    tmp_path: Path, change: dict[str, object], reason: str
+) -> None:
+    federation = Scripted(
+        {"a": (30, 1.0), "bad": (10, 3.0)},
+        spoil=lambda s: replace(s, **change) if s.client == "bad" else s,  # type: ignore[arg-type]
+    )
+    state, _ = run(tmp_path, federation)
+    assert shared(state).tolist() == [1.0, 1.0]
+    (failure,) = state.history[-1]["failures"]
+    assert failure["client"] == "bad"
+    assert reason in failure["reason"]
+
+
+def test_a_nan_update_leaves_the_client_out(tmp_path: Path) -> None:
+    def poison(update: Update) -> Update:
+        if update.client == "bad":
+            return replace(update, groups=dict.fromkeys(update.groups, Packed(torch.full((2,), torch.nan))))
+        return update
+
+    state, _ = run(tmp_path, Scripted({"a": (30, 1.0), "bad": (10, 3.0)}, corrupt=poison))
+    assert shared(state).tolist() == [1.0, 1.0]
+    assert [failure["client"] for failure in state.history[-1]["failures"]] == ["bad"]
+
+
+def test_an_update_of_another_round_is_refused(tmp_path: Path) -> None:
+    late = Scripted(
+        {"a": (30, 1.0), "late": (10, 3.0)}, corrupt=lambda u: replace(u, round=9 if u.client == "late" else 1)
+    )
+    state, _ = run(tmp_path, late)
+    assert shared(state).tolist() == [1.0, 1.0]
+    assert state.history[-1]["failures"][0]["reason"] == "its update is of round 9, not 1"
+
+
+def test_a_client_lost_after_its_statistics_costs_accuracy_not_the_round(tmp_path: Path) -> None:
+    state, _ = run(tmp_path, Scripted({"a": (30, 1.0), "b": (10, 3.0)}, lost={"b"}))
+    assert shared(state).tolist() == [1.0, 1.0]
+    state, _ = run(tmp_path / "most", Scripted({"a": (30, 1.0), "b": (10, 3.0)}, lost={"a"}))
+    assert shared(state).tolist() == [0.0, 0.0]  # a quarter of the planned weight arrived: unchanged
+    assert state.history[-1]["groups_unchanged"] == len(LAYOUT.groups)
+
+
+def test_nobody_left_stops_clearly_and_keeps_the_last_round(tmp_path: Path) -> None:
+    moves = {"a": (30, 1.0), "b": (10, 3.0)}
+    first, _ = run(tmp_path, Scripted(moves))
+    broken = Scripted(moves, spoil=lambda s: Failure(s.client, "train", "its loss is nan at step 3"))
+    with pytest.raises(UserError, match=r"round 2: 0 of 2 clients.*a: its loss is nan at step 3; b: "):
+        run(tmp_path, broken, "run.rounds=2", state=first)
+    kept = Checkpoints(tmp_path, {}).load()
+    assert kept is not None
+    assert kept.round == 1
+
+
+def test_sampling_asks_a_share_and_is_repeatable(tmp_path: Path) -> None:
+    members = [f"c{i}" for i in range(10)]
+    chosen = [select(members, 0.3, seed=1, round=r) for r in range(20)]
+    assert all(len(c) == 3 and c == sorted(c) for c in chosen)
+    assert chosen == [select(members, 0.3, seed=1, round=r) for r in range(20)]
+    assert len({tuple(c) for c in chosen}) > 5
+    assert select(members, 0.01, seed=1, round=1)
+    federation = Scripted(dict.fromkeys(members, (10, 1.0)))
+    run(tmp_path, federation, "clients.sample=0.3")
+    assert federation.asked == select(members, 0.3, seed=0, round=1)
+
+
+def test_wire_precision_rounds_what_is_broadcast(tmp_path: Path) -> None:
+    exact, _ = run(tmp_path / "1", Scripted({"a": (1, 1.0)}))
+    short, _ = run(tmp_path / "2", Scripted({"a": (1, 1.0)}), "wire.dtype=bfloat16")
+    assert short.history[-1]["bytes_down"] * 2 == exact.history[-1]["bytes_down"]
+
+
+def test_best_is_announced_once(tmp_path: Path) -> None:
+    _, log = run(tmp_path, Scripted({"a": (1, 1.0)}), "run.rounds=3")
+    assert log.improved == [True, False, False, False]  # the global score never changes
+
+
+def test_evaluation_can_be_rare_but_never_misses_the_end(tmp_path: Path) -> None:
+    state, _ = run(tmp_path, Scripted({"a": (1, 1.0)}), "run.rounds=3", "evaluation.every=2")
+    assert ["accuracy" in line for line in state.history] == [True, False, True, True]
+
+
+def test_routing_divergence_by_hand() -> None:
+    same = torch.tensor([[[0.3, 0.7]], [[0.3, 0.7]]])
+    assert routing_divergence(same) == pytest.approx(0.0, abs=1e-7)
+    apart = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    assert routing_divergence(apart) == pytest.approx(0.6931472)
+    unused = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]])  # an expert that nobody's router likes
+    assert routing_divergence(unused) == 0.0
+
+
+def test_scores_are_described_by_name() -> None:
+    clients = [Evaluation("a", 30, 1.0, 0.9), Evaluation("b", 10, 2.0, 0.5)]
+    line = describe_scores(Evaluation(None, 100, 0.5, 0.8), clients)
+    assert line["accuracy"] == 0.8
+    assert line["perplexity"] == pytest.approx(1.6487, abs=1e-4)
+    assert line["client_accuracy_mean"] == pytest.approx(0.7)
+    assert line["client_accuracy_worst"] == 0.5
+    assert line["client_accuracy_spread"] == pytest.approx(0.2)
+    assert line["client_loss_mean_nats"] == pytest.approx(1.25)
+    assert merit(line) == 0.8
+    assert merit(describe_scores(None, [Evaluation("a", 1, 2.0, None)])) == -2.0
+    assert merit({"round": 1}) is None
+
+
+# ------------------------------------------------------------------------------------- what a client may not send
+
+USUAL = replace(
+    report("c", 1, 10, {group: torch.ones(LAYOUT.sizes[group]) for group in LAYOUT.groups}),
+    token_count_M_V=torch.ones(1, 3),
+)
+OPTIONS = StatisticsConfig(update_width=4, centroid_width=4)
+TENSORS = [name for name, value in vars(USUAL).items() if isinstance(value, Tensor)]
+
+
+def usual(**changes: Any) -> Statistics:
+    return replace(USUAL, **changes)
+
+
+def test_usual_statistics_pass() -> None:
+    assert check_statistics(USUAL, LAYOUT, OPTIONS, 1, (1, 3)) is None
+    assert len(TENSORS) == 8
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_each_tensor_must_have_its_shape_and_precision_and_be_finite(name: str) -> None:
+    value = getattr(USUAL, name)
+    spoilt = value.clone()
+    spoilt.view(-1)[-1] = float("nan")
+    endless = value.clone()
+    endless.view(-1)[0] = float("-inf")
+    other = torch.float32 if value.dtype == torch.float16 else torch.float64
+    for wrong, reason in (
+        (value[..., :-1], f"{name} is torch.float"),
+        (value.unsqueeze(0), f"{name} is torch.float"),
+        (torch.cat([value, value]), f"{name} is torch.float"),
+        (value.flatten()[0], f"{name} is torch.float"),
+        (value.to(other), f"{name} is {other}"),
+        (value.to(torch.int64), f"{name} is torch.int64"),
+        (spoilt, f"{name} is not finite"),
+        (endless, f"{name} is not finite"),
+    ):
+        problem = check_statistics(usual(**{name: wrong}), LAYOUT, OPTIONS, 1, (1, 3))
+        assert problem is not None
+        assert problem.startswith(reason)
+
+
+def test_tokens_are_counted_only_where_the_algorithm_asks() -> None:
+    reason = "token_count_M_V is torch.float32 [1, 3], expected torch.float32 [0, 0]"
+    assert check_statistics(USUAL, LAYOUT, OPTIONS, 1) == reason
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_what_counts_or_measures_is_not_negative(name: str) -> None:
+    problem = check_statistics(usual(**{name: -getattr(USUAL, name)}), LAYOUT, OPTIONS, 1, (1, 3))
+    assert problem == (f"{name} is negative" if name in ("prob_L_E", "load_L_E", "norm_G", "token_count_M_V") else None)
+
+
+def test_sketches_of_another_width_leave_the_client_out_and_the_round_goes_on(tmp_path: Path) -> None:
+    for field_name, width in (("update_L_E_S", 8), ("centroid_L_E_D", 2), ("update_L_E_S", 0)):
+        wide = {field_name: torch.ones(1, 2, width, dtype=torch.float16)}
+        federation = Scripted(
+            {"a": (30, 1.0), "wide": (10, 3.0)},
+            spoil=lambda s, wide=wide: replace(s, **wide) if s.client == "wide" else s,  # type: ignore[misc]
+        )
+        state, _ = run(tmp_path / f"{field_name}{width}", federation)
+        (failure,) = state.history[-1]["failures"]
+        assert failure["client"] == "wide"
+        assert failure["reason"].endswith("expected torch.float16 [1, 2, 4]")
+        assert state.history[-1]["clients"] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"accuracy": None}, None),
+        ({"accuracy": 0.0}, None),
+        ({"accuracy": 1.0}, None),
+        ({"examples": 0}, "its loss is 0.5 on 0 examples"),
+        ({"examples": -1}, "its loss is 0.5 on -1 examples"),
+        ({"loss": float("nan")}, "its loss is nan on 10 examples"),
+        ({"loss": float("inf")}, "its loss is inf on 10 examples"),
+        ({"accuracy": 1.1}, "its accuracy is 1.1"),
+        ({"accuracy": -0.1}, "its accuracy is -0.1"),
+        ({"accuracy": float("nan")}, "its accuracy is nan"),
+    ],
+)
+def test_scores_are_checked(change: dict[str, object], reason: str | None) -> None:
+    score = replace(Evaluation("a", 10, 0.5, 0.5), **change)  # type: ignore[arg-type]
+    assert check_evaluation(score) == reason
+
+
+@pytest.mark.parametrize(
+    ("norms", "ratio", "outside"),
+    [
+        ([1.0, 1.0, 1.0, 101.0], 100.0, ["c3"]),
+        ([1.0, 1.0, 1.0, 99.0], 100.0, []),
+        ([1.0, 1.0, 1.0, 1e6], 0.0, []),  # no limit
+        ([1.0, 1000.0], 100.0, ["c1"]),  # of two, the smaller one is the measure
+        ([1000.0], 100.0, []),
+        ([], 100.0, []),
+        ([1e-30, 1e-30, 1e30], 100.0, ["c2"]),
+        ([0.0, 0.0, 1.0], 100.0, []),  # most did not move at all
+        ([500.0, 1.0, 700.0, 2.0, 3.0], 100.0, ["c0", "c2"]),
+    ],
+)
+def test_outliers_are_many_times_as_long_as_the_median(norms: list[float], ratio: float, outside: list[str]) -> None:
+    share = torch.tensor([0.6, 0.0, 0.8, 0.0, 0.0])  # of length 1, spread over two groups
+    reports = [replace(USUAL, client=f"c{i}", norm_G=norm * share) for i, norm in enumerate(norms)]
+    assert [failure.client for failure in find_outliers(reports, ratio)] == outside
+
+
+def test_an_outlier_is_left_out_and_named_with_its_measure(tmp_path: Path) -> None:
+    federation = Scripted({"a": (30, 1.0), "b": (10, 2.0), "loud": (10, 1e6)})
+    state, _ = run(tmp_path, federation)
+    assert shared(state).tolist() == [1.25, 1.25]
+    (failure,) = state.history[-1]["failures"]
+    assert failure["client"] == "loud"
+    assert "5e+05 times as long as the median one, server.max_norm_ratio = 100" in failure["reason"]
+    wild, _ = run(tmp_path / "wild", federation, "server.max_norm_ratio=0")
+    assert wild.history[-1]["clients"] == ["a", "b", "loud"]
+
+
+def test_outliers_do_not_count_as_usable(tmp_path: Path) -> None:
+    federation = Scripted({"a": (30, 1.0), "b": (10, 1.0), "loud": (10, 1e6)})
+    with pytest.raises(UserError, match=r"round 1: 2 of 3 clients.*loud: its update is 1e\+06 times"):
+        run(tmp_path, federation, "server.min_clients=3")
+
+
+def test_scores_that_cannot_be_used_are_named_and_the_others_count(tmp_path: Path) -> None:
+    def grade(score: Evaluation) -> Evaluation | Failure:
+        if score.client == "b":
+            return replace(score, loss=float("nan"))
+        return Failure("c", "evaluate", "no reply within 3 s") if score.client == "c" else score
+
+    state, _ = run(tmp_path, Scripted({"a": (30, 1.0), "b": (10, 1.0), "c": (10, 1.0)}, grade=grade))
+    for line in state.history:  # before the first round, too
+        assert [(f["client"], f["stage"]) for f in line["failures"]] == [("b", "evaluate"), ("c", "evaluate")]
+        assert line["failures"][0]["reason"] == "its loss is nan on 10 examples"
+        assert list(line["client_accuracies"]) == ["a"]
+        assert line["client_loss_mean_nats"] == 0.5
+
+
+def test_nobodys_scores_leave_the_round_without_and_the_run_goes_on(tmp_path: Path) -> None:
+    federation = Scripted({"a": (30, 1.0)}, grade=lambda score: Failure(str(score.client), "evaluate", "no"))
+    state, _ = run(tmp_path, federation)
+    assert state.round == 1
+    assert "client_accuracy_mean" not in state.history[-1]
+    assert len(state.history[-1]["failures"]) == 1
+
+
+def test_what_the_federation_noticed_is_told_with_the_round_it_was_noticed_in(tmp_path: Path) -> None:
+    federation = Scripted({"a": (30, 1.0), "b": (10, 1.0)}, lost={"b"})
+    federation.noticed = [Failure("late", "join", "not connected")]
+    state, _ = run(tmp_path, federation)
+    assert state.history[0]["failures"] == [{"client": "late", "stage": "join", "reason": "not connected"}]
+    assert [failure["client"] for failure in state.history[1]["failures"]] == ["late", "b"]
+
+
+def test_scores_come_in_any_order_and_are_told_in_one(tmp_path: Path) -> None:
+    orders = [("a", "b", "c"), ("c", "b", "a")]
+    lines = []
+    for order in orders:
+        federation = Scripted(dict.fromkeys(order, (10, 1.0)))
+        federation.grade = lambda score: replace(score, loss={"a": 0.1, "b": 0.7, "c": 1.3}[str(score.client)])
+        state, _ = run(tmp_path / "".join(order), federation)
+        lines.append({key: value for key, value in state.history[-1].items() if key.startswith("client_l")})
+    assert lines[0] == lines[1]
+    assert list(lines[0]["client_losses_nats"]) == ["a", "b", "c"]
+
+
+def test_bytes_are_told_by_client_both_ways(tmp_path: Path) -> None:
+    members = [f"c{i}" for i in range(4)]
+    state, _ = run(tmp_path, Scripted(dict.fromkeys(members, (10, 1.0))), "clients.sample=0.5")
+    line = state.history[-1]
+    chosen, model = line["clients"], 6 * 4
+    assert len(chosen) == 2
+    assert line["bytes_down_by_client"] == {member: model * (1 + (member in chosen)) for member in members}
+    assert sum(line["bytes_down_by_client"].values()) == line["bytes_down"]
+    assert set(line["bytes_up_by_client"]) == set(chosen)
+    first = state.history[0]
+    assert (first["bytes_up"], first["bytes_down"]) == (0, model * 4)
+
+
+def test_traffic_adds_up() -> None:
+    traffic = Traffic()
+    traffic.send(["a", "b"], 10)
+    traffic.send(["b"], 5)
+    traffic.up("a", 3)
+    traffic.up("a", 4)
+    assert (traffic.down, traffic.down_by_client, traffic.up_by_client) == (25, {"a": 10, "b": 15}, {"a": 7})
+
+
+def test_what_a_client_sends_in_vain_is_counted_all_the_same(tmp_path: Path) -> None:
+    def spoil(statistics: Statistics) -> Statistics:
+        return replace(statistics, loss=float("nan")) if statistics.client == "b" else statistics
+
+    state, _ = run(tmp_path, Scripted({"a": (30, 1.0), "b": (10, 3.0)}, spoil=spoil))
+    line = state.history[-1]
+    assert line["clients"] == ["a"]
+    assert line["bytes_up_by_client"]["b"] == line["bytes_up_statistics"] / 2

@@ -1,0 +1,357 @@
+"""Whole runs on a tiny model: what they leave behind, and that nothing is lost when they break off."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fedalign.client.memory import ClientData
+from fedalign.client.trainer import Trainer
+from fedalign.config.toml import load_config
+from fedalign.doctor.estimate import estimate
+from fedalign.errors import TrainingFailedError, UserError
+from fedalign.federation.in_process import Prepared, prepare
+from fedalign.protocol import Broadcast, Statistics
+from fedalign.server.checkpoint import ServerState
+from fedalign.server.results import RunFolder
+from fedalign.server.run import execute, resumed_config
+
+SUMMARY = {
+    "algorithm",
+    "seed",
+    "rounds",
+    "initial_accuracy",
+    "final_accuracy",
+    "best_accuracy",
+    "final_loss",
+    "client_accuracies",
+    "bytes_up",
+    "bytes_down",
+    "seconds",
+    "versions",
+}
+
+
+class Silent:
+    """An observer that may pull the plug: `stop` is asked at every sign of life."""
+
+    def __init__(self, stop: Callable[[int, str, int], bool] = lambda *_: False) -> None:
+        self.stop = stop
+
+    def progress(self, round: int, stage: str, done: int, total: int) -> None:
+        if self.stop(round, stage, done):
+            raise KeyboardInterrupt
+
+    def planned(self, round: int, reports: object, plan: object, layout: object) -> None:
+        pass
+
+    def completed(self, state: ServerState, improved: bool) -> None:
+        if self.stop(state.round, "completed", 1):
+            raise KeyboardInterrupt
+
+
+def start(out: Path, settings: list[str], *more: str, watch: Silent | None = None) -> dict[str, Any]:
+    config = load_config(None, [*settings, *more])
+    folder = RunFolder(out)
+    folder.check_free(overwrite=False)
+    prepared = prepare(config, folder.clients)
+    folder.begin(config)
+    return execute(prepared, folder, watch or Silent())
+
+
+def resume(out: Path, *overrides: str) -> dict[str, Any]:
+    folder = RunFolder(out)
+    return execute(prepare(resumed_config(out, overrides), folder.clients), folder, Silent())
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what a clock measured."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.endswith("seconds")} for line in lines]
+
+
+def model_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    start(out, settings)
+    return out
+
+
+def test_a_run_leaves_what_it_promises(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.toml", "metrics.jsonl", "summary.json", "checkpoint", "model", "best", "clients"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    held = json.loads((finished / "clients.json").read_text())
+    assert sum(sum(client["labels"].values()) for client in held.values()) == 90  # the 120 texts without every fourth
+    assert all(0 < client["examples"] < sum(client["labels"].values()) for client in held.values())
+    assert len(list((finished / "health").iterdir())) == 3
+    summary = json.loads((finished / "summary.json").read_text())
+    assert set(summary) >= SUMMARY
+    lines = metrics(finished)
+    assert [line["round"] for line in lines] == [0, 1, 2, 3]
+    assert summary["rounds"] == 3
+    assert summary["final_accuracy"] == lines[-1]["accuracy"] > summary["initial_accuracy"]
+    assert summary["best_accuracy"] == max(line["accuracy"] for line in lines)
+    assert summary["bytes_up"] == sum(line["bytes_up"] for line in lines)
+    assert set(summary["client_accuracies"]) == {"client-00", "client-01", "client-02"}
+    assert not list(finished.rglob("update.safetensors"))  # kept updates are freed at the end
+    assert not list(finished.rglob(".*"))  # and nothing temporary stays
+
+
+@pytest.mark.parametrize("kind", ["model", "best"])
+def test_plain_transformers_loads_the_result_and_scores_the_same(finished: Path, kind: str, texts: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished / kind).eval()
+    tokenizer = AutoTokenizer.from_pretrained(finished / kind)
+    rows = [json.loads(line) for line in (texts / "test.jsonl").read_text().splitlines()]
+    labels = sorted({row["label"] for row in rows})
+    right = 0
+    for row in rows:
+        prompt = tokenizer(f"{row['text']}\nLabel:", add_special_tokens=False)["input_ids"]
+        scores = []
+        for label in labels:
+            answer = tokenizer(f" {label}", add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            scores.append(float(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()))
+        right += labels[scores.index(max(scores))] == row["label"]
+    summary = json.loads((finished / "summary.json").read_text())
+    assert right / len(rows) == summary["final_accuracy" if kind == "model" else "best_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("round", "stage", "done"),
+    [(0, "completed", 1), (1, "training", 2), (2, "summing", 1), (2, "evaluating", 2), (2, "completed", 1)],
+)
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    finished: Path, settings: list[str], tmp_path: Path, round: int, stage: str, done: int
+) -> None:
+    out = tmp_path / "broken"
+    with pytest.raises(KeyboardInterrupt):
+        start(out, settings, watch=Silent(lambda *where: where == (round, stage, done)))
+    assert not (out / "summary.json").exists()
+    resume(out)
+    assert metrics(out) == metrics(finished)
+    for kind in ("model", "best"):
+        assert model_bytes(out / kind) == model_bytes(finished / kind)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ("algorithm.name=scaffold", "training.optimizer=sgd"),
+        ("algorithm.name=fc_moe",),
+        ("algorithm.name=pfl_moe",),
+        ("algorithm.name=local",),
+        ("algorithm.name=centralised",),
+        ("algorithm.gate=local",),
+        ("algorithm.name=fedalign_paper", "algorithm.vocabulary=tokens", "wire.dtype=int8"),
+        ("algorithm.name=fedavg", "server.optimizer=adam", "server.learning_rate=0.01"),
+    ],
+)
+def test_what_algorithms_and_servers_keep_survives_an_interruption(
+    settings: list[str], tmp_path: Path, choice: tuple[str, ...]
+) -> None:
+    start(tmp_path / "whole", settings, *choice)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "broken", settings, *choice, watch=Silent(lambda *where: where == (3, "training", 1)))
+    resume(tmp_path / "broken")
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
+    assert model_bytes(tmp_path / "broken" / "model") == model_bytes(tmp_path / "whole" / "model")
+
+
+def test_a_killed_process_resumes_to_the_same_bytes(finished: Path, settings: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "fedalign", "run", os.devnull, "--out", str(out)]
+    for setting in settings:
+        command += ["--set", setting]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint" / "round-00001").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed_after = len(metrics(out))
+    resume(out)
+    assert killed_after <= len(metrics(out))
+    assert metrics(out) == metrics(finished)
+    assert model_bytes(out / "model") == model_bytes(finished / "model")
+
+
+def test_a_finished_run_can_go_on_for_more_rounds(settings: list[str], tmp_path: Path) -> None:
+    start(tmp_path / "short", settings, "run.rounds=1")
+    resume(tmp_path / "short", "run.rounds=2")
+    start(tmp_path / "long", settings, "run.rounds=2")
+    assert metrics(tmp_path / "short") == metrics(tmp_path / "long")
+
+
+def test_a_resumed_run_keeps_its_configuration(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a resumed run keeps its configuration"):
+        resumed_config(finished, ["training.epochs=5"])
+    with pytest.raises(UserError, match="holds no run"):
+        resumed_config(tmp_path, [])
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(settings: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    start(out, settings, "run.rounds=1")
+    text = (out / "config.toml").read_text()
+    (out / "config.toml").write_text(text.replace("epochs = 2", "epochs = 1").replace("rounds = 1", "rounds = 2"))
+    with pytest.raises(UserError, match="another configuration"):
+        resume(out)
+
+
+def test_a_checkpoint_of_other_data_is_refused(settings: list[str], tmp_path: Path, texts: Path, olmoe: Path) -> None:
+    data = tmp_path / "train.jsonl"
+    every = (texts / "train.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join(every))
+    start(tmp_path / "run", settings, f"data.train={data}", "run.rounds=1")
+    data.write_text("".join(every[:-5]))
+    with pytest.raises(UserError, match="another data"):
+        resume(tmp_path / "run", "run.rounds=2")
+
+
+def test_odd_client_names_stay_inside_the_run(settings: list[str], tmp_path: Path) -> None:
+    rows = [{"text": f"word {i}", "label": "ab"[i % 2], "client": ["../up", "a/b", "."][i % 3]} for i in range(60)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = [f"data.train={data}", f"data.test={data}", "clients.partition=natural", "run.rounds=1"]
+    summary = start(tmp_path / "runs" / "odd", settings, *more)
+    assert set(summary["client_accuracies"]) == {"../up", "a/b", "."}
+    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "runs"}
+    assert len(list((tmp_path / "runs" / "odd" / "clients").iterdir())) == 3
+
+
+def test_a_client_whose_examples_are_all_dropped_is_named(settings: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"client 'client-00': all of its examples are longer than 4 tokens"):
+        start(tmp_path / "run", settings, "data.max_length=4", "data.too_long=drop")
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "fedprox"])
+def test_other_algorithms_run_too(settings: list[str], tmp_path: Path, algorithm: str) -> None:
+    summary = start(tmp_path / algorithm, settings, f"algorithm.name={algorithm}")
+    assert summary["algorithm"] == algorithm
+    assert summary["final_loss"] < summary["initial_loss"]
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 0.5), ("int8", 0.2539)])
+def test_wire_precision_saves_bytes_and_still_learns(
+    settings: list[str], tmp_path: Path, dtype: str, share: float
+) -> None:
+    summary = start(tmp_path / dtype, settings, f"wire.dtype={dtype}", "algorithm.name=fedavg")
+    lines = metrics(tmp_path / dtype)
+    moe = prepare(load_config(None, settings), tmp_path / "c").bench.moe
+    exact = 3 * 4 * sum(moe.layout.sizes.values())
+    assert (lines[1]["bytes_up"] - lines[1]["bytes_up_statistics"]) / exact == pytest.approx(share, rel=0.01)
+    assert summary["final_loss"] < summary["initial_loss"]
+
+
+def test_only_groups_with_weight_travel(settings: list[str], tmp_path: Path) -> None:
+    start(tmp_path / "run", settings, "algorithm.name=fedalign_paper", "run.rounds=1")
+    assert 0.3 < metrics(tmp_path / "run")[1]["uploaded_share"] < 1.0
+
+
+def test_sampled_clients_take_turns(settings: list[str], tmp_path: Path) -> None:
+    start(tmp_path / "run", settings, "clients.sample=0.34", "run.rounds=6")
+    asked = [line["clients"] for line in metrics(tmp_path / "run")[1:]]
+    assert all(len(clients) == 1 for clients in asked)
+    assert len({clients[0] for clients in asked}) > 1
+
+
+def test_a_client_that_breaks_is_left_out_and_named(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = Trainer.train
+
+    def breaks(self: Trainer, client: ClientData, broadcast: Broadcast) -> Statistics:
+        if client.name == "client-01":
+            raise TrainingFailedError("its loss is nan at step 1")
+        return train(self, client, broadcast)
+
+    monkeypatch.setattr(Trainer, "train", breaks)
+    summary = start(tmp_path / "run", settings, "run.rounds=1")
+    (failure,) = summary["failures"]
+    assert failure == {"client": "client-01", "stage": "train", "reason": "its loss is nan at step 1", "round": 1}
+    assert metrics(tmp_path / "run")[1]["clients"] == ["client-00", "client-02"]
+
+
+def test_training_that_explodes_everywhere_stops_clearly(settings: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"0 of 3 clients can be used.*loss is|0 of 3 clients.*not finite"):
+        start(tmp_path / "run", settings, "training.learning_rate=1e30")
+    assert (tmp_path / "run" / "checkpoint" / "round-00000").exists()
+
+
+def test_token_rows_make_another_model_from_the_same_training(settings: list[str], tmp_path: Path) -> None:
+    alike = ("run.rounds=1", "algorithm.gate=average", "algorithm.experts=average")
+    for name, chosen in (("rows", "tokens"), ("whole", "average")):
+        start(tmp_path / name, settings, *alike, f"algorithm.vocabulary={chosen}")
+    rows, whole = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("rows", "whole"))
+    changed = {name for name in rows if not torch.equal(rows[name], whole[name])}
+    assert changed == {"model.embed_tokens.weight", "lm_head.weight"}
+    before, after = metrics(tmp_path / "whole")[-1], metrics(tmp_path / "rows")[-1]
+    vocabulary = len(rows["model.embed_tokens.weight"])
+    clients = len(after["bytes_up_by_client"])
+    assert after["bytes_up"] - before["bytes_up"] == 2 * 4 * vocabulary * clients  # the counts
+
+
+def test_no_test_set_means_the_clients_own(settings: list[str], tmp_path: Path) -> None:
+    without = [setting for setting in settings if not setting.startswith("data.test=")]
+    summary = start(tmp_path / "run", without, "run.rounds=1")
+    assert summary["accuracy_of"].startswith("clients' held-out")
+    assert summary["final_accuracy"] == metrics(tmp_path / "run")[-1]["client_accuracy_weighted"]
+
+
+def test_each_file_can_be_a_client(olmoe: Path, texts: Path, tmp_path: Path, settings: list[str]) -> None:
+    every = (texts / "train.jsonl").read_text().splitlines(keepends=True)
+    folder = tmp_path / "sites"
+    folder.mkdir()
+    (folder / "ward.jsonl").write_text("".join(every[:50]))
+    (folder / "lab.jsonl").write_text("".join(every[50:]))
+    summary = start(tmp_path / "run", settings, f"data.train={folder}", "clients.partition=files", "run.rounds=1")
+    assert set(summary["client_accuracies"]) == {"lab", "ward"}
+
+
+def test_language_modelling_and_generation_are_scored(settings: list[str], tmp_path: Path, texts: Path) -> None:
+    summary = start(tmp_path / "text", settings, "data.kind=text", "clients.partition=iid", "run.rounds=1")
+    assert summary["final_accuracy"] is None
+    assert metrics(tmp_path / "text")[-1]["perplexity"] < metrics(tmp_path / "text")[0]["perplexity"]
+    columns = ["data.kind=instruction", "data.columns.prompt=text", "data.columns.response=label"]
+    more = ["clients.partition=iid", "evaluation.generate=true", "evaluation.max_new_tokens=4", "run.rounds=2"]
+    summary = start(tmp_path / "instruction", settings, *columns, *more, "training.epochs=6")
+    assert summary["final_accuracy"] > summary["initial_accuracy"] == 0.0
+
+
+def test_an_encoder_decoder_model_runs(settings: list[str], tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+    switch = model_folder("switch_transformers")
+    summary = start(tmp_path / "run", settings, f"model.path={switch}", "run.rounds=1")
+    assert summary["final_loss"] < summary["initial_loss"]
+
+
+def test_the_estimate_agrees_with_the_run(finished: Path, settings: list[str], tmp_path: Path) -> None:
+    prepared: Prepared = prepare(load_config(None, settings), tmp_path)
+    before = {group: value.clone() for group, value in prepared.bench.moe.read().items()}
+    expected = estimate(prepared)
+    assert all(torch.equal(before[group], value) for group, value in prepared.bench.moe.read().items())
+    line = metrics(finished)[1]
+    assert expected.bytes_statistics_a_client == pytest.approx(line["bytes_up_statistics"] / 3, rel=0.01)
+    assert line["bytes_up"] <= expected.bytes_up_a_round_at_most
+    assert line["bytes_down"] == pytest.approx(expected.bytes_down_a_round, rel=0.01)
+    assert expected.memory > 4 * 4 * expected.trained
+    assert expected.seconds_a_round > 0
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,153 @@
+"""Trackers: each through its real library, offline; a resumed run goes on in the same curve."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fedalign.config.toml import load_config
+from fedalign.errors import UserError
+from fedalign.server import trackers
+from fedalign.server.trackers import TRACKERS, TrackedRun, open_trackers, require_trackers
+
+SETTINGS = {"run.seed": 3, "algorithm.name": "fedavg"}
+
+
+def tracked(folder: Path, resumed_after: int = 0) -> TrackedRun:
+    folder.mkdir(exist_ok=True)
+    return TrackedRun(folder, SETTINGS, resumed_after)
+
+
+def log(name: str, run: TrackedRun, rounds: range, factor: float = 1.0) -> None:
+    (tracker,) = open_trackers([name], run)
+    for number in rounds:
+        tracker.log(number, {"accuracy": factor * number, "client_accuracies/site (1)": 0.5})
+    tracker.close()
+
+
+@pytest.fixture
+def mlflow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+
+
+def mlflow_client() -> Any:
+    """Once the environment says where; importing the library reads it."""
+    return import_module("mlflow.tracking").MlflowClient()
+
+
+def test_loggers_are_a_list_of_names() -> None:
+    assert load_config(None).tracking.loggers == ("tensorboard",)
+    assert load_config(None, ["tracking.loggers=[]"]).tracking.loggers == ()
+    chosen = load_config(None, ['tracking.loggers=["mlflow", "wandb"]'])
+    assert chosen.tracking.loggers == ("mlflow", "wandb")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ('tracking.loggers=["tensorbord"]', "tracking.loggers = 'tensorbord': unknown. Choose one of: mlflow, "),
+        ('tracking.loggers=["wandb", "wandb"]', "'wandb' is given twice"),
+        ("tracking.loggers=wandb", 'tracking.loggers = "wandb": input should be a valid tuple'),
+        ("tracking.tensorboard=true", 'Write loggers = ["tensorboard"]'),
+    ],
+)
+def test_wrong_loggers_are_refused(override: str, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(None, [override])
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize("name", sorted(set(TRACKERS) - {"tensorboard"}))
+def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda _: None)
+    require_trackers(["tensorboard"])
+    with pytest.raises(UserError, match=rf"pip install 'fedalign-moe\[{name}\]'"):
+        require_trackers(["tensorboard", name])
+
+
+def test_tensorboard_drops_what_a_cut_off_run_logged(tmp_path: Path) -> None:
+    log("tensorboard", tracked(tmp_path), range(4))
+    log("tensorboard", tracked(tmp_path, resumed_after=1), range(2, 4), factor=10)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("accuracy")] == [(0, 0), (1, 1), (2, 20), (3, 30)]
+
+
+@pytest.mark.usefixtures("mlflow_store")
+def test_mlflow_keeps_one_run_over_a_resume(tmp_path: Path) -> None:
+    folder = tmp_path / "run-a"
+    log("mlflow", tracked(folder), range(2))
+    log("mlflow", tracked(folder, resumed_after=1), range(2, 4))
+    client = mlflow_client()
+    (run,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
+    assert (run.info.run_name, run.info.status) == ("run-a", "FINISHED")
+    assert run.data.params == {"run.seed": "3", "algorithm.name": "fedavg"}
+    history = client.get_metric_history(run.info.run_id, "accuracy")
+    assert [(metric.step, metric.value) for metric in history] == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert run.data.metrics["client_accuracies/site _1_"] == 0.5
+
+
+@pytest.mark.usefixtures("mlflow_store")
+def test_mlflow_takes_more_numbers_than_one_call(tmp_path: Path) -> None:
+    run = tracked(tmp_path / "many")
+    (tracker,) = open_trackers(["mlflow"], run)
+    tracker.log(1, {f"client_accuracies/{number}": number for number in range(1001)})
+    tracker.close()
+    found = mlflow_client().get_run(run.kept_id("mlflow")).data.metrics
+    assert len(found) == 1001
+
+
+@pytest.mark.usefixtures("mlflow_store")
+def test_a_server_that_is_lost_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tracker,) = open_trackers(["mlflow"], tracked(tmp_path / "run"))
+    shutil.rmtree(tmp_path / "mlruns")
+    with caplog.at_level(logging.WARNING, "fedalign.server.trackers"):
+        tracker.log(1, {"accuracy": 0.5})
+        tracker.close()
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "mlflow did not take round 1",
+        "mlflow did not take its end",
+    ]
+
+
+def test_an_mlflow_server_that_does_not_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match="Check MLFLOW_TRACKING_URI"):
+        open_trackers(["mlflow"], tracked(tmp_path))
+
+
+def test_wandb_offline_keeps_one_id_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tracked(tmp_path / "run-a")
+    log("wandb", run, range(2))
+    kept = run.kept_id("wandb")
+    log("wandb", tracked(run.folder, resumed_after=1), range(2, 4))
+    assert run.kept_id("wandb") == kept
+    files = list(run.folder.glob(f"wandb/offline-run-*/run-{kept}.wandb"))
+    assert files
+    written = b"".join(path.read_bytes() for path in files)
+    assert b"accuracy" in written
+    assert b"algorithm.name" in written
+
+
+def test_wandb_without_a_login_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match="WANDB_MODE=offline"):
+        open_trackers(["wandb"], tracked(tmp_path))
+
+
+def test_damaged_ids_are_told(tmp_path: Path) -> None:
+    (tmp_path / "trackers.json").write_text("{")
+    with pytest.raises(UserError, match=r"trackers\.json.*damaged"):
+        tracked(tmp_path).kept_id("mlflow")
