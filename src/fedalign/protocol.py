@@ -36,6 +36,7 @@ PROTOCOL = 3  # of these messages; sites that speak another are refused
 Kind = Literal["shared", "gate", "expert"]
 Scoring = Literal["softmax", "sigmoid"]
 WireDtype = Literal["float32", "bfloat16", "int8"]
+ServerOptimizer = Literal["average", "sgd", "adam", "yogi", "fedexp"]
 Stage = Literal["join", "train", "update", "evaluate"]
 
 

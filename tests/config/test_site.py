@@ -30,8 +30,9 @@ def test_name_and_data_are_all_that_a_site_must_say(tmp_path: Path) -> None:
     [
         ("", r"site.toml: name: missing"),
         ('name = "ward"', r"site.toml: data: missing"),
-        ('name = ""\n[data]\ntrain = "x"', r'name = "": string should have at least 1 character'),
-        (f'name = "{"w" * 101}"\n[data]\ntrain = "x"', r"at most 100 characters"),
+        ('name = ""\n[data]\ntrain = "x"', r'name = "": must be 1 to 64 printable characters'),
+        (f'name = "{"w" * 65}"\n[data]\ntrain = "x"', r"must be 1 to 64 printable characters"),
+        (LEAST + '[coordinator]\nsuperlink = "here"', r'coordinator.superlink = "here": must be HOST:PORT'),
         ('name = "ward"\n[data]\ntrian = "x"', r"data.train: missing"),
         (
             LEAST + "[limits]\nmin_token = 3",
@@ -41,7 +42,7 @@ def test_name_and_data_are_all_that_a_site_must_say(tmp_path: Path) -> None:
         (LEAST + '[limits]\nthreads = "2"', r'limits.threads = "2"'),
         (LEAST + "[training]\nepochs = 3", r"section = 'training': unknown. Choose one of: coordinator, data, limits"),
         (LEAST + "[model]\ntrust_remote_code = 1", r"model.trust_remote_code = 1"),
-        ("name = ward", r"cannot be read: Invalid value"),
+        ("name = ward", r"not valid TOML: Invalid value"),
     ],
 )
 def test_what_is_wrong_with_a_site_file_is_said(tmp_path: Path, toml: str, message: str) -> None:
