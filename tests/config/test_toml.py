@@ -91,6 +91,7 @@ def test_what_a_user_chose_is_written_so_that_it_comes_back() -> None:
     text = explained(ClientsConfig(limits=limits))
     assert '\n[limits."ward 3"] ' in text
     assert ClientsConfig.model_validate(tomllib.loads(text)).limits == limits
+    assert tomllib.loads(explained(ModelConfig(revision="")))["revision"] == ""
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,9 @@ def test_options_may_be_given_before_their_algorithm() -> None:
         ("federation.wait_seconds = 1000000000000", "input should be less than or equal to 10000000."),
         ('federation.superlink = "junk"', 'federation.superlink = "junk": must be HOST:PORT, for example'),
         ('data.labels = ["a", "b", "a"]', 'data.labels = ["a", "b", "a"]: \'a\' is given twice. Give each once.'),
-        ('data.labels = ["a", ""]', 'data.labels = "": must be a name without spaces around it.'),
-        ('data.labels = ["a", " b"]', 'data.labels = " b": must be a name without spaces around it.'),
+        ('data.labels = ["a", ""]', 'data.labels = ["a", ""]: \'\' must be a name without spaces around it.'),
+        ('data.labels = [" b"]', "data.labels = [\" b\"]: ' b' must be a name without spaces around it."),
+        ('tuning.include = ["*.q", "*.q"]', "'*.q' is given twice"),
         ('tuning.targets = ["experts", "experts"]', "'experts' is given twice"),
         ('tuning.targets = ["expert"]', "tuning.targets = 'expert': unknown. Choose one of: attention, dense, "),
         ('tracking.tensorboard = "yes"', "key = 'tracking.tensorboard': unknown."),

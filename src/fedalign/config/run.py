@@ -44,17 +44,13 @@ def split_address(address: str) -> tuple[str, int]:
     return found[1].strip("[]"), int(found[2])
 
 
-def _once(names: tuple[T, ...]) -> tuple[T, ...]:
+def _once(names: tuple[str, ...]) -> tuple[str, ...]:
     for name, times in Counter(names).items():
         if times > 1:
             raise ValueError(f"{name!r} is given twice. Give each once.")
+        if not name or name != name.strip():
+            raise ValueError(f"{name!r} must be a name without spaces around it.")
     return names
-
-
-def _class_name(name: str) -> str:
-    if not name or name != name.strip():  # those of rows are read without
-        raise ValueError("must be a name without spaces around it.")
-    return name
 
 
 def _template(text: str) -> str:
@@ -75,9 +71,7 @@ Width = Annotated[int, Field(ge=1, le=4096)]  # beyond the width of what they st
 Seconds = Annotated[int, Field(ge=1, le=10**7)]  # a third of a year
 Share = Annotated[float, Field(gt=0, le=1)]
 Part = Annotated[float, Field(ge=0, lt=1)]
-Several = Annotated[tuple[T, ...], Field(strict=False)]
-Once = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_once)]
-ClassName = Annotated[str, AfterValidator(_class_name)]
+Names = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_once)]
 Template = Annotated[str, AfterValidator(_template)]
 
 # Keys of two sections, here or in site.toml, that mean the same.
@@ -147,7 +141,7 @@ class DataConfig(Section):
     subset: str | None = key(None, "the configuration of a hub data set", examples=["main"])
     train_split: str = key("train", "of a hub data set")
     test_split: str = key("test", "of a hub data set")
-    labels: Once[ClassName] = key((), "names of the classes; needed where labels are integers, and at sites")
+    labels: Names[str] = key((), "names of the classes; needed where labels are integers, and at sites")
     template: Template | None = key(None, "the prompt, in which {column} is that column", examples=["{text}\nLabel:"])
     max_train: Count = key(0, "examples drawn at random; 0: all")
     max_test: Count = key(0, "the same of the test set")
@@ -208,13 +202,13 @@ class TuningConfig(Section):
     kind: Literal["full", "moe", "experts", "router", "lora", "qlora"] = key(
         "full", "what is trained (moe: routers and experts; qlora: on a base in 4 bits, CUDA)"
     )
-    include: Several[str] = key((), 'of that only names like these, for example ["*.layers.3.*"]; empty: all')
-    exclude: Several[str] = key((), "and none like these")
+    include: Names[str] = key((), 'of that only names like these, for example ["*.layers.3.*"]; empty: all')
+    exclude: Names[str] = key((), "and none like these")
     dtype: Literal["float32", "bfloat16"] = key("float32", "of weights; routers, adapters and updates stay float32")
     gradient_checkpointing: bool = key(False, "compute activations twice instead of keeping them")
     rank: Width = key(8, "of adapters; from here on for lora and qlora")
     alpha: float = key(16.0, "adapters are scaled by alpha / rank", gt=0)
-    targets: Once[Literal["attention", "experts", "shared_experts", "dense"]] = key(
+    targets: Names[Literal["attention", "experts", "shared_experts", "dense"]] = key(
         ("attention", "experts", "shared_experts"), "what is adapted (dense: other linear layers)"
     )
     router: Literal["full", "lora", "frozen"] = key("full", "how routers are trained")
@@ -341,7 +335,7 @@ class FederationConfig(Section):
 class TrackingConfig(Section):
     """Who is told the numbers of each round besides the run folder."""
 
-    loggers: Once[Literal["tensorboard", "mlflow", "wandb"]] = key(
+    loggers: Names[Literal["tensorboard", "mlflow", "wandb"]] = key(
         ("tensorboard",), "any of them, or []; the last two are extras to install"
     )
     health: bool = key(True, "keep each round's routing, similarities and weights, for the report")

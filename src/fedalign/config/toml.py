@@ -169,8 +169,8 @@ def _lines(section: Section, path: str = "", asleep: bool = False) -> Iterator[s
     tables: list[tuple[str, Section, bool]] = []
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        sleeps = asleep or value is None or value == {}
-        shown = field.examples[0] if field.examples and not value else value
+        unset = value is None or value == {}
+        shown, sleeps = field.examples[0] if unset and field.examples else value, asleep or unset
         if isinstance(shown, Section):
             tables.append((f"{path}{name}", shown, sleeps))
         elif isinstance(shown, dict):
@@ -229,7 +229,6 @@ def _commented(text: str, comment: str, asleep: bool) -> str:
             max(WIDTH, len(head) + WIDTH // 2),
             initial_indent=f"{head:<{COLUMN - 1}} # ",
             subsequent_indent=f"{'':<{COLUMN}}# ",
-            break_long_words=False,
             break_on_hyphens=False,
         )
         or [head]
