@@ -101,6 +101,22 @@ def options(algorithm: Algorithm) -> dict[str, Any]:
     return {name: getattr(algorithm, name) for name in _options(type(algorithm))}
 
 
+def meanings(algorithm: Algorithm) -> dict[str, str]:
+    """What each of its options means, as far as it says so.
+
+    >>> meanings(make("fedprox", {}))
+    {'mu': 'μ; 0: FedAvg'}
+    """
+    found: dict[str, str] = {}
+    for kind in reversed(type(algorithm).__mro__):  # a subclass with another default means the same
+        found |= {
+            name: field.metadata["help"]
+            for name, field in getattr(kind, "__dataclass_fields__", {}).items()
+            if field.metadata
+        }
+    return {name: found[name] for name in options(algorithm) if name in found}
+
+
 def spans_rounds(algorithm: Algorithm) -> bool:
     """Whether clients set values of one round against those of another: not where factors are made anew each round."""
     return any(getattr(type(algorithm), hook) is not getattr(FedAvg, hook) for hook in ("begin", "keep"))

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedalign.algorithms.fedavg import FedAvg
+from fedalign.algorithms.fedavg import FedAvg, option
 from fedalign.maths import torch
 from fedalign.protocol import Ask, LocalRound, Plan, Reports, State, Weights
 
@@ -31,8 +31,8 @@ RECEIVED = "received."
 class FCMoE(FedAvg):
     """FedAvg but for the experts."""
 
-    residual: float = 0.5  # [P] share of its residual that a client goes on with
-    max_stretch: float = 2.0  # [O] the largest factor: a consensus that is almost nothing says nothing
+    residual: float = option(0.5, "[P] share of its residual that a client goes on with")
+    max_stretch: float = option(2.0, "[O] the largest factor: a consensus that is almost nothing says nothing")
 
     def __post_init__(self) -> None:
         if not 0 <= self.residual <= 1:

@@ -20,7 +20,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from fedalign.algorithms.fedavg import FedAvg, column_shares
+from fedalign.algorithms.fedavg import FedAvg, column_shares, option
 from fedalign.maths import torch
 from fedalign.maths.experts import Consensus, bimodality, centred_directions, cosines, directions, expert_weights
 from fedalign.maths.routing import (
@@ -49,22 +49,34 @@ PAIRS = 1 << 20  # entries of one [E, C, C] table at a time: 4 MB stay in cache
 class FedAlignMoE(FedAvg):
     """Options with their defaults."""
 
-    reg_strength: float = 0.1  # λ [P]; 0 leaves the clients' loss alone
-    overlap: Overlap = "product"  # [P] in ω and α; "relative" [O]: in ω the product cancels the target
-    granularity: Granularity = "batch"  # [O] keeps the decisions of single tokens sharp; "token" [P]
-    form: Form = "bregman"  # [O] is never negative; "kl" [P]
-    gate: Literal["rows", "average", "local"] = "rows"  # [O] by ω; "average": FedAvg; "local": clients keep their own
-    gate_weights: Literal["consistency", "uniform"] = "consistency"  # [P]
-    max_weight: float = 0.5  # [O] the largest weight of a client in a router row
-    size_weighted: bool = True  # [O] multiplies ω by n_c; False [P]: data size does not enter
-    target_momentum: float = 0.0  # [O] share of the old target that stays
-    adaptive_strength: bool = True  # [P] α; False pulls on all experts alike
-    experts: Literal["semantic", "load", "average"] = "semantic"  # [P]; "load": n_c(e) alone [O]; "average": FedAvg
-    beta: float = 0.5  # [O] standard deviations below the mean similarity that still pass
-    consensus: Consensus = "half"  # [O] (1 + D) / 2, or max(0, D)
-    min_agreement: float = 0.0  # [O] share of the largest agreement below which a client is left out; 0: nobody is
-    vocabulary: Literal["tokens", "clients", "average"] = "tokens"  # [O] rows by counts, by who met them, or FedAvg
-    min_holders: int = 2  # [O] with fewer, an expert's update is clipped to its layer's median norm
+    reg_strength: float = option(0.1, "λ [P] of the pull on routers; 0: none")
+    overlap: Overlap = option(
+        "product", '[P] of own and global routing; "relative" [O]: in ω a product cancels the target'
+    )
+    granularity: Granularity = option("batch", 'what is pulled: [O] the batch, so that tokens stay sharp; "token" [P]')
+    form: Form = option("bregman", 'of the pull: [O] never negative; "kl" [P]')
+    gate: Literal["rows", "average", "local"] = option(
+        "rows", 'router rows: [O] by ω; "average": FedAvg; "local": clients keep their own'
+    )
+    gate_weights: Literal["consistency", "uniform"] = option(
+        "consistency", "[P] overlap times margin; or all holders alike"
+    )
+    max_weight: float = option(0.5, "[O] the largest weight of a client in a router row")
+    size_weighted: bool = option(True, "[O] multiplies ω by n_c; False [P]: data size does not enter")
+    target_momentum: float = option(0.0, "[O] share of the old target that stays")
+    adaptive_strength: bool = option(True, "[P] α; False pulls on all experts alike")
+    experts: Literal["semantic", "load", "average"] = option(
+        "semantic", '[P]; "load": n_c(e) alone [O]; "average": FedAvg'
+    )
+    beta: float = option(0.5, "[O] standard deviations below the mean similarity that still pass")
+    consensus: Consensus = option("half", "[O] of cosines D of updates: (1 + D) / 2, or max(0, D)")
+    min_agreement: float = option(
+        0.0, "[O] share of the largest agreement below which a client is left out; 0: nobody is"
+    )
+    vocabulary: Literal["tokens", "clients", "average"] = option(
+        "tokens", "[O] embedding rows by token counts, by who met the token, or FedAvg"
+    )
+    min_holders: int = option(2, "[O] with fewer, an expert's update is clipped to its layer's median norm")
 
     def __post_init__(self) -> None:
         for name, low, high in [

@@ -6,14 +6,22 @@ w ← w + Σ_c (n_c / Σ n) · Δ_c          n_c: training examples client c use
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
 
 from fedalign.maths import torch
 from fedalign.protocol import Ask, Kind, LocalRound, Mix, Plan, Reports, State, Step, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
+
+
+def option(default: T, help: str) -> T:
+    """An algorithm's option: a field of its dataclass, and what it means."""
+    value: T = field(default=default, metadata={"help": help})
+    return value
 
 
 def column_shares(score_C_L_E: Tensor) -> Tensor:

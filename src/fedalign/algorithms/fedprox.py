@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedalign.algorithms.fedavg import FedAvg
+from fedalign.algorithms.fedavg import FedAvg, option
 from fedalign.protocol import Step
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class FedProx(FedAvg):
     """FedAvg with a proximal term."""
 
-    mu: float = 0.01
+    mu: float = option(0.01, "μ; 0: FedAvg")
 
     def __post_init__(self) -> None:
         if not 0 <= self.mu < math.inf:

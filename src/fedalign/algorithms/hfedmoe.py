@@ -22,7 +22,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fedalign.algorithms.fedavg import FedAvg, column_shares
+from fedalign.algorithms.fedavg import FedAvg, column_shares, option
 from fedalign.protocol import Plan, Reports, State
 
 
@@ -30,9 +30,13 @@ from fedalign.protocol import Plan, Reports, State
 class HFedMoE(FedAvg):
     """FedAvg, expert by expert among the clients whose routers favour it."""
 
-    threshold: float = 0.75  # [O] τ, in shares of a uniform router's 1 / E; the paper's value is not known to us
-    experts: Literal["importance", "size"] = "importance"  # [O] n_c · u_c(e); "size" [P] n_c
-    gate: Literal["rows", "whole"] = "rows"  # [O] each row like its expert; "whole" [P] one weight a client and layer
+    threshold: float = option(
+        0.75, "[O] τ, in shares of a uniform router's 1 / E; the paper's value is not known to us"
+    )
+    experts: Literal["importance", "size"] = option("importance", '[O] n_c · u_c(e); "size" [P] n_c')
+    gate: Literal["rows", "whole"] = option(
+        "rows", '[O] each row like its expert; "whole" [P] one weight a client and layer'
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < math.inf:

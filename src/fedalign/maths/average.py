@@ -209,7 +209,7 @@ class StreamingSum:
         claimed = self._norm[client][self._column[group]]
         if norm <= claimed * (1 + NORM_SLACK) < math.inf:
             return None
-        if not all(chunk.isfinite().all() for _, chunk in self._chunks(packed)):
+        if not all(bool(chunk.isfinite().all()) for _, chunk in self._chunks(packed)):
             return f"{group}: not finite"
         return f"{group}: norm {norm:.6g}, but its statistics said {claimed:.6g}"
 
