@@ -37,7 +37,11 @@ def packed_bits(met_M_V: Tensor) -> Tensor:
 
     >>> packed_bits(torch.tensor([[True, False, True]]))
     tensor([[5]], dtype=torch.uint8)
+    >>> packed_bits(torch.zeros(0, 0) > 0).shape
+    torch.Size([0, 0])
     """
-    bit_M_B_8 = torch.nn.functional.pad(met_M_V.byte(), (0, -met_M_V.shape[1] % 8)).view(len(met_M_V), -1, 8)
+    matrices, tokens = met_M_V.shape
+    count = -(-tokens // 8)
+    bit_M_B_8 = torch.nn.functional.pad(met_M_V.byte(), (0, 8 * count - tokens)).view(matrices, count, 8)
     byte_M_B: Tensor = (bit_M_B_8 << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
     return byte_M_B

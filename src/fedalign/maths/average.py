@@ -205,7 +205,8 @@ class StreamingSum:
 
     def _flaw(self, client: str, group: ParameterGroup, packed: Packed, chunks: Iterable[Chunk] = ()) -> str | None:
         """Why a group cannot be added, or None: it is not finite, or longer than claimed. `chunks`: if unpacked."""
-        norm = math.sqrt(sum(float(torch.dot(chunk, chunk)) for _, chunk in chunks or self._chunks(packed)))
+        squares: Iterator[float] = (float(torch.dot(c, c)) for _, c in chunks or self._chunks(packed))
+        norm = math.sqrt(sum(squares))
         claimed = self._norm[client][self._column[group]]
         if norm <= claimed * (1 + NORM_SLACK) < math.inf:
             return None
