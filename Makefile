@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-COMPARED := fedavg,fedprox,fedmoe,pfl_moe,fedalign_paper,fedalign_moe
+COMPARED := fedavg,fedprox,fedmoe,pfl_moe,by_use,fedalign_paper,fedalign_moe
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -67,7 +67,7 @@ models: $(VENV)/.tools ## write docs/models.md from what the tests of the famili
 examples: $(VENV)/.package ## write examples/every_key.toml from what the fields of the configuration say
 	@$(BIN)/python -m fedalign.config.toml > examples/every_key.toml
 
-compare: $(VENV)/.package ## six algorithms, three seeds, a small model: under 25 minutes on two cores; goes on where it stopped
+compare: $(VENV)/.package ## seven algorithms, three seeds, a small model: under 25 minutes on two cores; goes on where it stopped
 	@$(BIN)/fedalign compare examples/compare.toml --algorithms $(COMPARED) --seeds 3 --out runs/compare
 
 format: ## rewrite the sources as `check` wants them

@@ -53,8 +53,10 @@ class LocalFit:
         device = self.moe.device
         self.state = {name: value.to(device) for name, value in local.state.items()}
         self.prob_L_E = remembered["prob_L_E"].to(device) if "prob_L_E" in remembered else None
-        self.statistics = RoutingStatistics(len(self.moe.layers), self.moe.experts, self.moe.hidden, device)
-        self.tokens = TokenCounts(self.moe.layout.token_rows if self.algorithm.counts_tokens else ())
+        asks = trainer.config.asks
+        hidden = self.moe.hidden if "centroids" in asks else 0
+        self.statistics = RoutingStatistics(len(self.moe.layers), self.moe.experts, hidden, device, "margins" in asks)
+        self.tokens = TokenCounts(self.moe.layout.token_rows if asks & {"tokens", "met"} else ())
         self.parameters = [p for p in self.moe.model.parameters() if p.requires_grad]
         self.masters = {p: p.detach().float() for p in self.parameters if p.dtype != torch.float32}
         self.views = trainer.views if not self.masters else self.moe.views_of(self.masters)
@@ -146,8 +148,8 @@ class LocalFit:
             if record:
                 self.statistics.update(captured)
                 self.tokens.update(batch)
-        if self.algorithm.corrects:
-            self.algorithm.correct(self.local, self.moe.gradients())
+        if self.local.shift:
+            self.moe.shift_gradients(self.local.shift)
         for parameter, master in self.masters.items():
             master.grad = parameter.grad.float() if parameter.grad is not None else None
         if self.options.max_grad_norm:

@@ -3,7 +3,7 @@
     p(y | x) = g·p_server(y | x) + (1 − g)·p_own(y | x),     g = σ(linear(h)),  h: what the server model's head reads
 
 The server's part is frozen while the own part and the gate are trained on the client's loss of the mixture. Two models
-are in memory meanwhile. Which algorithm wants this is said by `Algorithm.mixes`.
+are in memory meanwhile. The equation is the algorithm's `mix`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from fedalign.client.forward import AnswerLogits, answer_logits
 from fedalign.client.memory import GATE, OWN
 from fedalign.data.batches import Batch
 from fedalign.moe.model import MoEModel
-from fedalign.protocol import Weights
+from fedalign.protocol import Mix, Weights
 
 
 class Mixture:
     """One client's own model and gate, on top of a server model that somebody else holds."""
 
-    def __init__(self, server: MoEModel) -> None:
-        self.server = server
+    def __init__(self, server: MoEModel, mix: Mix) -> None:
+        self.server, self.mix = server, mix
         self.own = copy.deepcopy(server)
         self.gate = nn.Linear(server.hidden, 1).to(server.device)
 
@@ -53,10 +53,7 @@ class Mixture:
             server = answer_logits(self.server, batch)
         own = answer_logits(self.own, batch)
         score_N_1 = self.gate(server.hidden_N_H.float())
-        mixed_N_V = torch.logaddexp(
-            nn.functional.logsigmoid(score_N_1) + server.logits_N_V.log_softmax(-1),
-            nn.functional.logsigmoid(-score_N_1) + own.logits_N_V.log_softmax(-1),
-        )
+        mixed_N_V = self.mix(server.logits_N_V.log_softmax(-1), own.logits_N_V.log_softmax(-1), score_N_1)
         return replace(server, logits_N_V=mixed_N_V)
 
     def fit(self, batches: Iterable[Batch], optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:

@@ -19,7 +19,7 @@ from fedalign.client.evaluation import evaluate
 from fedalign.client.fit import AS_EVERYBODY, REMEDY, LocalFit, make_optimizer
 from fedalign.client.memory import KEPT, MIXTURE, PRIVATE, ClientData, private_weights
 from fedalign.client.mixture import Mixture
-from fedalign.client.statistics import centre_rows, centroid_sketches, update_sketches
+from fedalign.client.statistics import centroid_sketches, packed_bits, update_sketches
 from fedalign.config.run import Config
 from fedalign.data.batches import batches
 from fedalign.errors import TrainingFailedError
@@ -67,9 +67,9 @@ class Trainer:
             fit = LocalFit(self, client, local, broadcast.round, remembered, limits)
             fit.run()
         trained = fit.trained()
-        private = [group for group in trained if self.algorithm.private(group)]
+        private = [group for group in trained if group.kind in self.algorithm.private]
         own = {f"{PRIVATE}{group}": trained[group].cpu().clone() for group in private}
-        update = self._update(trained, local.start)
+        update = {g: value.sub_(local.start[g].to(value.device)) for g, value in trained.items()}
         norm_G = torch.stack([update[group].norm() for group in self.moe.layout.groups]).cpu()
         if not bool(norm_G.isfinite().all()):
             broken = self.moe.layout.groups[int((~norm_G.isfinite()).nonzero()[0])]
@@ -78,8 +78,9 @@ class Trainer:
         statistics = parallel.agreed(self._report(client, broadcast.round, fit, local, update, norm_G, seconds))
         wire = self.config.wire.dtype
         packed = {group: pack(delta.cpu(), wire, derive_seed(seed, group)) for group, delta in update.items()}
-        mixture = self._fit_mixture(client, local, broadcast.round, seed) if self.algorithm.mixes else {}
-        kept = {f"{KEPT}{name}": value for name, value in self.algorithm.end(local, update, fit.steps).items()}
+        mixture = self._fit_mixture(client, local, broadcast.round, seed) if self.algorithm.mix else {}
+        local.steps = fit.steps
+        kept = {f"{KEPT}{name}": value for name, value in self.algorithm.keep(local, update).items()}
         state = {"prob_L_E": statistics.prob_L_E, **fit.optimizer_state(), **own, **kept, **mixture}
         client.memory.keep(broadcast.round, packed, state)
         return statistics
@@ -87,7 +88,6 @@ class Trainer:
     def _local_round(self, client: ClientData, broadcast: Broadcast, remembered: Mapping[str, Tensor]) -> LocalRound:
         received = unpack_weights(broadcast.weights)
         return LocalRound(
-            client=client.name,
             received=received,
             start=received | private_weights(remembered),
             state=broadcast.state,
@@ -114,17 +114,11 @@ class Trainer:
         """The client's mixture as it was before `round`."""
         remembered = client.memory.before(round)
         if self._spare is None:
-            self._spare = Mixture(self.moe)
+            assert self.algorithm.mix is not None
+            self._spare = Mixture(self.moe, self.algorithm.mix)
         kept = {n.removeprefix(MIXTURE): value for n, value in remembered.items() if n.startswith(MIXTURE)}
         self._spare.load(kept, received)
         return self._spare
-
-    def _update(self, trained: Weights, start: Weights) -> Weights:
-        """Trained minus start, in place; softmax routers' rows centred if the algorithm weights them one by one."""
-        update = {g: value.sub_(start[g].to(value.device)) for g, value in trained.items()}
-        if self.algorithm.centre_gates:
-            centre_rows(update, self.moe)
-        return update
 
     def _report(
         self,
@@ -136,31 +130,35 @@ class Trainer:
         norm_G: Tensor,
         seconds: float,
     ) -> Statistics:
-        options, layout, seed = self.config.statistics, self.moe.layout, self.config.run.seed
+        options, layout, seed, asks = self.config.statistics, self.moe.layout, self.config.run.seed, self.config.asks
         routing = fit.statistics.finish(options.min_tokens, options.min_examples).without(fit.frozen_L_E)
-        held_L_E = routing.load_L_E > 0
-        centroid_L_E_D, scale_L = centroid_sketches(routing.centroid_L_E_H, options.centroid_width, seed)
-        update_L_E_S = update_sketches(layout, update, local.start, options.update_width, seed)
+        count_M_V = fit.tokens.finish(options.min_examples)
+        centroid_L_E_D, scale_L = torch.zeros(0, 0, 0).half(), torch.zeros(0)
+        if "centroids" in asks:
+            centroid_L_E_D, scale_L = centroid_sketches(routing.centroid_L_E_H, options.centroid_width, seed)
+        update_L_E_S = torch.zeros(0, 0, 0).half()
+        if "directions" in asks:
+            update_L_E_S = update_sketches(layout, update, local.start, options.update_width, seed)
+            update_L_E_S = (update_L_E_S * (routing.load_L_E > 0).cpu().unsqueeze(-1)).half()
         return Statistics(
             client=client.name,
             round=round,
             examples=len(client.train),
             tokens=routing.tokens,
+            steps=fit.steps,
+            learning_rate=self.config.training.learning_rate,
             loss=fit.mean_loss,
             prob_L_E=routing.prob_L_E.cpu(),
             load_L_E=routing.load_L_E.cpu(),
-            margin_L_E=routing.margin_L_E.cpu(),
+            norm_G=norm_G,
+            margin_L_E=routing.margin_L_E.cpu() if "margins" in asks else torch.zeros(0, 0),
             centroid_L_E_D=centroid_L_E_D,
             centroid_scale_L=scale_L,
-            update_L_E_S=(update_L_E_S * held_L_E.cpu().unsqueeze(-1)).half(),
-            norm_G=norm_G,
-            token_count_M_V=fit.tokens.finish(options.min_examples),
+            update_L_E_S=update_L_E_S,
+            token_count_M_V=count_M_V if "tokens" in asks else torch.zeros(0, 0),
+            token_met_M_B=packed_bits(count_M_V > 0) if "met" in asks else torch.zeros(0, 0, dtype=torch.uint8),
             frozen=tuple(ParameterGroup("expert", *cell) for cell in fit.frozen_L_E.nonzero().tolist()),
-            metrics={
-                "train_seconds": seconds,
-                "steps": float(fit.steps),
-                "learning_rate": self.config.training.learning_rate,
-            },
+            metrics={"train_seconds": seconds},
         )
 
     def evaluate(self, client: ClientData, received: Weights, round: int) -> Evaluation | None:
@@ -173,7 +171,7 @@ class Trainer:
         own = private_weights(client.memory.before(round + 1))
         self.moe.write(own)
         answer = None
-        if self.algorithm.mixes:
+        if self.algorithm.mix:
             mixture = self._mixture(client, received, round + 1)
             mixture.own.model.eval()
             answer = mixture.answer

@@ -145,12 +145,10 @@ def check_shardable(config: Config) -> None:
             f'tuning.kind = "{config.tuning.kind}": torchrun does not shard adapters. Leave torchrun out (lora can '
             f'take run.device = "{parallel.SPLIT}"), or choose one of: full, moe, experts, router.'
         )
-    algorithm = config.algorithm.build()
-    if algorithm.corrects or algorithm.mixes:
-        what = "whole gradients" if algorithm.corrects else "a second model"
+    if config.algorithm.build().mix:
         raise UserError(
-            f'algorithm.name = "{config.algorithm.name}": needs {what}, which torchrun cannot shard. Leave torchrun '
-            "out, or choose another algorithm."
+            f'algorithm.name = "{config.algorithm.name}": needs a second model, which torchrun cannot shard. Leave '
+            "torchrun out, or choose another algorithm."
         )
 
 
@@ -164,7 +162,7 @@ def check_splittable(config: Config) -> None:
         raise UserError(
             f'run.device = "{parallel.SPLIT}": not for a 4-bit base. Choose tuning.kind = "lora", or one GPU.'
         )
-    if config.algorithm.build().mixes:
+    if config.algorithm.build().mix:
         raise UserError(
             f'run.device = "{parallel.SPLIT}": algorithm.name = "{config.algorithm.name}" has a second model beside. '
             "Choose one GPU, or another algorithm."

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from string import Formatter
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from fedalign.algorithms import ALGORITHMS, make, options
+from fedalign.algorithms import ALGORITHMS, make, options, spans_rounds
 from fedalign.errors import UserError
-from fedalign.protocol import Algorithm, ServerOptimizer, WireDtype
+from fedalign.protocol import SKETCHES, Algorithm, Ask, ServerOptimizer, WireDtype
 
 T = TypeVar("T")
 
@@ -338,7 +338,11 @@ class TrackingConfig(Section):
     loggers: Names[Literal["tensorboard", "mlflow", "wandb"]] = key(
         ("tensorboard",), "any of them, or []; the last two are extras to install"
     )
-    health: bool = key(True, "keep each round's routing, similarities and weights, for the report")
+    health: Literal["asked", "full", "off"] = key(
+        "asked",
+        "what is kept of each round for the report; full: clients send sketches for its pictures of similarity, also "
+        "where the algorithm asks for none (not across sites)",
+    )
 
 
 class Config(Section):
@@ -361,6 +365,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         self._check_tuning()
+        self._check_engine()
         share = self.data.validation
         if self.evaluation.part == "validation" and not share:
             raise UserError(
@@ -372,6 +377,24 @@ class Config(Section):
                 "it is dealt. Leave it at 0.0, or choose one of: in_process, simulation for federation.engine."
             )
         return self
+
+    @property
+    def asks(self) -> Set[Ask]:
+        """What leaves a client beside what always does: for the algorithm's plan, and for pictures if wanted."""
+        return self.algorithm.build().asks | (SKETCHES if self.tracking.health == "full" else frozenset())
+
+    def _check_engine(self) -> None:
+        """What cannot be asked of sites."""
+        engine = self.federation.engine
+        if engine == "flower" and self.tracking.health == "full":
+            raise UserError(
+                'tracking.health = "full": sites send what the algorithm asks for. Choose one of: asked, off.'
+            )
+        if engine != "in_process" and "data" in self.asks:
+            raise UserError(
+                f'algorithm.name = "{self.algorithm.name}": pools the data, which sites keep to themselves. Choose '
+                'federation.engine = "in_process", or another algorithm.'
+            )
 
     def _check_tuning(self) -> None:
         """Which ways of tuning go together with what is done to updates."""
@@ -386,7 +409,7 @@ class Config(Section):
                 'training.keep_optimizer = true: with tuning.average = "exact" a client finds other factors each round '
                 "than its optimizer knew. Leave it at false, or choose one of: factors, freeze_a."
             )
-        if exact and self.algorithm.build().spans_rounds:
+        if exact and spans_rounds(self.algorithm.build()):
             raise UserError(
                 f'algorithm.name = "{self.algorithm.name}": sets factors of one round against those of another, which '
                 'tuning.average = "exact" makes anew each round. Choose one of: factors, freeze_a.'

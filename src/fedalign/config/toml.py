@@ -9,15 +9,14 @@ import json
 import textwrap
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from fedalign.algorithms import ALGORITHMS, make, options
+from fedalign.algorithms import ALGORITHMS, described, make
 from fedalign.config.run import AlgorithmConfig, Config, Section
 from fedalign.errors import UserError, unknown
 
@@ -186,21 +185,15 @@ def _lines(section: Section, path: str = "", asleep: bool = False) -> Iterator[s
 
 def _options(section: AlgorithmConfig) -> Iterator[str]:
     """The algorithm's own; then, behind a #, those of each other algorithm that are not the same."""
-    chosen = _described(section.build())
+    chosen = described(section.build())
     yield from (_line(*option) for option in chosen)
     for name in sorted({*ALGORITHMS} - {section.name}):
-        described = _described(make(name, {}))
+        described = described(make(name, {}))
         if others := [option for option in described if option not in chosen]:
             inherits = {option[0] for option in chosen} <= {option[0] for option in described}
             means = "or this one, with the options above but" if inherits else "or this one, with"
             yield _commented(f"name = {_toml(name)}", means, asleep=True)
             yield from (_line(*option, asleep=True) for option in others)
-
-
-def _described(algorithm: Any) -> list[tuple[str, Any, Any, str]]:
-    """Name, value, type and meaning of each option."""
-    hints, means = get_type_hints(type(algorithm)), {f.name: f.metadata.get("help", "") for f in fields(algorithm)}
-    return [(name, value, hints[name], means[name]) for name, value in options(algorithm).items()]
 
 
 def _line(name: str, value: Any, hint: Any, means: str, asleep: bool = False) -> str:

@@ -28,7 +28,7 @@ class InProcess:
 
     def __init__(self, trainer: Trainer, clients: Mapping[str, ClientData]) -> None:
         self.trainer = trainer
-        self.clients = pooled(clients) if trainer.algorithm.pooled else clients
+        self.clients = pooled(clients) if "data" in trainer.algorithm.asks else clients
         self.scored = clients
 
     def members(self) -> Sequence[str]:
@@ -52,7 +52,7 @@ class InProcess:
         """Score each client's held-out part; clients without one have nothing to say."""
         received = unpack_weights(broadcast.weights)
         self.trainer.moe.write(received)
-        for name in self.scored if self.trainer.algorithm.pooled else clients:
+        for name in clients if self.scored is self.clients else self.scored:
             score = self.trainer.evaluate(self.scored[name], received, broadcast.round)
             if score is not None:
                 yield score

@@ -50,12 +50,6 @@ class Slot:
         """The part that belongs to `group`: the parameter's own storage, outside autograd."""
         return self.part(self.parameter.detach(), group)
 
-    def gradient(self, group: ParameterGroup) -> Tensor:
-        """The same part of the gradient."""
-        if self.parameter.grad is None:
-            self.parameter.grad = torch.zeros_like(self.parameter)
-        return self.part(self.parameter.grad, group)
-
     def part(self, whole: Tensor, group: ParameterGroup) -> Tensor:
         """The part that belongs to `group` of any tensor shaped like the parameter."""
         owners = self.owners

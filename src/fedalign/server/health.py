@@ -49,8 +49,9 @@ def write_health(folder: Path, round: int, reports: Sequence[Statistics], plan: 
         "expert_norm_C_L_E": expert_norm_C_L_E.contiguous(),
         "shared_norm_C": shared_norm_C.contiguous(),
     }
-    if len(reports) <= PAIRWISE:
+    if len(reports) <= PAIRWISE and reports[0].centroid_L_E_D.numel():
         tensors["similarity_L_E_C_C"] = similarity(reports).half()
+    if len(reports) <= PAIRWISE and reports[0].update_L_E_S.numel():
         tensors["consensus_L_E_C_C"] = consensus(reports).half()
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"round-{round:05d}.safetensors"

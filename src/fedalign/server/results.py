@@ -97,7 +97,7 @@ class Recorder:
 
     def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
         """Keep what a person will want to look at: routing, similarity and weights."""
-        if self.config.tracking.health and parallel.is_first():
+        if self.config.tracking.health != "off" and parallel.is_first():
             write_health(self.folder.health, round, reports, plan, layout)
 
     def completed(self, state: ServerState, improved: bool) -> None:
