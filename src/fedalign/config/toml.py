@@ -188,9 +188,9 @@ def _options(section: AlgorithmConfig) -> Iterator[str]:
     chosen = described(section.build())
     yield from (_line(*option) for option in chosen)
     for name in sorted({*ALGORITHMS} - {section.name}):
-        described = described(make(name, {}))
-        if others := [option for option in described if option not in chosen]:
-            inherits = {option[0] for option in chosen} <= {option[0] for option in described}
+        its_own = described(make(name, {}))
+        if others := [option for option in its_own if option not in chosen]:
+            inherits = {option[0] for option in chosen} <= {option[0] for option in its_own}
             means = "or this one, with the options above but" if inherits else "or this one, with"
             yield _commented(f"name = {_toml(name)}", means, asleep=True)
             yield from (_line(*option, asleep=True) for option in others)
