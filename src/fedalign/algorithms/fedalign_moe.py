@@ -49,34 +49,28 @@ PAIRS = 1 << 20  # entries of one [E, C, C] table at a time: 4 MB stay in cache
 class FedAlignMoE(FedAvg):
     """Options with their defaults."""
 
-    reg_strength: float = option(0.1, "λ [P] of the pull on routers; 0: none")
-    overlap: Overlap = option(
-        "product", '[P] of own and global routing; "relative" [O]: in ω a product cancels the target'
-    )
-    granularity: Granularity = option("batch", 'what is pulled: [O] the batch, so that tokens stay sharp; "token" [P]')
-    form: Form = option("bregman", 'of the pull: [O] never negative; "kl" [P]')
-    gate: Literal["rows", "average", "local"] = option(
-        "rows", 'router rows: [O] by ω; "average": FedAvg; "local": clients keep their own'
-    )
+    reg_strength: float = option(0.1, "λ of the pull on routers while training [P]; 0: none")
+    overlap: Overlap = option("product", "of own and global routing [P], or the smaller over the larger [O]")
+    granularity: Granularity = option("batch", "what is pulled: each token [P]; a batch's mean keeps tokens sharp [O]")
+    form: Form = option("bregman", "of the pull: as printed [P], or never negative [O]")
+    gate: Literal["rows", "average", "local"] = option("rows", "routers: row by row, as FedAvg, or clients keep theirs")
     gate_weights: Literal["consistency", "uniform"] = option(
-        "consistency", "[P] overlap times margin; or all holders alike"
+        "consistency", "of rows: overlap times margin [P], or alike"
     )
-    max_weight: float = option(0.5, "[O] the largest weight of a client in a router row")
-    size_weighted: bool = option(True, "[O] multiplies ω by n_c; False [P]: data size does not enter")
-    target_momentum: float = option(0.0, "[O] share of the old target that stays")
-    adaptive_strength: bool = option(True, "[P] α; False pulls on all experts alike")
+    max_weight: float = option(0.5, "no client counts for more in a router row [O]")
+    size_weighted: bool = option(True, "whether data size enters the weights of rows [O]; it does not in the paper [P]")
+    target_momentum: float = option(0.0, "share of the old routing target that stays [O]")
+    adaptive_strength: bool = option(True, "whether the pull is stronger where routing is agreed about [P]")
     experts: Literal["semantic", "load", "average"] = option(
-        "semantic", '[P]; "load": n_c(e) alone [O]; "average": FedAvg'
+        "semantic", "by agreement [P] and use, by use alone, or FedAvg"
     )
-    beta: float = option(0.5, "[O] standard deviations below the mean similarity that still pass")
-    consensus: Consensus = option("half", "[O] of cosines D of updates: (1 + D) / 2, or max(0, D)")
-    min_agreement: float = option(
-        0.0, "[O] share of the largest agreement below which a client is left out; 0: nobody is"
-    )
+    beta: float = option(0.5, "standard deviations below the mean similarity that still agree [O]")
+    consensus: Consensus = option("half", "of cosines D of updates: (1 + D) / 2, or max(0, D) [O]")
+    min_agreement: float = option(0.0, "clients with less of the largest agreement are left out of an expert [O]")
     vocabulary: Literal["tokens", "clients", "average"] = option(
-        "tokens", "[O] embedding rows by token counts, by who met the token, or FedAvg"
+        "tokens", "rows of trained embeddings: by how often a client met the token, by whether it did, or FedAvg [O]"
     )
-    min_holders: int = option(2, "[O] with fewer, an expert's update is clipped to its layer's median norm")
+    min_holders: int = option(2, "with fewer, an expert's update is clipped to its layer's median norm [O]")
 
     def __post_init__(self) -> None:
         for name, low, high in [

@@ -25,7 +25,7 @@ from fedalign.protocol import Plan, Reports, State
 class FLAME(FedAvg):
     """FedAvg with experts weighted by activations."""
 
-    temperature: float = option(1.0, "[O] t; 0: by data alone, among the clients that hold the expert")
+    temperature: float = option(1.0, "of activations [O]; 0: by data alone, among the clients that hold the expert")
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:

@@ -30,9 +30,7 @@ from fedalign.protocol import Plan, Reports, State
 class HFedMoE(FedAvg):
     """FedAvg, expert by expert among the clients whose routers favour it."""
 
-    threshold: float = option(
-        0.75, "[O] τ, in shares of a uniform router's 1 / E; the paper's value is not known to us"
-    )
+    threshold: float = option(0.75, "least probability of an expert, in shares of a uniform router's 1 / E [O]")
     experts: Literal["importance", "size"] = option("importance", '[O] n_c · u_c(e); "size" [P] n_c')
     gate: Literal["rows", "whole"] = option(
         "rows", '[O] each row like its expert; "whole" [P] one weight a client and layer'
