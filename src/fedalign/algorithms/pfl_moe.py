@@ -1,4 +1,4 @@
-"""PFL-MoE: the server's model and one of the client's own, mixed by a learnt gate (Guo et al. 2021, arXiv 2012.15589).
+"""PFL-MoE: the server's model and one of the client's own, mixed by a learnt mixer (Guo et al. 2021, arXiv 2012.15589).
 
     y = g·y_server + (1 − g)·y_own,     g = σ(linear(features))          server part: FedAvg, frozen in the mixture [P]
 
