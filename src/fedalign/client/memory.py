@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -84,27 +83,16 @@ class ClientMemory:
         path = self.folder / f"round-{request.round:05d}" / UPDATE
         if not path.exists():
             raise TrainingFailedError(f"it keeps no update of round {request.round}")
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            lacking = [str(group) for group in request.groups if str(group) not in names]
-            if lacking:
-                raise TrainingFailedError(f"its update of round {request.round} has no {lacking[0]}")
-
-            def read(group: ParameterGroup) -> Packed:
-                scale = f"{group}.scale"
-                return Packed(file.get_tensor(str(group)), file.get_tensor(scale) if scale in names else None)
-
-            return Update(client, request.round, {group: read(group) for group in request.groups})
+        kept = _read(path)
+        lacking = [str(group) for group in request.groups if group not in kept]
+        if lacking:
+            raise TrainingFailedError(f"its update of round {request.round} has no {lacking[0]}")
+        return Update(client, request.round, {group: kept[group] for group in request.groups})
 
     def last_update(self, round: int) -> dict[ParameterGroup, Packed]:
         """The update of the latest round before `round`; empty if there is none."""
-        earlier = [(number, path / UPDATE) for number, path in rounds_in(self.folder) if number < round]
-        if not earlier or not earlier[-1][1].exists():
-            return {}
-        with safe_open(earlier[-1][1], framework="pt") as file:
-            names = [name for name in file.keys() if not name.endswith(".scale")]  # noqa: SIM118 - not a dict
-        groups = tuple(parse_group(name) for name in names)
-        return dict(self.hand_over("", Request("", earlier[-1][0], groups)).groups)
+        earlier = [path / UPDATE for number, path in rounds_in(self.folder) if number < round]
+        return _read(earlier[-1]) if earlier and earlier[-1].exists() else {}
 
     def before(self, round: int) -> Kept:
         """What the client kept from the latest round before `round`; empty if it has not taken part yet."""
@@ -116,6 +104,13 @@ class ClientMemory:
         """Free the disk that kept updates take, once a run is complete."""
         for _, folder in rounds_in(self.folder):
             (folder / UPDATE).unlink(missing_ok=True)
+
+
+def _read(update: Path) -> dict[ParameterGroup, Packed]:
+    """All groups of a kept update; the file is mapped, so a group's values are read when they are used."""
+    tensors = load_file(update)
+    groups = {parse_group(name): name for name in tensors if not name.endswith(".scale")}
+    return {group: Packed(tensors[name], tensors.get(f"{name}.scale")) for group, name in groups.items()}
 
 
 @dataclass(frozen=True)
