@@ -24,7 +24,7 @@ WHOLE = Kept(
 def prob_L_E(memory: ClientMemory, round: int) -> list[float]:
     found = memory.before(round).prob_L_E
     assert found is not None
-    return found.tolist()  # type: ignore[no-any-return]
+    return found.tolist()
 
 
 @pytest.mark.parametrize("kept", [WHOLE, Kept()])
