@@ -25,7 +25,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from fedalign.client.fit import LocalFit
 from fedalign.client.forward import answer_logits
-from fedalign.client.memory import ClientData, ClientMemory
+from fedalign.client.memory import ClientData, ClientMemory, Kept
 from fedalign.client.trainer import Trainer
 from fedalign.config.run import Config
 from fedalign.config.toml import load_config
@@ -90,10 +90,9 @@ def federated(moe: MoEModel, data: list[Encoded], config: Config, folder: Path) 
     client = ClientData("client", data, None, ClientMemory(folder))
     trainer = Trainer(moe, None, config.algorithm.build(), config)
     uniform_L_E = torch.full((moe.layout.layers, moe.experts), 1 / moe.experts)
-    remembered = {"prob_L_E": uniform_L_E}
-    local = trainer._local_round(client, Broadcast(2, {}, {"target_L_E": uniform_L_E}), remembered)
-    fit = LocalFit(trainer, client, local, 2, remembered)
-    fit.run()
+    kept = Kept(uniform_L_E)
+    local = trainer._local_round(client, Broadcast(2, {}, {"target_L_E": uniform_L_E}), kept)
+    LocalFit(moe, trainer.algorithm, config, client, local, 2, kept).run()
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from fedalign.algorithms.fedalign_moe import FedAlignMoE
 from fedalign.algorithms.local import Local
 from fedalign.algorithms.scaffold import CONTROL, Scaffold
 from fedalign.client.forward import answer_logits
+from fedalign.client.memory import Kept
 from fedalign.data.batches import batches
 from fedalign.maths.average import StreamingSum
 from fedalign.maths.rounding import pack
@@ -219,17 +220,17 @@ def test_a_mixture_learns_beside_a_server_model_that_stays(tmp_path: Path) -> No
         mine = engine.trainer.train(data, broadcast(start, number))
         theirs = plain.trainer.train(plain.clients["a"], broadcast(start, number))
         assert torch.equal(mine.update_L_E_S, theirs.update_L_E_S)  # the server's part is FedAvg's
-        mixture = engine.trainer._mixture(data, start, number + 1)
-        losses.append(mixture_loss(engine.trainer._mixture(data, start, number + 1).answer, engine))
+        mixture = engine.trainer._mixture(data.memory.before(number + 1), start)
+        losses.append(mixture_loss(mixture.answer, engine))
         assert not torch.equal(mixture.own.read([SHARED])[SHARED], start[SHARED])
     assert losses[2] < losses[1] < losses[0]
 
 
 def test_a_mixture_by_hand(tmp_path: Path) -> None:
-    """g p_server + (1 - g) p_own, for a gate that is 1/2, all the server's, all the client's own."""
+    """g p_server + (1 - g) p_own, for a mixer that is 1/2, all the server's, all the client's own."""
     engine = federation(tmp_path, "pfl_moe")
     start = {group: value.clone() for group, value in engine.trainer.moe.read().items()}
-    mixture = engine.trainer._mixture(engine.clients["a"], start, 1)
+    mixture = engine.trainer._mixture(Kept(), start)
     mixture.own.write({SHARED: start[SHARED] * 0.5})
     (batch,) = list(batches(engine.clients["a"].train[:4], 10**6, 10**6, seed=None))
     with torch.no_grad():
@@ -238,8 +239,8 @@ def test_a_mixture_by_hand(tmp_path: Path) -> None:
         own = answer_logits(mixture.own, batch).logits_N_V.softmax(-1)
         assert float((server - own).abs().max()) > 1e-3
         for bias, share in ((0.0, 0.5), (50.0, 1.0), (-50.0, 0.0)):
-            mixture.gate.weight.zero_()
-            mixture.gate.bias.fill_(bias)
+            mixture.mixer.weight.zero_()
+            mixture.mixer.bias.fill_(bias)
             mixed = mixture.answer(batch)
             assert_close(mixed.logits_N_V.exp(), share * server + (1 - share) * own, atol=1e-6, rtol=1e-4)
             assert_close(mixed.nll_N, -mixed.logits_N_V.gather(1, mixed.target_N[:, None]).squeeze(1))

@@ -7,16 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedalign.client.evaluation import TestSet
 from fedalign.client.fit import LocalFit, grouped, make_autocast
 from fedalign.client.forward import answer_logits
-from fedalign.client.memory import ClientData, ClientMemory
+from fedalign.client.memory import ClientData, ClientMemory, Kept
 from fedalign.client.trainer import Trainer
 from fedalign.config.run import Config
 from fedalign.config.toml import load_config
 from fedalign.data.batches import batches
 from fedalign.data.encode import Encoded
 from fedalign.errors import TrainingFailedError
-from fedalign.maths.rounding import pack, unpack
+from fedalign.maths.rounding import pack, unpack, unpack_weights
 from fedalign.maths.sketch import Sketch
 from fedalign.moe.model import MoEModel
 from fedalign.moe.probe import RoutingProbe, RoutingStatistics
@@ -58,7 +59,8 @@ def broadcast(moe: MoEModel, round: int = 1, dtype: str = "float32", **state: Te
 
 
 def local_fit(step: Trainer, data: ClientData) -> LocalFit:
-    return LocalFit(step, data, step._local_round(data, broadcast(step.moe), {}), 1, {})
+    local = step._local_round(data, broadcast(step.moe), Kept())
+    return LocalFit(step.moe, step.algorithm, step.config, data, local, 1, Kept())
 
 
 def uniform(moe: MoEModel) -> Tensor:
@@ -124,7 +126,6 @@ def test_idle_experts_stay_where_they_are(tmp_path: Path) -> None:
         router = moe.model.get_submodule(moe.layers[0].router)
         router.register_forward_pre_hook(lambda _, args: (args[0].abs(),))
         router.weight[3] = -100.0
-    step.views = moe.views
     data, start = client(tmp_path), moe.read()
     statistics = step.train(data, broadcast(moe))
     after = moe.read()
@@ -268,10 +269,29 @@ def test_a_kept_optimizer_changes_the_next_round(tmp_path: Path) -> None:
         step = trainer("olmoe", f"training.keep_optimizer={keep}")
         data, start = client(tmp_path / keep), broadcast(step.moe)
         step.train(data, start)
-        remembered = data.memory.before(2)
-        assert any(name.startswith("optimizer.") for name in remembered) == (keep == "true")
+        assert bool(data.memory.before(2).optimizer) == (keep == "true")
         norms[keep] = float(step.train(data, replace(start, round=2)).norm_G[0])
     assert norms["true"] != norms["false"]
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "local", "pfl_moe"])
+def test_scores_and_updates_are_of_the_weights_that_were_sent_whatever_the_model_holds(
+    tmp_path: Path, algorithm: str
+) -> None:
+    step = trainer("olmoe", f"algorithm.name={algorithm}")
+    data, start = replace(client(tmp_path), held_out=TestSet(examples(6, seed=9))), broadcast(step.moe)
+    received = unpack_weights(start.weights)
+    scores, norms = [], []
+    for _ in range(2):
+        norms.append(step.train(data, start).norm_G)
+        for _ in range(2):
+            scores.append(step.evaluate(data, received, 1))
+            step.moe.write({group: torch.full_like(value, 7.0) for group, value in received.items()})
+    assert scores[0] is not None
+    assert scores[0] == scores[1] == scores[2] == scores[3]
+    assert torch.equal(norms[0], norms[1])
+    before = step.evaluate(data, received, 0)  # nothing is kept of an earlier round
+    assert (before == scores[0]) == (algorithm == "fedavg")
 
 
 def test_a_nan_loss_is_a_failure_of_this_client(tmp_path: Path) -> None:

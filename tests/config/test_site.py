@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedalign.config.run import Config
+from fedalign.config.run import ClientLimits, Config
 from fedalign.config.site import SiteFolder
 from fedalign.config.toml import load_config
 from fedalign.errors import UserError
@@ -147,7 +147,6 @@ def test_all_else_is_as_the_coordinator_says(tmp_path: Path) -> None:
         "run": {"device", "threads"},
         "model": {"path", "trust_remote_code"},
         "data": {"train", "columns"},
-        "clients": {"limits"},
         "statistics": {"min_tokens", "min_examples"},
     }
     for section in Config.model_fields:
@@ -164,6 +163,14 @@ def test_a_site_can_only_make_limits_stricter(tmp_path: Path) -> None:
     asked, here = localised(tmp_path, LEAST + "[limits]\nbatch_tokens = 99999\nmin_tokens = 1\nmin_examples = 1\n")
     assert here.training.batch_tokens == asked.training.batch_tokens
     assert here.statistics == asked.statistics
+
+
+def test_what_a_site_can_do_is_its_own_to_say(tmp_path: Path) -> None:
+    site = make_site(tmp_path, LEAST + "[limits]\ntop_k = 1\nmax_experts = 2\nrank = 9\n")
+    assert site.client_limits(load_config()) == ClientLimits(top_k=1, max_experts=2)
+    exact = ["tuning.kind=lora", "tuning.average=exact", "tuning.rank=4"]  # ranks may differ, up to the run's
+    assert site.client_limits(load_config(None, exact)) == ClientLimits(top_k=1, max_experts=2, rank=4)
+    assert make_site(tmp_path, LEAST).client_limits(load_config()) == ClientLimits()
 
 
 def test_the_supernode_of_a_site(tmp_path: Path) -> None:

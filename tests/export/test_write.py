@@ -22,14 +22,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedalign.client.evaluation import TestSet, evaluate
 from fedalign.client.forward import AnswerLogits
+from fedalign.client.memory import ClientMemory
 from fedalign.config.toml import load_config, parse_config, read_config
 from fedalign.data.batches import Batch
 from fedalign.data.encode import IGNORED
 from fedalign.errors import UserError
-from fedalign.export.card import MIXTURE_GATE, render
+from fedalign.export.card import MIXER, render
 from fedalign.export.write import Exported, Request, _cast, export
 from fedalign.federation.in_process import Prepared, prepare
-from fedalign.protocol import Evaluation
+from fedalign.protocol import Evaluation, ParameterGroup
 from fedalign.server.checkpoint import Checkpoints
 from fedalign.server.results import RunFolder
 from fedalign.server.run import execute
@@ -235,9 +236,9 @@ def test_a_run_in_bfloat16_keeps_its_routers(made: Made, tmp_path: Path) -> None
         False: torch.bfloat16,
     }
     assert all(torch.equal(value, found[name]) for name, value in tensors(run / "model").items())
-    state = load_file(run / "clients" / "client-01" / "round-00002" / "state.safetensors")
+    kept = ClientMemory(run / "clients" / "client-01").before(3)
     gates = {name: value for name, value in tensors(out / "clients" / "client-01").items() if "mlp.gate" in name}
-    assert torch.equal(gates["model.layers.1.mlp.gate.weight"][3], state["private.gate[1,3]"])
+    assert torch.equal(gates["model.layers.1.mlp.gate.weight"][3], kept.private[ParameterGroup("gate", 1, 3)])
 
 
 def test_an_adapter_of_a_base_in_four_bits_is_exported_where_there_is_no_gpu(
@@ -321,7 +322,7 @@ def test_a_mixture_is_computed_by_the_code_of_its_card(
         score = scored(bench, folder, bench.clients[name].held_out, answer)
         assert score.loss == pytest.approx(last["client_losses_nats"][name], abs=1e-6)
         assert score.accuracy == last["client_accuracies"][name]
-        assert (folder / MIXTURE_GATE).exists()
+        assert (folder / MIXER).exists()
 
 
 def test_a_client_that_never_took_part_has_no_model(made: Made, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedalign.client.memory import ClientData
+from fedalign.client.memory import ClientData, Kept
 from fedalign.client.open import open_site
 from fedalign.client.trainer import OpenClient, Trainer
 from fedalign.config.run import Config
@@ -102,9 +102,7 @@ def test_a_whole_round(opened: Service, site_config: Config, ward: SiteFolder, o
     assert same(
         alone.data.memory.hand_over("ward 3", Request("ward 3", 1, (SHARED,))).groups[SHARED], update.groups[SHARED]
     )
-    received = unpack_weights(broadcast(moe).weights)
-    alone.trainer.moe.write(received)
-    assert alone.trainer.evaluate(alone.data, received, 1) == score
+    assert alone.trainer.evaluate(alone.data, unpack_weights(broadcast(moe).weights), 1) == score
 
 
 def test_what_the_first_round_starts_from(opened: Service, olmoe: Path) -> None:
@@ -325,7 +323,7 @@ print(json.dumps([answer.head, {name: [p.tolist() for p in pieces] for name, pie
 def test_handing_over_an_update_loads_no_model_and_imports_nothing_for_one(tmp_path: Path) -> None:
     site = make_site(tmp_path, 'name = "ward"\n[data]\ntrain = "nowhere.jsonl"\n[model]\npath = "nowhere"\n')
     service = Service("ward", site.memory("night"), lambda: pytest.fail("nothing to open"))
-    service.memory.keep(2, {SHARED: Packed(torch.tensor([1.0, 2.5]))}, {})
+    service.memory.keep(2, {SHARED: Packed(torch.tensor([1.0, 2.5]))}, Kept())
     command = [sys.executable, "-W", "ignore", "-c", UPDATE, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=dict(os.environ))
     head, arrays, heavy = json.loads(done.stdout)

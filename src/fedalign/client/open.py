@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from fedalign import __version__
@@ -37,6 +38,7 @@ def open_site(folder: SiteFolder, config: Config, run: str) -> OpenClient:
         client = bench.client(folder.config.name, examples, range(len(examples)), folder.memory(run))
     except UserError as error:
         raise DataError(str(error)) from None
+    client = replace(client, limits=folder.client_limits(config))
     return OpenClient(bench.trainer(), client, lambda: describe(bench, client, bench.moe.weights_hash()))
 
 
@@ -49,6 +51,7 @@ class DealtClients:
         self.folder = folder
         self.examples, self.parts = split_among_clients(config)
         self.names = list(self.parts)
+        self.bench.check_limits(self.names)
 
     def open(self, name: str) -> OpenClient:
         """One of them."""

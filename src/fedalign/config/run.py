@@ -414,6 +414,11 @@ class Config(Section):
                 f'algorithm.name = "{self.algorithm.name}": sets factors of one round against those of another, which '
                 'tuning.average = "exact" makes anew each round. Choose one of: factors, freeze_a.'
             )
+        if self.clients.limits and self.federation.engine == "flower":
+            raise UserError(
+                f"clients.limits.{next(iter(self.clients.limits))}: a site says what it can do itself, in [limits] of "
+                "site.toml. Leave it out, or choose one of: in_process, simulation for federation.engine."
+            )
         for name, limits in self.clients.limits.items():
             if limits.rank and not exact:
                 raise UserError(

@@ -135,9 +135,11 @@ class SiteFolder:
             *("--node-config", f"site={json.dumps(str(self.path / FILE))}"),
         ]
 
-    def _rank(self, config: Config) -> int:
-        """The site's own rank where the run lets ranks differ."""
-        return min(self.config.limits.rank, config.tuning.rank) if config.tuning.averages_products else 0
+    def client_limits(self, config: Config) -> ClientLimits:
+        """How much of a round this site can do; its own rank where the run lets ranks differ."""
+        own = self.config.limits
+        rank = min(own.rank, config.tuning.rank) if config.tuning.averages_products else 0
+        return ClientLimits(top_k=own.top_k, max_experts=own.max_experts, rank=rank)
 
     def localise(self, config: Config) -> Config:
         """The coordinator's configuration as this site runs it."""
@@ -154,15 +156,6 @@ class SiteFolder:
                 ),
                 "data": config.data.model_copy(
                     update={"train": self.resolve(site.data.train), "columns": site.data.columns}
-                ),
-                "clients": config.clients.model_copy(
-                    update={
-                        "limits": {
-                            site.name: ClientLimits(
-                                top_k=limits.top_k, max_experts=limits.max_experts, rank=self._rank(config)
-                            )
-                        }
-                    }
                 ),
                 "training": config.training.model_copy(
                     update={"batch_tokens": min(batch, limits.batch_tokens) if limits.batch_tokens else batch}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fedalign.client.memory import personal_parts, read_personal
+from fedalign.client.memory import ClientMemory, Kept
 from fedalign.client.workbench import Workbench
 from fedalign.compare.folder import ComparisonFolder
 from fedalign.config.run import Config
 from fedalign.config.toml import read_config
 from fedalign.errors import UserError, unknown
-from fedalign.export.card import MIXTURE_GATE, Made, Trained, write_card
-from fedalign.files import folder_name, replacing
+from fedalign.export.card import MIXER, Made, Trained, write_card
+from fedalign.files import KEPT_ROUNDS, folder_name, replacing, rounds_in
 from fedalign.moe.load import DTYPES, auto_class, load_plain, model_path
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import Metrics, Weights
@@ -154,9 +154,9 @@ def export(request: Request, progress: Callable[[str], None]) -> Exported:
             progress("Writing the model card ...")
             made, trained = _made(request, source, base, folder, len(personal)), _trained(source, request.best)
             write_card(folder, made, trained)
-            for name in personal:
+            for name, kept in personal.items():
                 part = folder / CLIENTS / folder_name(name)
-                write_card(part, made.of_client(name, mixes=(part / MIXTURE_GATE).exists()), trained)
+                write_card(part, made.of_client(name, mixes=bool(kept.mixer)), trained)
     except OSError as error:
         raise UserError(f"--to {str(request.to)!r}: cannot be written: {error}. Give another folder.") from None
     return Exported(made, source, trained, len(personal), without, _notes(source, made))
@@ -270,12 +270,11 @@ def _check_free(request: Request, source: Source, base: Base | None) -> None:
 
 def _write(
     request: Request, source: Source, base: Base | None, folder: Path, progress: Callable[[str], None]
-) -> tuple[dict[str, Path], int]:
-    """Models without cards; the files of the clients' own parts, and how many clients have none."""
+) -> tuple[dict[str, Kept], int]:
+    """Models without cards; what clients have of their own, and how many have nothing."""
     progress("Reading the run ...")
-    names, clients = list(_holdings(source.folder)) if request.clients else [], source.folder.clients
-    found = {name: personal_parts(clients, source.round, name) for name in names}
-    personal = {name: file for name, file in found.items() if file is not None}
+    names = list(_holdings(source.folder)) if request.clients else []
+    personal = {name: kept for name in names if (kept := _kept(source, name)).personal}  # on disk until it is used
     if request.clients and not personal:
         raise UserError(
             f"--clients: {source.config.algorithm.name} left nothing personal with any client: all use the exported "
@@ -297,7 +296,26 @@ def _write(
     return personal, len(names) - len(personal)
 
 
-def _folders(folder: Path, personal: Mapping[str, Path]) -> Iterator[Path]:
+def _kept(source: Source, name: str) -> Kept:
+    """What a client kept from its last round, up to the one that is exported.
+
+    Raises:
+        UserError: It has forgotten, or what it kept is damaged.
+    """
+    memory = ClientMemory(source.folder.clients / folder_name(name))
+    rounds = rounds_in(memory.folder)
+    if len(rounds) >= KEPT_ROUNDS and rounds[0][0] > source.round:
+        raise UserError(
+            f"--clients: clients keep what is personal of their last {KEPT_ROUNDS} rounds, and {name!r} took part in "
+            f"as many after round {source.round}. Leave out --best or --clients."
+        )
+    try:
+        return memory.before(source.round + 1)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{str(memory.folder)!r}: damaged: {error}. Leave out --clients.") from None
+
+
+def _folders(folder: Path, personal: Iterable[str]) -> Iterator[Path]:
     """The global model's, then those of the clients."""
     yield folder
     yield from (folder / CLIENTS / folder_name(name) for name in personal)
@@ -322,7 +340,7 @@ def _with_model(
     source: Source,
     base: Base | None,
     folder: Path,
-    personal: Mapping[str, Path],
+    personal: Mapping[str, Kept],
     progress: Callable[[str], None],
 ) -> None:
     """Write what needs the model itself, after a look at whether it is the right one."""
@@ -337,14 +355,14 @@ def _with_model(
     if not personal:
         return
     weights = source.weights or _exact(source, moe)
-    for number, (name, file) in enumerate(personal.items(), start=1):
+    for number, (name, kept) in enumerate(personal.items(), start=1):
         progress(f"Writing client {number} of {len(personal)} ...")
-        part, own = folder / CLIENTS / folder_name(name), read_personal(file)
-        moe.write({**weights, **own.weights})
+        part = folder / CLIENTS / folder_name(name)
+        moe.write({**weights, **kept.personal})
         moe.save(part)
         _copy_beside(folder, part)
-        if own.gate:
-            save_file({key: value.contiguous() for key, value in own.gate.items()}, part / MIXTURE_GATE)
+        if kept.mixer:
+            save_file(dict(kept.mixer), part / MIXER)
 
 
 def _open(source: Source, base: Base | None) -> MoEModel:
@@ -389,7 +407,7 @@ def _cast(folder: Path, dtype: str, trust_remote_code: bool) -> None:
     """Round a checkpoint, in place."""
     model = load_plain(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     for file in folder.glob("*.safetensors*"):
-        if file.name != MIXTURE_GATE:
+        if file.name != MIXER:
             file.unlink()
     model.save_pretrained(folder)
 

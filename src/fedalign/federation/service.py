@@ -117,9 +117,7 @@ class Service:
     def _evaluate(self, parcel: Parcel) -> Message:
         broadcast: Broadcast = decode(parcel, Broadcast)
         client, self._as_loaded = self.client, False
-        received = unpack_weights(broadcast.weights)
-        client.trainer.moe.write(received)
-        score = client.trainer.evaluate(client.data, received, broadcast.round)
+        score = client.trainer.evaluate(client.data, unpack_weights(broadcast.weights), broadcast.round)
         return score if score is not None else Failure(self.name, "evaluate", "it holds nothing out to be scored on")
 
     def _finish(self, _: Parcel) -> Message:

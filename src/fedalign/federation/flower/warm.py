@@ -25,8 +25,6 @@ from fedalign.federation.service import Service
 
 log = logging.getLogger("fedalign")
 
-MeetingPoint = tuple[str, bytes]  # address, secret
-
 
 def ask(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel) -> Parcel | None:
     """The warm trainer's answer, or None where there is none."""
