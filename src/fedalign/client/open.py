@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
-from fedalign import __version__
 from fedalign.client.memory import ClientData
 from fedalign.client.trainer import OpenClient
 from fedalign.client.workbench import Workbench
@@ -61,7 +61,7 @@ def describe(bench: Workbench, client: ClientData, weights: str) -> Hello:
     return Hello(
         client=client.name,
         protocol=PROTOCOL,
-        version=__version__,
+        version=version("fedalign-moe"),
         architecture=bench.moe.fingerprint(),
         weights=weights,
         tokenizer=tokenizer_hash(bench.tokenizer),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,28 +14,61 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from fedalign.config.run import AlgorithmConfig, Config, Section
+from fedalign.demo import DEMO
 from fedalign.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from fedalign.config.site import SiteConfig
 
+Source = str | os.PathLike[str] | Mapping[str, Any] | Config
+Overrides = Sequence[str] | Mapping[str, object]
 
-def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+
+def load_config(source: Source | None = None, overrides: Overrides = ()) -> Config:
     """Read a TOML file and apply ``section.key=value`` overrides in order.
 
     Values are TOML (``2e-5``, ``true``, ``["a", "b"]``); what is not valid TOML is taken as a string. Choosing
     another algorithm by an override drops the options that the file gives to its own.
 
+    Args:
+        source: a path, "demo", tables, or a whole configuration; None: the defaults.
+        overrides: texts, or a mapping of ``section.key`` to values.
+
     Raises:
         UserError: The file is missing or not TOML, or a key or value is wrong.
     """
-    return overridden(_read(path) if path else {}, overrides)
+    return overridden(_tables(source), overrides)
 
 
-def overridden(tables: dict[str, Any], overrides: Sequence[str]) -> Config:
+def stem(source: Source) -> str:
+    """What runs of it are called."""
+    return Path(source).stem if isinstance(source, str | os.PathLike) else "run"
+
+
+def as_texts(overrides: Overrides) -> list[str]:
+    """Overrides as the command line has them.
+
+    >>> as_texts({"run.seed": 1, "data.train": "a.jsonl"})
+    ['run.seed=1', 'data.train="a.jsonl"']
+
+    Raises:
+        UserError: A value that TOML cannot hold on one line.
+    """
+    if not isinstance(overrides, Mapping):
+        return [overrides] if isinstance(overrides, str) else list(overrides)
+    texts = {key: json.dumps(value, default=str, ensure_ascii=False) for key, value in overrides.items()}
+    for key, text in texts.items():
+        if _in_toml(text) is None:
+            raise UserError(
+                f"{key} = {text}: give text, a number, true, false or a list; of a table each key by itself."
+            )
+    return [f"{key}={text}" for key, text in texts.items()]
+
+
+def overridden(tables: dict[str, Any], overrides: Overrides) -> Config:
     """The configuration of `tables` with overrides, as in `load_config`; `tables` is written to."""
     named_by_file = tables.get("algorithm", {}).get("name", AlgorithmConfig().name) if tables else None
-    for override in overrides:
+    for override in as_texts(overrides):
         keys, value = _parse_override(override)
         if keys == ["algorithm", "name"] and value != named_by_file:
             tables["algorithm"] = {}
@@ -55,6 +89,19 @@ def read_config(text: str) -> Config:
     return parse_config(tomllib.loads(text))
 
 
+def _tables(source: Source | None) -> dict[str, Any]:
+    """A copy of all that `source` sets."""
+    if source is None:
+        return {}
+    if isinstance(source, Config):
+        return source.model_dump(mode="json", exclude_none=True)
+    if isinstance(source, Mapping):
+        copy: dict[str, Any] = json.loads(json.dumps(source, default=str))
+        return copy
+    path = Path(source)
+    return _read(DEMO if path == Path("demo") and not path.exists() else path)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -71,10 +118,16 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
     keys = [part.strip() for part in key.split(".")]
     if not equals or len(keys) < 2 or not all(keys):
         raise UserError(f"--set {override!r}: write section.key=value, for example training.learning_rate=2e-5")
+    value = _in_toml(text)
+    return keys, text.strip() if value is None else value
+
+
+def _in_toml(text: str) -> Any:
+    """A value as TOML writes it; None if it is none."""
     try:
-        return keys, tomllib.loads(f"value = {text}")["value"]
+        return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return keys, text.strip()
+        return None
 
 
 def _place(tables: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
