@@ -76,7 +76,17 @@ def test_the_readme_runs(tables: Tables, tmp_path: Path, monkeypatch: pytest.Mon
     exec(block, names)  # a cell is run twice
 
 
-def test_a_run_leaves_the_process_as_it_was(tables: Tables, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_run_leaves_the_process_as_it_was(
+    tables: Tables, tmp_path: Path, capfd: pytest.CaptureFixture[str], two_threads: None
+) -> None:
     def found() -> list[object]:
         root, generator = logging.getLogger(), torch.get_rng_state().tolist()
         threads, bars = torch.get_num_threads(), is_progress_bar_enabled()

@@ -72,7 +72,7 @@ def test_a_notebook_sees_one_output_that_changes(monkeypatch: pytest.MonkeyPatch
         seen.append(shown._repr_mimebundle_([], [])["text/html"])  # type: ignore[attr-defined] # as IPython asks
         return SimpleNamespace(update=display)
 
-    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))  # type: ignore[arg-type] # enough
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
     console = Console(force_jupyter=True, highlight=False)
     with LiveTable(console, rounds=3) as table:
         table.progress(0, "evaluating", 0, 1)
