@@ -56,13 +56,14 @@ def as_texts(overrides: Overrides) -> list[str]:
     """
     if not isinstance(overrides, Mapping):
         return [overrides] if isinstance(overrides, str) else list(overrides)
-    texts = {key: json.dumps(value, default=str, ensure_ascii=False) for key, value in overrides.items()}
-    for key, text in texts.items():
-        if _in_toml(text) is None:
+    texts = [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in overrides.items()]
+    for text in texts:
+        key, _, written = text.partition("=")
+        if _parse_override(text)[1] != json.loads(written):
             raise UserError(
-                f"{key} = {text}: give text, a number, true, false or a list; of a table each key by itself."
+                f"{key} = {written}: give text, a number, true, false or a list; of a table each key by itself."
             )
-    return [f"{key}={text}" for key, text in texts.items()]
+    return texts
 
 
 def overridden(tables: dict[str, Any], overrides: Overrides) -> Config:
@@ -118,16 +119,10 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
     keys = [part.strip() for part in key.split(".")]
     if not equals or len(keys) < 2 or not all(keys):
         raise UserError(f"--set {override!r}: write section.key=value, for example training.learning_rate=2e-5")
-    value = _in_toml(text)
-    return keys, text.strip() if value is None else value
-
-
-def _in_toml(text: str) -> Any:
-    """A value as TOML writes it; None if it is none."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        return keys, tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return None
+        return keys, text.strip()
 
 
 def _place(tables: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
