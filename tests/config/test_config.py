@@ -6,7 +6,7 @@ import pytest
 from fedalign.algorithms import ALGORITHMS
 from fedalign.algorithms.fedalign_moe import FedAlignMoE
 from fedalign.config.run import AlgorithmConfig
-from fedalign.config.toml import load_config, parse_config
+from fedalign.config.toml import load_config, parse_config, stem
 from fedalign.demo import DEMO
 from fedalign.errors import UserError
 
@@ -104,3 +104,22 @@ def test_a_validation_part_needs_a_share_and_data_that_is_dealt() -> None:
         load_config(None, ["evaluation.part=validation"])
     with pytest.raises(UserError, match=r"data\.validation = 0\.1: sites keep their data"):
         load_config(None, ["data.validation=0.1", "federation.engine=flower"])
+
+
+def test_a_configuration_comes_from_a_path_tables_or_another_one(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    tables = {"run": {"seed": 3}, "data": {"train": Path("a.jsonl")}, "algorithm": {"name": "fedprox", "mu": 0.5}}
+    file.write_text('run.seed = 3\ndata.train = "a.jsonl"\nalgorithm = {name = "fedprox", mu = 0.5}\n')
+    config = load_config(file)
+    assert load_config(str(file)) == load_config(tables) == load_config(config) == config
+    assert load_config(config, {"run.seed": 4, "data.labels": ["ä, b", "true"]}).data.labels == ("ä, b", "true")
+    assert load_config(config, {"algorithm.name": "fedavg"}).algorithm.model_extra == {}
+    assert load_config("demo").model.path == "demo"
+    assert load_config(None, "run.seed=4").run.seed == 4
+    assert (stem(file), stem(tables), stem(config)) == ("a", "run", "run")
+
+
+@pytest.mark.parametrize("value", [None, {"text": "t"}, float("nan"), [None]])
+def test_values_that_toml_cannot_hold_are_refused(value: object) -> None:
+    with pytest.raises(UserError, match=r"^data\.columns = .*: give text, a number, true, false or a list"):
+        load_config(None, {"data.columns": value})

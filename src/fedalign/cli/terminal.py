@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 from rich import box
 from rich.console import Console
@@ -23,6 +24,11 @@ def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
     out.print(table)
 
 
-def say(text: str) -> None:
+def say(text: str, console: Console = out) -> None:
     """Text as it is, so that what is copied from it has no line breaks of ours."""
-    out.print(text, markup=False, soft_wrap=True)
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def busy(text: str, console: Console = out) -> AbstractContextManager[object]:
+    """Say so while it takes, where lines can be taken back: a notebook would want ipywidgets for it."""
+    return console.status(text) if console.is_terminal else nullcontext()

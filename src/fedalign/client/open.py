@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
-from fedalign import __version__
 from fedalign.client.memory import ClientData
 from fedalign.client.trainer import OpenClient
 from fedalign.client.workbench import Workbench
@@ -64,7 +64,7 @@ def describe(bench: Workbench, client: ClientData, weights: str) -> Hello:
     return Hello(
         client=client.name,
         protocol=PROTOCOL,
-        version=__version__,
+        version=version("fedalign-moe"),
         architecture=bench.moe.fingerprint(),
         weights=weights,
         tokenizer=tokenizer_hash(bench.tokenizer),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from fedalign import parallel
 from fedalign.compare.folder import ComparisonFolder, Part, set_aside, standing
 from fedalign.compare.overview import Overview
 from fedalign.compare.plan import Cell, Point, Request, cells, line_name
@@ -23,7 +26,9 @@ from fedalign.compare.tables import (
     write_csv,
 )
 from fedalign.compare.tune import Choices, choose, record, tuning_cells, why_not
+from fedalign.errors import UserError
 from fedalign.files import write_text
+from fedalign.server.results import flat
 
 Tell = Callable[[str], None]
 
@@ -32,9 +37,19 @@ Tell = Callable[[str], None]
 class Outcome:
     """How a comparison ended."""
 
+    folder: Path
     tables: tuple[Table, ...]
     notes: tuple[str, ...]
     failed: dict[str, str]  # run or line -> reason
+    rows: list[dict[str, Any]]  # of each finished run: algorithm, seed, values of the grid, folder, and its summary
+
+    @property
+    def table(self) -> str:
+        """All tables and how to read them, in Markdown; a notebook shows it."""
+        return to_markdown(self.tables, self.notes)
+
+    def _repr_markdown_(self) -> str:
+        return self.table
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,8 @@ class Comparison:
             UserError: The folder holds something else.
             KeyboardInterrupt: It was broken off; calling again goes on.
         """
+        if parallel.launched() > 1:
+            raise UserError("fedalign compare: torchrun is for `fedalign run` alone. Leave it out.")
         self.folder.check(self.request, overwrite)
         with self.folder.locked() as lock:
             self.folder.begin(self.request, overwrite)
@@ -104,7 +121,15 @@ class Comparison:
         said = tuple(notes(self.request, missing.items()))
         write_text(self.folder.markdown, to_markdown(shown, said))
         write_text(self.folder.latex, to_latex(shown, said))
-        return Outcome(shown, said, missing)
+        return Outcome(self.folder.path, shown, said, missing, [_row(task) for task in done])
+
+
+def _row(task: Task) -> dict[str, Any]:
+    """A finished run in one record: what was chosen for it, then its summary."""
+    cell, summary = task.cell, json.loads(task.folder.summary.read_text(encoding="utf-8"))
+    values = flat(cell.config.model_dump(mode="json"), ".")
+    chosen = {"algorithm": cell.choice.label, "seed": cell.seed} | {key: values[key] for key, _ in cell.point}
+    return {**chosen, "folder": str(task.folder.path), **{k: v for k, v in summary.items() if k not in chosen}}
 
 
 def open_comparison(path: Path, jobs: int | None, console: Console, tell: Tell) -> Comparison:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,28 +19,62 @@ from pydantic_core import ErrorDetails
 
 from fedalign.algorithms import ALGORITHMS, described, make
 from fedalign.config.run import AlgorithmConfig, Config, Section
+from fedalign.demo import DEMO
 from fedalign.errors import UserError, unknown
 
 S = TypeVar("S", bound=Section)
 
 # ------------------------------------------------------------------------------------------------------- reading
 
+Source = str | os.PathLike[str] | Mapping[str, Any] | Config
+Overrides = Sequence[str] | Mapping[str, object]
 
-def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+
+def load_config(source: Source | None = None, overrides: Overrides = ()) -> Config:
     """Read a TOML file and apply ``section.key=value`` overrides in order.
 
     Values are TOML (``2e-5``, ``true``, ``["a", "b"]``); what is not valid TOML is taken as a string. Choosing
     another algorithm by an override drops the options that the file gives to its own.
 
+    Args:
+        source: a path, "demo", tables, or a whole configuration; None: the defaults.
+        overrides: texts, or a mapping of ``section.key`` to values.
+
     Raises:
         UserError: The file is missing or not TOML, or a key or value is wrong.
     """
-    return overridden(read_tables(path, "config file") if path else {}, overrides)
+    return overridden(_tables(source), overrides)
 
 
-def overridden(tables: dict[str, Any], overrides: Sequence[str]) -> Config:
+def stem(source: Source) -> str:
+    """What runs of it are called."""
+    return Path(source).stem if isinstance(source, str | os.PathLike) else "run"
+
+
+def as_texts(overrides: Overrides) -> list[str]:
+    """Overrides as the command line has them.
+
+    >>> as_texts({"run.seed": 1, "data.train": "a.jsonl"})
+    ['run.seed=1', 'data.train="a.jsonl"']
+
+    Raises:
+        UserError: A value that TOML cannot hold on one line.
+    """
+    if not isinstance(overrides, Mapping):
+        return [overrides] if isinstance(overrides, str) else list(overrides)
+    texts = [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in overrides.items()]
+    for text in texts:
+        key, _, written = text.partition("=")
+        if _parse_override(text)[1] != json.loads(written):
+            raise UserError(
+                f"{key} = {written}: give text, a number, true, false or a list; of a table each key by itself."
+            )
+    return texts
+
+
+def overridden(tables: dict[str, Any], overrides: Overrides) -> Config:
     """The configuration of `tables` with overrides, as in `load_config`; `tables` is written to."""
-    parsed = [(*_parse_override(override), override) for override in overrides]
+    parsed = [(*_parse_override(text), text) for text in as_texts(overrides)]
     named = [value for keys, value, _ in parsed if keys == ["algorithm", "name"]]
     given = tables.get("algorithm", {})
     if named and isinstance(given, dict) and named[-1] != given.get("name", AlgorithmConfig().name):
@@ -57,6 +92,19 @@ def parse_config(tables: Mapping[str, Any]) -> Config:
 def read_config(text: str) -> Config:
     """The inverse of `Config.to_toml`."""
     return parse_config(_parse(text))
+
+
+def _tables(source: Source | None) -> dict[str, Any]:
+    """A copy of all that `source` sets."""
+    if source is None:
+        return {}
+    if isinstance(source, Config):
+        return source.model_dump(mode="json", exclude_none=True)
+    if isinstance(source, Mapping):
+        copy: dict[str, Any] = json.loads(json.dumps(source, default=str))
+        return copy
+    path = Path(source)
+    return read_tables(DEMO if path == Path("demo") and not path.exists() else path, "config file")
 
 
 def checked(kind: type[S], tables: Mapping[str, Any], where: str = "") -> S:

@@ -11,12 +11,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedalign import __version__
 from fedalign.config.run import Config
 from fedalign.federation.messages import Parcel, encode
 from fedalign.maths.rounding import BLOCK, TORCH_DTYPE
@@ -158,8 +158,9 @@ def empty_messages(name: str, moe: MoEModel, config: Config) -> list[Leaving]:
     """One message of each kind, its tensors without values."""
     layout, wire = moe.layout, config.wire.dtype
     constants = {key: value.to("meta") for key, value in moe.constants().items()}
+    version = metadata.version("fedalign-moe")
     return [
-        Hello(name, PROTOCOL, __version__, HASH, HASH, HASH, HASH, layout.layers, layout.experts, NUMBER, NUMBER),
+        Hello(name, PROTOCOL, version, HASH, HASH, HASH, HASH, layout.layers, layout.experts, NUMBER, NUMBER),
         Start(name, _groups(layout.sizes, "float32"), constants),
         _statistics(name, layout, config),
         Update(name, 1, _groups({group: size for group, size in layout.sizes.items() if size}, wire)),

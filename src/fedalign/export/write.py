@@ -107,13 +107,19 @@ class Base:
         from fedalign.moe import lora
 
         if merge:
-            model = lora.merged(folder, load_plain(self.place, **self._options()))
+            model = self.under(folder).merge_and_unload()
             lora.remove(folder)
             model.save_pretrained(folder)
             return
         lora.rename_base(folder, self.place, self.revision)
         if dtype is not None:
             lora.cast(folder, DTYPES[dtype])
+
+    def under(self, adapter: Path) -> Any:
+        """Load it with `adapter` put upon it by plain peft."""
+        from fedalign.moe import lora
+
+        return lora.put_upon(load_plain(self.place, **self._options()), adapter)
 
     def _options(self) -> dict[str, Any]:
         model = self.config.model
@@ -145,7 +151,7 @@ def export(request: Request, progress: Callable[[str], None]) -> Exported:
     if request.dtype is not None and request.dtype not in DTYPES:
         raise unknown("--dtype", request.dtype, DTYPES)
     source = find_source(request.run, request.best)
-    base = _base(request, source)
+    base = _base(source, request.base)
     _check(request, source)
     _check_free(request, source, base)
     try:
@@ -220,15 +226,31 @@ def _read_config(run: Path) -> Config:
         raise UserError(f"{str(file)!r}: cannot be read ({' '.join(str(error).split())}).") from None
 
 
-def _base(request: Request, source: Source) -> Base | None:
-    """Of adapters; None: the run's model is whole."""
+def open_kept(run: Path, best: bool) -> Any:
+    """What a run wrote, loaded on the CPU by plain transformers, or plain peft, in the type that it was tuned in.
+
+    Raises:
+        UserError: It wrote none yet, or adapters miss the base that they were trained on.
+    """
+    source = find_source(run, best)
+    if source.kept is None:
+        raise UserError(f"{str(run)!r}: is not finished. Go on with it: {_resume(source.folder)}")
+    base = _base(source, None)
+    if base is None:
+        dtype, trusted = source.config.tuning.loaded_dtype, source.config.model.trust_remote_code
+        return load_plain(source.kept, dtype=dtype, trust_remote_code=trusted)
+    base.open(source.kept)  # it is the right one, or this says what is wrong
+    return base.under(source.kept)
+
+
+def _base(source: Source, place: str | None) -> Base | None:
+    """Of adapters, at `place` or where the run had it; None: the run's model is whole."""
     if not source.config.tuning.adapts:
         return None
     configured = model_path(source.config.model.path)
-    place = request.base or configured
-    found = Path(place).expanduser()
-    revision = source.config.model.revision if request.base is None else None
-    return Base(str(found.resolve()) if found.is_dir() else place, revision, source.config)
+    found = Path(place or configured).expanduser()
+    revision = source.config.model.revision if place is None else None
+    return Base(str(found.resolve()) if found.is_dir() else place or configured, revision, source.config)
 
 
 def _check(request: Request, source: Source) -> None:

@@ -236,8 +236,8 @@ def remove(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def merged(folder: Path, model: Any) -> Any:
-    """A plain model with the adapter of `folder` added to its weights, by plain peft."""
+def put_upon(model: Any, folder: Path) -> Any:
+    """A plain model with the adapter of `folder`, by plain peft."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft asks for it
-        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        return PeftModel.from_pretrained(model, str(folder))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import tomllib
 from datetime import datetime
 from importlib import resources
+from importlib.metadata import version
 from typing import Any
 
 import tomli_w
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fedalign import __version__
 from fedalign.compare.plan import line_name
 from fedalign.compare.tables import MARK, final_scores, paired_differences
 from fedalign.report import figures, findings
@@ -37,7 +37,7 @@ def render(material: Material) -> str:
     template = environment.get_template("page.html")
     return template.render(
         generator=GENERATOR,
-        version=__version__,
+        version=version("fedalign-moe"),
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         mark=MARK,
         title=_title(material),
