@@ -35,10 +35,9 @@ from fedalign.data.batches import batches
 from fedalign.data.encode import Encoded
 from fedalign.demo import model_folder
 from fedalign.maths.hashing import derive_seed
-from fedalign.moe.model import MoEModel
-from fedalign.protocol import Broadcast
 from fedalign.moe.load import pick_device
-from fedalign.moe.model import load_model
+from fedalign.moe.model import MoEModel, load_model
+from fedalign.protocol import Broadcast
 
 MODELS: dict[str, Callable[[], Any]] = {
     "demo": lambda: MoEModel.load(model_folder()).model,

@@ -32,15 +32,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from fedalign.checkpoint import ClientMemory, write_text
-from fedalign.client import ClientData, Trainer
-from fedalign.config import load_config
-from fedalign.data.batches import IGNORED, Encoded
-from fedalign.moe.model import MoEModel, quiet
+from fedalign.client.memory import ClientData, ClientMemory
+from fedalign.client.trainer import Trainer
+from fedalign.config.toml import load_config
+from fedalign.data.encode import IGNORED, Encoded
+from fedalign.files import write_text
+from fedalign.maths.rounding import pack, unpack
+from fedalign.moe.load import pick_device, quiet
+from fedalign.moe.model import MoEModel, load_model
 from fedalign.protocol import Broadcast, ParameterGroup, Request
-from fedalign.results import versions
-from fedalign.wire import pack, unpack
-from fedalign.workbench import load_model, pick_device
+from fedalign.server.results import versions
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 LACKING = "set_reduce_scatter_unused_params"  # of FSDP2, before torch 2.13

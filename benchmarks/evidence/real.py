@@ -41,18 +41,20 @@ from typing import Any
 import torch
 from tables import table
 
-from fedalign.checkpoint import ServerState, write_text
-from fedalign.compare.folder import read_history
 from fedalign.compare.statistics import Interval, mean_interval, paired_interval
-from fedalign.config import Config, load_config
-from fedalign.moe.model import quiet
+from fedalign.config.run import Config
+from fedalign.config.toml import load_config
+from fedalign.federation.in_process import prepare
+from fedalign.files import write_text
+from fedalign.moe.load import quiet
 from fedalign.protocol import Layout, Metrics, Plan, Statistics
-from fedalign.results import RunFolder, versions
-from fedalign.run import execute, prepare
+from fedalign.server.checkpoint import ServerState
+from fedalign.server.results import RunFolder, read_history, versions
+from fedalign.server.run import execute
 
 LINES: Mapping[str, tuple[str, ...]] = {  # every option that tells the lines apart, whatever the defaults are
     "fedavg": ("name=fedavg",),
-    "by_use": ("name=fedalign_moe", "gate=average", "reg_strength=0.0", "experts=load", "vocabulary=tokens"),
+    "by_use": ("name=by_use", "min_holders=2", "gate=average", "reg_strength=0.0", "experts=load", "vocabulary=tokens"),
     "fedalign_moe": (
         *("name=fedalign_moe", "gate=rows", "gate_weights=consistency", "size_weighted=true"),
         *("reg_strength=0.1", "granularity=batch", "form=bregman"),

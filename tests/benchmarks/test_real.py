@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from fedalign.algorithms import options
-from fedalign.checkpoint import ServerState
 from fedalign.moe.model import MoEModel
+from fedalign.server.checkpoint import ServerState
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "evidence"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "evidence"))
 import checks
 import real
 
