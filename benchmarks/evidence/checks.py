@@ -48,7 +48,7 @@ LACKING = "set_reduce_scatter_unused_params"  # of FSDP2, before torch 2.13
 EXAMPLES, BATCH = 24, 8  # of a round that is compared: three steps
 SMALL_RUN = (
     *("data.max_train=240", "data.max_test=120", "clients.count=3", "clients.partition=iid", "run.threads=1"),
-    *("tracking.loggers=[]", "tracking.health=false", "clients.held_out=0.0", "evaluation.clients=false"),
+    *("tracking.loggers=[]", "tracking.health=off", "clients.held_out=0.0", "evaluation.clients=false"),
 )
 
 Found = dict[str, Any]

@@ -83,7 +83,7 @@ COMMON = (
     "tuning.dtype=bfloat16",
     "wire.dtype=bfloat16",  # no float32 copies of updates on the disk
     "tracking.loggers=[]",
-    "tracking.health=false",
+    "tracking.health=off",
     "run.threads=1",
 )
 RATES = ("3e-4", "1e-3", "3e-3")
