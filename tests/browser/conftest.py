@@ -69,7 +69,7 @@ class Browser:
         return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
 
     def _log(self, name: str) -> list[dict[str, Any]]:
-        lines: list[dict[str, Any]] = self.driver.get_log(name)  # type: ignore[no-untyped-call]
+        lines: list[dict[str, Any]] = self.driver.get_log(name)
         return lines
 
     def screenshot(self, path: Path) -> None:

@@ -112,8 +112,15 @@ def test_only_its_own_comparison_goes_on_in_a_folder(ask: Ask, tmp_path: Path) -
     folder.check(ask("fedavg,fedprox", "3"), overwrite=False)
     with pytest.raises(UserError, match=r"another comparison: training\.epochs = 1, asked for is 2"):
         folder.check(ask("fedavg,fedprox", sets=["training.epochs=2"]), overwrite=False)
-    (folder.path / "runs").mkdir()
+    cell = cells(folder.read())[0]
+    started = folder.run(cell, "runs")
+    started.begin(cell.config)
     other = ask("fedavg", sets=["training.epochs=2"])
+    for thesis in (folder.path / "thesis.tex", folder.path / "runs" / "thesis.tex", started.path / "thesis.tex"):
+        thesis.write_text("years of work")
+        with pytest.raises(UserError, match=rf"holds {thesis.relative_to(folder.path)}, which no comparison wrote"):
+            folder.check(other, overwrite=True)
+        thesis.unlink()
     folder.check(other, overwrite=True)
     with folder.locked():
         folder.begin(other, overwrite=True)

@@ -29,6 +29,7 @@ from fedalign.errors import UserError
 from fedalign.export.card import MIXTURE_GATE, render
 from fedalign.export.write import Exported, Request, _cast, export
 from fedalign.federation.in_process import Prepared, prepare
+from fedalign.files import MARK
 from fedalign.protocol import Evaluation
 from fedalign.server.checkpoint import Checkpoints
 from fedalign.server.results import RunFolder
@@ -120,10 +121,12 @@ def test_the_round_trip_is_exact(made: Made, tmp_path: Path, more: tuple[str, ..
 def test_a_checkpoint_is_a_copy_of_what_the_run_wrote(made: Made, tmp_path: Path) -> None:
     run, out = made(), tmp_path / "out"
     exported(run, out)
-    files = model_bytes(out)
+    files, kept = model_bytes(out), model_bytes(run / "model")
     assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors", "README.md"} <= set(files)
     del files["README.md"]
-    assert files == model_bytes(run / "model")
+    marks = [one.pop(MARK).decode().splitlines() for one in (files, kept)]
+    assert files == kept
+    assert [listed for _, *listed in marks] == [sorted([*kept, "README.md"]), sorted(kept)]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing else is left there
 
 
@@ -131,6 +134,7 @@ def test_a_merged_adapter_needs_no_peft_and_scores_the_same(made: Made, tmp_path
     run, out = made(LORA), tmp_path / "out"
     exported(run, out, merge=True)
     assert {path.name for path in out.iterdir()} == {
+        ".fedalign",
         "README.md",
         "config.json",
         "generation_config.json",
@@ -510,6 +514,11 @@ def test_nothing_is_overwritten_unless_asked_for(made: Made, tmp_path: Path) -> 
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
     refused("is not empty and holds no model", run, tmp_path / "thesis", overwrite=True)
+    (tmp_path / "thesis" / "config.json").touch()
+    refused("is not empty and holds no model", run, tmp_path / "thesis", overwrite=True)
+    (out / "thesis.tex").write_text("years of work")
+    refused("holds thesis.tex, which no model wrote", run, out, overwrite=True)
+    assert (out / "thesis.tex").read_text() == "years of work"
     refused("is a file", run, tmp_path / "thesis" / "chapter.txt")
     refused("cannot be written", run, tmp_path / "thesis" / "chapter.txt" / "out")
 

@@ -126,7 +126,7 @@ def test_only_a_report_is_replaced(tmp_path: Path) -> None:
     done, out = run(tmp_path / "run"), tmp_path / "out" / "report.html"
     write_report([done], out)
     write_report([done], out)
-    out.write_text("my notes")
+    out.write_text("My notes. Pages come from `fedalign report`.")
     with pytest.raises(UserError, match="is a file that is no report"):
         write_report([done], out)
     with pytest.raises(UserError, match="is a folder"):

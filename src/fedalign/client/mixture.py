@@ -66,7 +66,7 @@ class Mixture:
         for batch in batches:
             optimizer.zero_grad(set_to_none=True)
             loss = self.answer(batch.to(self.server.device)).nll_N.mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if max_grad_norm:
                 nn.utils.clip_grad_norm_(self.parameters(), max_grad_norm)
             optimizer.step()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedalign.compare.plan import Cell, Point, Request
 from fedalign.compare.statistics import Interval, mean_interval, paired_interval
+from fedalign.files import replacing_file
 from fedalign.protocol import Metrics
 from fedalign.server.scores import merit
 from fedalign.units import size
@@ -248,15 +249,13 @@ def write_csv(path: Path, request: Request, runs: Sequence[Finished]) -> None:
         for name, value in line.items()
         if isinstance(value, int | float) and name != "round"
     )
-    new = path.with_name(f".{path.name}.new")
-    with new.open("w", encoding="utf-8", newline="") as file:
+    with replacing_file(path) as new, new.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["algorithm", "seed", *request.grid, "round", *metrics])
         for run in runs:
             about = [run.cell.choice.label, run.cell.seed, *(value for _, value in run.cell.point)]
             for line in run.history:
                 writer.writerow([*about, line["round"], *(line.get(name, "") for name in metrics)])
-    new.replace(path)
 
 
 def to_markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:

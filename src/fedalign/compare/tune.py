@@ -23,7 +23,7 @@ from fedalign.compare.plan import Cell, Choice, Point, Request, Texts, configure
 from fedalign.compare.schedule import Task
 from fedalign.config.run import Section
 from fedalign.errors import UserError
-from fedalign.files import write_text
+from fedalign.files import replacing_file, write_text
 from fedalign.server.scores import merit
 
 RATES = (1.0, 1 / 3, 3.0)  # times the configured learning rate; the first wins a tie
@@ -163,9 +163,7 @@ def record(path: Path, tasks: Sequence[Task]) -> None:
         )
     last = ("validation_score", "failed")
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in last]
-    new = path.with_name(f".{path.name}.new")
-    with new.open("w", encoding="utf-8", newline="") as file:
+    with replacing_file(path) as new, new.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [*names, *last], restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    new.replace(path)

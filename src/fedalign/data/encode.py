@@ -52,7 +52,7 @@ class Encoded:
 
 def load_tokenizer(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """A model's tokenizer, from its folder or the hub; `UserError` if there is none."""
-    from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds to import
+    from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)

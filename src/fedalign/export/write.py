@@ -25,7 +25,7 @@ from fedalign.config.run import Config
 from fedalign.config.toml import read_config
 from fedalign.errors import UserError, unknown
 from fedalign.export.card import MIXTURE_GATE, Made, Trained, write_card
-from fedalign.files import folder_name, replacing
+from fedalign.files import MARK, check_free, folder_name, replacing, rounds_in
 from fedalign.moe.load import DTYPES, auto_class, load_plain, model_path
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import Metrics, Weights
@@ -149,7 +149,7 @@ def export(request: Request, progress: Callable[[str], None]) -> Exported:
     _check(request, source)
     _check_free(request, source, base)
     try:
-        with replacing(request.to.resolve()) as folder:
+        with replacing(request.to.resolve(), "model") as folder:
             personal, without = _write(request, source, base, folder, progress)
             progress("Writing the model card ...")
             made, trained = _made(request, source, base, folder, len(personal)), _trained(source, request.best)
@@ -176,8 +176,7 @@ def find_source(run: Path, best: bool) -> Source:
         finished = int(summary.get("rounds", -1))
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{str(folder.summary)!r}: damaged ({error}). Finish the run: {_resume(folder)}") from None
-    rounds = [int(path.name.removeprefix("round-")) for path in folder.checkpoint.glob("round-*") if path.is_dir()]
-    if folder.model.is_dir() and finished >= max(rounds, default=0):
+    if folder.model.is_dir() and finished >= max((number for number, _ in rounds_in(folder.checkpoint)), default=0):
         return Source(folder, config, finished, _history(folder, finished), folder.model, None)
     state = Checkpoints(folder.checkpoint, {}).load()
     if state is None or not state.round:
@@ -258,14 +257,7 @@ def _check_free(request: Request, source: Source, base: Base | None) -> None:
     for own in (run.model, run.best, run.checkpoint, run.clients, run.health):
         if place.is_relative_to(own.resolve()):
             raise UserError(f"{said}: is a part of the run. Give another folder.")
-    if to.exists() and not to.is_dir():
-        raise UserError(f"{said}: is a file. Give a folder that does not exist yet.")
-    if not to.exists() or not any(to.iterdir()):
-        return
-    if not any((to / name).exists() for name in ("config.json", ADAPTER)):
-        raise UserError(f"{said}: is not empty and holds no model. Give a new or empty folder.")
-    if not request.overwrite:
-        raise UserError(f"{said}: already holds a model. Replace it: --overwrite; or give another --to.")
+    check_free(to, "model", request.overwrite, "--to")
 
 
 def _write(
@@ -310,7 +302,7 @@ def _copy(kept: Path, folder: Path) -> None:
         UserError: A file of it cannot be read.
     """
     try:
-        shutil.copytree(kept, folder, dirs_exist_ok=True)
+        shutil.copytree(kept, folder, ignore=shutil.ignore_patterns(MARK), dirs_exist_ok=True)
         for file in folder.glob("*.safetensors"):
             with safe_open(file, framework="pt"):
                 pass  # a file cut short is noticed here
@@ -381,7 +373,8 @@ def _add_tokenizer(source: Source, moe: MoEModel, folder: Path) -> None:
 def _copy_beside(there: Path, folder: Path) -> None:
     """Copy what a model's folder holds beside the model: its tokenizer."""
     for file in there.iterdir():
-        if file.is_file() and ".safetensors" not in file.suffixes and not (folder / file.name).exists():
+        wanted = file.is_file() and file.name != MARK and ".safetensors" not in file.suffixes
+        if wanted and not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
 
 

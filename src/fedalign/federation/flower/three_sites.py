@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -24,10 +23,12 @@ from fedalign.data.partition import partition
 from fedalign.errors import UserError
 from fedalign.federation.flower.keys import make_node_key
 from fedalign.federation.flower.loopback import Loopback
+from fedalign.files import check_free, take
 
 SITES = ("hospital-a", "hospital-b", "lab-c")
 CONFIG = Path(__file__).parent / "sites.toml"
 EXAMPLES = 1200
+KIND, WRITTEN = "demo of sites", ("sites/*", "flower/*", "federation.toml", "run/")
 
 
 def main() -> None:
@@ -44,9 +45,8 @@ def main() -> None:
 
 def demo(out: Path, rounds: int) -> int:
     """Set up, run, end; the exit status of `fedalign run`."""
-    if out.exists() and not (out / "sites").is_dir():
-        raise UserError(f"--out {str(out)!r}: holds something else. Choose another folder.")
-    shutil.rmtree(out, ignore_errors=True)
+    check_free(out, KIND, overwrite=True)
+    take(out, KIND, WRITTEN)
     classes = deal_data(out / "sites")
     with Loopback(out / "flower") as loopback:
         assert loopback.certificates is not None
