@@ -132,13 +132,13 @@ import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from fedalign.compare.folder import ComparisonFolder
-from fedalign.compare.plan import cells, make_request, parse_algorithms
+from fedalign.compare.plan import cells, make_design, parse_algorithms
 from fedalign.config.toml import load_config
 from tests.compare.test_schedule import run, Quiet, STAND_IN
 from fedalign.compare.schedule import Task, run_all
 folder = ComparisonFolder(Path({out!r}))
-request = make_request(load_config(None, ["run.rounds=2"]), parse_algorithms(["fedavg"]), {{}}, (0, 1), False)
-tasks = [Task(cell, folder.run(cell, "runs"), folder.log(cell, "runs")) for cell in cells(request)]
+design = make_design(load_config(None, ["run.rounds=2"]), parse_algorithms(["fedavg"]), {{}}, (0, 1), False)
+tasks = [Task(cell, folder.run(cell, "runs"), folder.log(cell, "runs")) for cell in cells(design)]
 with folder.locked() as lock:
     def command(task):
         return [sys.executable, "-c", STAND_IN, str(task.folder.path), "hangs"]

@@ -27,7 +27,7 @@ from fedalign.data.batches import Batch
 from fedalign.data.encode import IGNORED
 from fedalign.errors import UserError
 from fedalign.export.card import MIXTURE_GATE, render
-from fedalign.export.write import Exported, Request, _cast, export
+from fedalign.export.write import Exported, Wanted, _cast, export
 from fedalign.federation.in_process import Prepared, prepare
 from fedalign.files import MARK
 from fedalign.protocol import Evaluation
@@ -58,7 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Made:
 
 
 def exported(run: Path, to: Path, **options: Any) -> Exported:
-    return export(Request(run, to, **options), lambda _: None)
+    return export(Wanted(run, to, **options), lambda _: None)
 
 
 def prepared(run: Path, scratch: Path) -> Prepared:
@@ -153,7 +153,7 @@ def test_the_best_round_is_not_the_last(made: Made, tmp_path: Path) -> None:
     best, last = json.loads((run / "summary.json").read_text())["best_round"], tmp_path / "last"
     assert 0 < best < 3
     exported(run, last)
-    assert exported(run, tmp_path / "best", best=True).source.round == best
+    assert exported(run, tmp_path / "best", best=True).snapshot.round == best
     bench = prepared(run, tmp_path / "scratch")
     for folder, number in ((tmp_path / "best", best), (last, 3)):
         assert scored(bench, folder, bench.test).loss == lines(run)[number]["loss_nats"]
@@ -174,7 +174,7 @@ def test_of_an_interrupted_run_it_is_the_last_complete_round(
     assert state is not None
     assert state.round == 2
     result = exported(run, tmp_path / "out")
-    assert result.source.round == 2
+    assert result.snapshot.round == 2
     assert "after round 2 of 3" in result.notes[0]
     bench = prepared(run, tmp_path / "scratch")
     assert scored(bench, tmp_path / "out", bench.test) == bench.evaluate(state.weights)
@@ -189,7 +189,7 @@ def test_a_resumed_run_that_was_cut_off_has_an_older_model_folder(settings: list
     bench = prepared(run, run / "clients")
     with pytest.raises(KeyboardInterrupt):
         execute(bench, RunFolder(run), Silent(lambda *where: where == (3, "training", 1)))
-    assert exported(run, tmp_path / "out").source.round == 2
+    assert exported(run, tmp_path / "out").snapshot.round == 2
     assert scored(bench, tmp_path / "out", bench.test).loss == lines(run)[2]["loss_nats"]
 
 

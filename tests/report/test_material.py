@@ -106,7 +106,7 @@ def test_runs_without_anything_optional_are_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (["nowhere"], "holds neither a run .* nor a comparison"),
+        (["nowhere"], r"fedalign report '.*nowhere': holds no run"),
         (["run", "run"], "is given twice"),
         (["run", "comparison"], "is a comparison. Give it alone"),
         (["run", "again"], "are both fedavg, seed 0"),

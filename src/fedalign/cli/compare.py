@@ -94,11 +94,11 @@ def compare(
         comparison = open_comparison(resume, jobs, out, say)
     else:
         comparison = _new(config, algorithms or [], ablation, seeds, set_ or [], tune, out_, jobs)
-    request = comparison.request
-    runs = len(request.choices) * len(request.points) * len(request.seeds)
-    points = f"grid points {len(request.points)}, " if request.grid else ""
-    size = f"algorithms {len(request.choices)}, {points}seeds {len(request.seeds)}: {runs} runs"
-    before = f" after {len(tuning_cells(request))} runs of tuning" if request.tune else ""
+    design = comparison.design
+    runs = len(design.choices) * len(design.points) * len(design.seeds)
+    points = f"grid points {len(design.points)}, " if design.grid else ""
+    size = f"algorithms {len(design.choices)}, {points}seeds {len(design.seeds)}: {runs} runs"
+    before = f" after {len(tuning_cells(design))} runs of tuning" if design.tune else ""
     say(f"{size}{before} in {comparison.folder.path}")
     try:
         outcome = comparison.run(overwrite)
@@ -148,9 +148,9 @@ def _new(
     choices = plan.ablation() if ablation else plan.parse_algorithms(algorithms)
     single, grid = plan.parse_grid(set_)
     base = load_config(DEMO if config == Path("demo") and not config.exists() else config, single)
-    request = plan.make_request(base, choices, grid, plan.parse_seeds(seeds), tune)
+    design = plan.make_design(base, choices, grid, plan.parse_seeds(seeds), tune)
     folder = out_ or Path("runs") / f"{'ablation' if ablation else 'compare'}-{config.stem}"
-    return Comparison(request, ComparisonFolder(folder), jobs, out, say)
+    return Comparison(design, ComparisonFolder(folder), jobs, out, say)
 
 
 def _print_outcome(outcome: Outcome, comparison: Comparison) -> None:

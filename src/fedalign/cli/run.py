@@ -180,12 +180,12 @@ def _print_estimate(estimate: Estimate) -> None:
 
 
 def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
-    from fedalign.units import clock, percent, size
+    from fedalign.units import clock, nats, percent, size
 
     rows = [
         ("accuracy", f"{percent(summary['initial_accuracy'])} -> {percent(summary['final_accuracy'])}"),
         ("best", _best(summary)),
-        ("loss", f"{_nats(summary['initial_loss'])} -> {_nats(summary['final_loss'])} nats a token"),
+        ("loss", f"{nats(summary['initial_loss'])} -> {nats(summary['final_loss'])} nats a token"),
         ("by client", _by_client(summary["client_accuracies"])),
         ("sent up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),
         ("faults", _counted(summary["failures"])),
@@ -211,10 +211,6 @@ def _best(summary: Mapping[str, Any]) -> str:
 
     number = summary["best_round"]
     return "" if number is None else f"{percent(summary['best_accuracy'])} in round {number}"
-
-
-def _nats(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.3f}"
 
 
 def _by_client(accuracies: Mapping[str, float], most: int = 12) -> str:

@@ -18,7 +18,7 @@ from typing import Literal
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from fedalign.compare.plan import Cell, Request, differences
+from fedalign.compare.plan import Cell, Design, differences
 from fedalign.config.toml import read_config
 from fedalign.errors import UserError
 from fedalign.files import LOCK, MARK, check_free, holds, rounds_in, take, write_text
@@ -37,7 +37,7 @@ class ComparisonFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.request = path / "comparison.toml"
+        self.design = path / "comparison.toml"
         self.results = path / "results.csv"
         self.markdown = path / "table.md"
         self.latex = path / "table.tex"
@@ -52,14 +52,14 @@ class ComparisonFolder:
         """What a run prints."""
         return self.path / "logs" / part / f"{cell.path}.log"
 
-    def read(self) -> Request:
+    def read(self) -> Design:
         """What was asked for.
 
         Raises:
             UserError: The folder holds no comparison.
         """
         try:
-            return Request.read(self.request.read_text(encoding="utf-8"))
+            return Design.read(self.design.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(
                 f"--resume {str(self.path)!r}: holds no comparison (no comparison.toml). Give the --out of one."
@@ -67,7 +67,7 @@ class ComparisonFolder:
         except (OSError, ValueError, ValidationError, UserError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
-                f"{str(self.request)!r}: cannot be read ({reason}). Give another --out, or --overwrite."
+                f"{str(self.design)!r}: cannot be read ({reason}). Give another --out, or --overwrite."
             ) from None
 
     @contextlib.contextmanager
@@ -88,7 +88,7 @@ class ComparisonFolder:
                 ) from None
             yield lock.fileno()
 
-    def check(self, request: Request, overwrite: bool) -> None:
+    def check(self, design: Design, overwrite: bool) -> None:
         """Refuse a place where anything but this comparison would be lost.
 
         Raises:
@@ -96,20 +96,20 @@ class ComparisonFolder:
         """
         if overwrite:
             check_free(self.path, "comparison", overwrite)
-        if overwrite or not holds(self.path, "comparison") or not self.request.exists():
+        if overwrite or not holds(self.path, "comparison") or not self.design.exists():
             return
-        found = differences(self.read(), request)
+        found = differences(self.read(), design)
         if found:
             raise UserError(
                 f"--out {str(self.path)!r}: holds another comparison: {'; '.join(found)}. "
                 "Give another --out, or replace it: --overwrite."
             )
 
-    def begin(self, request: Request, overwrite: bool) -> None:
+    def begin(self, design: Design, overwrite: bool) -> None:
         """Write down what is asked for; call it while `locked`."""
-        if overwrite or not self.request.exists():
+        if overwrite or not self.design.exists():
             take(self.path, "comparison", WRITTEN)
-        write_text(self.request, request.to_toml())
+        write_text(self.design, design.to_toml())
 
 
 @dataclass(frozen=True)

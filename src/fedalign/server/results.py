@@ -23,6 +23,7 @@ from typing import Any
 
 from fedalign import parallel
 from fedalign.config.run import Config
+from fedalign.config.toml import read_config
 from fedalign.errors import UserError
 from fedalign.files import check_free, replacing, take, write_text
 from fedalign.protocol import Layout, Metrics, Plan, Statistics, Weights
@@ -72,10 +73,20 @@ class RunFolder:
         take(self.path, "run", WRITTEN)
         write_text(self.config, config.to_toml())
 
-    def require_run(self) -> None:
-        """Refuse to resume where there is no run."""
-        if not self.config.exists():
-            raise UserError(f"--resume {str(self.path)!r}: holds no run (no config.toml). Give the --out of a run.")
+    def read_config(self, said: str) -> Config:
+        """The run's configuration.
+
+        Raises:
+            UserError: There is no run, or its configuration cannot be read; `said` is how the user gave the folder.
+        """
+        try:
+            return read_config(self.config.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{said} {str(self.path)!r}: holds no run (no config.toml). Give the --out of a run."
+            ) from None
+        except (OSError, ValueError, UserError) as error:
+            raise UserError(f"{str(self.config)!r}: cannot be read ({' '.join(str(error).split())}).") from None
 
 
 class Recorder:

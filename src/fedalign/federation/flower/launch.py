@@ -29,7 +29,7 @@ from fedalign.federation.flower.programs import HOST, environment, executable, f
 from fedalign.federation.flower.status import is_running, read_status
 from fedalign.files import write_text
 from fedalign.server.checkpoint import ServerState
-from fedalign.server.results import RunFolder
+from fedalign.server.results import RunFolder, read_history
 from fedalign.server.rounds import Observer
 
 CONNECTION = "fedalign"
@@ -158,14 +158,6 @@ def watch_run(folder: RunFolder, watch: Observer, flower: Flower, run_id: str) -
     except KeyboardInterrupt:
         flower.stop(run_id)
         raise
-
-
-def read_history(folder: RunFolder) -> list[dict[str, Any]]:
-    """The rounds that metrics.jsonl holds."""
-    try:
-        return [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        return []
 
 
 @contextlib.contextmanager
