@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ def ask() -> Ask:
     return make
 
 
-def finished(cell: Cell, *accuracies: float, bytes_up: int = 1_000_000, **last: float) -> Finished:
+def finished(cell: Cell, *accuracies: float, bytes_up: int = 1_000_000, **last: Any) -> Finished:
     """A run with these accuracies by round; `last`: more numbers of the last round."""
     history = [
         {"round": i, "accuracy": accuracy, "loss_nats": 1.0, "bytes_up": bytes_up if i else 0}

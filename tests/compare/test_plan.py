@@ -34,7 +34,7 @@ def test_every_algorithm_meets_every_seed_and_grid_point(ask: Ask) -> None:
     ]
     last = planned[-1].config
     assert (last.run.seed, last.clients.alpha, last.training.epochs) == (7, 1.0, 2)
-    assert last.algorithm.build() == ALGORITHMS["fedprox"](mu=0.5)  # type: ignore[call-arg]
+    assert last.algorithm.build() == ALGORITHMS["fedprox"](mu=0.5)  # type: ignore[call-arg] # the table's type is Algorithm, which has no options
     assert planned[-1].path == "fedprox-mu=0.5/clients.alpha=1.0/seed-7"
     assert planned[-1].name == "fedprox:mu=0.5, clients.alpha = 1.0, seed 7"
     assert len({cell.path for cell in planned}) == len(planned)

@@ -122,7 +122,7 @@ def test_grid_points_have_sections_of_their_own(ask: Ask) -> None:
 
 def test_results_are_tidy(ask: Ask, tmp_path: Path) -> None:
     design = ask("fedavg,fedprox:mu=0.5", "1", ["clients.alpha=0.1,1.0"])
-    runs = [finished(cell, 0.1, 0.5, dead=3, by_client={"a": 1}) for cell in cells(design)]  # type: ignore[arg-type]
+    runs = [finished(cell, 0.1, 0.5, dead=3, by_client={"a": 1}) for cell in cells(design)]
     write_csv(tmp_path / "results.csv", design, runs)
     with (tmp_path / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

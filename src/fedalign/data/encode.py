@@ -23,7 +23,7 @@ def tokenizer_hash(tokenizer: object) -> str:
         for changing in ("padding", "truncation"):  # settings of the last call, not of the tokenizer
             definition.pop(changing, None)
         return text_hash(json.dumps([definition, end], sort_keys=True))
-    return text_hash(json.dumps([sorted(tokenizer.get_vocab().items()), end]))  # type: ignore[attr-defined]
+    return text_hash(json.dumps([sorted(tokenizer.get_vocab().items()), end]))  # type: ignore[attr-defined] # every tokenizer has one
 
 
 def text_hash(text: str) -> str:

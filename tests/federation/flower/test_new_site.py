@@ -5,6 +5,7 @@ import re
 import stat
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -73,9 +74,9 @@ def test_every_key_is_in_the_file_and_explained(data: Path, tmp_path: Path) -> N
     assert set(tables) == {"name", *(name for name in SECTION_COMMENTS if "." not in name)}
     written = SiteConfig.model_validate(tables)
     for key in keys(SiteConfig):
-        value: object = written
+        value: Any = written
         for part in key.split("."):
-            assert part in value.model_fields_set  # type: ignore[attr-defined]
+            assert part in value.model_fields_set
             value = getattr(value, part)
         assert COMMENTS[key] in text
     assert written.data.columns == Columns()
@@ -105,10 +106,10 @@ def test_nothing_is_overwritten(data: Path, tmp_path: Path, present: str) -> Non
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_made(
-    data: Path, tmp_path: Path, change: dict[str, object], words: str
+    data: Path, tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        init_site("a", tmp_path / "a", Wishes(**({"data": data} | change)))  # type: ignore[arg-type]
+        init_site("a", tmp_path / "a", Wishes(**({"data": data} | change)))
     assert not (tmp_path / "a").exists()
 
 

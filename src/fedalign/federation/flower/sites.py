@@ -26,6 +26,7 @@ from fedalign.protocol import (
     Failure,
     Hello,
     Request,
+    Stage,
     Start,
     Statistics,
     Update,
@@ -79,7 +80,7 @@ class Late:
     """A message whose reply did not come in time."""
 
     site: str
-    stage: str
+    stage: Stage
     round: int
     asked: float
 
@@ -375,7 +376,7 @@ class FlowerFederation:
                 if isinstance(reply.content, str)
                 else f"its reply of round {late.round} came after {seconds:.0f} s and was discarded"
             )
-            self._faults.append(Failure(late.site, late.stage, reason))  # type: ignore[arg-type]
+            self._faults.append(Failure(late.site, late.stage, reason))
 
 
 def _layout(layers: int, experts: int) -> str:
