@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedalign.cli.terminal import out, print_table, say
+from fedalign.cli.terminal import InsecureAnywhere, out, print_table, say
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,14 +49,7 @@ def run(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that --out holds.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run would take; train nothing.")] = False,
-    insecure_anywhere: Annotated[
-        bool,
-        typer.Option(
-            "--insecure-anywhere",
-            help="Reach a SuperLink on another machine without TLS. Whoever is on the way can then read and change "
-            "weights, statistics and the code that sites run.",
-        ),
-    ] = False,
+    insecure_anywhere: InsecureAnywhere = False,
 ) -> None:
     """Fine-tune one MoE model across clients that keep their data."""
     from fedalign import parallel  # torch and transformers load only when something is run

@@ -19,6 +19,7 @@ import tomli_w
 from fedalign.config.run import ClientsConfig, DataConfig
 from fedalign.data.formats import load_examples
 from fedalign.data.partition import partition
+from fedalign.demo import DEMO
 from fedalign.errors import UserError
 from fedalign.federation.flower.keys import make_node_key
 from fedalign.federation.flower.loopback import Loopback
@@ -26,7 +27,7 @@ from fedalign.files import check_free, take
 from fedalign.units import percent, size
 
 SITES = ("hospital-a", "hospital-b", "lab-c")
-CONFIG = Path(__file__).parent / "sites.toml"
+CONFIG = DEMO.with_name("sites.toml")
 EXAMPLES = 1200
 KIND, WRITTEN = "demo of sites", ("sites/*", "flower/*", "federation.toml", "run/")
 
