@@ -13,7 +13,7 @@ from fedalign.protocol import SHARED, Layout, ParameterGroup, Statistics
 LAYOUT = Layout(
     1,
     2,
-    {SHARED: 5} | {ParameterGroup(kind, 0, e): size for kind, size in (("gate", 2), ("expert", 3)) for e in range(2)},  # type: ignore[arg-type]
+    {SHARED: 5} | {ParameterGroup(kind, 0, e): size for kind, size in (("gate", 2), ("expert", 3)) for e in range(2)},  # type: ignore[arg-type] # mypy takes the two words for any str
 )
 
 Report = Callable[..., Statistics]

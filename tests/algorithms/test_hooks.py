@@ -1,6 +1,7 @@
 """Algorithms that do more than plan: by hand where the numbers are small, by their definition on a real tiny model."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def report(client: str, examples: int, experts: list[list[float]], steps: float 
 
 
 def local_round(received: Weights, **changes: object) -> LocalRound:
-    fields: dict[str, object] = {
+    fields: dict[str, Any] = {
         "client": "a",
         "received": received,
         "start": dict(received),
@@ -68,7 +69,7 @@ def local_round(received: Weights, **changes: object) -> LocalRound:
         "last_update": dict,
         "learning_rate": 0.5,
     }
-    return LocalRound(**(fields | changes))  # type: ignore[arg-type]
+    return LocalRound(**(fields | changes))
 
 
 def test_scaffold_by_hand() -> None:
@@ -246,11 +247,11 @@ def test_a_mixture_by_hand(tmp_path: Path) -> None:
             assert_close(mixed.nll_N, -mixed.logits_N_V.gather(1, mixed.target_N[:, None]).squeeze(1))
 
 
-def mixture_loss(answer: object, engine: object) -> float:
-    (batch,) = list(batches(engine.clients["a"].train, 10**6, 10**6, seed=None))  # type: ignore[attr-defined]
+def mixture_loss(answer: Any, engine: Any) -> float:
+    (batch,) = list(batches(engine.clients["a"].train, 10**6, 10**6, seed=None))
     with torch.no_grad():
-        engine.trainer.moe.model.eval()  # type: ignore[attr-defined]
-        nll_N: Tensor = answer(batch).nll_N  # type: ignore[operator]
+        engine.trainer.moe.model.eval()
+        nll_N: Tensor = answer(batch).nll_N
     return float(nll_N.mean())
 
 

@@ -54,7 +54,7 @@ def client(folder: Path, seq2seq: bool = False, count: int = 20) -> ClientData:
 
 
 def broadcast(moe: MoEModel, round: int = 1, dtype: str = "float32", **state: Tensor) -> Broadcast:
-    weights = {group: pack(value, dtype, 0) for group, value in moe.read().items()}  # type: ignore[arg-type]
+    weights = {group: pack(value, dtype, 0) for group, value in moe.read().items()}  # type: ignore[arg-type] # pytest's parameters are words of that kind
     return Broadcast(round, weights, state)
 
 

@@ -28,7 +28,7 @@ def test_toml_round_trip(tmp_path: Path) -> None:
 def test_options_left_out_are_written_down_with_their_defaults(tmp_path: Path) -> None:
     config = load_config(None, ["algorithm.name=fc_moe", "algorithm.keep=0.25"])
     written = tomllib.loads(config.to_toml())["algorithm"]
-    assert written == {"name": "fc_moe"} | vars(ALGORITHMS["fc_moe"](keep=0.25))  # type: ignore[call-arg]
+    assert written == {"name": "fc_moe"} | vars(ALGORITHMS["fc_moe"](keep=0.25))  # type: ignore[call-arg] # the table's type is Algorithm, which has no options
     assert config.algorithm.chosen == {"keep": 0.25}
 
 
@@ -44,7 +44,7 @@ def test_another_algorithm_leaves_the_options_of_the_first(tmp_path: Path) -> No
     path.write_text('[algorithm]\nname = "fedalign_moe"\nbeta = 0.25\n')
     assert load_config(path).algorithm.build() == FedAlignMoE(beta=0.25)
     switched = load_config(path, ["algorithm.name=fedprox", "algorithm.mu=0.5"])
-    assert switched.algorithm.build() == ALGORITHMS["fedprox"](mu=0.5)  # type: ignore[call-arg]
+    assert switched.algorithm.build() == ALGORITHMS["fedprox"](mu=0.5)  # type: ignore[call-arg] # the table's type is Algorithm, which has no options
     assert load_config(path, ["algorithm.name=fedalign_moe"]).algorithm.build() == FedAlignMoE(beta=0.25)
 
 

@@ -64,7 +64,7 @@ def test_fedavg_is_the_textbook_weighted_mean(tmp_path: Path) -> None:
     shares = [size / sum(SIZES.values()) for size in SIZES.values()]
     for group, value in new.items():
         textbook = sum(share * weights[group].double() for share, weights in zip(shares, trained, strict=True))
-        assert torch.allclose(value.double(), textbook, rtol=0, atol=1e-6)  # type: ignore[arg-type]
+        assert torch.allclose(value.double(), textbook, rtol=0, atol=1e-6)  # type: ignore[arg-type] # sum begins with the number 0
 
 
 @pytest.mark.parametrize("width", [64, 1024])

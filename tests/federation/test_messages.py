@@ -55,8 +55,15 @@ def packed(sizes: Mapping[ParameterGroup, int], dtype: WireDtype, seed: int = 0)
 
 def hello(client: str = "ward", **changes: Any) -> Hello:
     hashes = {"architecture": "a" * 64, "weights": "b" * 64, "tokenizer": "c" * 64, "chat_template": "d" * 64}
-    about = {"protocol": PROTOCOL, "version": "0", "layers": 2, "experts": 3, "examples": 40, "held_out": 4}
-    return Hello(client=client, **hashes | about | changes)  # type: ignore[arg-type]
+    about: dict[str, Any] = {
+        "protocol": PROTOCOL,
+        "version": "0",
+        "layers": 2,
+        "experts": 3,
+        "examples": 40,
+        "held_out": 4,
+    }
+    return Hello(client=client, **hashes | about | changes)
 
 
 def statistics(client: str = "ward", round: int = 3) -> Statistics:

@@ -64,7 +64,7 @@ def serve(site: SiteFolder, config: Config) -> Service:
 def ask(service: Service, verb: str, message: Message | Parcel = NOTHING) -> Any:
     """The answer, as it arrives."""
     parcel = message if isinstance(message, Parcel) else encode(message)
-    return decode(travel(service.answer(verb, travel(parcel))), tuple(module.Message.__args__))  # type: ignore[attr-defined]
+    return decode(travel(service.answer(verb, travel(parcel))), tuple(module.Message.__args__))  # type: ignore[attr-defined] # a union has them
 
 
 def broadcast(moe: MoEModel, round: int = 1, shift: float = 0.0) -> Broadcast:
@@ -212,7 +212,7 @@ def test_a_client_that_cannot_be_opened_is_a_failure_of_its_stage(
         raise error
 
     failure = fails(Service("ward", tmp_path, load), verb, Broadcast(1, {}))
-    assert failure == Failure("ward", stage, reason)  # type: ignore[arg-type]
+    assert failure == Failure("ward", stage, reason)  # type: ignore[arg-type] # pytest's parameters are words of that kind
     assert (SECRET in caplog.text) == (SECRET in str(error))
 
 

@@ -140,9 +140,9 @@ def asked(
         )
     choices = plan.ablation() if ablation else plan.parse_algorithms(algorithms)
     single, grid = plan.parse_grid(as_texts(overrides))
-    request = plan.make_request(load_config(source, single), choices, grid, plan.parse_seeds(seeds or "3"), tune)
+    design = plan.make_design(load_config(source, single), choices, grid, plan.parse_seeds(seeds or "3"), tune)
     folder = ComparisonFolder(out or Path("runs") / f"{'ablation' if ablation else 'compare'}-{stem(source)}")
-    return Comparison(request, folder, jobs, console, tell)
+    return Comparison(design, folder, jobs, console, tell)
 
 
 def carry_out(comparison: Comparison, overwrite: bool) -> Outcome:
@@ -154,11 +154,11 @@ def carry_out(comparison: Comparison, overwrite: bool) -> Outcome:
     from fedalign.compare.tune import tuning_cells
     from fedalign.report import default_out, write_report
 
-    request, folder = comparison.request, comparison.folder.path
-    runs = len(request.choices) * len(request.points) * len(request.seeds)
-    points = f"grid points {len(request.points)}, " if request.grid else ""
-    size = f"algorithms {len(request.choices)}, {points}seeds {len(request.seeds)}: {runs} runs"
-    before = f" after {len(tuning_cells(request))} runs of tuning" if request.tune else ""
+    design, folder = comparison.design, comparison.folder.path
+    runs = len(design.choices) * len(design.points) * len(design.seeds)
+    points = f"grid points {len(design.points)}, " if design.grid else ""
+    size = f"algorithms {len(design.choices)}, {points}seeds {len(design.seeds)}: {runs} runs"
+    before = f" after {len(tuning_cells(design))} runs of tuning" if design.tune else ""
     comparison.tell(f"{size}{before} in {folder}")
     try:
         outcome = comparison.run(overwrite)

@@ -16,7 +16,7 @@ from rich.table import Table
 from fedalign.protocol import Layout, Metrics, Plan, Statistics
 from fedalign.server.checkpoint import ServerState
 from fedalign.server.scores import accuracy_of, loss_of
-from fedalign.units import clock, percent, size
+from fedalign.units import clock, nats, percent, size
 
 ROWS = 25  # of the live table; older rounds are in metrics.jsonl
 REFRESH = 0.25  # seconds between two looks of the live table
@@ -101,13 +101,12 @@ COLUMNS = ("round", "accuracy", "worst client", "loss", "routing divergence", "s
 def row(history: Sequence[Metrics], index: int, time_left: str) -> tuple[str, ...]:
     """The cells of one round, in the order of `COLUMNS`."""
     line = history[index]
-    loss = loss_of(line)
     sent = sum(past.get("bytes_up", 0) for past in history[: index + 1])
     return (
         str(line["round"]),
         percent(accuracy_of(line)),
         percent(line.get("client_accuracy_worst")),
-        "-" if loss is None else f"{loss:.3f}",
+        nats(loss_of(line)),
         f"{line['routing_divergence_nats']:.4f}" if "routing_divergence_nats" in line else "-",
         size(sent),
         time_left,

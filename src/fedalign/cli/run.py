@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedalign.cli.terminal import busy, out, print_table, say
+from fedalign.cli.terminal import InsecureAnywhere, busy, out, print_table, say
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,14 +52,7 @@ def run(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that --out holds.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run would take; train nothing.")] = False,
-    insecure_anywhere: Annotated[
-        bool,
-        typer.Option(
-            "--insecure-anywhere",
-            help="Reach a SuperLink on another machine without TLS. Whoever is on the way can then read and change "
-            "weights, statistics and the code that sites run.",
-        ),
-    ] = False,
+    insecure_anywhere: InsecureAnywhere = False,
 ) -> None:
     """Fine-tune one MoE model across clients that keep their data."""
     from fedalign.moe.load import quiet
@@ -219,12 +212,12 @@ def _print_estimate(estimate: Estimate) -> None:
 
 
 def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
-    from fedalign.units import clock, percent, size
+    from fedalign.units import clock, nats, percent, size
 
     rows = [
         ("accuracy", f"{percent(summary['initial_accuracy'])} -> {percent(summary['final_accuracy'])}"),
         ("best", _best(summary)),
-        ("loss", f"{_nats(summary['initial_loss'])} -> {_nats(summary['final_loss'])} nats a token"),
+        ("loss", f"{nats(summary['initial_loss'])} -> {nats(summary['final_loss'])} nats a token"),
         ("by client", _by_client(summary["client_accuracies"])),
         ("sent up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),
         ("faults", _counted(summary["failures"])),
@@ -250,10 +243,6 @@ def _best(summary: Mapping[str, Any]) -> str:
 
     number = summary["best_round"]
     return "" if number is None else f"{percent(summary['best_accuracy'])} in round {number}"
-
-
-def _nats(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.3f}"
 
 
 def _by_client(accuracies: Mapping[str, float], most: int = 12) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Annotated
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +14,14 @@ from rich.text import Text
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+InsecureAnywhere = Annotated[
+    bool,
+    typer.Option(
+        "--insecure-anywhere",
+        help="Reach a SuperLink on another machine without TLS. Whoever is on the way can then read and change "
+        "weights, statistics and the code that sites run.",
+    ),
+]
 
 
 def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:

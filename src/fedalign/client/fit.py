@@ -137,7 +137,7 @@ class LocalFit:
             loss = nll_sum / answer_tokens
             for extra in self._penalties(captured):
                 loss = loss + share * extra
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self._nll_sum += self._finite(parallel.total(nll_sum))
             self._answer_tokens += batch.answer_tokens
             idle = idle_experts(captured)

@@ -72,7 +72,7 @@ class Mixture:
             for batch in batches(examples, options.batch_tokens, options.batch_examples, seed=order):
                 optimizer.zero_grad(set_to_none=True)
                 loss = self.answer(batch.to(self.server.device)).nll_N.mean()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 if options.max_grad_norm:
                     nn.utils.clip_grad_norm_(self.parameters(), options.max_grad_norm)
                 optimizer.step()

@@ -183,7 +183,7 @@ def measure_step(bench: Workbench, examples: Sequence[Encoded]) -> StepCost:
         started = time.perf_counter()
         with autocast(), counting:
             loss = answer_logits(moe, batch).nll_N.mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         moe.model.zero_grad(set_to_none=True)
         if moe.device.type == "cuda":
             torch.cuda.synchronize()

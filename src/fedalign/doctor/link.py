@@ -59,9 +59,9 @@ def public_half(private: Path) -> list[str]:
         ValueError: It is no key that Flower could use; the message says why.
     """
     try:
-        from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415 - of the extra `flower`
-        from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
-        from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey  # noqa: PLC0415
+        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     except ImportError:
         raise ValueError("cannot be read without cryptography: pip install 'fedalign-moe[flower]'") from None
     try:

@@ -25,7 +25,7 @@ from fedalign.data.sources import Row
 from fedalign.protocol import Metrics
 from fedalign.server.health import DEAD, OVERLOADED, Round
 from fedalign.server.scores import merit
-from fedalign.units import percent
+from fedalign.units import nats, percent
 
 CARD = "README.md"
 Form = Literal["checkpoint", "merged", "adapter"]
@@ -328,15 +328,11 @@ def score_rows(made: Made, trained: Trained) -> list[tuple[str, str, str]]:
         ("client_loss_mean_nats", "loss in nats a token, clients' held-out examples"),
     ]
     rows = [(what, percent(before.get(key)), percent(after[key])) for key, what in shares if key in after]
-    rows += [(what, _nats(before.get(key)), _nats(after[key])) for key, what in losses if key in after]
+    rows += [(what, nats(before.get(key)), nats(after[key])) for key, what in losses if key in after]
     if made.personal is None:
         return rows
     own = [line.get("client_accuracies", {}).get(made.personal) for line in (before, after)]
     return [("accuracy, this client's held-out examples", percent(own[0]), percent(own[1])), *rows]
-
-
-def _nats(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.3f}"
 
 
 def routing_sentences(trained: Trained) -> list[str]:

@@ -128,4 +128,4 @@ def _fused(experts: nn.Module, size: int) -> list[nn.Module]:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module that adapters were put around, or itself."""
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator]
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator] # peft adds it, torch takes it for a tensor

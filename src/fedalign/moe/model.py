@@ -632,7 +632,7 @@ def _keep_in_float32(router: nn.Module, layer: MoELayer) -> None:
     router.float()
     if isinstance(getattr(router, "dtype", None), torch.dtype):
         # Switch would cast its weight to this at the first forward pass
-        router.dtype = torch.float32  # type: ignore[assignment]
+        router.dtype = torch.float32  # type: ignore[assignment] # torch says that a module's attributes are tensors or modules
     # a bound method, not a closure: a deep copy of the model then runs the copy's weights
     router.forward = MethodType(partial(_forward_and_cast, layer) if layer.cast else _forward_in_float32, router)
 

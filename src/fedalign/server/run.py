@@ -85,7 +85,7 @@ def resumed_config(out: Path, overrides: Overrides) -> Config:
         UserError: There is no run, or an override would make it another run.
     """
     folder = RunFolder(out)
-    folder.require_run()
+    folder.read_config("--resume")
     for override in as_texts(overrides):
         key = override.partition("=")[0].strip()
         if key not in RESUMABLE:

@@ -238,7 +238,7 @@ def test_only_registered_sites_under_tls_get_in(deployment: Loopback) -> None:
         "plaintext-key": "TLS is not enabled",
     }
     for name, said in refused.items():
-        deployment.wait(lambda name=name, said=said: said in deployment.log(name), f"{name} to be refused")  # type: ignore[misc]
+        deployment.wait(lambda name=name, said=said: said in deployment.log(name), f"{name} to be refused")  # type: ignore[misc] # mypy infers no lambda with defaults
         assert "SuperNode ID" not in deployment.log(name)
     assert online(deployment) == []
 

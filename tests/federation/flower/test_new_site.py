@@ -3,6 +3,7 @@
 import json
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,10 +76,10 @@ def test_nothing_is_overwritten(data: Path, tmp_path: Path, present: str) -> Non
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_made(
-    data: Path, tmp_path: Path, change: dict[str, object], words: str
+    data: Path, tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        init_site("a", tmp_path / "a", Wishes(**({"data": data} | change)))  # type: ignore[arg-type]
+        init_site("a", tmp_path / "a", Wishes(**({"data": data} | change)))
     assert not (tmp_path / "a").exists()
 
 

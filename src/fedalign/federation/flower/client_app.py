@@ -53,7 +53,7 @@ def _answer(verb: str, parcel: Parcel, run: RunAbout, context: Context) -> Parce
 def site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel) -> Parcel:
     """A site's answer: from its warm trainer where the model is needed and the trainer is there, else from here."""
     if verb in ("hello", "start", "train", "evaluate"):
-        from fedalign.federation.flower.warm import ask  # noqa: PLC0415
+        from fedalign.federation.flower.warm import ask
 
         answer = ask(folder, config, run, verb, parcel)
         if answer is not None:
@@ -62,8 +62,8 @@ def site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: Pa
 
 
 def _open_site(folder: SiteFolder, config: str, run: str) -> OpenClient:
-    from fedalign.client.open import open_site  # noqa: PLC0415
-    from fedalign.moe.load import quiet  # noqa: PLC0415
+    from fedalign.client.open import open_site
+    from fedalign.moe.load import quiet
 
     quiet()
     return open_site(folder, read_config(config), run)
@@ -80,8 +80,8 @@ def _dealt_service(partition: int, config: str, folder: Path) -> Service:
 
 @lru_cache(maxsize=1)
 def _dealt(config: str, folder: Path) -> DealtClients:
-    from fedalign.client.open import DealtClients  # noqa: PLC0415
-    from fedalign.moe.load import quiet  # noqa: PLC0415
+    from fedalign.client.open import DealtClients
+    from fedalign.moe.load import quiet
 
     quiet()
     return DealtClients(read_config(config), folder)

@@ -15,6 +15,7 @@ from fedalign.config.toml import checked
 from fedalign.data.sources import read_rows
 from fedalign.errors import UserError, unknown
 from fedalign.federation.flower.keys import make_node_key
+from fedalign.files import check_new, write_text
 
 FIRST_ROWS = 10
 
@@ -38,16 +39,15 @@ def init_site(name: str, folder: Path, wishes: Wishes) -> SiteFolder:
         UserError: A value is wrong, the data cannot be read, or the folder holds a site.
     """
     config = configure(name, wishes)
-    for path in (folder / FILE, folder / config.coordinator.key, folder / f"{config.coordinator.key}.pub"):
-        if path.exists():
-            raise UserError(f"site {name!r}: {path} is there already. Choose another folder with --dir.")
+    files = [folder / file for file in (FILE, config.coordinator.key, f"{config.coordinator.key}.pub")]
+    check_new(f"site {name!r}", files, "Choose another folder with --dir.")
     check_first_rows(config)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # a run's updates are kept here
     except OSError as error:
         raise UserError(f"site {name!r}: {folder} cannot be made ({error.strerror}). Choose another --dir.") from None
     make_node_key(folder / config.coordinator.key)
-    (folder / FILE).write_text(config.to_toml(), encoding="utf-8")
+    write_text(folder / FILE, config.to_toml())
     return SiteFolder.load(folder)
 
 
