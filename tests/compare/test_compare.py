@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import textwrap
@@ -39,9 +40,9 @@ HALVES = textwrap.dedent(
             if not 0 < self.share <= 1:
                 raise ValueError(f"share = {self.share}: must lie between 0 and 1")
 
-        def plan(self, reports, layout, state):
-            plan, state = super().plan(reports, layout, state)
-            return replace(plan, weight_C_G=self.share * plan.weight_C_G, metrics={"share": self.share}), state
+        def plan(self, reports, state):
+            plan = super().plan(reports, state)
+            return replace(plan, factor_C_G=self.share * (plan.weight_C_G > 0), metrics={"share": self.share})
 
         def penalty(self, step):
             if not self.pull:
@@ -141,7 +142,7 @@ def test_a_comparison_from_start_to_finish(
     shutil.rmtree(broken / "checkpoint" / "round-00002")
     (damaged / "metrics.jsonl").write_text('{"round": 0}\n')
     monkeypatch.syspath_prepend(str(package))
-    monkeypatch.setenv("PYTHONPATH", str(package))
+    monkeypatch.setenv("PYTHONPATH", str(package), prepend=os.pathsep)
     more = "fedavg,fedalign_moe,halves:share=0.25,fedavg:training.learning_rate=1e30"
     code, text, errors = fedalign(*common, "--algorithms", more)
     assert code == 1, errors + text
