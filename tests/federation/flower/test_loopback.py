@@ -89,7 +89,7 @@ def test_a_node_key_is_a_p384_pair_that_only_its_owner_reads(tmp_path: Path) -> 
 @pytest.mark.parametrize("there", ["ward-a", "ward-a.pub"])
 def test_a_node_key_is_never_overwritten(tmp_path: Path, there: str) -> None:
     (tmp_path / there).write_text("precious")
-    with pytest.raises(UserError, match="already there"):
+    with pytest.raises(UserError, match="is there already"):
         make_node_key(tmp_path / "ward-a")
     assert [path.name for path in tmp_path.iterdir()] == [there]
     assert (tmp_path / there).read_text() == "precious"
