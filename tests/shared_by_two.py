@@ -30,11 +30,9 @@ SETTINGS = [
     "training.learning_rate=1e-1",
     "training.balance_coefficient=0.01",
     "statistics.min_tokens=2",
-    "algorithm.name=fedalign_paper",
-    "algorithm.vocabulary=tokens",
     "run.rounds=1",
 ]
-
+USUAL = ["algorithm.name=fedalign_paper", "algorithm.vocabulary=tokens"]
 
 EXACT: dict[str, dict[str, Any]] = {
     "switch_transformers": {"dropout_rate": 0.0, "router_jitter_noise": 0.0}
@@ -43,7 +41,8 @@ EXACT: dict[str, dict[str, Any]] = {
 
 def one_client(family: str, folder: Path, *more: str) -> Path:
     """One client's rounds on a tiny model of a family, one of two members; what it trained and said, in a folder."""
-    config = load_config(None, [*SETTINGS, *more])
+    own = any(setting.startswith("algorithm.name=") for setting in more)
+    config = load_config(None, [*SETTINGS, *([] if own else USUAL), *more])
     moe = MoEModel.wrap(build(family, **EXACT.get(family, {})).to(DTYPES[config.tuning.dtype]), config.tuning)
     if parallel.world() > 1:
         moe = moe.shard(torch.device("cpu"))
@@ -53,7 +52,8 @@ def one_client(family: str, folder: Path, *more: str) -> Path:
     # the last batch has one example, so the second process has none
     client = ClientData("c", examples(21, seq2seq=moe.is_seq2seq), None, ClientMemory(folder / "client"))
     state = {"target_L_E": torch.full((moe.layout.layers, moe.experts), 1 / moe.experts)}
-    trainer, left = Trainer(moe, None, config.algorithm.build(), config), {}
+    trainer = Trainer(moe, None, config.algorithm.build(), config)
+    left: dict[str, torch.Tensor] = {}
     for number in range(1, config.run.rounds + 1):
         start = moe.read()
         weights = {group: pack(value, "float32", 0) for group, value in start.items()}

@@ -357,7 +357,7 @@ def test_what_counts_or_measures_is_not_negative(name: str) -> None:
 def test_nothing_is_larger_than_it_can_be(name: str, most: str) -> None:
     value = getattr(USUAL, name)
     above = torch.full_like(value, float(most) * 1.01)
-    assert str(flaw(**{name: above})).endswith(f"and {most}")
+    assert str(flaw(SHAPES, **{name: above})).endswith(f"and {most}")
 
 
 def test_probabilities_sum_to_one() -> None:
