@@ -95,6 +95,11 @@ class ClientData:
     held_out: TestSet | None
     memory: ClientMemory
 
+    @property
+    def examples(self) -> int:
+        """What it trains on: a chat may be several sequences, and is one example."""
+        return len({one.example for one in self.train})
+
 
 def private_weights(remembered: Mapping[str, Tensor]) -> Weights:
     """What a client remembers of its private groups."""

@@ -144,7 +144,7 @@ class Trainer:
         return Statistics(
             client=client.name,
             round=round,
-            examples=len(client.train),
+            examples=client.examples,
             tokens=routing.tokens,
             loss=fit.mean_loss,
             prob_L_E=routing.prob_L_E.cpu(),

@@ -55,6 +55,7 @@ class Columns(Section):
     prompt: str = "prompt"
     response: str = "response"
     messages: str = "messages"
+    tools: str = "tools"
     question: str = "question"
     choices: str = "choices"
     answer: str = "answer"

@@ -136,6 +136,7 @@ COMMENTS = {
     "data.columns.prompt": "instruction",
     "data.columns.response": "instruction",
     "data.columns.messages": "chat: a list of {role, content}",
+    "data.columns.tools": "chat: the tools that it may call; may be empty",
     "data.columns.question": "multiple_choice",
     "data.columns.choices": "multiple_choice: a list",
     "data.columns.answer": "multiple_choice: index, letter or text of the right choice",
