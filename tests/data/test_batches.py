@@ -119,7 +119,10 @@ def test_a_template_that_rewrites_earlier_turns_gives_each_answer_the_history_it
 
 
 def test_too_long_is_an_error_that_says_what_to_do() -> None:
-    with pytest.raises(UserError, match=r"a\.csv, row 2: 4 tokens, more than the limit of 3 .*drop, truncate"):
+    with pytest.raises(
+        UserError,
+        match=r"a\.csv, row 2 \('the cup Label: cup'\.\.\.\): 4 tokens, more than the limit of 3 .*drop, truncate",
+    ):
         Encoder(tokenizer(), max_length=3).encode(
             [Example("the", " cup", (" cup", " oil")), replace(NEWS, where="a.csv, row 2")]
         )

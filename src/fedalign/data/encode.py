@@ -109,7 +109,7 @@ class Encoder:
         renderings = [(i, one) for i, example in enumerate(examples) for one in self._renderings(example)]
         split = self._split([one for _, one in renderings])
         ends = self._ends(examples)
-        encoded = []
+        encoded: list[Encoded] = []
         for (i, _), parts in zip(renderings, split, strict=True):
             one = (
                 self._chat(i, examples[i], *parts) if examples[i].chat else self._join(i, examples[i], *parts, ends[i])
@@ -240,7 +240,7 @@ class Encoder:
         beside = len(head) + len(tail) + (0 if self.is_seq2seq else longest)
         length = max(len(prompt) + beside, longest if self.is_seq2seq else 0)
         if 0 < self.max_length < length:
-            if not self._may_cut(example, length):
+            if not self._may_cut(example, length, ids):
                 return None
             prompt = prompt[max(0, len(prompt) + beside - self.max_length) :]
             answer = answer[: self.max_length - (0 if self.is_seq2seq else len(head))]
@@ -253,15 +253,16 @@ class Encoder:
         """A rendered chat; its template writes all special tokens."""
         labels = [token if is_answer else IGNORED for token, is_answer in zip(ids, trained, strict=True)]
         if 0 < self.max_length < len(ids):
-            if not self._may_cut(example, len(ids)):
+            if not self._may_cut(example, len(ids), ids):
                 return None
             ids, labels = ids[-self.max_length :], labels[-self.max_length :]
         return Encoded(ids, labels, index)
 
-    def _may_cut(self, example: Example, length: int) -> bool:
+    def _may_cut(self, example: Example, length: int, ids: list[int]) -> bool:
         if self.too_long == "error":
+            begins = " ".join(self.tokenizer.decode(ids[:12]).split())
             raise UserError(
-                f"{example.where}: {length} tokens, more than the limit of {self.max_length} "
+                f"{example.where} ({begins!r}...): {length} tokens, more than the limit of {self.max_length} "
                 "(data.max_length, or what the model allows). "
                 "Raise data.max_length, or set data.too_long to one of: drop, truncate."
             )

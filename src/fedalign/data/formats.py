@@ -208,7 +208,7 @@ def _fields(template: str) -> list[tuple[str, str]]:
     r"""Columns of a template with the text before each; a last one without column is what follows.
 
     >>> _fields("{text} {{}}\nLabel:")
-    [('text', ''), ('', ' {}\\nLabel:')]
+    [('text', ''), ('', ' {}\nLabel:')]
     """
     try:
         parts = list(string.Formatter().parse(template))
