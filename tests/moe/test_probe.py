@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -318,9 +319,9 @@ def layer(experts: int = 3, top_k: int = 1, scoring: Scoring = "softmax") -> MoE
     return MoELayer("router", "experts", scoring, experts, top_k, 2, False, logits=0, dispatch="index", chosen=2)
 
 
-def capture_of(prob_T_E: list[list[float]], topk: list[list[int]], mask: list[list[int]], **kwargs: int) -> Captured:
+def capture_of(prob_T_E: list[list[float]], topk: list[list[int]], mask: list[list[int]], **kwargs: Any) -> Captured:
     """A capture by hand: probabilities and choices of every position of a [B, S] batch; token t enters as [t, 1]."""
-    spec = layer(len(prob_T_E[0]), len(topk[0]), **kwargs)  # type: ignore[arg-type]
+    spec = layer(len(prob_T_E[0]), len(topk[0]), **kwargs)
     captured = Captured([spec], torch.tensor(mask), None)
     hidden_T_H = torch.stack([torch.arange(len(topk)).float(), torch.ones(len(topk))], dim=1)
     captured.add(0, hidden_T_H, (torch.tensor(prob_T_E).log(), None, torch.tensor(topk)))

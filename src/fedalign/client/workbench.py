@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from fedalign import parallel
 from fedalign.client.evaluation import TestSet, evaluate
 from fedalign.client.memory import ClientData, ClientMemory
 from fedalign.client.trainer import Trainer
-from fedalign.config.run import Config
+from fedalign.config.run import ClientLimits, Config
 from fedalign.data.deal import set_aside
 from fedalign.data.encode import Encoder, load_tokenizer
 from fedalign.data.formats import Example, load_examples
@@ -85,6 +85,17 @@ class Workbench:
         """The client step on this model."""
         return Trainer(self.moe, self.tokenizer, self.config.algorithm.build(), self.config)
 
+    def check_limits(self, clients: Collection[str]) -> None:
+        """Refuse limits of clients that there are not, or that the model cannot keep."""
+        for name, limits in self.config.clients.limits.items():
+            if name not in clients:
+                raise UserError(f"clients.limits.{name}: no such client. Choose one of: {', '.join(clients)}.")
+            try:
+                with self.moe.sending_to(limits.top_k):
+                    pass
+            except UserError as error:
+                raise UserError(f"clients.limits.{name}.{error}") from None
+
     def client(self, name: str, examples: Sequence[Example], indices: Sequence[int], folder: Path) -> ClientData:
         """Encode the examples that `indices` names: a part to train on and a held-out part.
 
@@ -98,6 +109,7 @@ class Workbench:
             train=self.encoder.encode([examples[index] for index in kept]),
             held_out=TestSet.prepare([examples[index] for index in held], self.encoder),
             memory=ClientMemory(folder),
+            limits=self.config.clients.limits.get(name, ClientLimits()),
         )
         if not client.train:
             raise UserError(
@@ -145,12 +157,10 @@ def check_shardable(config: Config) -> None:
             f'tuning.kind = "{config.tuning.kind}": torchrun does not shard adapters. Leave torchrun out (lora can '
             f'take run.device = "{parallel.SPLIT}"), or choose one of: full, moe, experts, router.'
         )
-    algorithm = config.algorithm.build()
-    if algorithm.corrects or algorithm.mixes:
-        what = "whole gradients" if algorithm.corrects else "a second model"
+    if config.algorithm.build().mix:
         raise UserError(
-            f'algorithm.name = "{config.algorithm.name}": needs {what}, which torchrun cannot shard. Leave torchrun '
-            "out, or choose another algorithm."
+            f'algorithm.name = "{config.algorithm.name}": needs a second model, which torchrun cannot shard. Leave '
+            "torchrun out, or choose another algorithm."
         )
 
 
@@ -164,7 +174,7 @@ def check_splittable(config: Config) -> None:
         raise UserError(
             f'run.device = "{parallel.SPLIT}": not for a 4-bit base. Choose tuning.kind = "lora", or one GPU.'
         )
-    if config.algorithm.build().mixes:
+    if config.algorithm.build().mix:
         raise UserError(
             f'run.device = "{parallel.SPLIT}": algorithm.name = "{config.algorithm.name}" has a second model beside. '
             "Choose one GPU, or another algorithm."

@@ -145,7 +145,7 @@ class _Chat:
 
     def _marks(self, i: int) -> tuple[Span, ...]:
         """What stands between the template's own {% generation %} marks in turn `i`."""
-        from transformers.utils.chat_template_utils import render_jinja_template  # noqa: PLC0415 - seconds to import
+        from transformers.utils.chat_template_utils import render_jinja_template
 
         def spans(messages: Sequence[Message]) -> list[Span]:
             told = [{key: value for key, value in message.items() if value is not None} for message in messages]

@@ -190,10 +190,7 @@ def _prompt(row: Row, data: DataConfig) -> str:
     if data.template is None:
         parts = _fields(FORMATS[data.kind].prompt or "")
         return "".join(before + (role and row.text(getattr(data.columns, role))) for role, before in parts)
-    parts = _fields(data.template)
-    if len(parts) == 1:
-        raise _bad_template(data.template, "names no column, so that all prompts would be the same")
-    return "".join(before + _cell(row, column) for column, before in parts)
+    return "".join(before + _cell(row, column) for column, before in _fields(data.template))
 
 
 def _cell(row: Row, column: str) -> str:
@@ -205,30 +202,8 @@ def _cell(row: Row, column: str) -> str:
 
 @functools.cache
 def _fields(template: str) -> list[tuple[str, str]]:
-    r"""Columns of a template with the text before each; a last one without column is what follows.
-
-    >>> _fields("{text} {{}}\nLabel:")
-    [('text', ''), ('', ' {}\nLabel:')]
-    """
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise _bad_template(template, str(error)) from None
-    found, literal = [], ""
-    for before, column, form, conversion in parts:
-        literal += before
-        if column is not None:
-            if form or conversion or not column:
-                raise _bad_template(template, f"{{{column}...}} is not the plain name of a column")
-            found.append((column, literal))
-            literal = ""
-    return [*found, ("", literal)]
-
-
-def _bad_template(template: str, reason: str) -> UserError:
-    return UserError(
-        f"data.template = {shortened(template)}: {reason}. Write {{column}} for a column, {{{{ for a brace."
-    )
+    """Columns of a template with the text before each; "" where text follows without a column."""
+    return [(column or "", before) for before, column, _, _ in string.Formatter().parse(template)]
 
 
 def _answer(prompt: str, words: str) -> str:

@@ -253,7 +253,7 @@ def _read_csv(content: IO[bytes]) -> Iterator[Any]:
 
 
 def _read_parquet(content: IO[bytes]) -> Iterator[Any]:
-    import pyarrow.parquet  # noqa: PLC0415 - heavy, and only for this kind of file
+    import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(content) as file:
         if name := _twice(file.schema_arrow.names):
@@ -272,8 +272,8 @@ READERS: dict[str, Callable[[IO[bytes]], Iterator[Any]]] = {
 
 def read_hub(source: str, data: DataConfig, split: Split) -> Iterator[Row]:
     """Rows of a data set on the Hugging Face hub; classes stored as numbers get their names."""
-    import datasets  # noqa: PLC0415 - heavy, and only for the hub
-    import huggingface_hub  # noqa: PLC0415
+    import datasets
+    import huggingface_hub
 
     name = data.train_split if split == "train" else data.test_split
     try:

@@ -86,7 +86,7 @@ def fused_factors(module: nn.Module, size: int) -> Iterator[tuple[nn.Parameter, 
     """The factors around `size` fused experts; of each the shape in which experts have an axis, and that axis."""
     while isinstance(module, ParamWrapper):
         for factor, axis in ((module.lora_A, 0), (module.lora_B, 2)):
-            weight: nn.Parameter = factor["default"].weight  # type: ignore[assignment]
+            weight: nn.Parameter = factor["default"].weight  # type: ignore[assignment] # torch says that it may be a module
             rows, columns = weight.shape
             yield weight, (size, rows // size, columns) if axis == 0 else (rows, columns // size, size), axis
         module = module.base_layer
@@ -127,13 +127,6 @@ def _in_file(name: str) -> str:
     return PREFIX + name.replace(NAME, "")
 
 
-def base_of(folder: Path) -> str | None:
-    """The model that an adapter is for; None if the folder holds no adapter."""
-    if not (folder / CONFIG).is_file():
-        return None
-    return str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-
-
 def _wanted(
     model: PreTrainedModel, layers: Sequence[MoELayer], options: TuningConfig
 ) -> tuple[list[str], list[str], list[str]]:
@@ -153,7 +146,7 @@ def _wanted(
         parameters += [f"{path}.{name}" for path, name in matrices if path not in linears]
         routers = []
     left = set(chosen([*modules, *parameters, *routers], options))
-    return tuple([name for name in names if name in left] for names in (modules, parameters, routers))  # type: ignore[return-value]
+    return tuple([name for name in names if name in left] for names in (modules, parameters, routers))  # type: ignore[return-value] # three lists, so a tuple of three
 
 
 def _refuse_experts(model: PreTrainedModel, layers: Sequence[MoELayer], options: TuningConfig) -> None:
@@ -236,8 +229,8 @@ def remove(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def merged(folder: Path, model: Any) -> Any:
-    """A plain model with the adapter of `folder` added to its weights, by plain peft."""
+def put_upon(model: Any, folder: Path) -> Any:
+    """A plain model with the adapter of `folder`, by plain peft."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft asks for it
-        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        return PeftModel.from_pretrained(model, str(folder))
