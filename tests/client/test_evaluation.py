@@ -1,14 +1,20 @@
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from fedalign.client.evaluation import TestSet, evaluate
+from fedalign.client.evaluation import TestSet, _exact_matches, evaluate
 from fedalign.config.run import EvaluationConfig
 from fedalign.data.encode import Encoder, load_tokenizer
 from fedalign.data.formats import Example
+from fedalign.errors import UserError
 from fedalign.moe.model import MoEModel
+from tests.rendering.kinds import build
+from tests.rendering.templates import FAMILIES, PLAIN, Family
+from tests.rendering.test_rendering import CALL, TWO, chat
 
 CONFIG = EvaluationConfig()
 
@@ -32,7 +38,8 @@ def nll(model: MoEModel, encoder: Encoder, prompt: str, answer: str) -> list[flo
 
 
 def choose(prompts: list[str], choices: list[tuple[str, ...]], right: list[int]) -> list[Example]:
-    return [Example(p, c[r], choices=c) for p, c, r in zip(prompts, choices, right, strict=True)]
+    spaced = [tuple(f" {words}" for words in each) for each in choices]
+    return [Example(p, c[r], choices=c) for p, c, r in zip(prompts, spaced, right, strict=True)]
 
 
 def prepare(examples: list[Example], encoder: Encoder) -> TestSet:
@@ -46,7 +53,7 @@ PROMPTS = ["the dog runs", "rain falls in town", "bread", "a cat sleeps near her
 
 def test_one_token_choices_and_long_ones_are_scored_alike(model: MoEModel, encoder: Encoder) -> None:
     letters = choose(PROMPTS, [("a", "b", "c")] * 4, [0, 1, 2, 0])
-    assert all(len(nll(model, encoder, "x", letter)) == 1 for letter in "abc")
+    assert all(len(nll(model, encoder, "x", f" {letter}")) == 1 for letter in "abc")
     words = choose(PROMPTS, [("animals", "weather report", "food")] * 4, [0, 1, 2, 0])
     for examples in (letters, words):
         scores = [[sum(nll(model, encoder, e.prompt, c)) for c in e.choices] for e in examples]
@@ -116,7 +123,7 @@ def test_an_encoder_decoder_model_is_scored_by_its_decoder(model_folder: Callabl
     encoder = Encoder(load_tokenizer(folder), 64, is_seq2seq=True, decoder_start=0)
     (example,) = choose(["the dog runs"], [("animals", "food")], [0])
     got = evaluate(switch, prepare([example], encoder), CONFIG, encoder.tokenizer, None)
-    ids = [encoder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("the dog runs", "animals")]
+    ids = [encoder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("the dog runs", " animals")]
     answer = torch.tensor([[*ids[1], encoder.tokenizer.eos_token_id]])
     with torch.no_grad():
         source = torch.tensor([encoder.before + ids[0] + encoder.after])
@@ -125,3 +132,85 @@ def test_an_encoder_decoder_model_is_scored_by_its_decoder(model_folder: Callabl
         ).logits
     expected = -logits[0, :-1].log_softmax(-1).gather(1, answer[0][:, None]).mean()
     assert got.loss == pytest.approx(float(expected), rel=1e-4)
+
+
+class Parrot:
+    """Generates what it is told, until a token that ends."""
+
+    device, is_seq2seq = torch.device("cpu"), False
+
+    def __init__(self, tokenizer: Any, says: str, ends: int | list[int] | None = None) -> None:
+        self.says = tokenizer(says, add_special_tokens=False)["input_ids"]
+        self.model: Any = SimpleNamespace(generate=self._generate, generation_config=SimpleNamespace(eos_token_id=ends))
+
+    def _generate(self, prompt: torch.Tensor, *, eos_token_id: list[int] | None, **_: Any) -> torch.Tensor:
+        stop = next((i + 1 for i, token in enumerate(self.says) if token in (eos_token_id or ())), len(self.says))
+        return torch.cat([prompt, torch.tensor([self.says[:stop]])], dim=1)
+
+
+PLAIN_CHAT = Family(PLAIN, ("</s>", "<s>"))
+
+
+@pytest.mark.parametrize(
+    ("family", "said", "matches"),
+    [
+        ("qwen3", "<think>\n\n</think>\n\nyes no<|im_end|>", 1),
+        ("qwen3", "<think>\n\n</think>\n\nyes no<|im_end|> and so on", 1),  # its end is an end, whatever the model says
+        ("qwen3", "yes no<|im_end|>", 0),  # it was trained to write the block
+        ("qwen3", "<think>\n\n</think>\n\nyes no no<|im_end|>", 0),
+        ("glm45", "\n<think></think>\nyes no<|user|>", 1),
+        ("glm45", "\n<think></think>\nyes no<|endoftext|>", 1),
+        ("gpt_oss", "<|channel|>final<|message|>yes no<|return|>", 1),
+        ("gpt_oss", "<|message|>yes no<|return|>", 0),  # special tokens are part of it
+        ("chatml", " yes no <|im_end|>", 1),
+        (PLAIN_CHAT, "assistant: yes no\nuser: hi", 1),  # text ends it: the model goes on
+        (PLAIN_CHAT, "assistant: yes no no\nuser: hi", 0),
+    ],
+)
+def test_what_is_generated_is_compared_as_it_was_trained(family: str | Family, said: str, matches: int) -> None:
+    tokenizer = build("bytes", FAMILIES[family] if isinstance(family, str) else family)
+    tests = prepare([chat(TWO)], Encoder(tokenizer))
+    assert len(tests) == 1
+    parrot: Any = Parrot(tokenizer, said)
+    assert _exact_matches(parrot, tests, CONFIG, tokenizer) == matches
+
+
+def test_a_generated_tool_call_is_compared(model: MoEModel) -> None:
+    tokenizer = build("bytes", FAMILIES["gpt_oss"])
+    tests = prepare([chat([TWO[0], CALL])], Encoder(tokenizer))
+    call = ' to=functions.no<|channel|>commentary json<|message|>{"yes": "hi"}<|call|>'
+    for said, matches in ((call, 1), ("", 0), (call.replace("hi", "no"), 0)):
+        parrot: Any = Parrot(tokenizer, said)
+        assert _exact_matches(parrot, tests, CONFIG, tokenizer) == matches
+
+
+def test_a_chat_of_several_sequences_is_one_example(model: MoEModel, encoder: Encoder) -> None:
+    template = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' }}</s>{% endfor %}"
+    tokenizer = encoder.tokenizer.__class__.from_pretrained(encoder.tokenizer.name_or_path)
+    tokenizer.chat_template = template
+    got = evaluate(model, prepare([chat(TWO), chat(TWO)], Encoder(tokenizer, 64)), CONFIG, tokenizer, None)
+    assert got.examples == 2
+
+
+def test_plain_text_has_nothing_to_continue(model: MoEModel, encoder: Encoder) -> None:
+    tests = prepare([Example("", "the dog runs")], encoder)
+    with pytest.raises(UserError, match=r"evaluation.generate = true: plain text has no prompts to continue"):
+        evaluate(model, tests, EvaluationConfig(generate=True), encoder.tokenizer, None)
+
+
+def test_choices_of_one_token_after_prompts_that_differ_are_scored_each_by_itself(
+    model: MoEModel, encoder: Encoder
+) -> None:
+    # "runs" + "a" is other tokens than "runs" + " a": the prompt of one ends in the middle of a token of the other.
+    example = Example("the dog runs ", "animals", ("animals", " food"))
+    tests = prepare([example], encoder)
+    whole = encoder.tokenizer(["the dog runs animals", "the dog runs  food"], add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        losses = []
+        for ids, one in zip(whole, tests.choices[0], strict=True):
+            assert one.input_ids == ids
+            first = one.labels.count(-100)
+            log_prob = model.model(torch.tensor([ids])).logits[0, first - 1 : -1].log_softmax(-1)
+            losses.append(-float(log_prob.gather(1, torch.tensor(ids[first:])[:, None]).sum()))
+    got = evaluate(model, tests, CONFIG, encoder.tokenizer, None)
+    assert got.accuracy == float(losses[0] < losses[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedalign.data.batches import batches
 from fedalign.data.encode import IGNORED, Encoded, Encoder, load_tokenizer
-from fedalign.data.formats import Example
+from fedalign.data.formats import Chat, Example
 from fedalign.errors import UserError
 
 WORDS = ["<pad>", "<bos>", "<eos>", "the", "cup", "oil", "card", "lost", "Label:", "user:", "assistant:", "hi", "a"]
@@ -37,7 +38,8 @@ def tokenizer(bos: bool = False, end_by_itself: bool = False, chat_template: str
 
 
 NEWS = Example("the cup Label:", " cup", (" cup", " oil"))
-TALK = Example("", "hi", messages=(("user", "oil"), ("assistant", "hi"), ("user", "cup"), ("assistant", "the cup")))
+TURNS = (("user", "oil"), ("assistant", "hi"), ("user", "cup"), ("assistant", "the cup"))
+TALK = Example("", "hi", chat=Chat(tuple({"role": role, "content": said} for role, said in TURNS), (1, 3)))
 
 
 def test_loss_on_the_answer_alone_and_no_end_after_a_choice() -> None:
@@ -105,19 +107,25 @@ def test_chat_needs_a_template() -> None:
         Encoder(tokenizer(chat_template=None)).encode([TALK])
 
 
-def test_chat_refuses_a_template_that_rewrites_earlier_turns() -> None:
+def test_a_template_that_rewrites_earlier_turns_gives_each_answer_the_history_it_would_have() -> None:
     forgetful = (
         "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }} <eos> {% endif %}{% endfor %}"
     )
-    with pytest.raises(UserError, match="writes earlier turns anew"):
-        Encoder(tokenizer(chat_template=forgetful)).encode([TALK])
+    first, second = Encoder(tokenizer(chat_template=forgetful)).encode([TALK])
+    assert (first.input_ids, first.labels) == ([OIL, EOS, HI, EOS], [IGNORED, IGNORED, HI, EOS])
+    assert second.input_ids == [OIL, EOS, CUP, EOS, THE, CUP, EOS]
+    assert second.labels == [IGNORED] * 4 + [THE, CUP, EOS]
+    assert first.example == second.example == 0
 
 
 def test_too_long_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(
-        UserError, match=r"example 2 \('the cup Label:'\.\.\.\): 4 tokens, more than the limit of 3 .*drop, truncate"
+        UserError,
+        match=r"a\.csv, row 2 \('the cup Label: cup'\.\.\.\): 4 tokens, more than the limit of 3 .*drop, truncate",
     ):
-        Encoder(tokenizer(), max_length=3).encode([Example("the", " cup", (" cup", " oil")), NEWS])
+        Encoder(tokenizer(), max_length=3).encode(
+            [Example("the", " cup", (" cup", " oil")), replace(NEWS, where="a.csv, row 2")]
+        )
 
 
 def test_too_long_truncated_from_the_left() -> None:

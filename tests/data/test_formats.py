@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import pyarrow as pa
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedalign.config.run import Columns, DataConfig
-from fedalign.data.formats import FORMATS, Example, load_examples
+from fedalign.data.formats import FORMATS, Chat, Example, load_examples
 from fedalign.errors import UserError
 
 Rows = list[dict[str, Any]]
@@ -73,8 +73,9 @@ def test_chat(tmp_path: Path) -> None:
         {"messages": [{"role": "system", "content": ""}, *turns]},
     ]
     examples = load(write(tmp_path / "a.jsonl", rows), kind="chat")
-    assert examples[0].messages == (("user", "Hi"), ("assistant", "Hello"))
-    assert [len(example.messages) for example in examples] == [2, 4, 3]
+    chats = [example.chat for example in examples if example.chat]
+    assert chats[0] == Chat(({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}), (1,))
+    assert [(len(chat.messages), chat.answers) for chat in chats] == [(2, (1,)), (4, (1, 3)), (3, (2,))]
     assert examples[0].answer == "Hello"
 
 
@@ -209,7 +210,8 @@ def test_an_empty_file(tmp_path: Path) -> None:
 
 
 def test_an_empty_text(tmp_path: Path) -> None:
-    assert "row 2: column 'text' is empty" in refused([NEWS[0], {"text": " "}], tmp_path, kind="text")
+    rows = [NEWS[0], {"text": " ", "label": 0}]
+    assert "row 2: column 'text' is empty" in refused(rows, tmp_path, labels=("Sports", "Business"))
 
 
 def test_a_text_of_another_type(tmp_path: Path) -> None:
@@ -221,7 +223,7 @@ def test_choices_that_are_no_list(tmp_path: Path) -> None:
     assert "'three, four': must be a list" in refused(rows, tmp_path, kind="multiple_choice")
 
 
-@pytest.mark.parametrize("answer", [2, -1, "C", "five", True, 1.5])
+@pytest.mark.parametrize("answer", [3, -1, "C", "five", True, 1.5])
 def test_an_answer_that_is_no_choice(tmp_path: Path, answer: object) -> None:
     rows: Rows = [{"question": "?", "choices": ["three", "four"], "answer": answer}]
     message = refused(rows, tmp_path, kind="multiple_choice")
@@ -233,7 +235,10 @@ def test_an_answer_that_is_no_choice(tmp_path: Path, answer: object) -> None:
     [
         ("Hi", "must be a list"),
         ([{"role": "user", "content": "Hi"}], "no message of role 'assistant'"),
-        ([{"role": "human", "content": "Hi"}], "'human': unknown. Choose one of: system, user, assistant, tool"),
+        (
+            [{"role": "human", "content": "Hi"}],
+            "'human': unknown. Choose one of: system, developer, user, assistant, tool",
+        ),
         ([{"role": "user"}], "must have a text 'role' and a text 'content'"),
     ],
 )
@@ -304,3 +309,222 @@ def test_a_hub_data_set_without_a_test_split(monkeypatch: pytest.MonkeyPatch) ->
     assert load_examples("owner/name", DataConfig(train="owner/name"), "test", 0) == []
     with pytest.raises(UserError, match="owner/name"):  # asked for by name it must be there
         load_examples("owner/name", DataConfig(test="owner/name"), "test", 0)
+
+
+# Labels mean what the file says.
+
+STARS = ["1", "2", "3", "4", "5"]
+
+
+def labels(path: Path, values: list[Any], **data: Any) -> list[str]:
+    source = write(path, [{"text": f"x{i}", "label": value} for i, value in enumerate(values)])
+    return [example.label for example in load(source, **data)]
+
+
+def as_csv(path: Path, values: list[str], **data: Any) -> list[str]:
+    path.write_text("text,label\n" + "".join(f"x{i},{value}\n" for i, value in enumerate(values)))
+    return [example.label for example in load(str(path), **data)]
+
+
+def test_numbers_that_are_names_are_names_in_every_type_of_file(tmp_path: Path) -> None:
+    values = [1, 2, 3, 4, 1]
+    expected = ["1", "2", "3", "4", "1"]
+    for written in (values, [float(value) for value in values], [str(value) for value in values]):
+        assert labels(tmp_path / "a.jsonl", list(written), labels=STARS) == expected
+        assert as_csv(tmp_path / "a.csv", list(map(str, written)), labels=STARS) == expected
+        pq.write_table(pa.table({"text": list("abcde"), "label": written}), tmp_path / "a.parquet")
+        assert [e.label for e in load(str(tmp_path / "a.parquet"), labels=STARS)] == expected
+    with pytest.raises(UserError, match=r"row 2: label = '0': not in data.labels. Choose one of: 1, 2, 3, 4, 5"):
+        labels(tmp_path / "a.jsonl", [1, 0], labels=STARS)
+
+
+def test_numbers_that_are_no_names_count_them(tmp_path: Path) -> None:
+    for values in ([0, 1, 1], [0.0, 1.0, 1.0], ["0", "1", "b"]):
+        assert labels(tmp_path / "a.jsonl", list(values), labels=("a", "b")) == ["a", "b", "b"]
+        assert as_csv(tmp_path / "a.csv", list(map(str, values)), labels=("a", "b")) == ["a", "b", "b"]
+
+
+def test_truth_is_named(tmp_path: Path) -> None:
+    names = ("false", "true")
+    assert labels(tmp_path / "a.jsonl", [True, False], labels=names) == ["true", "false"]
+    assert as_csv(tmp_path / "a.csv", ["True", "False"], labels=names) == ["true", "false"]
+    assert labels(tmp_path / "a.jsonl", [True, False]) == as_csv(tmp_path / "a.csv", ["True", "False"])
+    with pytest.raises(UserError, match=r"label = 'True': not in data.labels. Choose one of: ham, spam"):
+        labels(tmp_path / "a.jsonl", [True, False], labels=("ham", "spam"))
+
+
+def test_categories(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a", "b"], "label": pa.array(["x", "y"]).dictionary_encode()})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert [e.label for e in load(str(tmp_path / "a.parquet"))] == ["x", "y"]
+
+
+def test_integers_without_names_are_refused_in_every_type_of_file(tmp_path: Path) -> None:
+    said = r'row 1: label = 3: an integer without a name.*data.labels = \["2", "3", "11"\]'
+    with pytest.raises(UserError, match=said):
+        labels(tmp_path / "a.jsonl", [3, 2, 11])
+    with pytest.raises(UserError, match=said):
+        as_csv(tmp_path / "a.csv", ["3", "2", "11"])
+
+
+def test_one_letter_written_in_two_ways_is_one_class(tmp_path: Path) -> None:
+    assert labels(tmp_path / "a.jsonl", ["caf\u00e9", "cafe\u0301"]) == ["caf\u00e9"] * 2
+    assert labels(tmp_path / "a.jsonl", ["caf\u00e9"], labels=("cafe\u0301", "bar")) == ["caf\u00e9"]
+
+
+@pytest.mark.parametrize("value", ["²", 1.5, float("nan"), ["a"], None, ""])
+def test_a_label_that_is_no_class(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(UserError, match="row 1"):
+        labels(tmp_path / "a.jsonl", [value, "a"], labels=("a", "b"))
+
+
+@pytest.mark.parametrize("names", [("a", "a"), ("a", " "), ("\u00e9", "e\u0301")])
+def test_each_class_needs_a_name_of_its_own(tmp_path: Path, names: tuple[str, ...]) -> None:
+    with pytest.raises((UserError, ValueError), match="labels"):  # by the configuration, if it looks
+        labels(tmp_path / "a.jsonl", ["a"], labels=names)
+
+
+# Choices: what numbers and letters stand for is settled by the whole file.
+
+
+def chosen(path: Path, answers: list[Any], choices: list[list[str]] | None = None, split: Any = "train") -> list[str]:
+    offered = choices or [["red", "green", "blue"]] * len(answers)
+    rows = [{"question": "?", "choices": c, "answer": a} for a, c in zip(answers, offered, strict=True)]
+    source = write(path / "a.jsonl", rows)
+    return [example.answer.strip() for example in load(source, split, kind="multiple_choice", test=source)]
+
+
+def test_numbers_count_from_one_where_one_is_the_number_of_choices(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert chosen(tmp_path, [1, 3, 2]) == ["red", "blue", "green"]
+    assert "a.jsonl: numbers in 'answer' are taken to count choices from 1: one is the number of" in caplog.text
+    assert chosen(tmp_path, ["A", "3", 1.0]) == ["red", "blue", "red"]  # numbers beside letters, as text too
+
+
+def test_numbers_count_from_zero_where_one_is_zero(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert chosen(tmp_path, [0, "2", "c"]) == ["red", "blue", "blue"]
+    assert caplog.text == ""
+    with pytest.raises(UserError, match=r"row 2: answer = 3: counts from 1, but row 1 of .* from 0"):
+        chosen(tmp_path, [0, 3])
+
+
+def test_numbers_that_tell_nothing_count_from_zero_and_that_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert chosen(tmp_path, [1, 2]) == ["green", "blue"]
+    assert "taken to count choices from 0: none is 0 and none is the number of its choices" in caplog.text
+
+
+def test_a_test_set_counts_as_the_training_data_where_it_tells_nothing(tmp_path: Path) -> None:
+    choices = [["red", "green", "blue"]]
+    train = write(tmp_path / "a.jsonl", [{"question": "?", "choices": choices[0], "answer": n} for n in (1, 3)])
+    test = write(tmp_path / "b.jsonl", [{"question": "?", "choices": choices[0], "answer": 2}])
+    assert load(test, "test", kind="multiple_choice", train=train, test=test)[0].answer == " green"
+
+
+def test_an_answer_that_is_a_choice_is_that_choice(tmp_path: Path) -> None:
+    numbers = [["3", "1", "2"], ["10", "2", "0"]]
+    assert chosen(tmp_path, ["1", "2"], numbers) == ["1", "2"]  # both stand there: they are texts
+    assert chosen(tmp_path, ["1", "0"], [numbers[0], ["x", "y", "z"]]) == ["1", "x"]  # "0" does not: all count
+    assert chosen(tmp_path, [1, 0], numbers) == ["1", "10"]
+    assert chosen(tmp_path, ["B", "A"], [["B", "A"], ["A", "C"]]) == ["B", "A"]
+
+
+@pytest.mark.parametrize("answer", ["²", "ß", "Ж", 4, "4", "D", float("nan"), None])
+def test_an_answer_that_is_nothing_of_the_kind(tmp_path: Path, answer: Any) -> None:
+    with pytest.raises(UserError, match="row 2"):
+        chosen(tmp_path, ["A", answer])
+
+
+# What trains nothing is left out and named.
+
+
+@pytest.mark.parametrize("empty", ["", "  ", None])
+def test_an_empty_answer(tmp_path: Path, empty: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    source = write(tmp_path / "a.jsonl", [{"prompt": "x", "response": said} for said in ("y", empty, "z")])
+    assert [example.answer for example in load(source, kind="instruction")] == [" y", " z"]
+    assert "1 (" in caplog.text
+    assert "a.jsonl, row 2) with nothing to learn from, left out" in caplog.text
+    source = write(tmp_path / "b.jsonl", [{"text": "x"}, {"text": empty}])
+    assert len(load(source, kind="text")) == 1
+    source = write(tmp_path / "c.jsonl", [{"text": empty}])
+    with pytest.raises(UserError, match=r"c\.jsonl': no row has an answer to learn from"):
+        load(source, kind="text")
+
+
+# Chats.
+
+
+def talk(path: Path, *turns: dict[str, Any], **row: Any) -> Chat:
+    [example] = load(write(path / "a.jsonl", [{"messages": turns, **row}]), kind="chat")
+    assert example.chat is not None
+    return example.chat
+
+
+USER: dict[str, Any] = {"role": "user", "content": "Hi"}
+ASSISTANT: dict[str, Any] = {"role": "assistant", "content": "Hello"}
+
+
+def test_turns_of_no_weight_and_empty_ones_are_no_answers(tmp_path: Path) -> None:
+    turns = (USER, {**ASSISTANT, "weight": 0}, USER, {**ASSISTANT, "content": ""}, USER, {**ASSISTANT, "weight": 1})
+    found = talk(tmp_path, *turns)
+    assert found.answers == (5,)
+    assert found.messages[1] == ASSISTANT  # templates know no weights
+
+
+def test_tool_calls_and_tools_however_they_are_written(tmp_path: Path) -> None:
+    arguments = {"city": "Oslo"}
+    for written in (arguments, json.dumps(arguments)):
+        call = {"type": "function", "function": {"name": "weather", "arguments": written}}
+        for tools in ([{"name": "weather"}], json.dumps([{"name": "weather"}])):
+            found = talk(tmp_path, USER, {"role": "assistant", "content": None, "tool_calls": [call]}, tools=tools)
+            assert found.tools == ({"name": "weather"},)
+            assert found.answers == (1,)
+            expected = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+            assert found.messages[1] == {"role": "assistant", "tool_calls": [expected]}
+
+
+def test_parts_of_text_are_text(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "He"}, {"type": "text", "text": "llo"}]
+    assert (
+        talk(tmp_path, {"role": "developer", "content": "x"}, USER, {**ASSISTANT, "content": parts}).messages[2]
+        == ASSISTANT
+    )
+
+
+@pytest.mark.parametrize(
+    ("turn", "row", "said"),
+    [
+        ({"content": [{"type": "image", "url": "x"}]}, {}, "messages[1], content has the part {'type': 'image'"),
+        ({"content": 7}, {}, "messages[1], content = 7: must be text, or a list of parts of text"),
+        ({"weight": 0.5}, {}, "messages[1], weight = 0.5: must be 0 (not trained) or 1"),
+        ({"tool_calls": "f()"}, {}, "messages[1], tool_calls = 'f()': must be a list of calls"),
+        ({"tool_calls": [{"function": {}}]}, {}, "its 'function' must have a 'name' and 'arguments'"),
+        ({"tool_calls": [{"name": "f", "arguments": "{"}]}, {}, "tool_calls, arguments = '{': not readable as JSON"),
+        ({"content": None}, {}, "must have a text 'role' and a text 'content'"),
+        ({}, {"tools": "f"}, "tools = 'f': not readable as JSON"),
+        ({}, {"tools": {"name": "f"}}, "must be a list of tools"),
+    ],
+)
+def test_messages_that_no_template_takes(tmp_path: Path, turn: dict[str, Any], row: dict[str, Any], said: str) -> None:
+    message = refused([{"messages": [USER, {**ASSISTANT, **turn}], **row}], tmp_path, kind="chat")
+    assert said in message
+    assert "rows.jsonl, row 1: " in message
+
+
+# Formats.
+
+
+def test_a_kind_of_data_is_one_line() -> None:
+    assert set(FORMATS) == set(get_args(DataConfig.model_fields["kind"].annotation))
+    roles = {role for form in FORMATS.values() for role in form.roles}
+    assert roles <= set(Columns.model_fields)
+
+
+@pytest.mark.parametrize(
+    "template", ["", "Say:", "{{}}", "{}", "{text", "{text.real.x}", "{text:9999999999}", "{text!r}", "{0.x[}"]
+)
+def test_a_template_that_cannot_be_filled(tmp_path: Path, template: str) -> None:
+    with pytest.raises((UserError, ValueError), match="template"):  # by the configuration, if it looks
+        load(write(tmp_path / "a.jsonl", NEWS), kind="text", template=template)

@@ -61,3 +61,9 @@ def test_nothing_to_count_is_an_empty_table() -> None:
     counts = TokenCounts(())
     counts.update(BATCH)
     assert counts.finish(1).shape == (0, 0)
+
+
+def test_a_sequence_that_another_one_repeats_is_no_example_of_its_own() -> None:
+    repeated = replace(BATCH, whole_B=tensor([False, True]))
+    assert counted(repeated) == [[0, 2, 0, 0, 1, 0], [0, 0, 0, 0, 1, 0]]  # 2 and 3 stand in no other example
+    assert counted(repeated, BATCH, min_examples=2) == [[0, 4, 0, 0, 2, 0], [0, 0, 0, 0, 2, 0]]

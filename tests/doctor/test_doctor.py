@@ -172,7 +172,9 @@ def test_chat_needs_a_template(
     (folder / "chat_template.jinja").write_text(CHAT)
     found = examine_site(changed(talks, "model", path=str(folder)), task)
     assert by_name(found)["tokenizer"].verdict == by_name(found)["lengths"].verdict == "ok"
-    assert [text for text, is_answer in found.preview if is_answer] == ["<assistant>runs"]
+    assert [text for text, is_answer in found.preview if is_answer] == [
+        "<assistant>runs<user>"
+    ]  # the next turn's marker is what ends it
 
 
 def test_weights_are_not_loaded_where_they_would_not_fit(

@@ -328,6 +328,14 @@ def capture_of(prob_T_E: list[list[float]], topk: list[list[int]], mask: list[li
     return captured
 
 
+def test_a_row_that_another_one_repeats_is_no_example_of_its_own() -> None:
+    captured = capture_of([[0.6, 0.4]] * 4, [[0], [0], [0], [1]], [[1, 1], [1, 1]])
+    for whole, reached in ((None, [[3.0, 1.0]]), (torch.tensor([True, False]), [[3.0, 0.0]])):
+        statistics = RoutingStatistics(1, 2, 2)
+        statistics.update(captured, whole)
+        assert statistics.finish(min_tokens=1, min_examples=1).load_L_E.tolist() == reached
+
+
 def test_statistics_by_hand() -> None:
     prob = [[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.5, 0.4, 0.1], [0.1, 0.1, 0.8]]
     captured = capture_of(prob, [[0], [1], [0], [2]], [[1, 1], [1, 0]])  # the last token is padding

@@ -179,7 +179,7 @@ def _watched(
 
 def _print_headline(prepared: Prepared, console: Console) -> None:
     moe, config = prepared.bench.moe, prepared.config
-    examples = [len(client.train) for client in prepared.clients.values()]
+    examples = [client.examples for client in prepared.clients.values()]
     parameters = sum(p.numel() for p in moe.model.parameters())
     say(
         f"{config.algorithm.name}: {len(examples)} clients with {min(examples)} to {max(examples)} examples, "

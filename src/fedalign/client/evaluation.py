@@ -7,7 +7,7 @@ forward pass scores them all. Language modelling: loss. Instruction and chat: lo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from fedalign.config.run import EvaluationConfig
 from fedalign.data.batches import Batch, batches
 from fedalign.data.encode import IGNORED, Encoded, Encoder
 from fedalign.data.formats import Example
+from fedalign.errors import UserError
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import Evaluation
 
@@ -37,7 +38,7 @@ class TestSet:
     choices: Sequence[Sequence[Encoded]] = ()  # of each example, if it has any
     right_N: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # index of the right choice
     prompts: Sequence[list[int]] = ()  # what a generated answer continues,
-    answers: Sequence[str] = ()  # and what it should be
+    answers: Sequence[list[int]] = ()  # and the tokens that it was trained to be
 
     @classmethod
     def prepare(cls, examples: Sequence[Example], encoder: Encoder) -> TestSet | None:
@@ -50,9 +51,8 @@ class TestSet:
     @classmethod
     def _free(cls, examples: Sequence[Example], encoder: Encoder) -> TestSet:
         encoded = encoder.encode(examples)
-        kept = [examples[one.example] for one in encoded]  # too long ones may have been dropped
-        answers = [(example.messages[-1][1] if example.messages else example.answer).strip() for example in kept]
-        return cls(encoded, prompts=encoder.encode_prompts(kept), answers=answers)
+        kept = [examples[i] for i in dict.fromkeys(one.example for one in encoded)]  # some may have been left out
+        return cls(encoded, prompts=encoder.encode_prompts(kept), answers=encoder.encode_answers(kept))
 
     @classmethod
     def _with_choices(cls, examples: Sequence[Example], encoder: Encoder) -> TestSet:
@@ -62,7 +62,8 @@ class TestSet:
         return cls([group[i] for group, i in zip(groups, right, strict=True)], groups, torch.tensor(right))
 
     def __len__(self) -> int:
-        return len(self.encoded)
+        """Number of examples: a chat may be several sequences."""
+        return len(self.choices) or len(self.answers)
 
 
 @torch.no_grad()
@@ -108,7 +109,9 @@ def _score_choices(
 ) -> tuple[float, int, int]:
     """Sum of the right answers' NLL, their tokens, and how many examples were answered rightly."""
     tokens = [[[t for t in choice.labels if t != IGNORED] for choice in choices] for choices in tests.choices]
-    if len({len(choices) for choices in tokens}) == 1 and all(len(t) == 1 for choices in tokens for t in choices):
+    one_prompt = all(len({tuple(choice.input_ids[:-1]) for choice in choices}) == 1 for choices in tests.choices)
+    one_token = all(len(t) == 1 for choices in tokens for t in choices)
+    if one_prompt and one_token and len(set(map(len, tokens))) == 1:
         return _score_single_tokens(device, answer, tests, config, torch.tensor(tokens).squeeze(2))
     flat = [choice for choices in tests.choices for choice in choices]
     nll_F, length_F = torch.zeros(len(flat), dtype=torch.float64), torch.zeros(len(flat), dtype=torch.int64)
@@ -140,17 +143,30 @@ def _score_single_tokens(
 
 
 def _exact_matches(moe: MoEModel, tests: TestSet, config: EvaluationConfig, tokenizer: Any) -> int:
-    """Greedy continuations of each prompt that equal the answer but for white space at the ends."""
+    """Greedy continuations of each prompt that say what was trained, decoded alike, but for white space at the ends."""
+    if not all(tests.prompts):
+        raise UserError("evaluation.generate = true: plain text has no prompts to continue. Choose false.")
+    own = moe.model.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    special = set(tokenizer.all_special_ids)
     matches = 0
     for prompt, answer in zip(tests.prompts, tests.answers, strict=True):
+        ends = stops | ({answer[-1]} & special)
         output = moe.model.generate(
             torch.tensor([prompt], device=moe.device),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=moe.device),
             max_new_tokens=config.max_new_tokens,
             do_sample=False,
             synced_gpus=parallel.world() > 1,
+            eos_token_id=sorted(ends) or None,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
-        new = output[0] if moe.is_seq2seq else output[0, len(prompt) :]
-        matches += tokenizer.decode(new, skip_special_tokens=True).strip() == answer
+        new = output[0, 1:] if moe.is_seq2seq else output[0, len(prompt) :]  # a decoder begins with a start token
+        said, wanted = (tokenizer.decode(_until(ids, ends)).strip() for ids in (new.tolist(), answer))
+        matches += said == wanted if answer[-1] in ends else said.startswith(wanted)  # text ends it: more may follow
     return matches
+
+
+def _until(ids: Sequence[int], ends: Set[int]) -> list[int]:
+    """The tokens before the first that ends an answer."""
+    return list(itertools.takewhile(lambda token: token not in ends, ids))

@@ -143,7 +143,7 @@ class LocalFit:
             idle = idle_experts(captured)
             idle_L_E = idle if idle_L_E is None else idle_L_E & idle
             if record:
-                self.statistics.update(captured)
+                self.statistics.update(captured, here.whole_B)
                 self.tokens.update(batch)
         if self.local.shift:
             self.moe.shift_gradients(self.local.shift)

@@ -122,3 +122,8 @@ class ClientData:
     held_out: TestSet | None
     memory: ClientMemory
     limits: ClientLimits = field(default_factory=ClientLimits)
+
+    @property
+    def examples(self) -> int:
+        """How many it trains on: a chat may be several sequences, and is one example."""
+        return len({one.example for one in self.train})

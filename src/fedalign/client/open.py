@@ -71,6 +71,6 @@ def describe(bench: Workbench, client: ClientData, weights: str) -> Hello:
         chat_template=text_hash(str(bench.tokenizer.chat_template or "")),
         layers=bench.moe.layout.layers,
         experts=bench.moe.layout.experts,
-        examples=len(client.train),
+        examples=client.examples,
         held_out=len(client.held_out) if client.held_out else 0,
     )

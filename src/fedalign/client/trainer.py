@@ -133,7 +133,7 @@ class Trainer:
         return Statistics(
             client=client.name,
             round=round,
-            examples=len(client.train),
+            examples=client.examples,
             tokens=routing.tokens,
             steps=fit.steps,
             learning_rate=self.config.training.learning_rate,

@@ -113,8 +113,8 @@ class Workbench:
         )
         if not client.train:
             raise UserError(
-                f"client {name!r}: all of its examples are longer than {self.encoder.max_length} tokens and dropped. "
-                f'Raise data.max_length, or set data.too_long = "truncate".'
+                f"client {name!r}: all of its examples are longer than {self.encoder.max_length} tokens or have no "
+                'answer that could be trained. Raise data.max_length, or set data.too_long = "truncate".'
             )
         return client
 

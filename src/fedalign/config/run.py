@@ -124,6 +124,7 @@ class Columns(Section):
     prompt: str = key("prompt", "instruction")
     response: str = key("response", "instruction")
     messages: str = key("messages", "chat: a list of {role, content}")
+    tools: str = key("tools", "chat: the tools that it may call; a chat may have none")
     question: str = key("question", "multiple_choice")
     choices: str = key("choices", "multiple_choice: a list")
     answer: str = key("answer", "multiple_choice: index, letter or text of the right choice")

@@ -35,6 +35,7 @@ class Batch:
     rows: tuple[int, ...]  # positions in the sequence that was given to `batches`
     decoder_input_ids_B_T: Tensor | None = None
     decoder_attention_mask_B_T: Tensor | None = None
+    whole_B: Tensor | None = None  # False where a later sequence is of the same example; None: nowhere
     counts: bool = True  # False: it is run only because a share of a batch must be
 
     @property
@@ -132,6 +133,7 @@ def _collate(sequences: Sequence[Encoded], rows: tuple[int, ...]) -> Batch:
         _padded([[1] * len(one.input_ids) for one in sequences], 0),
         _padded([one.labels for one in sequences], IGNORED),
         rows,
+        whole_B=torch.tensor([not s.repeats for s in sequences]) if any(s.repeats for s in sequences) else None,
     )
     if sequences[0].decoder_input_ids is None:
         return batch

@@ -6,11 +6,13 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fedalign.data.formats import Example
+from fedalign.data.chat import ChatTemplate, Rendering
+from fedalign.data.formats import Example, name_some
+from fedalign.data.sources import say
 from fedalign.errors import UserError
 
 
@@ -43,6 +45,12 @@ class Encoded:
     example: int  # index of its example
     choice: int = -1  # which of the example's choices this is; -1: its answer
     decoder_input_ids: list[int] | None = None
+    repeats: bool = False  # whether a later sequence is of the same example and holds what it has
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a loss: nothing predicts a first token."""
+        return any(label != IGNORED for label in self.labels[self.decoder_input_ids is None :])
 
     @property
     def tokens(self) -> int:
@@ -91,143 +99,205 @@ class Encoder:
         self.end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         self.decoder_start = decoder_start if decoder_start is not None else tokenizer.pad_token_id
         self.before, self.after = _special_tokens(tokenizer)
+        self.chats = ChatTemplate(tokenizer)
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
-        """One sequence for each example, in order; with "drop", without the examples that are too long."""
-        if any(example.messages for example in examples):
-            found = (self._chat(i, example) for i, example in enumerate(examples))
-            return [encoded for encoded in found if encoded is not None]
-        prompts = self._ids([example.prompt for example in examples])
-        answers = self._answers(examples)
-        joined = (self._join(i, *pair) for i, pair in enumerate(zip(prompts, answers, strict=True)))
-        return [encoded for encoded in joined if encoded is not None]
+        """The sequences of each example, in order: one, or more for a chat whose template rewrites its history.
+
+        What trains nothing is left out and named, and so is what is too long, with "drop".
+        """
+        renderings = [(i, one) for i, example in enumerate(examples) for one in self._renderings(example)]
+        split = self._split([one for _, one in renderings])
+        ends = self._ends(examples)
+        encoded: list[Encoded] = []
+        for (i, _), parts in zip(renderings, split, strict=True):
+            one = (
+                self._chat(i, examples[i], *parts) if examples[i].chat else self._join(i, examples[i], *parts, ends[i])
+            )
+            if one is not None and one.trains:
+                if encoded and encoded[-1].example == i:
+                    encoded[-1] = replace(encoded[-1], repeats=True)
+                encoded.append(one)
+        self._name_left_out(examples, {one.example for one in encoded})
+        return encoded
 
     def encode_choices(self, examples: Sequence[Example]) -> list[Encoded]:
         """One sequence for each choice of each example, for scoring; choices of one example share one prompt."""
-        ids_by_choices = self._choices(examples)
+        ends = self._ends(examples)
+        split = iter(self._split([_rendering(e.prompt, choice) for e in examples for choice in e.choices]))
         encoded: list[Encoded] = []
-        for i, (example, prompt) in enumerate(zip(examples, self._ids([e.prompt for e in examples]), strict=True)):
-            choices = ids_by_choices[example.choices]
-            longest = max(map(len, choices), default=0)
-            joined = (self._join(i, prompt, answer, choice, longest) for choice, answer in enumerate(choices))
-            encoded += [one for one in joined if one is not None]
+        for i, example in enumerate(examples):
+            parts = [next(split) for _ in example.choices]
+            longest = max((sum(trained) for _, trained in parts), default=0) + len(ends[i])
+            joined = [self._join(i, example, *part, ends[i], choice, longest) for choice, part in enumerate(parts)]
+            scored = [one for one in joined if one is not None and one.trains]
+            encoded += scored if len(scored) == len(joined) else []
+        self._name_left_out(examples, {one.example for one in encoded})
         return encoded
 
     def encode_prompts(self, examples: Sequence[Example]) -> list[list[int]]:
-        """What the model reads before it generates an answer; a chat up to its last assistant's turn.
+        """What the model reads before it generates an answer; a chat up to its last answer.
 
         A prompt that is too long is cut from the left whatever `too_long` says; room for the answer is the caller's.
         """
-        chats = [bool(example.messages) for example in examples]
-        texts = [self._before_last_answer(e) if e.messages else e.prompt for e in examples]
+        lasts = [self.chats.last(example) if example.chat else None for example in examples]
+        texts = [
+            e.prompt if one is None else one.text[: one.answers[0][0]] for e, one in zip(examples, lasts, strict=True)
+        ]
         prompts = [
-            ids if chat else self.before + ids + (self.after if self.is_seq2seq else [])
-            for ids, chat in zip(self._ids(texts), chats, strict=True)
+            self.before + ids + (self.after if self.is_seq2seq else []) if one is None else ids
+            for ids, one in zip(self._ids(texts), lasts, strict=True)
         ]
         return [ids[-self.max_length :] if self.max_length else ids for ids in prompts]
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [list(ids) for ids in encoded["input_ids"]]
-
-    def _answers(self, examples: Sequence[Example]) -> list[list[int]]:
-        """Tokens of each answer with its end token; one of several choices has the tokens it is scored by."""
-        ids_by_choices = self._choices(examples)
-        free = iter(self._ids([example.answer for example in examples if not example.choices]))
-        return [
-            ids_by_choices[example.choices][example.choices.index(example.answer)]
-            if example.choices
-            else next(free) + self.end
-            for example in examples
-        ]
-
-    def _choices(self, examples: Sequence[Example]) -> dict[tuple[str, ...], list[list[int]]]:
-        """Tokens of each set of choices among the examples, tokenised in one call."""
-        sets = list(dict.fromkeys(example.choices for example in examples if example.choices))
-        ids = iter(self._ids([choice for choices in sets for choice in choices]))
-        found: dict[tuple[str, ...], list[list[int]]] = {(): []}
-        for choices in sets:
-            own = [next(ids) for _ in choices]
-            end = self.end if self.is_seq2seq or _one_begins_another(own) else []
-            found[choices] = [one + end for one in own]
+    def encode_answers(self, examples: Sequence[Example]) -> list[list[int]]:
+        """The tokens of each last answer and of what ends it, as they are trained where nothing is cut."""
+        renderings = [self.chats.last(e) if e.chat else _rendering(e.prompt, e.answer) for e in examples]
+        found, ends = [], self._ends(examples)
+        for example, (ids, trained), end in zip(examples, self._split(renderings), ends, strict=True):
+            first = trained.index(True) if True in trained else len(ids)
+            last = len(ids) - trained[::-1].index(True) if True in trained else 0
+            found.append(ids[first:last] + ([] if example.chat else end))
         return found
 
+    # ------------------------------------------------------------------------------------------------ one rendering
+
+    def _renderings(self, example: Example) -> list[Rendering]:
+        if example.chat is None:
+            return [_rendering(example.prompt, example.answer)]
+        if self.is_seq2seq:
+            raise UserError('data.kind = "chat": not for encoder-decoder models. Choose one of: instruction, text.')
+        return self.chats.renderings(example)
+
+    def _split(self, renderings: Sequence[Rendering]) -> list[tuple[list[int], list[bool]]]:
+        """Tokens of each text, and which of them hold a character of an answer.
+
+        An encoder-decoder model reads prompt and answer apart, so there each is a text of its own.
+        """
+        if self.is_seq2seq:
+            begins = [one.answers[0][0] for one in renderings]
+            prompts = self._ids([one.text[:begin] for one, begin in zip(renderings, begins, strict=True)])
+            answers = self._ids([one.text[begin:] for one, begin in zip(renderings, begins, strict=True)])
+            pairs = zip(prompts, answers, strict=True)
+            return [(p + a, [False] * len(p) + [True] * len(a)) for p, a in pairs]
+        if not self.tokenizer.is_fast:
+            return [self._split_slowly(one) for one in renderings]
+        encoded = self._tokenise([one.text for one in renderings], return_offsets_mapping=True)
+        return [
+            (list(ids), _inside(offsets, one.answers))
+            for ids, offsets, one in zip(encoded["input_ids"], encoded["offset_mapping"], renderings, strict=True)
+        ]
+
+    def _split_slowly(self, one: Rendering) -> tuple[list[int], list[bool]]:
+        """The same of a tokenizer that does not tell where its tokens stand.
+
+        A text up to a boundary has the same tokens as the whole of it but for the last ones, if a token goes across.
+        """
+        texts = [one.text, *(one.text[:cut] for span in one.answers for cut in span)]
+        ids, *cuts = self._ids(texts)
+        trained = [False] * len(ids)
+        for before, after in zip(cuts[::2], cuts[1::2], strict=True):
+            first, last = _common(ids, before), _common(ids, after)
+            last += last < len(after) and last < len(ids)  # the token across the end
+            trained[first:last] = [True] * (last - first)
+        return ids, trained
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return [list(ids) for ids in self._tokenise(texts)["input_ids"]]
+
+    def _tokenise(self, texts: list[str], **options: Any) -> Any:
+        if not texts:
+            return {"input_ids": [], "offset_mapping": []}
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
+
+    def _ends(self, examples: Sequence[Example]) -> list[list[int]]:
+        """What follows each answer that is not a chat's; choices have an end where one of them begins another."""
+        sets = list(dict.fromkeys(example.choices for example in examples if example.choices))
+        ids = iter(self._ids([choice for choices in sets for choice in choices]))
+        ended = {choices: self.is_seq2seq or _one_begins_another([next(ids) for _ in choices]) for choices in sets} | {
+            (): True
+        }
+        return [self.end if ended[example.choices] else [] for example in examples]
+
+    # ------------------------------------------------------------------------------------------------------ lengths
+
     def _join(
-        self, example: int, prompt: list[int], answer: list[int], choice: int = -1, longest: int | None = None
+        self,
+        index: int,
+        example: Example,
+        ids: list[int],
+        trained: list[bool],
+        end: list[int],
+        choice: int = -1,
+        longest: int | None = None,
     ) -> Encoded | None:
         """Prompt and answer as the model reads them; `longest`: tokens of the longest answer to this prompt."""
+        start = len(ids) - sum(trained)
+        prompt, answer = ids[:start], ids[start:] + end if sum(trained) else []
         head, tail = self.before, self.after if self.is_seq2seq else []
         longest = longest or len(answer)
         # An encoder-decoder model reads prompt and answer apart, each within the limit.
         beside = len(head) + len(tail) + (0 if self.is_seq2seq else longest)
         length = max(len(prompt) + beside, longest if self.is_seq2seq else 0)
         if 0 < self.max_length < length:
-            if not self._may_cut(example, length, prompt or answer):
+            if not self._may_cut(example, length, ids):
                 return None
             prompt = prompt[max(0, len(prompt) + beside - self.max_length) :]
             answer = answer[: self.max_length - (0 if self.is_seq2seq else len(head))]
         if self.is_seq2seq:
-            return Encoded(head + prompt + tail, answer, example, choice, [self.decoder_start, *answer[:-1]])
+            return Encoded(head + prompt + tail, answer, index, choice, [self.decoder_start, *answer[:-1]])
         start = len(head) + len(prompt)
-        return Encoded(head + prompt + answer, [IGNORED] * start + answer, example, choice)
+        return Encoded(head + prompt + answer, [IGNORED] * start + answer, index, choice)
 
-    def _may_cut(self, example: int, length: int, ids: list[int]) -> bool:
+    def _chat(self, index: int, example: Example, ids: list[int], trained: list[bool]) -> Encoded | None:
+        """A rendered chat; its template writes all special tokens."""
+        labels = [token if is_answer else IGNORED for token, is_answer in zip(ids, trained, strict=True)]
+        if 0 < self.max_length < len(ids):
+            if not self._may_cut(example, len(ids), ids):
+                return None
+            ids, labels = ids[-self.max_length :], labels[-self.max_length :]
+        return Encoded(ids, labels, index)
+
+    def _may_cut(self, example: Example, length: int, ids: list[int]) -> bool:
         if self.too_long == "error":
             begins = " ".join(self.tokenizer.decode(ids[:12]).split())
             raise UserError(
-                f"example {example + 1} ({begins!r}...): {length} tokens, more than the limit of {self.max_length} "
+                f"{example.where} ({begins!r}...): {length} tokens, more than the limit of {self.max_length} "
                 "(data.max_length, or what the model allows). "
                 "Raise data.max_length, or set data.too_long to one of: drop, truncate."
             )
         return self.too_long == "truncate"
 
-    def _chat(self, index: int, example: Example) -> Encoded | None:
-        """A rendered chat, cut where assistant's turns begin and end, so that the boundaries are exact."""
-        if self.is_seq2seq:
-            raise UserError('data.kind = "chat": not for encoder-decoder models. Choose one of: instruction, text.')
-        pieces = self._chat_pieces(example)
-        ids: list[int] = []
-        labels: list[int] = []
-        for piece, (_, is_answer) in zip(self._ids([text for text, _ in pieces]), pieces, strict=True):
-            ids += piece
-            labels += piece if is_answer else [IGNORED] * len(piece)
-        if 0 < self.max_length < len(ids):
-            if not self._may_cut(index, len(ids), ids):
-                return None
-            ids, labels = ids[-self.max_length :], labels[-self.max_length :]
-        return Encoded(ids, labels, index)
+    def _name_left_out(self, examples: Sequence[Example], kept: set[int]) -> None:
+        left = [example.where for i, example in enumerate(examples) if i not in kept]
+        if left:
+            limit = f"more than {self.max_length} tokens or " if self.max_length and self.too_long == "drop" else ""
+            say(f"{name_some(left)} of {len(examples):,} examples left out: {limit}no answer that could be trained")
 
-    def _chat_pieces(self, example: Example) -> list[tuple[str, bool]]:
-        whole = self._render(example.messages)
-        pieces: list[tuple[str, bool]] = []
-        done = 0
-        for i, (role, _) in enumerate(example.messages):
-            if role != "assistant":
-                continue
-            before, after = self._render(example.messages[:i], ask=True), self._render(example.messages[: i + 1])
-            if not (whole.startswith(before) and whole.startswith(after) and done <= len(before) < len(after)):
-                raise UserError(
-                    'data.kind = "chat": this tokenizer\'s chat template writes earlier turns anew when a later one is '
-                    "added, so the loss cannot be put on every assistant's turn. Give chats of one answer each."
-                )
-            pieces += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
-            done = len(after)
-        return [*pieces, (whole[done:], False)]
 
-    def _before_last_answer(self, example: Example) -> str:
-        last = max(i for i, (role, _) in enumerate(example.messages) if role == "assistant")
-        return self._render(example.messages[:last], ask=True)
+def _rendering(prompt: str, answer: str) -> Rendering:
+    return Rendering(prompt + answer, ((len(prompt), len(prompt + answer)),))
 
-    def _render(self, messages: Sequence[tuple[str, str]], ask: bool = False) -> str:
-        if not self.tokenizer.chat_template:
-            raise UserError(
-                'data.kind = "chat": the model\'s tokenizer has no chat template. Use a model tuned for chat, or '
-                "data.kind = one of: instruction, text."
-            )
-        turns = [{"role": role, "content": content} for role, content in messages]
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
+
+def _inside(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Which tokens hold a character of a span.
+
+    >>> _inside([(0, 3), (3, 6), (8, 8), (8, 9)], [(6, 8)])  # the third is white space, trimmed from its offsets
+    [False, False, True, False]
+    """
+    found, done = [], 0
+    for begin, end in offsets:
+        first = done if begin == end else begin
+        found.append(any(first < last and max(end, first + 1) > start for start, last in spans))
+        done = end
+    return found
+
+
+def _common(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many first tokens are the same."""
+    return next(
+        (i for i, (one, other) in enumerate(zip(ids, others, strict=False)) if one != other), min(len(ids), len(others))
+    )
 
 
 def _one_begins_another(sequences: Sequence[list[int]]) -> bool:

@@ -1,20 +1,40 @@
-"""A row of the user's data -> an example: a prompt, an answer, what may be chosen and who owns it.
+"""Rows of the user's data -> examples: a prompt, an answer, what may be chosen and who owns it.
 
-One function and one line of `FORMATS` for each kind. Whatever is wrong with a row is told with its file, its number
-(counted from 1, a csv header not counted), the value, the rule and the choices.
+A format is one function and one line of `FORMATS`. The function is given all rows, so that what a column means is
+settled by the whole of it. Whatever is wrong with a row is told with its file, its number (counted from 1, a csv
+header not counted), the value, the rule and the choices.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import re
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fedalign.data.sources import Row, Split, read_rows, shortened
+from fedalign.data.sources import WHOLE, Row, Split, is_missing, names_in, read_rows, say, shortened
+from fedalign.errors import UserError
 
 if TYPE_CHECKING:
     from fedalign.config.run import DataConfig
+
+LETTER = re.compile("[A-Za-z]")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHOWN = 5  # rows that a notice names
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages as the model's chat template takes them, and which of them are trained."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    answers: tuple[int, ...]  # indices of assistant's turns with something in them and no weight of 0
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -22,22 +42,40 @@ class Example:
     """What the model reads and should say. The loss is on the answer alone."""
 
     prompt: str
-    answer: str
+    answer: str  # "": there is nothing to learn from it
     choices: tuple[str, ...] = ()  # all possible answers, in a fixed order, where there are such
     label: str = ""  # class name, for partitions by label; "" if there is none
     client: str = ""  # value of the client column, "" without one
     file: str = ""  # stem of the file it was read from
-    messages: tuple[tuple[str, str], ...] = ()  # chat: (role, content); the answers are the assistant's turns
+    chat: Chat | None = None  # in place of prompt and answer
+    where: str = field(default="an example", compare=False)  # file and row, for the user
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of data."""
+
+    read: Callable[[Sequence[Row], DataConfig, Split], Iterator[Example]]
+    told: str  # what a model card says of it
+    prompt: str | None = ""  # the default template over roles of [data.columns]; None: the tokenizer's chat template
+    roles: tuple[str, ...] = ()  # of [data.columns] that it reads beside those of the prompt
+    classes: bool = False  # whether all examples choose among one set of answers
+
+    def columns(self, data: DataConfig) -> set[str]:
+        """The columns that it reads."""
+        of_prompt = [getattr(data.columns, role) for role, _ in _fields(self.prompt or "") if role]
+        named = of_prompt if data.template is None else [column for column, _ in _fields(data.template)]
+        return {*named, *(getattr(data.columns, role) for role in (*self.roles, "label", "client"))} - {""}
 
 
 def load_examples(source: str, data: DataConfig, split: Split, seed: int) -> list[Example]:
     """All examples of one split of `source`, or `max_train` / `max_test` of them drawn at random.
 
     Args:
-        source: "docstrings"; a .jsonl, .json, .csv or .parquet file; a folder of them; or a hub id. A folder's split
-            is its subfolder of the split's name (`data.train_split`, `data.test_split`), or its files whose names
-            begin with it, or, for training, all its files. A folder or file without a test split has an empty one,
-            unless it is named by `data.test`: then all of it is the test split.
+        source: "docstrings"; a .jsonl, .json, .csv or .parquet file, maybe compressed; a folder of them; or a hub id.
+            A folder's split is its subfolder of the split's name (`data.train_split`, `data.test_split`), or its file
+            of that name or numbered parts of it, or, for training, all other files. A folder or file without a test
+            split has an empty one, unless it is named by `data.test`: then all of it is the test split.
         data: kind, columns, labels, template and limits.
         split: "train" or "test".
         seed: of the draw; the same seed draws the same examples.
@@ -48,11 +86,15 @@ def load_examples(source: str, data: DataConfig, split: Split, seed: int) -> lis
     rows = list(read_rows(source, data, split))
     if not rows:
         return []
+    told = f"data.{split} = {source!r}"
     _check_named_columns(rows[0], data)
-    to_example = FORMATS[data.kind]
-    examples = [_with_owner(to_example(row, data), row, data) for row in rows]
-    if data.kind == "classification":
-        examples = _with_classes(examples, rows, data, split)
+    examples = list(_with_owners(list(FORMATS[data.kind].read(rows, data, split)), rows, data))
+    _name_unread_columns(rows, data, told)
+    if empty := [example.where for example in examples if not example.answer]:
+        say(f"{told}: {name_some(empty)} with nothing to learn from, left out")
+        examples = [example for example in examples if example.answer]
+    if not examples:
+        raise UserError(f"{told}: no row has an answer to learn from.")
     limit = data.max_train if split == "train" else data.max_test
     if not limit or limit >= len(examples):
         return examples
@@ -60,74 +102,108 @@ def load_examples(source: str, data: DataConfig, split: Split, seed: int) -> lis
     return [examples[i] for i in sorted(chosen)]
 
 
+def name_some(where: Sequence[str]) -> str:
+    """How many examples, and the first of them by name."""
+    return f"{len(where):,} ({'; '.join(where[:SHOWN])}{'; ...' if len(where) > SHOWN else ''})"
+
+
 # ---------------------------------------------------------------------------------------------------------- kinds
 
 
-def classification(row: Row, data: DataConfig) -> Example:
-    """Text and label: the answer is the label's name."""
-    prompt = _prompt(row, data, "{text}\nLabel:", text=data.columns.text)
-    label = _label(row, data.columns.label, data)
-    return Example(prompt, _answer(prompt, label), label=label)
+def classification(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator[Example]:
+    """Text and label: the answer is the label's name, and every example chooses among all names."""
+    prompts = [_prompt(row, data) for row in rows]
+    names, labels = _labels(rows, data, split)
+    choices = {space: tuple(space + name for name in names) for space in ("", " ")}
+    for prompt, label in zip(prompts, labels, strict=True):
+        answer = _answer(prompt, label)
+        yield Example(prompt, answer, choices[" " if answer.startswith(" ") else ""], label)
 
 
-def instruction(row: Row, data: DataConfig) -> Example:
+def instruction(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator[Example]:
     """Prompt and response."""
-    prompt = _prompt(row, data, "Instruction: {prompt}\nResponse:", prompt=data.columns.prompt)
-    return Example(prompt, _answer(prompt, row.text(data.columns.response)))
+    for row in rows:
+        prompt, response = _prompt(row, data), row.text(data.columns.response, may_be_empty=True)
+        yield Example(prompt, _answer(prompt, response) if response else "")
 
 
-def chat(row: Row, data: DataConfig) -> Example:
+def chat(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator[Example]:
     """Messages with a role and content each; every assistant's turn is an answer."""
-    column = data.columns.messages
-    turns = row.get(column)
-    if not isinstance(turns, list) or not turns:
-        row.fail(f"{column} = {shortened(turns)}: must be a list of messages, each with 'role' and 'content'.")
-    messages = tuple(_message(row, column, turn) for turn in turns)
-    answers = [content for role, content in messages if role == "assistant"]
-    if not answers:
-        row.fail(f"{column} has no message of role 'assistant'; there is nothing to learn from it.")
-    return Example("", answers[-1], messages=messages)
+    for row in rows:
+        turns = row.get(data.columns.messages)
+        if not isinstance(turns, list) or not turns:
+            row.fail(
+                f"{data.columns.messages} = {shortened(turns)}: must be a list of messages, each with 'role' and "
+                "'content'."
+            )
+        read = [_message(row, f"{data.columns.messages}[{i}]", turn) for i, turn in enumerate(turns)]
+        if not any(message["role"] == "assistant" for message, _ in read):
+            row.fail(f"{data.columns.messages} has no message of role 'assistant'; there is nothing to learn from it.")
+        answers = tuple(i for i, (_, is_trained) in enumerate(read) if is_trained)
+        messages = tuple(message for message, _ in read)
+        last = str(messages[answers[-1]].get("content") or messages[answers[-1]]) if answers else ""
+        yield Example("", last, chat=Chat(messages, answers, _tools(row, data.columns.tools)))
 
 
-def multiple_choice(row: Row, data: DataConfig) -> Example:
-    """Question, choices and the right one: its index (from 0), its letter (from A) or its text."""
-    columns = data.columns
-    prompt = _prompt(row, data, "Question: {question}\nAnswer:", question=columns.question)
-    choices = row.get(columns.choices)
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
-        row.fail(f"{columns.choices} = {shortened(choices)}: must be a list of two or more texts.")
-    answers = tuple(_answer(prompt, choice.strip()) for choice in choices)
-    return Example(prompt, answers[_choice(row, columns.answer, choices)], choices=answers)
+def multiple_choice(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator[Example]:
+    """Question, choices and the right one: its number, its letter (from A) or its text."""
+    offered = [_offered(row, data.columns.choices) for row in rows]
+    for row, texts, index in zip(rows, offered, _indices(rows, offered, data, split), strict=True):
+        prompt = _prompt(row, data)
+        answers = tuple(_answer(prompt, words) for words in texts)
+        yield Example(prompt, answers[index], answers)
 
 
-def text(row: Row, data: DataConfig) -> Example:
+def text(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator[Example]:
     """Plain text to model: all of it is answer."""
-    return Example("", _prompt(row, data, "{text}", text=data.columns.text))
+    for row in rows:
+        whole = row.text(data.columns.text, may_be_empty=True) if data.template is None else _prompt(row, data)
+        yield Example("", whole if whole.strip() else "")
 
 
-FORMATS: dict[str, Callable[[Row, DataConfig], Example]] = {
-    "classification": classification,
-    "instruction": instruction,
-    "chat": chat,
-    "multiple_choice": multiple_choice,
-    "text": text,
+FORMATS = {  # the most particular first: the first that fits some rows is what they are taken for
+    "chat": Format(chat, "conversations", prompt=None, roles=("messages", "tools")),
+    "multiple_choice": Format(
+        multiple_choice,
+        "questions with choices, one of them right",
+        prompt="Question: {question}\nAnswer:",
+        roles=("choices", "answer"),
+    ),
+    "instruction": Format(
+        instruction,
+        "instructions with a response each",
+        prompt="Instruction: {prompt}\nResponse:",
+        roles=("response",),
+    ),
+    "classification": Format(
+        classification, "texts with a class each", prompt="{text}\nLabel:", roles=("label",), classes=True
+    ),
+    "text": Format(text, "plain text", roles=("text",)),
 }
 
 
-def _prompt(row: Row, data: DataConfig, default: str, **roles: str) -> str:
-    """The kind's default template over its own words, or the user's over the columns of the row."""
+# --------------------------------------------------------------------------------------------------------- prompts
+
+
+def _prompt(row: Row, data: DataConfig) -> str:
+    """The kind's default template over its own roles, or the user's over the columns of the row."""
     if data.template is None:
-        return default.format(**{role: row.text(column) for role, column in roles.items()})
-    return data.template.format_map(_Columns(row))
+        parts = _fields(FORMATS[data.kind].prompt or "")
+        return "".join(before + (role and row.text(getattr(data.columns, role))) for role, before in parts)
+    return "".join(before + _cell(row, column) for column, before in _fields(data.template))
 
 
-class _Columns(dict[str, Any]):
-    def __init__(self, row: Row) -> None:
-        self.row = row
+def _cell(row: Row, column: str) -> str:
+    if column and column not in row.values:
+        row.fail(f"no column {column!r}, which data.template names. There are: {', '.join(row.values) or 'none'}.")
+    value = row.values.get(column)
+    return "" if is_missing(value) else str(value)  # an optional column of the template, say a context, may be empty
 
-    def __missing__(self, column: str) -> Any:
-        value = self.row.values.get(column, "") if column in self.row.values else self.row.get(column)
-        return "" if value is None else value  # an optional column of the template, say a context, may be empty
+
+@functools.cache
+def _fields(template: str) -> list[tuple[str, str]]:
+    """Columns of a template with the text before each; "" where text follows without a column."""
+    return [(column or "", before) for before, column, _, _ in string.Formatter().parse(template)]
 
 
 def _answer(prompt: str, words: str) -> str:
@@ -135,85 +211,232 @@ def _answer(prompt: str, words: str) -> str:
     return words if not prompt or prompt[-1].isspace() else f" {words}"
 
 
-def _label(row: Row, column: str, data: DataConfig) -> str:
-    value, names = row.get(column), data.labels
-    if isinstance(value, str) and value.strip() in names:
-        return value.strip()
-    if names and isinstance(value, str) and value.strip().lstrip("-").isdigit():  # csv holds nothing but text
-        value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        if not names:
-            row.fail(f"{column} = {value}: an integer without a name. Name the classes in order: data.labels = [...].")
-        if not 0 <= value < len(names):
-            row.fail(f"{column} = {value}: must be 0 to {len(names) - 1}, for data.labels = {shortened(list(names))}.")
-        return names[value]
-    label = row.text(column)
-    if names:
-        row.fail(f"{column} = {label!r}: not in data.labels. Choose one of: {', '.join(names)}.")
-    return label
+# ---------------------------------------------------------------------------------------------------------- labels
 
 
-def _message(row: Row, column: str, turn: Any) -> tuple[str, str]:
-    if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
-        row.fail(f"{column} holds {shortened(turn)}: each message must have a text 'role' and a text 'content'.")
-    roles = ("system", "user", "assistant", "tool")
-    if turn["role"] not in roles:
-        row.fail(f"{column} holds role {turn['role']!r}: unknown. Choose one of: {', '.join(roles)}.")
-    return turn["role"], turn["content"]
-
-
-def _choice(row: Row, column: str, choices: Sequence[str]) -> int:
-    answer = row.get(column)
-    if isinstance(answer, str):
-        if answer.strip() in (stripped := [choice.strip() for choice in choices]):
-            return stripped.index(answer.strip())
-        if answer.strip().isdigit():  # some data sets write the index as text
-            answer = int(answer)
-        elif len(answer.strip()) == 1 and answer.strip().isalpha():
-            answer = ord(answer.strip().upper()) - ord("A")
-    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(choices)]
-        row.fail(
-            f"{column} = {row.get(column)!r}: must be an index from 0 to {len(choices) - 1}, "
-            f"a letter from A to {letters[-1]}, or one of the choices {shortened(list(choices))}."
-        )
-    return answer
-
-
-def _with_owner(example: Example, row: Row, data: DataConfig) -> Example:
-    """Add file, client and, to partition by, label: the last two where the row has such a column."""
-    client, label = row.values.get(data.columns.client), row.values.get(data.columns.label)
-    return replace(
-        example,
-        label=example.label or ("" if label is None else str(label)),
-        client="" if client is None else str(client),
-        file=row.file,
-    )
-
-
-def _with_classes(examples: list[Example], rows: list[Row], data: DataConfig, split: Split) -> list[Example]:
-    """Let every example choose among the training data's classes; a test label outside them is an error."""
-    names = data.labels
-    if not names and split == "train":
-        names = tuple(sorted({example.label for example in examples}))
-    elif not names:
-        train = read_rows(data.train, data, "train")
-        names = tuple(sorted({_label(row, data.columns.label, data) for row in train}))
-    known = set(names)
-    for example, row in zip(examples, rows, strict=True):
-        if example.label not in known:
+def _labels(rows: Sequence[Row], data: DataConfig, split: Split) -> tuple[tuple[str, ...], list[str]]:
+    """The names of all classes, and each row's."""
+    column = data.columns.label
+    words = names_in(rows, column)
+    for row in rows:
+        value = row.get(column)
+        if not isinstance(value, (str, bool, int)) and not (isinstance(value, float) and value.is_integer()):
+            row.text(column)  # says what it must be
+    if data.labels:
+        names = names_in([Row({column: name}, "data.labels", 0) for name in data.labels], column)
+        if len(set(names)) < len(names) or "" in names:
+            raise UserError(f"data.labels = {shortened(list(data.labels))}: each class needs a name of its own.")
+        return tuple(names), [_named(row, word, names, column) for row, word in zip(rows, words, strict=True)]
+    known = words if split == "train" else names_in(list(read_rows(data.train, data, "train")), column)
+    names = sorted({word for word in known if word})
+    for row, word in zip(rows, words, strict=True):
+        if WHOLE.fullmatch(word):
             row.fail(
-                f"{data.columns.label} = {example.label!r}: a label that the training data never has. "
-                f"It has: {shortened(list(names))}. Leave the row out or name all classes in data.labels."
+                f"{column} = {word}: an integer without a name. Name the classes in order: data.labels = [...]. If the "
+                f"numbers are their names: data.labels = {json.dumps(sorted(names, key=_as_number))}."
             )
-    # Answers of one prompt form differ by the label alone, so the choices are made once.
-    spaced = {space: tuple(space + name for name in names) for space in ("", " ")}
-    return [replace(example, choices=spaced[" " if example.answer.startswith(" ") else ""]) for example in examples]
+        if word not in names:
+            row.fail(
+                f"{column} = {word or row.text(column)!r}: a label that the training data never has. "
+                f"It has: {shortened(names)}. Leave the row out or name all classes in data.labels."
+            )
+    return tuple(names), words
+
+
+def _as_number(name: str) -> tuple[float, str]:
+    return (float(name) if WHOLE.fullmatch(name) else math.inf, name)
+
+
+def _named(row: Row, word: str, names: Sequence[str], column: str) -> str:
+    """The class that a cell names. Where no class is called by a number, a number counts the names from 0."""
+    named = {name.lower(): name for name in names}.get(word.lower()) if word in ("True", "False") else word
+    if named in names:
+        return str(named)
+    number = WHOLE.fullmatch(word)
+    if number is None or any(map(WHOLE.fullmatch, names)):
+        row.fail(f"{column} = {word or row.text(column)!r}: not in data.labels. Choose one of: {', '.join(names)}.")
+    if not 0 <= int(number[1]) < len(names):
+        row.fail(f"{column} = {word}: must be 0 to {len(names) - 1}, for data.labels = {shortened(list(names))}.")
+    return names[int(number[1])]
+
+
+# ------------------------------------------------------------------------------------------------- multiple choice
+
+
+def _offered(row: Row, column: str) -> list[str]:
+    choices = row.get(column)
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
+        row.fail(f"{column} = {shortened(choices)}: must be a list of two or more texts.")
+    return [choice.strip() for choice in choices]
+
+
+@dataclass(frozen=True)
+class _Right:
+    """The right answers of rows as they are written, and as numbers where they are such."""
+
+    rows: Sequence[Row]
+    offered: Sequence[Sequence[str]]
+    answers: Sequence[Any]
+    numbers: Sequence[int | None]
+    spells: bool  # whether letters count choices
+
+    @classmethod
+    def read(cls, rows: Sequence[Row], offered: Sequence[Sequence[str]], column: str) -> _Right:
+        """Read the column of answers.
+
+        A text that is one of its row's choices is that choice, unless another row has a text of its kind (a number, a
+        letter) that is none: then all of that kind count choices.
+        """
+        answers = [_plain(row.get(column)) for row in rows]
+        unlike = [a for a, texts in zip(answers, offered, strict=True) if isinstance(a, str) and a not in texts]
+        counts, spells = (any(kind.fullmatch(a) for a in unlike) for kind in (WHOLE, LETTER))
+        return cls(rows, offered, answers, [_number(answer, counts) for answer in answers], spells)
+
+    def base(self, column: str) -> int | None:
+        """Whether numbers count choices from 0 or from 1: a 0 tells, and so does the number of a row's choices."""
+        every = list(zip(self.rows, self.numbers, self.offered, strict=True))
+        first = next((row for row, number, _ in every if number == 0), None)
+        last = next((row for row, number, texts in every if number == len(texts)), None)
+        if first is not None and last is not None:
+            last.fail(
+                f"{column} = {last.get(column)!r}: counts from 1, but row {first.number} of {first.source} from 0."
+            )
+        return None if first is last else int(last is not None)
+
+
+def _indices(rows: Sequence[Row], offered: Sequence[Sequence[str]], data: DataConfig, split: Split) -> Iterator[int]:
+    """Which choice is right in each row; what letters and numbers stand for is settled by all rows."""
+    column = data.columns.answer
+    right = _Right.read(rows, offered, column)
+    base = right.base(column)
+    if base is None and split == "test" and data.train != "docstrings":  # a coordinator of sites has no other
+        train = list(read_rows(data.train, data, "train"))
+        base = _Right.read(train, [_offered(row, data.columns.choices) for row in train], column).base(column)
+    if base != 0 and any(number is not None for number in right.numbers):
+        why = "one is the number of its choices" if base else "none is 0 and none is the number of its choices"
+        say(f"{rows[0].source}: numbers in {column!r} are taken to count choices from {base or 0}: {why}")
+    for row, answer, number, texts in zip(rows, right.answers, right.numbers, offered, strict=True):
+        index = -1 if number is None else number - (base or 0)
+        if number is None and isinstance(answer, str):
+            is_letter = right.spells and LETTER.fullmatch(answer)
+            index = ord(answer.upper()) - ord("A") if is_letter else texts.index(answer) if answer in texts else -1
+        if not 0 <= index < len(texts):
+            row.fail(
+                f"{column} = {row.get(column)!r}: must be an index from {base or 0} to {len(texts) - 1 + (base or 0)}, "
+                f"a letter from A to {chr(ord('A') + len(texts) - 1)}, or one of the choices {shortened(texts)}."
+            )
+        yield index
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value.strip() if isinstance(value, str) else value
+
+
+def _number(answer: Any, counts: bool) -> int | None:
+    if isinstance(answer, str):
+        number = WHOLE.fullmatch(answer) if counts else None
+        return int(number[1]) if number else None
+    return answer if isinstance(answer, int) and not isinstance(answer, bool) else None
+
+
+# ----------------------------------------------------------------------------------------------------------- chats
+
+
+def _message(row: Row, where: str, turn: Any) -> tuple[dict[str, Any], bool]:
+    """A message as templates take it, and whether it is an answer with something to learn."""
+    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+        row.fail(f"{where} = {shortened(turn)}: each message must have a text 'role' and a text 'content'.")
+    if turn["role"] not in ROLES:
+        row.fail(f"{where} holds role {turn['role']!r}: unknown. Choose one of: {', '.join(ROLES)}.")
+    message = {key: value for key, value in turn.items() if not is_missing(value)}
+    weight = message.pop("weight", 1)
+    if weight not in (0, 1):
+        row.fail(f"{where}, weight = {weight!r}: must be 0 (not trained) or 1.")
+    if "tool_calls" in message:
+        message["tool_calls"] = _calls(row, f"{where}, tool_calls", message["tool_calls"])
+    if not isinstance(content := message.get("content", ""), str):
+        message["content"] = _joined(row, where, content)
+    elif "content" not in message and not message.get("tool_calls"):
+        row.fail(f"{where} = {shortened(turn)}: each message must have a text 'role' and a text 'content'.")
+    filled = any(value not in ("", [], {}) for key, value in message.items() if key not in ("role", "name"))
+    return message, message["role"] == "assistant" and filled and weight == 1
+
+
+def _joined(row: Row, where: str, parts: Any) -> str:
+    """Parts of text as one text, as templates write them."""
+    if not isinstance(parts, list):
+        row.fail(f"{where}, content = {shortened(parts)}: must be text, or a list of parts of text.")
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            row.fail(f"{where}, content has the part {shortened(part)}: only parts of type 'text' are read.")
+    return "".join(part["text"] for part in parts)
+
+
+def _calls(row: Row, where: str, calls: Any) -> list[dict[str, Any]]:
+    """Tool calls with their arguments as objects, however they were written."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        row.fail(f"{where} = {shortened(calls)}: must be a list of calls, each with a 'function'.")
+    read = []
+    for call in calls:
+        inner = call.get("function", call)
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            row.fail(f"{where} holds {shortened(call)}: its 'function' must have a 'name' and 'arguments'.")
+        if isinstance(inner.get("arguments"), str):
+            inner = inner | {"arguments": _parsed(row, f"{where}, arguments", inner["arguments"] or "{}")}
+        read.append(call | {"function": inner} if "function" in call else inner)
+    return read
+
+
+def _tools(row: Row, column: str) -> tuple[Mapping[str, Any], ...]:
+    tools = row.values.get(column)
+    if isinstance(tools, str) and tools.strip():
+        tools = _parsed(row, column, tools)
+    if is_missing(tools) or tools in ("", []):
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        row.fail(f"{column} = {shortened(tools)}: must be a list of tools, each a JSON object.")
+    return tuple(tools)
+
+
+def _parsed(row: Row, where: str, words: str) -> Any:
+    try:
+        return json.loads(words)
+    except ValueError as error:
+        row.fail(f"{where} = {shortened(words)}: not readable as JSON: {error}")
+
+
+# ---------------------------------------------------------------------------------------------------------- owners
+
+
+def _with_owners(examples: Sequence[Example], rows: Sequence[Row], data: DataConfig) -> Iterator[Example]:
+    """Add where each stands, its client and, to partition by, its label: these two where rows have such a column."""
+    labels, clients = names_in(rows, data.columns.label), names_in(rows, data.columns.client)
+    for example, row, label, client in zip(examples, rows, labels, clients, strict=True):
+        where = f"{row.source}, row {row.number}"
+        yield replace(example, label=example.label or label, client=client, file=row.file, where=where)
 
 
 def _check_named_columns(row: Row, data: DataConfig) -> None:
-    """Client and label are read where they are, but if the user gave them another name, that column must be there."""
+    """Client and label are read where they are, but under a name that the user gave they must be there."""
     for role in ("client", "label"):
         column = getattr(data.columns, role)
         if column != role and column not in row.values:
             row.get(column)
+
+
+def _name_unread_columns(rows: Sequence[Row], data: DataConfig, told: str) -> None:
+    """Say which columns hold something and are not read."""
+    read = FORMATS[data.kind].columns(data)
+    unread = dict.fromkeys(
+        str(column)
+        for row in rows
+        for column, value in row.values.items()
+        if column not in read and not is_missing(value) and value not in ("", [], {})
+    )
+    if unread:
+        say(
+            f"{told}: filled columns that data.kind = {data.kind!r} does not read: {', '.join(unread)}. To use one, "
+            "write it into data.template as {column}, or name it under [data.columns]"
+        )

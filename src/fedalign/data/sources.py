@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import functools
+import gzip
+import io
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+import logging
+import lzma
+import math
+import re
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn
 
 from fedalign.data import docstrings
 from fedalign.errors import UserError
@@ -18,6 +29,17 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "test"]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+LONGEST_CELL = 2**31 - 1  # characters; Python's csv allows 131,072 unless told otherwise
+DAMAGED = (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, lzma.LZMAError)
+WHOLE = re.compile(r"(-?[0-9]+)(?:\.0*)?")
+log = logging.getLogger("fedalign")
+
+
+@functools.cache
+def say(line: str) -> None:
+    """Tell the user, once, what is left out and what was settled."""
+    log.warning(line)
 
 
 @dataclass(frozen=True)
@@ -38,16 +60,38 @@ class Row:
         if column not in self.values:
             there = ", ".join(self.values) or "none"
             self.fail(f"no column {column!r}. There are: {there}. Say which one to read under [data.columns].")
-        if self.values[column] is None:
+        if is_missing(self.values[column]):
             self.fail(f"column {column!r} is empty. Fill it or leave the row out.")
         return self.values[column]
 
-    def text(self, column: str) -> str:
-        """A column that must hold text with something in it."""
+    def text(self, column: str, may_be_empty: bool = False) -> str:
+        """A column that must hold text, with something in it if it may not be empty."""
+        if may_be_empty and column in self.values and is_missing(self.values[column]):
+            return ""
         value = self.get(column)
         if not isinstance(value, str):
             self.fail(f"{column} = {value!r}: must be text, not {type(value).__name__}.")
-        return value.strip() or self.fail(f"column {column!r} is empty. Fill it or leave the row out.")
+        if not value.strip() and not may_be_empty:
+            self.fail(f"column {column!r} is empty. Fill it or leave the row out.")
+        return value.strip()
+
+
+def is_missing(value: object) -> bool:
+    """None, and what tables write for it: a number that is none."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def names_in(rows: Sequence[Row], column: str) -> list[str]:
+    """A column of names, such as labels or clients, the same from every type of file; "" where it is empty.
+
+    Composed and decomposed letters are one; where all are whole numbers, 1, 1.0 and "1.0" are "1".
+    """
+    values = (row.values.get(column) for row in rows)
+    texts = ["" if is_missing(value) else unicodedata.normalize("NFC", str(value)).strip() for value in values]
+    numbers = [WHOLE.fullmatch(text) for text in texts]
+    if all(number or not text for number, text in zip(numbers, texts, strict=True)):
+        return [number[1] if number else "" for number in numbers]
+    return texts
 
 
 def shortened(value: object, limit: int = 120) -> str:
@@ -63,93 +107,162 @@ def read_rows(source: str, data: DataConfig, split: Split) -> Iterator[Row]:
     """The raw rows of one split."""
     path = Path(source).expanduser()
     if source == "docstrings":
-        yield from (Row(asdict(r), source, i) for i, r in enumerate(docstrings.load(split), 1))
+        for i, row in enumerate(docstrings.load(split), 1):
+            yield Row({"text": row.text, "label": row.label, "client": row.client}, source, i)
     elif path.is_dir():
-        for file in split_files(path, data, split, source):
-            yield from read_file(file)
+        files = split_files(path, data, split, source)
+        stems = Counter(map(stem, files))
+        for file in files:
+            yield from read_file(file, stem(file) if stems[stem(file)] == 1 else file.name)
     elif path.is_file():
         if split == "train" or source == data.test:
             yield from read_file(path)
-    elif path.suffix in SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1:
+    elif _type(path)[0] in SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(f"data.{split} = {source!r}: no such file or folder.")
     else:
         yield from read_hub(source, data, split)
 
 
+def stem(path: Path) -> str:
+    """The name of a file without what tells its type.
+
+    >>> stem(Path("rome.2024.JSONL.gz"))
+    'rome.2024'
+    """
+    return path.name[: len(path.name) - len("".join(_type(path)))]
+
+
+def _type(path: Path) -> tuple[str, str]:
+    """The suffix that tells what a file holds, and that of its compression, in small letters."""
+    kind, last = ["", "", *(suffix.lower() for suffix in path.suffixes)][-2:]
+    return (kind, last) if last in PACKED else (last, "")
+
+
 def split_files(folder: Path, data: DataConfig, split: Split, source: str) -> list[Path]:
-    """The files of one split of a folder, in the order of their names."""
-    names = {"train": data.train_split, "test": data.test_split}
-    for candidates in (_data_files(folder / names[split]), _files_named(folder, names[split])):
-        if candidates:
-            return candidates
-    files = _data_files(folder)
+    """The files of one split of a folder, in the order of their names; what belongs to no split is named.
+
+    A split is the subfolder of its name, the file of its name, or that file in numbered parts. Training is otherwise
+    every file that is not of the test split, whatever it is called.
+    """
+    every = _data_files(folder)
+    parts: dict[Split, list[Path]] = {
+        "train": _data_files(folder / data.train_split) or _parts_of(every, data.train_split),
+        "test": _data_files(folder / data.test_split) or _parts_of(every, data.test_split),
+    }
+    if split == "train" and not parts["train"]:
+        parts["train"] = [file for file in every if file not in parts["test"]]
+    if split == "test" and not parts["test"] and source == data.test:
+        parts["test"] = every
     if split == "test" and source != data.test:
-        return []
-    if split == "train":  # what is named after the test split is not training data
-        held = set(_files_named(folder, names["test"]))
-        files = [file for file in files if file not in held]
-    if not files:
+        return parts["test"]
+    read = {file for part in parts if part == split or data.test in (None, source) for file in parts[part]}
+    _name_left_out(folder, f"data.{split} = {source!r}", read)
+    if not parts[split]:
         raise UserError(
             f"data.{split} = {source!r}: the folder holds no data file. Choose one of: {', '.join(SUFFIXES)}."
         )
-    return files
+    return parts[split]
 
 
 def _data_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file()) if folder.is_dir() else []
+    inside = folder.iterdir() if folder.is_dir() else ()
+    return sorted(p for p in inside if _type(p)[0] in SUFFIXES and p.name[0] != "." and p.is_file())
 
 
-def _files_named(folder: Path, split: str) -> list[Path]:
-    """`train.csv`, and shards such as `train-00000-of-00002.parquet`."""
-    return [p for p in _data_files(folder) if p.stem == split or p.stem.startswith(f"{split}-")]
+def _parts_of(files: Sequence[Path], split: str) -> list[Path]:
+    """`train.csv`, and shards such as `train-00000-of-00002.parquet`; `train-station.csv` is something else."""
+    name = re.compile(rf"{re.escape(split)}(-[0-9]+(-of-[0-9]+)?)?")
+    return [file for file in files if name.fullmatch(stem(file))]
 
 
-def read_file(path: Path) -> Iterator[Row]:
+def _name_left_out(folder: Path, source: str, read: set[Path]) -> None:
+    """Say which entries of a folder are in no split: hidden ones, other types, and data files beside named splits."""
+    folders = {file.parent for file in read} | {folder}
+    left = sorted(p for f in folders for p in f.iterdir() if p not in read | folders)
+    if left:
+        shown = ", ".join(str(p.relative_to(folder)) + ("/" if p.is_dir() else "") for p in left[:10])
+        say(f"{source}: left out: {shown}{f' and {len(left) - 10} more' if len(left) > 10 else ''}")
+
+
+def read_file(path: Path, name: str | None = None) -> Iterator[Row]:
     """Rows of one file; one that cannot be read, or has none, is an error."""
-    if path.suffix not in READERS:
-        raise UserError(f"{path}: files of type {path.suffix!r} are not read. Choose one of: {', '.join(SUFFIXES)}.")
+    kind, packed = _type(path)
+    if kind not in READERS:
+        raise UserError(f"{path}: files of type {kind!r} are not read. Choose one of: {', '.join(SUFFIXES)}.")
     number = 0
     try:
-        for number, values in enumerate(READERS[path.suffix](path), 1):
-            if not isinstance(values, Mapping):
-                raise UserError(f"{path}, row {number}: {shortened(values)}: must be an object with named columns.")
-            yield Row(values, str(path), number, path.stem)
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path}, after row {number}: not readable as {path.suffix[1:]}: {error}") from None
+        with PACKED.get(packed, open)(path, "rb") as content:
+            for number, values in enumerate(READERS[kind](content), 1):
+                if not isinstance(values, Mapping):
+                    raise UserError(f"{path}, row {number}: {shortened(values)}: must be an object with named columns.")
+                yield Row(values, str(path), number, name or stem(path))
+    except DAMAGED as error:
+        raise UserError(f"{path}, after row {number}: not readable as {kind[1:]}{packed}: {error}") from None
     if not number:
         raise UserError(f"{path}: the file holds no rows. Give a file with at least one.")
 
 
-def _read_jsonl(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as lines:
-        yield from (json.loads(line) for line in lines if line.strip())
+def _text(content: IO[bytes], newline: str | None = None) -> io.TextIOWrapper:
+    return io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline)  # with or without a byte order mark
 
 
-def _read_json(path: Path) -> Iterator[Any]:
-    content = json.loads(path.read_text(encoding="utf-8") or "[]")
-    if not isinstance(content, list):
+def _loads(text: str) -> Any:
+    value = json.loads(text, object_pairs_hook=_object)
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{error.object[error.start]!r} is half of a character") from None
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"an object has the key {_twice([key for key, _ in pairs])!r} twice")
+    return found
+
+
+def _twice(names: Sequence[str]) -> str:
+    return next((name for name, count in Counter(names).items() if count > 1), "")
+
+
+def _read_jsonl(content: IO[bytes]) -> Iterator[Any]:
+    with _text(content) as lines:
+        yield from (_loads(line) for line in lines if line.strip())
+
+
+def _read_json(content: IO[bytes]) -> Iterator[Any]:
+    with _text(content) as text:
+        values = _loads(text.read() or "[]")
+    if not isinstance(values, list):
         raise ValueError("the file must hold one list of objects; for one object a line, call it .jsonl")
-    yield from content
+    yield from values
 
 
-def _read_csv(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
+def _read_csv(content: IO[bytes]) -> Iterator[Any]:
+    csv.field_size_limit(LONGEST_CELL)
+    with _text(content, newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        if name := _twice(reader.fieldnames or []):
+            raise ValueError(f"the header has {name!r} twice")
         for values in reader:
             if None in values:  # more cells than the header names
                 raise ValueError(f"line {reader.line_num} has more cells than the header")
             yield {name: value or None for name, value in values.items()}
 
 
-def _read_parquet(path: Path) -> Iterator[Any]:
+def _read_parquet(content: IO[bytes]) -> Iterator[Any]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with pyarrow.parquet.ParquetFile(content) as file:
+        if name := _twice(file.schema_arrow.names):
+            raise ValueError(f"the file has a column {name!r} twice")
         for batch in file.iter_batches():
             yield from batch.to_pylist()
 
 
-READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
+READERS: dict[str, Callable[[IO[bytes]], Iterator[Any]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,

@@ -26,11 +26,12 @@ class TokenCounts:
         self._examples = [torch.zeros(width, dtype=torch.int64) for _ in matrices]
 
     def update(self, batch: Batch) -> None:
-        """Add a batch. Each of its rows is one example, seen once."""
+        """Add a batch. Each of its rows is one example, seen once, but for those that another sequence repeats."""
         for matrix, rows in enumerate(self._matrices):
             token_N, example_N = answered(batch) if rows.answers else read(batch)
             width = len(self._count[matrix])
-            once_N = torch.unique(example_N * width + token_N) % width
+            kept_N = slice(None) if batch.whole_B is None else batch.whole_B[example_N]
+            once_N = torch.unique((example_N * width + token_N)[kept_N]) % width
             self._count[matrix] += torch.bincount(token_N, minlength=width)
             self._examples[matrix] += torch.bincount(once_N, minlength=width)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
 from fedalign.config.site import SiteFolder
-from fedalign.data.formats import Example, load_examples
+from fedalign.data.formats import FORMATS, Example, load_examples
 from fedalign.doctor.data import check_data, check_lengths, check_parts, guess_kind
 from fedalign.doctor.estimate import estimate_site, parameter_counts
 from fedalign.doctor.link import check_key, check_superlink
@@ -124,7 +124,7 @@ def check_engine(found: Examination, config: Config) -> None:
         f"{config.algorithm.name}, {config.run.rounds} rounds, federation.engine = {engine!r}",
         'Sites take part only with federation.engine = "flower".',
     )
-    if engine == "flower" and config.data.kind == "classification" and not config.data.labels:
+    if engine == "flower" and FORMATS[config.data.kind].classes and not config.data.labels:
         found.add(
             "data.labels",
             "failed",

@@ -17,7 +17,6 @@ from fedalign.data.sources import read_rows
 from fedalign.doctor.report import Examination
 from fedalign.errors import UserError
 
-KINDS = ("chat", "multiple_choice", "instruction", "classification", "text")  # the most particular first
 GUESS_ROWS = 20
 SHOWN_LABELS = 20
 FEW = 4  # held-out examples whose scores say much about each
@@ -31,7 +30,7 @@ def check_data(found: Examination, config: Config) -> list[Example]:
         return []
     found.add("data", "ok", f"{len(examples):,} examples, read as {data.kind} from {data.train}")
     seen = Counter(example.label for example in examples if example.label)
-    if data.kind == "classification" and seen:
+    if FORMATS[data.kind].classes and seen:
         unseen = [name for name in data.labels if name not in seen]
         told = ", ".join(f"{name} {count:,}" for name, count in seen.most_common(SHOWN_LABELS))
         more = f" and {len(seen) - SHOWN_LABELS} more" if len(seen) > SHOWN_LABELS else ""
@@ -76,7 +75,7 @@ def check_parts(
     found.add(
         "parts",
         "warning" if 0 < held < FEW else "ok",
-        f"{len(client.train):,} examples to train on, {held:,} held out to be scored on",
+        f"{client.examples:,} examples to train on, {held:,} held out to be scored on",
         f"The scores of fewer than {FEW} examples say much about each; ask for another clients.held_out.",
     )
     return client
@@ -101,10 +100,10 @@ def guess_kind(data: DataConfig) -> str:
 
 
 def _possible_kinds(data: DataConfig) -> Iterator[str]:
-    for kind in KINDS:
+    for kind, form in FORMATS.items():
         try:
-            for row in islice(read_rows(data.train, data, "train"), GUESS_ROWS):
-                FORMATS[kind](row, data)
+            rows = list(islice(read_rows(data.train, data, "train"), GUESS_ROWS))
+            list(form.read(rows, data.model_copy(update={"kind": kind}), "train"))
         except UserError:
             continue
         yield kind

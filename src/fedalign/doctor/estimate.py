@@ -87,7 +87,7 @@ def estimate_run(
         trained=trained,
         clients=len(clients),
         clients_a_round=clients_a_round,
-        examples={name: len(client.train) for name, client in clients.items()},
+        examples={name: client.examples for name, client in clients.items()},
         bytes_down_a_round=weights_nbytes(config, layout) * (clients_a_round + scored),
         bytes_up_a_round_at_most=(update_nbytes(config, layout) + statistics) * clients_a_round,
         bytes_statistics_a_client=statistics,

@@ -8,6 +8,7 @@ from fedalign.client.memory import ClientData
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
 from fedalign.data.encode import text_hash, tokenizer_hash
+from fedalign.data.formats import FORMATS
 from fedalign.doctor.estimate import SiteEstimate, StepCost, measure_step, parameter_counts, round_tokens
 from fedalign.doctor.machine import COMFORT
 from fedalign.doctor.report import Examination
@@ -51,12 +52,12 @@ def check_model(found: Examination, config: Config) -> Workbench | None:
         f"{moe.layout.layers} MoE layers x {moe.experts} experts, top-{moe.top_k}; "
         f"{total / 1e6:,.1f}M parameters, {trained / 1e6:,.1f}M trained",
     )
-    lacks = config.data.kind == "chat" and not template
+    lacks = FORMATS[config.data.kind].prompt is None and not template
     found.add(
         "tokenizer",
         "failed" if lacks else "ok",
         f"{len(bench.tokenizer):,} tokens, {'a' if template else 'no'} chat template"
-        + (', and data.kind = "chat" needs one' if lacks else ""),
+        + (f", and data.kind = {config.data.kind!r} needs one" if lacks else ""),
         "Use a model tuned for chat, or data.kind = one of: instruction, text.",
     )
     return bench

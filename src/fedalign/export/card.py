@@ -21,7 +21,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedalign.config.run import Config, DataConfig
 from fedalign.data.formats import FORMATS
-from fedalign.data.sources import Row
 from fedalign.protocol import Metrics
 from fedalign.server.health import DEAD, OVERLOADED, Round
 from fedalign.server.scores import merit
@@ -31,13 +30,6 @@ CARD = "README.md"
 Form = Literal["checkpoint", "merged", "adapter"]
 MIXER = "mixer.safetensors"
 PACKAGES = ("fedalign-moe", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
-KINDS = {
-    "chat": "conversations",
-    "classification": "texts with a class each",
-    "instruction": "instructions with a response each",
-    "multiple_choice": "questions with choices, one of them right",
-    "text": "plain text",
-}
 MODEL = "A Mixture-of-Experts language model"
 PARTITIONS = {
     "dirichlet": "dealt out by class, Dirichlet with alpha {alpha:g}",
@@ -55,15 +47,6 @@ TUNINGS = {
 }
 ROUTERS = {"full": "trained whole", "lora": "LoRA too", "frozen": "frozen"}
 AVERAGES = {"factors": "the factors", "freeze_a": "B alone, A is frozen", "exact": "the products, cut back to the rank"}
-PLACEHOLDERS = {
-    "text": "{text}",
-    "label": "{label}",
-    "prompt": "{prompt}",
-    "response": "{response}",
-    "question": "{question}",
-    "choices": ["{choice}", "{other choice}"],
-    "answer": 0,
-}
 HEAD = """\
 {imports}
 
@@ -297,9 +280,9 @@ def _listed(options: Mapping[str, Any]) -> str:
 def _data(trained: Trained) -> str:
     data = trained.config.data
     classes = len(data.labels) or len({label for client in trained.holdings.values() for label in client["labels"]})
-    counted = f", {classes} classes" if data.kind == "classification" and classes else ""
+    counted = f", {classes} classes" if FORMATS[data.kind].classes and classes else ""
     source = " (docstrings of Python libraries)" if data.train == "docstrings" else ""
-    return f"{KINDS[data.kind]}{counted}{source}"
+    return f"{FORMATS[data.kind].told}{counted}{source}"
 
 
 def _tuning(config: Config) -> str:
@@ -359,11 +342,11 @@ def routing_sentences(trained: Trained) -> list[str]:
 
 def prompt_format(data: DataConfig) -> str:
     """What a prompt must look like; empty: there are no prompts."""
-    if data.kind == "chat":
+    prompt = FORMATS[data.kind].prompt
+    if prompt is None:
         return "Prompts go through the tokenizer's chat template."
     if data.template is not None:
         return "Prompts were made by a template of the run's own, which is in its configuration (`data.template`)."
-    prompt = FORMATS[data.kind](Row(PLACEHOLDERS, "", 0), DataConfig(kind=data.kind)).prompt
     return f"A prompt is `{json.dumps(prompt)}`." if prompt else ""
 
 

@@ -112,7 +112,7 @@ class Prepared:
     def holdings(self) -> Holdings:
         """Examples to train on, and all of a client's labels."""
         return {
-            name: {"examples": len(client.train), "labels": dict(self.labels[name])}
+            name: {"examples": client.examples, "labels": dict(self.labels[name])}
             for name, client in self.clients.items()
         }
 

@@ -265,13 +265,14 @@ class RoutingStatistics:
         self._hidden, self._margins = zeros(experts, hidden), margins
 
     @torch.no_grad()
-    def update(self, captured: Captured) -> None:
-        """Add one forward pass. Each row of a batch counts as one example, seen once."""
+    def update(self, captured: Captured, whole_B: Tensor | None = None) -> None:
+        """Add one forward pass. Each row of a batch counts as one example, seen once, but where `whole_B` is False."""
+        whole_B = None if whole_B is None else parallel.joined(whole_B)
         for stack in captured.stacks:
             with torch.autocast(stack.logits_M_T_E.device.type, enabled=False):
-                self._add(stack, captured)
+                self._add(stack, captured, whole_B)
 
-    def _add(self, stack: Stack, captured: Captured) -> None:
+    def _add(self, stack: Stack, captured: Captured, whole_B: Tensor | None) -> None:
         rows = slice(stack.ordinals.start, stack.ordinals.stop)
         prob_M_T_E = router_log_prob(stack.logits_M_T_E.detach(), stack.scoring).exp()
         chosen_M_E, dispatch_M_T_E = stack.choice_M_T_E.sum(1), stack.dispatch_M_T_E
@@ -284,7 +285,7 @@ class RoutingStatistics:
         self._load[rows] += dispatch_M_T_E.sum(1)
         if self._margins:
             self._margin[rows] += decision_margin(prob_M_T_E, stack.topk_M_T_K) * chosen_M_E
-        self._examples[rows] += (reached_M_B_E > 0).sum(1)
+        self._examples[rows] += (reached_M_B_E[:, slice(None) if whole_B is None else whole_B] > 0).sum(1)
         for row, ordinal in enumerate(stack.ordinals):
             self._tokens[ordinal] += len(stack.example_T)
             if self._hidden.shape[-1]:

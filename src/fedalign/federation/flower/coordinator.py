@@ -16,6 +16,7 @@ from fedalign.client.evaluation import TestSet
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
 from fedalign.data.encode import text_hash, tokenizer_hash
+from fedalign.data.formats import FORMATS
 from fedalign.errors import UserError
 from fedalign.federation.flower.link import Link
 from fedalign.federation.flower.sites import Agreement, FlowerFederation
@@ -128,7 +129,7 @@ def load_bench(config: Config) -> tuple[Workbench, TestSet | None]:
     if config.federation.engine == "simulation":
         bench = Workbench.load(config)
         return bench, bench.test_set()
-    if config.data.kind == "classification" and not config.data.labels:
+    if FORMATS[config.data.kind].classes and not config.data.labels:
         raise UserError(
             "data.labels = []: sites see their own rows alone, so all classes must be named, "
             'for example data.labels = ["World", "Sports"].'

@@ -1,0 +1,172 @@
+"""Files and folders as rows: nothing is lost by its name, and what cannot be read says why."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fedalign.config.run import ClientsConfig, Columns, DataConfig
+from fedalign.data.formats import Example, load_examples
+from fedalign.data.partition import partition
+from fedalign.errors import UserError
+
+ROW = json.dumps({"text": "hi"}) + "\n"
+
+
+def load(source: Path, split: Any = "train", **data: Any) -> list[Example]:
+    return load_examples(str(source), DataConfig(**{"train": str(source), "kind": "text", **data}), split, 0)
+
+
+def sites(folder: Path, *names: str, **data: Any) -> list[str]:
+    """The clients of a folder with a row in each file."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(ROW.encode()) if name.endswith(".gz") else ROW.encode())
+    return [example.file for example in load(folder, **data)]
+
+
+# Names.
+
+
+def test_a_site_is_a_site_whatever_it_is_called(tmp_path: Path) -> None:
+    names = ("train-station.jsonl", "test-lab.jsonl", "testing.jsonl", "berlin.jsonl")
+    assert sites(tmp_path, *names) == ["berlin", "test-lab", "testing", "train-station"]
+    assert load(tmp_path, "test") == []
+
+
+def test_suffixes_in_any_case_and_packed_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ("berlin.jsonl", "oslo.JSONL", "paris.JsonL.gz", "rome.2024.jsonl.gz")
+    assert sites(tmp_path, *names) == ["berlin", "oslo", "paris", "rome.2024"]
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+def test_packed_files(tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]) -> None:
+    (tmp_path / f"a.csv.{suffix}").write_bytes(pack(b"text\nhi\nno\n"))
+    assert [example.answer for example in load(tmp_path / f"a.csv.{suffix}")] == ["hi", "no"]
+    (tmp_path / f"b.jsonl.{suffix}").write_bytes(pack(ROW.encode())[:-12])
+    with pytest.raises(UserError, match=rf"b\.jsonl\.{suffix}, after row \d: not readable as jsonl\.{suffix}: "):
+        load(tmp_path / f"b.jsonl.{suffix}")
+
+
+def test_numbered_parts_are_a_split(tmp_path: Path) -> None:
+    names = ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-00000-of-00001.jsonl")
+    assert sites(tmp_path, *names) == ["train-00000-of-00002", "train-00001-of-00002"]
+    assert [example.file for example in load(tmp_path, "test")] == ["test-00000-of-00001"]
+
+
+def test_what_is_left_out_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ("berlin.jsonl", "._berlin.jsonl", ".hidden.csv", "notes.txt", "more/oslo.jsonl", "test.jsonl")
+    assert sites(tmp_path, *names) == ["berlin"]
+    assert f"data.train = '{tmp_path}': left out: ._berlin.jsonl, .hidden.csv, more/, notes.txt" in caplog.text
+    assert load(tmp_path, test=str(tmp_path / "test.jsonl")) == load(tmp_path)
+    assert "more/, notes.txt, test.jsonl" in caplog.text  # that of this folder is not read then
+
+
+def test_files_beside_a_named_split_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert sites(tmp_path, "train.jsonl", "validation.jsonl", "test.jsonl") == ["train"]
+    assert "left out: validation.jsonl" in caplog.text
+    assert sites(tmp_path / "b", "train/oslo.jsonl", "train/readme.md", "berlin.jsonl") == ["oslo"]
+    assert "left out: berlin.jsonl, train/readme.md" in caplog.text
+
+
+def test_two_files_of_one_name_are_two_clients(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\nhi\n")
+    assert sites(tmp_path, "a.jsonl", "b.jsonl") == ["a.csv", "a.jsonl", "b"]
+
+
+# Contents.
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
+    for name, content in (("a.jsonl", ROW), ("a.json", f"[{ROW}]"), ("a.csv", "text\nhi\n")):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert [example.answer for example in load(tmp_path / name)] == ["hi"]
+
+
+def test_a_long_cell(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"text\n{'x' * 200_000}\n")
+    assert [len(example.answer) for example in load(tmp_path / "a.csv")] == [200_000]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", '{"text": "x", "text": "y"}', "an object has the key 'text' twice"),
+        ("a.json", '[{"text": "x", "more": {"a": 1, "a": 2}}]', "an object has the key 'a' twice"),
+        ("a.csv", "text,label,text\nx,y,z\n", "the header has 'text' twice"),
+        ("a.csv", 'text,label\n"x,y\nz,w\n', "unexpected end of data"),
+        ("a.jsonl", '{"text": "\\ud83d"}', "'\\ud83d' is half of a character"),
+        ("a.jsonl", "[" * 10_000, "maximum recursion depth"),
+    ],
+)
+def test_files_that_would_lose_something(tmp_path: Path, name: str, content: str, said: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / name)
+    assert f"{name}, after row 0: not readable as {name[2:]}: " in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_a_whole_character_may_be_written_in_halves(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00"}')
+    assert load(tmp_path / "a.jsonl")[0].answer == "\N{GRINNING FACE}"
+
+
+def test_a_parquet_column_that_stands_twice(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="the file has a column 'text' twice"):
+        load(tmp_path / "a.parquet")
+
+
+# Columns.
+
+
+def test_filled_columns_that_nothing_reads_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"instruction": "Translate to French", "input": word, "output": "x", "note": ""} for word in ("dog", "")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = Columns(prompt="instruction", response="output")
+    [first, _] = load(tmp_path / "a.jsonl", kind="instruction", columns=columns)
+    assert first.prompt == "Instruction: Translate to French\nResponse:"
+    assert (
+        "filled columns that data.kind = 'instruction' does not read: input. To use one, write it into" in caplog.text
+    )
+    caplog.clear()
+    template = "{instruction}\n{input}\n"
+    [first, _] = load(tmp_path / "a.jsonl", kind="instruction", columns=columns, template=template)
+    assert first.prompt == "Translate to French\ndog\n"
+    assert caplog.text == ""
+
+
+# Owners.
+
+
+def _owned(path: Path, owners: list[Any]) -> Path:
+    pq.write_table(pa.table({"text": [f"row {i}" for i in range(len(owners))], "client": owners}), path)
+    return path
+
+
+def test_an_owner_that_is_missing_is_an_error_whatever_the_table_writes_for_it(tmp_path: Path) -> None:
+    clients = ClientsConfig(partition="natural", min_examples=1)
+    for owners in ([1.0, float("nan"), 2.0], [1.0, None, 2.0], ["a", "", "b"]):
+        with pytest.raises(UserError, match=r"clients.partition = 'natural': 1 of 3 examples name no client"):
+            partition(load(_owned(tmp_path / "a.parquet", owners)), clients, 0)
+
+
+def test_an_owner_is_the_same_in_every_file(tmp_path: Path) -> None:
+    _owned(tmp_path / "a.parquet", [1.0, 2.0])
+    (tmp_path / "b.csv").write_text("text,client\nx,1\ny,3\n")
+    (tmp_path / "c.jsonl").write_text('{"text": "z", "client": 1}\n')
+    clients = ClientsConfig(partition="natural", min_examples=1)
+    assert partition(load(tmp_path), clients, 0) == {"1": [0, 2, 4], "2": [1], "3": [3]}
