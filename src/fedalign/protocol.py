@@ -34,7 +34,7 @@ from torch import Tensor
 
 PROTOCOL = 3  # of these messages; sites that speak another are refused
 Kind = Literal["shared", "gate", "expert"]
-Scoring = Literal["softmax", "sigmoid"]
+Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus", "unknown"]
 WireDtype = Literal["float32", "bfloat16", "int8"]
 Stage = Literal["join", "train", "update", "evaluate"]
 

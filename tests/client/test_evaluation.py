@@ -125,3 +125,17 @@ def test_an_encoder_decoder_model_is_scored_by_its_decoder(model_folder: Callabl
         ).logits
     expected = -logits[0, :-1].log_softmax(-1).gather(1, answer[0][:, None]).mean()
     assert got.loss == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "hy_v4"])
+def test_scores_do_not_depend_on_batches_where_a_model_depends_on_padding(
+    family: str, model_folder: Callable[..., Path]
+) -> None:
+    sparse = MoEModel.load(model_folder(family))
+    encoder = Encoder(load_tokenizer(Path(sparse.model.config._name_or_path)), 64)
+    tests = prepare([Example("", f"{prompt} {prompt} and then some") for prompt in PROMPTS], encoder)
+    losses = [
+        evaluate(sparse, tests, EvaluationConfig(batch_tokens=tokens), encoder.tokenizer, None).loss
+        for tokens in (1, 4096)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -318,9 +319,9 @@ def layer(experts: int = 3, top_k: int = 1, scoring: Scoring = "softmax") -> MoE
     return MoELayer("router", "experts", scoring, experts, top_k, 2, False, logits=0, dispatch="index", chosen=2)
 
 
-def capture_of(prob_T_E: list[list[float]], topk: list[list[int]], mask: list[list[int]], **kwargs: int) -> Captured:
+def capture_of(prob_T_E: list[list[float]], topk: list[list[int]], mask: list[list[int]], **kwargs: Any) -> Captured:
     """A capture by hand: probabilities and choices of every position of a [B, S] batch; token t enters as [t, 1]."""
-    spec = layer(len(prob_T_E[0]), len(topk[0]), **kwargs)  # type: ignore[arg-type]
+    spec = layer(len(prob_T_E[0]), len(topk[0]), **kwargs)
     captured = Captured([spec], torch.tensor(mask), None)
     hidden_T_H = torch.stack([torch.arange(len(topk)).float(), torch.ones(len(topk))], dim=1)
     captured.add(0, hidden_T_H, (torch.tensor(prob_T_E).log(), None, torch.tensor(topk)))
@@ -338,6 +339,15 @@ def test_statistics_by_hand() -> None:
     torch.testing.assert_close(summary.margin_L_E, torch.tensor([[0.2, 0.5, 0.0]]))  # (.3 + .1) / 2
     assert summary.centroid_L_E_H.tolist() == [[[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]]  # tokens 0 and 2; token 1; none
     assert summary.tokens == 3
+
+
+def test_a_router_of_unknown_scoring_has_the_share_of_its_choices() -> None:
+    captured = capture_of([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3]], [[0, 1], [1, 2]], [[1, 1]], scoring="unknown")
+    statistics = RoutingStatistics(1, 3, 2)
+    statistics.update(captured)
+    summary = statistics.finish(min_tokens=1, min_examples=1)
+    assert summary.prob_L_E.tolist() == [[0.25, 0.5, 0.25]]
+    assert summary.load_L_E.tolist() == [[1.0, 2.0, 1.0]]
 
 
 def test_no_margin_when_nothing_is_left_out() -> None:

@@ -157,8 +157,8 @@ def _print_headline(prepared: Prepared) -> None:
     )
     if config.tuning.kind != "full":
         say(f"tuning {config.tuning.kind}: {sum(moe.layout.sizes.values()) / 1e6:.2f}M parameters are trained")
-    if moe.saved:
-        say(str(moe.saved))
+    for note in (*([str(moe.saved)] if moe.saved else []), *moe.notes):
+        say(note)
 
 
 def _print_estimate(estimate: Estimate) -> None:

@@ -12,7 +12,7 @@ from fedalign.cli.terminal import out, print_table, say
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
-    from fedalign.moe.upcycle import Source
+    from fedalign.moe.upcycle import DenseSource
 
 UPCYCLE_EXAMPLES = """
 [bold]What becomes of which model[/bold]
@@ -66,12 +66,12 @@ def upcycle(
     from fedalign.files import replacing
     from fedalign.moe.load import quiet
     from fedalign.moe.model import MoEModel
-    from fedalign.moe.upcycle import Recipe, Source, check_dense, load_dense, probe_logits
+    from fedalign.moe.upcycle import DenseSource, Recipe, check_dense, load_dense, probe_logits
     from fedalign.moe.upcycle import upcycle as make_sparse
     from fedalign.units import size
 
     quiet()
-    recipe, source = Recipe(experts, top_k, layers, noise, seed), Source.find(dense, revision)
+    recipe, source = Recipe(experts, top_k, layers, noise, seed), DenseSource.find(dense, revision)
     _check_free(out_, source, overwrite)
     with out.status("Loading the dense model ..."):
         check_dense(source, recipe)
@@ -103,7 +103,7 @@ def upcycle(
     say(f"Train     fedalign run my.toml --set model.path={place}")
 
 
-def _tokenizer(source: Source) -> tuple[Any, str]:
+def _tokenizer(source: DenseSource) -> tuple[Any, str]:
     """The model's tokenizer, or None, and what to tell of it."""
     from fedalign.moe.upcycle import load_tokenizer
 
@@ -114,7 +114,7 @@ def _tokenizer(source: Source) -> tuple[Any, str]:
     return tokenizer, "copied, with its chat template" if tokenizer.chat_template else "copied; it has no chat template"
 
 
-def _check_free(folder: Path, source: Source, overwrite: bool) -> None:
+def _check_free(folder: Path, source: DenseSource, overwrite: bool) -> None:
     """Refuse a place where anything but a model that may be replaced would be lost."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {str(folder)!r}: is a file. Give a folder that does not exist yet.")

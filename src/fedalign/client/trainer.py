@@ -106,7 +106,13 @@ class Trainer:
             torch.manual_seed(derive_seed(seed, "mixture"))
             for epoch in range(options.epochs):
                 order = derive_seed(seed, "mixture", epoch)
-                every = batches(client.train, options.batch_tokens, options.batch_examples, seed=order)
+                every = batches(
+                    client.train,
+                    options.batch_tokens,
+                    options.batch_examples,
+                    seed=order,
+                    equal_lengths=self.moe.equal_lengths,
+                )
                 mixture.fit(every, optimizer, options.max_grad_norm)
         return {f"{MIXTURE}{name}": value for name, value in mixture.state().items()}
 

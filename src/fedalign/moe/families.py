@@ -21,6 +21,15 @@ from fedalign.errors import UserError
 from fedalign.protocol import Scoring
 
 Dispatch = Literal["index", "one_hot", "logits"]
+TOP_K = (  # how routers, blocks, experts and configurations say to how many experts a token goes
+    "top_k",
+    "num_experts_per_tok",
+    "moe_k",
+    "moe_topk",
+    "top_k_experts",
+    "num_experts_per_token",
+    "num_selected_experts",
+)
 
 
 @dataclass(frozen=True)

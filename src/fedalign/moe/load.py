@@ -17,9 +17,9 @@ from fedalign import parallel
 from fedalign.demo import model_folder
 from fedalign.errors import UserError, unknown
 from fedalign.moe.families import is_encoder_decoder, refuse
+from fedalign.moe.tuning import SELECTION_BIAS, choosers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-SELECTION_BIAS = ("e_score_correction_bias", "expert_bias")  # added to scores only to choose: no gradient reaches it
 
 
 def configuration_of(source: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -66,10 +66,11 @@ def explaining(source: str) -> Iterator[None]:
         raise UserError(f"model = {source!r}: {place}cannot be loaded: {in_one_line(error)}") from error
 
 
-def freeze_biases(model: PreTrainedModel) -> PreTrainedModel:
-    """Loading forgets that ernie4_5_moe's selection bias is frozen."""
+def freeze_unreached(model: PreTrainedModel) -> PreTrainedModel:
+    """Freeze what only chooses experts or keys; loading forgets that ernie4_5_moe's selection bias is frozen."""
+    blind = choosers(model)
     for name, parameter in model.named_parameters():
-        if name.endswith(SELECTION_BIAS):
+        if name.endswith(SELECTION_BIAS) or name.startswith(blind):
             parameter.requires_grad_(False)
     return model
 

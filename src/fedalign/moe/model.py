@@ -28,29 +28,26 @@ from fedalign import parallel
 from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
 from fedalign.moe.detect import detect
-from fedalign.moe.families import MoELayer, family_of, is_encoder_decoder
+from fedalign.moe.families import TOP_K, MoELayer, family_of, is_encoder_decoder
 from fedalign.moe.groups import Slot, find_slots, flat, unwrapped
 from fedalign.moe.load import (
     DTYPES,
-    SELECTION_BIAS,
     configuration_of,
     explaining,
-    freeze_biases,
+    freeze_unreached,
     in_one_line,
     load_plain,
     model_path,
     resolved_source,
 )
-from fedalign.moe.tuning import freeze
+from fedalign.moe.tuning import SELECTION_BIAS, choosers, freeze
 from fedalign.protocol import SHARED, Factors, Layout, ParameterGroup, TokenRows, Weights
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-
     from fedalign.moe.four_bit import Saved
+    from fedalign.moe.lora import Adapters
 
 
-TOP_K = ("top_k", "num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_selected_experts")
 BASE_DIGEST = "base.sha256"  # in the constants of adapters
 
 
@@ -91,12 +88,12 @@ class MoEModel:
         layout: number of trainable values of each group. What is frozen later is still in it: wrap again then.
         sharded: whether this process holds only its rows of each parameter.
         devices: where the parameters live; more than one where the model is split.
-        adapter: peft's description of the adapters that are trained in place of the model's own weights; None: none.
+        adapter: the adapters that are trained in place of the model's own weights; None: none.
         saved: what a base in 4 bits saves; None: it is not in 4 bits.
     """
 
     def __init__(
-        self, model: PreTrainedModel, found: str, layers: tuple[MoELayer, ...], adapter: LoraConfig | None = None
+        self, model: PreTrainedModel, found: str, layers: tuple[MoELayer, ...], adapter: Adapters | None = None
     ) -> None:
         self.model = model
         self.family = family_of(model.config)
@@ -181,7 +178,7 @@ class MoEModel:
             UserError: there is no such model, it is broken or incomplete, or `wrap` refuses it.
         """
         model = load_plain(path_or_id, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
-        return cls.wrap(freeze_biases(model), tuning, seed, device)
+        return cls.wrap(freeze_unreached(model), tuning, seed, device)
 
     @classmethod
     def skeleton(
@@ -207,7 +204,7 @@ class MoEModel:
             if (Path(source) / "generation_config.json").is_file() or not Path(source).is_dir():
                 with contextlib.suppress(OSError):  # few models on the Hub have none
                     model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
-        return cls.wrap(freeze_biases(model), tuning)
+        return cls.wrap(freeze_unreached(model), tuning)
 
     def filled(self, weights: Mapping[ParameterGroup, Tensor], constants: Mapping[str, Tensor]) -> Self:
         """A skeleton's copy on the CPU with these values, to be saved; the skeleton stays one.
@@ -222,7 +219,7 @@ class MoEModel:
         else:  # the base stays without values: an adapter is saved without it
             for path in {name.rpartition(".")[0] for name in self._adapter_slots()}:
                 model.get_submodule(path).to_empty(device="cpu", recurse=False)
-        moe = type(self)(freeze_biases(model), self.found, self.layers, self.adapter)
+        moe = type(self)(freeze_unreached(model), self.found, self.layers, self.adapter)
         moe._base_digest = constants.get(BASE_DIGEST)
         mine = moe.constants()
         for what, lacking in (("weights", moe.layout.sizes.keys() - weights), ("constants", mine.keys() ^ constants)):
@@ -325,6 +322,22 @@ class MoEModel:
     def home(self) -> torch.device:
         """Where whole copies of its values go: beside the parameters, unless no device holds them all."""
         return torch.device("cpu") if self.sharded or len(self.devices) > 1 else self.device
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of how this model is trained, a line each."""
+        left: dict[str, list[str]] = {}
+        for path, reason in self.adapter.left_out.items() if self.adapter else ():
+            left.setdefault(reason, []).append(re.sub(r"\.\d+\.", ".*.", path))
+        padding = "sparse attention depends on padding: batches are of equal lengths"
+        return ([padding] if self.equal_lengths else []) + [
+            f"not adapted: {', '.join(dict.fromkeys(paths))}: {reason}" for reason, paths in left.items()
+        ]
+
+    @property
+    def equal_lengths(self) -> bool:
+        """Whether a batch must not be padded: sparse attention lets padding change the numbers of a sequence."""
+        return bool(choosers(self.model))
 
     def gradients(self) -> dict[ParameterGroup, tuple[Tensor, ...]]:
         """The gradients of all trainable values, by group, in the order of `views`; zeros where there is none."""
@@ -506,7 +519,8 @@ class MoEModel:
         from fedalign.moe import lora
 
         mine = {name: slot.parameter for name, slot in self._adapter_slots().items()} | self._adapter_buffers()
-        found = lora.read(Path(folder), {name: value.shape for name, value in mine.items()})
+        assert self.adapter is not None, "it has no adapters"
+        found = lora.read(self.adapter, Path(folder), {name: value.shape for name, value in mine.items()})
         with torch.no_grad():
             for name, value in found.items():
                 mine[name].copy_(value)
