@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
-from fedalign.moe.lora import merged
+from fedalign.moe.lora import put_upon
 from fedalign.moe.model import BASE_DIGEST, MoEModel
 from fedalign.protocol import SHARED, ParameterGroup
 from tests.moe import tiny
@@ -232,7 +232,8 @@ def test_every_adapter_is_found_again_by_plain_peft(family: str, targets: tuple[
     inputs = tiny.batch(family)
     with torch.no_grad():
         ours = moe.model.eval()(**inputs).logits
-        whole = merged(tmp_path / "adapter", AutoModelForCausalLM.from_pretrained(tmp_path / "base")).eval()
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        whole = put_upon(base, tmp_path / "adapter").merge_and_unload().eval()
         torch.testing.assert_close(whole(**inputs).logits, ours, rtol=1e-5, atol=1e-5)
         assert torch.equal(plain(tmp_path / "base", tmp_path / "adapter")(**inputs).logits, ours)
 
@@ -252,7 +253,7 @@ def test_a_merge_that_would_lose_keys_is_refused(change: Any, told: str, tmp_pat
     renamed = {new: value.clone() for old, value in values.items() for new in {*np.atleast_1d(change(old)).tolist()}}
     save_file(renamed, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=told):
-        merged(tmp_path / "adapter", AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+        put_upon(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
 
 
 def test_every_trained_value_belongs_to_one_group() -> None:

@@ -49,6 +49,9 @@ def run(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that --out holds.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run would take; train nothing.")] = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Do not hold model/ against plain transformers and peft at the end.")
+    ] = False,
     insecure_anywhere: Annotated[
         bool,
         typer.Option(
@@ -68,7 +71,7 @@ def run(
     from fedalign.server.results import RunFolder
 
     quiet()
-    overrides = set_ or []
+    overrides = [*(set_ or []), *(["run.check=false"] if no_check else [])]
     if resume is not None:
         if config is not None or out_ is not None or overwrite or dry_run:
             raise UserError("--resume: takes the run's folder alone. Leave out CONFIG, --out, --overwrite, --dry-run.")
@@ -190,6 +193,7 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
         ("sent up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),
         ("faults", _counted(summary["failures"])),
         ("time", clock(summary["seconds"])),
+        ("model/ checked", summary["checked"] or "not at all"),
     ]
     rows = [(name, value) for name, value in rows if value]
     print_table(f"{summary['algorithm']} after {summary['rounds']} rounds", rows)

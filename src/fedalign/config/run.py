@@ -35,6 +35,7 @@ class RunConfig(Section):
     seed: Count = 0
     rounds: Positive = 10
     device: str = "auto"  # auto: cuda if there is one, else cpu; split: layers over all GPUs
+    check: bool = True  # at the end: does model/ load in plain libraries, and compute the same
     threads: Count = 0  # CPU threads of torch; 0 leaves torch's own choice
 
 

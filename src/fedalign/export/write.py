@@ -107,7 +107,7 @@ class Base:
         from fedalign.moe import lora
 
         if merge:
-            model = lora.merged(folder, load_plain(self.place, **self._options()))
+            model = lora.put_upon(load_plain(self.place, **self._options()), folder).merge_and_unload()
             lora.remove(folder)
             model.save_pretrained(folder)
             return

@@ -306,7 +306,7 @@ def remove(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def put_upon(folder: Path, model: Any) -> Any:
+def put_upon(model: Any, folder: Path) -> Any:
     """A plain model with the adapter of `folder` around its weights, by plain peft.
 
     Raises:
@@ -325,12 +325,3 @@ def put_upon(folder: Path, model: Any) -> Any:
     if factors != held:
         raise UserError(f"adapter {str(folder)!r}: plain peft takes {factors} of its {held} factors.")
     return adapted
-
-
-def merged(folder: Path, model: Any) -> Any:
-    """A plain model with the adapter of `folder` added to its weights, by plain peft.
-
-    Raises:
-        UserError: As `put_upon`.
-    """
-    return put_upon(folder, model).merge_and_unload()

@@ -38,6 +38,7 @@ from fedalign.moe.load import (
     in_one_line,
     load_plain,
     model_path,
+    quantised_by,
     resolved_source,
 )
 from fedalign.moe.tuning import SELECTION_BIAS, choosers, freeze
@@ -199,6 +200,8 @@ class MoEModel:
         options = {"trust_remote_code": trust_remote_code, "revision": revision}
         with explaining(source):
             config, auto = configuration_of(source, options)
+            if quantised_by(config):
+                del config.quantization_config
             with torch.device("meta"):
                 model = auto.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
             if (Path(source) / "generation_config.json").is_file() or not Path(source).is_dir():
@@ -329,10 +332,12 @@ class MoEModel:
         left: dict[str, list[str]] = {}
         for path, reason in self.adapter.left_out.items() if self.adapter else ():
             left.setdefault(reason, []).append(re.sub(r"\.\d+\.", ".*.", path))
-        padding = "sparse attention depends on padding: batches are of equal lengths"
-        return ([padding] if self.equal_lengths else []) + [
-            f"not adapted: {', '.join(dict.fromkeys(paths))}: {reason}" for reason, paths in left.items()
-        ]
+        said = [f"not adapted: {', '.join(dict.fromkeys(paths))}: {reason}" for reason, paths in left.items()]
+        if self.equal_lengths:
+            said.append("sparse attention depends on padding: batches are of equal lengths")
+        if method := getattr(self.model, "dequantised_from", None):
+            said.append(f"{method} checkpoint, dequantised: {self.nbytes / 1e6:,.1f} MB in {self.model.dtype}")
+        return said
 
     @property
     def equal_lengths(self) -> bool:
@@ -516,14 +521,30 @@ class MoEModel:
         Raises:
             UserError: It is damaged, or made for another model or another tuning.
         """
+        mine = self._adapter_values()
+        with torch.no_grad():
+            for name, value in self._stored_adapter(folder).items():
+                mine[name].copy_(value)
+
+    def check_adapter(self, folder: str | Path) -> None:
+        """Hold an adapter that `save` wrote against the model's own.
+
+        Raises:
+            UserError: As `read_adapter`, or it has other values.
+        """
+        mine = self._adapter_values()
+        for name, value in self._stored_adapter(folder).items():
+            if not torch.equal(mine[name].detach().cpu(), value):
+                raise UserError(f"adapter {str(folder)!r}: {name} has other values than the model.")
+
+    def _adapter_values(self) -> dict[str, Tensor]:
+        return {name: slot.parameter for name, slot in self._adapter_slots().items()} | self._adapter_buffers()
+
+    def _stored_adapter(self, folder: str | Path) -> dict[str, Tensor]:
         from fedalign.moe import lora
 
-        mine = {name: slot.parameter for name, slot in self._adapter_slots().items()} | self._adapter_buffers()
         assert self.adapter is not None, "it has no adapters"
-        found = lora.read(self.adapter, Path(folder), {name: value.shape for name, value in mine.items()})
-        with torch.no_grad():
-            for name, value in found.items():
-                mine[name].copy_(value)
+        return lora.read(self.adapter, Path(folder), {n: value.shape for n, value in self._adapter_values().items()})
 
     def fingerprint(self) -> str:
         """64 hex digits, the same for all weights of one architecture with the same parts trained."""
