@@ -18,7 +18,7 @@ from fedalign.moe.model import MoEModel
 from fedalign.moe.saved import check_saved
 from tests.moe import tiny
 
-OPTIONS = {"trust_remote_code": False, "revision": None}
+OPTIONS: dict[str, Any] = {"trust_remote_code": False, "revision": None}
 
 
 def made(folder: Path, kind: str, family: str = "olmoe", dtype: str = "float32") -> MoEModel:

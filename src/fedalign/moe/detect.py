@@ -107,33 +107,38 @@ def _top_k(router: nn.Module, block: nn.Module, config: Any) -> int:
 def _autodetected(model: PreTrainedModel) -> tuple[str, tuple[MoELayer, ...]]:
     """Routers from transformers' own recorder of router logits, else from shapes; then watch them route.
 
-    A model without values cannot be watched: its groups are known, its scoring is not.
+    A model without values cannot be watched: its groups are known, its scoring is that of its router's code.
     """
     modules = dict(model.named_modules())
-    recorded, shaped = dict(_recorded_routers(model)), dict.fromkeys(_shaped_routers(modules))
-    layers = list(_beside(model, modules, recorded or shaped))
+    how, layers = _unwatched(model, modules)
     if not layers:
         return "", ()
-    marked = {path for path, module in modules.items() if hasattr(module, "_is_expert_parallel")}
+    if model.device.type == "meta":
+        alone = tuple(_alone(layer, modules[layer.router]) for layer in layers)
+        return f"{how}; choice and scoring are seen when its weights are loaded", alone
+    seen = _trial(model, layers)
+    watched = [_understood(layer, modules[layer.router], modules[layer.experts], seen) for layer in layers]
+    found = tuple(layer for layer, _ in watched)
+    if any(layer.scoring == "unknown" for layer in found):
+        found = _probed(model, found, seen)
+    certainty = {_certainty(layer, choice) for layer, (_, choice) in zip(found, watched, strict=True)}
+    return f"{how}; {'; '.join(sorted(certainty))}", found
+
+
+def _unwatched(model: PreTrainedModel, modules: dict[str, nn.Module]) -> tuple[str, list[MoELayer]]:
+    """How routers were found, and the layers that they and the experts beside them make."""
+    recorded, shaped = dict(_recorded_routers(model)), dict.fromkeys(_shaped_routers(modules))
+    layers = list(_beside(model, modules, recorded or shaped))
+    marked = {path for path, module in modules.items() if hasattr(module, "_is_expert_parallel")} if layers else set()
     if orphans := marked - {layer.experts for layer in layers}:  # deepseek_v4 records some of its routers alone
         layers += [layer for layer in _beside(model, modules, shaped) if layer.experts in orphans]
         layers.sort(key=lambda layer: list(modules).index(layer.router))
-    if orphans := sorted(marked - {layer.experts for layer in layers}):
+    if orphans := marked - {layer.experts for layer in layers}:
         raise UserError(
-            f"model = {family_of(model.config)}: every module of experts needs a router, but {orphans[0]} has none"
+            f"model = {family_of(model.config)}: every module of experts needs a router, but {min(orphans)} has none"
         )
     how = "transformers' recorder" if recorded else "shapes"
-    if model.device.type == "meta":
-        alone = tuple(_alone(layer, modules[layer.router]) for layer in layers)
-        return f"autodetected: routers by {how}; choice and scoring are seen when its weights are loaded", alone
-    seen = _trial(model, layers)
-    layers, sure = zip(
-        *(_understood(one, modules[one.router], modules[one.experts], seen) for one in layers), strict=True
-    )
-    if any(layer.scoring == "unknown" for layer in layers):
-        layers = _probed(model, layers, seen)
-    certainty = {_certainty(layer, choice) for layer, choice in zip(layers, sure, strict=True)}
-    return f"autodetected: routers by {how}; {'; '.join(sorted(certainty))}", tuple(layers)
+    return f"autodetected: routers by {how}", layers
 
 
 @torch.no_grad()
