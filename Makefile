@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-COMPARED := fedavg,fedprox,fedmoe,pfl_moe,fedalign_paper,fedalign_moe
+COMPARED := fedavg,fedprox,fedmoe,pfl_moe,by_use,fedalign_paper,fedalign_moe
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-sites compare test test-browser test-families test-sites models check format bench clean
+.PHONY: help venv demo demo-sites compare test test-browser test-families test-sites models examples check format bench clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -64,7 +64,10 @@ test-families: $(VENV)/.tools ## every model family: capture, groups, a round, l
 models: $(VENV)/.tools ## write docs/models.md from what the tests of the families give
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.families --write
 
-compare: $(VENV)/.package ## six algorithms, three seeds, a small model: under 25 minutes on two cores; goes on where it stopped
+examples: $(VENV)/.package ## write examples/every_key.toml from what the fields of the configuration say
+	@$(BIN)/python -m fedalign.config.toml > examples/every_key.toml
+
+compare: $(VENV)/.package ## seven algorithms, three seeds, a small model: under 25 minutes on two cores; goes on where it stopped
 	@$(BIN)/fedalign compare examples/compare.toml --algorithms $(COMPARED) --seeds 3 --out runs/compare
 
 format: ## rewrite the sources as `check` wants them

@@ -2,10 +2,12 @@
 
     python benchmarks/client_step.py
     python benchmarks/client_step.py --model demo --repeats 9 --threads 1
+    python benchmarks/client_step.py --model runs/smollm2-moe --device cuda --set tuning.kind=lora --profile profile.txt
 
 Each repeat times all variants one after another, in turn, so that a machine that slows down slows all of them; ratios
 are taken within a repeat. `plain` is the same forward pass (head cut to answers), AdamW and clipping, nothing else;
-`labels` is the loop of most tutorials, `model(labels=...)`.
+`labels` is the loop of most tutorials, `model(labels=...)`. All run in the precision that the client step would choose:
+bfloat16 autocast on a GPU that has it. --profile writes where the time of one epoch of the client step goes.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ import torch
 import transformers
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from fedalign.client.fit import LocalFit
+from fedalign.client.fit import LocalFit, make_autocast
 from fedalign.client.forward import answer_logits
-from fedalign.client.memory import ClientData, ClientMemory
+from fedalign.client.memory import ClientData, ClientMemory, Kept
 from fedalign.client.trainer import Trainer
 from fedalign.config.run import Config
 from fedalign.config.toml import load_config
@@ -33,7 +35,8 @@ from fedalign.data.batches import batches
 from fedalign.data.encode import Encoded
 from fedalign.demo import model_folder
 from fedalign.maths.hashing import derive_seed
-from fedalign.moe.model import MoEModel
+from fedalign.moe.load import pick_device
+from fedalign.moe.model import MoEModel, load_model
 from fedalign.protocol import Broadcast
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -69,16 +72,19 @@ def examples(count: int, vocabulary: int, seed: int) -> list[Encoded]:
 def plain(moe: MoEModel, data: list[Encoded], config: Config, with_labels: bool) -> None:
     """A training loop without anything federated."""
     options = config.training
-    parameters = list(moe.model.parameters())
+    parameters = [p for p in moe.model.parameters() if p.requires_grad]
+    autocast = make_autocast(moe.device, options.precision)
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0, fused=True)
     moe.model.train()
     seed = derive_seed(derive_seed(config.run.seed, 1, "client", "order"), 0)
     for batch in batches(data, options.batch_tokens, options.batch_examples, seed=seed):
         optimizer.zero_grad(set_to_none=True)
-        if with_labels:
-            loss = moe.model(**batch.inputs(), labels=batch.labels_B_S, use_cache=False).loss
-        else:
-            loss = answer_logits(moe, batch).nll_N.sum() / batch.answer_tokens
+        here = batch.to(moe.device)
+        with autocast():
+            if with_labels:
+                loss = moe.model(**here.inputs(), labels=here.labels_B_S, use_cache=False).loss
+            else:
+                loss = answer_logits(moe, here).nll_N.sum() / batch.answer_tokens
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
         float(loss.detach())
@@ -90,24 +96,46 @@ def federated(moe: MoEModel, data: list[Encoded], config: Config, folder: Path) 
     client = ClientData("client", data, None, ClientMemory(folder))
     trainer = Trainer(moe, None, config.algorithm.build(), config)
     uniform_L_E = torch.full((moe.layout.layers, moe.experts), 1 / moe.experts)
-    remembered = {"prob_L_E": uniform_L_E}
-    local = trainer._local_round(client, Broadcast(2, {}, {"target_L_E": uniform_L_E}), remembered)
-    fit = LocalFit(trainer, client, local, 2, remembered)
-    fit.run()
+    kept = Kept(uniform_L_E)
+    local = trainer._local_round(client, Broadcast(2, {}, {"target_L_E": uniform_L_E}), kept)
+    LocalFit(moe, trainer.algorithm, config, client, local, 2, kept).run()
+
+
+def settle(moe: MoEModel) -> None:
+    """Wait for the GPU."""
+    if moe.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def profiled(moe: MoEModel, run: Callable[[], None]) -> str:
+    """Where the time of one epoch goes, operation by operation."""
+    gpu = moe.device.type == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if gpu else [])]
+    with torch.profiler.profile(activities=kinds) as profile:
+        run()
+        settle(moe)
+    averages = profile.key_averages()
+    orders = ("self_cuda_time_total", "self_cpu_time_total") if gpu else ("self_cpu_time_total",)
+    return "\n".join(averages.table(sort_by=order, row_limit=25, max_name_column_width=60) for order in orders)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=[*MODELS, "both"], default="both")
+    parser.add_argument("--model", default="both", help=f"{', '.join(MODELS)}, both, or a folder")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, or auto")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of `fedalign run`")
+    parser.add_argument("--profile", metavar="FILE", help="write what takes the time of the client step")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--examples", type=int, default=96)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    arguments.device = pick_device(arguments.device)
+    gpu = f"{torch.cuda.get_device_name()}, " if arguments.device.startswith("cuda") else ""
     print(
-        f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, "
+        f"{gpu}{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, seed {arguments.seed}, {arguments.repeats} repeats"
     )
     for name in MODELS if arguments.model == "both" else [arguments.model]:
@@ -117,17 +145,21 @@ def main() -> None:
 def measure(name: str, arguments: argparse.Namespace) -> None:
     """All variants on one model."""
     torch.manual_seed(arguments.seed)
-    moe = MoEModel.wrap(MODELS[name]())
+    config = load_config(None, arguments.set)
+    moe = (
+        MoEModel.wrap(MODELS[name](), config.tuning, device=arguments.device)
+        if name in MODELS
+        else load_model(name, device=arguments.device, tuning=config.tuning)
+    )
     data = examples(arguments.examples, moe.model.config.vocab_size, arguments.seed)
     tokens = sum(len(example.input_ids) for example in data)
     start = {group: value.clone() for group, value in moe.read().items()}
     with tempfile.TemporaryDirectory() as folder:
 
         def client_step(algorithm: str) -> Callable[[], None]:
-            config = load_config(None, [f"algorithm.name={algorithm}"])
-            return lambda: federated(moe, data, config, Path(folder))
+            chosen = load_config(None, [*arguments.set, f"algorithm.name={algorithm}"])
+            return lambda: federated(moe, data, chosen, Path(folder))
 
-        config = load_config()
         variants: dict[str, Callable[[], None]] = {
             "plain": lambda: plain(moe, data, config, with_labels=False),
             "labels": lambda: plain(moe, data, config, with_labels=True),
@@ -138,10 +170,14 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
         for repeat in range(arguments.repeats + 1):
             for variant, run in variants.items():
                 moe.write(start)
+                settle(moe)
                 began = time.perf_counter()
                 run()
+                settle(moe)
                 if repeat:  # the first warms up
                     seconds[variant].append(time.perf_counter() - began)
+        if arguments.profile:
+            Path(arguments.profile).write_text(profiled(moe, client_step("fedalign_paper")), encoding="utf-8")
     print(
         f"\n{name}: {sum(p.numel() for p in moe.model.parameters()) / 1e6:.1f}M parameters, {tokens:,} tokens an epoch"
     )

@@ -153,7 +153,7 @@ def pretrain(
         ids = next(train)
         output = model(input_ids=ids, output_router_logits=True)
         loss = next_token_loss(output.logits, ids) + BALANCE * balance(output.router_logits, topk)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -294,7 +294,7 @@ def _all_experts(self: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> T
 def _start_lazy_backend() -> None:
     from torch._lazy import ts_backend  # noqa: PLC0415 - private, and of use here alone
 
-    ts_backend.init()  # type: ignore[no-untyped-call]
+    ts_backend.init()
 
 
 @pytest.fixture

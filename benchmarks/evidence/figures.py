@@ -37,7 +37,7 @@ def draw(axes: Axes, part: Part, rate: str) -> None:
         label = labels[-1]
         pairs = []
         for number in rounds:
-            column = Column("", lambda run, number=number: run.history[number].get("accuracy"))  # type: ignore[misc]
+            column = Column("", lambda run, number=number: run.history[number].get("accuracy"))  # type: ignore[misc] # mypy infers no lambda with defaults
             pair = paired_interval(part.values(label, column), part.values(part.baseline, column))
             assert pair is not None
             pairs.append(pair)

@@ -103,7 +103,7 @@ def pretrain(model: OlmoeForCausalLM, texts: Texts, steps: int, learning_rate: f
         task = next_token_loss(output.logits, ids)
         told = information(output.router_logits, sets)
         loss = task + BALANCE * balance(output.router_logits, topk) - specialise * told
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -157,7 +157,7 @@ def instruct(model: OlmoeForCausalLM, rows: Instructions, steps: int, learning_r
         some = [rng.choice(rows.train[name]) for name in rng.choices(sorted(rows.train), k=INSTRUCTIONS)]
         logits_B_V = answer_logits(model, some, model.config.pad_token_id)
         loss = torch.nn.functional.cross_entropy(logits_B_V, torch.tensor([ids[-1] for ids in some]))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -38,7 +38,7 @@ from rich.console import Console
 
 from fedalign.compare import Comparison
 from fedalign.compare.folder import ComparisonFolder
-from fedalign.compare.plan import Choice, ablation, cells, make_request, parse_algorithms, parse_seeds
+from fedalign.compare.plan import Choice, ablation, cells, make_design, parse_algorithms, parse_seeds
 from fedalign.config.toml import load_config
 from fedalign.files import write_text
 from fedalign.moe.load import quiet
@@ -276,13 +276,13 @@ class Place:
         """
         base = load_config(None, [*overrides(part, self.data, self.start), *settings])
         known = ComparisonFolder(folder)
-        before = known.read() if known.request.exists() else None
+        before = known.read() if known.design.exists() else None
         choices, asked = [*part.choices], parse_seeds(seeds)
         if before is not None:
             choices += [choice for choice in before.choices if choice not in choices]
             asked = (*before.seeds, *(seed for seed in asked if seed not in before.seeds))
-        request = make_request(base, choices, {}, asked, tune=False)
-        comparison = Comparison(request, ComparisonFolder(folder), self.jobs, Console(), print)
+        design = make_design(base, choices, {}, asked, tune=False)
+        comparison = Comparison(design, ComparisonFolder(folder), self.jobs, Console(), print)
         outcome = comparison.run()
         if outcome.failed:
             raise SystemExit(f"{folder}: {outcome.failed}")

@@ -186,7 +186,7 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], routers: Iterable[nn.Mo
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
+    model.set_reduce_scatter_unused_params(True)  # type: ignore[operator] # fully_shard has made it an FSDPModule
 
 
 def split(model: nn.Module, blocks: Iterable[nn.Module], places: Mapping[str, str | int] | None = None) -> None:
@@ -201,7 +201,7 @@ def split(model: nn.Module, blocks: Iterable[nn.Module], places: Mapping[str, st
         UserError: It does not fit.
     """
     from accelerate import dispatch_model, infer_auto_device_map  # noqa: PLC0415 - takes a second to import
-    from accelerate.utils import get_balanced_memory  # noqa: PLC0415
+    from accelerate.utils import get_balanced_memory  # noqa: PLC0415 - as above
 
     if places is None:
         together = sorted({type(block).__name__ for block in blocks})

@@ -7,13 +7,16 @@ A round is *plan, then sum*::
     client -> server   Hello       once: versions and hashes that must agree before a client may take part
     client -> server   Start       once, from one client: the weights that the first round starts from
     server -> client   Broadcast   weights (in wire precision) and the algorithm's state
-    client -> server   Statistics  about 1 MB of sums over tokens; never a token, never text
+    client -> server   Statistics  sums over tokens: those that the algorithm asks for, and no others
     server -> client   Request     the parameter groups whose planned weight is not zero
     client -> server   Update      those groups' updates (in wire precision)
     server -> client   Broadcast   the new weights, to be scored on the client's held-out part
     client -> server   Evaluation  loss and accuracy there, and the number of examples
 
 Start travels only where the server holds no model; in one process, neither Hello nor Start does.
+
+The second half of this page is the seam: what an algorithm is (`Algorithm`), what it sees of a round (`Reports`,
+`Step`, `LocalRound`) and how a round reaches the clients (`Federation`).
 
 Axis legend, used in names everywhere (``prob_L_E`` has shape [L, E]):
 
@@ -24,19 +27,25 @@ Axis legend, used in names everywhere (``prob_L_E`` has shape [L, E]):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-import torch
-from torch import Tensor
+from fedalign.maths import torch
 
-PROTOCOL = 3  # of these messages; sites that speak another are refused
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PROTOCOL = 4  # of these messages; sites that speak another are refused
 Kind = Literal["shared", "gate", "expert"]
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus", "unknown"]
 WireDtype = Literal["float32", "bfloat16", "int8"]
+ServerOptimizer = Literal["average", "sgd", "adam", "yogi", "fedexp"]
 Stage = Literal["join", "train", "update", "evaluate"]
+Ask = Literal["margins", "centroids", "directions", "tokens", "met", "probabilities", "data"]  # see `Algorithm.asks`
+KINDS: tuple[Kind, ...] = get_args(Kind)
+SKETCHES: frozenset[Ask] = frozenset({"centroids", "directions"})  # what pictures of a round's health are drawn from
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -52,8 +61,9 @@ class ParameterGroup:
 
 
 SHARED = ParameterGroup("shared")
-Weights = dict[ParameterGroup, Tensor]  # group -> flat float32 [N]
-State = dict[str, Tensor]  # an algorithm's state between rounds: named tensors, broadcast and checkpointed
+Shape = tuple[tuple[int, ...], str]  # and the name of the type
+Weights = dict[ParameterGroup, "Tensor"]  # group -> flat float32 [N]
+State = dict[str, "Tensor"]  # an algorithm's state between rounds: named tensors, broadcast and checkpointed
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,7 @@ class Layout:
     sizes: Mapping[ParameterGroup, int]
     factors: Mapping[ParameterGroup, tuple[Factors, ...]] = field(default_factory=dict)
     token_rows: tuple[TokenRows, ...] = ()  # embeddings and head, as far as they are trained; tied ones once
+    softmax_L: tuple[bool, ...] = ()  # whose routing stays if one vector is added to all router rows; empty: nobody's
 
     @property
     def token_cells(self) -> tuple[int, int]:
@@ -181,24 +192,28 @@ class Statistics:
 
     An expert that fewer than `min_tokens` tokens (or fewer than 4 examples) reached is withheld: load and centroid
     are zero, it counts as not held. Updates and centroids travel as seeded random projections (`maths.sketch`) in
-    half precision; update sketches are scaled to unit norm, their true norms are in `norm_G`.
+    half precision; update sketches are scaled to unit norm, their true norms are in `norm_G`. What nobody asked for is
+    not computed and stays empty: all its axes have length 0.
     """
 
     client: str
     round: int
     examples: int  # n_c: training examples used in this round
     tokens: int  # non-padding tokens behind the routing statistics
+    steps: int  # optimizer steps of the round
+    learning_rate: float  # that they began with
     loss: float  # mean training loss per answer token, nats
     prob_L_E: Tensor  # float32: mean router probability [P]
     load_L_E: Tensor  # float32: tokens with e among their top-k [P]
-    margin_L_E: Tensor  # float32: mean decision margin [P idea, O formula]
-    centroid_L_E_D: Tensor  # float16 times centroid_scale_L: sketch of the mean router input [P; the sketch is O]
-    centroid_scale_L: Tensor  # float32
-    update_L_E_S: Tensor  # float16, unit norm (or zero): sketch of the expert's update [P; the sketch is O]
     norm_G: Tensor  # float32: Euclidean norm of each group's update, checked again on arrival [O]
-    token_count_M_V: Tensor  # float32: how often each token was read, or was an answer; [0, 0] if nobody asks [O]
+    margin_L_E: Tensor  # asks "margins"; float32: mean decision margin [P idea, O formula]
+    centroid_L_E_D: Tensor  # "centroids"; float16 times centroid_scale_L: sketch of the mean router input [P; sketch O]
+    centroid_scale_L: Tensor  # "centroids"; float32
+    update_L_E_S: Tensor  # "directions"; float16, unit norm (or zero): sketch of the expert's update [P; sketch O]
+    token_count_M_V: Tensor  # "tokens"; float32: how often each token was read, or was an answer [O]
+    token_met_M_B: Tensor  # "met"; uint8: a bit for each token that was, eight to a byte, the lowest first [O]
     frozen: tuple[ParameterGroup, ...] = ()  # what a small client did not train: it counts for nothing in them
-    metrics: Mapping[str, float] = field(default_factory=dict)  # names carry their units
+    metrics: Mapping[str, float] = field(default_factory=dict)  # names carry their units; no algorithm reads them
 
     @property
     def held_L_E(self) -> Tensor:
@@ -208,7 +223,27 @@ class Statistics:
     @property
     def nbytes(self) -> int:
         """Bytes on the wire."""
-        return 24 + 8 * len(self.metrics) + sum(v.nbytes for v in vars(self).values() if isinstance(v, Tensor))
+        return 40 + 8 * len(self.metrics) + sum(v.nbytes for v in vars(self).values() if isinstance(v, torch.Tensor))
+
+
+def asked_shapes(layout: Layout, asks: Set[Ask], centroid_width: int, update_width: int) -> dict[str, Shape]:
+    """Shape and type of each tensor of `Statistics` when `asks` is asked for."""
+    cells, (matrices, tokens) = (layout.layers, layout.experts), layout.token_cells
+    every: dict[str, tuple[Ask | None, tuple[int, ...], str]] = {
+        "prob_L_E": (None, cells, "float32"),
+        "load_L_E": (None, cells, "float32"),
+        "norm_G": (None, (len(layout.groups),), "float32"),
+        "margin_L_E": ("margins", cells, "float32"),
+        "centroid_L_E_D": ("centroids", (*cells, centroid_width), "float16"),
+        "centroid_scale_L": ("centroids", (layout.layers,), "float32"),
+        "update_L_E_S": ("directions", (*cells, update_width), "float16"),
+        "token_count_M_V": ("tokens", (matrices, tokens), "float32"),
+        "token_met_M_B": ("met", (matrices, -(-tokens // 8)), "uint8"),
+    }
+    return {
+        name: (shape if ask is None or ask in asks else (0,) * len(shape), dtype)
+        for name, (ask, shape, dtype) in every.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -218,8 +253,11 @@ class Plan:
     new[g] = old[g] + Σ_c weight[c, g] · factor[c, g] · Δ_c[g], normalised by the weight that arrived. Factors clip,
     stretch or turn an update and never enter the normaliser. Zero weight: the group is never uploaded.
 
-    A stream is a second sum over the same updates, which travel once: Σ_c weight · stream · Δ, normalised alike. It is
-    handed to the algorithm's `apply`.
+    A stream is a second sum over the same updates, which travel once: Σ_c weight · stream · Δ, normalised alike. `then`
+    makes the state of the next round of them, in place of `state`.
+
+    With `centred`, each client's update of a softmax router has its mean over experts taken off before it is summed:
+    one vector added to all rows changes no routing, but weighted row by row it would become noise [O].
 
     Rows of the layout's `token_rows` may have weights of their own: a matrix whose row is a token's is averaged, token
     by token, over those who have met it.
@@ -228,9 +266,12 @@ class Plan:
     clients: tuple[str, ...]
     weight_C_G: Tensor  # float32, non-negative; a column sums to 1, or to 0 if nobody's update is wanted
     factor_C_G: Tensor | None = None  # float32; None: ones
-    metrics: Mapping[str, float] = field(default_factory=dict)  # what the algorithm has to say about the round
-    streams: Mapping[str, Tensor] = field(default_factory=dict)  # name -> float32 [C, G]
     token_weight_C_M_V: Tensor | None = None  # float32, columns sum to 1: in place of the weight in `shared` there
+    centred: bool = False
+    streams: Mapping[str, Tensor] = field(default_factory=dict)  # name -> float32 [C, G]
+    state: State = field(default_factory=dict)  # the algorithm's, for the next round
+    then: Callable[[Mapping[str, Weights]], State] | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what the algorithm has to say about the round
 
     def without(self, frozen: Mapping[str, Sequence[ParameterGroup]], layout: Layout) -> Plan:
         """The same plan with no weight for groups that a client did not train, shared out among those who did."""
@@ -245,9 +286,17 @@ class Plan:
         return replace(self, weight_C_G=weight_C_G * stretch_G)
 
     def requests(self, round: int, layout: Layout) -> list[Request]:
-        """What to ask of each client: its groups of nonzero weight that train anything."""
+        """What to ask of each client: its groups of nonzero weight that train anything.
+
+        Of a router that is to be centred, all rows, if any is wanted.
+        """
         trains_G = torch.tensor([layout.sizes[group] > 0 for group in layout.groups])
-        wanted_C_G = (self.weight_C_G > 0) & trains_G
+        wanted_C_G = self.weight_C_G > 0
+        if self.centred and any(layout.softmax_L):
+            shared_C, gate_C_L_E, expert_C_L_E = layout.split(wanted_C_G)
+            whole_C_L_1 = gate_C_L_E.any(-1, keepdim=True) & torch.tensor(layout.softmax_L).unsqueeze(-1)
+            wanted_C_G = layout.table(shared_C, gate_C_L_E | whole_C_L_1, expert_C_L_E)
+        wanted_C_G = wanted_C_G & trains_G
         return [
             Request(client, round, tuple(layout.groups[i] for i in wanted.nonzero().flatten().tolist()))
             for client, wanted in zip(self.clients, wanted_C_G, strict=True)
@@ -315,70 +364,100 @@ class Step:
     prob_L_E: Tensor | None  # this client's own routing distribution when it last took part
 
 
+@dataclass(frozen=True)
+class Reports:
+    """The statistics of a round's C clients, stacked: what a plan is made of."""
+
+    of: Sequence[Statistics]
+    layout: Layout
+    members: int  # of the federation, asked or not
+
+    @cached_property
+    def examples_C(self) -> Tensor:
+        """n_c, float64."""
+        return torch.tensor([report.examples for report in self.of], dtype=torch.float64)
+
+    @cached_property
+    def share_C(self) -> Tensor:
+        """n_c / Σ n, float32."""
+        return (self.examples_C / self.examples_C.sum().clamp_min(1)).float()
+
+    @cached_property
+    def held_C_L_E(self) -> Tensor:
+        """Boolean: who reported which expert."""
+        return self.stack("load_L_E") > 0
+
+    def stack(self, name: str) -> Tensor:
+        """One field of all clients, clients first; half precision becomes float32."""
+        return torch.stack([getattr(report, name) for report in self.of]).float()
+
+    def column(self, name: str) -> Tensor:
+        """A number of each client, float64 [C]."""
+        return torch.tensor([getattr(report, name) for report in self.of], dtype=torch.float64)
+
+    def plan(self, gate_C_L_E: Tensor | None = None, expert_C_L_E: Tensor | None = None, **more: Any) -> Plan:
+        """These weights, by data size where none are given. Router rows with weights of their own are centred."""
+        by_size_C_L_E = self.share_C[:, None, None].expand(-1, self.layout.layers, self.layout.experts)
+        gate, expert = (by_size_C_L_E if table is None else table.float() for table in (gate_C_L_E, expert_C_L_E))
+        weight_C_G = self.layout.table(self.share_C, gate, expert)
+        clients = tuple(report.client for report in self.of)
+        return Plan(clients, weight_C_G, **({"centred": gate_C_L_E is not None} | more))
+
+
 @dataclass
 class LocalRound:
     """One client's round on the client, as an algorithm may see and change it. Weights are flat float32, by group."""
 
-    client: str
     received: Weights  # what the server sent
     start: Weights  # what training starts from: received, but for the client's own private groups
     state: Mapping[str, Tensor]  # the algorithm's broadcast state
-    kept: Mapping[str, Tensor]  # what `end` kept when the client last took part; empty at first
+    kept: Mapping[str, Tensor]  # what `keep` kept when the client last took part; empty at first
     last_update: Callable[[], Weights]  # the update of that round; empty at first
     learning_rate: float
+    shift: Weights = field(default_factory=dict)  # added to the gradients at every step
+    steps: int = 0  # that were taken; `keep` may read it
+
+
+Mix = Callable[
+    ["Tensor", "Tensor", "Tensor"], "Tensor"
+]  # server's log p [N, V], own log p [N, V], score [N, 1] -> log p
 
 
 class Algorithm(Protocol):
-    """An algorithm is a plan, and maybe more: `algorithms.fedavg.FedAvg` has a default for all but the plan.
+    """An algorithm is a plan, and maybe more: `algorithms.fedavg.FedAvg` has a default for everything.
 
-    Options are fields of a frozen dataclass. `plan` and `apply` run on the server, the others on clients; each of them
-    has a copy of its own, so nothing may be kept in the object.
+    Options are fields of a frozen dataclass. `plan` runs on the server, the others on clients; each of them has a copy
+    of its own, so nothing may be kept in the object.
     """
 
     @property
-    def centre_gates(self) -> bool:
-        """Whether clients subtract the mean over experts from their router rows' updates (softmax routers only)."""
+    def asks(self) -> Set[Ask]:
+        """What leaves a client for the plan's sake, beside its data size, loss, mean routing, loads and norms.
+
+        "margins", "centroids", "directions" (of experts' updates), "tokens" (counts), "met" (a bit a token): fields of
+        `Statistics`. "probabilities": nothing more, but routers must show how they score. "data": all of it, to be
+        pooled; only where all clients are in one process.
+        """
 
     @property
-    def pooled(self) -> bool:
-        """Whether one client is to hold everybody's data: a bound to compare with, not a federation."""
+    def private(self) -> Set[Kind]:
+        """Kinds of groups in which each client goes on from its own values; they are summed for the global model."""
 
     @property
-    def mixes(self) -> bool:
-        """Whether each client also trains a model of its own and mixes it with the server's (`client.mixture`)."""
+    def mix(self) -> Mix | None:
+        """How each client mixes the server's model with one of its own, which it then trains; None: it has none."""
 
-    @property
-    def counts_tokens(self) -> bool:
-        """Whether clients are to report how often they met each token."""
-
-    @property
-    def corrects(self) -> bool:
-        """Whether `correct` is to be called."""
-
-    @property
-    def spans_rounds(self) -> bool:
-        """Whether clients set values of one round against those of another: not where factors are made anew."""
-
-    def plan(self, reports: Sequence[Statistics], layout: Layout, state: State) -> tuple[Plan, State]:
-        """Weights for this round's updates, and the state for the next round."""
-
-    def apply(self, state: State, sums: Mapping[str, Weights], layout: Layout, members: int) -> State:
-        """The state for the next round, from the plan's and the sums of the plan's streams over `members` clients."""
-
-    def penalty(self, step: Step) -> Tensor | None:
-        """A differentiable scalar added to the task loss, or None for none."""
-
-    def private(self, group: ParameterGroup) -> bool:
-        """Whether each client goes on from its own values of the group instead of the server's."""
+    def plan(self, reports: Reports, state: State) -> Plan:
+        """On the server: who counts for how much, and the state for the next round."""
 
     def begin(self, local: LocalRound) -> None:
-        """Before training: may change entries of `local.start`."""
+        """On a client, before training: may change `local.start` and `local.shift`."""
 
-    def correct(self, local: LocalRound, gradients: Mapping[ParameterGroup, Sequence[Tensor]]) -> None:
-        """Before each optimizer step: may change gradients in place. Pieces of a group make up its flat vector."""
+    def penalty(self, step: Step) -> Tensor | None:
+        """On a client, at each step: a differentiable scalar added to the task's loss, or None."""
 
-    def end(self, local: LocalRound, update: Weights, steps: int) -> Mapping[str, Tensor]:
-        """After training: what the client keeps for its next round. `update` is trained minus start."""
+    def keep(self, local: LocalRound, update: Weights) -> Mapping[str, Tensor]:
+        """On a client, after training: what it keeps for its next round. `update` is trained minus start."""
 
 
 class Accumulator(Protocol):

@@ -25,6 +25,15 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.1f} TB"
 
 
+def nats(loss: float | None) -> str:
+    """A loss with three decimals.
+
+    >>> nats(0.6931), nats(None)
+    ('0.693', '-')
+    """
+    return "-" if loss is None else f"{loss:.3f}"
+
+
 def clock(seconds: float) -> str:
     """Seconds as m:ss or h:mm:ss.
 

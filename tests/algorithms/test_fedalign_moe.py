@@ -1,4 +1,4 @@
-"""FedAlign-MoE by hand, as the paper has it and by its defaults: plans, rare experts, the target, the penalty."""
+"""FedAlign-MoE by hand, by its defaults, to the letter and by use: plans, rare experts, the target, the penalty."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, tensor
 from torch.testing import assert_close
 
+from fedalign import testing
 from fedalign.algorithms import fedalign_moe as module
+from fedalign.algorithms.by_use import ByUse
 from fedalign.algorithms.fedalign_moe import FedAlignMoE
 from fedalign.algorithms.fedalign_paper import FedAlignPaper
 from fedalign.maths.routing import Overlap, alignment_strength, routing_penalty
 from fedalign.protocol import LayerRouting, Layout, Statistics, Step, TokenRows
-from tests.algorithms.conftest import Report
+from tests.algorithms.conftest import Report, planned
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def pair(report: Report) -> list[Statistics]:
 
 
 def columns(layout: Layout, reports: list[Statistics], algorithm: FedAlignMoE) -> tuple[Tensor, Tensor, Tensor]:
-    plan, _ = algorithm.plan(reports, layout, {})
+    plan = planned(algorithm, reports, layout)
     shared_C, gate_C_L_E, expert_C_L_E = layout.split(plan.weight_C_G)
     assert_close(plan.weight_C_G.sum(dim=0), torch.ones(5))
     return shared_C, gate_C_L_E[:, 0], expert_C_L_E[:, 0]
@@ -44,20 +46,20 @@ def test_the_plan_by_hand(layout: Layout, pair: list[Statistics]) -> None:
 
 
 def test_the_target_is_the_weighted_routing(layout: Layout, pair: list[Statistics]) -> None:
-    _, state = FedAlignPaper(max_weight=1.0).plan(pair, layout, {})
+    state = planned(FedAlignPaper(max_weight=1.0), pair, layout).state
     mixed = tensor([[0.75 * 0.6 + 0.25 * 0.2, 0.2 * 0.4 + 0.8 * 0.8]])
     assert_close(state["target_L_E"], mixed / mixed.sum())
 
 
 def test_momentum_keeps_a_share_of_the_old_target(layout: Layout, pair: list[Statistics]) -> None:
     old = {"target_L_E": tensor([[0.9, 0.1]]), "other": tensor(3.0)}
-    fresh = FedAlignPaper().plan(pair, layout, old)[1]
-    slow = FedAlignPaper(target_momentum=0.75).plan(pair, layout, old)[1]
+    fresh = planned(FedAlignPaper(), pair, layout, old).state
+    slow = planned(FedAlignPaper(target_momentum=0.75), pair, layout, old).state
     assert_close(slow["target_L_E"], 0.75 * old["target_L_E"] + 0.25 * fresh["target_L_E"])
-    assert slow["other"] == 3.0
+    assert set(slow) == {"target_L_E"}  # what a plan does not say is gone
     # the first round has nothing to keep
-    first = FedAlignPaper(target_momentum=0.75).plan(pair, layout, {})[1]
-    assert_close(first["target_L_E"], FedAlignPaper().plan(pair, layout, {})[1]["target_L_E"])
+    first = planned(FedAlignPaper(target_momentum=0.75), pair, layout).state
+    assert_close(first["target_L_E"], planned(FedAlignPaper(), pair, layout).state["target_L_E"])
 
 
 def test_round_one_measures_overlap_with_the_mean_by_data(layout: Layout, pair: list[Statistics]) -> None:
@@ -81,8 +83,8 @@ def test_gate_options(layout: Layout, pair: list[Statistics]) -> None:
     # 30 and 10 examples: .75·3 : .25·1 and .2·3 : .8·1
     sized = columns(layout, pair, FedAlignPaper(size_weighted=True, max_weight=1.0))[1]
     assert_close(sized, tensor([[0.9, 3 / 7], [0.1, 4 / 7]]))
-    assert FedAlignPaper().centre_gates
-    assert not FedAlignPaper(gate="average").centre_gates
+    assert planned(FedAlignPaper(), pair, layout).centred
+    assert not planned(FedAlignPaper(gate="average"), pair, layout).centred
 
 
 def test_experts_may_be_averaged_for_the_ablation(layout: Layout, pair: list[Statistics]) -> None:
@@ -96,7 +98,7 @@ def test_a_client_of_another_role_is_left_out(layout: Layout, report: Report) ->
     reports = [report(c, 10, *rest, same if c != "d" else other, [[1.0, 0.2], [1.0, 0.2]]) for c in "abcd"]
     expert = columns(layout, reports, FedAlignPaper())[2]
     assert_close(expert, tensor([[1 / 3, 1 / 3]] * 3 + [[0.0, 0.0]]))
-    plan, _ = FedAlignPaper().plan(reports, layout, {})
+    plan = planned(FedAlignPaper(), reports, layout)
     asked = {request.client: {group.kind for group in request.groups} for request in plan.requests(1, layout)}
     assert asked["a"] == {"shared", "gate", "expert"}
     assert asked["d"] == {"shared", "gate"}  # what is left out is never uploaded
@@ -104,7 +106,7 @@ def test_a_client_of_another_role_is_left_out(layout: Layout, report: Report) ->
 
 def test_an_expert_nobody_holds_stays(layout: Layout, pair: list[Statistics]) -> None:
     reports = [replace(report, load_L_E=tensor([[50.0, 0.0]])) for report in pair]
-    plan, _ = FedAlignPaper().plan(reports, layout, {})
+    plan = planned(FedAlignPaper(), reports, layout)
     _, gate, expert = layout.split(plan.weight_C_G)
     assert_close(expert[:, 0, 1], torch.zeros(2))
     assert_close(gate[:, 0, 1], torch.full((2,), 0.5))  # its router row goes on with everyone's
@@ -116,42 +118,31 @@ def test_a_rare_expert_is_clipped_to_the_median_norm_of_its_layer(layout: Layout
         replace(pair[0], norm_G=tensor([9.0, 9, 9, 1, 8])),
         replace(pair[1], norm_G=tensor([9.0, 9, 9, 2, 7]), load_L_E=tensor([[50.0, 0.0]])),
     ]
-    plan, _ = FedAlignPaper().plan(reports, layout, {})
+    plan = planned(FedAlignPaper(), reports, layout)
     assert plan.factor_C_G is not None
     assert_close(plan.factor_C_G[0], tensor([1.0, 1, 1, 1, 0.25]))
     assert_close(plan.weight_C_G[:, 4], tensor([1.0, 0.0]))
-    assert FedAlignPaper(min_holders=1).plan(reports, layout, {})[0].factor_C_G is None
-    assert FedAlignPaper(experts="average").plan(reports, layout, {})[0].factor_C_G is None
+    assert planned(FedAlignPaper(min_holders=1), reports, layout).factor_C_G is None
+    assert planned(FedAlignPaper(experts="average"), reports, layout).factor_C_G is None
     # with all of them rare, the even number of norms 1, 2, 8: still 2; without b: 1 and 8, their middle 4.5
-    all_rare = FedAlignPaper(min_holders=5).plan(reports, layout, {})[0].factor_C_G
+    all_rare = planned(FedAlignPaper(min_holders=5), reports, layout).factor_C_G
     assert all_rare is not None
     assert_close(all_rare[:, 3:], tensor([[1.0, 0.25], [1.0, 2 / 7]]))
-    alone = FedAlignPaper().plan(reports[:1], layout, {})[0].factor_C_G
+    alone = planned(FedAlignPaper(), reports[:1], layout).factor_C_G
     assert alone is not None
     assert_close(alone[0, 3:], tensor([1.0, 4.5 / 8]))
 
 
 def test_the_plan_follows_a_permutation_of_clients_and_does_not_depend_on_the_slices(
-    layout: Layout, report: Report, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    generator = torch.Generator().manual_seed(0)
-    reports = [
-        report(
-            str(c),
-            10 + c,
-            torch.rand(2, generator=generator).softmax(0).tolist(),
-            [50.0, 40.0 + c],
-            torch.rand(2, generator=generator).tolist(),
-            torch.randn(2, 4, generator=generator).tolist(),
-            torch.randn(2, 4, generator=generator).tolist(),
-        )
-        for c in range(5)
-    ]
-    plan, _ = FedAlignPaper().plan(reports, layout, {})
-    reverse, _ = FedAlignPaper().plan(reports[::-1], layout, {})
+    seen = testing.reports(clients=5)
+    plan = planned(FedAlignPaper(), seen.of, seen.layout)
+    reverse = planned(FedAlignPaper(), seen.of[::-1], seen.layout)
+    assert reverse.clients == plan.clients[::-1]
     assert_close(reverse.weight_C_G, plan.weight_C_G.flip(0))
     monkeypatch.setattr(module, "PAIRS", 1)
-    assert_close(FedAlignPaper().plan(reports, layout, {})[0].weight_C_G, plan.weight_C_G)
+    assert_close(planned(FedAlignPaper(), seen.of, seen.layout).weight_C_G, plan.weight_C_G)
 
 
 def routing(tokens: int, seed: int) -> LayerRouting:
@@ -220,27 +211,106 @@ def test_the_defaults_by_hand(layout: Layout, pair: list[Statistics]) -> None:
     algorithm = FedAlignMoE()
     shared, gate, expert = columns(layout, pair, algorithm)
     assert_close(shared, tensor([0.75, 0.25]))
+    # ω ∝ n·p·m: 30·.6·.5 : 10·.2·.5 = 9 : 1 and 30·.4·.1 : 10·.8·.2 = 1.2 : 1.6, both capped at a half
+    assert_close(gate, torch.full((2, 2), 0.5))
+    # a pair agrees or opposes for both alike, and nobody is left out: by size, 22.5 : 5 and 7.5 : 5
+    assert_close(expert, tensor([[22.5 / 27.5, 0.6], [5 / 27.5, 0.4]]), atol=1e-3, rtol=0)
+    plan = planned(algorithm, pair, layout)
+    assert plan.centred
+    assert plan.factor_C_G is None  # both hold both experts
+    assert_close(plan.state["target_L_E"], tensor([[0.5 * 0.6 + 0.5 * 0.2, 0.5 * 0.4 + 0.5 * 0.8]]))
+    assert algorithm.asks == {"probabilities", "margins", "centroids", "directions", "tokens"}
+    # λ = .1 times the divergence of the batch's mean routing, (.5, .5) from (.4, .6), pulled on by α
+    logits = torch.zeros(3, 2)
+    seen = LayerRouting(logits, tensor([[0], [1], [0]]), "softmax")
+    pull = alignment_strength(tensor([0.5, 0.5]), tensor([0.4, 0.6]))
+    batch = routing_penalty(logits, seen.topk_T_K, tensor([0.4, 0.6]), pull, "batch", "bregman")
+    assert float(batch) > 0
+    assert_close(algorithm.penalty(step_of([seen], plan.state["target_L_E"])), 0.1 * batch)
+
+
+def test_less_agreement_counts_for_less_and_opposition_for_nothing(layout: Layout, report: Report) -> None:
+    rest = ([0.5, 0.5], [50, 50], [0.1, 0.1], [[1.0, 0.0], [0.0, 1.0]])
+    moves = {"a": [[1.0, 0.0]] * 2, "b": [[1.0, 0.0]] * 2, "c": [[0.0, 1.0], [-1.0, 0.0]]}
+    expert = columns(layout, [report(c, 10, *rest, move) for c, move in moves.items()], FedAlignMoE())[2]
+    # expert 0: D = 1, 0, 0; a and b agree by (1 + (1 + 0) / 2) / 2 = .75, c by .5: .75 : .75 : .5
+    assert_close(expert[:, 0], tensor([0.375, 0.375, 0.25]), atol=1e-3, rtol=0)
+    # expert 1: D = 1, -1, -1: a and b .5, c 0
+    assert_close(expert[:, 1], tensor([0.5, 0.5, 0.0]), atol=1e-3, rtol=0)
+
+
+def test_use_alone_by_hand(layout: Layout, pair: list[Statistics]) -> None:
+    algorithm = ByUse()
+    shared, gate, expert = columns(layout, pair, algorithm)
+    assert_close(shared, tensor([0.75, 0.25]))
     assert_close(gate, tensor([[0.75, 0.75], [0.25, 0.25]]))
     assert_close(expert, tensor([[22.5 / 27.5, 7.5 / 12.5], [5 / 27.5, 5 / 12.5]]))
-    assert algorithm.counts_tokens
-    assert not algorithm.centre_gates
+    assert algorithm.asks == {"tokens"}
+    plan = planned(algorithm, pair, layout, {"target_L_E": torch.ones(1, 2) / 2})
+    assert not plan.centred
+    assert plan.state == {}
     assert algorithm.penalty(step_of([routing(3, 0)], torch.ones(1, 4) / 4)) is None
+    alone = [replace(pair[0], norm_G=tensor([9.0, 9, 9, 1, 8])), replace(pair[1], load_L_E=tensor([[50.0, 0.0]]))]
+    assert planned(algorithm, alone, layout).factor_C_G is None  # no clip by what others did
 
 
-def test_the_papers_defaults_are_options_of_ours() -> None:
-    paper = FedAlignMoE(reg_strength=0.1, gate="rows", experts="semantic", vocabulary="average")
+def test_the_papers_defaults_and_use_alone_are_options_of_ours() -> None:
+    paper = FedAlignMoE(granularity="token", form="kl", size_weighted=False, min_agreement=0.5, vocabulary="average")
     assert vars(FedAlignPaper()) == vars(paper)
+    assert vars(ByUse()) == vars(FedAlignMoE(reg_strength=0.0, gate="average", experts="load", min_holders=1))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "asks"),
+    [
+        (FedAlignPaper(), {"probabilities", "margins", "centroids", "directions"}),
+        (FedAlignMoE(vocabulary="clients"), {"probabilities", "margins", "centroids", "directions", "met"}),
+        (FedAlignMoE(gate_weights="uniform", vocabulary="average"), {"probabilities", "centroids", "directions"}),
+        (FedAlignMoE(experts="load", vocabulary="average"), {"probabilities", "margins"}),
+        (
+            FedAlignMoE(gate="average", experts="average", vocabulary="average"),
+            {"probabilities", "margins"},
+        ),  # the target is of ω
+        (FedAlignMoE(gate="average", reg_strength=0.0, experts="average", vocabulary="average"), set()),
+    ],
+)
+def test_what_options_need_is_asked_for(algorithm: FedAlignMoE, asks: set[str]) -> None:
+    assert algorithm.asks == asks
+    testing.planned(algorithm, testing.reports(asks=algorithm.asks))  # and is enough
+
+
+def test_a_target_is_made_for_the_penalty_alone(layout: Layout, pair: list[Statistics]) -> None:
+    plan = planned(FedAlignMoE(gate="average", max_weight=1.0), pair, layout)
+    assert_close(layout.split(plan.weight_C_G)[1][:, 0], tensor([[0.75, 0.75], [0.25, 0.25]]))
+    assert not plan.centred
+    mixed = tensor([[0.9 * 0.6 + 0.1 * 0.2, 3 / 7 * 0.4 + 4 / 7 * 0.8]])
+    assert_close(plan.state["target_L_E"], mixed / mixed.sum())
+
+
+def with_rows(layout: Layout) -> Layout:
+    return replace(layout, token_rows=(TokenRows(1, tokens=3, width=1),))
 
 
 def test_token_rows_by_hand(layout: Layout, pair: list[Statistics]) -> None:
     met = [tensor([[60.0, 40.0, 0.0]]), tensor([[25.0, 0.0, 0.0]])]
     reports = [replace(report, token_count_M_V=count) for report, count in zip(pair, met, strict=True)]
-    with_rows = replace(layout, token_rows=(TokenRows(1, tokens=3, width=1),))
-    plan, _ = FedAlignMoE().plan(reports, with_rows, {})
+    plan = planned(ByUse(), reports, with_rows(layout))
     # n·share: token 0 by 30·.6 and 10·1, token 1 by a alone, token 2 by nobody: by data
     expected = tensor([[[18 / 28, 1.0, 0.75]], [[10 / 28, 0.0, 0.25]]])
     assert plan.token_weight_C_M_V is not None
     assert_close(plan.token_weight_C_M_V, expected)
-    assert FedAlignMoE(vocabulary="average").plan(reports, with_rows, {})[0].token_weight_C_M_V is None
-    frozen = FedAlignMoE().plan(pair, layout, {})[0]  # no embedding is trained
+    ours = planned(FedAlignMoE(), reports, with_rows(layout)).token_weight_C_M_V
+    assert ours is not None
+    assert_close(ours, expected)
+    assert planned(ByUse(vocabulary="average"), reports, with_rows(layout)).token_weight_C_M_V is None
+    frozen = planned(ByUse(), pair, layout)  # no embedding is trained
     assert frozen.token_weight_C_M_V is None
+
+
+def test_token_rows_by_who_met_them(layout: Layout, pair: list[Statistics]) -> None:
+    bits = [tensor([[0b011]], dtype=torch.uint8), tensor([[0b001]], dtype=torch.uint8)]
+    reports = [replace(report, token_met_M_B=byte) for report, byte in zip(pair, bits, strict=True)]
+    plan = planned(ByUse(vocabulary="clients"), reports, with_rows(layout))
+    # token 0 by both, 30 : 10; token 1 by a alone; token 2 by nobody: by data
+    assert plan.token_weight_C_M_V is not None
+    assert_close(plan.token_weight_C_M_V, tensor([[[0.75, 1.0, 0.75]], [[0.25, 0.0, 0.25]]]))

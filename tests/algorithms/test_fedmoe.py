@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from fedalign.algorithms.fedmoe import FedMoE
 from fedalign.protocol import Layout, ParameterGroup, Statistics
-from tests.algorithms.conftest import Report
+from tests.algorithms.conftest import Report, planned
 
 REST = ([0.1, 0.1], [[1.0, 0.0], [0.0, 1.0]], [[1.0], [1.0]])
 
@@ -28,7 +28,7 @@ def trio(report: Report) -> list[Statistics]:
 
 def columns(layout: Layout, reports: list[Statistics]) -> tuple[Tensor, Tensor, Tensor]:
     """Shared [C], router rows [C, E] and experts [C, E] of the plan."""
-    plan, _ = FedMoE().plan(reports, layout, {})
+    plan = planned(FedMoE(), reports, layout)
     shared_C, gate_C_L_E, expert_C_L_E = layout.split(plan.weight_C_G)
     return shared_C, gate_C_L_E[:, 0], expert_C_L_E[:, 0]
 
@@ -39,16 +39,16 @@ def test_experts_are_averaged_by_data_among_their_holders(layout: Layout, trio: 
     # expert 0: 30 : 10 : 60; expert 1: 30 : 10 among a and b alone
     assert_close(expert, tensor([[0.3, 0.75], [0.1, 0.25], [0.6, 0.0]]))
     assert torch.equal(gate, expert)  # router rows follow their expert
-    assert FedMoE().centre_gates
+    assert planned(FedMoE(), trio, layout).centred
 
 
 def test_what_was_planned_for_nobody_is_never_uploaded(layout: Layout, trio: list[Statistics]) -> None:
-    plan, state = FedMoE().plan(trio, layout, {"kept": tensor(1.0)})
+    plan = planned(FedMoE(), trio, layout, {"left": tensor(1.0)})
     asked = {request.client: request.groups for request in plan.requests(1, layout)}
     assert asked["a"] == layout.groups
     assert set(layout.groups) - set(asked["c"]) == {ParameterGroup("gate", 0, 1), ParameterGroup("expert", 0, 1)}
     assert plan.factor_C_G is None
-    assert state == {"kept": tensor(1.0)}
+    assert plan.state == {}
 
 
 def test_a_single_holder_is_taken_whole(layout: Layout, trio: list[Statistics]) -> None:
@@ -72,7 +72,7 @@ def test_without_any_load_only_the_rest_changes(layout: Layout, trio: list[Stati
 
 
 def test_the_plan_follows_a_permutation_of_clients(layout: Layout, trio: list[Statistics]) -> None:
-    plan, _ = FedMoE().plan(trio, layout, {})
-    turned, _ = FedMoE().plan([trio[i] for i in (2, 0, 1)], layout, {})
+    plan = planned(FedMoE(), trio, layout)
+    turned = planned(FedMoE(), [trio[i] for i in (2, 0, 1)], layout)
     assert turned.clients == ("c", "a", "b")
     assert_close(turned.weight_C_G, plan.weight_C_G[[2, 0, 1]])

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from fedalign.algorithms.fedavg import FedAvg
 from fedalign.algorithms.fedprox import FedProx
 from fedalign.protocol import Layout, Step
-from tests.algorithms.conftest import Report
+from tests.algorithms.conftest import Report, planned
 
 
 def test_the_penalty_is_half_mu_times_the_drift_and_pulls_back() -> None:
@@ -36,5 +36,5 @@ def test_mu_zero_does_not_even_look_at_the_drift() -> None:
 def test_the_plan_is_fedavg(layout: Layout, report: Report) -> None:
     nothing = ([0.5, 0.5], [0.0, 0.0], [0.0, 0.0], [[0.0], [0.0]], [[0.0], [0.0]])
     reports = [report("a", 30, *nothing), report("b", 10, *nothing)]
-    weights = [algorithm.plan(reports, layout, {})[0].weight_C_G for algorithm in (FedProx(), FedAvg())]
+    weights = [planned(algorithm, reports, layout).weight_C_G for algorithm in (FedProx(), FedAvg())]
     assert torch.equal(*weights)

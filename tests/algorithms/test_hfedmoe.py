@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from fedalign.algorithms.hfedmoe import HFedMoE
 from fedalign.protocol import Layout, Statistics
-from tests.algorithms.conftest import Report
+from tests.algorithms.conftest import Report, planned
 
 REST = ([0.1, 0.1], [[1.0, 0.0], [0.0, 1.0]], [[1.0], [1.0]])
 
@@ -30,7 +30,7 @@ def columns(
     layout: Layout, reports: list[Statistics], algorithm: HFedMoE | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shared [C], router rows [C, E] and experts [C, E] of the plan."""
-    plan, _ = (algorithm or HFedMoE()).plan(reports, layout, {})
+    plan = planned(algorithm or HFedMoE(), reports, layout)
     shared_C, gate_C_L_E, expert_C_L_E = layout.split(plan.weight_C_G)
     return shared_C, gate_C_L_E[:, 0], expert_C_L_E[:, 0]
 
@@ -41,7 +41,7 @@ def test_experts_and_rows_are_weighted_by_importance_and_data(layout: Layout, tr
     # expert 0: a 30·.6 = 18, b out (.2 < .375), c 60·.9 = 54; expert 1: a 30·.4 = 12, b 10·.8 = 8, c out (.1 < .375)
     assert_close(expert, tensor([[0.25, 0.6], [0.0, 0.4], [0.75, 0.0]]))
     assert torch.equal(gate, expert)
-    assert HFedMoE().centre_gates
+    assert planned(HFedMoE(), trio, layout).centred
 
 
 def test_the_threshold_is_a_share_of_the_uniform(layout: Layout, trio: list[Statistics]) -> None:
@@ -52,7 +52,7 @@ def test_the_threshold_is_a_share_of_the_uniform(layout: Layout, trio: list[Stat
     strict = columns(layout, trio, HFedMoE(threshold=1.2))[2]
     assert_close(strict, tensor([[0.25, 0.0], [0.0, 1.0], [0.75, 0.0]]))
     # 1.7 / 2 = .85: only expert 0 on c; nobody is asked for expert 1
-    plan, _ = HFedMoE(threshold=1.7).plan(trio, layout, {})
+    plan = planned(HFedMoE(threshold=1.7), trio, layout)
     assert_close(layout.split(plan.weight_C_G)[2][:, 0], tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]))
     assert plan.metrics == {"experts_important_to_nobody": 1}
 
@@ -74,7 +74,7 @@ def test_the_whole_gate_as_in_the_paper(layout: Layout, trio: list[Statistics]) 
     # a .6² + .4² = .52, b .8² = .64, c .9² = .81, for every row; data size does not enter
     assert_close(gate, tensor([[0.52, 0.52], [0.64, 0.64], [0.81, 0.81]]) / 1.97)
     assert_close(expert, tensor([[0.25, 0.6], [0.0, 0.4], [0.75, 0.0]]))
-    assert not HFedMoE(gate="whole").centre_gates
+    assert not planned(HFedMoE(gate="whole"), trio, layout).centred
 
 
 def test_withheld_experts_have_no_say(layout: Layout, trio: list[Statistics]) -> None:
@@ -91,15 +91,15 @@ def test_withheld_experts_have_no_say(layout: Layout, trio: list[Statistics]) ->
 @pytest.mark.parametrize("gate", ["rows", "whole"])
 def test_without_any_load_only_the_rest_changes(layout: Layout, trio: list[Statistics], gate: str) -> None:
     idle = [replace(report, load_L_E=torch.zeros(1, 2)) for report in trio]
-    plan, state = HFedMoE(gate=gate).plan(idle, layout, {"kept": tensor(1.0)})  # type: ignore[arg-type]
+    plan = planned(HFedMoE(gate=gate), idle, layout, {"left": tensor(1.0)})  # type: ignore[arg-type] # pytest's parameters are words of that kind
     assert_close(plan.weight_C_G, tensor([[0.3, 0, 0, 0, 0], [0.1, 0, 0, 0, 0], [0.6, 0, 0, 0, 0]]))
     assert plan.metrics == {"experts_important_to_nobody": 2}
-    assert state == {"kept": tensor(1.0)}
+    assert plan.state == {}
 
 
 @pytest.mark.parametrize("algorithm", [HFedMoE(), HFedMoE(experts="size", gate="whole")])
 def test_the_plan_follows_a_permutation_of_clients(layout: Layout, trio: list[Statistics], algorithm: HFedMoE) -> None:
-    plan, _ = algorithm.plan(trio, layout, {})
-    turned, _ = algorithm.plan([trio[i] for i in (2, 0, 1)], layout, {})
+    plan = planned(algorithm, trio, layout)
+    turned = planned(algorithm, [trio[i] for i in (2, 0, 1)], layout)
     assert turned.clients == ("c", "a", "b")
     assert_close(turned.weight_C_G, plan.weight_C_G[[2, 0, 1]])

@@ -1,6 +1,7 @@
 """Algorithms that do more than plan: by hand where the numbers are small, by their definition on a real tiny model."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from torch.testing import assert_close
 from fedalign.algorithms.fc_moe import RECEIVED, FCMoE
 from fedalign.algorithms.fedalign_moe import FedAlignMoE
 from fedalign.algorithms.local import Local
-from fedalign.algorithms.scaffold import CONTROL, Scaffold
+from fedalign.algorithms.scaffold import CONTROL, Scaffold, split
 from fedalign.client.forward import answer_logits
+from fedalign.client.memory import Kept
 from fedalign.data.batches import batches
 from fedalign.maths.average import StreamingSum
 from fedalign.maths.rounding import pack
 from fedalign.protocol import (
+    KINDS,
     SHARED,
     Broadcast,
     Evaluation,
@@ -23,11 +26,13 @@ from fedalign.protocol import (
     LocalRound,
     Packed,
     ParameterGroup,
+    Reports,
     State,
     Statistics,
     Update,
     Weights,
 )
+from tests.algorithms.conftest import planned
 from tests.algorithms.test_rounds import federation, one_round
 
 EXPERT = ParameterGroup("expert", 0, 0)
@@ -35,7 +40,7 @@ CELLS = [ParameterGroup(kind, 0, e) for kind in ("gate", "expert") for e in rang
 LAYOUT = Layout(1, 2, {SHARED: 1, **dict.fromkeys(CELLS, 2)})
 
 
-def report(client: str, examples: int, experts: list[list[float]], steps: float = 2.0) -> Statistics:
+def report(client: str, examples: int, experts: list[list[float]], steps: int = 2) -> Statistics:
     """Statistics of a client whose experts moved by these vectors of two; sketches are the directions themselves."""
     update_E_S = tensor(experts).float()
     norm_E = update_E_S.norm(dim=1)
@@ -44,6 +49,8 @@ def report(client: str, examples: int, experts: list[list[float]], steps: float 
         round=1,
         examples=examples,
         tokens=100,
+        steps=steps,
+        learning_rate=0.5,
         loss=1.0,
         prob_L_E=tensor([[0.5, 0.5]]),
         load_L_E=tensor([[50.0, 100.0]]),
@@ -53,13 +60,12 @@ def report(client: str, examples: int, experts: list[list[float]], steps: float 
         update_L_E_S=torch.nn.functional.normalize(update_E_S, dim=1).half()[None],
         norm_G=torch.cat([torch.ones(3), norm_E]),
         token_count_M_V=torch.zeros(0, 0),
-        metrics={"steps": steps, "learning_rate": 0.5},
+        token_met_M_B=torch.zeros(0, 0, dtype=torch.uint8),
     )
 
 
 def local_round(received: Weights, **changes: object) -> LocalRound:
-    fields: dict[str, object] = {
-        "client": "a",
+    fields: dict[str, Any] = {
         "received": received,
         "start": dict(received),
         "state": {},
@@ -67,13 +73,13 @@ def local_round(received: Weights, **changes: object) -> LocalRound:
         "last_update": dict,
         "learning_rate": 0.5,
     }
-    return LocalRound(**(fields | changes))  # type: ignore[arg-type]
+    return LocalRound(**(fields | changes))
 
 
 def test_scaffold_by_hand() -> None:
     # a: 1 example, 2 steps of rate 0.5, moved by 3;  b: 3 examples, 4 steps, moved by 1
     reports = [report("a", 1, [[1, 0], [1, 0]], steps=2), report("b", 3, [[1, 0], [1, 0]], steps=4)]
-    plan, state = Scaffold().plan(reports, LAYOUT, {})
+    plan = Scaffold().plan(Reports(reports, LAYOUT, members=4), {})
     assert_close(plan.weight_C_G[:, 0], tensor([0.25, 0.75]))
     total = StreamingSum(LAYOUT, plan, {r.client: torch.full((5,), 9.0) for r in reports}, "float32")
     for client, move in (("a", 3.0), ("b", 1.0)):
@@ -81,34 +87,48 @@ def test_scaffold_by_hand() -> None:
         assert total.add(Update(client, 1, groups)) is None
     old = {group: torch.zeros(LAYOUT.sizes[group]) for group in LAYOUT.groups}
     assert_close(total.result(old)[SHARED], tensor([1.5]))  # (1 * 3 + 3 * 1) / 4
-    state = Scaffold().apply(state, total.streams(), LAYOUT, members=4)
+    assert plan.then is not None
+    state = plan.then(total.streams())
     # mean of 3 / (2 * .5) = 3 and 1 / (4 * .5) = .5 is 1.75; c = 0 - 2/4 * (0 + 1.75)
     assert_close(state[CONTROL], torch.full((9,), -0.875))
-    again = Scaffold().apply(state, total.streams(), LAYOUT, members=4)
-    assert_close(again[CONTROL], torch.full((9,), -0.875 - 0.5 * (-0.875 + 1.75)))
+    again = Scaffold().plan(Reports(reports, LAYOUT, members=4), state)
+    assert again.then is not None
+    assert_close(again.then(total.streams())[CONTROL], torch.full((9,), -0.875 - 0.5 * (-0.875 + 1.75)))
+    assert_close(state[CONTROL], torch.full((9,), -0.875))  # what was handed over stays as it was
+    arrived = {group: value for group, value in total.streams()[CONTROL].items() if group != SHARED}
+    partly = split(again.then({CONTROL: arrived})[CONTROL], LAYOUT.sizes)
+    assert_close(partly[SHARED], tensor([-0.875]))  # what did not arrive keeps its control
+    assert_close(partly[EXPERT], torch.full((2,), -0.875 - 0.5 * (-0.875 + 1.75)))
 
 
 def test_scaffold_on_the_client_by_hand() -> None:
     received = {SHARED: tensor([0.0]), EXPERT: tensor([0.0, 0.0])}
     local = local_round(received, state={CONTROL: tensor([2.0, 3, 1])}, kept={CONTROL: tensor([0.5, 0.5, 0.5])})
-    gradients = {SHARED: (tensor([10.0]),), EXPERT: (tensor([[10.0]]), tensor([10.0]))}
-    Scaffold().correct(local, gradients)  # g - c_i + c
-    assert_close(gradients[SHARED][0], tensor([10.5]))
-    assert_close(gradients[EXPERT][0], tensor([[11.5]]))
-    assert_close(gradients[EXPERT][1], tensor([12.5]))
-    kept = Scaffold().end(local, {SHARED: tensor([1.0]), EXPERT: tensor([0.0, -1.0])}, steps=4)
+    Scaffold().begin(local)  # c - c_i, added to g; experts come first
+    assert_close(local.shift[EXPERT], tensor([1.5, 2.5]))
+    assert_close(local.shift[SHARED], tensor([0.5]))
+    local.steps = 4
+    kept = Scaffold().keep(local, {SHARED: tensor([1.0]), EXPERT: tensor([0.0, -1.0])})
     # c_i - c - update / (4 * .5)
-    assert_close(kept[CONTROL], tensor([0.5 - 2 - 0, 0.5 - 3 + 0.5, 0.5 - 1 - 0.5]))  # experts come first
+    assert_close(kept[CONTROL], tensor([0.5 - 2 - 0, 0.5 - 3 + 0.5, 0.5 - 1 - 0.5]))
     fresh = local_round(received)
-    untouched = {SHARED: (tensor([10.0]),)}
-    Scaffold().correct(fresh, untouched)
-    assert_close(untouched[SHARED][0], tensor([10.0]))
+    Scaffold().begin(fresh)
+    assert fresh.shift == {}  # nothing is known yet
+    fresh.steps = 1
+    first = Scaffold().keep(fresh, {SHARED: tensor([1.0]), EXPERT: tensor([0.0, -1.0])})
+    assert_close(first[CONTROL], tensor([0.0, 2, -2]))  # -update / (1 * .5)
+    late = local_round(received, state={CONTROL: tensor([2.0, 3, 1])})  # its first round, the others' second
+    Scaffold().begin(late)
+    assert_close(late.shift[EXPERT], tensor([2.0, 3]))
+    late.steps = 1
+    joined = Scaffold().keep(late, {SHARED: tensor([1.0]), EXPERT: tensor([0.0, -1.0])})
+    assert_close(joined[CONTROL], tensor([0.0 - 2, 2 - 3, -2 - 1]))
 
 
 def test_fc_moe_by_hand() -> None:
     # expert 0: a moved by (4, 0), b by (-1, 1); expert 1: both by (0, 2)
     reports = [report("a", 1, [[4, 0], [0, 2]]), report("b", 3, [[-1, 1], [0, 2]])]
-    plan, _ = FCMoE(max_stretch=10).plan(reports, LAYOUT, {})
+    plan = planned(FCMoE(max_stretch=10), reports, LAYOUT)
     _, gate_C_L_E, weight_C_L_E = LAYOUT.split(plan.weight_C_G)
     assert_close(gate_C_L_E[:, 0, 0], tensor([0.25, 0.75]))
     # importance: the same frequency, so norms 4 and sqrt(2)
@@ -128,7 +148,7 @@ def test_fc_moe_by_hand() -> None:
 
 def test_fc_moe_stretches_only_so_far_and_unmoved_experts_not_at_all() -> None:
     opposed = [report("a", 1, [[1, 0], [0, 0]]), report("b", 1, [[-0.99, 0], [0, 0]])]
-    plan, _ = FCMoE().plan(opposed, LAYOUT, {})
+    plan = planned(FCMoE(), opposed, LAYOUT)
     assert plan.factor_C_G is not None
     assert_close(LAYOUT.split(plan.factor_C_G)[2][:, 0], tensor([[2.0, 1.0], [2.0, 1.0]]))
     assert bool((LAYOUT.split(plan.weight_C_G)[2][:, 0, 1] == 0).all())  # nobody moved it: it stays
@@ -144,14 +164,14 @@ def test_fc_moe_client_goes_on_with_half_of_its_residual() -> None:
     agreeing = local_round(received, kept=kept, last_update=lambda: {EXPERT: tensor([1.0, 7.0])})
     FCMoE().begin(agreeing)
     assert_close(agreeing.start[EXPERT], received[EXPERT])
-    assert set(FCMoE().end(local, {}, 1)) == {f"{RECEIVED}{EXPERT}"}
-    assert FCMoE(keep=0).end(local, {}, 1) == {}
+    assert set(FCMoE().keep(local, {})) == {f"{RECEIVED}{EXPERT}"}
+    assert FCMoE(residual=0).keep(local, {}) == {}
 
 
 def test_local_uploads_nothing_and_keeps_everything_at_home() -> None:
-    plan, _ = Local().plan([report("a", 1, [[1, 0], [1, 0]])], LAYOUT, {})
+    plan = planned(Local(), [report("a", 1, [[1, 0], [1, 0]])], LAYOUT)
     assert [request.groups for request in plan.requests(1, LAYOUT)] == [()]
-    assert all(Local().private(group) for group in LAYOUT.groups)
+    assert Local().private == set(KINDS)
 
 
 def broadcast(weights: Weights, round: int, state: State | None = None) -> Broadcast:
@@ -219,17 +239,17 @@ def test_a_mixture_learns_beside_a_server_model_that_stays(tmp_path: Path) -> No
         mine = engine.trainer.train(data, broadcast(start, number))
         theirs = plain.trainer.train(plain.clients["a"], broadcast(start, number))
         assert torch.equal(mine.update_L_E_S, theirs.update_L_E_S)  # the server's part is FedAvg's
-        mixture = engine.trainer._mixture(data, start, number + 1)
-        losses.append(mixture_loss(engine.trainer._mixture(data, start, number + 1).answer, engine))
+        mixture = engine.trainer._mixture(data.memory.before(number + 1), start)
+        losses.append(mixture_loss(mixture.answer, engine))
         assert not torch.equal(mixture.own.read([SHARED])[SHARED], start[SHARED])
     assert losses[2] < losses[1] < losses[0]
 
 
 def test_a_mixture_by_hand(tmp_path: Path) -> None:
-    """g p_server + (1 - g) p_own, for a gate that is 1/2, all the server's, all the client's own."""
+    """g p_server + (1 - g) p_own, for a mixer that is 1/2, all the server's, all the client's own."""
     engine = federation(tmp_path, "pfl_moe")
     start = {group: value.clone() for group, value in engine.trainer.moe.read().items()}
-    mixture = engine.trainer._mixture(engine.clients["a"], start, 1)
+    mixture = engine.trainer._mixture(Kept(), start)
     mixture.own.write({SHARED: start[SHARED] * 0.5})
     (batch,) = list(batches(engine.clients["a"].train[:4], 10**6, 10**6, seed=None))
     with torch.no_grad():
@@ -238,18 +258,18 @@ def test_a_mixture_by_hand(tmp_path: Path) -> None:
         own = answer_logits(mixture.own, batch).logits_N_V.softmax(-1)
         assert float((server - own).abs().max()) > 1e-3
         for bias, share in ((0.0, 0.5), (50.0, 1.0), (-50.0, 0.0)):
-            mixture.gate.weight.zero_()
-            mixture.gate.bias.fill_(bias)
+            mixture.mixer.weight.zero_()
+            mixture.mixer.bias.fill_(bias)
             mixed = mixture.answer(batch)
             assert_close(mixed.logits_N_V.exp(), share * server + (1 - share) * own, atol=1e-6, rtol=1e-4)
             assert_close(mixed.nll_N, -mixed.logits_N_V.gather(1, mixed.target_N[:, None]).squeeze(1))
 
 
-def mixture_loss(answer: object, engine: object) -> float:
-    (batch,) = list(batches(engine.clients["a"].train, 10**6, 10**6, seed=None))  # type: ignore[attr-defined]
+def mixture_loss(answer: Any, engine: Any) -> float:
+    (batch,) = list(batches(engine.clients["a"].train, 10**6, 10**6, seed=None))
     with torch.no_grad():
-        engine.trainer.moe.model.eval()  # type: ignore[attr-defined]
-        nll_N: Tensor = answer(batch).nll_N  # type: ignore[operator]
+        engine.trainer.moe.model.eval()
+        nll_N: Tensor = answer(batch).nll_N
     return float(nll_N.mean())
 
 

@@ -21,7 +21,7 @@ from fedalign.algorithms.fedprox import FedProx
 from fedalign.config.toml import load_config, read_config
 from fedalign.errors import UserError
 from fedalign.protocol import Layout
-from tests.algorithms.conftest import Report
+from tests.algorithms.conftest import Report, planned
 
 
 def test_the_dict_is_the_folder() -> None:
@@ -90,13 +90,12 @@ def test_mistakes_are_told_in_one_line(
 NEWCOMER = '''
     """Largest: only the client with most examples counts."""
 
-    from collections.abc import Sequence
     from dataclasses import dataclass, field
 
     import torch
 
     from fedalign.algorithms.fedavg import FedAvg
-    from fedalign.protocol import Layout, Plan, State, Statistics
+    from fedalign.protocol import Plan, Reports, State
 
 
     @dataclass(frozen=True)
@@ -111,12 +110,12 @@ NEWCOMER = '''
             if self.count < 1:
                 raise ValueError(f"count = {self.count}: must be at least 1")
 
-        def plan(self, reports: Sequence[Statistics], layout: Layout, state: State) -> tuple[Plan, State]:
+        def plan(self, reports: Reports, state: State) -> Plan:
             """The `count` largest clients, alike."""
-            examples_C = torch.tensor([report.examples for report in reports])
-            chosen_C = torch.zeros(len(reports)).index_fill_(0, examples_C.topk(self.count).indices, 1 / self.count)
-            weight_C_G = chosen_C.unsqueeze(1).repeat(1, len(layout.groups))
-            return Plan(tuple(report.client for report in reports), weight_C_G), state
+            most = reports.examples_C.topk(self.count).indices
+            chosen_C = torch.zeros(len(reports.of)).index_fill_(0, most, 1 / self.count)
+            weight_C_G = chosen_C.unsqueeze(1).repeat(1, len(reports.layout.groups))
+            return Plan(tuple(report.client for report in reports.of), weight_C_G)
 '''
 
 Package = Callable[..., None]
@@ -146,7 +145,7 @@ def test_an_algorithm_of_another_package(package: Package, layout: Layout, repor
     package("new_comer", "largest = new_comer:Largest")
     algorithm = make("largest", {"count": 1})
     nothing = ([0.5, 0.5], [0.0, 0.0], [0.0, 0.0], [[0.0], [0.0]], [[0.0], [0.0]])
-    plan, _ = algorithm.plan([report("a", 30, *nothing), report("b", 10, *nothing)], layout, {})
+    plan = planned(algorithm, [report("a", 30, *nothing), report("b", 10, *nothing)], layout)
     assert_close(plan.weight_C_G, tensor([[1.0] * 5, [0.0] * 5]))
 
     config = load_config(None, ["algorithm.name=largest", "algorithm.count=2"])
@@ -200,7 +199,7 @@ def test_a_name_of_two_packages_is_refused(package: Package) -> None:
         (
             "bad = broken_one:Bad",
             "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Bad:\n  x: int = 1",
-            "has no centre_gates, ",
+            "has no asks, private, mix, plan, begin, penalty, keep: extend",
         ),
         ("bad = broken_one:Largest", NEWCOMER.replace("count: int = 1", "count: int"), "without a default: count"),
         ("bad = broken_one:Largest", NEWCOMER.replace("count: int", "count: list"), "nor Literal: count"),

@@ -15,8 +15,9 @@ from fedalign.federation.in_process import InProcess
 from fedalign.maths.average import StreamingSum
 from fedalign.maths.rounding import pack
 from fedalign.moe.model import MoEModel
-from fedalign.protocol import Broadcast, Plan, State, Statistics, Weights
+from fedalign.protocol import Broadcast, Plan, Reports, State, Statistics, Weights, asked_shapes
 from fedalign.server.checks import check_statistics
+from fedalign.testing import planned
 from tests.client.test_trainer import examples
 from tests.moe.tiny import build
 
@@ -49,18 +50,18 @@ def one_round(
     """As the server does it."""
     layout, algorithm = engine.trainer.moe.layout, engine.trainer.algorithm
     broadcast = Broadcast(number, {group: pack(value, "float32", 0) for group, value in old.items()}, state)
-    cells = layout.token_cells if algorithm.counts_tokens else (0, 0)
+    options = engine.trainer.config.statistics
+    shapes = asked_shapes(layout, algorithm.asks, options.centroid_width, options.update_width)
     reports = []
     for report in engine.train(broadcast, engine.members()):
         assert isinstance(report, Statistics)
-        assert check_statistics(report, layout, engine.trainer.config.statistics, number, cells) is None
+        assert check_statistics(report, layout, shapes, number) is None
         reports.append(report)
-    plan, after = algorithm.plan(reports, layout, state)
+    plan = planned(algorithm, Reports(reports, layout, len(engine.members())), state)
     total = StreamingSum(layout, plan, {report.client: report.norm_G for report in reports}, "float32")
     assert engine.collect([r for r in plan.requests(number, layout) if r.groups], total) == []
     assert total.unchanged(1.0) == []
-    state = algorithm.apply(after, total.streams(1.0), layout, len(engine.members()))
-    return reports, plan, total.result(old), state
+    return reports, plan, total.result(old), plan.then(total.streams(1.0)) if plan.then else plan.state
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))

@@ -6,6 +6,7 @@ import random
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ import data
 
 
 @pytest.mark.parametrize("module", [data, measure, tables])
-def test_examples_in_docstrings(module: object) -> None:
-    found = doctest.testmod(module)  # type: ignore[arg-type]
+def test_examples_in_docstrings(module: ModuleType) -> None:
+    found = doctest.testmod(module)
     assert found.attempted > 0
     assert found.failed == 0
 

@@ -140,7 +140,7 @@ def test_token_rows_of_two_clients_by_hand(
     seen: merges.Round, words: str, counted: bool, rare: bool, holders: int
 ) -> None:
     moe, average = seen.prepared.bench.moe, averaged(seen)
-    weigh = partial(merges.token_rows, rare=rare, counted=counted, words=words, holders=holders)  # type: ignore[arg-type]
+    weigh = partial(merges.token_rows, rare=rare, counted=counted, words=words, holders=holders)  # type: ignore[arg-type] # pytest's parameters are words of that kind
     by_row = merges.Alternative("", "fedavg", weigh=weigh)
     merged = by_row.merged(seen, by_row.plan(seen, {})[0])
     table = moe.model.get_input_embeddings().weight

@@ -1,4 +1,4 @@
-"""A headless Chromium that notes every request and every line of its console."""
+"""A headless Chromium that notes every design and every line of its console."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ class Browser:
     def requests(self) -> list[str]:
         """Addresses asked for since this was last asked."""
         messages = [json.loads(line["message"])["message"] for line in self._log("performance")]
-        return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        return [m["params"]["design"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
 
     def _log(self, name: str) -> list[dict[str, Any]]:
-        lines: list[dict[str, Any]] = self.driver.get_log(name)  # type: ignore[no-untyped-call]
+        lines: list[dict[str, Any]] = self.driver.get_log(name)
         return lines
 
     def screenshot(self, path: Path) -> None:

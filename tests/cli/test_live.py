@@ -1,5 +1,8 @@
 import io
+import sys
+from types import SimpleNamespace
 
+import pytest
 from rich.console import Console
 
 from fedalign.cli.live import COLUMNS, LiveTable, row
@@ -60,3 +63,29 @@ def test_units() -> None:
     assert size(3e12) == "3.0 TB"
     assert clock(59.6) == "1:00"
     assert percent(1.0) == "100.0 %"
+
+
+def test_a_notebook_sees_one_output_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def display(shown: object, display_id: bool = False) -> object:
+        seen.append(shown._repr_mimebundle_([], [])["text/html"])  # type: ignore[attr-defined] # as IPython asks
+        return SimpleNamespace(update=display)
+
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    console = Console(force_jupyter=True, highlight=False)
+    with LiveTable(console, rounds=3) as table:
+        table.progress(0, "evaluating", 0, 1)
+        table.completed(ServerState(1, {}, {}, HISTORY[:1]), improved=True)
+        table.progress(1, "training", 1, 2)
+    assert "before round 1: evaluating" in seen[1]
+    assert "12.5 %" in seen[2]
+    assert "12.5 %" in seen[-1]
+    assert "evaluating" not in seen[-1]  # the bar is gone
+
+
+def test_a_quiet_console_sees_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with LiveTable(Console(quiet=True, force_terminal=True), rounds=3) as table:
+        table.completed(ServerState(1, {}, {}, HISTORY), improved=True)
+        print("still heard")
+    assert capfd.readouterr().out == "still heard\n"

@@ -162,6 +162,25 @@ def test_nothing_is_overwritten_unasked(fedalign: Command, settings: list[str], 
     refused(fedalign("run", "--out", str(tmp_path / "letters" / "dear.txt"), *short), "is a file")
 
 
+@pytest.mark.parametrize("place", ["project/thesis.tex", "run/thesis.tex", "run/model/thesis.tex"])
+def test_overwrite_removes_only_what_a_run_wrote(
+    fedalign: Command, settings: list[str], tmp_path: Path, place: str
+) -> None:
+    thesis = tmp_path / place
+    out = tmp_path / thesis.relative_to(tmp_path).parts[0]
+    command = ("run", "--out", str(out), *sets(settings, "run.rounds=1"))
+    if out.name == "run":
+        assert fedalign(*command)[0] == 0
+    thesis.parent.mkdir(exist_ok=True)
+    (out / "config.toml").touch()  # a project may have one of its own
+    thesis.write_text("years of work")
+    word = str(thesis.relative_to(out)) if out.name == "run" else "holds no run"
+    refused(fedalign(*command, "--overwrite"), word)
+    assert thesis.read_text() == "years of work"
+    thesis.unlink()
+    assert (fedalign(*command, "--overwrite")[0] == 0) == (out.name == "run")
+
+
 def test_resume_with_another_model_is_refused(
     fedalign: Command, settings: list[str], tmp_path: Path, model_folder: Callable[..., Path]
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from fedalign.cli import doctor as doctor_cli
 from fedalign.cli.terminal import out
+from fedalign.federation.flower.keys import make_certificates
 from tests.conftest import SUBJECTS, Command
 from tests.doctor.server import serving
 
@@ -41,8 +42,7 @@ def secrets_of(texts: Path) -> list[str]:
 
 
 def test_init_says_what_to_send_and_what_to_run(fedalign: Command, texts: Path, tmp_path: Path) -> None:
-    folder, certificates = tmp_path / "a site", tmp_path / "ca.crt"
-    certificates.touch()
+    folder, certificates = tmp_path / "a site", make_certificates(tmp_path).ca
     link = ["--superlink", "fl.example.org:8000", "--root-certificates", certificates]
     code, text, errors = fedalign(
         "site", "init", "ward 3", "--data", texts / "train.jsonl", "--dir", folder, *link, "--column", "text=text"

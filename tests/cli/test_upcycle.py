@@ -91,6 +91,11 @@ def test_a_model_is_replaced_only_if_told_to(fedalign: Command, llama: Path, tmp
     assert "already holds a model" in errors
     assert "--overwrite" in errors
     assert {file: file.read_bytes() for file in out.iterdir()} == before
+    (out / "thesis.tex").write_text("years of work")
+    code, _, errors = fedalign("upcycle", str(llama), "--overwrite", "--out", str(out))
+    assert code == 2
+    assert "thesis.tex, which no model wrote" in " ".join(errors.split())
+    assert (out / "thesis.tex").read_text() == "years of work"
 
 
 def test_nothing_but_a_model_is_ever_replaced(fedalign: Command, llama: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from fedalign import __version__
 from fedalign.client.open import DealtClients, open_site
-from fedalign.config.run import Config
+from fedalign.config.run import ClientLimits, Config
 from fedalign.config.site import SiteFolder
 from fedalign.config.toml import load_config
 from fedalign.data.encode import tokenizer_hash
@@ -39,6 +39,21 @@ def test_opening_a_site_leaves_its_folder_as_it_is(site_config: Config, ward: Si
     client = open_site(ward, site_config, "night")
     assert client.data.memory.folder == ward.path / "runs" / "night"
     assert [path.name for path in ward.path.iterdir()] == ["site.toml"]
+
+
+def test_limits_are_handed_to_the_client_that_they_are_of(
+    settings: list[str], site_config: Config, ward: SiteFolder, tmp_path: Path
+) -> None:
+    toml = (ward.path / "site.toml").read_text()
+    small = make_site(tmp_path / "small", f"{toml}[limits]\nmax_experts = 2\n")
+    assert open_site(small, site_config, "night").data.limits == ClientLimits(max_experts=2)
+    config = load_config(None, [*settings, "clients.limits.client-01.top_k=1"])
+    dealt, prepared = DealtClients(config, tmp_path), prepare(config, tmp_path)
+    expected = {name: ClientLimits(top_k=int(name == "client-01")) for name in dealt.names}
+    assert {name: dealt.open(name).data.limits for name in dealt.names} == expected
+    assert {name: client.limits for name, client in prepared.clients.items()} == expected
+    with pytest.raises(UserError, match=r"clients\.limits\.nobody: no such client\. Choose one of: client-00"):
+        DealtClients(load_config(None, [*settings, "clients.limits.nobody.top_k=1"]), tmp_path)
 
 
 def test_what_is_wrong_with_the_data_stays_apart_from_what_is_wrong_with_the_rest(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from fedalign.config.toml import load_config
 from fedalign.data.deal import split_among_clients
 from fedalign.data.encode import load_tokenizer
 from fedalign.errors import UserError
+from fedalign.moe.families import FAMILIES
 from fedalign.moe.load import model_path, pick_device
 from fedalign.moe.model import MoEModel, load_model
 from tests.conftest import changed
@@ -157,3 +160,21 @@ def test_what_a_workbench_saved_is_held_against_plain_libraries(
     file.write_bytes(b"no")
     with pytest.raises(UserError):
         bench.check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["algorithm.name=fedalign_moe"], r'"fedalign_moe": reads the probabilities of routers, but how olmoe scores'),
+        (["algorithm.name=hfedmoe"], r'"hfedmoe": reads the probabilities of routers'),
+        (["algorithm.name=fedavg", "training.balance_coefficient=0.1"], r"balance_coefficient = 0.1: needs prob"),
+        (["algorithm.name=fedavg"], None),
+        (["algorithm.name=by_use"], None),
+    ],
+)
+def test_what_reads_probabilities_refuses_a_scoring_that_is_unknown(
+    options: list[str], told: str | None, olmoe: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "olmoe", replace(FAMILIES["olmoe"], scoring="unknown"))
+    with pytest.raises(UserError, match=told) if told else nullcontext():
+        Workbench.load(load_config(None, [*settings, *options]))

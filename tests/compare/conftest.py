@@ -2,28 +2,29 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedalign.compare.plan import Cell, Request, cells, make_request, parse_algorithms, parse_grid, parse_seeds
+from fedalign.compare.plan import Cell, Design, cells, make_design, parse_algorithms, parse_grid, parse_seeds
 from fedalign.compare.tables import Finished
 from fedalign.config.toml import load_config
 
-Ask = Callable[..., Request]
+Ask = Callable[..., Design]
 
 
 @pytest.fixture
 def ask() -> Ask:
-    """`ask("fedavg,fedprox", seeds="2", sets=["clients.alpha=0.1,1.0"])`: a request on the defaults."""
+    """`ask("fedavg,fedprox", seeds="2", sets=["clients.alpha=0.1,1.0"])`: a design on the defaults."""
 
-    def make(algorithms: str, seeds: str = "2", sets: Sequence[str] = (), tune: bool = False) -> Request:
+    def make(algorithms: str, seeds: str = "2", sets: Sequence[str] = (), tune: bool = False) -> Design:
         single, grid = parse_grid(["run.rounds=2", *sets])
-        return make_request(load_config(None, single), parse_algorithms([algorithms]), grid, parse_seeds(seeds), tune)
+        return make_design(load_config(None, single), parse_algorithms([algorithms]), grid, parse_seeds(seeds), tune)
 
     return make
 
 
-def finished(cell: Cell, *accuracies: float, bytes_up: int = 1_000_000, **last: float) -> Finished:
+def finished(cell: Cell, *accuracies: float, bytes_up: int = 1_000_000, **last: Any) -> Finished:
     """A run with these accuracies by round; `last`: more numbers of the last round."""
     history = [
         {"round": i, "accuracy": accuracy, "loss_nats": 1.0, "bytes_up": bytes_up if i else 0}
@@ -33,9 +34,9 @@ def finished(cell: Cell, *accuracies: float, bytes_up: int = 1_000_000, **last: 
     return Finished(cell, history)
 
 
-def by_name(request: Request) -> dict[tuple[str, int], Cell]:
-    """Cells of a request without a grid, by label and seed."""
-    return {(cell.choice.label, cell.seed): cell for cell in cells(request)}
+def by_name(design: Design) -> dict[tuple[str, int], Cell]:
+    """Cells of a design without a grid, by label and seed."""
+    return {(cell.choice.label, cell.seed): cell for cell in cells(design)}
 
 
 def tree(path: Path) -> dict[str, bytes]:

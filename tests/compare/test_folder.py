@@ -104,16 +104,23 @@ def test_a_reader_does_not_stumble_over_a_run_at_work(tmp_path: Path) -> None:
 
 
 def test_only_its_own_comparison_goes_on_in_a_folder(ask: Ask, tmp_path: Path) -> None:
-    folder, request = ComparisonFolder(tmp_path / "out"), ask("fedavg,fedprox")
-    folder.check(request, overwrite=False)
+    folder, design = ComparisonFolder(tmp_path / "out"), ask("fedavg,fedprox")
+    folder.check(design, overwrite=False)
     with folder.locked():
-        folder.begin(request, overwrite=False)
-    assert folder.read() == request
+        folder.begin(design, overwrite=False)
+    assert folder.read() == design
     folder.check(ask("fedavg,fedprox", "3"), overwrite=False)
     with pytest.raises(UserError, match=r"another comparison: training\.epochs = 1, asked for is 2"):
         folder.check(ask("fedavg,fedprox", sets=["training.epochs=2"]), overwrite=False)
-    (folder.path / "runs").mkdir()
+    cell = cells(folder.read())[0]
+    started = folder.run(cell, "runs")
+    started.begin(cell.config)
     other = ask("fedavg", sets=["training.epochs=2"])
+    for thesis in (folder.path / "thesis.tex", folder.path / "runs" / "thesis.tex", started.path / "thesis.tex"):
+        thesis.write_text("years of work")
+        with pytest.raises(UserError, match=rf"holds {thesis.relative_to(folder.path)}, which no comparison wrote"):
+            folder.check(other, overwrite=True)
+        thesis.unlink()
     folder.check(other, overwrite=True)
     with folder.locked():
         folder.begin(other, overwrite=True)

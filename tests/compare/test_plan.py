@@ -8,11 +8,11 @@ from fedalign.algorithms.fedalign_paper import FedAlignPaper
 from fedalign.algorithms.fedavg import FedAvg
 from fedalign.compare.plan import (
     Cell,
-    Request,
+    Design,
     ablation,
     cells,
     differences,
-    make_request,
+    make_design,
     parse_algorithms,
     parse_grid,
     parse_seeds,
@@ -24,8 +24,8 @@ from tests.compare.conftest import Ask
 
 
 def test_every_algorithm_meets_every_seed_and_grid_point(ask: Ask) -> None:
-    request = ask("fedavg,fedprox:mu=0.5", "3,7", ["clients.alpha=0.1,1.0", "training.epochs=2"])
-    planned = cells(request)
+    design = ask("fedavg,fedprox:mu=0.5", "3,7", ["clients.alpha=0.1,1.0", "training.epochs=2"])
+    planned = cells(design)
     assert [(cell.choice.label, cell.point, cell.seed) for cell in planned] == [
         (label, (("clients.alpha", alpha),), seed)
         for seed in (3, 7)
@@ -34,7 +34,7 @@ def test_every_algorithm_meets_every_seed_and_grid_point(ask: Ask) -> None:
     ]
     last = planned[-1].config
     assert (last.run.seed, last.clients.alpha, last.training.epochs) == (7, 1.0, 2)
-    assert last.algorithm.build() == ALGORITHMS["fedprox"](mu=0.5)  # type: ignore[call-arg]
+    assert last.algorithm.build() == ALGORITHMS["fedprox"](mu=0.5)  # type: ignore[call-arg] # the table's type is Algorithm, which has no options
     assert planned[-1].path == "fedprox-mu=0.5/clients.alpha=1.0/seed-7"
     assert planned[-1].name == "fedprox:mu=0.5, clients.alpha = 1.0, seed 7"
     assert len({cell.path for cell in planned}) == len(planned)
@@ -50,22 +50,22 @@ def test_runs_of_a_seed_differ_by_the_algorithm_alone(ask: Ask) -> None:
 
 
 def test_an_algorithm_may_reach_beyond_its_own_options(ask: Ask) -> None:
-    request = ask('fedavg,fedavg:training.weight_decay=0.1:wire.dtype="int8"')
-    plain, other = [cell.config for cell in cells(request) if cell.seed == 0]
+    design = ask('fedavg,fedavg:training.weight_decay=0.1:wire.dtype="int8"')
+    plain, other = [cell.config for cell in cells(design) if cell.seed == 0]
     assert (plain.training.weight_decay, other.training.weight_decay) == (0.0, 0.1)
     assert other.wire.dtype == "int8"
 
 
 def test_options_of_the_file_stay_with_its_algorithm() -> None:
     base = load_config(None, ["algorithm.name=fedalign_moe", "algorithm.beta=0.25"])
-    request = make_request(base, parse_algorithms(["fedavg,fedalign_moe,fedalign_moe:beta=1.0"]), {}, (0,), False)
-    built = [cell.config.algorithm.build() for cell in cells(request)]
+    design = make_design(base, parse_algorithms(["fedavg,fedalign_moe,fedalign_moe:beta=1.0"]), {}, (0,), False)
+    built = [cell.config.algorithm.build() for cell in cells(design)]
     assert built == [ALGORITHMS["fedavg"](), FedAlignMoE(beta=0.25), FedAlignMoE(beta=1.0)]
 
 
 def test_the_ablation_adds_one_part_a_row() -> None:
-    request = make_request(load_config(), ablation(), {}, (0,), False)
-    rows = [cell.config.algorithm.build() for cell in cells(request)]
+    design = make_design(load_config(), ablation(), {}, (0,), False)
+    rows = [cell.config.algorithm.build() for cell in cells(design)]
     assert rows == [
         FedAvg(),
         FedAlignPaper(gate_weights="uniform", adaptive_strength=False, experts="average"),
@@ -73,7 +73,7 @@ def test_the_ablation_adds_one_part_a_row() -> None:
         FedAlignPaper(experts="average"),
         FedAlignPaper(),
     ]
-    assert request.baseline == next(iter(ABLATION)) == "parameter average"
+    assert design.baseline == next(iter(ABLATION)) == "parameter average"
 
 
 def test_the_baseline_is_fedavg_or_what_comes_first(ask: Ask) -> None:
@@ -88,8 +88,8 @@ def test_strengths_are_options_with_values_that_the_algorithms_take() -> None:
 
 
 def test_a_request_survives_its_file(ask: Ask) -> None:
-    request = ask("fedavg,fedalign_moe:gate=average", "3,7", ["clients.alpha=0.1,1.0", 'data.labels=["a", "b"]'])
-    assert Request.read(request.to_toml()) == request
+    design = ask("fedavg,fedalign_moe:gate=average", "3,7", ["clients.alpha=0.1,1.0", 'data.labels=["a", "b"]'])
+    assert Design.read(design.to_toml()) == design
 
 
 @pytest.mark.parametrize(

@@ -132,13 +132,13 @@ import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from fedalign.compare.folder import ComparisonFolder
-from fedalign.compare.plan import cells, make_request, parse_algorithms
+from fedalign.compare.plan import cells, make_design, parse_algorithms
 from fedalign.config.toml import load_config
 from tests.compare.test_schedule import run, Quiet, STAND_IN
 from fedalign.compare.schedule import Task, run_all
 folder = ComparisonFolder(Path({out!r}))
-request = make_request(load_config(None, ["run.rounds=2"]), parse_algorithms(["fedavg"]), {{}}, (0, 1), False)
-tasks = [Task(cell, folder.run(cell, "runs"), folder.log(cell, "runs")) for cell in cells(request)]
+design = make_design(load_config(None, ["run.rounds=2"]), parse_algorithms(["fedavg"]), {{}}, (0, 1), False)
+tasks = [Task(cell, folder.run(cell, "runs"), folder.log(cell, "runs")) for cell in cells(design)]
 with folder.locked() as lock:
     def command(task):
         return [sys.executable, "-c", STAND_IN, str(task.folder.path), "hangs"]
@@ -209,7 +209,7 @@ def test_the_overview_shows_each_run_and_the_time_left(ask: Ask, tmp_path: Path)
     overview._started = time.monotonic() - 50  # in which 3 rounds were made; 1 and 2 are left
     assert overview.time_left() == "0:50"
     shown.print(overview.render())
-    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    text = shown.file.getvalue()  # type: ignore[attr-defined] # a StringIO
     rows = [line.split() for line in text.splitlines() if "fed" in line]
     assert rows == [["fedavg", "waits", "50.0", "%"], ["fedprox", "1/2", "25.0", "%", "failed"]]
     assert "2/4 runs done, time left 0:50" in text
@@ -221,6 +221,6 @@ def test_without_a_terminal_there_is_a_line_for_each_run(ask: Ask, tmp_path: Pat
     console = Console(file=io.StringIO(), width=40)
     with Overview(console, "Comparison", tasks) as overview:
         run(tasks, jobs=1, kinds=["works", "refuses"], watch=overview)
-    first, second = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    first, second = console.file.getvalue().splitlines()  # type: ignore[attr-defined] # a StringIO
     assert first.startswith("1/2 fedavg, seed 0: accuracy 20.0 %, 0:0")
     assert second.startswith("fedavg, seed 1: failed: round 1: 0 of 3 clients can be used (all it said: ")

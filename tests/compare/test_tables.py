@@ -28,8 +28,8 @@ def lines(table: Table) -> dict[str, list[str]]:
 
 
 def test_scores_with_intervals_worked_by_hand(ask: Ask) -> None:
-    request = ask("fedavg,fedprox", "3")
-    cell = by_name(request)
+    design = ask("fedavg,fedprox", "3")
+    cell = by_name(design)
     runs = [
         finished(cell["fedavg", seed], 0.1, 0.4, final, client_accuracy_worst=0.2)
         for seed, final in enumerate([0.50, 0.60, 0.70])
@@ -37,48 +37,48 @@ def test_scores_with_intervals_worked_by_hand(ask: Ask) -> None:
         finished(cell["fedprox", seed], 0.1, fast, final, bytes_up=2_000_000, client_accuracy_worst=0.1)
         for seed, (fast, final) in enumerate([(0.55, 0.55), (0.60, 0.66), (0.65, 0.75)])
     ]
-    table = final_scores(request, runs)
+    table = final_scores(design, runs)
     assert table.header == ("algorithm", "seeds", "accuracy, %", "worst client, %", "sent up", "rounds to fedavg's end")
     # accuracy: s = .1, h = 4.303 * .1 / sqrt(3) = .248; differences .05 .06 .05 are sure; rounds 1, 1, 2
     assert lines(table) == {
         "fedavg": ["3", "60.0 ± 24.8", "**20.0 ± 0.0", "**2.0 MB ± 0 B", "2.0 ± 0.0"],
         "fedprox": ["3", "**65.3 ± 24.9†", "10.0 ± 0.0†", "4.0 MB ± 0 B†", "1.3 ± 1.4"],
     }
-    pairs = paired_differences(request, runs)
+    pairs = paired_differences(design, runs)
     assert pairs.header == ("algorithm", "pairs", "accuracy, points", "worst client, points")
     assert lines(pairs) == {"fedprox": ["3", "+5.3 ± 1.4†", "-10.0 ± 0.0†"]}
 
 
 def test_better_on_average_is_bold_but_not_marked_when_seeds_disagree(ask: Ask) -> None:
-    request = ask("fedavg,fedprox", "2")
-    cell = by_name(request)
+    design = ask("fedavg,fedprox", "2")
+    cell = by_name(design)
     runs = [
         finished(cell["fedavg", 0], 0.1, 0.5),
         finished(cell["fedavg", 1], 0.1, 0.6),
         finished(cell["fedprox", 0], 0.1, 0.9),
         finished(cell["fedprox", 1], 0.1, 0.55),
     ]
-    assert lines(final_scores(request, runs))["fedprox"][1].startswith("**72.5 ± ")
-    assert not lines(final_scores(request, runs))["fedprox"][1].endswith("†")
+    assert lines(final_scores(design, runs))["fedprox"][1].startswith("**72.5 ± ")
+    assert not lines(final_scores(design, runs))["fedprox"][1].endswith("†")
 
 
 def test_one_seed_has_no_interval_and_the_notes_say_so(ask: Ask) -> None:
-    request = ask("fedavg,fedprox", "1")
-    cell = by_name(request)
+    design = ask("fedavg,fedprox", "1")
+    cell = by_name(design)
     runs = [finished(cell["fedavg", 0], 0.1, 0.5), finished(cell["fedprox", 0], 0.1, 0.9)]
-    assert lines(final_scores(request, runs))["fedprox"] == ["1", "**90.0", "**1.0 MB", "1.0"]
-    assert lines(paired_differences(request, runs))["fedprox"] == ["1", "+40.0"]
-    assert any("One seed: no interval can be given" in note for note in notes(request))
+    assert lines(final_scores(design, runs))["fedprox"] == ["1", "**90.0", "**1.0 MB", "1.0"]
+    assert lines(paired_differences(design, runs))["fedprox"] == ["1", "+40.0"]
+    assert any("One seed: no interval can be given" in note for note in notes(design))
     assert not any("One seed" in note for note in notes(ask("fedavg", "2")))
 
 
 def test_who_does_not_get_there_has_no_mean_number_of_rounds(ask: Ask) -> None:
-    request = ask("fedavg,fedprox,fedmoe", "2")
-    cell = by_name(request)
+    design = ask("fedavg,fedprox,fedmoe", "2")
+    cell = by_name(design)
     runs = [finished(cell["fedavg", seed], 0.1, 0.4, 0.5) for seed in (0, 1)]
     runs += [finished(cell["fedprox", 0], 0.1, 0.6, 0.4), finished(cell["fedprox", 1], 0.1, 0.2, 0.4)]
     runs += [finished(cell["fedmoe", seed], 0.1, 0.2, 0.3) for seed in (0, 1)]
-    table = lines(final_scores(request, runs))
+    table = lines(final_scores(design, runs))
     assert [table[label][-1] for label in ("fedavg", "fedprox", "fedmoe")] == [
         "2.0 ± 0.0",
         "reached by 1 of 2 seeds",
@@ -88,32 +88,32 @@ def test_who_does_not_get_there_has_no_mean_number_of_rounds(ask: Ask) -> None:
 
 
 def test_a_missing_run_is_left_out_and_named(ask: Ask) -> None:
-    request = ask("fedavg,fedprox", "2")
-    cell = by_name(request)
+    design = ask("fedavg,fedprox", "2")
+    cell = by_name(design)
     runs = [finished(cell["fedavg", seed], 0.1, 0.5) for seed in (0, 1)] + [finished(cell["fedprox", 1], 0.1, 0.6)]
-    assert lines(final_scores(request, runs))["fedprox"][:2] == ["1", "**60.0"]
-    assert lines(paired_differences(request, runs))["fedprox"] == ["1", "+10.0"]
-    assert notes(request, [("fedprox, seed 0", "it broke")])[-1] == "Missing: fedprox, seed 0: it broke"
-    without_baseline = lines(final_scores(request, runs[2:]))
+    assert lines(final_scores(design, runs))["fedprox"][:2] == ["1", "**60.0"]
+    assert lines(paired_differences(design, runs))["fedprox"] == ["1", "+10.0"]
+    assert notes(design, [("fedprox, seed 0", "it broke")])[-1] == "Missing: fedprox, seed 0: it broke"
+    without_baseline = lines(final_scores(design, runs[2:]))
     assert without_baseline == {"fedprox": ["1", "60.0", "1.0 MB", "-"]}
 
 
 def test_without_accuracy_there_are_losses_and_less_is_better(ask: Ask) -> None:
-    request = ask("fedavg,fedprox", "1")
-    cell = by_name(request)
+    design = ask("fedavg,fedprox", "1")
+    cell = by_name(design)
     runs = [
         Finished(cell["fedavg", 0], [{"round": 0, "loss_nats": 3.0}, {"round": 1, "loss_nats": 2.0}]),
         Finished(cell["fedprox", 0], [{"round": 0, "loss_nats": 3.0}, {"round": 1, "loss_nats": 1.5}]),
     ]
-    table = final_scores(request, runs)
+    table = final_scores(design, runs)
     assert table.header[2] == "loss, nats"
     assert lines(table) == {"fedavg": ["1", "2.000", "**0 B", "1.0"], "fedprox": ["1", "**1.500", "**0 B", "1.0"]}
 
 
 def test_grid_points_have_sections_of_their_own(ask: Ask) -> None:
-    request = ask("fedavg", "1", ["clients.alpha=0.1,1.0"])
-    runs = [finished(cell, 0.1, 0.2 + 0.1 * i) for i, cell in enumerate(cells(request))]
-    table = final_scores(request, runs)
+    design = ask("fedavg", "1", ["clients.alpha=0.1,1.0"])
+    runs = [finished(cell, 0.1, 0.2 + 0.1 * i) for i, cell in enumerate(cells(design))]
+    table = final_scores(design, runs)
     assert [(title, section[0][2].text) for title, section in table.sections] == [
         ("clients.alpha = 0.1", "20.0"),
         ("clients.alpha = 1.0", "30.0"),
@@ -121,9 +121,9 @@ def test_grid_points_have_sections_of_their_own(ask: Ask) -> None:
 
 
 def test_results_are_tidy(ask: Ask, tmp_path: Path) -> None:
-    request = ask("fedavg,fedprox:mu=0.5", "1", ["clients.alpha=0.1,1.0"])
-    runs = [finished(cell, 0.1, 0.5, dead=3, by_client={"a": 1}) for cell in cells(request)]  # type: ignore[arg-type]
-    write_csv(tmp_path / "results.csv", request, runs)
+    design = ask("fedavg,fedprox:mu=0.5", "1", ["clients.alpha=0.1,1.0"])
+    runs = [finished(cell, 0.1, 0.5, dead=3, by_client={"a": 1}) for cell in cells(design)]
+    write_csv(tmp_path / "results.csv", design, runs)
     with (tmp_path / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == [
@@ -151,11 +151,11 @@ def test_results_are_tidy(ask: Ask, tmp_path: Path) -> None:
 
 
 def test_markdown_and_latex_keep_odd_names_whole(ask: Ask) -> None:
-    request = ask("fedavg,fedalign_moe:gate=average", "2", ["clients.alpha=0.1"])
-    cell = by_name(request)
+    design = ask("fedavg,fedalign_moe:gate=average", "2", ["clients.alpha=0.1"])
+    cell = by_name(design)
     runs = [finished(cell["fedavg", seed], 0.1, 0.5) for seed in (0, 1)]
     runs += [finished(cell["fedalign_moe:gate=average", seed], 0.1, 0.6) for seed in (0, 1)]
-    tables, said = (final_scores(request, runs), paired_differences(request, runs)), notes(request)
+    tables, said = (final_scores(design, runs), paired_differences(design, runs)), notes(design)
     markdown = to_markdown(tables, said)
     assert "| fedalign_moe:gate=average | 2 | **60.0 ± 0.0** † | **1.0 MB ± 0 B** |" in markdown
     assert "95 % Student-t interval" in markdown

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedalign.compare.plan import Cell, cells, make_request, parse_algorithms
+from fedalign.compare.plan import Cell, cells, make_design, parse_algorithms
 from fedalign.compare.schedule import Task
 from fedalign.compare.tune import Choices, candidates, choose, record, tuning_cells, why_not
 from fedalign.config.toml import load_config
@@ -34,15 +34,15 @@ def test_learning_rates_for_all_and_a_strength_for_those_that_have_one() -> None
 
 
 def test_neither_the_test_set_nor_held_out_parts_are_looked_at(ask: Ask) -> None:
-    request = ask("fedavg,fedprox", "3,7", tune=True)
-    tried = tuning_cells(request)
+    design = ask("fedavg,fedprox", "3,7", tune=True)
+    tried = tuning_cells(design)
     assert len(tried) == 3 + 9
     assert {cell.seed for cell in tried} == {3}
     assert {cell.config.evaluation.part for cell in tried} == {"validation"}
     assert not any(cell.config.evaluation.clients for cell in tried)
     assert len({cell.path for cell in tried}) == len(tried)
     # the comparison itself scores on the test set, and keeps the validation part out of training all the same
-    final = cells(request, {("fedavg", ()): ("training.learning_rate=0.5",)})
+    final = cells(design, {("fedavg", ()): ("training.learning_rate=0.5",)})
     assert [cell.choice.label for cell in final] == ["fedavg", "fedavg"]
     assert {cell.config.evaluation.part for cell in final} == {"test"}
     assert {cell.config.data.validation for cell in [*tried, *final]} == {0.1}
@@ -50,8 +50,8 @@ def test_neither_the_test_set_nor_held_out_parts_are_looked_at(ask: Ask) -> None
 
 
 def test_the_best_last_round_wins_and_is_written_down(ask: Ask, tmp_path: Path) -> None:
-    request = ask("fedavg,fedprox:mu=5,fedmoe", "1", ["clients.alpha=0.1,1.0"], tune=True)
-    tried = tuning_cells(request)
+    design = ask("fedavg,fedprox:mu=5,fedmoe", "1", ["clients.alpha=0.1,1.0"], tune=True)
+    tried = tuning_cells(design)
     scores: dict[str, list[float | None]] = {
         "fedavg": [0.5, None, 0.7],
         "fedprox:mu=5": [0.6, 0.6, 0.2],
@@ -72,7 +72,7 @@ def test_the_best_last_round_wins_and_is_written_down(ask: Ask, tmp_path: Path) 
     assert Choices.load(path) == Choices()
     Choices(tuned=tuple(chosen)).save(path)
     assert Choices.load(path).tuned == tuple(chosen)
-    again = tuning_cells(request, [one.line for one in chosen])
+    again = tuning_cells(design, [one.line for one in chosen])
     assert {cell.choice.label for cell in again} == {"fedmoe"}  # what is chosen stays
     path.write_text("tuned = 3")
     with pytest.raises(UserError, match="damaged"):
@@ -80,8 +80,8 @@ def test_the_best_last_round_wins_and_is_written_down(ask: Ask, tmp_path: Path) 
 
 
 def test_every_tried_run_is_recorded(ask: Ask, tmp_path: Path) -> None:
-    request = ask("fedavg,fedprox", "1", tune=True)
-    tasks = [task(cell, None if i == 1 else 0.5) for i, cell in enumerate(tuning_cells(request))]
+    design = ask("fedavg,fedprox", "1", tune=True)
+    tasks = [task(cell, None if i == 1 else 0.5) for i, cell in enumerate(tuning_cells(design))]
     record(tmp_path / "tune.csv", tasks[:3])
     record(tmp_path / "tune.csv", tasks[3:])
     with (tmp_path / "tune.csv").open(newline="") as file:
@@ -111,6 +111,6 @@ def test_tuning_needs_its_learning_rate_and_its_part_to_itself(ask: Ask) -> None
         ask("fedavg", sets=["training.learning_rate=1e-3,1e-4"], tune=True)
     base = load_config(None, ["data.validation=0.2", "evaluation.part=validation"])
     with pytest.raises(UserError, match="--tune looks at that part itself"):
-        make_request(base, parse_algorithms(["fedavg"]), {}, (0,), True)
+        make_design(base, parse_algorithms(["fedavg"]), {}, (0,), True)
     own_share = ask("fedavg", sets=["data.validation=0.2"], tune=True)
     assert own_share.base.data.validation == 0.2

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedalign.config.run import Config
+from fedalign.config.run import ClientLimits, Config
 from fedalign.config.site import SiteFolder
 from fedalign.config.toml import load_config
 from fedalign.errors import UserError
@@ -30,8 +30,9 @@ def test_name_and_data_are_all_that_a_site_must_say(tmp_path: Path) -> None:
     [
         ("", r"site.toml: name: missing"),
         ('name = "ward"', r"site.toml: data: missing"),
-        ('name = ""\n[data]\ntrain = "x"', r'name = "": string should have at least 1 character'),
-        (f'name = "{"w" * 101}"\n[data]\ntrain = "x"', r"at most 100 characters"),
+        ('name = ""\n[data]\ntrain = "x"', r'name = "": must be 1 to 64 printable characters'),
+        (f'name = "{"w" * 65}"\n[data]\ntrain = "x"', r"must be 1 to 64 printable characters"),
+        (LEAST + '[coordinator]\nsuperlink = "here"', r'coordinator.superlink = "here": must be HOST:PORT'),
         ('name = "ward"\n[data]\ntrian = "x"', r"data.train: missing"),
         (
             LEAST + "[limits]\nmin_token = 3",
@@ -41,7 +42,7 @@ def test_name_and_data_are_all_that_a_site_must_say(tmp_path: Path) -> None:
         (LEAST + '[limits]\nthreads = "2"', r'limits.threads = "2"'),
         (LEAST + "[training]\nepochs = 3", r"section = 'training': unknown. Choose one of: coordinator, data, limits"),
         (LEAST + "[model]\ntrust_remote_code = 1", r"model.trust_remote_code = 1"),
-        ("name = ward", r"cannot be read: Invalid value"),
+        ("name = ward", r"not valid TOML: Invalid value"),
     ],
 )
 def test_what_is_wrong_with_a_site_file_is_said(tmp_path: Path, toml: str, message: str) -> None:
@@ -146,7 +147,6 @@ def test_all_else_is_as_the_coordinator_says(tmp_path: Path) -> None:
         "run": {"device", "threads"},
         "model": {"path", "trust_remote_code"},
         "data": {"train", "columns"},
-        "clients": {"limits"},
         "statistics": {"min_tokens", "min_examples"},
     }
     for section in Config.model_fields:
@@ -163,6 +163,14 @@ def test_a_site_can_only_make_limits_stricter(tmp_path: Path) -> None:
     asked, here = localised(tmp_path, LEAST + "[limits]\nbatch_tokens = 99999\nmin_tokens = 1\nmin_examples = 1\n")
     assert here.training.batch_tokens == asked.training.batch_tokens
     assert here.statistics == asked.statistics
+
+
+def test_what_a_site_can_do_is_its_own_to_say(tmp_path: Path) -> None:
+    site = make_site(tmp_path, LEAST + "[limits]\ntop_k = 1\nmax_experts = 2\nrank = 9\n")
+    assert site.client_limits(load_config()) == ClientLimits(top_k=1, max_experts=2)
+    exact = ["tuning.kind=lora", "tuning.average=exact", "tuning.rank=4"]  # ranks may differ, up to the run's
+    assert site.client_limits(load_config(None, exact)) == ClientLimits(top_k=1, max_experts=2, rank=4)
+    assert make_site(tmp_path, LEAST).client_limits(load_config()) == ClientLimits()
 
 
 def test_the_supernode_of_a_site(tmp_path: Path) -> None:

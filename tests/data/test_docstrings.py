@@ -116,7 +116,7 @@ def embedded(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_cache_is_read_again(embedded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = docstrings.load("train") + docstrings.load("test")
-    assert [path.name for path in embedded.iterdir()] == ["docstrings-1.jsonl"]
+    assert [path.name for path in embedded.iterdir()] == ["docstrings-1"]
     monkeypatch.delattr(docstrings, "build")
     assert docstrings.load("train") + docstrings.load("test") == first
     assert {row.text for row in first} == set(TEXTS)

@@ -241,11 +241,6 @@ def test_messages_that_are_no_chat(tmp_path: Path, messages: object, said: str) 
     assert said in refused([{"messages": messages}], tmp_path, kind="chat")
 
 
-@pytest.mark.parametrize("template", ["{}", "{text.real.x}", "{text"])
-def test_a_template_that_cannot_be_filled(tmp_path: Path, template: str) -> None:
-    assert "data.template" in refused(NEWS, tmp_path, kind="text", template=template)
-
-
 def test_a_template_with_an_unknown_column(tmp_path: Path) -> None:
     assert "no column 'title'" in refused(NEWS, tmp_path, kind="text", template="{title}")
 

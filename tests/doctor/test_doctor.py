@@ -12,7 +12,6 @@ from fedalign.config.site import SiteConfig, SiteFolder
 from fedalign.config.toml import load_config
 from fedalign.doctor import examine_coordinator, examine_site, machine
 from fedalign.doctor.report import Check, Examination
-from fedalign.errors import UserError
 from fedalign.federation.flower.keys import make_node_key
 from fedalign.moe.model import MoEModel
 from tests.doctor.server import serving
@@ -271,8 +270,3 @@ def test_another_engine_is_a_warning(config: Config, site: SiteFolder, tmp_path:
     for found in (examine_coordinator(alone, tmp_path), examine_site(site, alone)):
         assert by_name(found)["configuration"].verdict == "warning"
     assert "SuperLink" not in by_name(examine_coordinator(alone, tmp_path))
-
-
-def test_an_address_that_is_none_is_a_users_mistake(site: SiteFolder, config: Config) -> None:
-    with pytest.raises(UserError, match="HOST:PORT"):
-        examine_site(changed(site, "coordinator", superlink="here"), config)

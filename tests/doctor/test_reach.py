@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedalign.doctor.reach import is_free, reach, split_address
-from fedalign.errors import UserError
+from fedalign.doctor.reach import is_free, reach
 from tests.doctor.server import certify, serving
 
 
@@ -77,9 +76,3 @@ def test_nobody_there() -> None:
     assert reach(address, None).refused
     assert is_free(address)
     assert "no machine of the name" in reach("no-such-host.invalid:8000", None).problem
-
-
-@pytest.mark.parametrize("address", ["8000", "host", "host:", ":8000", "host:port", "host:99999"])
-def test_an_address_is_host_and_port(address: str) -> None:
-    with pytest.raises(UserError, match="HOST:PORT"):
-        split_address(address)

@@ -22,14 +22,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedalign.client.evaluation import TestSet, evaluate
 from fedalign.client.forward import AnswerLogits
+from fedalign.client.memory import ClientMemory
 from fedalign.config.toml import load_config, parse_config, read_config
 from fedalign.data.batches import Batch
 from fedalign.data.encode import IGNORED
 from fedalign.errors import UserError
-from fedalign.export.card import MIXTURE_GATE, render
-from fedalign.export.write import Exported, Request, _cast, export
+from fedalign.export.card import MIXER, render
+from fedalign.export.write import Exported, Wanted, _cast, export
 from fedalign.federation.in_process import Prepared, prepare
-from fedalign.protocol import Evaluation
+from fedalign.files import MARK
+from fedalign.protocol import Evaluation, ParameterGroup
 from fedalign.server.checkpoint import Checkpoints
 from fedalign.server.results import RunFolder
 from fedalign.server.run import execute
@@ -57,7 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Made:
 
 
 def exported(run: Path, to: Path, **options: Any) -> Exported:
-    return export(Request(run, to, **options), lambda _: None)
+    return export(Wanted(run, to, **options), lambda _: None)
 
 
 def prepared(run: Path, scratch: Path) -> Prepared:
@@ -120,10 +122,12 @@ def test_the_round_trip_is_exact(made: Made, tmp_path: Path, more: tuple[str, ..
 def test_a_checkpoint_is_a_copy_of_what_the_run_wrote(made: Made, tmp_path: Path) -> None:
     run, out = made(), tmp_path / "out"
     exported(run, out)
-    files = model_bytes(out)
+    files, kept = model_bytes(out), model_bytes(run / "model")
     assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors", "README.md"} <= set(files)
     del files["README.md"]
-    assert files == model_bytes(run / "model")
+    marks = [one.pop(MARK).decode().splitlines() for one in (files, kept)]
+    assert files == kept
+    assert [listed for _, *listed in marks] == [sorted([*kept, "README.md"]), sorted(kept)]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing else is left there
 
 
@@ -131,6 +135,7 @@ def test_a_merged_adapter_needs_no_peft_and_scores_the_same(made: Made, tmp_path
     run, out = made(LORA), tmp_path / "out"
     exported(run, out, merge=True)
     assert {path.name for path in out.iterdir()} == {
+        ".fedalign",
         "README.md",
         "config.json",
         "generation_config.json",
@@ -149,7 +154,7 @@ def test_the_best_round_is_not_the_last(made: Made, tmp_path: Path) -> None:
     best, last = json.loads((run / "summary.json").read_text())["best_round"], tmp_path / "last"
     assert 0 < best < 3
     exported(run, last)
-    assert exported(run, tmp_path / "best", best=True).source.round == best
+    assert exported(run, tmp_path / "best", best=True).snapshot.round == best
     bench = prepared(run, tmp_path / "scratch")
     for folder, number in ((tmp_path / "best", best), (last, 3)):
         assert scored(bench, folder, bench.test).loss == lines(run)[number]["loss_nats"]
@@ -170,7 +175,7 @@ def test_of_an_interrupted_run_it_is_the_last_complete_round(
     assert state is not None
     assert state.round == 2
     result = exported(run, tmp_path / "out")
-    assert result.source.round == 2
+    assert result.snapshot.round == 2
     assert "after round 2 of 3" in result.notes[0]
     bench = prepared(run, tmp_path / "scratch")
     assert scored(bench, tmp_path / "out", bench.test) == bench.evaluate(state.weights)
@@ -185,7 +190,7 @@ def test_a_resumed_run_that_was_cut_off_has_an_older_model_folder(settings: list
     bench = prepared(run, run / "clients")
     with pytest.raises(KeyboardInterrupt):
         execute(bench, RunFolder(run), Silent(lambda *where: where == (3, "training", 1)))
-    assert exported(run, tmp_path / "out").source.round == 2
+    assert exported(run, tmp_path / "out").snapshot.round == 2
     assert scored(bench, tmp_path / "out", bench.test).loss == lines(run)[2]["loss_nats"]
 
 
@@ -235,9 +240,9 @@ def test_a_run_in_bfloat16_keeps_its_routers(made: Made, tmp_path: Path) -> None
         False: torch.bfloat16,
     }
     assert all(torch.equal(value, found[name]) for name, value in tensors(run / "model").items())
-    state = load_file(run / "clients" / "client-01" / "round-00002" / "state.safetensors")
+    kept = ClientMemory(run / "clients" / "client-01").before(3)
     gates = {name: value for name, value in tensors(out / "clients" / "client-01").items() if "mlp.gate" in name}
-    assert torch.equal(gates["model.layers.1.mlp.gate.weight"][3], state["private.gate[1,3]"])
+    assert torch.equal(gates["model.layers.1.mlp.gate.weight"][3], kept.private[ParameterGroup("gate", 1, 3)])
 
 
 def test_an_adapter_of_a_base_in_four_bits_is_exported_where_there_is_no_gpu(
@@ -321,7 +326,7 @@ def test_a_mixture_is_computed_by_the_code_of_its_card(
         score = scored(bench, folder, bench.clients[name].held_out, answer)
         assert score.loss == pytest.approx(last["client_losses_nats"][name], abs=1e-6)
         assert score.accuracy == last["client_accuracies"][name]
-        assert (folder / MIXTURE_GATE).exists()
+        assert (folder / MIXER).exists()
 
 
 def test_a_client_that_never_took_part_has_no_model(made: Made, tmp_path: Path) -> None:
@@ -510,6 +515,11 @@ def test_nothing_is_overwritten_unless_asked_for(made: Made, tmp_path: Path) -> 
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
     refused("is not empty and holds no model", run, tmp_path / "thesis", overwrite=True)
+    (tmp_path / "thesis" / "config.json").touch()
+    refused("is not empty and holds no model", run, tmp_path / "thesis", overwrite=True)
+    (out / "thesis.tex").write_text("years of work")
+    refused("holds thesis.tex, which no model wrote", run, out, overwrite=True)
+    assert (out / "thesis.tex").read_text() == "years of work"
     refused("is a file", run, tmp_path / "thesis" / "chapter.txt")
     refused("cannot be written", run, tmp_path / "thesis" / "chapter.txt" / "out")
 

@@ -55,8 +55,15 @@ def packed(sizes: Mapping[ParameterGroup, int], dtype: WireDtype, seed: int = 0)
 
 def hello(client: str = "ward", **changes: Any) -> Hello:
     hashes = {"architecture": "a" * 64, "weights": "b" * 64, "tokenizer": "c" * 64, "chat_template": "d" * 64}
-    about = {"protocol": PROTOCOL, "version": "0", "layers": 2, "experts": 3, "examples": 40, "held_out": 4}
-    return Hello(client=client, **hashes | about | changes)  # type: ignore[arg-type]
+    about: dict[str, Any] = {
+        "protocol": PROTOCOL,
+        "version": "0",
+        "layers": 2,
+        "experts": 3,
+        "examples": 40,
+        "held_out": 4,
+    }
+    return Hello(client=client, **hashes | about | changes)
 
 
 def statistics(client: str = "ward", round: int = 3) -> Statistics:
@@ -68,6 +75,8 @@ def statistics(client: str = "ward", round: int = 3) -> Statistics:
         round=round,
         examples=40,
         tokens=900,
+        steps=3,
+        learning_rate=1e-3,
         loss=1.25,
         prob_L_E=cells,
         load_L_E=cells * 100,
@@ -77,8 +86,9 @@ def statistics(client: str = "ward", round: int = 3) -> Statistics:
         update_L_E_S=sketch + 1,
         norm_G=torch.arange(13.0),
         token_count_M_V=torch.arange(14.0).view(2, 7),
+        token_met_M_B=torch.tensor([[126], [127]], dtype=torch.uint8),
         frozen=(GROUPS[8],),
-        metrics={"train_seconds": 0.5, "steps": 3.0},
+        metrics={"train_seconds": 0.5, "temperature_celsius": 3.0},
     )
 
 
@@ -135,7 +145,7 @@ def test_all_that_the_protocol_says_may_travel_does() -> None:
         protocol.Plan,
         protocol.TokenRows,
     }  # of a message, or the server's
-    parts |= {protocol.LayerRouting, protocol.Step, protocol.LocalRound}  # of training
+    parts |= {protocol.LayerRouting, protocol.Step, protocol.LocalRound, protocol.Reports}  # what algorithms see
     assert classes - parts == set(MESSAGES.values())
 
 
@@ -160,7 +170,7 @@ def test_bytes_of_a_parcel_are_those_of_the_message_and_its_head(dtype: WireDtyp
     assert parcel.nbytes == update.nbytes + len(parcel.text)
     assert update.nbytes == 13 * {"float32": 1200, "bfloat16": 600, "int8": 300 + 8}[dtype]
     report = statistics()
-    assert sum(piece.nbytes for (piece,) in encode(report).arrays.values()) == report.nbytes - 24 - 8 * 2
+    assert sum(piece.nbytes for (piece,) in encode(report).arrays.values()) == report.nbytes - 40 - 8 * 2
 
 
 @given(

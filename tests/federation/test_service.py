@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedalign.client.memory import ClientData
+from fedalign.client.memory import ClientData, Kept
 from fedalign.client.open import open_site
 from fedalign.client.trainer import OpenClient, Trainer
 from fedalign.config.run import Config
@@ -64,7 +64,7 @@ def serve(site: SiteFolder, config: Config) -> Service:
 def ask(service: Service, verb: str, message: Message | Parcel = NOTHING) -> Any:
     """The answer, as it arrives."""
     parcel = message if isinstance(message, Parcel) else encode(message)
-    return decode(travel(service.answer(verb, travel(parcel))), tuple(module.Message.__args__))  # type: ignore[attr-defined]
+    return decode(travel(service.answer(verb, travel(parcel))), tuple(module.Message.__args__))  # type: ignore[attr-defined] # a union has them
 
 
 def broadcast(moe: MoEModel, round: int = 1, shift: float = 0.0) -> Broadcast:
@@ -102,9 +102,7 @@ def test_a_whole_round(opened: Service, site_config: Config, ward: SiteFolder, o
     assert same(
         alone.data.memory.hand_over("ward 3", Request("ward 3", 1, (SHARED,))).groups[SHARED], update.groups[SHARED]
     )
-    received = unpack_weights(broadcast(moe).weights)
-    alone.trainer.moe.write(received)
-    assert alone.trainer.evaluate(alone.data, received, 1) == score
+    assert alone.trainer.evaluate(alone.data, unpack_weights(broadcast(moe).weights), 1) == score
 
 
 def test_what_the_first_round_starts_from(opened: Service, olmoe: Path) -> None:
@@ -214,7 +212,7 @@ def test_a_client_that_cannot_be_opened_is_a_failure_of_its_stage(
         raise error
 
     failure = fails(Service("ward", tmp_path, load), verb, Broadcast(1, {}))
-    assert failure == Failure("ward", stage, reason)  # type: ignore[arg-type]
+    assert failure == Failure("ward", stage, reason)  # type: ignore[arg-type] # pytest's parameters are words of that kind
     assert (SECRET in caplog.text) == (SECRET in str(error))
 
 
@@ -325,7 +323,7 @@ print(json.dumps([answer.head, {name: [p.tolist() for p in pieces] for name, pie
 def test_handing_over_an_update_loads_no_model_and_imports_nothing_for_one(tmp_path: Path) -> None:
     site = make_site(tmp_path, 'name = "ward"\n[data]\ntrain = "nowhere.jsonl"\n[model]\npath = "nowhere"\n')
     service = Service("ward", site.memory("night"), lambda: pytest.fail("nothing to open"))
-    service.memory.keep(2, {SHARED: Packed(torch.tensor([1.0, 2.5]))}, {})
+    service.memory.keep(2, {SHARED: Packed(torch.tensor([1.0, 2.5]))}, Kept())
     command = [sys.executable, "-W", "ignore", "-c", UPDATE, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=dict(os.environ))
     head, arrays, heavy = json.loads(done.stdout)

@@ -267,8 +267,8 @@ def test_rows_of_a_lost_client_stay_and_those_it_shared_are_made_up_for() -> Non
 def test_a_stream_keeps_the_weight_of_the_group() -> None:
     updates = [update_of("a", 0), update_of("b", 1)]
     plan = replace(token_plan(torch.full((2, 2, 10), 0.5)), streams={"twice": torch.full((2, 3), 2.0)})
-    plan.token_weight_C_M_V[0] = 1.0  # type: ignore[index]
-    plan.token_weight_C_M_V[1] = 0.0  # type: ignore[index]
+    plan.token_weight_C_M_V[0] = 1.0  # type: ignore[index] # token_plan has set it
+    plan.token_weight_C_M_V[1] = 0.0  # type: ignore[index] # token_plan has set it
     total = StreamingSum(BY_TOKEN, plan, norms_of(updates), "float32")
     for update in updates:
         total.add(update)

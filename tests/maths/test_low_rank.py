@@ -153,7 +153,7 @@ def test_a_component_comes_to_life_again() -> None:
     once = normal(6, 1, seed=0), normal(1, 5, seed=1)
     B, A = (factor.requires_grad_() for factor in best_factors([(1.0, once)], normal(2, 5, seed=2)))
     loss = (B @ A - normal(6, 5, seed=3)).square().sum()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert B.grad is not None
     assert float(B.grad[:, 1].norm()) > 0.1
 

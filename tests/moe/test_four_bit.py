@@ -345,7 +345,7 @@ def test_linear_layers_keep_their_codes_for_the_backward_pass() -> None:
         outputs = nn.functional.linear(inputs, packed, bias := torch.ones(64, requires_grad=True))
     assert kept == []
     torch.testing.assert_close(outputs, inputs @ packed.dense().T + 1)
-    outputs.square().sum().backward()  # type: ignore[no-untyped-call]
+    outputs.square().sum().backward()
     torch.testing.assert_close(inputs.grad, 2 * outputs.detach() @ packed.dense())
     torch.testing.assert_close(bias.grad, 2 * outputs.detach().sum((0, 1)))
 
@@ -361,7 +361,7 @@ def test_autocast_works_in_its_own_type() -> None:
         dense = nn.functional.linear(inputs, packed.dense(), bias)
     assert outputs.dtype == torch.bfloat16
     assert torch.equal(outputs, dense)
-    outputs.sum().backward()  # type: ignore[no-untyped-call]
+    outputs.sum().backward()
     assert inputs.grad is not None
 
 

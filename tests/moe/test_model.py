@@ -64,7 +64,7 @@ def test_read_then_write_restores_everything(family: str) -> None:
 @pytest.mark.parametrize("kind", ["gate", "expert"])
 def test_writing_one_group_changes_only_that_group(family: str, kind: str) -> None:
     moe = MoEModel.wrap(tiny.build(family))
-    group = ParameterGroup(kind, layer=1, expert=2)  # type: ignore[arg-type]
+    group = ParameterGroup(kind, layer=1, expert=2)  # type: ignore[arg-type] # pytest's parameters are words of that kind
     before = moe.read()
     moe.write({group: before[group] + 1})
     changed = {g for g, values in moe.read().items() if not torch.equal(values, before[g])}

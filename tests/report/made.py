@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fedalign.compare.folder import ComparisonFolder
-from fedalign.compare.plan import ablation, cells, make_request, parse_algorithms
+from fedalign.compare.plan import ablation, cells, make_design, parse_algorithms
 from fedalign.config.run import Config
 from fedalign.config.toml import load_config
 
@@ -40,12 +40,12 @@ def make_comparison(
     shape = shape or Shape()
     base = load_config(None, [f"run.rounds={shape.rounds}", f"clients.count={len(shape.clients)}"])
     choices = ablation() if algorithms is None else parse_algorithms([algorithms])
-    request = make_request(base, choices, grid or {}, seeds, tune=False)
+    design = make_design(base, choices, grid or {}, seeds, tune=False)
     comparison = ComparisonFolder(folder)
     folder.mkdir(parents=True)
-    comparison.request.write_text(request.to_toml())
+    comparison.design.write_text(design.to_toml())
     labels = [choice.label for choice in choices]
-    for cell in cells(request):
+    for cell in cells(design):
         make_run(comparison.run(cell, "runs").path, cell.config, shape, skill=labels.index(cell.choice.label))
     return folder
 

@@ -99,14 +99,14 @@ def test_an_ablation_tells_the_gain_of_each_step(tmp_path: Path) -> None:
             lines[-1]["accuracy"] = level + extra
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (ablation,) = ablations(read_material([folder]))
-    assert [step.label for step in ablation.steps][:3] == [
+    assert [variant.label for variant in ablation.variants][:3] == [
         "parameter average",
         "gate alignment",
         "+ consistency weights",
     ]
-    assert ablation.steps[0].gain == "-"
-    assert ablation.steps[1].gain == "+5.0 ± 0.0 †"
-    assert ablation.steps[2].gain == "+0.0 ± 0.0"
+    assert ablation.variants[0].gain == "-"
+    assert ablation.variants[1].gain == "+5.0 ± 0.0 †"
+    assert ablation.variants[2].gain == "+0.0 ± 0.0"
     assert ablations(read_material([make_comparison(tmp_path / "b", "fedavg,fedprox", seeds=[0])])) == []
 
 

@@ -106,7 +106,7 @@ def test_runs_without_anything_optional_are_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (["nowhere"], "holds neither a run .* nor a comparison"),
+        (["nowhere"], r"fedalign report '.*nowhere': holds no run"),
         (["run", "run"], "is given twice"),
         (["run", "comparison"], "is a comparison. Give it alone"),
         (["run", "again"], "are both fedavg, seed 0"),
@@ -126,7 +126,7 @@ def test_only_a_report_is_replaced(tmp_path: Path) -> None:
     done, out = run(tmp_path / "run"), tmp_path / "out" / "report.html"
     write_report([done], out)
     write_report([done], out)
-    out.write_text("my notes")
+    out.write_text("My notes. Pages come from `fedalign report`.")
     with pytest.raises(UserError, match="is a file that is no report"):
         write_report([done], out)
     with pytest.raises(UserError, match="is a folder"):

@@ -3,10 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedalign.client.memory import ClientMemory
 from fedalign.errors import UserError
 from fedalign.files import replacing
-from fedalign.protocol import SHARED, Packed, ParameterGroup, Request, parse_group
+from fedalign.protocol import SHARED, ParameterGroup, parse_group
 from fedalign.server.checkpoint import Checkpoints, ServerState
 
 EXPERT = ParameterGroup("expert", 1, 2)
@@ -70,26 +69,3 @@ def test_a_write_that_breaks_off_leaves_the_old_folder(tmp_path: Path) -> None:
         (folder / "b").write_text("new")
     assert [path.name for path in target.iterdir()] == ["b"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_client_hands_over_only_what_is_asked(tmp_path: Path) -> None:
-    memory = ClientMemory(tmp_path)
-    int8 = Packed(torch.tensor([1, -2], dtype=torch.int8), torch.tensor([0.5]))
-    memory.keep(3, {SHARED: Packed(torch.ones(2)), EXPERT: int8}, {"prob_L_E": torch.ones(1)})
-    update = memory.hand_over("a", Request("a", 3, (EXPERT,))).groups
-    assert list(update) == [EXPERT]
-    assert update[EXPERT].values.tolist() == [1, -2]
-    assert update[EXPERT].scale is not None
-    assert memory.hand_over("a", Request("a", 3, (SHARED,))).groups[SHARED].scale is None
-
-
-def test_a_repeated_round_starts_from_the_round_before_it(tmp_path: Path) -> None:
-    memory = ClientMemory(tmp_path)
-    assert memory.before(1) == {}
-    for round in (2, 5):
-        memory.keep(round, {}, {"prob_L_E": torch.tensor([float(round)])})
-    assert memory.before(5)["prob_L_E"].tolist() == [2.0]
-    assert memory.before(6)["prob_L_E"].tolist() == [5.0]
-    memory.forget_updates()
-    assert memory.before(6)["prob_L_E"].tolist() == [5.0]
-    assert not list(tmp_path.rglob("update.safetensors"))

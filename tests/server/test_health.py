@@ -12,6 +12,7 @@ from fedalign.algorithms.fedavg import FedAvg
 from fedalign.protocol import Statistics
 from fedalign.server import health
 from fedalign.server.health import consensus, read_health, similarity, write_health
+from tests.algorithms.conftest import planned
 from tests.algorithms.test_hooks import LAYOUT, report
 
 
@@ -27,7 +28,7 @@ def reports() -> list[Statistics]:
 
 
 def test_a_round_is_read_back(tmp_path: Path) -> None:
-    plan, _ = FedAvg().plan(reports(), LAYOUT, {})
+    plan = planned(FedAvg(), reports(), LAYOUT)
     for _ in range(2):  # a round that was cut off is written again
         write_health(tmp_path / "health", 3, reports(), plan, LAYOUT)
     (file,) = (tmp_path / "health").iterdir()
@@ -66,7 +67,7 @@ def test_consensus_is_the_cosine_of_updates_among_holders() -> None:
 
 def test_many_clients_are_not_compared_pair_by_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "PAIRWISE", 2)
-    plan, _ = FedAvg().plan(reports(), LAYOUT, {})
+    plan = planned(FedAvg(), reports(), LAYOUT)
     write_health(tmp_path, 1, reports(), plan, LAYOUT)
     assert not {"similarity_L_E_C_C", "consensus_L_E_C_C"} & {
         *read_health(tmp_path / "round-00001.safetensors").tensors

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -7,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedalign import testing
 from fedalign.algorithms.fedavg import FedAvg
-from fedalign.config.run import Config, StatisticsConfig
+from fedalign.config.run import Config
 from fedalign.config.toml import load_config
 from fedalign.errors import UserError
 from fedalign.protocol import (
@@ -21,9 +23,11 @@ from fedalign.protocol import (
     Packed,
     ParameterGroup,
     Request,
+    Shape,
     Statistics,
     Update,
     Weights,
+    asked_shapes,
 )
 from fedalign.server.checkpoint import Checkpoints, ServerState
 from fedalign.server.checks import check_evaluation, check_statistics, find_outliers
@@ -40,15 +44,18 @@ def report(client: str, round: int, examples: int, update: Weights) -> Statistic
         round=round,
         examples=examples,
         tokens=100,
+        steps=10,
+        learning_rate=0.1,
         loss=1.0,
         prob_L_E=torch.tensor([[0.5, 0.5]]),
         load_L_E=torch.tensor([[50.0, 50.0]]),
-        margin_L_E=torch.tensor([[0.1, 0.1]]),
-        centroid_L_E_D=torch.ones(1, 2, 4, dtype=torch.float16),
-        centroid_scale_L=torch.ones(1),
-        update_L_E_S=torch.ones(1, 2, 4, dtype=torch.float16),
+        margin_L_E=torch.zeros(0, 0),
+        centroid_L_E_D=torch.zeros(0, 0, 0, dtype=torch.float16),
+        centroid_scale_L=torch.zeros(0),
+        update_L_E_S=torch.zeros(0, 0, 0, dtype=torch.float16),
         norm_G=torch.stack([update[group].norm() for group in LAYOUT.groups]),
         token_count_M_V=torch.zeros(0, 0),
+        token_met_M_B=torch.zeros(0, 0, dtype=torch.uint8),
     )
 
 
@@ -113,9 +120,8 @@ class Log:
 def run(
     tmp_path: Path, federation: Scripted, *overrides: str, state: ServerState | None = None
 ) -> tuple[ServerState, Log]:
-    config: Config = load_config(
-        None, ["run.rounds=1", "statistics.centroid_width=4", "statistics.update_width=4", *overrides]
-    )
+    widths = ("statistics.centroid_width=4", "statistics.update_width=4")
+    config: Config = load_config(None, ["algorithm.name=fedavg", "run.rounds=1", *widths, *overrides])
     log = Log()
     server = Server(
         federation, FedAvg(), LAYOUT, config, Checkpoints(tmp_path, {}), lambda w: Evaluation(None, 5, 1.0, 0.5), log
@@ -156,10 +162,12 @@ def test_arrival_order_does_not_matter(tmp_path: Path) -> None:
     [
         ({"loss": float("nan")}, "loss is nan"),
         ({"loss": float("inf")}, "loss is inf"),
-        ({"examples": 0}, "0 examples"),
-        ({"examples": -5}, "-5 examples"),
-        ({"tokens": -1}, "-1 tokens"),
-        ({"metrics": {"train_seconds": float("nan")}}, "its metrics are not finite"),
+        ({"examples": 0}, "examples = 0: must be above 0"),
+        ({"examples": -5}, "examples = -5: must be above 0"),
+        ({"tokens": -1}, "tokens = -1: must be above 0"),
+        ({"steps": 0}, "steps = 0: must be above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate = nan: must be above 0"),
+        ({"metrics": {"train_seconds": float("nan")}}, "its metrics {'train_seconds': nan}: must be possible numbers"),
         ({"round": 7}, "of round 7, not 1"),
         ({"prob_L_E": torch.tensor([[float("nan"), 1.0]])}, "prob_L_E is not finite"),
         ({"norm_G": torch.full((5,), torch.inf)}, "norm_G is not finite"),
@@ -168,11 +176,11 @@ def test_arrival_order_does_not_matter(tmp_path: Path) -> None:
     ],
 )
 def test_unusable_statistics_leave_the_client_out_and_name_it(
-    tmp_path: Path, change: dict[str, object], reason: str
+    tmp_path: Path, change: dict[str, Any], reason: str
 ) -> None:
     federation = Scripted(
         {"a": (30, 1.0), "bad": (10, 3.0)},
-        spoil=lambda s: replace(s, **change) if s.client == "bad" else s,  # type: ignore[arg-type]
+        spoil=lambda s: replace(s, **change) if s.client == "bad" else s,
     )
     state, _ = run(tmp_path, federation)
     assert shared(state).tolist() == [1.0, 1.0]
@@ -273,65 +281,105 @@ def test_scores_are_described_by_name() -> None:
 
 # ------------------------------------------------------------------------------------- what a client may not send
 
-USUAL = replace(
-    report("c", 1, 10, {group: torch.ones(LAYOUT.sizes[group]) for group in LAYOUT.groups}),
-    token_count_M_V=torch.ones(1, 3),
-)
-OPTIONS = StatisticsConfig(update_width=4, centroid_width=4)
+SEEN = testing.reports(clients=1, min_tokens=1)
+(USUAL,) = SEEN.of
+SHAPES = asked_shapes(SEEN.layout, testing.EVERYTHING, testing.WIDTH, testing.WIDTH)
 TENSORS = [name for name, value in vars(USUAL).items() if isinstance(value, Tensor)]
+SIGNED = ("centroid_L_E_D", "update_L_E_S")
 
 
-def usual(**changes: Any) -> Statistics:
-    return replace(USUAL, **changes)
+def flaw(shapes: dict[str, Shape] = SHAPES, **changes: Any) -> str | None:
+    return check_statistics(replace(USUAL, **changes), SEEN.layout, shapes, 1)
 
 
 def test_usual_statistics_pass() -> None:
-    assert check_statistics(USUAL, LAYOUT, OPTIONS, 1, (1, 3)) is None
-    assert len(TENSORS) == 8
+    assert flaw() is None
+    assert set(TENSORS) == set(SHAPES)
+    assert len(TENSORS) == 9
 
 
 @pytest.mark.parametrize("name", TENSORS)
 def test_each_tensor_must_have_its_shape_and_precision_and_be_finite(name: str) -> None:
     value = getattr(USUAL, name)
-    spoilt = value.clone()
-    spoilt.view(-1)[-1] = float("nan")
-    endless = value.clone()
-    endless.view(-1)[0] = float("-inf")
     other = torch.float32 if value.dtype == torch.float16 else torch.float64
-    for wrong, reason in (
-        (value[..., :-1], f"{name} is torch.float"),
-        (value.unsqueeze(0), f"{name} is torch.float"),
-        (torch.cat([value, value]), f"{name} is torch.float"),
-        (value.flatten()[0], f"{name} is torch.float"),
+    wrong = [
+        (value[..., :-1], f"{name} is torch."),
+        (value.unsqueeze(0), f"{name} is torch."),
+        (torch.cat([value, value]), f"{name} is torch."),
+        (value.flatten()[0], f"{name} is torch."),
         (value.to(other), f"{name} is {other}"),
         (value.to(torch.int64), f"{name} is torch.int64"),
-        (spoilt, f"{name} is not finite"),
-        (endless, f"{name} is not finite"),
-    ):
-        problem = check_statistics(usual(**{name: wrong}), LAYOUT, OPTIONS, 1, (1, 3))
-        assert problem is not None
-        assert problem.startswith(reason)
+    ]
+    if value.is_floating_point():
+        for bad in (math.nan, -math.inf, math.inf):
+            spoilt = value.clone()
+            spoilt.view(-1)[-1] = bad
+            wrong.append((spoilt, f"{name} is not finite"))
+    for tensor, reason in wrong:
+        assert str(flaw(**{name: tensor})).startswith(reason)
 
 
-def test_tokens_are_counted_only_where_the_algorithm_asks() -> None:
-    reason = "token_count_M_V is torch.float32 [1, 3], expected torch.float32 [0, 0]"
-    assert check_statistics(USUAL, LAYOUT, OPTIONS, 1) == reason
+@pytest.mark.parametrize("name", TENSORS)
+def test_what_nobody_asks_for_is_empty_or_refused(name: str) -> None:
+    shapes = asked_shapes(SEEN.layout, frozenset(), testing.WIDTH, testing.WIDTH)
+    nothing = {key: torch.zeros(shape, dtype=getattr(torch, dtype)) for key, (shape, dtype) in shapes.items()}
+    given = {key: getattr(USUAL, key) if 0 not in shape else nothing[key] for key, (shape, _) in shapes.items()}
+    assert flaw(shapes, **given) is None
+    if 0 in shapes[name][0]:
+        value = getattr(USUAL, name)
+        reason = f"{name} is {value.dtype} {list(value.shape)}, expected {value.dtype} {[0] * value.ndim}"
+        assert flaw(shapes, **given | {name: value}) == reason
 
 
 @pytest.mark.parametrize("name", TENSORS)
 def test_what_counts_or_measures_is_not_negative(name: str) -> None:
-    problem = check_statistics(usual(**{name: -getattr(USUAL, name)}), LAYOUT, OPTIONS, 1, (1, 3))
-    assert problem == (f"{name} is negative" if name in ("prob_L_E", "load_L_E", "norm_G", "token_count_M_V") else None)
+    value = getattr(USUAL, name)
+    problem = flaw(**{name: -value})  # bytes have no sign: other bits
+    if name in SIGNED or not value.is_floating_point():
+        assert problem is None
+    else:
+        assert str(problem).startswith(f"{name} is negative or impossibly large: must lie between 0 and ")
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("prob_L_E", "1.001"),
+        ("load_L_E", "128"),
+        ("norm_G", "1e+15"),
+        ("margin_L_E", "1.001"),
+        ("centroid_L_E_D", "1.001"),
+        ("centroid_scale_L", "1e+15"),
+        ("update_L_E_S", "1.001"),
+        ("token_count_M_V", "256"),
+    ],
+)
+def test_nothing_is_larger_than_it_can_be(name: str, most: str) -> None:
+    value = getattr(USUAL, name)
+    above = torch.full_like(value, float(most) * 1.01)
+    assert str(flaw(**{name: above})).endswith(f"and {most}")
+
+
+def test_probabilities_sum_to_one() -> None:
+    assert flaw(prob_L_E=USUAL.prob_L_E * 1.0005) is None  # rounding
+    reason = "prob_L_E does not sum to one over the experts of each layer"
+    assert flaw(prob_L_E=USUAL.prob_L_E * 0.9) == reason
+    assert flaw(prob_L_E=torch.zeros_like(USUAL.prob_L_E)) == reason
 
 
 def test_sketches_of_another_width_leave_the_client_out_and_the_round_goes_on(tmp_path: Path) -> None:
+    sketches = {"centroid_L_E_D": (1, 2, 4), "centroid_scale_L": (1,), "update_L_E_S": (1, 2, 4)}
+    usual = {
+        name: torch.ones(shape) if name == "centroid_scale_L" else torch.ones(shape).half()
+        for name, shape in sketches.items()
+    }
     for field_name, width in (("update_L_E_S", 8), ("centroid_L_E_D", 2), ("update_L_E_S", 0)):
-        wide = {field_name: torch.ones(1, 2, width, dtype=torch.float16)}
+        wide = usual | {field_name: torch.ones(1, 2, width).half()}
         federation = Scripted(
             {"a": (30, 1.0), "wide": (10, 3.0)},
-            spoil=lambda s, wide=wide: replace(s, **wide) if s.client == "wide" else s,  # type: ignore[misc]
+            spoil=lambda s, wide=wide: replace(s, **(wide if s.client == "wide" else usual)),  # type: ignore[misc] # mypy infers no lambda with defaults
         )
-        state, _ = run(tmp_path / f"{field_name}{width}", federation)
+        state, _ = run(tmp_path / f"{field_name}{width}", federation, "tracking.health=full")
         (failure,) = state.history[-1]["failures"]
         assert failure["client"] == "wide"
         assert failure["reason"].endswith("expected torch.float16 [1, 2, 4]")
@@ -354,8 +402,8 @@ def test_sketches_of_another_width_leave_the_client_out_and_the_round_goes_on(tm
         ({"accuracy": float("nan")}, "its accuracy is nan"),
     ],
 )
-def test_scores_are_checked(change: dict[str, object], reason: str | None) -> None:
-    score = replace(Evaluation("a", 10, 0.5, 0.5), **change)  # type: ignore[arg-type]
+def test_scores_are_checked(change: dict[str, Any], reason: str | None) -> None:
+    score = replace(Evaluation("a", 10, 0.5, 0.5), **change)
     assert check_evaluation(score) == reason
 
 

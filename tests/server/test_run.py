@@ -21,6 +21,7 @@ from fedalign.config.toml import load_config
 from fedalign.doctor.estimate import estimate
 from fedalign.errors import TrainingFailedError, UserError
 from fedalign.federation.in_process import Prepared, prepare
+from fedalign.files import MARK
 from fedalign.protocol import Broadcast, Statistics
 from fedalign.server.checkpoint import ServerState
 from fedalign.server.results import RunFolder
@@ -109,7 +110,8 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     assert summary["bytes_up"] == sum(line["bytes_up"] for line in lines)
     assert set(summary["client_accuracies"]) == {"client-00", "client-01", "client-02"}
     assert not list(finished.rglob("update.safetensors"))  # kept updates are freed at the end
-    assert not list(finished.rglob(".*"))  # and nothing temporary stays
+    assert {path.name for path in finished.rglob(".*")} == {MARK}  # and nothing temporary stays
+    RunFolder(finished).check_free(overwrite=True)  # all of it is known as the run's
 
 
 @pytest.mark.parametrize("kind", ["model", "best"])

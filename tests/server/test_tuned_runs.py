@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from fedalign.client.memory import ClientData, ClientMemory
 from fedalign.client.trainer import Trainer
-from fedalign.config.run import Config
+from fedalign.config.run import ClientLimits, Config
 from fedalign.config.toml import load_config
 from fedalign.errors import UserError
 from fedalign.federation.in_process import prepare
@@ -49,8 +49,8 @@ def trainer(*overrides: str) -> Trainer:
     return Trainer(MoEModel.wrap(model, config.tuning), None, config.algorithm.build(), config)
 
 
-def trained(step: Trainer, folder: Path, name: str = "c") -> tuple[Statistics, ClientData]:
-    data = ClientData(name, examples(20), None, ClientMemory(folder))
+def trained(step: Trainer, folder: Path, name: str = "c", **limits: int) -> tuple[Statistics, ClientData]:
+    data = ClientData(name, examples(20), None, ClientMemory(folder), ClientLimits(**limits))
     weights = {group: pack(value.cpu(), "float32", 0) for group, value in step.moe.read().items()}
     return step.train(data, Broadcast(1, weights)), data
 
@@ -172,8 +172,8 @@ def test_activations_computed_twice_change_nothing(kind: str, tmp_path: Path) ->
 
 
 def test_a_client_that_sends_tokens_to_fewer_experts(tmp_path: Path) -> None:
-    step = trainer("clients.limits.small.top_k=1")
-    small, large = (trained(step, tmp_path / name, name)[0] for name in ("small", "large"))
+    step = trainer()
+    small, large = (trained(step, tmp_path / str(top_k), top_k=top_k)[0] for top_k in (1, 0))
     assert torch.equal(small.load_L_E.sum(1), torch.full((2,), float(small.tokens)))
     assert torch.equal(large.load_L_E.sum(1), torch.full((2,), 2.0 * large.tokens))
     with RoutingProbe(step.moe) as probe, probe.capture(*masks(batch("olmoe"))) as captured:
@@ -182,9 +182,9 @@ def test_a_client_that_sends_tokens_to_fewer_experts(tmp_path: Path) -> None:
 
 
 def test_a_client_that_trains_its_most_used_experts_alone(tmp_path: Path) -> None:
-    step = trainer("clients.limits.small.max_experts=1")
+    step = trainer()
     start = step.moe.read()
-    report, data = trained(step, tmp_path, "small")
+    report, data = trained(step, tmp_path, "small", max_experts=1)
     assert len(report.frozen) == 2 * (EXPERTS - 1)
     assert torch.equal((report.load_L_E > 0).sum(1), torch.ones(2, dtype=torch.long))
     after = step.moe.read()
@@ -212,16 +212,10 @@ def test_what_a_client_did_not_train_counts_for_nothing() -> None:
 
 
 def test_a_client_of_a_lower_rank_moves_the_strongest_components_alone(tmp_path: Path) -> None:
-    step = trainer(
-        "tuning.kind=lora",
-        "tuning.rank=4",
-        "tuning.average=exact",
-        "clients.limits.small.rank=1",
-        "algorithm.name=fedavg",
-    )
+    step = trainer("tuning.kind=lora", "tuning.rank=4", "tuning.average=exact", "algorithm.name=fedavg")
     layout = step.moe.layout
     group = ParameterGroup("expert", 1, 0)
-    _, data = trained(step, tmp_path, "small")
+    _, data = trained(step, tmp_path, "small", rank=1)
     update = unpack(data.memory.hand_over("small", Request("small", 1, (group,))).groups[group])
     for place in layout.factors[group]:
         a = update[place.start_A :][: 4 * place.inputs].view(4, -1)
@@ -273,6 +267,7 @@ def test_qlora_without_cuda_is_refused(settings: list[str], tmp_path: Path) -> N
     [
         (["clients.limits.nobody.top_k=1"], "clients.limits.nobody: no such client.*client-00"),
         (["clients.limits.client-00.top_k=9"], "clients.limits.client-00.top_k = 9.*4 experts"),
+        (["clients.limits.client-00.top_k=1", "federation.engine=flower"], "a site says what it can do itself"),
         (["clients.limits.client-00.rank=2"], "ranks may differ only where products are averaged"),
         (
             ["tuning.kind=lora", "tuning.average=exact", "clients.limits.client-00.rank=99"],

@@ -39,7 +39,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, olmoe: Path) -> Iterato
             running.serve(site)
         for site in SITES:
             said = f"{site} is ready for {running.loopback.address}"
-            running.loopback.wait(lambda site=site, said=said: said in running.loopback.log(site), said, needs=site)  # type: ignore[misc]
+            running.loopback.wait(lambda site=site, said=said: said in running.loopback.log(site), said, needs=site)  # type: ignore[misc] # mypy infers no lambda with defaults
         running.wait_online(len(SITES))
         yield running
 
@@ -93,5 +93,5 @@ def test_sigterm_ends_all_of_a_site(deployment: Deployment) -> None:
         assert len(deployment.loopback.processes(site)) > 1
         os.kill(trainer(deployment, site), signal.SIGTERM)
     for site in ("south", "west"):
-        deployment.loopback.wait(lambda site=site: not deployment.loopback.processes(site), f"{site} to end", 40)  # type: ignore[misc]
+        deployment.loopback.wait(lambda site=site: not deployment.loopback.processes(site), f"{site} to end", 40)  # type: ignore[misc] # mypy infers no lambda with defaults
         assert not (deployment.sites[site] / "trainer.json").exists()

@@ -17,6 +17,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from fedalign.algorithms.by_use import ByUse
 from fedalign.algorithms.centralised import Centralised
 from fedalign.algorithms.fc_moe import FCMoE
 from fedalign.algorithms.fedalign_moe import FedAlignMoE
@@ -35,6 +36,7 @@ from fedalign.protocol import Algorithm
 GROUP = "fedalign.algorithms"  # entry points of other packages
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
+    "by_use": ByUse,
     "centralised": Centralised,
     "fc_moe": FCMoE,
     "fedalign_moe": FedAlignMoE,
@@ -51,7 +53,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 
 BASELINE = "fedavg"  # what a comparison measures the others against
 STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {  # the option that tuning varies beside the learning rate
-    "fedalign_moe": ("reg_strength", (0.0, 0.01, 0.1)),
+    "fedalign_moe": ("reg_strength", (0.01, 0.1, 1.0)),
     "fedalign_paper": ("reg_strength", (0.01, 0.1, 1.0)),
     "fedprox": ("mu", (0.001, 0.01, 0.1)),
 }
@@ -79,7 +81,7 @@ def make(name: str, given: Mapping[str, Any]) -> Algorithm:
     FedProx(mu=0.1)
     """
     kind = ALGORITHMS.get(name) or _from_package(name)
-    known, hints = _options(kind), get_type_hints(kind)
+    known, hints = _options(kind), _hints(kind)
     for key, value in given.items():
         if key not in known:
             raise _unknown_option(name, key, value, known)
@@ -97,6 +99,24 @@ def options(algorithm: Algorithm) -> dict[str, Any]:
     {'mu': 0.1}
     """
     return {name: getattr(algorithm, name) for name in _options(type(algorithm))}
+
+
+def described(algorithm: Algorithm) -> list[tuple[str, Any, Any, str]]:
+    """Name, value, type and meaning of each option.
+
+    >>> described(make("fedprox", {}))
+    [('mu', 0.01, <class 'float'>, 'μ; 0: FedAvg')]
+    """
+    hints, means = _hints(type(algorithm)), dict[str, str]()
+    for kind in reversed(type(algorithm).__mro__):  # a subclass with another default means the same
+        own = getattr(kind, "__dataclass_fields__", {})
+        means |= {name: field.metadata["help"] for name, field in own.items() if "help" in field.metadata}
+    return [(name, value, hints[name], means.get(name, "")) for name, value in options(algorithm).items()]
+
+
+def spans_rounds(algorithm: Algorithm) -> bool:
+    """Whether clients set values of one round against those of another: not where factors are made anew each round."""
+    return any(getattr(type(algorithm), hook) is not getattr(FedAvg, hook) for hook in ("begin", "keep"))
 
 
 def _from_package(name: str) -> type[Algorithm]:
@@ -134,13 +154,18 @@ def _flaw(kind: Any) -> str | None:
     lacking = [name for name in vars(Algorithm) if not name.startswith("_") and not hasattr(kind, name)]
     if lacking:
         return f"has no {', '.join(lacking)}: extend fedalign.algorithms.fedavg.FedAvg"
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     for key, field in _options(kind).items():
         if field.default is MISSING:
             return f"has an option without a default: {key}"
         if hints[key] not in _NAMES and get_origin(hints[key]) is not Literal:
             return f"has an option that is neither bool, int, float, str nor Literal: {key}"
     return None
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """Types of its fields; tensors, which no option is, need not be known."""
+    return get_type_hints(kind, localns={"Tensor": object})
 
 
 def _options(kind: Any) -> dict[str, Field[Any]]:

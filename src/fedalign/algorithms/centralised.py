@@ -5,9 +5,11 @@ w ← w + Δ, one local training a round on the union of the clients' data. Scor
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from fedalign.algorithms.fedavg import FedAvg
+from fedalign.protocol import Ask
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,6 @@ class Centralised(FedAvg):
     """FedAvg over the one client that holds everything."""
 
     @property
-    def pooled(self) -> bool:
+    def asks(self) -> Set[Ask]:
         """The data is not kept apart."""
-        return True
+        return frozenset({"data"})

@@ -4,7 +4,7 @@
     consensus    D(e) = Σ_c b_c(e) Δ_c(e)                                                                           [O]
     projection   where ⟨Δ_c, D⟩ < 0:  Δ_c ← Δ_c − p_c·D,  p_c = ⟨Δ_c, D⟩ / ⟨D, D⟩                                   [P]
     experts      θ_e ← θ_e + Σ_c b_c Δ_c = θ_e + (1 − Σ_{c against} b_c p_c)·D
-    residual     what was removed from a client, p_c·D: it starts its next round from θ_e + keep·p_c·D, keep = 1/2   [P]
+    residual     what was removed from a client, p_c·D: it starts its next round from θ_e + ρ·p_c·D, ρ = 1/2         [P]
     the rest     FedAvg
 
 What is removed lies along D, so the projected sum is D stretched: the server needs no more than one factor for each
@@ -13,14 +13,16 @@ expert, which it estimates from the sketches. The client finds its residual in w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from fedalign.algorithms.fedavg import FedAvg, option
+from fedalign.maths import torch
+from fedalign.protocol import Ask, LocalRound, Plan, Reports, State, Weights
 
-from fedalign.algorithms.fedavg import FedAvg
-from fedalign.protocol import Layout, LocalRound, Plan, State, Statistics, Weights
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RECEIVED = "received."
 
@@ -29,40 +31,40 @@ RECEIVED = "received."
 class FCMoE(FedAvg):
     """FedAvg but for the experts."""
 
-    keep: float = 0.5  # [P] share of its residual that a client goes on with
-    max_stretch: float = 2.0  # [O] the largest factor: a consensus that is almost nothing says nothing
+    residual: float = option(0.5, "[P] share of its residual that a client goes on with")
+    max_stretch: float = option(2.0, "[O] the largest factor: a consensus that is almost nothing says nothing")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.keep <= 1:
-            raise ValueError(f"keep = {self.keep}: must lie between 0 and 1")
+        if not 0 <= self.residual <= 1:
+            raise ValueError(f"residual = {self.residual}: must lie between 0 and 1")
         if not 1 <= self.max_stretch < float("inf"):
             raise ValueError(f"max_stretch = {self.max_stretch}: must be at least 1 and finite")
 
     @property
-    def spans_rounds(self) -> bool:
-        """What was removed is found between two rounds."""
-        return self.keep > 0
+    def asks(self) -> Set[Ask]:
+        """What the consensus is made of."""
+        return frozenset({"directions"})
 
-    def plan(self, reports: Sequence[Statistics], layout: Layout, state: State) -> tuple[Plan, State]:
+    def plan(self, reports: Reports, state: State) -> Plan:
         """Importance for the experts, n_c / Σ n for the rest."""
-        plan, state = super().plan(reports, layout, state)
-        shared_C, gate_C_L_E, _ = layout.split(plan.weight_C_G)
-        norm_C_L_E = layout.split(torch.stack([report.norm_G for report in reports]))[2]
-        frequency_C_L_E = torch.stack([report.load_L_E / max(1, report.tokens) for report in reports])
-        importance_C_L_E = frequency_C_L_E * norm_C_L_E
+        layout = reports.layout
+        norm_C_L_E = layout.split(reports.stack("norm_G"))[2]
+        tokens_C = reports.column("tokens").clamp_min(1).float()
+        importance_C_L_E = reports.stack("load_L_E") / tokens_C[:, None, None] * norm_C_L_E
         weight_C_L_E = importance_C_L_E / importance_C_L_E.sum(0).clamp_min(torch.finfo(torch.float32).tiny)
-        stretch_L_E, against_C_L_E = self.project(reports, weight_C_L_E * norm_C_L_E)
+        stretch_L_E, against_C_L_E = self.project(reports.stack("update_L_E_S"), weight_C_L_E * norm_C_L_E)
         ones_C_L_E = torch.ones_like(weight_C_L_E)
-        factor_C_G = layout.table(ones_C_L_E[:, 0, 0], ones_C_L_E, stretch_L_E.expand_as(weight_C_L_E))
-        metrics = {"expert_updates_against_consensus": int(against_C_L_E.sum())}
-        return Plan(plan.clients, layout.table(shared_C, gate_C_L_E, weight_C_L_E), factor_C_G, metrics), state
+        return reports.plan(
+            expert_C_L_E=weight_C_L_E,
+            factor_C_G=layout.table(ones_C_L_E[:, 0, 0], ones_C_L_E, stretch_L_E.expand_as(weight_C_L_E)),
+            metrics={"expert_updates_against_consensus": int(against_C_L_E.sum())},
+        )
 
-    def project(self, reports: Sequence[Statistics], length_C_L_E: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, direction_C_L_E_S: Tensor, length_C_L_E: Tensor) -> tuple[Tensor, Tensor]:
         """The factor of each expert's sum, [L, E], and who is against the consensus, [C, L, E].
 
         `length_C_L_E` is b·‖Δ‖: the length of each client's part of the consensus.
         """
-        direction_C_L_E_S = torch.stack([report.update_L_E_S.float() for report in reports])
         consensus_L_E_S = (length_C_L_E.unsqueeze(-1) * direction_C_L_E_S).sum(0)
         square_L_E = consensus_L_E_S.square().sum(-1)
         part_C_L_E = length_C_L_E * (direction_C_L_E_S * consensus_L_E_S).sum(-1)  # b_c ⟨Δ_c, D⟩
@@ -71,8 +73,8 @@ class FCMoE(FedAvg):
         return (1 + removed_L_E).clamp_max(self.max_stretch), against_C_L_E
 
     def begin(self, local: LocalRound) -> None:
-        """Start from what was received, plus `keep` of what was removed from the client's own last update."""
-        if not self.keep:
+        """Start from what was received, plus `residual` of what was removed from the client's own last update."""
+        if not self.residual:
             return
         last = local.last_update()
         for group, update in last.items():
@@ -81,10 +83,10 @@ class FCMoE(FedAvg):
                 consensus = local.received[group] - before
                 against, square = float(update @ consensus), float(consensus @ consensus)
                 if against < 0 < square:
-                    local.start[group] = local.received[group] + self.keep * against / square * consensus
+                    local.start[group] = local.received[group] + self.residual * against / square * consensus
 
-    def end(self, local: LocalRound, update: Weights, steps: int) -> Mapping[str, Tensor]:
+    def keep(self, local: LocalRound, update: Weights) -> Mapping[str, Tensor]:
         """What was received of the experts: beside what comes next, it shows where the others went."""
-        if not self.keep:
+        if not self.residual:
             return {}
         return {f"{RECEIVED}{group}": value for group, value in local.received.items() if group.kind == "expert"}

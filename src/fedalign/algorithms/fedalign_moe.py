@@ -1,31 +1,27 @@
-"""FedAlign-MoE (after arXiv 2603.21276): experts averaged by who uses them, token rows by who met the token.
+"""FedAlign-MoE (arXiv 2603.21276): routing aligned, experts averaged where they do the same job.
 
-    experts       θ_e    ← θ_e + Σ_c b_c(e) · Δ_c(e)                b ∝ n_c(e), the client's share of its load     [O]
-    token rows    row_v  ← row_v + Σ_c k_c(v) · Δrow_c(v)          k: n_c · the token's share of what c read        [O]
-    the rest      FedAvg, routers too
-
-These are the defaults: what won in measurements. The paper's method is here as options, which `fedalign_paper` sets:
-
-    router rows   row_e  ← row_e + Σ_c ω_c(e) · Δrow_c(e)          ω from `maths.routing`: consistency of routing  [P]
-    target        p_g(e) ← Σ_c ω_c(e) · p̄_c(e), normalised          pulls the clients' routers in the next round   [P]
-    experts       θ_e    ← θ_e + Σ_c b_c(e) · Δ_c(e)                b from `maths.experts`: same role, same aim     [P]
+    router rows   row_e  ← row_e + Σ_c ω_c(e) · Δrow_c(e)      ω from `maths.routing`: consistency of routing     [P]
+    target        p_g(e) ← Σ_c ω_c(e) · p̄_c(e), normalised      pulls the clients' routers in the next round      [P]
+    experts       θ_e    ← θ_e + Σ_c b_c(e) · Δ_c(e)            b from `maths.experts`: same role, same aim        [P]
+    token rows    row_v  ← row_v + Σ_c k_c(v) · Δrow_c(v)       k by who met the token                             [O]
     the rest      FedAvg
 
-Marks: [P] the paper says so, [O] our choice where it is silent. Every [O] is an option. Which of them won or lost what,
-and on which models: docs/evidence.md.
+Rows of embeddings averaged over those who involve them are FedSubAvg's (Ding et al. 2022, arXiv 2109.07704), without
+counts: `vocabulary = "clients"`.
+
+Marks: [P] the paper says so, [O] our choice where it is silent. Every [O] is an option. `fedalign_paper` and `by_use`
+are other defaults of the same options. Which of them won or lost what, and on which models: docs/evidence.md.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
-from fedalign.algorithms.fedavg import FedAvg, column_shares, data_share
+from fedalign.algorithms.fedavg import FedAvg, column_shares, option
+from fedalign.maths import torch
 from fedalign.maths.experts import Consensus, bimodality, centred_directions, cosines, directions, expert_weights
 from fedalign.maths.routing import (
     Form,
@@ -39,7 +35,10 @@ from fedalign.maths.routing import (
     router_log_prob,
     routing_penalty,
 )
-from fedalign.protocol import LayerRouting, Layout, ParameterGroup, Plan, State, Statistics, Step
+from fedalign.protocol import Ask, Kind, LayerRouting, Plan, Reports, State, Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TARGET = "target_L_E"
 TWO_ROLES = 5 / 9  # bimodality of a uniform distribution
@@ -50,22 +49,28 @@ PAIRS = 1 << 20  # entries of one [E, C, C] table at a time: 4 MB stay in cache
 class FedAlignMoE(FedAvg):
     """Options with their defaults."""
 
-    reg_strength: float = 0.0  # λ, 0.1 [P]; 0 leaves the clients' loss alone
-    overlap: Overlap = "product"  # [P] in ω and α; "relative" [O]: in ω the product cancels the target
-    granularity: Granularity = "token"  # [P]; "batch" [O] keeps the decisions of single tokens sharp
-    form: Form = "kl"  # [P]; "bregman" [O] is never negative
-    gate: Literal["rows", "average", "local"] = "average"  # FedAvg; "rows" [O] by ω; "local": clients keep their own
-    gate_weights: Literal["consistency", "uniform"] = "consistency"  # [P]
-    max_weight: float = 0.5  # [O] the largest weight of a client in a router row
-    size_weighted: bool = False  # [P] data size does not enter ω; True [O] multiplies by n_c
-    target_momentum: float = 0.0  # [O] share of the old target that stays
-    adaptive_strength: bool = True  # [P] α; False pulls on all experts alike
-    experts: Literal["semantic", "load", "average"] = "load"  # n_c(e) alone [O]; "semantic" [P]; "average": FedAvg
-    beta: float = 0.5  # [O] standard deviations below the mean similarity that still pass
-    consensus: Consensus = "half"  # [O] (1 + D) / 2, or max(0, D)
-    min_agreement: float = 0.5  # [O] share of the largest agreement below which a client is left out
-    vocabulary: Literal["average", "tokens"] = "tokens"  # [O] rows of trained embeddings by who met them; or FedAvg
-    min_holders: int = 2  # [O] with fewer, an expert's update is clipped to its layer's median norm
+    reg_strength: float = option(0.1, "λ of the pull on routers while training [P]; 0: none")
+    overlap: Overlap = option("product", "of own and global routing [P], or the smaller over the larger [O]")
+    granularity: Granularity = option("batch", "what is pulled: each token [P]; a batch's mean keeps tokens sharp [O]")
+    form: Form = option("bregman", "of the pull: as printed [P], or never negative [O]")
+    gate: Literal["rows", "average", "local"] = option("rows", "routers: row by row, as FedAvg, or clients keep theirs")
+    gate_weights: Literal["consistency", "uniform"] = option(
+        "consistency", "of rows: overlap times margin [P], or alike"
+    )
+    max_weight: float = option(0.5, "no client counts for more in a router row [O]")
+    size_weighted: bool = option(True, "whether data size enters the weights of rows [O]; it does not in the paper [P]")
+    target_momentum: float = option(0.0, "share of the old routing target that stays [O]")
+    adaptive_strength: bool = option(True, "whether the pull is stronger where routing is agreed about [P]")
+    experts: Literal["semantic", "load", "average"] = option(
+        "semantic", "by agreement [P] and use, by use alone, or FedAvg"
+    )
+    beta: float = option(0.5, "standard deviations below the mean similarity that still agree [O]")
+    consensus: Consensus = option("half", "of cosines D of updates: (1 + D) / 2, or max(0, D) [O]")
+    min_agreement: float = option(0.0, "clients with less of the largest agreement are left out of an expert [O]")
+    vocabulary: Literal["tokens", "clients", "average"] = option(
+        "tokens", "rows of trained embeddings: by how often a client met the token, by whether it did, or FedAvg [O]"
+    )
+    min_holders: int = option(2, "with fewer, an expert's update is clipped to its layer's median norm [O]")
 
     def __post_init__(self) -> None:
         for name, low, high in [
@@ -80,45 +85,40 @@ class FedAlignMoE(FedAvg):
                 raise ValueError(f"{name} = {getattr(self, name)}: must lie between {low:g} and {high:g}")
 
     @property
-    def centre_gates(self) -> bool:
-        """A vector added to all rows changes no softmax routing, but weighted row by row it would become noise [O]."""
-        return self.gate != "average"
+    def aligns(self) -> bool:
+        """Whether routers are weighted or pulled, so that there is a target."""
+        return self.gate != "average" or self.reg_strength > 0
 
     @property
-    def counts_tokens(self) -> bool:
-        """With vocabulary = "tokens"."""
-        return self.vocabulary == "tokens"
+    def asks(self) -> Set[Ask]:
+        """What these options need."""
+        wanted: dict[Ask, bool] = {
+            "probabilities": self.aligns,
+            "margins": self.aligns and self.gate_weights == "consistency",
+            "centroids": self.experts == "semantic",
+            "directions": self.experts == "semantic",
+            "tokens": self.vocabulary == "tokens",
+            "met": self.vocabulary == "clients",
+        }
+        return frozenset(ask for ask, needed in wanted.items() if needed)
 
-    def private(self, group: ParameterGroup) -> bool:
-        """With gate = "local", gates: each client goes on from its own, which are still summed for the global model."""
-        return self.gate == "local" and group.kind == "gate"
+    @property
+    def private(self) -> Set[Kind]:
+        """With gate = "local", gates."""
+        return frozenset[Kind]({"gate"} if self.gate == "local" else ())
 
-    def plan(self, reports: Sequence[Statistics], layout: Layout, state: State) -> tuple[Plan, State]:
-        """Weights of router rows and experts from the statistics; the new routing target becomes the state."""
-        share_C = data_share(reports)
-        prob_C_L_E = torch.stack([report.prob_L_E.float() for report in reports])
-        held_C_L_E = torch.stack([report.held_L_E for report in reports])
-        average_C_L_E = share_C[:, None, None].expand_as(prob_C_L_E)
-
-        old_L_E = state.get(TARGET)
-        target_L_E = global_routing(prob_C_L_E, average_C_L_E) if old_L_E is None else old_L_E.to(prob_C_L_E.device)
-        gate_C_L_E = self._gate_weights(reports, prob_C_L_E, held_C_L_E, target_L_E)
-        new_L_E = global_routing(prob_C_L_E, gate_C_L_E)
-        if old_L_E is not None:
-            new_L_E = torch.lerp(new_L_E, target_L_E, self.target_momentum)
-
-        expert_C_L_E, two_roles = average_C_L_E, 0
-        if self.experts == "semantic":
-            expert_C_L_E, two_roles = self._expert_weights(reports, held_C_L_E)
-        elif self.experts == "load":
-            expert_C_L_E = column_shares(expert_sizes(reports))
-        weight_C_G = layout.table(share_C, average_C_L_E if self.gate == "average" else gate_C_L_E, expert_C_L_E)
-        factor_C_G = self._clip(reports, layout, held_C_L_E) if self.experts != "average" else None
-        token_C_M_V = token_weights(reports) if self.counts_tokens and layout.token_rows else None
-        clients = tuple(report.client for report in reports)
-        metrics = {"experts_in_two_roles": two_roles} if self.experts == "semantic" else {}
-        plan = Plan(clients, weight_C_G, factor_C_G, metrics, token_weight_C_M_V=token_C_M_V)
-        return plan, {**state, TARGET: new_L_E}
+    def plan(self, reports: Reports, state: State) -> Plan:
+        """Weights of router rows, experts and token rows from the statistics; the new target becomes the state."""
+        gate_C_L_E, state = self._gate_weights(reports, state.get(TARGET)) if self.aligns else (None, {})
+        expert_C_L_E, metrics = self._expert_weights(reports)
+        return reports.plan(
+            None if self.gate == "average" else gate_C_L_E,
+            expert_C_L_E,
+            factor_C_G=None if self.experts == "average" else self._clip(reports),
+            token_weight_C_M_V=self._token_weights(reports),
+            state=state,
+            metrics=metrics,
+        )
 
     def penalty(self, step: Step) -> Tensor | None:
         """λ · L_reg, the mean over layers; None in round 1, when there is no target yet."""
@@ -135,34 +135,47 @@ class FedAlignMoE(FedAvg):
         ]
         return self.reg_strength * torch.stack(per_stack).sum() / len(step.routing)
 
-    def _gate_weights(
-        self, reports: Sequence[Statistics], prob_C_L_E: Tensor, held_C_L_E: Tensor, target_L_E: Tensor
-    ) -> Tensor:
-        """ω, [C, L, E]; columns sum to one."""
-        if self.gate_weights == "uniform":
-            score_C_L_E = torch.ones_like(prob_C_L_E)
-        else:
-            margin_C_L_E = torch.stack([report.margin_L_E for report in reports])
-            score_C_L_E = consistency(prob_C_L_E, margin_C_L_E, target_L_E, held_C_L_E, self.overlap)
+    def _gate_weights(self, reports: Reports, old_L_E: Tensor | None) -> tuple[Tensor, State]:
+        """ω, [C, L, E], whose columns sum to one, and the new target p_g."""
+        prob_C_L_E, held_C_L_E = reports.stack("prob_L_E"), reports.held_C_L_E
+        by_size_C_L_E = reports.share_C[:, None, None].expand_as(prob_C_L_E)
+        target_L_E = global_routing(prob_C_L_E, by_size_C_L_E) if old_L_E is None else old_L_E
+        score_C_L_E = torch.ones_like(prob_C_L_E)
+        if self.gate_weights == "consistency":
+            score_C_L_E = consistency(prob_C_L_E, reports.stack("margin_L_E"), target_L_E, held_C_L_E, self.overlap)
         if self.size_weighted:
-            score_C_L_E = score_C_L_E * data_share(reports)[:, None, None]
-        return cap_weights(consistency_weights(score_C_L_E, held_C_L_E), self.max_weight, held_C_L_E)
+            score_C_L_E = score_C_L_E * by_size_C_L_E
+        weight_C_L_E = cap_weights(consistency_weights(score_C_L_E, held_C_L_E), self.max_weight, held_C_L_E)
+        new_L_E = global_routing(prob_C_L_E, weight_C_L_E)
+        if old_L_E is not None:
+            new_L_E = torch.lerp(new_L_E, old_L_E, self.target_momentum)
+        return weight_C_L_E, {TARGET: new_L_E}
 
-    def _expert_weights(self, reports: Sequence[Statistics], held_C_L_E: Tensor) -> tuple[Tensor, int]:
-        """b, [C, L, E], a layer and a few experts at a time: memory does not grow with their number.
+    def _expert_weights(self, reports: Reports) -> tuple[Tensor | None, dict[str, float]]:
+        """b, [C, L, E], or None for FedAvg's; and what there is to say of it."""
+        if self.experts == "average":
+            return None, {}
+        if self.experts == "load":
+            return column_shares(expert_sizes(reports)), {}
+        weight_C_L_E, two_roles = self._semantic_weights(reports)
+        return weight_C_L_E, {"experts_in_two_roles": two_roles}
+
+    def _semantic_weights(self, reports: Reports) -> tuple[Tensor, int]:
+        """B a layer and a few experts at a time: memory does not grow with their number.
 
         Beside it, of how many experts the similarity is bimodal: same-index averaging leaves a minority out there.
         """
-        load_C_L_E = torch.stack([report.load_L_E.float() for report in reports])
-        size_C_L_E = expert_sizes(reports)
+        load_C_L_E, held_C_L_E, size_C_L_E = reports.stack("load_L_E"), reports.held_C_L_E, expert_sizes(reports)
         weight_C_L_E = torch.empty_like(load_C_L_E)
         clients, layers, experts = load_C_L_E.shape
         some = max(1, PAIRS // clients**2)
         two_roles = 0
         for layer in range(layers):
-            centroid_C_E_D = torch.stack([r.centroid_L_E_D[layer].float() * r.centroid_scale_L[layer] for r in reports])
+            centroid_C_E_D = torch.stack(
+                [r.centroid_L_E_D[layer].float() * r.centroid_scale_L[layer] for r in reports.of]
+            )
             centroid_C_E_D = centred_directions(centroid_C_E_D, load_C_L_E[:, layer])
-            update_C_E_S = directions(torch.stack([report.update_L_E_S[layer] for report in reports]))
+            update_C_E_S = directions(torch.stack([report.update_L_E_S[layer] for report in reports.of]))
             for first in range(0, experts, some):
                 part = slice(first, first + some)
                 similarity_E_C_C = cosines(centroid_C_E_D[:, part])
@@ -178,21 +191,38 @@ class FedAlignMoE(FedAvg):
                 )
         return weight_C_L_E, two_roles
 
-    def _clip(self, reports: Sequence[Statistics], layout: Layout, held_C_L_E: Tensor) -> Tensor | None:
+    def _clip(self, reports: Reports) -> Tensor | None:
         """Factors that hold an expert of few holders to the median update norm of its layer's held experts."""
+        held_C_L_E = reports.held_C_L_E
         rare_L_E = held_C_L_E.any(dim=0) & (held_C_L_E.sum(dim=0) < self.min_holders)
         if not rare_L_E.any():
             return None
-        _, _, norm_C_L_E = layout.split(torch.stack([report.norm_G.float() for report in reports]))
+        norm_C_L_E = reports.layout.split(reports.stack("norm_G"))[2]
         known_L_CE = norm_C_L_E.masked_fill(~held_C_L_E, torch.nan).transpose(0, 1).flatten(1)
         lower_L_1 = known_L_CE.nanmedian(dim=1, keepdim=True).values
         upper_L_1 = -(-known_L_CE).nanmedian(dim=1, keepdim=True).values
         median_L_1 = (lower_L_1 + upper_L_1) / 2
-        factor_C_L_E = (median_L_1 / norm_C_L_E).where(
-            (norm_C_L_E > median_L_1) & rare_L_E, torch.ones_like(norm_C_L_E)
-        )
-        ones_C_L_E = torch.ones_like(factor_C_L_E)
-        return layout.table(ones_C_L_E[:, 0, 0], ones_C_L_E, factor_C_L_E)
+        ones_C_L_E = torch.ones_like(norm_C_L_E)
+        factor_C_L_E = (median_L_1 / norm_C_L_E).where((norm_C_L_E > median_L_1) & rare_L_E, ones_C_L_E)
+        return reports.layout.table(ones_C_L_E[:, 0, 0], ones_C_L_E, factor_C_L_E)
+
+    def _token_weights(self, reports: Reports) -> Tensor | None:
+        """k, [C, M, V], normalised over clients; None: FedAvg's. Rows of tokens that nobody met: n_c / Σ n [O].
+
+        By counts, n_c times the token's share of the tokens that c met: it is what RegMean (arXiv 2212.09849) makes of
+        an embedding, as the Gram matrix of its one-hot inputs is diagonal and holds the counts. By clients, n_c of
+        those who met it.
+        """
+        if self.vocabulary == "average" or not reports.layout.token_rows:
+            return None
+        size_C_M_V = reports.examples_C[:, None, None].float()
+        if self.vocabulary == "tokens":
+            count_C_M_V = reports.stack("token_count_M_V")
+            size_C_M_V = size_C_M_V * count_C_M_V / count_C_M_V.sum(dim=-1, keepdim=True).clamp_min(1)
+        else:
+            size_C_M_V = size_C_M_V * unpacked(reports.stack("token_met_M_B").byte(), reports.layout.token_cells[1])
+        met_1_M_V = size_C_M_V.sum(0, keepdim=True) > 0
+        return torch.where(met_1_M_V, column_shares(size_C_M_V), reports.share_C[:, None, None])
 
     def _stack_penalty(
         self, routing: Sequence[LayerRouting], target_L_E: Tensor, prob_L_E: Tensor | None, layers: list[int]
@@ -212,21 +242,17 @@ class FedAlignMoE(FedAvg):
         return routing_penalty(logits_L_T_E, topk_L_T_K, target_L_E, strength_L_E, self.granularity, self.form, scoring)
 
 
-def expert_sizes(reports: Sequence[Statistics]) -> Tensor:
+def expert_sizes(reports: Reports) -> Tensor:
     """n_c(e), [C, L, E]: a client's examples times the expert's share of its load; 0 if it does not hold the expert."""
-    load_C_L_E = torch.stack([report.load_L_E.float() for report in reports])
-    examples_C_1_1 = torch.tensor([report.examples for report in reports])[:, None, None]
-    return examples_C_1_1 * load_C_L_E / load_C_L_E.sum(dim=-1, keepdim=True).clamp_min(1)
+    load_C_L_E = reports.stack("load_L_E")
+    return reports.examples_C[:, None, None].float() * load_C_L_E / load_C_L_E.sum(dim=-1, keepdim=True).clamp_min(1)
 
 
-def token_weights(reports: Sequence[Statistics]) -> Tensor:
-    """k, [C, M, V]: n_c times the token's share of the tokens that c met, normalised over clients [O].
+def unpacked(byte_C_M_B: Tensor, tokens: int) -> Tensor:
+    """The bits of each byte, lowest first, as float32 [C, M, V].
 
-    It is what RegMean (arXiv 2212.09849) makes of an embedding: the Gram matrix of its one-hot inputs is diagonal,
-    and holds the counts. Rows of tokens that nobody met: n_c / Σ n.
+    >>> unpacked(torch.tensor([[[0b101]]], dtype=torch.uint8), 4)
+    tensor([[[1., 0., 1., 0.]]])
     """
-    count_C_M_V = torch.stack([report.token_count_M_V for report in reports])
-    examples_C_1_1 = torch.tensor([report.examples for report in reports])[:, None, None]
-    size_C_M_V = examples_C_1_1 * count_C_M_V / count_C_M_V.sum(dim=-1, keepdim=True).clamp_min(1)
-    met_1_M_V = size_C_M_V.sum(0, keepdim=True) > 0
-    return torch.where(met_1_M_V, column_shares(size_C_M_V), data_share(reports)[:, None, None])
+    bit_8 = torch.arange(8, dtype=torch.uint8)
+    return (byte_C_M_B.unsqueeze(-1) >> bit_8 & 1).flatten(-2)[..., :tokens].float()

@@ -5,19 +5,23 @@ w ← w + Σ_c (n_c / Σ n) · Δ_c          n_c: training examples client c use
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import Tensor
+from fedalign.maths import torch
+from fedalign.protocol import Ask, Kind, LocalRound, Mix, Plan, Reports, State, Step, Weights
 
-from fedalign.protocol import Layout, LocalRound, ParameterGroup, Plan, State, Statistics, Step, Weights
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
 
 
-def data_share(reports: Sequence[Statistics]) -> Tensor:
-    """n_c / Σ n, float32 [C]."""
-    examples_C = torch.tensor([report.examples for report in reports], dtype=torch.float64)
-    return (examples_C / examples_C.sum().clamp_min(1)).float()
+def option(default: T, help: str) -> T:
+    """An algorithm's option: a field of its dataclass, and what it means."""
+    value: T = field(default=default, metadata={"help": help})
+    return value
 
 
 def column_shares(score_C_L_E: Tensor) -> Tensor:
@@ -36,59 +40,31 @@ class FedAvg:
     """One weight a client, the same for all of its groups; the base of the others, which change what they must."""
 
     @property
-    def centre_gates(self) -> bool:
-        """All router rows have the same weight, so a vector common to them cancels anyway."""
-        return False
-
-    def plan(self, reports: Sequence[Statistics], layout: Layout, state: State) -> tuple[Plan, State]:
-        """n_c / Σ n for every group."""
-        share_C = data_share(reports)
-        weight_C_G = share_C.unsqueeze(1).repeat(1, len(layout.groups))
-        return Plan(tuple(report.client for report in reports), weight_C_G), state
+    def asks(self) -> Set[Ask]:
+        """Nothing: data size is in every report."""
+        return frozenset()
 
     @property
-    def pooled(self) -> bool:
-        """Each client keeps its data."""
-        return False
+    def private(self) -> Set[Kind]:
+        """Nothing is."""
+        return frozenset()
 
     @property
-    def mixes(self) -> bool:
+    def mix(self) -> Mix | None:
         """Clients use the server's model as it is."""
-        return False
+        return None
 
-    @property
-    def counts_tokens(self) -> bool:
-        """All rows of the embeddings have the same weight."""
-        return False
+    def plan(self, reports: Reports, state: State) -> Plan:
+        """n_c / Σ n for every group."""
+        return reports.plan()
 
-    @property
-    def corrects(self) -> bool:
-        """Gradients stay as they are."""
-        return False
-
-    @property
-    def spans_rounds(self) -> bool:
-        """Each round stands for itself."""
-        return False
-
-    def apply(self, state: State, sums: Mapping[str, Weights], layout: Layout, members: int) -> State:
-        """The plan's state."""
-        return state
+    def begin(self, local: LocalRound) -> None:
+        """Clients start from what they receive."""
 
     def penalty(self, step: Step) -> Tensor | None:
         """None: clients minimise their own loss."""
         return None
 
-    def private(self, group: ParameterGroup) -> bool:
-        """Nothing is."""
-        return False
-
-    def begin(self, local: LocalRound) -> None:
-        """Clients start from what they receive."""
-
-    def correct(self, local: LocalRound, gradients: Mapping[ParameterGroup, Sequence[Tensor]]) -> None:
-        """Gradients stay as they are."""
-
-    def end(self, local: LocalRound, update: Weights, steps: int) -> Mapping[str, Tensor]:
-        """Clients keep nothing."""
+    def keep(self, local: LocalRound, update: Weights) -> Mapping[str, Tensor]:
+        """Nothing."""
         return {}

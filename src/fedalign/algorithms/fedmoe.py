@@ -8,33 +8,22 @@ activates takes that client's update whole, and its router row goes the same way
 for a part of the model to send to each client, are left out: here every client trains the whole model.
 
 Marks: [P] the paper says so, [O] our choice where it is silent. [O]: a client activates an expert if it reports it as
-held, so one that few tokens reached does not count; a client's row updates are centred over experts.
+held, so one that few tokens reached does not count; updates of router rows are centred over experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from fedalign.algorithms.fedavg import FedAvg, column_shares, data_share
-from fedalign.protocol import Layout, Plan, State, Statistics
+from fedalign.algorithms.fedavg import FedAvg, column_shares
+from fedalign.protocol import Plan, Reports, State
 
 
 @dataclass(frozen=True)
 class FedMoE(FedAvg):
     """FedAvg, expert by expert among its holders."""
 
-    @property
-    def centre_gates(self) -> bool:
-        """A vector added to all rows changes no softmax routing, but weighted row by row it would become noise [O]."""
-        return True
-
-    def plan(self, reports: Sequence[Statistics], layout: Layout, state: State) -> tuple[Plan, State]:
+    def plan(self, reports: Reports, state: State) -> Plan:
         """n_c over the holders' sum, for each expert and its router row."""
-        share_C = data_share(reports)
-        held_C_L_E = torch.stack([report.held_L_E for report in reports])
-        weight_C_L_E = column_shares(share_C[:, None, None] * held_C_L_E)
-        weight_C_G = layout.table(share_C, weight_C_L_E, weight_C_L_E)
-        return Plan(tuple(report.client for report in reports), weight_C_G), state
+        weight_C_L_E = column_shares(reports.share_C[:, None, None] * reports.held_C_L_E)
+        return reports.plan(weight_C_L_E, weight_C_L_E)

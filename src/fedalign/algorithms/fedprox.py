@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from fedalign.algorithms.fedavg import FedAvg
+from fedalign.algorithms.fedavg import FedAvg, option
 from fedalign.protocol import Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class FedProx(FedAvg):
     """FedAvg with a proximal term."""
 
-    mu: float = 0.01
+    mu: float = option(0.01, "μ; 0: FedAvg")
 
     def __post_init__(self) -> None:
         if not 0 <= self.mu < math.inf:

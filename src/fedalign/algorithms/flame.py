@@ -6,8 +6,7 @@
 a_c(e): how often client c activated expert e; S_c: its training steps; t: the temperature. The paper aggregates with
 regard to activations [P]; only its abstract was read, so the formula is [O]. Its rescaling of outputs where clients
 activate fewer experts is left out: here all activate equally many. a_c(e) counts the tokens of the last local epoch,
-S_c the optimiser steps of all epochs: the number of epochs, which is the same for all clients, cancels. If any client
-does not report its steps, S_c is the number of tokens for all of them, so that weights stay comparable [O].
+S_c the optimiser steps of all epochs: the number of epochs, which is the same for all clients, cancels.
 
 Marks: [P] the paper says so, [O] our choice where it is silent.
 """
@@ -15,42 +14,28 @@ Marks: [P] the paper says so, [O] our choice where it is silent.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from fedalign.algorithms.fedavg import FedAvg, column_shares, data_share
-from fedalign.protocol import Layout, Plan, State, Statistics
+from fedalign.algorithms.fedavg import FedAvg, column_shares, option
+from fedalign.maths import torch
+from fedalign.protocol import Plan, Reports, State
 
 
 @dataclass(frozen=True)
 class FLAME(FedAvg):
     """FedAvg with experts weighted by activations."""
 
-    temperature: float = 1.0  # [O] t; 0: by data alone, among the clients that hold the expert
+    temperature: float = option(1.0, "of activations [O]; 0: by data alone, among the clients that hold the expert")
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature = {self.temperature}: must be at least 0 and finite")
 
-    def plan(self, reports: Sequence[Statistics], layout: Layout, state: State) -> tuple[Plan, State]:
+    def plan(self, reports: Reports, state: State) -> Plan:
         """n_c · (a / S)^t for experts, n_c for the rest."""
-        share_C = data_share(reports)
-        load_C_L_E = torch.stack([report.load_L_E.double() for report in reports])
-        rate_C_L_E = load_C_L_E / durations(reports)[:, None, None]
+        load_C_L_E = reports.stack("load_L_E").double()
+        rate_C_L_E = load_C_L_E / reports.column("steps")[:, None, None]
         peak_L_E = rate_C_L_E.amax(dim=0)  # dividing by it first keeps powers of rates between 0 and 1
         relative_C_L_E = rate_C_L_E / peak_L_E.where(peak_L_E > 0, torch.ones_like(peak_L_E))
         active_C_L_E = (relative_C_L_E**self.temperature).masked_fill(load_C_L_E <= 0, 0)  # 0 ** 0 is 1
-        expert_C_L_E = column_shares(share_C[:, None, None] * active_C_L_E).float()
-        weight_C_G = layout.table(share_C, share_C[:, None, None].expand_as(expert_C_L_E), expert_C_L_E)
-        return Plan(tuple(report.client for report in reports), weight_C_G), state
-
-
-def durations(reports: Sequence[Statistics]) -> Tensor:
-    """S_c, float64 [C]: training steps; tokens if anybody's steps are missing or not a count."""
-    steps = [report.metrics.get("steps", 0.0) for report in reports]
-    if not all(1 <= count < math.inf for count in steps):
-        steps = [max(1, report.tokens) for report in reports]
-    return torch.tensor(steps, dtype=torch.float64)
+        return reports.plan(expert_C_L_E=column_shares(reports.share_C[:, None, None] * active_C_L_E))

@@ -19,48 +19,45 @@ Marks: [P] the paper says so, [O] our choice.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from fedalign.algorithms.fedavg import FedAvg, column_shares, data_share
-from fedalign.protocol import Layout, Plan, State, Statistics
+from fedalign.algorithms.fedavg import FedAvg, column_shares, option
+from fedalign.protocol import Ask, Plan, Reports, State
 
 
 @dataclass(frozen=True)
 class HFedMoE(FedAvg):
     """FedAvg, expert by expert among the clients whose routers favour it."""
 
-    threshold: float = 0.75  # [O] τ, in shares of a uniform router's 1 / E; the paper's value is not known to us
-    experts: Literal["importance", "size"] = "importance"  # [O] n_c · u_c(e); "size" [P] n_c
-    gate: Literal["rows", "whole"] = "rows"  # [O] each row like its expert; "whole" [P] one weight a client and layer
+    threshold: float = option(0.75, "least probability of an expert, in shares of a uniform router's 1 / E [O]")
+    experts: Literal["importance", "size"] = option("importance", '[O] n_c · u_c(e); "size" [P] n_c')
+    gate: Literal["rows", "whole"] = option(
+        "rows", '[O] each row like its expert; "whole" [P] one weight a client and layer'
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < math.inf:
             raise ValueError(f"threshold = {self.threshold}: must be at least 0 and finite")
 
     @property
-    def centre_gates(self) -> bool:
-        """A vector added to all rows changes no softmax routing, but weighted row by row it would become noise [O]."""
-        return self.gate == "rows"
+    def asks(self) -> Set[Ask]:
+        """Mean routing that is a probability."""
+        return frozenset({"probabilities"})
 
-    def plan(self, reports: Sequence[Statistics], layout: Layout, state: State) -> tuple[Plan, State]:
+    def plan(self, reports: Reports, state: State) -> Plan:
         """Weights by importance and data among the clients that pass the threshold."""
-        share_C = data_share(reports)
-        prob_C_L_E = torch.stack([report.prob_L_E for report in reports])
-        held_C_L_E = torch.stack([report.held_L_E for report in reports])
-        passes_C_L_E = held_C_L_E & (prob_C_L_E >= self.threshold / layout.experts)
+        share_C_1_1 = reports.share_C[:, None, None]
+        prob_C_L_E = reports.stack("prob_L_E")
+        passes_C_L_E = reports.held_C_L_E & (prob_C_L_E >= self.threshold / reports.layout.experts)
         importance_C_L_E = prob_C_L_E.double() * passes_C_L_E
 
-        row_C_L_E = column_shares(share_C[:, None, None] * importance_C_L_E)
-        by_size_C_L_E = column_shares(share_C[:, None, None] * passes_C_L_E)
+        row_C_L_E = column_shares(share_C_1_1 * importance_C_L_E)
         whole_C_L_1 = column_shares(importance_C_L_E.square().sum(dim=-1, keepdim=True))
-        gate_C_L_E = row_C_L_E if self.gate == "rows" else whole_C_L_1.expand_as(row_C_L_E)
-        expert_C_L_E = row_C_L_E if self.experts == "importance" else by_size_C_L_E
-
-        clients = tuple(report.client for report in reports)
-        metrics = {"experts_important_to_nobody": int((~passes_C_L_E.any(dim=0)).sum())}
-        weight_C_G = layout.table(share_C, gate_C_L_E.float(), expert_C_L_E.float())
-        return Plan(clients, weight_C_G, None, metrics), state
+        return reports.plan(
+            row_C_L_E if self.gate == "rows" else whole_C_L_1.expand_as(row_C_L_E),
+            row_C_L_E if self.experts == "importance" else column_shares(share_C_1_1 * passes_C_L_E),
+            centred=self.gate == "rows",
+            metrics={"experts_important_to_nobody": int((~passes_C_L_E.any(dim=0)).sum())},
+        )

@@ -5,24 +5,24 @@ w_c ← w_c + Δ_c at each client c; nothing is uploaded, the server's model sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Set
 from dataclasses import dataclass
 
-import torch
-
 from fedalign.algorithms.fedavg import FedAvg
-from fedalign.protocol import Layout, ParameterGroup, Plan, State, Statistics
+from fedalign.maths import torch
+from fedalign.protocol import KINDS, Kind, Plan, Reports, State
 
 
 @dataclass(frozen=True)
 class Local(FedAvg):
     """Everything is private. Scores are the clients' own: there is no common model to score."""
 
-    def private(self, group: ParameterGroup) -> bool:
+    @property
+    def private(self) -> Set[Kind]:
         """All of it."""
-        return True
+        return frozenset(KINDS)
 
-    def plan(self, reports: Sequence[Statistics], layout: Layout, state: State) -> tuple[Plan, State]:
+    def plan(self, reports: Reports, state: State) -> Plan:
         """Zero for everybody: nothing travels."""
-        clients = tuple(report.client for report in reports)
-        return Plan(clients, torch.zeros(len(reports), len(layout.groups))), state
+        plan = reports.plan()
+        return Plan(plan.clients, torch.zeros_like(plan.weight_C_G))

@@ -10,68 +10,51 @@ a heuristic [O]. The paper weights clients alike; n_i / Σ n is ours [O].
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fedalign.algorithms.fedavg import FedAvg
-from fedalign.protocol import Layout, LocalRound, ParameterGroup, Plan, State, Statistics, Weights
+from fedalign.maths import torch
+from fedalign.protocol import LocalRound, ParameterGroup, Plan, Reports, State, Weights
 
-CONTROL, PARTICIPANTS = "control", "participants"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONTROL = "control"
 
 
 @dataclass(frozen=True)
 class Scaffold(FedAvg):
     """FedAvg whose clients correct their gradients by what they know of everybody's."""
 
-    @property
-    def corrects(self) -> bool:
-        """Every step."""
-        return True
-
-    @property
-    def spans_rounds(self) -> bool:
-        """Control variates are of earlier rounds."""
-        return True
-
-    def plan(self, reports: Sequence[Statistics], layout: Layout, state: State) -> tuple[Plan, State]:
+    def plan(self, reports: Reports, state: State) -> Plan:
         """FedAvg's weights, and a stream whose sum is the mean of Δ_i / (K_i·η)."""
-        plan, state = super().plan(reports, layout, state)
-        per_step_C = torch.tensor(
-            [1 / (len(reports) * report.metrics["steps"] * report.metrics["learning_rate"]) for report in reports]
-        )
-        stream_C_G = (per_step_C[:, None] / plan.weight_C_G).nan_to_num(posinf=0.0)
-        if CONTROL not in state:
-            state = {**state, CONTROL: torch.zeros(sum(layout.sizes[group] for group in layout.groups))}
-        state = {**state, PARTICIPANTS: torch.tensor(float(len(reports)))}
-        return Plan(plan.clients, plan.weight_C_G, streams={CONTROL: stream_C_G}), state
+        weight_C_G = reports.plan().weight_C_G
+        per_step_C = (1 / (len(reports.of) * reports.column("steps") * reports.column("learning_rate"))).float()
+        sizes = reports.layout.sizes
+        control = state.get(CONTROL, torch.zeros(sum(sizes.values())))
 
-    def apply(self, state: State, sums: Mapping[str, Weights], layout: Layout, members: int) -> State:
-        """C ← c − (|S| / N) · (c + the stream's sum); groups that did not arrive keep theirs."""
-        share = float(state[PARTICIPANTS]) / members
-        control = split(state[CONTROL], layout.sizes)
-        for group, mean in sums[CONTROL].items():
-            control[group] = control[group] - share * (control[group] + mean)
-        return {**state, CONTROL: join(control)}
+        def then(sums: Mapping[str, Weights]) -> State:
+            """C ← c − (|S| / N) · (c + the stream's sum); groups that did not arrive keep theirs."""
+            new, share = split(control.clone(), sizes), len(reports.of) / reports.members
+            for group, mean in sums[CONTROL].items():
+                new[group] -= share * (new[group] + mean)
+            return {CONTROL: join(new)}
 
-    def correct(self, local: LocalRound, gradients: Mapping[ParameterGroup, Sequence[Tensor]]) -> None:
-        """G ← g − c_i + c."""
-        if CONTROL not in local.state:
-            return
-        sizes = {group: len(value) for group, value in local.start.items()}
-        everybody = split(local.state[CONTROL], sizes)
-        own = split(local.kept[CONTROL], sizes) if CONTROL in local.kept else None
-        for group, pieces in gradients.items():
-            shift = everybody[group] if own is None else everybody[group] - own[group]
-            for piece, part in zip(pieces, torch.split(shift, [piece.numel() for piece in pieces]), strict=True):
-                piece.add_(part.to(piece.device).view_as(piece))
+        stream_C_G = (per_step_C[:, None] / weight_C_G).nan_to_num(posinf=0.0)
+        return reports.plan(streams={CONTROL: stream_C_G}, then=then)
 
-    def end(self, local: LocalRound, update: Weights, steps: int) -> Mapping[str, Tensor]:
+    def begin(self, local: LocalRound) -> None:
+        """G ← g − c_i + c at every step."""
+        if CONTROL in local.state:
+            shift = local.state[CONTROL] - local.kept.get(CONTROL, torch.zeros(()))
+            local.shift = split(shift, {group: len(value) for group, value in local.start.items()})
+
+    def keep(self, local: LocalRound, update: Weights) -> Mapping[str, Tensor]:
         """c_i ← c_i − c − Δ_i / (K·η)."""
         control = -join({group: value.cpu() for group, value in update.items()})
-        control /= max(1, steps) * local.learning_rate
+        control /= max(1, local.steps) * local.learning_rate
         control -= local.state.get(CONTROL, torch.zeros(()))
         return {CONTROL: control + local.kept.get(CONTROL, torch.zeros(()))}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,8 +17,11 @@ from fedalign.cli.terminal import out, say
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fedalign.compare import Comparison, Outcome
     from fedalign.compare.tables import Table, TableCell
+    from fedalign.config.toml import Overrides, Source
 
 COMPARE_EXAMPLES = """
 [bold]Examples[/bold]
@@ -47,7 +52,9 @@ def compare(
         ),
     ] = None,
     ablation: Annotated[bool, typer.Option("--ablation", help="Compare the paper's five steps to the method.")] = False,
-    seeds: Annotated[str, typer.Option("--seeds", metavar="N|A,B,C", help="How many, or which.")] = "3",
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", metavar="N|A,B,C", help="How many, or which; without it: 3.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -83,62 +90,48 @@ def compare(
 
     A run is an ordinary `fedalign run`, with one thread unless run.threads says more. Exit code 1: some runs failed.
     """
-    from fedalign.compare import open_comparison
-    from fedalign.compare.tune import tuning_cells
     from fedalign.moe.load import quiet
 
     quiet()
-    if resume is not None:
-        if config or algorithms or ablation or set_ or tune or out_ or overwrite:
-            raise UserError("--resume: takes the comparison's folder and --jobs alone. Leave out everything else.")
-        comparison = open_comparison(resume, jobs, out, say)
-    else:
-        comparison = _new(config, algorithms or [], ablation, seeds, set_ or [], tune, out_, jobs)
-    request = comparison.request
-    runs = len(request.choices) * len(request.points) * len(request.seeds)
-    points = f"grid points {len(request.points)}, " if request.grid else ""
-    size = f"algorithms {len(request.choices)}, {points}seeds {len(request.seeds)}: {runs} runs"
-    before = f" after {len(tuning_cells(request))} runs of tuning" if request.tune else ""
-    say(f"{size}{before} in {comparison.folder.path}")
+    comparison = asked(config, algorithms or [], ablation, seeds, set_ or [], tune, out_, resume, overwrite, jobs, out)
     try:
-        outcome = comparison.run(overwrite)
+        outcome = carry_out(comparison, overwrite)
     except KeyboardInterrupt:
-        again = shlex.quote(str(comparison.folder.path))
-        say(f"\nInterrupted. Finished runs and rounds are kept; go on with: fedalign compare --resume {again}")
         raise typer.Exit(130) from None
-    _write_report(comparison.folder.path)
     _print_outcome(outcome, comparison)
     if outcome.failed:
         raise typer.Exit(1)
 
 
-def _write_report(folder: Path) -> None:
-    from fedalign.report import default_out, write_report
-
-    try:
-        problems = write_report([folder], default_out([folder]))
-    except UserError as error:  # not one run to report on: the reasons follow
-        problems = [str(error)]
-    for problem in problems:
-        say(f"report: {problem}")
-
-
-def _new(
-    config: Path | None,
-    algorithms: list[str],
+def asked(
+    source: Source | None,
+    algorithms: Sequence[str],
     ablation: bool,
-    seeds: str,
-    set_: list[str],
+    seeds: str | None,
+    overrides: Overrides,
     tune: bool,
-    out_: Path | None,
+    out: Path | None,
+    resume: Path | None,
+    overwrite: bool,
     jobs: int | None,
+    console: Console,
 ) -> Comparison:
+    """What to compare, and where; nothing is made or written yet.
+
+    Raises:
+        UserError: It does not go together, or there is nothing to go on with.
+    """
     from fedalign.compare import Comparison, plan
     from fedalign.compare.folder import ComparisonFolder
-    from fedalign.config.toml import load_config
-    from fedalign.demo import DEMO
+    from fedalign.config.toml import as_texts, load_config, stem
 
-    if config is None:
+    tell = partial(say, console=console)
+    if resume is not None:
+        if source is not None or algorithms or ablation or seeds or overrides or tune or out or overwrite:
+            raise UserError("--resume: takes the comparison's folder and --jobs alone. Leave out everything else.")
+        folder = ComparisonFolder(resume)
+        return Comparison(folder.read(), folder, jobs, console, tell)
+    if source is None:
         raise UserError('fedalign compare: no configuration. Give a TOML file, the word "demo", or --resume DIR.')
     if ablation == bool(algorithms):
         raise UserError(
@@ -146,11 +139,40 @@ def _new(
             "or --ablation."
         )
     choices = plan.ablation() if ablation else plan.parse_algorithms(algorithms)
-    single, grid = plan.parse_grid(set_)
-    base = load_config(DEMO if config == Path("demo") and not config.exists() else config, single)
-    request = plan.make_request(base, choices, grid, plan.parse_seeds(seeds), tune)
-    folder = out_ or Path("runs") / f"{'ablation' if ablation else 'compare'}-{config.stem}"
-    return Comparison(request, ComparisonFolder(folder), jobs, out, say)
+    single, grid = plan.parse_grid(as_texts(overrides))
+    design = plan.make_design(load_config(source, single), choices, grid, plan.parse_seeds(seeds or "3"), tune)
+    folder = ComparisonFolder(out or Path("runs") / f"{'ablation' if ablation else 'compare'}-{stem(source)}")
+    return Comparison(design, folder, jobs, console, tell)
+
+
+def carry_out(comparison: Comparison, overwrite: bool) -> Outcome:
+    """Make it and its report, and tell how it goes.
+
+    Raises:
+        KeyboardInterrupt: It was broken off; finished runs and rounds are kept.
+    """
+    from fedalign.compare.tune import tuning_cells
+    from fedalign.report import default_out, write_report
+
+    design, folder = comparison.design, comparison.folder.path
+    runs = len(design.choices) * len(design.points) * len(design.seeds)
+    points = f"grid points {len(design.points)}, " if design.grid else ""
+    size = f"algorithms {len(design.choices)}, {points}seeds {len(design.seeds)}: {runs} runs"
+    before = f" after {len(tuning_cells(design))} runs of tuning" if design.tune else ""
+    comparison.tell(f"{size}{before} in {folder}")
+    try:
+        outcome = comparison.run(overwrite)
+    except KeyboardInterrupt:
+        again = f"fedalign compare --resume {shlex.quote(str(folder))}"
+        comparison.tell(f"\nInterrupted. Finished runs and rounds are kept; go on with: {again}")
+        raise
+    try:
+        problems = write_report([folder], default_out([folder]))
+    except UserError as error:  # not one run to report on: the reasons follow
+        problems = [str(error)]
+    for problem in problems:
+        comparison.tell(f"report: {problem}")
+    return outcome
 
 
 def _print_outcome(outcome: Outcome, comparison: Comparison) -> None:

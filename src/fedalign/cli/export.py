@@ -63,14 +63,14 @@ def export(
 
     Without --merge and --dtype, weights are copied as they are, and what was scored is what is loaded.
     """
-    from fedalign.export.write import Request
+    from fedalign.export.write import Wanted
     from fedalign.export.write import export as write
     from fedalign.moe.load import quiet
 
     quiet()
-    request = Request(run, to, merge, dtype, best, clients, base, overwrite)
+    wanted = Wanted(run, to, merge, dtype, best, clients, base, overwrite)
     with out.status("Looking at the run ...") as status:
-        exported = write(request, status.update)
+        exported = write(wanted, status.update)
     _print(exported, to)
 
 
@@ -79,16 +79,16 @@ def _print(exported: Exported, to: Path) -> None:
     from fedalign.server.scores import accuracy_of
     from fedalign.units import percent, size
 
-    made, source = exported.made, exported.source
+    made, snapshot = exported.made, exported.snapshot
     accuracy = accuracy_of(exported.trained.scored)
     rows = [
         ("what", f"{FORMS[made.form]}, {made.dtype}"),
-        ("round", f"{source.round} of {source.config.run.rounds}"),
+        ("round", f"{snapshot.round} of {snapshot.config.run.rounds}"),
         ("accuracy", percent(accuracy) if accuracy is not None else ""),
         ("of clients", _of_clients(exported)),
         ("size", size(sum(file.stat().st_size for file in to.rglob("*") if file.is_file()))),
     ]
-    print_table(f"{source.config.algorithm.name}: exported", [row for row in rows if row[1]])
+    print_table(f"{snapshot.config.algorithm.name}: exported", [row for row in rows if row[1]])
     for note in exported.notes:
         out.print(note, style="yellow", markup=False, soft_wrap=True)
     say(f"Written   {to}, with a model card: {CARD}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.jupyter import JupyterMixin
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -14,13 +16,14 @@ from rich.table import Table
 from fedalign.protocol import Layout, Metrics, Plan, Statistics
 from fedalign.server.checkpoint import ServerState
 from fedalign.server.scores import accuracy_of, loss_of
-from fedalign.units import clock, percent, size
+from fedalign.units import clock, nats, percent, size
 
 ROWS = 25  # of the live table; older rounds are in metrics.jsonl
+REFRESH = 0.25  # seconds between two looks of the live table
 
 
-class LiveTable:
-    """A `server.rounds.Observer` for a terminal; where output goes to a file it prints a line a round instead."""
+class LiveTable(JupyterMixin):
+    """A `server.rounds.Observer` for a terminal or a notebook; where output goes to a file it prints a line a round."""
 
     def __init__(self, console: Console, rounds: int) -> None:
         self.console, self.rounds = console, rounds
@@ -28,22 +31,31 @@ class LiveTable:
         self._started, self._done = time.monotonic(), 0  # rounds of this process
         self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         self._task = self._bar.add_task("starting", total=1)
-        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4)
+        self._live = Live(get_renderable=self.__rich__, console=console, refresh_per_second=1 / REFRESH)
+        self._cell: Any = None  # what a notebook shows in our place
+        self._shown = 0.0  # when it did
 
     def __enter__(self) -> LiveTable:
-        if self.console.is_terminal:
+        if self.console.quiet:
+            return self
+        if self.console.is_jupyter:  # rich's own live view of notebooks wants ipywidgets
+            from IPython.display import display
+
+            self._cell = display(self, display_id=True)
+        elif self.console.is_terminal:
             self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.console.is_terminal:
-            self._bar.update(self._task, visible=False)
-            self._live.stop()
+        self._bar.update(self._task, visible=False)
+        self._refresh(at_once=True)
+        self._live.stop()
 
     def progress(self, round: int, stage: str, done: int, total: int) -> None:
         """Move the bar."""
         where = f"round {round} of {self.rounds}" if round else "before round 1"
         self._bar.update(self._task, description=f"{where}: {stage}", completed=done, total=total)
+        self._refresh()
 
     def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
         """Nothing to see."""
@@ -52,7 +64,8 @@ class LiveTable:
         """Add the round's line."""
         self.history = state.history
         self._done += state.round > 0
-        if not self.console.is_terminal:
+        self._refresh(at_once=True)
+        if not (self.console.is_terminal or self._cell):
             cells = zip(COLUMNS, row(self.history, len(self.history) - 1, self.time_left()), strict=True)
             self.console.print(" | ".join(f"{name} {value}" for name, value in cells), soft_wrap=True)
         for failure in state.history[-1].get("failures", ()):
@@ -66,7 +79,13 @@ class LiveTable:
         rounds_left = self.rounds - int(self.history[-1]["round"])
         return clock((time.monotonic() - self._started) / self._done * rounds_left)
 
-    def _render(self) -> RenderableType:
+    def _refresh(self, *, at_once: bool = False) -> None:
+        """A notebook is told when to look again."""
+        if self._cell and (at_once or time.monotonic() - self._shown > REFRESH):
+            self._shown = time.monotonic()
+            self._cell.update(self)
+
+    def __rich__(self) -> RenderableType:
         table = Table(box=box.SIMPLE_HEAD)
         for name in COLUMNS:
             table.add_column(name, justify="right")
@@ -82,13 +101,12 @@ COLUMNS = ("round", "accuracy", "worst client", "loss", "routing divergence", "s
 def row(history: Sequence[Metrics], index: int, time_left: str) -> tuple[str, ...]:
     """The cells of one round, in the order of `COLUMNS`."""
     line = history[index]
-    loss = loss_of(line)
     sent = sum(past.get("bytes_up", 0) for past in history[: index + 1])
     return (
         str(line["round"]),
         percent(accuracy_of(line)),
         percent(line.get("client_accuracy_worst")),
-        "-" if loss is None else f"{loss:.3f}",
+        nats(loss_of(line)),
         f"{line['routing_divergence_nats']:.4f}" if "routing_divergence_nats" in line else "-",
         size(sent),
         time_left,

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedalign.cli.terminal import out, print_table, say
+from fedalign.cli.terminal import InsecureAnywhere, busy, out, print_table, say
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fedalign.cli.live import LiveTable
     from fedalign.config.run import Config
+    from fedalign.config.toml import Overrides, Source
     from fedalign.doctor.estimate import Estimate
     from fedalign.federation.in_process import Prepared
     from fedalign.server.results import RunFolder
@@ -52,68 +55,105 @@ def run(
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Do not hold model/ against plain transformers and peft at the end.")
     ] = False,
-    insecure_anywhere: Annotated[
-        bool,
-        typer.Option(
-            "--insecure-anywhere",
-            help="Reach a SuperLink on another machine without TLS. Whoever is on the way can then read and change "
-            "weights, statistics and the code that sites run.",
-        ),
-    ] = False,
+    insecure_anywhere: InsecureAnywhere = False,
 ) -> None:
     """Fine-tune one MoE model across clients that keep their data."""
-    from fedalign import parallel  # torch and transformers load only when something is run
-    from fedalign.client.workbench import check_shardable
-    from fedalign.config.toml import load_config
-    from fedalign.demo import DEMO
     from fedalign.moe.load import quiet
-    from fedalign.server import run as runs
-    from fedalign.server.results import RunFolder
 
     quiet()
-    overrides = [*(set_ or []), *(["run.check=false"] if no_check else [])]
+    settings, folder = asked(
+        config, [*(set_ or []), *(["run.check=false"] if no_check else [])], out_, resume, overwrite, dry_run
+    )
+    if dry_run:
+        _rehearse(settings, folder)
+        return
+    try:
+        summary = carry_out(settings, folder, out, fresh=resume is None, insecure_anywhere=insecure_anywhere)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    _print_summary(summary, folder)
+    if settings.federation.engine == "in_process":  # the others are not for comparing
+        say(f"Compare   fedalign compare {folder.config} --algorithms {_with_baseline(summary['algorithm'])}")
+
+
+def asked(
+    source: Source | None,
+    overrides: Overrides,
+    out: Path | None,
+    resume: Path | None,
+    overwrite: bool,
+    dry_run: bool = False,
+) -> tuple[Config, RunFolder]:
+    """What to run, and where; nothing is loaded or written yet.
+
+    Raises:
+        UserError: It does not go together, something would be lost, or torchrun cannot run it.
+    """
+    from fedalign import parallel  # torch and transformers load only when something is run
+    from fedalign.client.workbench import check_shardable
+    from fedalign.config.toml import load_config, stem
+    from fedalign.server.results import RunFolder
+    from fedalign.server.run import resumed_config
+
     if resume is not None:
-        if config is not None or out_ is not None or overwrite or dry_run:
+        if source is not None or out is not None or overwrite or dry_run:
             raise UserError("--resume: takes the run's folder alone. Leave out CONFIG, --out, --overwrite, --dry-run.")
-        settings, folder = runs.resumed_config(resume, overrides), RunFolder(resume)
+        settings, folder = resumed_config(resume, overrides), RunFolder(resume)
     else:
-        if config is None:
+        if source is None:
             raise UserError('fedalign run: no configuration. Give a TOML file, the word "demo", or --resume DIR.')
-        settings = load_config(DEMO if config == Path("demo") and not config.exists() else config, overrides)
-        name = f"{config.stem}-{settings.algorithm.name}-{settings.run.seed}"
-        folder = RunFolder(out_ or Path("runs") / name)
+        settings = load_config(source, overrides)
+        folder = RunFolder(out or Path("runs") / f"{stem(source)}-{settings.algorithm.name}-{settings.run.seed}")
         if not dry_run:
             folder.check_free(overwrite)
     if parallel.launched() > 1:
         if dry_run:
             raise UserError(f"--dry-run: not in {parallel.launched()} processes. Leave torchrun out.")
         check_shardable(settings)
-    if settings.federation.engine != "in_process" and not dry_run:
-        _run_on_flower(settings, folder, fresh=resume is None, insecure_anywhere=insecure_anywhere)
-        return
+    return settings, folder
+
+
+def carry_out(
+    settings: Config, folder: RunFolder, console: Console, *, fresh: bool, insecure_anywhere: bool
+) -> dict[str, Any]:
+    """Go all rounds on the configured engine, and tell how it goes; returns the summary.
+
+    Raises:
+        UserError: Something in it does not fit together, or the run failed.
+        KeyboardInterrupt: It was broken off; complete rounds are kept.
+    """
+    if settings.federation.engine != "in_process":
+        return _on_flower(settings, folder, console, fresh=fresh, insecure_anywhere=insecure_anywhere)
+    from fedalign import parallel
+    from fedalign.server.run import execute
+
     with parallel.together(settings.run.device):
-        out.quiet = not parallel.is_first()
-        _run_here(settings, folder, fresh=resume is None, dry_run=dry_run)
+        console.quiet |= not parallel.is_first()
+        prepared = _load(settings, folder, console)
+        return _watched(settings, folder, console, fresh, lambda table: execute(prepared, folder, table))
 
 
-def _run_here(settings: Config, folder: RunFolder, *, fresh: bool, dry_run: bool) -> None:
-    from fedalign.doctor.estimate import estimate
+def _load(settings: Config, folder: RunFolder, console: Console) -> Prepared:
     from fedalign.federation.in_process import prepare
 
-    with out.status("Loading the model and the data ..."):
+    with busy("Loading the model and the data ...", console):
         prepared = prepare(settings, folder.clients)
-    _print_headline(prepared)
-    if dry_run:
-        with out.status("Measuring one forward and backward pass ..."):
-            expected = estimate(prepared)
-        _print_estimate(expected)
-        return
-    if fresh:
-        folder.begin(settings)
-    _execute(prepared, folder)
+    _print_headline(prepared, console)
+    return prepared
 
 
-def _run_on_flower(settings: Config, folder: RunFolder, *, fresh: bool, insecure_anywhere: bool) -> None:
+def _rehearse(settings: Config, folder: RunFolder) -> None:
+    from fedalign.doctor.estimate import estimate
+
+    prepared = _load(settings, folder, out)
+    with busy("Measuring one forward and backward pass ..."):
+        expected = estimate(prepared)
+    _print_estimate(expected)
+
+
+def _on_flower(
+    settings: Config, folder: RunFolder, console: Console, *, fresh: bool, insecure_anywhere: bool
+) -> dict[str, Any]:
     from fedalign.federation.flower import launch
 
     options = settings.federation
@@ -122,46 +162,40 @@ def _run_on_flower(settings: Config, folder: RunFolder, *, fresh: bool, insecure
     if options.engine == "flower":
         launch.check_plaintext(options.superlink, options.root_certificates, insecure_anywhere)
         reached = f"SuperLink {options.superlink}, at least {options.min_sites} sites"
-    if fresh:
-        folder.begin(settings)
-    say(f"{settings.algorithm.name}: sites behind Flower, {reached}")
-    _watched(folder, settings, lambda table: launch.run(settings, folder, table))
+    say(f"{settings.algorithm.name}: sites behind Flower, {reached}", console)
+    return _watched(settings, folder, console, fresh, lambda table: launch.run(settings, folder, table))
 
 
-def _execute(prepared: Prepared, folder: RunFolder) -> None:
-    from fedalign.server.run import execute
-
-    _watched(folder, prepared.config, lambda table: execute(prepared, folder, table))
-
-
-def _watched(folder: RunFolder, settings: Config, rounds: Callable[[LiveTable], dict[str, Any]]) -> None:
-    """Go round with the live table, then say how it went."""
+def _watched(
+    settings: Config, folder: RunFolder, console: Console, fresh: bool, rounds: Callable[[LiveTable], dict[str, Any]]
+) -> dict[str, Any]:
+    """Go round with the live table."""
     from fedalign.cli.live import LiveTable
 
+    if fresh:
+        folder.begin(settings)
     try:
-        with LiveTable(out, settings.run.rounds) as table:
-            summary = rounds(table)
+        with LiveTable(console, settings.run.rounds) as table:
+            return rounds(table)
     except KeyboardInterrupt:
-        say(f"\nInterrupted. Complete rounds are kept; go on with: fedalign run --resume {folder.path}")
-        raise typer.Exit(130) from None
-    _print_summary(summary, folder)
-    if settings.federation.engine == "in_process":  # the others are not for comparing
-        say(f"Compare   fedalign compare {folder.config} --algorithms {_with_baseline(summary['algorithm'])}")
+        say(f"\nInterrupted. Complete rounds are kept; go on with: fedalign run --resume {folder.path}", console)
+        raise
 
 
-def _print_headline(prepared: Prepared) -> None:
+def _print_headline(prepared: Prepared, console: Console) -> None:
     moe, config = prepared.bench.moe, prepared.config
     examples = [len(client.train) for client in prepared.clients.values()]
     parameters = sum(p.numel() for p in moe.model.parameters())
     say(
         f"{config.algorithm.name}: {len(examples)} clients with {min(examples)} to {max(examples)} examples, "
         f"{moe.family} with {parameters / 1e6:.1f}M parameters "
-        f"({moe.layout.layers} MoE layers x {moe.experts} experts, top-{moe.top_k})"
+        f"({moe.layout.layers} MoE layers x {moe.experts} experts, top-{moe.top_k})",
+        console,
     )
     if config.tuning.kind != "full":
-        say(f"tuning {config.tuning.kind}: {sum(moe.layout.sizes.values()) / 1e6:.2f}M parameters are trained")
+        say(f"tuning {config.tuning.kind}: {sum(moe.layout.sizes.values()) / 1e6:.2f}M parameters are trained", console)
     for note in (*([str(moe.saved)] if moe.saved else []), *moe.notes):
-        say(note)
+        say(note, console)
 
 
 def _print_estimate(estimate: Estimate) -> None:
@@ -183,12 +217,12 @@ def _print_estimate(estimate: Estimate) -> None:
 
 
 def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
-    from fedalign.units import clock, percent, size
+    from fedalign.units import clock, nats, percent, size
 
     rows = [
         ("accuracy", f"{percent(summary['initial_accuracy'])} -> {percent(summary['final_accuracy'])}"),
         ("best", _best(summary)),
-        ("loss", f"{_nats(summary['initial_loss'])} -> {_nats(summary['final_loss'])} nats a token"),
+        ("loss", f"{nats(summary['initial_loss'])} -> {nats(summary['final_loss'])} nats a token"),
         ("by client", _by_client(summary["client_accuracies"])),
         ("sent up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),
         ("faults", _counted(summary["failures"])),
@@ -215,10 +249,6 @@ def _best(summary: Mapping[str, Any]) -> str:
 
     number = summary["best_round"]
     return "" if number is None else f"{percent(summary['best_accuracy'])} in round {number}"
-
-
-def _nats(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.3f}"
 
 
 def _by_client(accuracies: Mapping[str, float], most: int = 12) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedalign.cli.terminal import print_table, say
+from fedalign.cli.terminal import InsecureAnywhere, print_table, say
 
 if TYPE_CHECKING:
     from fedalign.config.site import SiteFolder
@@ -111,14 +111,7 @@ def serve(
     trainer_only: Annotated[
         bool, typer.Option("--trainer-only", help="Leave Flower's SuperNode to whoever starts it.")
     ] = False,
-    insecure_anywhere: Annotated[
-        bool,
-        typer.Option(
-            "--insecure-anywhere",
-            help="Reach a SuperLink on another machine without TLS. Whoever is on the way can then read and change "
-            "weights, statistics and the code that this site runs.",
-        ),
-    ] = False,
+    insecure_anywhere: InsecureAnywhere = False,
 ) -> None:
     """Go on duty: Flower's SuperNode, and a trainer that keeps the model loaded between messages."""
     from fedalign.config.site import SiteFolder

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Annotated
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +14,14 @@ from rich.text import Text
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+InsecureAnywhere = Annotated[
+    bool,
+    typer.Option(
+        "--insecure-anywhere",
+        help="Reach a SuperLink on another machine without TLS. Whoever is on the way can then read and change "
+        "weights, statistics and the code that sites run.",
+    ),
+]
 
 
 def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
@@ -23,6 +34,11 @@ def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
     out.print(table)
 
 
-def say(text: str) -> None:
+def say(text: str, console: Console = out) -> None:
     """Text as it is, so that what is copied from it has no line breaks of ours."""
-    out.print(text, markup=False, soft_wrap=True)
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def busy(text: str, console: Console = out) -> AbstractContextManager[object]:
+    """Say so while it takes, where lines can be taken back: a notebook would want ipywidgets for it."""
+    return console.status(text) if console.is_terminal else nullcontext()

@@ -63,7 +63,7 @@ def upcycle(
     The router is random and the weights of the top-k experts sum to one, so without noise the new model computes what
     the dense one does.
     """
-    from fedalign.files import replacing
+    from fedalign.files import check_free, replacing
     from fedalign.moe.load import quiet
     from fedalign.moe.model import MoEModel
     from fedalign.moe.upcycle import DenseSource, Recipe, check_dense, load_dense, probe_logits
@@ -72,7 +72,9 @@ def upcycle(
 
     quiet()
     recipe, source = Recipe(experts, top_k, layers, noise, seed), DenseSource.find(dense, revision)
-    _check_free(out_, source, overwrite)
+    if out_.resolve() == Path(source.place).resolve():
+        raise UserError(f"--out {str(out_)!r}: is the dense model itself. Give another folder.")
+    check_free(out_, "model", overwrite)
     with out.status("Loading the dense model ..."):
         check_dense(source, recipe)
         model = load_dense(source)
@@ -82,7 +84,7 @@ def upcycle(
         logits = probe_logits(model)
         model = make_sparse(model, recipe)
         highest, difference = float(logits.abs().max()), float((probe_logits(model) - logits).abs().max())
-    with out.status("Writing ..."), replacing(out_) as folder:
+    with out.status("Writing ..."), replacing(out_.resolve(), "model") as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -112,19 +114,3 @@ def _tokenizer(source: DenseSource) -> tuple[Any, str]:
     except UserError as error:
         return None, f"none: {error}"
     return tokenizer, "copied, with its chat template" if tokenizer.chat_template else "copied; it has no chat template"
-
-
-def _check_free(folder: Path, source: DenseSource, overwrite: bool) -> None:
-    """Refuse a place where anything but a model that may be replaced would be lost."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {str(folder)!r}: is a file. Give a folder that does not exist yet.")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not (folder / "config.json").exists():
-        raise UserError(f"--out {str(folder)!r}: is not empty and holds no model. Give a new or empty folder.")
-    if folder.resolve() == Path(source.place).resolve():
-        raise UserError(f"--out {str(folder)!r}: is the dense model itself. Give another folder.")
-    if not overwrite:
-        raise UserError(
-            f"--out {str(folder)!r}: already holds a model. Replace it: --overwrite; or give another --out."
-        )

@@ -51,7 +51,7 @@ class TestSet:
     def _free(cls, examples: Sequence[Example], encoder: Encoder) -> TestSet:
         encoded = encoder.encode(examples)
         kept = [examples[one.example] for one in encoded]  # too long ones may have been dropped
-        answers = [_last_answer(example).strip() for example in kept]
+        answers = [(example.messages[-1][1] if example.messages else example.answer).strip() for example in kept]
         return cls(encoded, prompts=encoder.encode_prompts(kept), answers=answers)
 
     @classmethod
@@ -63,10 +63,6 @@ class TestSet:
 
     def __len__(self) -> int:
         return len(self.encoded)
-
-
-def _last_answer(example: Example) -> str:
-    return example.messages[-1][1] if example.messages else example.answer
 
 
 @torch.no_grad()

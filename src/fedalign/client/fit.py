@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,55 +19,54 @@ from transformers import get_scheduler
 from fedalign import parallel
 from fedalign.client.forward import answer_logits, own_share
 from fedalign.client.gradients import Unreached
-from fedalign.client.memory import ClientData
-from fedalign.config.run import ClientLimits, TrainingConfig
+from fedalign.client.memory import ClientData, Kept
+from fedalign.config.run import Config, TrainingConfig
 from fedalign.data.batches import Batch, batches
 from fedalign.data.tokens import TokenCounts
 from fedalign.errors import TrainingFailedError
 from fedalign.maths.hashing import derive_seed
+from fedalign.moe.model import MoEModel
 from fedalign.moe.probe import Captured, RoutingProbe, RoutingStatistics, balancing_loss, idle_experts
-from fedalign.protocol import LocalRound, ParameterGroup, Step, Weights
+from fedalign.protocol import Algorithm, LocalRound, ParameterGroup, Step, Weights
 
-if TYPE_CHECKING:
-    from fedalign.client.trainer import Trainer
-
-AS_EVERYBODY = ClientLimits()
 BATCHES_TO_CHOOSE = 8  # that a client reads before it says which experts it trains
 REMEDY = "try a lower training.learning_rate, or training.precision = 'float32'"
 
 
 class LocalFit:
-    """The local epochs of one client in one round."""
+    """The local epochs of one client in one round, on a model that holds `local.start`."""
 
     def __init__(
         self,
-        trainer: Trainer,
+        moe: MoEModel,
+        algorithm: Algorithm,
+        config: Config,
         client: ClientData,
         local: LocalRound,
         round: int,
-        remembered: Mapping[str, Tensor],
-        limits: ClientLimits = AS_EVERYBODY,
+        kept: Kept,
     ) -> None:
-        self.moe, self.algorithm, self.options = trainer.moe, trainer.algorithm, trainer.config.training
+        self.moe, self.algorithm, self.options = moe, algorithm, config.training
         self.client, self.local = client, local
-        self.seed = derive_seed(trainer.config.run.seed, round, client.name, "order")
-        device = self.moe.device
+        self.seed = derive_seed(config.run.seed, round, client.name, "order")
+        device = moe.device
         self.state = {name: value.to(device) for name, value in local.state.items()}
-        self.prob_L_E = remembered["prob_L_E"].to(device) if "prob_L_E" in remembered else None
-        self.statistics = RoutingStatistics(len(self.moe.layers), self.moe.experts, self.moe.hidden, device)
-        self.tokens = TokenCounts(self.moe.layout.token_rows if self.algorithm.counts_tokens else ())
+        self.prob_L_E = None if kept.prob_L_E is None else kept.prob_L_E.to(device)
+        asks = config.asks
+        hidden = self.moe.hidden if "centroids" in asks else 0
+        self.statistics = RoutingStatistics(len(self.moe.layers), self.moe.experts, hidden, device, "margins" in asks)
+        self.tokens = TokenCounts(self.moe.layout.token_rows if asks & {"tokens", "met"} else ())
         self.parameters = [p for p in self.moe.model.parameters() if p.requires_grad]
         self.masters = {p: p.detach().float() for p in self.parameters if p.dtype != torch.float32}
-        self.views = trainer.views if not self.masters else self.moe.views_of(self.masters)
+        self.views = self.moe.views_of(self.masters)
         if self.masters:  # the model's own values are rounded
             self.moe.write(local.start, self.masters)
         self.stepped = [self.masters.get(p, p) for p in self.parameters]
         self.optimizer = make_optimizer(self.stepped, self.options)
         if self.options.keep_optimizer:
-            restore_optimizer(self.optimizer, self.stepped, remembered)
-        self.limits = limits
+            restore_optimizer(self.optimizer, self.stepped, kept.optimizer)
         self.frozen_L_E = torch.zeros(len(self.moe.layers), self.moe.experts, dtype=torch.bool, device=device)
-        self.still = self.moe.weaker_components(limits.rank) if limits.rank else []
+        self.still = self.moe.weaker_components(client.limits.rank) if client.limits.rank else []
         self.steps = 0
         self.unreached = Unreached(self.moe, watch=round == 1)
         self._never_L_E = torch.ones_like(self.frozen_L_E)  # experts that no token reached yet
@@ -85,8 +84,8 @@ class LocalFit:
         schedule = self._schedule()
         autocast = make_autocast(self.moe.device, self.options.precision)
         with RoutingProbe(self.moe) as probe:
-            if self.limits.max_experts:
-                self.frozen_L_E = self._least_used(probe, self.limits.max_experts)
+            if self.client.limits.max_experts:
+                self.frozen_L_E = self._least_used(probe, self.client.limits.max_experts)
             for epoch in range(self.options.epochs):
                 self._nll_sum, self._answer_tokens = 0.0, 0
                 last = epoch == self.options.epochs - 1
@@ -147,7 +146,7 @@ class LocalFit:
             loss = nll_sum / answer_tokens
             for extra in self._penalties(captured):
                 loss = loss + share * extra
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self._nll_sum += self._finite(parallel.total(nll_sum))
             self._answer_tokens += batch.answer_tokens
             idle = idle_experts(captured)
@@ -158,8 +157,8 @@ class LocalFit:
         assert idle_L_E is not None
         self._never_L_E &= idle_L_E
         self.unreached.look()
-        if self.algorithm.corrects:
-            self.algorithm.correct(self.local, self.moe.gradients())
+        if self.local.shift:
+            self.moe.shift_gradients(self.local.shift)
         for parameter, master in self.masters.items():
             master.grad = parameter.grad.float() if parameter.grad is not None else None
         if self.options.max_grad_norm:
@@ -223,22 +222,21 @@ def make_optimizer(parameters: Sequence[Tensor], options: TrainingConfig) -> Opt
 
 
 def dump_optimizer(optimizer: Optimizer, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The optimizer's tensors by parameter index."""
+    """The optimizer's tensors, named by parameter index, a dot, and its own name."""
     return {
-        f"optimizer.{index}.{name}": parallel.whole(value.detach()).cpu()
+        f"{index}.{name}": parallel.whole(value.detach()).cpu()
         for index, parameter in enumerate(parameters)
         for name, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
 
 
-def restore_optimizer(optimizer: Optimizer, parameters: Sequence[Tensor], remembered: Mapping[str, Tensor]) -> None:
-    """The inverse of `dump_optimizer`; nothing remembered leaves the optimizer fresh."""
-    for key, value in remembered.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            parameter = parameters[int(index)]
-            optimizer.state[parameter][name] = parallel.like(value.clone(), parameter)
+def restore_optimizer(optimizer: Optimizer, parameters: Sequence[Tensor], kept: Mapping[str, Tensor]) -> None:
+    """The inverse of `dump_optimizer`; nothing kept leaves the optimizer fresh."""
+    for key, value in kept.items():
+        index, _, name = key.partition(".")
+        parameter = parameters[int(index)]
+        optimizer.state[parameter][name] = parallel.like(value.clone(), parameter)
 
 
 def make_autocast(device: torch.device, precision: str) -> Any:

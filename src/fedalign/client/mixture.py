@@ -1,73 +1,82 @@
-"""A client's own model beside the server's, and a learnt gate that mixes the two.
+"""A client's own model beside the server's, and a learnt mixer of the two.
 
     p(y | x) = g·p_server(y | x) + (1 − g)·p_own(y | x),     g = σ(linear(h)),  h: what the server model's head reads
 
-The server's part is frozen while the own part and the gate are trained on the client's loss of the mixture. Two models
-are in memory meanwhile. Which algorithm wants this is said by `Algorithm.mixes`.
+The server's part is frozen while the own part and the mixer are trained on the client's loss of the mixture. Two models
+are in memory meanwhile. The equation is the algorithm's `mix`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fedalign.client.fit import make_optimizer
 from fedalign.client.forward import AnswerLogits, answer_logits
-from fedalign.client.memory import GATE, OWN
-from fedalign.data.batches import Batch
+from fedalign.client.memory import Kept
+from fedalign.config.run import TrainingConfig
+from fedalign.data.batches import Batch, batches
+from fedalign.data.encode import Encoded
+from fedalign.maths.hashing import derive_seed
 from fedalign.moe.model import MoEModel
-from fedalign.protocol import Weights
+from fedalign.protocol import Mix, Weights
 
 
 class Mixture:
-    """One client's own model and gate, on top of a server model that somebody else holds."""
+    """One client's own model and mixer, on top of a server model that others write to as well."""
 
-    def __init__(self, server: MoEModel) -> None:
-        self.server = server
+    def __init__(self, server: MoEModel, mix: Mix) -> None:
+        self.server, self.mix = server, mix
         self.own = copy.deepcopy(server)
-        self.gate = nn.Linear(server.hidden, 1).to(server.device)
+        self.mixer = nn.Linear(server.hidden, 1).to(server.device)
 
-    def load(self, kept: Mapping[str, Tensor], start: Weights) -> None:
-        """What the client kept of it; at first the own model is the server's, and the gate undecided."""
+    def load(self, kept: Kept, received: Weights) -> None:
+        """Write both models, ready to answer; at first the own model is the server's, and the mixer undecided."""
+        self.server.write(received)
+        self.own.write(received | kept.own)
+        self.own.model.eval()
         with torch.no_grad():
-            for name, parameter in zip(GATE, (self.gate.weight, self.gate.bias), strict=True):
-                parameter.copy_(kept[name]) if name in kept else parameter.zero_()
-        self.own.write({group: kept.get(f"{OWN}{group}", value) for group, value in start.items()})
+            for name, parameter in self.mixer.named_parameters():
+                parameter.copy_(kept.mixer[name]) if kept.mixer else parameter.zero_()
 
-    def state(self) -> dict[str, Tensor]:
-        """What the client keeps of it."""
-        own = {f"{OWN}{group}": value.cpu() for group, value in self.own.read().items()}
-        gate = {name: p.detach().cpu().clone() for name, p in zip(GATE, self.gate.parameters(), strict=True)}
-        return own | gate
+    def add_to(self, kept: Kept) -> Kept:
+        """With what the client keeps of the mixture."""
+        own = {group: value.cpu() for group, value in self.own.read().items()}
+        mixer = {name: value.cpu().clone() for name, value in self.mixer.state_dict().items()}
+        return replace(kept, own=own, mixer=mixer)
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
-        return [*(p for p in self.own.model.parameters() if p.requires_grad), *self.gate.parameters()]
+        return [*(p for p in self.own.model.parameters() if p.requires_grad), *self.mixer.parameters()]
 
     def answer(self, batch: Batch) -> AnswerLogits:
         """The mixture's predictions, as log-probabilities."""
         with torch.no_grad():
             server = answer_logits(self.server, batch)
         own = answer_logits(self.own, batch)
-        score_N_1 = self.gate(server.hidden_N_H.float())
-        mixed_N_V = torch.logaddexp(
-            nn.functional.logsigmoid(score_N_1) + server.logits_N_V.log_softmax(-1),
-            nn.functional.logsigmoid(-score_N_1) + own.logits_N_V.log_softmax(-1),
-        )
+        score_N_1 = self.mixer(server.hidden_N_H.float())
+        mixed_N_V = self.mix(server.logits_N_V.log_softmax(-1), own.logits_N_V.log_softmax(-1), score_N_1)
         return replace(server, logits_N_V=mixed_N_V)
 
-    def fit(self, batches: Iterable[Batch], optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
-        """One pass over the client's batches; the server's model must hold what the client received."""
+    def fit(self, examples: Sequence[Encoded], options: TrainingConfig, seed: int) -> None:
+        """All local epochs."""
+        optimizer = make_optimizer(self.parameters(), options)
         self.own.model.train()
         self.server.model.eval()
-        for batch in batches:
-            optimizer.zero_grad(set_to_none=True)
-            loss = self.answer(batch.to(self.server.device)).nll_N.mean()
-            loss.backward()  # type: ignore[no-untyped-call]
-            if max_grad_norm:
-                nn.utils.clip_grad_norm_(self.parameters(), max_grad_norm)
-            optimizer.step()
+        for epoch in range(options.epochs):
+            order = derive_seed(seed, "mixture", epoch)
+            equal = self.server.equal_lengths
+            for batch in batches(
+                examples, options.batch_tokens, options.batch_examples, seed=order, equal_lengths=equal
+            ):
+                optimizer.zero_grad(set_to_none=True)
+                loss = self.answer(batch.to(self.server.device)).nll_N.mean()
+                loss.backward()
+                if options.max_grad_norm:
+                    nn.utils.clip_grad_norm_(self.parameters(), options.max_grad_norm)
+                optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
-from fedalign import __version__
 from fedalign.client.memory import ClientData
 from fedalign.client.trainer import OpenClient
 from fedalign.client.workbench import Workbench
@@ -37,6 +38,7 @@ def open_site(folder: SiteFolder, config: Config, run: str) -> OpenClient:
         client = bench.client(folder.config.name, examples, range(len(examples)), folder.memory(run))
     except UserError as error:
         raise DataError(str(error)) from None
+    client = replace(client, limits=folder.client_limits(config))
     return OpenClient(bench.trainer(), client, lambda: describe(bench, client, bench.moe.weights_hash()))
 
 
@@ -49,6 +51,7 @@ class DealtClients:
         self.folder = folder
         self.examples, self.parts = split_among_clients(config)
         self.names = list(self.parts)
+        self.bench.check_limits(self.names)
 
     def open(self, name: str) -> OpenClient:
         """One of them."""
@@ -61,7 +64,7 @@ def describe(bench: Workbench, client: ClientData, weights: str) -> Hello:
     return Hello(
         client=client.name,
         protocol=PROTOCOL,
-        version=__version__,
+        version=version("fedalign-moe"),
         architecture=bench.moe.fingerprint(),
         weights=weights,
         tokenizer=tokenizer_hash(bench.tokenizer),

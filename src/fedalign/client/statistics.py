@@ -1,4 +1,4 @@
-"""What a client works out of its update and routing for its report: centred rows, sketches."""
+"""What a client works out of its update and routing for its report."""
 
 from __future__ import annotations
 
@@ -6,18 +6,7 @@ import torch
 from torch import Tensor
 
 from fedalign.maths.sketch import Sketch
-from fedalign.moe.model import MoEModel
 from fedalign.protocol import Layout, ParameterGroup, Weights
-
-
-def centre_rows(update: Weights, moe: MoEModel) -> None:
-    """Take the mean over its experts off each softmax router's rows, in place."""
-    for layer, info in enumerate(moe.layers):
-        if info.scoring == "softmax":
-            rows = [ParameterGroup("gate", layer, expert) for expert in range(moe.experts)]
-            mean = torch.stack([update[row] for row in rows]).mean(0)
-            for row in rows:
-                update[row] -= mean
 
 
 def centroid_sketches(centroid_L_E_H: Tensor, width: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -41,3 +30,18 @@ def update_sketches(layout: Layout, update: Weights, start: Weights, width: int,
 
     sketches = torch.stack([project(group) for group in layout.groups if group.kind == "expert"])
     return torch.nn.functional.normalize(sketches.view(layout.layers, layout.experts, width), dim=-1)
+
+
+def packed_bits(met_M_V: Tensor) -> Tensor:
+    """Eight booleans to a byte, the lowest bit first, uint8 [M, ceil(V / 8)].
+
+    >>> packed_bits(torch.tensor([[True, False, True]]))
+    tensor([[5]], dtype=torch.uint8)
+    >>> packed_bits(torch.zeros(0, 0) > 0).shape
+    torch.Size([0, 0])
+    """
+    matrices, tokens = met_M_V.shape
+    count = -(-tokens // 8)
+    bit_M_B_8 = torch.nn.functional.pad(met_M_V.byte(), (0, 8 * count - tokens)).view(matrices, count, 8)
+    byte_M_B: Tensor = (bit_M_B_8 << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return byte_M_B

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from fedalign import parallel
 from fedalign.client.evaluation import TestSet, evaluate
 from fedalign.client.memory import ClientData, ClientMemory
 from fedalign.client.trainer import Trainer
-from fedalign.config.run import Config
+from fedalign.config.run import ClientLimits, Config
 from fedalign.data.deal import set_aside
 from fedalign.data.encode import Encoder, load_tokenizer
 from fedalign.data.formats import Example, load_examples
@@ -59,6 +59,7 @@ class Workbench:
             tuning=config.tuning,
             seed=config.run.seed,
         )
+        check_scoring(config, moe)
         if several:
             moe = moe.split() if device == parallel.SPLIT else moe.shard(torch.device(device))
         if config.tuning.gradient_checkpointing:
@@ -87,6 +88,17 @@ class Workbench:
         """The client step on this model."""
         return Trainer(self.moe, self.tokenizer, self.config.algorithm.build(), self.config)
 
+    def check_limits(self, clients: Collection[str]) -> None:
+        """Refuse limits of clients that there are not, or that the model cannot keep."""
+        for name, limits in self.config.clients.limits.items():
+            if name not in clients:
+                raise UserError(f"clients.limits.{name}: no such client. Choose one of: {', '.join(clients)}.")
+            try:
+                with self.moe.sending_to(limits.top_k):
+                    pass
+            except UserError as error:
+                raise UserError(f"clients.limits.{name}.{error}") from None
+
     def client(self, name: str, examples: Sequence[Example], indices: Sequence[int], folder: Path) -> ClientData:
         """Encode the examples that `indices` names: a part to train on and a held-out part.
 
@@ -100,6 +112,7 @@ class Workbench:
             train=self.encoder.encode([examples[index] for index in kept]),
             held_out=TestSet.prepare([examples[index] for index in held], self.encoder),
             memory=ClientMemory(folder),
+            limits=self.config.clients.limits.get(name, ClientLimits()),
         )
         if not client.train:
             raise UserError(
@@ -165,6 +178,27 @@ def check_tokenizer(tokenizer: Any, rows: int, path: str) -> None:
         )
 
 
+def check_scoring(config: Config, moe: MoEModel) -> None:
+    """Refuse what reads probabilities of a router that shows none.
+
+    Raises:
+        UserError: The algorithm or the balancing loss does, and this model's routers score in no way that is known.
+    """
+    if all(layer.scoring != "unknown" for layer in moe.layers):
+        return
+    which = f"how {moe.family} scores experts cannot be told from its router"
+    if "probabilities" in config.asks:
+        raise UserError(
+            f'algorithm.name = "{config.algorithm.name}": reads the probabilities of routers, but {which}. Choose one '
+            "of: by_use, fedavg, fedmoe, flame."
+        )
+    if config.training.balance_coefficient:
+        raise UserError(
+            f"training.balance_coefficient = {config.training.balance_coefficient}: needs probabilities, but {which}. "
+            "Choose 0."
+        )
+
+
 def check_shardable(config: Config) -> None:
     """Refuse what cannot go over the processes that torchrun started.
 
@@ -181,12 +215,10 @@ def check_shardable(config: Config) -> None:
             f'tuning.kind = "{config.tuning.kind}": torchrun does not shard adapters. Leave torchrun out (lora can '
             f'take run.device = "{parallel.SPLIT}"), or choose one of: full, moe, experts, router.'
         )
-    algorithm = config.algorithm.build()
-    if algorithm.corrects or algorithm.mixes:
-        what = "whole gradients" if algorithm.corrects else "a second model"
+    if config.algorithm.build().mix:
         raise UserError(
-            f'algorithm.name = "{config.algorithm.name}": needs {what}, which torchrun cannot shard. Leave torchrun '
-            "out, or choose another algorithm."
+            f'algorithm.name = "{config.algorithm.name}": needs a second model, which torchrun cannot shard. Leave '
+            "torchrun out, or choose another algorithm."
         )
 
 
@@ -200,7 +232,7 @@ def check_splittable(config: Config) -> None:
         raise UserError(
             f'run.device = "{parallel.SPLIT}": not for a 4-bit base. Choose tuning.kind = "lora", or one GPU.'
         )
-    if config.algorithm.build().mixes:
+    if config.algorithm.build().mix:
         raise UserError(
             f'run.device = "{parallel.SPLIT}": algorithm.name = "{config.algorithm.name}" has a second model beside. '
             "Choose one GPU, or another algorithm."

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from fedalign import parallel
 from fedalign.compare.folder import ComparisonFolder, Part, set_aside, standing
 from fedalign.compare.overview import Overview
-from fedalign.compare.plan import Cell, Point, Request, cells, line_name
+from fedalign.compare.plan import Cell, Design, Point, cells, line_name
 from fedalign.compare.schedule import Task, run_all, slots_for
 from fedalign.compare.tables import (
     Finished,
@@ -23,7 +26,9 @@ from fedalign.compare.tables import (
     write_csv,
 )
 from fedalign.compare.tune import Choices, choose, record, tuning_cells, why_not
+from fedalign.errors import UserError
 from fedalign.files import write_text
+from fedalign.server.results import flat
 
 Tell = Callable[[str], None]
 
@@ -32,16 +37,26 @@ Tell = Callable[[str], None]
 class Outcome:
     """How a comparison ended."""
 
+    folder: Path
     tables: tuple[Table, ...]
     notes: tuple[str, ...]
     failed: dict[str, str]  # run or line -> reason
+    rows: list[dict[str, Any]]  # of each finished run: algorithm, seed, values of the grid, folder, and its summary
+
+    @property
+    def table(self) -> str:
+        """All tables and how to read them, in Markdown; a notebook shows it."""
+        return to_markdown(self.tables, self.notes)
+
+    def _repr_markdown_(self) -> str:
+        return self.table
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A request, where its results go, and how many runs go side by side."""
+    """A design, where its results go, and how many runs go side by side."""
 
-    request: Request
+    design: Design
     folder: ComparisonFolder
     jobs: int | None
     console: Console
@@ -54,11 +69,13 @@ class Comparison:
             UserError: The folder holds something else.
             KeyboardInterrupt: It was broken off; calling again goes on.
         """
-        self.folder.check(self.request, overwrite)
+        if parallel.launched() > 1:
+            raise UserError("fedalign compare: torchrun is for `fedalign run` alone. Leave it out.")
+        self.folder.check(self.design, overwrite)
         with self.folder.locked() as lock:
-            self.folder.begin(self.request, overwrite)
-            chosen, untuned = self._tuned(lock) if self.request.tune else (None, {})
-            tasks = self._run(cells(self.request, chosen), "runs", "Comparison", lock)
+            self.folder.begin(self.design, overwrite)
+            chosen, untuned = self._tuned(lock) if self.design.tune else (None, {})
+            tasks = self._run(cells(self.design, chosen), "runs", "Comparison", lock)
             missing = {task.cell.name: task.reason for task in tasks if task.state == "failed"}
             missing |= {line_name(*line): reason for line, reason in untuned.items()}
             return self._publish([task for task in tasks if task.state == "finished"], missing)
@@ -66,11 +83,11 @@ class Comparison:
     def _tuned(self, lock: int) -> tuple[dict[tuple[str, Point], tuple[str, ...]], dict[tuple[str, Point], str]]:
         """Settings of each line that was tuned, and why others could not be; what was chosen once stays."""
         choices = Choices.load(self.folder.tuned)
-        tasks = self._run(tuning_cells(self.request, [one.line for one in choices.tuned]), "tune", "Tuning", lock)
+        tasks = self._run(tuning_cells(self.design, [one.line for one in choices.tuned]), "tune", "Tuning", lock)
         untuned = why_not(tasks)
         new = choose(tasks)
         if new:
-            record(self.folder.tune_results, [task for task in tasks if _line(task.cell) not in untuned])
+            record(self.folder.tune_results, [task for task in tasks if task.cell.line not in untuned])
             choices = Choices(tuned=(*choices.tuned, *new))
             choices.save(self.folder.tuned)
         return {one.line: one.settings for one in choices.tuned}, untuned
@@ -78,7 +95,7 @@ class Comparison:
     def _run(self, planned: Sequence[Cell], part: Part, title: str, lock: int) -> list[Task]:
         tasks = [self._task(cell, part) for cell in planned]
         with Overview(self.console, title, tasks) as overview:
-            run_all(tasks, slots_for(self.request.base, self.jobs), overview, held=(lock,))
+            run_all(tasks, slots_for(self.design.base, self.jobs), overview, held=(lock,))
         return tasks
 
     def _task(self, cell: Cell, part: Part) -> Task:
@@ -98,13 +115,21 @@ class Comparison:
     def _publish(self, done: Sequence[Task], missing: dict[str, str]) -> Outcome:
         """Everything that is made from finished runs."""
         runs = [Finished(task.cell, task.history) for task in done]
-        write_csv(self.folder.results, self.request, runs)
-        tables = (final_scores(self.request, runs), paired_differences(self.request, runs))
+        write_csv(self.folder.results, self.design, runs)
+        tables = (final_scores(self.design, runs), paired_differences(self.design, runs))
         shown = tuple(table for table in tables if table.sections and any(lines for _, lines in table.sections))
-        said = tuple(notes(self.request, missing.items()))
+        said = tuple(notes(self.design, missing.items()))
         write_text(self.folder.markdown, to_markdown(shown, said))
         write_text(self.folder.latex, to_latex(shown, said))
-        return Outcome(shown, said, missing)
+        return Outcome(self.folder.path, shown, said, missing, [_row(task) for task in done])
+
+
+def _row(task: Task) -> dict[str, Any]:
+    """A finished run in one record: what was chosen for it, then its summary."""
+    cell, summary = task.cell, json.loads(task.folder.summary.read_text(encoding="utf-8"))
+    values = flat(cell.config.model_dump(mode="json"), ".")
+    chosen = {"algorithm": cell.choice.label, "seed": cell.seed} | {key: values[key] for key, _ in cell.point}
+    return {**chosen, "folder": str(task.folder.path), **{k: v for k, v in summary.items() if k not in chosen}}
 
 
 def open_comparison(path: Path, jobs: int | None, console: Console, tell: Tell) -> Comparison:
@@ -115,7 +140,3 @@ def open_comparison(path: Path, jobs: int | None, console: Console, tell: Tell) 
     """
     folder = ComparisonFolder(path)
     return Comparison(folder.read(), folder, jobs, console, tell)
-
-
-def _line(cell: Cell) -> tuple[str, Point]:
-    return cell.choice.label, cell.point

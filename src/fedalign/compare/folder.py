@@ -10,22 +10,25 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from fedalign.compare.plan import Cell, Request, differences
+from fedalign.compare.plan import Cell, Design, differences
 from fedalign.config.toml import read_config
 from fedalign.errors import UserError
-from fedalign.files import write_text
+from fedalign.files import LOCK, MARK, check_free, holds, rounds_in, take, write_text
 from fedalign.protocol import Metrics
 from fedalign.server.results import RunFolder, read_history
 
+WRITTEN = (  # to a comparison's folder; the folder of each run is marked itself
+    *("comparison.toml", "results.csv", "table.md", "table.tex", "tune.csv", "tuned.toml", "report.html"),
+    *("runs/*/seed-*/", "tune/*/seed-*/", "logs/*.log"),
+)
 Part = Literal["runs", "tune"]
 
 
@@ -34,7 +37,7 @@ class ComparisonFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.request = path / "comparison.toml"
+        self.design = path / "comparison.toml"
         self.results = path / "results.csv"
         self.markdown = path / "table.md"
         self.latex = path / "table.tex"
@@ -49,14 +52,14 @@ class ComparisonFolder:
         """What a run prints."""
         return self.path / "logs" / part / f"{cell.path}.log"
 
-    def read(self) -> Request:
+    def read(self) -> Design:
         """What was asked for.
 
         Raises:
             UserError: The folder holds no comparison.
         """
         try:
-            return Request.read(self.request.read_text(encoding="utf-8"))
+            return Design.read(self.design.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(
                 f"--resume {str(self.path)!r}: holds no comparison (no comparison.toml). Give the --out of one."
@@ -64,7 +67,7 @@ class ComparisonFolder:
         except (OSError, ValueError, ValidationError, UserError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
-                f"{str(self.request)!r}: cannot be read ({reason}). Give another --out, or --overwrite."
+                f"{str(self.design)!r}: cannot be read ({reason}). Give another --out, or --overwrite."
             ) from None
 
     @contextlib.contextmanager
@@ -75,7 +78,7 @@ class ComparisonFolder:
             UserError: Somebody else holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as lock:
+        with (self.path / LOCK).open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -85,36 +88,28 @@ class ComparisonFolder:
                 ) from None
             yield lock.fileno()
 
-    def check(self, request: Request, overwrite: bool) -> None:
+    def check(self, design: Design, overwrite: bool) -> None:
         """Refuse a place where anything but this comparison would be lost.
 
         Raises:
             UserError: The folder holds another comparison and `overwrite` is not set, or holds something else.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--out {str(self.path)!r}: is a file. Give a folder that does not exist yet.")
-        if not self.path.exists() or not any(path.name != ".lock" for path in self.path.iterdir()):
-            return
-        if not self.request.exists():
-            raise UserError(
-                f"--out {str(self.path)!r}: is not empty and holds no comparison. Give a new or empty folder."
-            )
         if overwrite:
+            check_free(self.path, "comparison", overwrite)
+        if overwrite or not holds(self.path, "comparison") or not self.design.exists():
             return
-        found = differences(self.read(), request)
+        found = differences(self.read(), design)
         if found:
             raise UserError(
                 f"--out {str(self.path)!r}: holds another comparison: {'; '.join(found)}. "
                 "Give another --out, or replace it: --overwrite."
             )
 
-    def begin(self, request: Request, overwrite: bool) -> None:
+    def begin(self, design: Design, overwrite: bool) -> None:
         """Write down what is asked for; call it while `locked`."""
-        if overwrite and self.request.exists():
-            for path in self.path.iterdir():
-                if path.name != ".lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        write_text(self.request, request.to_toml())
+        if overwrite or not self.design.exists():
+            take(self.path, "comparison", WRITTEN)
+        write_text(self.design, design.to_toml())
 
 
 @dataclass(frozen=True)
@@ -132,7 +127,7 @@ def standing(cell: Cell, folder: RunFolder) -> Standing:
     Raises:
         UserError: The folder belongs to another configuration.
     """
-    if not folder.path.exists() or not any(folder.path.iterdir()):
+    if not folder.path.exists() or all(path.name == MARK for path in folder.path.iterdir()):
         return Standing("waiting")
     try:
         config = read_config(folder.config.read_text(encoding="utf-8"))
@@ -170,12 +165,9 @@ def set_aside(folder: RunFolder) -> Path:
 
 def _check_checkpoint(folder: Path) -> None:
     """That the latest complete round can be read, without reading its weights."""
-    rounds = sorted(path for path in folder.glob("round-*") if path.is_dir())
-    if not rounds:
-        return
-    state: Any = json.loads((rounds[-1] / "state.json").read_text(encoding="utf-8"))
-    if not isinstance(state, dict):
-        raise ValueError(f"{rounds[-1].name}/state.json is not an object")
-    for name in ("weights.safetensors", "algorithm.safetensors"):
-        with safe_open(rounds[-1] / name, framework="pt"):
-            pass
+    for _, last in rounds_in(folder)[-1:]:
+        if not isinstance(json.loads((last / "state.json").read_text(encoding="utf-8")), dict):
+            raise ValueError(f"{last.name}/state.json is not an object")
+        for name in ("weights.safetensors", "algorithm.safetensors"):
+            with safe_open(last / name, framework="pt"):
+                pass

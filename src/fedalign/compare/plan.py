@@ -23,6 +23,7 @@ from fedalign.algorithms import ABLATION, BASELINE
 from fedalign.config.run import Config, Section
 from fedalign.config.toml import overridden
 from fedalign.errors import UserError
+from fedalign.server.results import flat
 
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Point = tuple[tuple[str, str], ...]  # grid keys and one value each, as the user wrote it
@@ -44,7 +45,7 @@ class Choice(Section):
         return self.settings[0].partition("=")[2]
 
 
-class Request(Section):
+class Design(Section):
     """A whole comparison, fully described."""
 
     base: Config  # what all runs have in common
@@ -70,7 +71,7 @@ class Request(Section):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
     @classmethod
-    def read(cls, text: str) -> Request:
+    def read(cls, text: str) -> Design:
         """The inverse of `to_toml`; a ValueError if it is not one."""
         return cls.model_validate(tomllib.loads(text))
 
@@ -91,6 +92,11 @@ class Cell:
         return ", ".join([line_name(self.choice.label, self.point), f"seed {self.seed}", *self.tried])
 
     @property
+    def line(self) -> tuple[str, Point]:
+        """Which line of the tables it is for."""
+        return self.choice.label, self.point
+
+    @property
     def path(self) -> str:
         """Its folder among the runs."""
         grid = [slug(",".join(f"{key}={value}" for key, value in self.point))] if self.point else []
@@ -104,16 +110,21 @@ def line_name(label: str, point: Point) -> str:
     >>> line_name("fedavg", (("clients.alpha", "0.1"),))
     'fedavg, clients.alpha = 0.1'
     """
-    return ", ".join([label, *(f"{key} = {value}" for key, value in point)])
+    return ", ".join(filter(None, [label, point_title(point)]))
 
 
-def make_request(
+def point_title(point: Point) -> str:
+    """A grid point, for people; empty without a grid."""
+    return ", ".join(f"{key} = {value}" for key, value in point)
+
+
+def make_design(
     base: Config,
     choices: Sequence[Choice],
     grid: Mapping[str, Sequence[str]],
     seeds: Sequence[int],
     tune: bool,
-) -> Request:
+) -> Design:
     """Check that the parts fit together, down to each single run.
 
     Raises:
@@ -141,40 +152,40 @@ def make_request(
             raise UserError('evaluation.part = "validation": --tune looks at that part itself. Leave the key out.')
         tables["data"] = {"validation": base.data.validation or VALIDATION}
     sections = {name: getattr(base, name).model_copy(update=values) for name, values in tables.items()}
-    request = Request(
+    design = Design(
         base=base.model_copy(update=sections),
         choices=tuple(choices),
         grid={key: tuple(values) for key, values in grid.items()},
         seeds=tuple(seeds),
         tune=tune,
     )
-    for choice, point in itertools.product(request.choices, request.points):
-        configure(request, choice, point, request.seeds[0])  # wrong values are told before anything runs
-    return request
+    for choice, point in itertools.product(design.choices, design.points):
+        configure(design, choice, point, design.seeds[0])  # wrong values are told before anything runs
+    return design
 
 
-def configure(request: Request, choice: Choice, point: Point, seed: int, more: Iterable[str] = ()) -> Config:
+def configure(design: Design, choice: Choice, point: Point, seed: int, more: Iterable[str] = ()) -> Config:
     """The configuration of one run."""
     algorithm, *options = choice.settings
     grid = [f"{key}={value}" for key, value in point]
-    tables = request.base.model_dump(mode="json", exclude_none=True)
+    tables = design.base.model_dump(mode="json", exclude_none=True)
     return overridden(tables, [algorithm, *grid, *options, f"run.seed={seed}", *more])
 
 
-def cells(request: Request, tuned: Mapping[tuple[str, Point], tuple[str, ...]] | None = None) -> list[Cell]:
+def cells(design: Design, tuned: Mapping[tuple[str, Point], tuple[str, ...]] | None = None) -> list[Cell]:
     """All runs, seed by seed, so that a comparison that is cut short is still one; with `tuned`, those it has."""
     return [
-        Cell(choice, point, seed, configure(request, choice, point, seed, (tuned or {}).get((choice.label, point), ())))
-        for seed in request.seeds
-        for point in request.points
-        for choice in request.choices
+        Cell(choice, point, seed, configure(design, choice, point, seed, (tuned or {}).get((choice.label, point), ())))
+        for seed in design.seeds
+        for point in design.points
+        for choice in design.choices
         if tuned is None or (choice.label, point) in tuned
     ]
 
 
-def differences(old: Request, new: Request) -> list[str]:
+def differences(old: Design, new: Design) -> list[str]:
     """Why runs of `old` cannot be part of `new`; nothing if `new` is the same or only asks for more."""
-    before, now = _flat(old.base.model_dump(mode="json")), _flat(new.base.model_dump(mode="json"))
+    before, now = flat(old.base.model_dump(mode="json"), "."), flat(new.base.model_dump(mode="json"), ".")
     found = [
         f"{key} = {before.get(key)!r}, asked for is {now.get(key)!r}"
         for key in sorted({*before, *now})
@@ -323,13 +334,6 @@ def _refuse_repetitions(what: str, values: Sequence[str]) -> None:
 
 def _key(setting: str) -> str:
     return setting.partition("=")[0]
-
-
-def _flat(tables: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    found: dict[str, object] = {}
-    for name, value in tables.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
 
 
 def slug(text: str) -> str:

@@ -19,7 +19,6 @@ import torch
 
 from fedalign.compare.plan import Cell
 from fedalign.config.run import Config
-from fedalign.files import write_text
 from fedalign.parallel import SPLIT
 from fedalign.protocol import Metrics
 from fedalign.server.results import RunFolder, read_history
@@ -123,8 +122,7 @@ def cores() -> int:
 
 def _start(task: Task, slot: Slot, held: Sequence[int], command: Command) -> subprocess.Popen[bytes]:
     if not task.folder.config.exists():
-        task.folder.path.mkdir(parents=True, exist_ok=True)
-        write_text(task.folder.config, task.cell.config.to_toml())
+        task.folder.begin(task.cell.config)
     task.log.parent.mkdir(parents=True, exist_ok=True)
     threads = {"OMP_NUM_THREADS": str(max(1, task.cell.config.run.threads)), "PYTHONUNBUFFERED": "1"}
     task.state, task.started = "running", time.monotonic()

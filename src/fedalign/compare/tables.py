@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedalign.compare.plan import Cell, Point, Request
+from fedalign.compare.plan import Cell, Design, Point, point_title
 from fedalign.compare.statistics import Interval, mean_interval, paired_interval
+from fedalign.files import replacing_file
 from fedalign.protocol import Metrics
 from fedalign.server.scores import merit
-from fedalign.units import size
+from fedalign.units import nats, size
 
 MARK = "†"
 BySeed = dict[int, float]
@@ -67,33 +68,29 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def _nats(value: float) -> str:
-    return f"{value:.3f}"
-
-
 ACCURACIES = (
     Column("accuracy, %", _last("accuracy"), _percent, True),
     Column("mean client, %", _last("client_accuracy_mean"), _percent, True),
     Column("worst client, %", _last("client_accuracy_worst"), _percent, True),
 )
 LOSSES = (
-    Column("loss, nats", _last("loss_nats"), _nats, False),
-    Column("clients' loss, nats", _last("client_loss_mean_nats"), _nats, False),
+    Column("loss, nats", _last("loss_nats"), nats, False),
+    Column("clients' loss, nats", _last("client_loss_mean_nats"), nats, False),
 )
 SENT = Column("sent up", lambda run: float(sum(line.get("bytes_up", 0) for line in run.history)), size, False)
 
 
-def final_scores(request: Request, runs: Sequence[Finished]) -> Table:
+def final_scores(design: Design, runs: Sequence[Finished]) -> Table:
     """Final scores, bytes and speed of every algorithm at every grid point."""
     columns = qualities(runs)
-    baseline = request.baseline
+    baseline = design.baseline
     header = ("algorithm", "seeds", *(column.title for column in (*columns, SENT)), f"rounds to {baseline}'s end")
     sections = []
-    for point in request.points:
-        grouped = _by_label(runs, point)
-        measured = [[_values(grouped[label], column) for label in grouped] for column in (*columns, SENT)]
+    for point in design.points:
+        grouped = by_label(runs, point)
+        measured = [[values_by_seed(grouped[label], column) for label in grouped] for column in (*columns, SENT)]
         shown = [
-            _with_intervals(column, values, _values(grouped.get(baseline, {}), column))
+            _with_intervals(column, values, values_by_seed(grouped.get(baseline, {}), column))
             for column, values in zip((*columns, SENT), measured, strict=True)
         ]
         speed = [_rounds(grouped[label], grouped.get(baseline, {})) for label in grouped]
@@ -101,51 +98,51 @@ def final_scores(request: Request, runs: Sequence[Finished]) -> Table:
             (TableCell(label), TableCell(str(len(grouped[label]))), *(cells[i] for cells in shown), speed[i])
             for i, label in enumerate(grouped)
         )
-        sections.append((_point_title(point), lines))
+        sections.append((point_title(point), lines))
     return Table("Final scores", header, tuple(sections))
 
 
-def paired_differences(request: Request, runs: Sequence[Finished]) -> Table:
+def paired_differences(design: Design, runs: Sequence[Finished]) -> Table:
     """Differences to the baseline, seed by seed."""
-    columns, baseline = qualities(runs), request.baseline
-    header = ("algorithm", "pairs", *(_difference_title(column.title) for column in columns))
+    columns, baseline = qualities(runs), design.baseline
+    header = ("algorithm", "pairs", *(in_points(column.title) for column in columns))
     sections = []
-    for point in request.points:
-        grouped = _by_label(runs, point)
+    for point in design.points:
+        grouped = by_label(runs, point)
         base = grouped.pop(baseline, {})
         lines = []
         for label, group in grouped.items():
-            pairs = [paired_interval(_values(group, column), _values(base, column)) for column in columns]
+            pairs = [paired_interval(values_by_seed(group, column), values_by_seed(base, column)) for column in columns]
             count = max((pair.count for pair in pairs if pair is not None), default=0)
             cells = [_difference(pair, column) for pair, column in zip(pairs, columns, strict=True)]
             lines.append((TableCell(label), TableCell(str(count)), *cells))
         if lines:
-            sections.append((_point_title(point), tuple(lines)))
+            sections.append((point_title(point), tuple(lines)))
     return Table(f"Differences to {baseline}, seed by seed", header, tuple(sections))
 
 
-def notes(request: Request, missing: Iterable[tuple[str, str]] = ()) -> list[str]:
+def notes(design: Design, missing: Iterable[tuple[str, str]] = ()) -> list[str]:
     """What a reader has to know to read the tables."""
-    seeds = ", ".join(map(str, request.seeds))
+    seeds = ", ".join(map(str, design.seeds))
     said = [
-        f"After {request.base.run.rounds} rounds, seeds {seeds}. Runs of one seed share start, partition and order of "
+        f"After {design.base.run.rounds} rounds, seeds {seeds}. Runs of one seed share start, partition and order of "
         "batches.",
         "m ± h: mean over seeds and half-width of its 95 % Student-t interval. Bold: the best mean. Differences are "
         f"taken seed by seed and have their own t interval; {MARK}: it excludes zero. No correction for many tests.",
     ]
-    if len(request.seeds) == 1:
+    if len(design.seeds) == 1:
         said.append(
             "One seed: no interval can be given. These are single runs, and no ground for saying what is better."
         )
     said.append(
-        f"Rounds to {request.baseline}'s end: the first round of a seed that scores at least what {request.baseline} "
+        f"Rounds to {design.baseline}'s end: the first round of a seed that scores at least what {design.baseline} "
         "scores after its last round with that seed."
     )
-    if request.tune:
-        share = f"{request.base.data.validation:.0%} of the training examples"
+    if design.tune:
+        share = f"{design.base.data.validation:.0%} of the training examples"
         said.append(
             f"Learning rate and strength of every algorithm were chosen on a validation part ({share}) with seed "
-            f"{request.seeds[0]}: tune.csv has every run, tuned.toml what was chosen."
+            f"{design.seeds[0]}: tune.csv has every run, tuned.toml what was chosen."
         )
     together: dict[str, list[str]] = {}
     for name, reason in missing:
@@ -184,7 +181,7 @@ def _rounds(group: Mapping[int, Finished], baseline: Mapping[int, Finished]) -> 
         return TableCell("-")
     if len(reached) < len(needed):
         return TableCell("not reached" if not reached else f"reached by {len(reached)} of {len(needed)} seeds")
-    return TableCell(_interval(mean_interval(reached), lambda value: f"{value:.1f}"))
+    return TableCell(interval_text(mean_interval(reached), lambda value: f"{value:.1f}"))
 
 
 def _with_intervals(column: Column, lines: Sequence[BySeed], baseline: BySeed) -> list[TableCell]:
@@ -198,11 +195,12 @@ def _with_intervals(column: Column, lines: Sequence[BySeed], baseline: BySeed) -
             continue
         pair = paired_interval(values, baseline)
         differs = pair is not None and pair.excludes_zero
-        cells.append(TableCell(_interval(interval, column.format), interval.mean == best, differs))
+        cells.append(TableCell(interval_text(interval, column.format), interval.mean == best, differs))
     return cells
 
 
-def _interval(interval: Interval, format: Format) -> str:
+def interval_text(interval: Interval, format: Format) -> str:
+    """The mean and, of several values, the half-width."""
     mean = format(interval.mean)
     return mean if interval.half is None else f"{mean} ± {format(interval.half)}"
 
@@ -210,17 +208,22 @@ def _interval(interval: Interval, format: Format) -> str:
 def _difference(pair: Interval | None, column: Column) -> TableCell:
     if pair is None:
         return TableCell("-")
+    return TableCell(difference_text(pair, column), marked=pair.excludes_zero)
+
+
+def difference_text(pair: Interval, column: Column) -> str:
+    """An interval with the sign of its mean."""
     sign = "-" if pair.mean < 0 else "+"
-    return TableCell(
-        sign + _interval(Interval(abs(pair.mean), pair.half, pair.count), column.format), marked=pair.excludes_zero
-    )
+    return sign + interval_text(Interval(abs(pair.mean), pair.half, pair.count), column.format)
 
 
-def _difference_title(title: str) -> str:
+def in_points(title: str) -> str:
+    """The unit of a difference: of percentages, points."""
     return title.replace("%", "points")
 
 
-def _by_label(runs: Sequence[Finished], point: Point) -> dict[str, dict[int, Finished]]:
+def by_label(runs: Sequence[Finished], point: Point) -> dict[str, dict[int, Finished]]:
+    """The runs of each algorithm at a grid point, by seed."""
     grouped: dict[str, dict[int, Finished]] = {}
     for run in runs:
         if run.cell.point == point:
@@ -228,18 +231,15 @@ def _by_label(runs: Sequence[Finished], point: Point) -> dict[str, dict[int, Fin
     return grouped
 
 
-def _values(group: Mapping[int, Finished], column: Column) -> BySeed:
+def values_by_seed(group: Mapping[int, Finished], column: Column) -> BySeed:
+    """A number of each run that has it."""
     return {seed: value for seed, run in group.items() if (value := column.of(run)) is not None}
-
-
-def _point_title(point: Point) -> str:
-    return ", ".join(f"{key} = {value}" for key, value in point)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_csv(path: Path, request: Request, runs: Sequence[Finished]) -> None:
+def write_csv(path: Path, design: Design, runs: Sequence[Finished]) -> None:
     """One line a run and round: algorithm, seed, grid keys, and every number of the round that is not by client."""
     metrics = dict.fromkeys(
         name
@@ -248,15 +248,13 @@ def write_csv(path: Path, request: Request, runs: Sequence[Finished]) -> None:
         for name, value in line.items()
         if isinstance(value, int | float) and name != "round"
     )
-    new = path.with_name(f".{path.name}.new")
-    with new.open("w", encoding="utf-8", newline="") as file:
+    with replacing_file(path) as new, new.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["algorithm", "seed", *request.grid, "round", *metrics])
+        writer.writerow(["algorithm", "seed", *design.grid, "round", *metrics])
         for run in runs:
             about = [run.cell.choice.label, run.cell.seed, *(value for _, value in run.cell.point)]
             for line in run.history:
                 writer.writerow([*about, line["round"], *(line.get(name, "") for name in metrics)])
-    new.replace(path)
 
 
 def to_markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:

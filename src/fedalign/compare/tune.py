@@ -19,11 +19,11 @@ import tomli_w
 from pydantic import Field, ValidationError
 
 from fedalign.algorithms import STRENGTHS
-from fedalign.compare.plan import Cell, Choice, Point, Request, Texts, configure
+from fedalign.compare.plan import Cell, Choice, Design, Point, Texts, configure
 from fedalign.compare.schedule import Task
 from fedalign.config.run import Section
 from fedalign.errors import UserError
-from fedalign.files import write_text
+from fedalign.files import replacing_file, write_text
 from fedalign.server.scores import merit
 
 RATES = (1.0, 1 / 3, 3.0)  # times the configured learning rate; the first wins a tie
@@ -88,26 +88,23 @@ def candidates(choice: Choice, rate: float) -> list[tuple[str, ...]]:
     return list(itertools.product(*varied))
 
 
-def tuning_cells(request: Request, done: Iterable[tuple[str, Point]] = ()) -> list[Cell]:
+def tuning_cells(design: Design, done: Iterable[tuple[str, Point]] = ()) -> list[Cell]:
     """The runs to try, on the first seed; what is chosen already is not tried again."""
-    seed, chosen = request.seeds[0], set(done)
+    seed, chosen = design.seeds[0], set(done)
     look = ("evaluation.part=validation", "evaluation.clients=false")
     return [
-        Cell(choice, point, seed, configure(request, choice, point, seed, [*tried, *look]), tried)
-        for point in request.points
-        for choice in request.choices
+        Cell(choice, point, seed, configure(design, choice, point, seed, [*tried, *look]), tried)
+        for point in design.points
+        for choice in design.choices
         if (choice.label, point) not in chosen
-        for tried in candidates(choice, request.base.training.learning_rate)
+        for tried in candidates(choice, design.base.training.learning_rate)
     ]
 
 
 def choose(tasks: Sequence[Task]) -> list[Tuned]:
     """The best of each line; a line of which no run finished has none."""
-    lines: defaultdict[tuple[str, Point], list[Task]] = defaultdict(list)
-    for task in tasks:
-        lines[task.cell.choice.label, task.cell.point].append(task)
     chosen = []
-    for (label, point), tried in lines.items():
+    for (label, point), tried in _by_line(tasks).items():
         scored = [(value, task) for task in tried if (value := validation_score(task)) is not None]
         if scored:
             value, best = max(scored, key=lambda pair: pair[0])
@@ -131,14 +128,18 @@ def validation_score(task: Task) -> float | None:
 
 def why_not(tasks: Sequence[Task]) -> dict[tuple[str, Point], str]:
     """Lines of which no run finished, and why the first did not."""
-    lines: defaultdict[tuple[str, Point], list[Task]] = defaultdict(list)
-    for task in tasks:
-        lines[task.cell.choice.label, task.cell.point].append(task)
     return {
         line: f"none of its {len(tried)} runs on the validation part finished; {tried[0].cell.name}: {tried[0].reason}"
-        for line, tried in lines.items()
+        for line, tried in _by_line(tasks).items()
         if all(validation_score(task) is None for task in tried)
     }
+
+
+def _by_line(tasks: Sequence[Task]) -> dict[tuple[str, Point], list[Task]]:
+    lines: defaultdict[tuple[str, Point], list[Task]] = defaultdict(list)
+    for task in tasks:
+        lines[task.cell.line].append(task)
+    return lines
 
 
 def record(path: Path, tasks: Sequence[Task]) -> None:
@@ -163,9 +164,7 @@ def record(path: Path, tasks: Sequence[Task]) -> None:
         )
     last = ("validation_score", "failed")
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in last]
-    new = path.with_name(f".{path.name}.new")
-    with new.open("w", encoding="utf-8", newline="") as file:
+    with replacing_file(path) as new, new.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [*names, *last], restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    new.replace(path)

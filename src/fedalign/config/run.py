@@ -1,148 +1,221 @@
 """Every knob of a run: TOML in, frozen models out. An error names the key, the value and the choices.
 
-``examples/every_key.toml`` documents each key; a test keeps it complete. ``[algorithm]`` holds a name and that
-algorithm's own options, so a new algorithm brings its knobs with it.
+What a key means stands here, once; ``examples/every_key.toml`` and a site's ``site.toml`` are written from it
+(``fedalign.config.toml``). ``[algorithm]`` holds a name and that algorithm's own options, so a new algorithm brings its
+knobs with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+import re
+from collections import Counter
+from collections.abc import Mapping, Set
+from string import Formatter
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from fedalign.algorithms import make, options
-from fedalign.errors import UserError, unknown
-from fedalign.maths.server_step import ServerOptimizer
-from fedalign.protocol import Algorithm, WireDtype
+from fedalign.algorithms import ALGORITHMS, make, options, spans_rounds
+from fedalign.errors import UserError
+from fedalign.protocol import SKETCHES, Algorithm, Ask, ServerOptimizer, WireDtype
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+T = TypeVar("T")
+
+
+def key(default: T, means: str, **more: Any) -> T:
+    """A key: its default, its meaning for the reader of a file, and pydantic's own words (`gt`, `examples`, ...)."""
+    field: T = Field(default, description=means, **more)
+    return field
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT.
+
+    >>> split_address("[::1]:8000")
+    ('::1', 8000)
+
+    Raises:
+        ValueError: It is not written so.
+    """
+    found = re.fullmatch(r"([\w.-]+|\[[\w.:%]+\]):([0-9]{1,5})", address)
+    if not found or not 0 < int(found[2]) < 65536:
+        raise ValueError("must be HOST:PORT, for example coordinator.example:8000.")
+    return found[1].strip("[]"), int(found[2])
+
+
+def _once(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise ValueError(f"{name!r} is given twice. Give each once.")
+        if not name or name != name.strip():
+            raise ValueError(f"{name!r} must be a name without spaces around it.")
+    return names
+
+
+def _template(text: str) -> str:
+    """Anything else that Python's format strings can do reaches into objects, or fills the memory with blanks."""
+    try:
+        fields = [(name, more or how) for _, name, more, how in Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"{error}. Write {{column}} for a column, {{{{ for a brace.") from None
+    if not fields or any(more or not re.fullmatch(r"(?!\d+$)[^.\[\]]+", name) for name, more in fields):
+        raise ValueError("must hold plain {column} fields: no format, conversion, attribute or index; {{ is a brace.")
+    return text
+
+
+INT64 = 2**63 - 1  # TOML knows no larger numbers
+Positive = Annotated[int, Field(ge=1, le=INT64)]
+Count = Annotated[int, Field(ge=0, le=INT64)]
+Width = Annotated[int, Field(ge=1, le=4096)]  # beyond the width of what they stand for, nothing is gained
+Seconds = Annotated[int, Field(ge=1, le=10**7)]  # a third of a year
 Share = Annotated[float, Field(gt=0, le=1)]
-TRACKERS = ("tensorboard", "mlflow", "wandb")  # libraries that `server.trackers` knows
+Part = Annotated[float, Field(ge=0, lt=1)]
+Names = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_once)]
+Template = Annotated[str, AfterValidator(_template)]
+
+# Keys of two sections, here or in site.toml, that mean the same.
+Device = Annotated[str, Field(description="auto (a GPU if there is one) | cpu | cuda | cuda:1 ... | split (all GPUs)")]
+Threads = Annotated[int, Field(ge=0, le=1024, description="CPU threads; 0: torch's own choice")]
+MinTokens = Annotated[Positive, Field(description="experts that fewer tokens reached are withheld from statistics,")]
+MinExamples = Annotated[Positive, Field(description="and those reached from fewer examples")]
+Address = Annotated[
+    str,
+    AfterValidator(lambda text: split_address(text) and text),
+    Field(description="HOST:PORT where Flower's SuperLink listens"),
+]
+Certificates = Annotated[
+    str | None,
+    Field(
+        description="PEM file that its certificate is checked with; without: no TLS, loopback only", examples=["ca.crt"]
+    ),
+]
 
 
 class Section(BaseModel):
-    """A table of the TOML file: immutable, and no key is ever ignored."""
+    """A table of the TOML file: immutable, and no key is ever ignored. Its docstring stands beside its name there."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
-    """`[run]`."""
+    """How long, on what, and from which seed."""
 
-    seed: Count = 0
-    rounds: Positive = 10
-    device: str = "auto"  # auto: cuda if there is one, else cpu; split: layers over all GPUs
-    check: bool = True  # at the end: does model/ load in plain libraries, and compute the same
-    threads: Count = 0  # CPU threads of torch; 0 leaves torch's own choice
+    seed: Count = key(0, "of partition, client sampling, order of batches, rounding")
+    rounds: Positive = key(10, "of training, plan and sum")
+    device: Device = "auto"
+    threads: Threads = 0
+    check: bool = key(True, "at the end: does model/ load in plain transformers and peft, and compute the same")
 
 
 class ModelConfig(Section):
-    """`[model]`: any Hugging Face MoE model; "demo" is the small OLMoE that comes with the package."""
+    """Any Hugging Face MoE model."""
 
-    path: str = "demo"
-    revision: str | None = None
-    trust_remote_code: bool = False
-    weights_hash: str | None = None  # `fedalign doctor` prints it; given: other weights are refused
+    path: str = key("demo", 'a hub id, a folder, or "demo": the small OLMoE that comes with the package')
+    revision: str | None = key(None, "branch, tag or commit on the hub", examples=["main"])
+    trust_remote_code: bool = key(False, "run the code that comes with the model")
+    weights_hash: str | None = key(None, "refuse others; `fedalign doctor` prints it", examples=["5f0c..."])
 
 
 class Columns(Section):
-    """`[data.columns]`: what the columns of the user's file are called."""
+    """What the columns of your files are called."""
 
-    text: str = "text"
-    label: str = "label"
-    prompt: str = "prompt"
-    response: str = "response"
-    messages: str = "messages"
-    question: str = "question"
-    choices: str = "choices"
-    answer: str = "answer"
-    client: str = "client"
+    text: str = key("text", "classification, text")
+    label: str = key("label", "classification")
+    prompt: str = key("prompt", "instruction")
+    response: str = key("response", "instruction")
+    messages: str = key("messages", "chat: a list of {role, content}")
+    question: str = key("question", "multiple_choice")
+    choices: str = key("choices", "multiple_choice: a list")
+    answer: str = key("answer", "multiple_choice: index, letter or text of the right choice")
+    client: str = key("client", 'who owns the row, for clients.partition = "natural"; not used at a site')
 
 
 class DataConfig(Section):
-    """`[data]`: "docstrings" (embedded), a file, a folder of files, or a hub id."""
+    """What is learnt from, and how rows become examples."""
 
-    train: str = "docstrings"
-    test: str | None = None  # None: the source's own test split if it has one
-    kind: Literal["classification", "instruction", "chat", "multiple_choice", "text"] = "classification"
-    subset: str | None = None  # a hub data set's configuration name
-    train_split: str = "train"
-    test_split: str = "test"
+    train: str = key("docstrings", 'a hub id, a .jsonl, .csv or .parquet file, a folder of them, or "docstrings"')
+    test: str | None = key(None, "without it: the source's own test split if it has one", examples=["test.jsonl"])
+    kind: Literal["classification", "instruction", "chat", "multiple_choice", "text"] = key(
+        "classification", "what a row is"
+    )
+    subset: str | None = key(None, "the configuration of a hub data set", examples=["main"])
+    train_split: str = key("train", "of a hub data set")
+    test_split: str = key("test", "of a hub data set")
+    labels: Names[str] = key((), "names of the classes; needed where labels are integers, and at sites")
+    template: Template | None = key(None, "the prompt, in which {column} is that column", examples=["{text}\nLabel:"])
+    max_train: Count = key(0, "examples drawn at random; 0: all")
+    max_test: Count = key(0, "the same of the test set")
+    validation: Part = key(0.0, "share of the training examples that nobody trains on: `compare --tune` chooses by it")
+    max_length: Count = key(0, "tokens of one example; 0: what the model allows")
+    too_long: Literal["error", "truncate", "drop"] = key("error", "longer ones (truncate: the prompt, from its start)")
     columns: Columns = Columns()
-    labels: Annotated[
-        tuple[str, ...], Field(strict=False)
-    ] = ()  # names of the classes; needed where the label column holds integers
-    template: str | None = None  # a prompt with {column} fields; None: the kind's default
-    max_train: Count = 0  # examples drawn at random; 0: all
-    max_test: Count = 0
-    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the training examples that nobody trains on
-    max_length: Count = 0  # tokens of one example; 0: what the model allows
-    too_long: Literal["error", "truncate", "drop"] = "error"
 
 
 class ClientLimits(Section):
-    """`[clients.limits.NAME]`: what a small client can do; 0: as everybody."""
+    """What a small client can do; 0: as everybody."""
 
-    top_k: Count = 0  # experts a token is sent to
-    max_experts: Count = 0  # experts of a layer that it trains: those that its own data uses most
-    rank: Count = 0  # lora with average = "exact": it trains the strongest components alone
+    top_k: Count = key(0, "experts that a token is sent to in training; 0: the model's own number")
+    max_experts: Count = key(0, "experts of a layer that are trained, those that its own data uses most; 0: all")
+    rank: Count = key(0, 'components of adapters that are trained, with tuning.average = "exact"; 0: all')
 
 
 class ClientsConfig(Section):
-    """`[clients]`: how many there are and what each of them holds."""
+    """How many there are and what each of them holds."""
 
-    count: Positive = 10
-    partition: Literal["dirichlet", "iid", "pathological", "size", "natural", "files"] = "dirichlet"
-    alpha: Annotated[float, Field(gt=0)] = 0.1  # dirichlet: small is skewed
-    classes: Positive = 2  # pathological: classes a client holds
-    size_growth: Literal["linear", "square", "exponential"] = "linear"  # size: examples by client index
-    min_examples: Positive = 10
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1  # each client's own test part
-    sample: Share = 1.0  # share of the clients asked each round
-    limits: dict[str, ClientLimits] = {}
+    count: Positive = key(10, "natural and files: as many as the data has")
+    partition: Literal["dirichlet", "iid", "pathological", "size", "natural", "files"] = key(
+        "dirichlet", "how rows are dealt out (natural: by a client column; files: a file each)"
+    )
+    alpha: float = key(0.1, "dirichlet: small is skewed, large is even", gt=0)
+    classes: Positive = key(2, "pathological: classes a client holds")
+    size_growth: Literal["linear", "square", "exponential"] = key("linear", "of size, in the client's index")
+    min_examples: Positive = key(10, "a client with fewer is an error")
+    held_out: Part = key(0.1, "share of its own examples that a client keeps for testing; 0: none")
+    sample: Share = key(1.0, "share of the clients asked each round")
+    limits: dict[str, ClientLimits] = key({}, "", examples=[{"client-00": ClientLimits(top_k=1, max_experts=2)}])
 
 
 class TrainingConfig(Section):
-    """`[training]`: one client's local step."""
+    """One client's local training."""
 
-    epochs: Positive = 1
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Count = 0
-    batch_tokens: Positive = 2048  # tokens of a batch, padding included
-    batch_examples: Positive = 16  # and at most so many examples
-    accumulate: Positive = 1  # batches an optimizer step
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
-    balance_coefficient: Annotated[float, Field(ge=0)] = 0.0  # of the Switch load-balancing loss
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; weights and routers stay float32
-    keep_optimizer: bool = False  # carry the optimizer's state to the client's next round
+    epochs: Positive = key(1, "passes over the client's examples a round")
+    optimizer: Literal["adamw", "sgd"] = key("adamw", "the client's")
+    learning_rate: float = key(1e-4, "the client's", gt=0)
+    weight_decay: float = key(0.0, "on matrices", ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = key("constant", "of the learning rate, within a round")
+    warmup_steps: Count = key(0, "in which the learning rate rises, each round")
+    batch_tokens: Positive = key(2048, "tokens of a batch, padding included,")
+    batch_examples: Positive = key(16, "and at most so many examples")
+    accumulate: Positive = key(1, "batches an optimizer step")
+    max_grad_norm: float = key(1.0, "longer gradients are clipped; 0: no clipping", ge=0)
+    balance_coefficient: float = key(0.0, "of the Switch load-balancing loss", ge=0)
+    precision: Literal["auto", "float32", "bfloat16"] = key("auto", "autocast; weights and routers stay float32")
+    keep_optimizer: bool = key(False, "carry the optimizer's state to the client's next round")
 
 
 class TuningConfig(Section):
-    """`[tuning]`: which parameters are trained, and how; `rank` to `average` are for lora and qlora.
+    """Which parameters are trained, and how.
 
-    Patterns are those of a shell (`*.self_attn.*`) over parameter names; for LoRA, over what it adapts.
+    Patterns are those of a shell (*.self_attn.*) over names of parameters; for LoRA, over what it adapts.
     """
 
-    kind: Literal["full", "moe", "experts", "router", "lora", "qlora"] = "full"  # moe: routers and experts
-    include: Annotated[tuple[str, ...], Field(strict=False)] = ()  # of what the kind trains, only these; empty: all
-    exclude: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the model's weights; routers and masters stay float32
-    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
-    rank: Positive = 8
-    alpha: Annotated[float, Field(gt=0)] = 16.0  # adapters are scaled by alpha / rank
-    targets: Annotated[tuple[Literal["attention", "experts", "shared_experts", "dense"], ...], Field(strict=False)] = (
-        "attention",
-        "experts",
-        "shared_experts",
-    )  # dense: any other linear layer of a block
-    router: Literal["full", "lora", "frozen"] = "full"
-    average: Literal["factors", "freeze_a", "exact"] = "factors"  # exact: of the products, cut back to the rank
+    kind: Literal["full", "moe", "experts", "router", "lora", "qlora"] = key(
+        "full", "what is trained (moe: routers and experts; qlora: on a base in 4 bits, CUDA)"
+    )
+    include: Names[str] = key((), 'of that only names like these, for example ["*.layers.3.*"]; empty: all')
+    exclude: Names[str] = key((), "and none like these")
+    dtype: Literal["float32", "bfloat16"] = key("float32", "of weights; routers, adapters and updates stay float32")
+    gradient_checkpointing: bool = key(False, "compute activations twice instead of keeping them")
+    rank: Width = key(8, "of adapters; from here on for lora and qlora")
+    alpha: float = key(16.0, "adapters are scaled by alpha / rank", gt=0)
+    targets: Names[Literal["attention", "experts", "shared_experts", "dense"]] = key(
+        ("attention", "experts", "shared_experts"), "what is adapted (dense: other linear layers)"
+    )
+    router: Literal["full", "lora", "frozen"] = key("full", "how routers are trained")
+    average: Literal["factors", "freeze_a", "exact"] = key(
+        "factors", "A and B each (FedIT); B alone (FFA-LoRA); products, cut back to the rank"
+    )
 
     @property
     def adapts(self) -> bool:
@@ -175,19 +248,19 @@ class TuningConfig(Section):
 
 
 class StatisticsConfig(Section):
-    """`[statistics]`: what a client reports before its update is asked for."""
+    """What a client reports before its update is asked for."""
 
-    update_width: Positive = 256
-    centroid_width: Positive = 128
-    min_tokens: Positive = 32  # experts with fewer tokens are withheld ...
-    min_examples: Positive = 4  # ... and those reached from fewer examples
+    update_width: Width = key(256, "numbers that stand for an expert's update")
+    centroid_width: Width = key(128, "numbers that stand for an expert's mean input")
+    min_tokens: MinTokens = 32
+    min_examples: MinExamples = 4
 
 
 class AlgorithmConfig(Section):
-    """`[algorithm]`: a name, and the algorithm's own options (checked by the algorithm)."""
+    """A name, and the algorithm's own options."""
 
     model_config = ConfigDict(extra="allow")
-    name: str = "fedalign_moe"
+    name: str = key("fedalign_moe", f"{' | '.join(ALGORITHMS)} | one that an installed package offers")
 
     @model_validator(mode="before")
     @classmethod
@@ -198,7 +271,7 @@ class AlgorithmConfig(Section):
         named = {"name": cls.model_fields["name"].default} | dict(values)
         if not isinstance(named["name"], str):
             return values
-        built = make(named["name"], {key: value for key, value in named.items() if key != "name"})
+        built = make(named["name"], {name: value for name, value in named.items() if name != "name"})
         return named | options(built)
 
     def build(self) -> Algorithm:
@@ -209,91 +282,68 @@ class AlgorithmConfig(Section):
     def chosen(self) -> dict[str, Any]:
         """Options that are not at their defaults."""
         defaults = options(make(self.name, {}))
-        return {key: value for key, value in (self.model_extra or {}).items() if value != defaults[key]}
+        return {name: value for name, value in (self.model_extra or {}).items() if value != defaults[name]}
 
 
 class WireConfig(Section):
-    """`[wire]`: precision of what travels; rounding happens before any engine sees it."""
+    """Precision of what travels; rounding happens before any engine sees it."""
 
-    dtype: WireDtype = "float32"
+    dtype: WireDtype = key("float32", "of updates; with int8, weights travel down in bfloat16")
 
 
 class ServerConfig(Section):
-    """`[server]`: when a round counts."""
+    """When a round counts, and the server's own step along the summed updates."""
 
-    min_arrived: Share = 0.5  # share of a group's planned weight that must arrive for it to change
-    min_clients: Positive = 1  # fewer usable replies than this end the run
-    optimizer: ServerOptimizer = "average"  # average: the summed updates are the step
-    learning_rate: Annotated[float, Field(gt=0)] = 1.0  # of the server; not used by average and fedexp
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # sgd; beta1 of adam and yogi
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99  # adam, yogi
-    epsilon: Annotated[float, Field(gt=0)] = 1e-3  # adam, yogi, fedexp: degree of adaptivity
-    max_norm_ratio: Annotated[float, Field(ge=0)] = 100.0  # longer than so many median updates: left out; 0: no limit
+    min_arrived: Share = key(0.5, "share of a group's planned weight that must arrive for it to change")
+    min_clients: Positive = key(1, "usable replies without which the run stops")
+    optimizer: ServerOptimizer = key("average", "the step along the summed updates")
+    learning_rate: float = key(1.0, "of the server: sgd, adam, yogi", gt=0)
+    momentum: Part = key(0.9, "sgd; beta1 of adam and yogi")
+    beta2: Part = key(0.99, "adam, yogi")
+    epsilon: float = key(1e-3, "adam, yogi, fedexp: the larger, the less adaptive", gt=0)
+    max_norm_ratio: float = key(100.0, "updates so many times as long as the median are left out; 0: no limit", ge=0)
 
 
 class EvaluationConfig(Section):
-    """`[evaluation]`: on the global test set and on each client's own held-out part."""
+    """On the global test set and on each client's own held-out part."""
 
-    part: Literal["test", "validation"] = "test"  # what stands for the global test set
-    every: Positive = 1  # rounds
-    clients: bool = True
-    batch_tokens: Positive = 8192
-    length_normalise: bool = False  # score choices by mean instead of summed log-likelihood
-    max_new_tokens: Positive = 64  # exact match by greedy generation (instruction, chat)
-    generate: bool = False
+    part: Literal["test", "validation"] = key("test", "what stands for the global test set")
+    every: Positive = key(1, "rounds")
+    clients: bool = key(True, "also on each client's held-out part")
+    batch_tokens: Positive = key(8192, "tokens of a batch, padding included")
+    length_normalise: bool = key(False, "choices by mean instead of summed log-likelihood")
+    generate: bool = key(False, "instruction and chat: exact match by greedy generation")
+    max_new_tokens: Positive = key(64, "of which at most so many tokens are generated")
 
 
 class FederationConfig(Section):
-    """`[federation]`: the engine that reaches the clients, and what it does about clients that fail.
+    """The engine that reaches the clients, and what it does about those that fail; all but `engine` is for Flower."""
 
-    All but `engine` is for the Flower engines: "flower" is a deployment of sites that keep their own data, "simulation"
-    Flower's own engine for many clients on one machine.
-    """
-
-    engine: Literal["in_process", "flower", "simulation"] = "in_process"
-    superlink: str = "127.0.0.1:8000"  # where the SuperLink listens
-    root_certificates: str | None = None  # PEM file that its certificate is checked with; None: no TLS, loopback only
-    min_sites: Positive = 2  # connected sites without which no round begins
-    wait_seconds: Positive = 600  # for them to connect, then the run stops
-    timeout_seconds: Positive = 3600  # of one stage: training, handing over an update, evaluating
-    late: Literal["ask_again", "leave_out"] = "ask_again"  # leave_out: until the late reply is there
-    max_missed: Count = 3  # rounds in a row that a site may miss before it is left out for good; 0: any number
-    in_flight: Positive = 4  # updates asked for at a time
-    workers: Positive = 1  # simulation: processes that train side by side
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Refuse names that are unknown or given twice.
-
-    Raises:
-        UserError: One is.
-    """
-    for name in names:
-        if name not in TRACKERS:
-            raise unknown("tracking.loggers", name, TRACKERS)
-        if names.count(name) > 1:
-            raise UserError(f"tracking.loggers = {list(names)}: {name!r} is given twice. Give each once.")
+    engine: Literal["in_process", "flower", "simulation"] = key(
+        "in_process", "one after another; sites with their own data; Flower, on one machine"
+    )
+    superlink: Address = "127.0.0.1:8000"
+    root_certificates: Certificates = None
+    min_sites: Positive = key(2, "connected sites without which no round begins")
+    wait_seconds: Seconds = key(600, "for them to connect, then the run stops")
+    timeout_seconds: Seconds = key(3600, "of one stage: training, handing over an update, evaluating")
+    late: Literal["ask_again", "leave_out"] = key("ask_again", "what becomes of a site that is busy with an old round")
+    max_missed: Count = key(3, "rounds in a row that a site may miss; then it is left out for good; 0: any number")
+    in_flight: Positive = key(4, "updates asked for at a time")
+    workers: Positive = key(1, "simulation: processes that train side by side")
 
 
 class TrackingConfig(Section):
-    """`[tracking]`: who is told the numbers of each round besides the run folder."""
+    """Who is told the numbers of each round besides the run folder."""
 
-    loggers: Annotated[tuple[str, ...], Field(strict=False)] = ("tensorboard",)
-    health: bool = True  # keep each round's routing, similarities and weights, for the report
-
-    @model_validator(mode="before")
-    @classmethod
-    def _not_as_before(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and "tensorboard" in values:
-            raise UserError(
-                'tracking.tensorboard: is now tracking.loggers. Write loggers = ["tensorboard"], or [] for none.'
-            )
-        return values
-
-    @model_validator(mode="after")
-    def _check(self) -> TrackingConfig:
-        check_trackers(self.loggers)
-        return self
+    loggers: Names[Literal["tensorboard", "mlflow", "wandb"]] = key(
+        ("tensorboard",), "any of them, or []; the last two are extras to install"
+    )
+    health: Literal["asked", "full", "off"] = key(
+        "asked",
+        "what is kept of each round for the report; full: clients send sketches for its pictures of similarity, also "
+        "where the algorithm asks for none (not across sites)",
+    )
 
 
 class Config(Section):
@@ -316,6 +366,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         self._check_tuning()
+        self._check_engine()
         share = self.data.validation
         if self.evaluation.part == "validation" and not share:
             raise UserError(
@@ -327,6 +378,24 @@ class Config(Section):
                 "it is dealt. Leave it at 0.0, or choose one of: in_process, simulation for federation.engine."
             )
         return self
+
+    @property
+    def asks(self) -> Set[Ask]:
+        """What leaves a client beside what always does: for the algorithm's plan, and for pictures if wanted."""
+        return self.algorithm.build().asks | (SKETCHES if self.tracking.health == "full" else frozenset())
+
+    def _check_engine(self) -> None:
+        """What cannot be asked of sites."""
+        engine = self.federation.engine
+        if engine == "flower" and self.tracking.health == "full":
+            raise UserError(
+                'tracking.health = "full": sites send what the algorithm asks for. Choose one of: asked, off.'
+            )
+        if engine != "in_process" and "data" in self.asks:
+            raise UserError(
+                f'algorithm.name = "{self.algorithm.name}": pools the data, which sites keep to themselves. Choose '
+                'federation.engine = "in_process", or another algorithm.'
+            )
 
     def _check_tuning(self) -> None:
         """Which ways of tuning go together with what is done to updates."""
@@ -341,10 +410,15 @@ class Config(Section):
                 'training.keep_optimizer = true: with tuning.average = "exact" a client finds other factors each round '
                 "than its optimizer knew. Leave it at false, or choose one of: factors, freeze_a."
             )
-        if exact and self.algorithm.build().spans_rounds:
+        if exact and spans_rounds(self.algorithm.build()):
             raise UserError(
                 f'algorithm.name = "{self.algorithm.name}": sets factors of one round against those of another, which '
                 'tuning.average = "exact" makes anew each round. Choose one of: factors, freeze_a.'
+            )
+        if self.clients.limits and self.federation.engine == "flower":
+            raise UserError(
+                f"clients.limits.{next(iter(self.clients.limits))}: a site says what it can do itself, in [limits] of "
+                "site.toml. Leave it out, or choose one of: in_process, simulation for federation.engine."
             )
         for name, limits in self.clients.limits.items():
             if limits.rank and not exact:

@@ -7,64 +7,88 @@ where its data and its copy of the model lie, what its columns are called, which
 from __future__ import annotations
 
 import json
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field
 
-from fedalign.config.run import ClientLimits, Columns, Config, Count, Positive, Section
-from fedalign.config.toml import explain
+from fedalign.config.run import (
+    Address,
+    Certificates,
+    ClientLimits,
+    Columns,
+    Config,
+    Count,
+    Device,
+    MinExamples,
+    MinTokens,
+    Section,
+    Threads,
+    key,
+)
+from fedalign.config.toml import checked, explained, read_tables
 from fedalign.errors import UserError
 from fedalign.files import folder_name
 
 FILE = "site.toml"
+HEAD = """\
+# A site: what this house decides itself. How to train is the coordinator's to say.
+# Look whether all is well, from this folder: fedalign doctor --site .
+
+"""
+
+
+def _name(text: str) -> str:
+    if not (text.strip() and len(text) <= 64 and text.isprintable()):
+        raise ValueError("must be 1 to 64 printable characters.")
+    return text
 
 
 class SiteData(Section):
-    """`[data]` of a site."""
+    """It never leaves this house."""
 
-    train: str  # a file, a folder of files or a hub id; relative to the site's folder
+    train: str = Field(description="a .jsonl, .json, .csv or .parquet file, a folder of them, or a hub id")
     columns: Columns = Columns()
 
 
 class SiteModel(Section):
-    """`[model]` of a site."""
+    """What the coordinator names, unless this site has its own."""
 
-    path: str | None = None  # the site's own copy; None: what the coordinator names
-    trust_remote_code: bool = False  # the coordinator cannot set this
+    path: str | None = key(None, "this site's own copy", examples=["/models/OLMoE-1B-7B"])
+    trust_remote_code: bool = key(False, "run the code that comes with the model; the coordinator cannot set this")
 
 
-class SiteLimits(Section):
-    """`[limits]`: the coordinator can ask for stricter, never for less."""
+class SiteLimits(ClientLimits):
+    """The coordinator can ask for stricter, never for less."""
 
-    device: str = "auto"
-    threads: Count = 0  # CPU threads of torch; 0: torch's own choice
-    batch_tokens: Count = 0  # tokens of a batch at most; 0: no limit
-    min_tokens: Positive = 32  # experts that fewer tokens reached are withheld from the statistics ...
-    min_examples: Positive = 4  # ... and those reached from fewer examples
-    top_k: Count = 0  # experts that a token is sent to in training; 0: the model's own number
-    max_experts: Count = 0  # experts of a layer that are trained, those that its data uses most; 0: all
-    rank: Count = 0  # components of adapters that are trained, where the run averages products; 0: all
+    device: Device = "auto"
+    threads: Threads = 0
+    batch_tokens: Count = key(0, "tokens of a batch at most; 0: what the coordinator says")
+    min_tokens: MinTokens = 32
+    min_examples: MinExamples = 4
 
 
 class SiteLink(Section):
-    """`[coordinator]`: how this site reaches the SuperLink."""
+    """How this site reaches it."""
 
-    superlink: str = "127.0.0.1:8000"
-    root_certificates: str | None = None  # PEM file that its certificate is checked with
-    key: str = "key"  # this site's private key; `key.pub` is registered by the coordinator
+    superlink: Address = "127.0.0.1:8000"
+    root_certificates: Certificates = None
+    key: str = key("key", "this site's private key; the coordinator registers its public half, key.pub")
 
 
 class SiteConfig(Section):
     """`site.toml`."""
 
-    name: Annotated[str, Field(min_length=1, max_length=100)]
+    name: Annotated[str, AfterValidator(_name)] = Field(description="what the coordinator calls this site")
     data: SiteData
     model: SiteModel = SiteModel()
     limits: SiteLimits = SiteLimits()
     coordinator: SiteLink = SiteLink()
+
+    def to_toml(self) -> str:
+        """The file that says all this, with what each key means."""
+        return HEAD + explained(self)
 
 
 @dataclass(frozen=True)
@@ -82,20 +106,9 @@ class SiteFolder:
             UserError: There is none, or a key or value is wrong.
         """
         file = path / FILE if path.is_dir() else path
-        try:
-            tables = tomllib.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(
-                f"site {str(path)!r}: no {FILE} there. Make one with: fedalign site init NAME --data FILE"
-            ) from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise UserError(f"site file {str(file)!r}: cannot be read: {error}") from None
-        try:
-            return cls(file.parent.resolve(), SiteConfig.model_validate(tables))
-        except ValidationError as error:
-            raise UserError(
-                "\n".join(f"{file}: {explain(problem, SiteConfig)}" for problem in error.errors())
-            ) from None
+        if not file.exists():
+            raise UserError(f"site {str(path)!r}: no {FILE} there. Make one with: fedalign site init NAME --data FILE")
+        return cls(file.parent.resolve(), checked(SiteConfig, read_tables(file, "site file"), f"{file}: "))
 
     def memory(self, run: str) -> Path:
         """Where this site keeps its part of a run."""
@@ -122,9 +135,11 @@ class SiteFolder:
             *("--node-config", f"site={json.dumps(str(self.path / FILE))}"),
         ]
 
-    def _rank(self, config: Config) -> int:
-        """The site's own rank where the run lets ranks differ."""
-        return min(self.config.limits.rank, config.tuning.rank) if config.tuning.averages_products else 0
+    def client_limits(self, config: Config) -> ClientLimits:
+        """How much of a round this site can do; its own rank where the run lets ranks differ."""
+        own = self.config.limits
+        rank = min(own.rank, config.tuning.rank) if config.tuning.averages_products else 0
+        return ClientLimits(top_k=own.top_k, max_experts=own.max_experts, rank=rank)
 
     def localise(self, config: Config) -> Config:
         """The coordinator's configuration as this site runs it."""
@@ -141,15 +156,6 @@ class SiteFolder:
                 ),
                 "data": config.data.model_copy(
                     update={"train": self.resolve(site.data.train), "columns": site.data.columns}
-                ),
-                "clients": config.clients.model_copy(
-                    update={
-                        "limits": {
-                            site.name: ClientLimits(
-                                top_k=limits.top_k, max_experts=limits.max_experts, rank=self._rank(config)
-                            )
-                        }
-                    }
                 ),
                 "training": config.training.model_copy(
                     update={"batch_tokens": min(batch, limits.batch_tokens) if limits.batch_tokens else batch}

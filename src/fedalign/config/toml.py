@@ -1,69 +1,145 @@
-"""Configuration as text: read TOML, apply overrides, explain what is wrong, write it with comments."""
+"""Configuration as text: read TOML, apply overrides, explain what is wrong, write it with what each key means.
+
+``python -m fedalign.config.toml`` prints examples/every_key.toml.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import textwrap
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from fedalign.algorithms import ALGORITHMS, described, make
 from fedalign.config.run import AlgorithmConfig, Config, Section
+from fedalign.demo import DEMO
 from fedalign.errors import UserError, unknown
 
-if TYPE_CHECKING:
-    from fedalign.config.site import SiteConfig
+S = TypeVar("S", bound=Section)
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+Source = str | os.PathLike[str] | Mapping[str, Any] | Config
+Overrides = Sequence[str] | Mapping[str, object]
 
 
-def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(source: Source | None = None, overrides: Overrides = ()) -> Config:
     """Read a TOML file and apply ``section.key=value`` overrides in order.
 
     Values are TOML (``2e-5``, ``true``, ``["a", "b"]``); what is not valid TOML is taken as a string. Choosing
     another algorithm by an override drops the options that the file gives to its own.
 
+    Args:
+        source: a path, "demo", tables, or a whole configuration; None: the defaults.
+        overrides: texts, or a mapping of ``section.key`` to values.
+
     Raises:
         UserError: The file is missing or not TOML, or a key or value is wrong.
     """
-    return overridden(_read(path) if path else {}, overrides)
+    return overridden(_tables(source), overrides)
 
 
-def overridden(tables: dict[str, Any], overrides: Sequence[str]) -> Config:
+def stem(source: Source) -> str:
+    """What runs of it are called."""
+    return Path(source).stem if isinstance(source, str | os.PathLike) else "run"
+
+
+def as_texts(overrides: Overrides) -> list[str]:
+    """Overrides as the command line has them.
+
+    >>> as_texts({"run.seed": 1, "data.train": "a.jsonl"})
+    ['run.seed=1', 'data.train="a.jsonl"']
+
+    Raises:
+        UserError: A value that TOML cannot hold on one line.
+    """
+    if not isinstance(overrides, Mapping):
+        return [overrides] if isinstance(overrides, str) else list(overrides)
+    texts = [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in overrides.items()]
+    for text in texts:
+        key, _, written = text.partition("=")
+        if _parse_override(text)[1] != json.loads(written):
+            raise UserError(
+                f"{key} = {written}: give text, a number, true, false or a list; of a table each key by itself."
+            )
+    return texts
+
+
+def overridden(tables: dict[str, Any], overrides: Overrides) -> Config:
     """The configuration of `tables` with overrides, as in `load_config`; `tables` is written to."""
-    named_by_file = tables.get("algorithm", {}).get("name", AlgorithmConfig().name) if tables else None
-    for override in overrides:
-        keys, value = _parse_override(override)
-        if keys == ["algorithm", "name"] and value != named_by_file:
-            tables["algorithm"] = {}
+    parsed = [(*_parse_override(text), text) for text in as_texts(overrides)]
+    named = [value for keys, value, _ in parsed if keys == ["algorithm", "name"]]
+    given = tables.get("algorithm", {})
+    if named and isinstance(given, dict) and named[-1] != given.get("name", AlgorithmConfig().name):
+        tables["algorithm"] = {}
+    for keys, value, override in parsed:
         _place(tables, keys, value, override)
     return parse_config(tables)
 
 
 def parse_config(tables: Mapping[str, Any]) -> Config:
     """Check a whole configuration; every problem is told, one line each."""
-    try:
-        return Config.model_validate(tables)
-    except ValidationError as error:
-        raise UserError("\n".join(explain(problem) for problem in error.errors())) from None
+    return checked(Config, tables)
 
 
 def read_config(text: str) -> Config:
     """The inverse of `Config.to_toml`."""
-    return parse_config(tomllib.loads(text))
+    return parse_config(_parse(text))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _tables(source: Source | None) -> dict[str, Any]:
+    """A copy of all that `source` sets."""
+    if source is None:
+        return {}
+    if isinstance(source, Config):
+        return source.model_dump(mode="json", exclude_none=True)
+    if isinstance(source, Mapping):
+        copy: dict[str, Any] = json.loads(json.dumps(source, default=str))
+        return copy
+    path = Path(source)
+    return read_tables(DEMO if path == Path("demo") and not path.exists() else path, "config file")
+
+
+def checked(kind: type[S], tables: Mapping[str, Any], where: str = "") -> S:
+    """A section of `tables`.
+
+    Raises:
+        UserError: A key or value is wrong; a line for each, which begins with `where`.
+    """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return kind.model_validate(tables)
+    except ValidationError as error:
+        raise UserError("\n".join(where + _explain(problem, kind) for problem in error.errors())) from None
+
+
+def read_tables(path: Path, what: str) -> dict[str, Any]:
+    """The tables of a TOML file; editors may have put a byte order mark before them.
+
+    Raises:
+        UserError: It cannot be read; `what` says what it is.
+    """
+    try:
+        return _parse(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"config file {str(path)!r}: no such file. Give the path of a TOML file.") from None
+        raise UserError(f"{what} {str(path)!r}: no such file. Give the path of a TOML file.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {str(path)!r}: cannot be read ({error}). Give the path of a TOML file.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"config file {str(path)!r}: not valid TOML: {error}") from None
+        raise UserError(f"{what} {str(path)!r}: cannot be read ({error}). Give the path of a TOML file.") from None
+    except ValueError as error:
+        raise UserError(f"{what} {str(path)!r}: not valid TOML: {error}") from None
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("arrays or tables are nested too deeply") from None
 
 
 def _parse_override(override: str) -> tuple[list[str], Any]:
@@ -72,9 +148,12 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
     if not equals or len(keys) < 2 or not all(keys):
         raise UserError(f"--set {override!r}: write section.key=value, for example training.learning_rate=2e-5")
     try:
-        return keys, tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = _parse(f"value = {text}")
+    except ValueError:
         return keys, text.strip()
+    if len(parsed) > 1:
+        raise UserError(f"--set {override!r}: sets more than one key. Write --set section.key=value for each.")
+    return keys, parsed["value"]
 
 
 def _place(tables: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
@@ -85,110 +164,117 @@ def _place(tables: dict[str, Any], keys: list[str], value: Any, override: str) -
     tables[keys[-1]] = value
 
 
-def explain(problem: ErrorDetails, root: type[BaseModel] = Config) -> str:
+def _explain(problem: ErrorDetails, root: type[BaseModel]) -> str:
     """One pydantic error of a `root` as `key = value: rule. Choices.`."""
-    location, value = [str(part) for part in problem["loc"]], problem["input"]
-    if problem["type"] == "value_error" and "error" in problem.get("ctx", {}):
-        return str(problem["ctx"]["error"])  # our own message, whole
-    key = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        return str(unknown("key" if len(location) > 1 else "section", key, _known(location[:-1], root)))
-    if problem["type"] == "missing":
-        return f"{key}: missing. Give it a value."
-    shown = json.dumps(value, default=str)
-    if problem["type"] == "literal_error":
-        return str(unknown(key, value, _choices(problem["ctx"]["expected"])))
-    return f"{key} = {shown}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
-
-
-def _choices(expected: str) -> list[str]:
-    return [part.strip("'") for part in expected.replace(" or ", ", ").split(", ")]
+    location, value = [part for part in problem["loc"] if isinstance(part, str)], problem["input"]
+    key = ".".join(part if part.isprintable() else json.dumps(part) for part in location)
+    rule = f"{problem['msg'][0].lower()}{problem['msg'][1:]}."
+    match problem["type"]:
+        case "extra_forbidden":
+            return str(unknown("key" if len(location) > 1 else "section", key, _known(location[:-1], root)))
+        case "missing":
+            return f"{key}: missing. Give it a value."
+        case "literal_error":
+            return str(
+                unknown(key, value, problem["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", "))
+            )
+        case "value_error":
+            rule = str(problem["ctx"]["error"])
+        case "model_type" | "dict_type":
+            rule = f"must be a table. Write [{key}], and its keys below."
+    return f"{key} = {json.dumps(value, default=str)}: {rule}"
 
 
 def _known(location: Iterable[str], root: type[BaseModel]) -> list[str]:
     """The keys of a section, written in full."""
-    section, prefix = root, ""
+    kind: Any = root
     for name in location:
-        annotation = section.model_fields[name].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        section, prefix = annotation, f"{prefix}{name}."
-    return [prefix + field for field in section.model_fields]
+        kind = get_args(kind)[1] if get_origin(kind) is dict else kind.model_fields[name].annotation
+    return [".".join((*location, name)) for name in kind.model_fields]
 
 
-COMMENT_COLUMN = 34
+# ------------------------------------------------------------------------------------------------------- writing
+
+COLUMN, WIDTH = 33, 120  # where meanings begin, and where lines end
 HEAD = """\
-# A site: what this house decides itself. How to train is the coordinator's to say.
-# Look whether all is well, from this folder: fedalign doctor --site .
+# Every key there is, with its default; all of them may be left out. What has no default stands behind a #.
+# On the command line: fedalign run my.toml --set section.key=value
 """
-SECTION_COMMENTS = {
-    "data": "it never leaves this house",
-    "data.columns": "what they are called here; without a # in front, that one is read",
-    "model": "",
-    "limits": "the coordinator can ask for stricter, never for less",
-    "coordinator": "how this site reaches it",
-}
-COMMENTS = {
-    "name": "what the coordinator calls this site",
-    "data.train": "a .jsonl, .json, .csv or .parquet file, or a folder of them",
-    "data.columns.text": "classification, text",
-    "data.columns.label": "classification",
-    "data.columns.prompt": "instruction",
-    "data.columns.response": "instruction",
-    "data.columns.messages": "chat: a list of {role, content}",
-    "data.columns.question": "multiple_choice",
-    "data.columns.choices": "multiple_choice: a list",
-    "data.columns.answer": "multiple_choice: index, letter or text of the right choice",
-    "data.columns.client": "not used at a site",
-    "model.path": "this site's own copy; without it: what the coordinator names",
-    "model.trust_remote_code": "run the code that comes with the model; the coordinator cannot set this",
-    "limits.device": "auto | cpu | cuda | cuda:1 ... | split; auto takes a GPU if there is one, split all",
-    "limits.threads": "CPU threads; 0: torch's own choice",
-    "limits.batch_tokens": "tokens of a batch at most; 0: what the coordinator says",
-    "limits.min_tokens": "experts that fewer tokens reached are withheld from the statistics,",
-    "limits.min_examples": "and those reached from fewer examples",
-    "limits.top_k": "experts that a token is sent to in training; 0: the model's own number",
-    "limits.max_experts": "experts of a layer that are trained, those that your data uses most; 0: all",
-    "limits.rank": "components of adapters that are trained, where the run averages products; 0: all",
-    "coordinator.superlink": "where the coordinator's SuperLink listens",
-    "coordinator.root_certificates": "the coordinator's ca.crt; without it: no TLS, on loopback only",
-    "coordinator.key": "this site's private key; the coordinator registers its public half, key.pub",
-}
-EXAMPLES = {"model.path": "/models/OLMoE-1B-7B", "coordinator.root_certificates": "ca.crt"}
 
 
-def site_toml(config: SiteConfig) -> str:
-    """The configuration as a commented file: every key is there, those left to their default behind a #."""
-    lines = [HEAD]
-    sections: list[tuple[str, Section]] = []
-    for key, value in config:
-        if isinstance(value, Section):
-            sections.append((key, value))
+def every_key() -> str:
+    """examples/every_key.toml."""
+    return HEAD + explained(Config())
+
+
+def explained(section: Section) -> str:
+    """A section as TOML with what each key means; a key without a value stands behind a #, with an example."""
+    return "\n".join(_lines(section)) + "\n"
+
+
+def _lines(section: Section, path: str = "", asleep: bool = False) -> Iterator[str]:
+    tables: list[tuple[str, Section, bool]] = []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        unset = value is None or value == {}
+        shown, sleeps = field.examples[0] if unset and field.examples else value, asleep or unset
+        if isinstance(shown, Section):
+            tables.append((f"{path}{name}", shown, sleeps))
+        elif isinstance(shown, dict):
+            tables += [(f"{path}{name}.{tomli_w.dumps({k: {}})[1:-2]}", table, sleeps) for k, table in shown.items()]
         else:
-            lines.append(_line(key, key, value))
-    while sections:
-        name, section = sections.pop(0)
-        lines.append(f"\n{_commented(f'[{name}]', SECTION_COMMENTS[name])}")
-        nested = []
-        for key, value in section:
-            if isinstance(value, Section):
-                nested.append((f"{name}.{key}", value))
-            else:
-                lines.append(_line(f"{name}.{key}", key, value, asleep=_sleeps(name, section, key)))
-        sections = nested + sections
-    return "\n".join(lines) + "\n"
+            yield _line(name, shown, field.annotation, field.description or "", sleeps)
+    if isinstance(section, AlgorithmConfig):
+        yield from _options(section)
+    for name, table, sleeps in tables:
+        yield "\n" + _commented(f"[{name}]", " ".join((type(table).__doc__ or "").split()), sleeps)
+        yield from _lines(table, f"{name}.", sleeps)
 
 
-def _sleeps(name: str, section: Section, key: str) -> bool:
-    """A column that nobody named stays behind a #; the rest is shown with its value."""
-    return name == "data.columns" and key not in section.model_fields_set
+def _options(section: AlgorithmConfig) -> Iterator[str]:
+    """The algorithm's own; then, behind a #, those of each other algorithm that are not the same."""
+    chosen = described(section.build())
+    yield from (_line(*option) for option in chosen)
+    for name in sorted({*ALGORITHMS} - {section.name}):
+        its_own = described(make(name, {}))
+        if others := [option for option in its_own if option not in chosen]:
+            inherits = {option[0] for option in chosen} <= {option[0] for option in its_own}
+            means = "or this one, with the options above but" if inherits else "or this one, with"
+            yield _commented(f"name = {_toml(name)}", means, asleep=True)
+            yield from (_line(*option, asleep=True) for option in others)
 
 
-def _line(path: str, key: str, value: Any, asleep: bool = False) -> str:
-    asleep = asleep or value is None
-    text = tomli_w.dumps({key: EXAMPLES[path] if value is None else value}).strip()
-    return _commented(f"# {text}" if asleep else text, COMMENTS[path])
+def _line(name: str, value: Any, hint: Any, means: str, asleep: bool = False) -> str:
+    choices = " | ".join(_choices(hint))
+    return _commented(f"{name} = {_toml(value)}", ": ".join(part for part in (choices, means) if part), asleep)
 
 
-def _commented(text: str, comment: str) -> str:
-    return f"{text:<{COMMENT_COLUMN}}# {comment}" if comment else text
+def _choices(hint: Any) -> list[str]:
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [choice for part in get_args(hint) for choice in _choices(part)]
+
+
+def _toml(value: Any) -> str:
+    """A value on one line, which tomli_w does not write of an array."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return tomli_w.dumps({"": value}).removeprefix('"" = ').rstrip()
+
+
+def _commented(text: str, comment: str, asleep: bool) -> str:
+    head = f"{'# ' * asleep}{text}"
+    return "\n".join(
+        textwrap.wrap(
+            comment,
+            max(WIDTH, len(head) + WIDTH // 2),
+            initial_indent=f"{head:<{COLUMN - 1}} # ",
+            subsequent_indent=f"{'':<{COLUMN}}# ",
+            break_on_hyphens=False,
+        )
+        or [head]
+    )
+
+
+if __name__ == "__main__":
+    print(every_key(), end="")

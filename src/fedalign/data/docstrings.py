@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedalign.errors import UserError
-from fedalign.files import cache_folder, write_atomically
+from fedalign.files import cached
 
 # Class name -> package; "" is the standard library.
 LIBRARIES = {
@@ -43,6 +43,7 @@ LIBRARIES = {
     "NetworkX": "networkx",
     "Hub": "huggingface_hub",
 }
+ROWS = "rows.jsonl"  # the file in the cache
 REVISION = 1  # raise when the same sources give other rows
 SKIPPED_FOLDERS = {
     "__pycache__",
@@ -73,14 +74,15 @@ class Row:
 
 def load(split: str) -> list[Row]:
     """The rows of one split ("train" or "test"), built on first use and kept in the cache folder."""
-    path = cache_folder() / f"docstrings-{fingerprint()}.jsonl"
-    try:
-        rows = [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        rows = build({label: library_folder(package) for label, package in LIBRARIES.items()})
-        lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(path, lambda temporary: _write_text(temporary, lines))
+    file = cached(f"docstrings-{fingerprint()}", _write_rows) / ROWS
+    rows = [Row(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
     return [row for row in rows if row.split == split]
+
+
+def _write_rows(folder: Path) -> None:
+    rows = build({label: library_folder(package) for label, package in LIBRARIES.items()})
+    lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+    (folder / ROWS).write_text(lines, encoding="utf-8")
 
 
 def fingerprint() -> str:
@@ -209,10 +211,6 @@ def _scan(paths: Sequence[Path], processes: int) -> list[list[str]]:
 def _scan_child(names: Iterable[str]) -> list[list[str]]:
     gc.disable()  # trees are freed by reference counts; the collector would double the time
     return [first_paragraphs(Path(name).read_bytes()) for name in names]
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _describe() -> None:

@@ -23,7 +23,7 @@ def tokenizer_hash(tokenizer: object) -> str:
         for changing in ("padding", "truncation"):  # settings of the last call, not of the tokenizer
             definition.pop(changing, None)
         return text_hash(json.dumps([definition, end], sort_keys=True))
-    return text_hash(json.dumps([sorted(tokenizer.get_vocab().items()), end]))  # type: ignore[attr-defined]
+    return text_hash(json.dumps([sorted(tokenizer.get_vocab().items()), end]))  # type: ignore[attr-defined] # every tokenizer has one
 
 
 def text_hash(text: str) -> str:
@@ -52,7 +52,7 @@ class Encoded:
 
 def load_tokenizer(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """A model's tokenizer, from its folder or the hub; `UserError` if there is none."""
-    from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds to import
+    from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)

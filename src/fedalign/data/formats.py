@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fedalign.data.sources import Row, Split, read_rows, shortened
-from fedalign.errors import UserError
 
 if TYPE_CHECKING:
     from fedalign.config.run import DataConfig
@@ -119,12 +118,7 @@ def _prompt(row: Row, data: DataConfig, default: str, **roles: str) -> str:
     """The kind's default template over its own words, or the user's over the columns of the row."""
     if data.template is None:
         return default.format(**{role: row.text(column) for role, column in roles.items()})
-    try:
-        return data.template.format_map(_Columns(row))
-    except (ValueError, IndexError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"data.template = {data.template!r}: {error}. Write {{column}} for a column, {{{{ for a brace."
-        ) from None
+    return data.template.format_map(_Columns(row))
 
 
 class _Columns(dict[str, Any]):

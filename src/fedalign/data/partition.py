@@ -102,8 +102,8 @@ def _by_owner(examples: Sequence[Example], clients: ClientsConfig) -> Partition:
 
 def _by_partitioner(examples: Sequence[Example], clients: ClientsConfig, seed: int) -> Partition:
     _check(examples, clients)
-    from datasets import Dataset  # noqa: PLC0415 - both take seconds to import
-    from flwr_datasets import partitioner as flower  # noqa: PLC0415
+    from datasets import Dataset
+    from flwr_datasets import partitioner as flower
 
     make: dict[str, Callable[[], Any]] = {
         "dirichlet": lambda: flower.DirichletPartitioner(

@@ -142,7 +142,7 @@ def _read_csv(path: Path) -> Iterator[Any]:
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:
-    import pyarrow.parquet  # noqa: PLC0415 - heavy, and only for this kind of file
+    import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
         for batch in file.iter_batches():
@@ -159,8 +159,8 @@ READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
 
 def read_hub(source: str, data: DataConfig, split: Split) -> Iterator[Row]:
     """Rows of a data set on the Hugging Face hub; classes stored as numbers get their names."""
-    import datasets  # noqa: PLC0415 - heavy, and only for the hub
-    import huggingface_hub  # noqa: PLC0415
+    import datasets
+    import huggingface_hub
 
     name = data.train_split if split == "train" else data.test_split
     try:

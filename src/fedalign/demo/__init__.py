@@ -8,10 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
-from fedalign.files import cache_folder
+from fedalign.files import cached
 
 SHIPPED = Path(__file__).parent / "model"
 DEMO = Path(__file__).parent / "demo.toml"  # the configuration behind `fedalign run demo`
@@ -20,22 +19,7 @@ DEMO = Path(__file__).parent / "demo.toml"  # the configuration behind `fedalign
 def model_folder() -> Path:
     """The float32 folder that plain `AutoModelForCausalLM` and `AutoTokenizer` load; unpacked on first use."""
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(SHIPPED.iterdir()))).hexdigest()[:12]
-    folder = cache_folder() / f"demo-{digest}"
-    if folder.is_dir():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".demo-", dir=folder.parent))
-    except OSError:  # a cache that cannot be written to: this process unpacks for itself
-        return unpack(SHIPPED, Path(tempfile.mkdtemp(prefix="fedalign-demo-")))
-    try:
-        unpack(SHIPPED, temporary).rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was first, with the same bytes
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    return cached(f"demo-{digest}", lambda folder: unpack(SHIPPED, folder))
 
 
 def unpack(shipped: Path, folder: Path) -> Path:

@@ -33,9 +33,6 @@ def examine_site(folder: SiteFolder, config: Config | None) -> Examination:
     Args:
         folder: the site.
         config: the coordinator's configuration; None: what depends on it is guessed, and said so.
-
-    Raises:
-        UserError: The SuperLink's address is not HOST:PORT.
     """
     found, link = Examination(), folder.config.coordinator
     check_versions(found, "flower")
@@ -96,9 +93,6 @@ def examine_coordinator(config: Config, out: Path) -> Examination:
     Args:
         config: the run's.
         out: where its results would go.
-
-    Raises:
-        UserError: The SuperLink's address is not HOST:PORT.
     """
     found, options, data = Examination(), config.federation, config.data
     check_versions(found, "" if options.engine == "in_process" else "flower")

@@ -23,7 +23,7 @@ from fedalign.data.encode import Encoded
 from fedalign.federation.in_process import Prepared
 from fedalign.files import KEPT_ROUNDS
 from fedalign.maths.rounding import broadcast_dtype, packed_nbytes
-from fedalign.protocol import Layout
+from fedalign.protocol import Layout, asked_shapes
 from fedalign.server.rounds import select
 
 CARRIER = 4  # bytes that Flower's process at a site holds at its peak for each byte of a message (flwr 1.41, measured)
@@ -135,10 +135,10 @@ def update_nbytes(config: Config, layout: Layout) -> int:
 
 def statistics_nbytes(config: Config, layout: Layout) -> int:
     """Bytes of one client's statistics on the wire."""
-    cells = layout.layers * layout.experts
-    sketches = 2 * cells * (config.statistics.update_width + config.statistics.centroid_width)
-    counts = math.prod(layout.token_cells) if config.algorithm.build().counts_tokens else 0
-    return sketches + 4 * 3 * cells + 4 * layout.layers + 4 * len(layout.groups) + 4 * counts + 48
+    options = config.statistics
+    shapes = asked_shapes(layout, config.asks, options.centroid_width, options.update_width)
+    widths = {"float32": 4, "float16": 2, "uint8": 1}
+    return 48 + sum(math.prod(shape) * widths[dtype] for shape, dtype in shapes.values())
 
 
 def moments(config: Config) -> int:
@@ -184,7 +184,7 @@ def measure_step(bench: Workbench, examples: Sequence[Encoded]) -> StepCost:
         started = time.perf_counter()
         with autocast(), counting:
             loss = answer_logits(moe, batch).nll_N.mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         moe.model.zero_grad(set_to_none=True)
         if moe.device.type == "cuda":
             torch.cuda.synchronize()

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 from fedalign.config.site import SiteFolder
-from fedalign.doctor.reach import Reached, is_free, reach, split_address
+from fedalign.doctor.reach import Reached, is_free, reach
 from fedalign.doctor.report import Examination
 from fedalign.federation.flower.launch import is_loopback
 
@@ -59,9 +59,9 @@ def public_half(private: Path) -> list[str]:
         ValueError: It is no key that Flower could use; the message says why.
     """
     try:
-        from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415 - of the extra `flower`
-        from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
-        from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey  # noqa: PLC0415
+        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     except ImportError:
         raise ValueError("cannot be read without cryptography: pip install 'fedalign-moe[flower]'") from None
     try:
@@ -75,12 +75,7 @@ def public_half(private: Path) -> list[str]:
 
 
 def check_superlink(found: Examination, address: str, certificates: Path | None, *, is_server: bool) -> None:
-    """The SuperLink answers as itself, and its clock agrees; at the coordinator its port may also be free still.
-
-    Raises:
-        UserError: The address is not HOST:PORT.
-    """
-    split_address(address)
+    """The SuperLink answers as itself, and its clock agrees; at the coordinator its port may also be free still."""
     if certificates is None and not is_loopback(address):
         found.add(
             "TLS",

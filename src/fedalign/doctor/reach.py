@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from fedalign.errors import UserError
+from fedalign.config.run import split_address
 
 PATIENCE = 5.0  # seconds for each step
 EXPIRED, NOT_YET = 10, 9  # OpenSSL's verification codes
@@ -35,27 +35,8 @@ class Reached:
         return self.connected and not self.problem
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port of HOST:PORT.
-
-    >>> split_address("[::1]:8000")
-    ('::1', 8000)
-
-    Raises:
-        UserError: It is not written so.
-    """
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UserError(f"superlink = {address!r}: must be HOST:PORT, for example coordinator.example:8000.")
-    return host.strip("[]"), int(port)
-
-
 def reach(address: str, root_certificates: Path | None) -> Reached:
-    """Connect, shake hands if certificates are given, and ask for the time.
-
-    Raises:
-        UserError: The address is not HOST:PORT.
-    """
+    """Connect, shake hands if certificates are given, and ask for the time."""
     host, port = split_address(address)
     try:
         connection = socket.create_connection((host, port), timeout=PATIENCE)

@@ -11,12 +11,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedalign import __version__
 from fedalign.config.run import Config
 from fedalign.federation.messages import Parcel, encode
 from fedalign.maths.rounding import BLOCK, TORCH_DTYPE
@@ -33,6 +33,7 @@ from fedalign.protocol import (
     Statistics,
     Update,
     WireDtype,
+    asked_shapes,
 )
 
 Leaving = Hello | Start | Statistics | Update | Evaluation | Failure
@@ -91,17 +92,20 @@ MEANINGS: dict[type[Leaving], dict[str, str]] = {
         "round": "number of the round",
         "examples": "how many examples it trained on",
         "tokens": "how many tokens the sums are over",
+        "steps": "how many steps of training",
+        "learning_rate": "size of these steps",
         "loss": "mean training loss",
         "prob_L_E": "mean probability of each expert",
         "load_L_E": "tokens that each expert was chosen for",
-        "margin_L_E": "how clearly it was chosen, on average",
+        "norm_G": "length of each group's update",
+        "margin_L_E": "how clearly each expert was chosen, on average",
         "centroid_L_E_D": "random projection of the mean input of each expert",
         "centroid_scale_L": "what that is multiplied by",
         "update_L_E_S": "random projection of the direction of each expert's update",
-        "norm_G": "length of each group's update",
-        "token_count_M_V": "how often it met each token of the vocabulary, if the algorithm asks for that",
+        "token_count_M_V": "how often it met each token of the vocabulary",
+        "token_met_M_B": "whether it met each token of the vocabulary",
         "frozen": "the experts that its limits kept it from training",
-        "metrics": "seconds of training, number of steps, learning rate",
+        "metrics": "seconds of training",
     },
     Update: {
         "client": "the site's name",
@@ -154,8 +158,9 @@ def empty_messages(name: str, moe: MoEModel, config: Config) -> list[Leaving]:
     """One message of each kind, its tensors without values."""
     layout, wire = moe.layout, config.wire.dtype
     constants = {key: value.to("meta") for key, value in moe.constants().items()}
+    version = metadata.version("fedalign-moe")
     return [
-        Hello(name, PROTOCOL, __version__, HASH, HASH, HASH, HASH, layout.layers, layout.experts, NUMBER, NUMBER),
+        Hello(name, PROTOCOL, version, HASH, HASH, HASH, HASH, layout.layers, layout.experts, NUMBER, NUMBER),
         Start(name, _groups(layout.sizes, "float32"), constants),
         _statistics(name, layout, config),
         Update(name, 1, _groups({group: size for group, size in layout.sizes.items() if size}, wire)),
@@ -165,23 +170,12 @@ def empty_messages(name: str, moe: MoEModel, config: Config) -> list[Leaving]:
 
 
 def _statistics(name: str, layout: Layout, config: Config) -> Statistics:
-    cells = (layout.layers, layout.experts)
-    return Statistics(
-        client=name,
-        round=1,
-        examples=NUMBER,
-        tokens=NUMBER,
-        loss=MEAN,
-        prob_L_E=_empty(*cells),
-        load_L_E=_empty(*cells),
-        margin_L_E=_empty(*cells),
-        centroid_L_E_D=_empty(*cells, config.statistics.centroid_width, dtype=torch.float16),
-        centroid_scale_L=_empty(layout.layers),
-        update_L_E_S=_empty(*cells, config.statistics.update_width, dtype=torch.float16),
-        norm_G=_empty(len(layout.groups)),
-        token_count_M_V=_empty(*(layout.token_cells if config.algorithm.build().counts_tokens else (0, 0))),
-        metrics={"train_seconds": MEAN, "steps": MEAN, "learning_rate": MEAN},
-    )
+    widths = config.statistics.centroid_width, config.statistics.update_width
+    shapes = asked_shapes(layout, config.asks, *widths)
+    fields: dict[str, Any] = {"client": name, "round": 1, "learning_rate": MEAN, "loss": MEAN}
+    fields |= dict.fromkeys(("examples", "tokens", "steps"), NUMBER)
+    fields |= {field: _empty(*shape, dtype=getattr(torch, dtype)) for field, (shape, dtype) in shapes.items()}
+    return Statistics(**fields, metrics={"train_seconds": MEAN})
 
 
 def _groups(sizes: Mapping[ParameterGroup, int], dtype: WireDtype) -> dict[ParameterGroup, Packed]:
@@ -223,7 +217,7 @@ def _shape(value: Any) -> str:
     ('float32 [2, 3]', '1 number', 'a number')
     """
     if isinstance(value, Tensor):
-        return f"{_dtype(value)} {list(value.shape)}"
+        return f"{_dtype(value)} {list(value.shape)}" if value.numel() else "not asked for"
     if isinstance(value, Mapping):
         return _mapping_shape(list(value.values()))
     return "text" if isinstance(value, str) else "a number"

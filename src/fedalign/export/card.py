@@ -25,11 +25,11 @@ from fedalign.data.sources import Row
 from fedalign.protocol import Metrics
 from fedalign.server.health import DEAD, OVERLOADED, Round
 from fedalign.server.scores import merit
-from fedalign.units import percent
+from fedalign.units import nats, percent
 
 CARD = "README.md"
 Form = Literal["checkpoint", "merged", "adapter"]
-MIXTURE_GATE = "mixture_gate.safetensors"
+MIXER = "mixer.safetensors"
 PACKAGES = ("fedalign-moe", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 KINDS = {
     "chat": "conversations",
@@ -73,17 +73,17 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 """
 MIXED = """\
 {server}  # the global model
-gate = load_file(f"{{folder}}/{gate}")
+mixer = load_file(f"{{folder}}/{mixer}")  # a linear layer on what the global model's head reads
 heard = []
 server.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
 
 
 @torch.no_grad()
 def log_probabilities(**inputs):
-    \"\"\"Of the next token at each position: what the gate makes of the global model and the client's own.\"\"\"
+    \"\"\"Of the next token at each position: the mixer says how much of it is the global model's.\"\"\"
     heard.clear()
     theirs, own = (m.eval()(**inputs).logits.float().log_softmax(-1) for m in (server, model))
-    score = heard[0].float() @ gate["gate.weight"].T + gate["gate.bias"]
+    score = heard[0].float() @ mixer["weight"].T + mixer["bias"]
     log_share = torch.nn.functional.logsigmoid
     return torch.logaddexp(log_share(score) + theirs, log_share(-score) + own)
 
@@ -110,7 +110,7 @@ class Made:
     trust_remote_code: bool = False
     clients: int = 0  # personal models beside it
     personal: str | None = None  # the client whose model it is
-    mixes: bool = False  # it is mixed with the global model by a gate
+    mixes: bool = False  # it is mixed with the global model by a mixer
 
     @property
     def is_seq2seq(self) -> bool:
@@ -328,15 +328,11 @@ def score_rows(made: Made, trained: Trained) -> list[tuple[str, str, str]]:
         ("client_loss_mean_nats", "loss in nats a token, clients' held-out examples"),
     ]
     rows = [(what, percent(before.get(key)), percent(after[key])) for key, what in shares if key in after]
-    rows += [(what, _nats(before.get(key)), _nats(after[key])) for key, what in losses if key in after]
+    rows += [(what, nats(before.get(key)), nats(after[key])) for key, what in losses if key in after]
     if made.personal is None:
         return rows
     own = [line.get("client_accuracies", {}).get(made.personal) for line in (before, after)]
     return [("accuracy, this client's held-out examples", percent(own[0]), percent(own[1])), *rows]
-
-
-def _nats(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.3f}"
 
 
 def routing_sentences(trained: Trained) -> list[str]:
@@ -411,7 +407,7 @@ def snippet(made: Made) -> str:
     inputs = "input_ids=input_ids"
     if made.is_seq2seq:
         inputs += ", decoder_input_ids=torch.tensor([[model.config.decoder_start_token_id]])"
-    mixed = MIXED.format(server=server, gate=MIXTURE_GATE)
+    mixed = MIXED.format(server=server, mixer=MIXER)
     body = f"{start}\nprint(tokenizer.decode(log_probabilities({inputs})[0, -1].argmax()))"
     imports = f"import torch\nfrom safetensors.torch import load_file\n{_imports(first)}"
     return HEAD.format(imports=imports, place="this folder", model=model) + mixed + body

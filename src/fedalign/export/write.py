@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fedalign.client.memory import personal_parts, read_personal
+from fedalign.client.memory import ClientMemory, Kept
 from fedalign.client.workbench import Workbench
 from fedalign.compare.folder import ComparisonFolder
 from fedalign.config.run import Config
-from fedalign.config.toml import read_config
 from fedalign.errors import UserError, unknown
-from fedalign.export.card import MIXTURE_GATE, Made, Trained, write_card
-from fedalign.files import folder_name, replacing
+from fedalign.export.card import MIXER, Made, Trained, write_card
+from fedalign.files import KEPT_ROUNDS, MARK, check_free, folder_name, replacing, rounds_in
 from fedalign.moe.load import DTYPES, auto_class, load_plain, model_path
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import Metrics, Weights
@@ -39,7 +38,7 @@ ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
-class Request:
+class Wanted:
     """What to export, and how."""
 
     run: Path
@@ -53,7 +52,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Source:
+class Snapshot:
     """A run's model after some round."""
 
     folder: RunFolder
@@ -107,13 +106,19 @@ class Base:
         from fedalign.moe import lora
 
         if merge:
-            model = lora.put_upon(load_plain(self.place, **self._options()), folder).merge_and_unload()
+            model = self.under(folder).merge_and_unload()
             lora.remove(folder)
             model.save_pretrained(folder)
             return
         lora.rename_base(folder, self.place, self.revision)
         if dtype is not None:
             lora.cast(folder, DTYPES[dtype])
+
+    def under(self, adapter: Path) -> Any:
+        """Load it with `adapter` put upon it by plain peft."""
+        from fedalign.moe import lora
+
+        return lora.put_upon(load_plain(self.place, **self._options()), adapter)
 
     def _options(self) -> dict[str, Any]:
         model = self.config.model
@@ -129,46 +134,49 @@ class Exported:
     """What was written."""
 
     made: Made
-    source: Source
+    snapshot: Snapshot
     trained: Trained
     clients: int  # models in `clients/`
     without: int  # clients that have nothing of their own
     notes: Sequence[str]
 
 
-def export(request: Request, progress: Callable[[str], None]) -> Exported:
-    """Write what `request` says to its folder, all at once or nothing.
+def export(wanted: Wanted, progress: Callable[[str], None]) -> Exported:
+    """Write what `wanted` says to its folder, all at once or nothing.
 
     Raises:
         UserError: There is nothing to export, it cannot be exported so, or something would be lost.
     """
-    if request.dtype is not None and request.dtype not in DTYPES:
-        raise unknown("--dtype", request.dtype, DTYPES)
-    source = find_source(request.run, request.best)
-    base = _base(request, source)
-    _check(request, source)
-    _check_free(request, source, base)
+    if wanted.dtype is not None and wanted.dtype not in DTYPES:
+        raise unknown("--dtype", wanted.dtype, DTYPES)
+    snapshot = find_snapshot(wanted.run, wanted.best)
+    base = _base(snapshot, wanted.base)
+    _check(wanted, snapshot)
+    _check_free(wanted, snapshot, base)
     try:
-        with replacing(request.to.resolve()) as folder:
-            personal, without = _write(request, source, base, folder, progress)
+        with replacing(wanted.to.resolve(), "model") as folder:
+            personal, without = _write(wanted, snapshot, base, folder, progress)
             progress("Writing the model card ...")
-            made, trained = _made(request, source, base, folder, len(personal)), _trained(source, request.best)
+            made, trained = _made(wanted, snapshot, base, folder, len(personal)), _trained(snapshot, wanted.best)
             write_card(folder, made, trained)
-            for name in personal:
+            for name, kept in personal.items():
                 part = folder / CLIENTS / folder_name(name)
-                write_card(part, made.of_client(name, mixes=(part / MIXTURE_GATE).exists()), trained)
+                write_card(part, made.of_client(name, mixes=bool(kept.mixer)), trained)
     except OSError as error:
-        raise UserError(f"--to {str(request.to)!r}: cannot be written: {error}. Give another folder.") from None
-    return Exported(made, source, trained, len(personal), without, _notes(source, made))
+        raise UserError(f"--to {str(wanted.to)!r}: cannot be written: {error}. Give another folder.") from None
+    return Exported(made, snapshot, trained, len(personal), without, _notes(snapshot, made))
 
 
-def find_source(run: Path, best: bool) -> Source:
+def find_snapshot(run: Path, best: bool) -> Snapshot:
     """The run's model after its last complete round, or after its best one.
 
     Raises:
         UserError: It is no run, or has no such model.
     """
-    folder, config = RunFolder(run), _read_config(run)
+    if ComparisonFolder(run).design.exists():
+        raise UserError(f"fedalign export {str(run)!r}: is a comparison. Give one of the runs in it: {run}/runs/...")
+    folder = RunFolder(run)
+    config = folder.read_config("fedalign export")
     if best:
         return _best(folder, config)
     try:
@@ -176,22 +184,21 @@ def find_source(run: Path, best: bool) -> Source:
         finished = int(summary.get("rounds", -1))
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{str(folder.summary)!r}: damaged ({error}). Finish the run: {_resume(folder)}") from None
-    rounds = [int(path.name.removeprefix("round-")) for path in folder.checkpoint.glob("round-*") if path.is_dir()]
-    if folder.model.is_dir() and finished >= max(rounds, default=0):
-        return Source(folder, config, finished, _history(folder, finished), folder.model, None)
+    if folder.model.is_dir() and finished >= max((number for number, _ in rounds_in(folder.checkpoint)), default=0):
+        return Snapshot(folder, config, finished, _history(folder, finished), folder.model, None)
     state = Checkpoints(folder.checkpoint, {}).load()
     if state is None or not state.round:
         raise UserError(f"fedalign export {str(run)!r}: no round is complete yet. Go on with it: {_resume(folder)}")
-    return Source(folder, config, state.round, state.history, None, state.weights)
+    return Snapshot(folder, config, state.round, state.history, None, state.weights)
 
 
-def _best(folder: RunFolder, config: Config) -> Source:
+def _best(folder: RunFolder, config: Config) -> Snapshot:
     lines = _history(folder, None) if folder.best.is_dir() else []
     scored = [(score, line["round"]) for line in lines if (score := merit(line)) is not None]
     if not scored:
         raise UserError("--best: no round of this run was scored, so none is the best. Leave out --best.")
     number = int(max(scored, key=lambda one: one[0])[1])
-    return Source(folder, config, number, _history(folder, number), folder.best, None)
+    return Snapshot(folder, config, number, _history(folder, number), folder.best, None)
 
 
 def _history(folder: RunFolder, last: int | None) -> list[Metrics]:
@@ -206,50 +213,52 @@ def _resume(folder: RunFolder) -> str:
     return f"fedalign run --resume {shlex.quote(str(folder.path))}"
 
 
-def _read_config(run: Path) -> Config:
-    if ComparisonFolder(run).request.exists():
-        raise UserError(f"fedalign export {str(run)!r}: is a comparison. Give one of the runs in it: {run}/runs/...")
-    file = RunFolder(run).config
-    try:
-        return read_config(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"fedalign export {str(run)!r}: holds no run (no config.toml). Give the --out of a run."
-        ) from None
-    except (OSError, ValueError, UserError) as error:
-        raise UserError(f"{str(file)!r}: cannot be read ({' '.join(str(error).split())}).") from None
+def open_kept(run: Path, best: bool) -> Any:
+    """What a run wrote, loaded on the CPU by plain transformers, or plain peft, in the type that it was tuned in.
+
+    Raises:
+        UserError: It wrote none yet, or adapters miss the base that they were trained on.
+    """
+    snapshot = find_snapshot(run, best)
+    if snapshot.kept is None:
+        raise UserError(f"{str(run)!r}: is not finished. Go on with it: {_resume(snapshot.folder)}")
+    base = _base(snapshot, None)
+    if base is None:
+        dtype, trusted = snapshot.config.tuning.loaded_dtype, snapshot.config.model.trust_remote_code
+        return load_plain(snapshot.kept, dtype=dtype, trust_remote_code=trusted)
+    base.open(snapshot.kept)  # it is the right one, or this says what is wrong
+    return base.under(snapshot.kept)
 
 
-def _base(request: Request, source: Source) -> Base | None:
-    """Of adapters; None: the run's model is whole."""
-    if not source.config.tuning.adapts:
+def _base(snapshot: Snapshot, place: str | None) -> Base | None:
+    """Of adapters, at `place` or where the run had it; None: the run's model is whole."""
+    if not snapshot.config.tuning.adapts:
         return None
-    configured = model_path(source.config.model.path)
-    place = request.base or configured
-    found = Path(place).expanduser()
-    revision = source.config.model.revision if request.base is None else None
-    return Base(str(found.resolve()) if found.is_dir() else place, revision, source.config)
+    configured = model_path(snapshot.config.model.path)
+    found = Path(place or configured).expanduser()
+    revision = snapshot.config.model.revision if place is None else None
+    return Base(str(found.resolve()) if found.is_dir() else place or configured, revision, snapshot.config)
 
 
-def _check(request: Request, source: Source) -> None:
+def _check(wanted: Wanted, snapshot: Snapshot) -> None:
     """Refuse what does not go together."""
-    kind, engine = source.config.tuning.kind, source.config.federation.engine
-    for flag, given in (("--merge", request.merge), ("--base", request.base is not None)):
-        if given and not source.config.tuning.adapts:
+    kind, engine = snapshot.config.tuning.kind, snapshot.config.federation.engine
+    for flag, given in (("--merge", wanted.merge), ("--base", wanted.base is not None)):
+        if given and not snapshot.config.tuning.adapts:
             raise UserError(f"{flag}: not needed, this run has no adapters (tuning.kind = {kind!r}). Leave out {flag}.")
-    if request.clients and engine == "flower":
+    if wanted.clients and engine == "flower":
         raise UserError(
             "--clients: the sites of this run keep what is personal to themselves; the coordinator has the global "
             "model alone. Leave out --clients."
         )
 
 
-def _check_free(request: Request, source: Source, base: Base | None) -> None:
+def _check_free(wanted: Wanted, snapshot: Snapshot, base: Base | None) -> None:
     """Refuse a place where anything but a model that may be replaced would be lost."""
-    to, run = request.to, source.folder
+    to, run = wanted.to, snapshot.folder
     place, said = to.resolve(), f"--to {str(to)!r}"
     precious = [("the run", run.path.resolve())]
-    origin = Path(base.place if base is not None else model_path(source.config.model.path))
+    origin = Path(base.place if base is not None else model_path(snapshot.config.model.path))
     if origin.is_dir():
         precious.append(("the model that the run began with", origin.resolve()))
     for what, path in precious:
@@ -258,46 +267,57 @@ def _check_free(request: Request, source: Source, base: Base | None) -> None:
     for own in (run.model, run.best, run.checkpoint, run.clients, run.health):
         if place.is_relative_to(own.resolve()):
             raise UserError(f"{said}: is a part of the run. Give another folder.")
-    if to.exists() and not to.is_dir():
-        raise UserError(f"{said}: is a file. Give a folder that does not exist yet.")
-    if not to.exists() or not any(to.iterdir()):
-        return
-    if not any((to / name).exists() for name in ("config.json", ADAPTER)):
-        raise UserError(f"{said}: is not empty and holds no model. Give a new or empty folder.")
-    if not request.overwrite:
-        raise UserError(f"{said}: already holds a model. Replace it: --overwrite; or give another --to.")
+    check_free(to, "model", wanted.overwrite, "--to")
 
 
 def _write(
-    request: Request, source: Source, base: Base | None, folder: Path, progress: Callable[[str], None]
-) -> tuple[dict[str, Path], int]:
-    """Models without cards; the files of the clients' own parts, and how many clients have none."""
+    wanted: Wanted, snapshot: Snapshot, base: Base | None, folder: Path, progress: Callable[[str], None]
+) -> tuple[dict[str, Kept], int]:
+    """Models without cards; what clients have of their own, and how many have nothing."""
     progress("Reading the run ...")
-    names, clients = list(_holdings(source.folder)) if request.clients else [], source.folder.clients
-    found = {name: personal_parts(clients, source.round, name) for name in names}
-    personal = {name: file for name, file in found.items() if file is not None}
-    if request.clients and not personal:
+    names = list(_holdings(snapshot.folder)) if wanted.clients else []
+    personal = {name: kept for name in names if (kept := _kept(snapshot, name)).personal}  # on disk until it is used
+    if wanted.clients and not personal:
         raise UserError(
-            f"--clients: {source.config.algorithm.name} left nothing personal with any client: all use the exported "
+            f"--clients: {snapshot.config.algorithm.name} left nothing personal with any client: all use the exported "
             "model. Leave out --clients."
         )
-    if source.kept is not None:
-        _copy(source.kept, folder)
-    if source.kept is None or personal or (base is not None and (request.merge or request.base is not None)):
+    if snapshot.kept is not None:
+        _copy(snapshot.kept, folder)
+    if snapshot.kept is None or personal or (base is not None and (wanted.merge or wanted.base is not None)):
         progress("Loading the model ...")
-        _with_model(source, base, folder, personal, progress)
+        _with_model(snapshot, base, folder, personal, progress)
     for number, part in enumerate(_folders(folder, personal)):
         of_client = f" of client {number} of {len(personal)}" if number else ""
         if base is not None:
-            progress(f"{'Merging' if request.merge else 'Writing'} the adapter{of_client} ...")
-            base.finish(part, merge=request.merge, dtype=request.dtype)
-        if request.dtype is not None and (base is None or request.merge):
+            progress(f"{'Merging' if wanted.merge else 'Writing'} the adapter{of_client} ...")
+            base.finish(part, merge=wanted.merge, dtype=wanted.dtype)
+        if wanted.dtype is not None and (base is None or wanted.merge):
             progress(f"Rounding the model{of_client} ...")
-            _cast(part, request.dtype, source.config.model.trust_remote_code)
+            _cast(part, wanted.dtype, snapshot.config.model.trust_remote_code)
     return personal, len(names) - len(personal)
 
 
-def _folders(folder: Path, personal: Mapping[str, Path]) -> Iterator[Path]:
+def _kept(snapshot: Snapshot, name: str) -> Kept:
+    """What a client kept from its last round, up to the one that is exported.
+
+    Raises:
+        UserError: It has forgotten, or what it kept is damaged.
+    """
+    memory = ClientMemory(snapshot.folder.clients / folder_name(name))
+    rounds = rounds_in(memory.folder)
+    if len(rounds) >= KEPT_ROUNDS and rounds[0][0] > snapshot.round:
+        raise UserError(
+            f"--clients: clients keep what is personal of their last {KEPT_ROUNDS} rounds, and {name!r} took part in "
+            f"as many after round {snapshot.round}. Leave out --best or --clients."
+        )
+    try:
+        return memory.before(snapshot.round + 1)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{str(memory.folder)!r}: damaged: {error}. Leave out --clients.") from None
+
+
+def _folders(folder: Path, personal: Iterable[str]) -> Iterator[Path]:
     """The global model's, then those of the clients."""
     yield folder
     yield from (folder / CLIENTS / folder_name(name) for name in personal)
@@ -310,7 +330,7 @@ def _copy(kept: Path, folder: Path) -> None:
         UserError: A file of it cannot be read.
     """
     try:
-        shutil.copytree(kept, folder, dirs_exist_ok=True)
+        shutil.copytree(kept, folder, ignore=shutil.ignore_patterns(MARK), dirs_exist_ok=True)
         for file in folder.glob("*.safetensors"):
             with safe_open(file, framework="pt"):
                 pass  # a file cut short is noticed here
@@ -319,69 +339,70 @@ def _copy(kept: Path, folder: Path) -> None:
 
 
 def _with_model(
-    source: Source,
+    snapshot: Snapshot,
     base: Base | None,
     folder: Path,
-    personal: Mapping[str, Path],
+    personal: Mapping[str, Kept],
     progress: Callable[[str], None],
 ) -> None:
     """Write what needs the model itself, after a look at whether it is the right one."""
-    moe = _open(source, base)
-    if source.weights is not None:
+    moe = _open(snapshot, base)
+    if snapshot.weights is not None:
         try:
-            moe.write(source.weights)
+            moe.write(snapshot.weights)
         except ValueError as error:
-            raise UserError(f"checkpoint of round {source.round}: does not fit the model: {error}") from None
+            raise UserError(f"checkpoint of round {snapshot.round}: does not fit the model: {error}") from None
         moe.save(folder)
-        _add_tokenizer(source, moe, folder)
+        _add_tokenizer(snapshot, moe, folder)
     if not personal:
         return
-    weights = source.weights or _exact(source, moe)
-    for number, (name, file) in enumerate(personal.items(), start=1):
+    weights = snapshot.weights or _exact(snapshot, moe)
+    for number, (name, kept) in enumerate(personal.items(), start=1):
         progress(f"Writing client {number} of {len(personal)} ...")
-        part, own = folder / CLIENTS / folder_name(name), read_personal(file)
-        moe.write({**weights, **own.weights})
+        part = folder / CLIENTS / folder_name(name)
+        moe.write({**weights, **kept.personal})
         moe.save(part)
         _copy_beside(folder, part)
-        if own.gate:
-            save_file({key: value.contiguous() for key, value in own.gate.items()}, part / MIXTURE_GATE)
+        if kept.mixer:
+            save_file(dict(kept.mixer), part / MIXER)
 
 
-def _open(source: Source, base: Base | None) -> MoEModel:
+def _open(snapshot: Snapshot, base: Base | None) -> MoEModel:
     """The run's model, to write other values into what is trained."""
     if base is not None:
-        return base.open(source.reference)
-    return _load(source, source.config.tuning.loaded_dtype)
+        return base.open(snapshot.reference)
+    return _load(snapshot, snapshot.config.tuning.loaded_dtype)
 
 
-def _load(source: Source, dtype: str) -> MoEModel:
-    config = source.config
+def _load(snapshot: Snapshot, dtype: str) -> MoEModel:
+    config = snapshot.config
     return MoEModel.load(
-        source.reference or model_path(config.model.path),
+        snapshot.reference or model_path(config.model.path),
         dtype=dtype,
         trust_remote_code=config.model.trust_remote_code,
-        revision=None if source.reference else config.model.revision,
+        revision=None if snapshot.reference else config.model.revision,
         tuning=config.tuning,
     )
 
 
-def _exact(source: Source, moe: MoEModel) -> Weights:
+def _exact(snapshot: Snapshot, moe: MoEModel) -> Weights:
     """What the run wrote of what is trained: loading a model in bfloat16 rounds its routers before they are float32."""
-    rounded = not source.config.tuning.adapts and source.config.tuning.loaded_dtype != "float32"
-    return (_load(source, "float32") if rounded else moe).read()
+    rounded = not snapshot.config.tuning.adapts and snapshot.config.tuning.loaded_dtype != "float32"
+    return (_load(snapshot, "float32") if rounded else moe).read()
 
 
-def _add_tokenizer(source: Source, moe: MoEModel, folder: Path) -> None:
-    if source.reference is not None:
-        _copy_beside(source.reference, folder)
+def _add_tokenizer(snapshot: Snapshot, moe: MoEModel, folder: Path) -> None:
+    if snapshot.reference is not None:
+        _copy_beside(snapshot.reference, folder)
     else:
-        Workbench.around(moe, source.config).tokenizer.save_pretrained(folder)
+        Workbench.around(moe, snapshot.config).tokenizer.save_pretrained(folder)
 
 
 def _copy_beside(there: Path, folder: Path) -> None:
     """Copy what a model's folder holds beside the model: its tokenizer."""
     for file in there.iterdir():
-        if file.is_file() and ".safetensors" not in file.suffixes and not (folder / file.name).exists():
+        wanted = file.is_file() and file.name != MARK and ".safetensors" not in file.suffixes
+        if wanted and not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
 
 
@@ -389,7 +410,7 @@ def _cast(folder: Path, dtype: str, trust_remote_code: bool) -> None:
     """Round a checkpoint, in place."""
     model = load_plain(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     for file in folder.glob("*.safetensors*"):
-        if file.name != MIXTURE_GATE:
+        if file.name != MIXER:
             file.unlink()
     model.save_pretrained(folder)
 
@@ -403,13 +424,13 @@ def _holdings(folder: RunFolder) -> dict[str, Any]:
         ) from None
 
 
-def _made(request: Request, source: Source, base: Base | None, folder: Path, clients: int) -> Made:
-    config = source.config
+def _made(wanted: Wanted, snapshot: Snapshot, base: Base | None, folder: Path, clients: int) -> Made:
+    config = snapshot.config
     place = base.place if base is not None else model_path(config.model.path)
     return Made(
-        name=request.to.resolve().name,
-        form="checkpoint" if base is None else "merged" if request.merge else "adapter",
-        dtype=request.dtype or config.tuning.loaded_dtype,
+        name=wanted.to.resolve().name,
+        form="checkpoint" if base is None else "merged" if wanted.merge else "adapter",
+        dtype=wanted.dtype or config.tuning.loaded_dtype,
         loader=_loader(folder, config.model.trust_remote_code),
         base=place,
         local_base=Path(place).is_dir(),
@@ -418,14 +439,16 @@ def _made(request: Request, source: Source, base: Base | None, folder: Path, cli
     )
 
 
-def _trained(source: Source, best: bool) -> Trained:
+def _trained(snapshot: Snapshot, best: bool) -> Trained:
     try:
-        health = read_round(source.folder.health / f"round-{source.round:05d}.safetensors")
+        health = read_round(snapshot.folder.health / f"round-{snapshot.round:05d}.safetensors")
     except DamagedError:
         health = None
-    summary = source.folder.summary
+    summary = snapshot.folder.summary
     versions = json.loads(summary.read_text(encoding="utf-8")).get("versions", {}) if summary.exists() else {}
-    return Trained(source.config, source.round, best, source.history, _holdings(source.folder), versions, health)
+    return Trained(
+        snapshot.config, snapshot.round, best, snapshot.history, _holdings(snapshot.folder), versions, health
+    )
 
 
 def _loader(folder: Path, trust_remote_code: bool) -> str:
@@ -436,11 +459,11 @@ def _loader(folder: Path, trust_remote_code: bool) -> str:
     return {"CAUSAL_LM": "AutoPeftModelForCausalLM", "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM"}[task]
 
 
-def _notes(source: Source, made: Made) -> list[str]:
+def _notes(snapshot: Snapshot, made: Made) -> list[str]:
     """What a person has to know of it."""
-    rounds, notes = source.config.run.rounds, []
-    if source.kept is None:
-        notes.append(f"The run is not finished: this is its model after round {source.round} of {rounds}.")
+    rounds, notes = snapshot.config.run.rounds, []
+    if snapshot.kept is None:
+        notes.append(f"The run is not finished: this is its model after round {snapshot.round} of {rounds}.")
     if made.form == "adapter" and made.local_base:
         notes.append("The adapter names its base by a folder of this machine: for others, name its Hub id with --base.")
     if made.clients:

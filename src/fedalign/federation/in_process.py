@@ -13,7 +13,7 @@ from fedalign.client.trainer import Trainer
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
 from fedalign.data.deal import split_among_clients
-from fedalign.errors import TrainingFailedError, UserError
+from fedalign.errors import TrainingFailedError
 from fedalign.files import folder_name
 from fedalign.maths.rounding import unpack_weights
 from fedalign.protocol import Accumulator, Broadcast, Evaluation, Failure, Layout, Request, Statistics, Weights
@@ -28,7 +28,7 @@ class InProcess:
 
     def __init__(self, trainer: Trainer, clients: Mapping[str, ClientData]) -> None:
         self.trainer = trainer
-        self.clients = pooled(clients) if trainer.algorithm.pooled else clients
+        self.clients = pooled(clients) if "data" in trainer.algorithm.asks else clients
         self.scored = clients
 
     def members(self) -> Sequence[str]:
@@ -51,8 +51,7 @@ class InProcess:
     def evaluate(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Evaluation | Failure]:
         """Score each client's held-out part; clients without one have nothing to say."""
         received = unpack_weights(broadcast.weights)
-        self.trainer.moe.write(received)
-        for name in self.scored if self.trainer.algorithm.pooled else clients:
+        for name in clients if self.scored is self.clients else self.scored:
             score = self.trainer.evaluate(self.scored[name], received, broadcast.round)
             if score is not None:
                 yield score
@@ -136,22 +135,10 @@ def prepare(config: Config, client_folder: Path) -> Prepared:
     require_trackers(config.tracking.loggers)
     examples, parts = split_among_clients(config)
     bench = Workbench.load(config)
+    bench.check_limits(parts)
     clients = {
         name: bench.client(name, examples, indices, client_folder / folder_name(name))
         for name, indices in parts.items()
     }
-    check_limits(config, clients, bench)
     labels = {name: Counter(examples[index].label for index in indices) for name, indices in parts.items()}
     return Prepared(bench, clients, bench.test_set(), labels)
-
-
-def check_limits(config: Config, clients: Mapping[str, ClientData], bench: Workbench) -> None:
-    """Refuse limits of clients that there are not, or that the model cannot keep."""
-    for name, limits in config.clients.limits.items():
-        if name not in clients:
-            raise UserError(f"clients.limits.{name}: no such client. Choose one of: {', '.join(clients)}.")
-        try:
-            with bench.moe.sending_to(limits.top_k):
-                pass
-        except UserError as error:
-            raise UserError(f"clients.limits.{name}.{error}") from None

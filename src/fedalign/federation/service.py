@@ -10,7 +10,7 @@ import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from fedalign.client.memory import ClientMemory
 from fedalign.errors import DataError, TrainingFailedError, UserError
@@ -24,13 +24,6 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and handing over an u
 log = logging.getLogger("fedalign")
 
 SEE_LOG = "the reason is in the client's own log"
-
-
-class Answers(Protocol):
-    """Whoever can answer a message of the coordinator: a service here, or a process that keeps the model loaded."""
-
-    def answer(self, verb: str, parcel: Parcel) -> Parcel:
-        """Answer one message."""
 
 
 class Service:
@@ -76,7 +69,7 @@ class Service:
         except Exception as error:
             log.exception("%s: %s failed", self.name, verb)
             reason = f"{type(error).__name__}; {SEE_LOG}"
-        return encode(Failure(self.name, stage, reason))  # type: ignore[arg-type]
+        return encode(Failure(self.name, stage, reason))  # type: ignore[arg-type] # one of the stages above
 
     @property
     def _verbs(self) -> dict[str, Callable[[Parcel], Message]]:
@@ -117,9 +110,7 @@ class Service:
     def _evaluate(self, parcel: Parcel) -> Message:
         broadcast: Broadcast = decode(parcel, Broadcast)
         client, self._as_loaded = self.client, False
-        received = unpack_weights(broadcast.weights)
-        client.trainer.moe.write(received)
-        score = client.trainer.evaluate(client.data, received, broadcast.round)
+        score = client.trainer.evaluate(client.data, unpack_weights(broadcast.weights), broadcast.round)
         return score if score is not None else Failure(self.name, "evaluate", "it holds nothing out to be scored on")
 
     def _finish(self, _: Parcel) -> Message:

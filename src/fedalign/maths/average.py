@@ -5,6 +5,8 @@
 b and factor come from the `Plan`; factors never enter the normaliser. Memory is one float32 model, whatever the
 number of clients: nothing that was added is kept. A client lost on the way costs its share, never the round.
 
+Of a softmax router that the plan wants centred, each client's mean over experts is taken off its rows first.
+
 Rows that belong to tokens may have weights of their own in place of b, normalised row by row in the same way.
 
 The exception is average = "exact": of groups with low-rank factors the same sum is taken over the products B·A, for
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -26,6 +28,7 @@ from fedalign.maths.rounding import BLOCK, TORCH_DTYPE, scale_into
 from fedalign.protocol import SHARED, Failure, Layout, Packed, ParameterGroup, Plan, Update, Weights, WireDtype
 
 Average = Literal["sum", "exact"]
+Chunk = tuple[int, Tensor]  # where it begins, its values
 
 CHUNK = 1 << 20  # values worked on at a time, most groups whole; a multiple of BLOCK
 NORM_SLACK = 0.02  # wire rounding may lengthen an update: bfloat16 by 0.4 %, int8 by about 0.2 %
@@ -79,6 +82,7 @@ class StreamingSum:
         self._token_weight_C_M_V = plan.token_weight_C_M_V
         self._token_arrived_M_V = torch.zeros(layout.token_cells, dtype=torch.float64)
         self._norm = {client: norms[client].tolist() for client in plan.clients}
+        self._centred = {layer for layer, softmax in enumerate(layout.softmax_L) if softmax and plan.centred}
         self._planned = dict(zip(layout.groups, plan.weight_C_G.double().sum(dim=0).tolist(), strict=True))
         self._arrived: defaultdict[ParameterGroup, float] = defaultdict(float)
         self._sums: Weights = {}
@@ -98,8 +102,13 @@ class StreamingSum:
         problem = self._mismatch(update)
         if problem is None:
             self._seen.add(update.client)
+            common: Tensor | None = None  # of the rows of one router, which follow one another
             for group in self._expected[update.client]:
-                problem = self._add_group(update.client, group, update.groups[group])
+                if group.kind != "gate" or group.layer not in self._centred:
+                    common = None
+                elif common is None or group.expert == 0:
+                    common, problem = self._common(update, group.layer)
+                problem = problem or self._add_group(update.client, group, update.groups[group], common)
                 if problem is not None:
                     break
         return None if problem is None else Failure(update.client, "update", problem)
@@ -185,16 +194,32 @@ class StreamingSum:
             return f"scale {scale.dtype} {list(scale.shape)}, expected torch.float32 [{blocks}]"
         return None
 
-    def _add_group(self, client: str, group: ParameterGroup, packed: Packed) -> str | None:
-        """Add one group if it is finite and no longer than claimed; else say so and leave the sum alone."""
+    def _common(self, update: Update, layer: int) -> tuple[Tensor | None, str | None]:
+        """The mean over experts of one router's rows, [N], or why there is none: a row that cannot be used."""
+        rows = [group for group in update.groups if (group.kind, group.layer) == ("gate", layer)]
+        for row in rows:
+            if problem := self._flaw(update.client, row, update.groups[row]):
+                return None, problem
+        whole = [torch.cat([chunk.clone() for _, chunk in self._chunks(update.groups[row])]) for row in sorted(rows)]
+        return torch.stack(whole).mean(0), None
+
+    def _flaw(self, client: str, group: ParameterGroup, packed: Packed, chunks: Iterable[Chunk] = ()) -> str | None:
+        """Why a group cannot be added, or None: it is not finite, or longer than claimed. `chunks`: if unpacked."""
+        squares: Iterator[float] = (float(torch.dot(c, c)) for _, c in chunks or self._chunks(packed))
+        norm = math.sqrt(sum(squares))
+        claimed = self._norm[client][self._column[group]]
+        if norm <= claimed * (1 + NORM_SLACK) < math.inf:
+            return None
+        if not all(bool(chunk.isfinite().all()) for _, chunk in self._chunks(packed)):
+            return f"{group}: not finite"
+        return f"{group}: norm {norm:.6g}, but its statistics said {claimed:.6g}"
+
+    def _add_group(self, client: str, group: ParameterGroup, packed: Packed, common: Tensor | None) -> str | None:
+        """Add one group, less `common`, if it is finite and no longer than claimed; else leave the sum alone."""
         column = self._column[group]
         chunks = list(self._chunks(packed)) if len(packed.values) <= CHUNK else None  # unpack what fits only once
-        norm = math.sqrt(sum(float(torch.dot(chunk, chunk)) for _, chunk in chunks or self._chunks(packed)))
-        claimed = self._norm[client][column]
-        if not norm <= claimed * (1 + NORM_SLACK) < math.inf:
-            if not all(chunk.isfinite().all() for _, chunk in self._chunks(packed)):
-                return f"{group}: not finite"
-            return f"{group}: norm {norm:.6g}, but its statistics said {claimed:.6g}"
+        if flaw := self._flaw(client, group, packed, chunks or ()):
+            return flaw
         self._arrived[group] += self._weight[client][column]
         if group in self._stacks:
             self._stacks[group].add(self._turn[client], self._factor[client][column], packed)
@@ -209,12 +234,13 @@ class StreamingSum:
             if group not in sums:
                 sums[group] = torch.zeros(self._sizes[group])
         for start, chunk in chunks or self._chunks(packed):
+            values = chunk if common is None else chunk - common[start : start + len(chunk)]
             for sums, factor in targets:
                 target = sums[group][start : start + len(chunk)]
                 if by_row and sums is self._sums:
-                    target.addcmul_(chunk, self._value_weights(client, factor, start, len(chunk)))
+                    target.addcmul_(values, self._value_weights(client, factor, start, len(chunk)))
                 else:
-                    target.add_(chunk, alpha=factor)
+                    target.add_(values, alpha=factor)
         return None
 
     def _value_weights(self, client: str, factor: float, start: int, length: int) -> Tensor:
@@ -231,7 +257,7 @@ class StreamingSum:
                 weights[begin - start : end - start] = spread
         return weights
 
-    def _chunks(self, packed: Packed) -> Iterator[tuple[int, Tensor]]:
+    def _chunks(self, packed: Packed) -> Iterator[Chunk]:
         """Start and float32 values of each chunk; one buffer serves them all."""
         if self._dtype == "float32":
             for start in range(0, len(packed.values), CHUNK):

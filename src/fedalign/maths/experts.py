@@ -17,12 +17,13 @@ is passed. Half precision is computed in float32, float64 stays float64. Axes: s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from fedalign.maths import torch
 from fedalign.maths.routing import full
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Consensus = Literal["half", "relu"]
 

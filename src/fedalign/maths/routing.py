@@ -14,13 +14,13 @@ they need, further ones may lead (a client stacks its layers: ``logits_L_T_E``) 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-from torch.nn import functional
-
+from fedalign.maths import functional, torch
 from fedalign.protocol import Scoring
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Overlap = Literal["product", "relative"]
 Granularity = Literal["token", "batch"]

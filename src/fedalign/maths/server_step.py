@@ -12,13 +12,11 @@ Groups whose sum did not change (nobody sent them, or too little arrived) stay, 
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
-from fedalign.protocol import State, Weights
-
-ServerOptimizer = Literal["average", "sgd", "adam", "yogi", "fedexp"]
+from fedalign.protocol import ServerOptimizer, State, Weights
 
 
 class ServerOptions(Protocol):

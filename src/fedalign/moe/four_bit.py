@@ -109,7 +109,7 @@ class FourBit(Tensor):
     def _each(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> FourBit:
         return FourBit(change(self.codes), change(self.scales), self.shape, dtype or self.dtype)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override] # torch leaves this argument without a type
         return f"FourBit({list(self.shape)}, {self.dtype}, device={str(self.device)!r})"
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Sequence[int], torch.dtype]]:
@@ -172,7 +172,7 @@ class _Product(torch.autograd.Function):
 def _linear(inputs: Tensor, weight: FourBit, bias: Tensor | None = None) -> Tensor:
     if torch.is_autocast_enabled(inputs.device.type):
         inputs = inputs.to(torch.get_autocast_dtype(inputs.device.type))
-    product: Tensor = _Product.apply(inputs, weight, bias)  # type: ignore[no-untyped-call]
+    product: Tensor = _Product.apply(inputs, weight, bias)  # type: ignore[no-untyped-call] # torch annotates no apply
     return product
 
 

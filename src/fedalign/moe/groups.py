@@ -50,12 +50,6 @@ class Slot:
         """The part that belongs to `group`: the parameter's own storage, outside autograd."""
         return self.part(self.parameter.detach(), group)
 
-    def gradient(self, group: ParameterGroup) -> Tensor:
-        """The same part of the gradient."""
-        if self.parameter.grad is None:
-            self.parameter.grad = torch.zeros_like(self.parameter)
-        return self.part(self.parameter.grad, group)
-
     def part(self, whole: Tensor, group: ParameterGroup) -> Tensor:
         """The part that belongs to `group` of any tensor shaped like the parameter."""
         owners = self.owners
@@ -134,4 +128,4 @@ def _fused(experts: nn.Module, size: int) -> list[nn.Module]:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module that adapters were put around, or itself."""
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator]
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator] # peft adds it, torch takes it for a tensor

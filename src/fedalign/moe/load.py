@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils.tqdm import enable_progress_bars
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
@@ -165,6 +165,25 @@ def quiet() -> None:
     """Hide transformers' bars for loading and writing weights; those of downloads stay. For command lines."""
     transformers_logging.disable_progress_bar()
     enable_progress_bars()
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """`quiet` for a while, in somebody's own process; torch's number of threads is put back, too."""
+    bars, downloads, threads = (
+        transformers_logging.is_progress_bar_enabled(),
+        not are_progress_bars_disabled(),
+        torch.get_num_threads(),
+    )
+    quiet()
+    try:
+        yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+        if not downloads:
+            disable_progress_bars()
+        torch.set_num_threads(threads)
 
 
 def model_path(name: str) -> str:

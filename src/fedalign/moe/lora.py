@@ -101,7 +101,7 @@ def fused_factors(module: nn.Module, size: int) -> Iterator[tuple[nn.Parameter, 
     """The factors around `size` fused experts; of each the shape in which experts have an axis, and that axis."""
     while isinstance(module, ParamWrapper):
         for factor, axis in ((module.lora_A, 0), (module.lora_B, 2)):
-            weight: nn.Parameter = factor["default"].weight  # type: ignore[assignment]
+            weight: nn.Parameter = factor["default"].weight  # type: ignore[assignment] # torch says that it may be a module
             rows, columns = weight.shape
             yield weight, (size, rows // size, columns) if axis == 0 else (rows, columns // size, size), axis
         module = module.base_layer

@@ -344,9 +344,17 @@ class MoEModel:
         """Whether a batch must not be padded: sparse attention lets padding change the numbers of a sequence."""
         return bool(choosers(self.model))
 
-    def gradients(self) -> dict[ParameterGroup, tuple[Tensor, ...]]:
-        """The gradients of all trainable values, by group, in the order of `views`; zeros where there is none."""
-        return {group: tuple(slot.gradient(group) for slot in owners) for group, owners in self._owners.items()}
+    @torch.no_grad()
+    def shift_gradients(self, shift: Weights) -> None:
+        """Add flat vectors [N], by group, to the gradients in place; a gradient that is not there counts as zero."""
+        trained = [slot.parameter for slot in self.slots if slot.parameter.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = {parameter: parameter.grad for parameter in trained if parameter.grad is not None}
+        for group, vector in shift.items():
+            for piece, start in self._places(group, gradients):
+                piece.add_(vector[start : start + piece.numel()].to(piece.device).view_as(piece))
 
     @property
     def views(self) -> dict[ParameterGroup, tuple[Tensor, ...]]:
@@ -592,7 +600,8 @@ class MoEModel:
         names = Layout(len(self.layers), self.experts, {})
         sizes = {group: sum(slot.size for slot in self._owners.get(group, ())) for group in names.groups}
         factors = {group: found for group in names.groups if self.adapter and (found := tuple(self._factors(group)))}
-        return Layout(names.layers, names.experts, sizes, factors, tuple(self._token_rows()))
+        softmax_L = tuple(layer.scoring == "softmax" for layer in self.layers)
+        return Layout(names.layers, names.experts, sizes, factors, tuple(self._token_rows()), softmax_L)
 
     def _token_rows(self) -> Iterator[TokenRows]:
         """Embeddings and head, if they are trained whole: where their rows lie among the shared values."""
@@ -658,7 +667,7 @@ def _keep_in_float32(router: nn.Module, layer: MoELayer) -> None:
     router.float()
     if isinstance(getattr(router, "dtype", None), torch.dtype):
         # Switch would cast its weight to this at the first forward pass
-        router.dtype = torch.float32  # type: ignore[assignment]
+        router.dtype = torch.float32  # type: ignore[assignment] # torch says that a module's attributes are tensors or modules
     # a bound method, not a closure: a deep copy of the model then runs the copy's weights
     router.forward = MethodType(partial(_forward_and_cast, layer) if layer.cast else _forward_in_float32, router)
 

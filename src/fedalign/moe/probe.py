@@ -251,15 +251,25 @@ class RoutingSummary(NamedTuple):
 
 
 class RoutingStatistics:
-    """Sums over the tokens of many batches, kept on `device` in float64; nothing here waits for an accelerator."""
+    """Sums over the tokens of many batches, kept on `device` in float64; nothing here waits for an accelerator.
 
-    def __init__(self, layers: int, experts: int, hidden: int, device: torch.device | str = "cpu") -> None:
+    Args:
+        layers: L.
+        experts: E.
+        hidden: H; 0 where nobody asks for centroids.
+        device: where the model is.
+        margins: whether anybody asks for them.
+    """
+
+    def __init__(
+        self, layers: int, experts: int, hidden: int, device: torch.device | str = "cpu", margins: bool = True
+    ) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(layers, *shape, dtype=torch.float64, device=device)
 
         self._tokens = [0] * layers
         self._prob, self._chosen, self._load, self._margin, self._examples = (zeros(experts) for _ in range(5))
-        self._hidden = zeros(experts, hidden)
+        self._hidden, self._margins = zeros(experts, hidden), margins
 
     @torch.no_grad()
     def update(self, captured: Captured) -> None:
@@ -279,11 +289,13 @@ class RoutingStatistics:
         self._prob[rows] += prob_M_T_E.sum(1)
         self._chosen[rows] += chosen_M_E
         self._load[rows] += dispatch_M_T_E.sum(1)
-        self._margin[rows] += decision_margin(prob_M_T_E, stack.topk_M_T_K) * chosen_M_E
+        if self._margins:
+            self._margin[rows] += decision_margin(prob_M_T_E, stack.topk_M_T_K) * chosen_M_E
         self._examples[rows] += (reached_M_B_E > 0).sum(1)
         for row, ordinal in enumerate(stack.ordinals):
             self._tokens[ordinal] += len(stack.example_T)
-            self._hidden[ordinal] += dispatch_M_T_E[row].T @ captured.hidden_T_H(ordinal).float()
+            if self._hidden.shape[-1]:
+                self._hidden[ordinal] += dispatch_M_T_E[row].T @ captured.hidden_T_H(ordinal).float()
 
     def finish(self, min_tokens: int = 32, min_examples: int = 4) -> RoutingSummary:
         """The means. Load, margin and centroid of an expert that too few tokens or examples reached are zero [O]."""

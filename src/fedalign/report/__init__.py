@@ -36,5 +36,5 @@ def _check_replaceable(out: Path) -> None:
     if not out.exists():
         return
     with out.open("rb") as file:
-        if GENERATOR.encode() not in file.read(4096):
+        if f'<meta name="generator" content="{GENERATOR} '.encode() not in file.read(4096):
             raise UserError(f"--out {str(out)!r}: is a file that is no report. Give another name.")

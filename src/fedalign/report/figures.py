@@ -73,9 +73,9 @@ DIVERGENCE = Group("Routing divergence", "nats", 1, (Panel("Routing divergence",
 
 
 def lines_of(material: Material) -> dict[tuple[Point, str], list[Run]]:
-    """The runs of each algorithm at each grid point, in the order of the request."""
+    """The runs of each algorithm at each grid point, in the order of the design."""
     lines: dict[tuple[Point, str], list[Run]] = {
-        (point, choice.label): [] for point in material.request.points for choice in material.request.choices
+        (point, choice.label): [] for point in material.design.points for choice in material.design.choices
     }
     for run in material.runs:
         lines[run.cell.point, run.label].append(run)
@@ -183,12 +183,12 @@ def thinned(values: Sequence[T], most: int) -> list[T]:
 
 def point_index(material: Material, point: Point) -> int:
     """Where the page finds the grid point."""
-    return material.request.points.index(point)
+    return material.design.points.index(point)
 
 
 def label_index(material: Material, label: str) -> int:
     """Where the page finds the algorithm."""
-    return [choice.label for choice in material.request.choices].index(label)
+    return [choice.label for choice in material.design.choices].index(label)
 
 
 def short(value: float) -> float:

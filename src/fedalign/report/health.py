@@ -24,16 +24,16 @@ OCTAVES = 5  # of load that are told apart, up and down from an even share
 
 
 @dataclass
-class Health:
+class ExpertFigures:
     """What the page shows, and what it cannot show."""
 
     runs: list[Json] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
-def health(material: Material, budget: int = BUDGET) -> Health:
+def health(material: Material, budget: int = BUDGET) -> ExpertFigures:
     """For each grid point and algorithm its first seed with such files, a finished run if there is one."""
-    found = Health()
+    found = ExpertFigures()
     chosen = [
         (point_index(material, point), label_index(material, label), run)
         for (point, label), runs in lines_of(material).items()

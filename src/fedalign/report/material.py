@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from fedalign.compare.folder import ComparisonFolder
-from fedalign.compare.plan import Cell, Choice, Request, cells, line_name
+from fedalign.compare.plan import Cell, Choice, Design, cells, line_name
 from fedalign.compare.tables import Finished, notes
 from fedalign.compare.tune import Choices
 from fedalign.config.run import Config
 from fedalign.config.toml import read_config
 from fedalign.errors import UserError
 from fedalign.protocol import Metrics
+from fedalign.server.health import DamagedError
 from fedalign.server.results import RunFolder, flat, read_history
 from fedalign.server.scores import merit
 
@@ -37,10 +38,6 @@ NUMBERS = (  # that tables and figures are made of
     "uploaded_share",
 )
 TABLES = ("client_accuracies", "client_losses_nats")  # and numbers by client
-
-
-class DamagedError(Exception):
-    """A run folder that cannot be read; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ class Material:
     """Everything that a page shows, before anything is computed from it."""
 
     name: str
-    request: Request
+    design: Design
     runs: Sequence[Run]
     said: Sequence[str]  # what a reader of the tables has to know
     missing: Sequence[str]
@@ -99,7 +96,7 @@ def read_material(folders: Sequence[Path]) -> Material:
     Raises:
         UserError: There is nothing to report, or the folders do not go together.
     """
-    comparisons = [folder for folder in folders if ComparisonFolder(folder).request.exists()]
+    comparisons = [folder for folder in folders if ComparisonFolder(folder).design.exists()]
     if comparisons and len(folders) > 1:
         raise UserError(
             f"fedalign report {str(comparisons[0])!r}: is a comparison. Give it alone, or give run folders only."
@@ -109,14 +106,14 @@ def read_material(folders: Sequence[Path]) -> Material:
 
 def _of_comparison(path: Path) -> Material:
     folder = ComparisonFolder(path)
-    request = folder.read()
-    tuned = {one.line: one.settings for one in Choices.load(folder.tuned).tuned} if request.tune else None
-    runs, missing = _read_cells([(cell, folder.run(cell, "runs").path) for cell in cells(request, tuned)])
+    design = folder.read()
+    tuned = {one.line: one.settings for one in Choices.load(folder.tuned).tuned} if design.tune else None
+    runs, missing = _read_cells([(cell, folder.run(cell, "runs").path) for cell in cells(design, tuned)])
     if not runs:
         raise UserError(f"{str(path)!r}: none of its runs can be shown yet. {' '.join(missing)}".rstrip())
     again = [f"fedalign compare --resume {shlex.quote(str(path))}", _run_again(runs[0])]
-    said = _said(request, runs)
-    return Material(path.resolve().name, request, runs, said, missing, again, comparison=True)
+    said = _said(design, runs)
+    return Material(path.resolve().name, design, runs, said, missing, again, comparison=True)
 
 
 def _of_runs(folders: Sequence[Path]) -> Material:
@@ -124,41 +121,28 @@ def _of_runs(folders: Sequence[Path]) -> Material:
     for path in folders:
         if path in configs:
             raise UserError(f"fedalign report: {str(path)!r} is given twice. Give each folder once.")
-        configs[path] = _config(path)
-    request, planned = _as_comparison(list(configs.values()))
+        configs[path] = RunFolder(path).read_config("fedalign report")
+    design, planned = _as_comparison(list(configs.values()))
     _refuse_repetitions(planned, list(configs))
     runs, missing = _read_cells(list(zip(planned, configs, strict=True)))
     if not runs:
         raise UserError(f"fedalign report: nothing can be shown yet. {' '.join(missing)}".rstrip())
-    said = _said(request, runs)
+    said = _said(design, runs)
     name = runs[0].folder.resolve().name if len(runs) == 1 else f"{len(runs)} runs"
-    return Material(name, request, runs, said, missing, [_run_again(run) for run in runs], comparison=False)
+    return Material(name, design, runs, said, missing, [_run_again(run) for run in runs], comparison=False)
 
 
-def _said(request: Request, runs: Sequence[Run]) -> list[str]:
+def _said(design: Design, runs: Sequence[Run]) -> list[str]:
     """The notes of a comparison, as far as they hold for these runs."""
-    first, *others = notes(request)
+    first, *others = notes(design)
     if not any(run.finished for run in runs):
         first = "No run is finished yet: the tables hold the last scored round of each."
-    elif "run.rounds" in request.grid:
+    elif "run.rounds" in design.grid:
         first = "Runs of one seed share start, partition and order of batches if nothing but the algorithm differs."
     return [first, *others]
 
 
-def _config(path: Path) -> Config:
-    folder = RunFolder(path)
-    try:
-        return read_config(folder.config.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"fedalign report {str(path)!r}: holds neither a run (config.toml) nor a comparison (comparison.toml). "
-            "Give the --out of one."
-        ) from None
-    except (OSError, ValueError, UserError) as error:
-        raise UserError(f"{str(folder.config)!r}: cannot be read ({' '.join(str(error).split())}).") from None
-
-
-def _as_comparison(configs: Sequence[Config]) -> tuple[Request, list[Cell]]:
+def _as_comparison(configs: Sequence[Config]) -> tuple[Design, list[Cell]]:
     """What differs between algorithms of one name becomes part of their label, all else a grid point."""
     tables = [flat(config.model_dump(mode="json"), ".") for config in configs]
     own = [{key: value for key, value in table.items() if key.startswith("algorithm.")} for table in tables]
@@ -177,13 +161,13 @@ def _as_comparison(configs: Sequence[Config]) -> tuple[Request, list[Cell]]:
         choice = Choice(label=":".join([name, *shown]), settings=(f"algorithm.name={name}",))
         point = tuple((key, str(common.get(key, "default"))) for key in grid_keys)
         planned.append(Cell(choice, point, config.run.seed, config))
-    request = Request(
+    design = Design(
         base=configs[0],
         choices=tuple({cell.choice.label: cell.choice for cell in planned}.values()),
         grid={key: tuple(dict.fromkeys(dict(cell.point)[key] for cell in planned)) for key in grid_keys},
         seeds=tuple(sorted({cell.seed for cell in planned})),
     )
-    return request, planned
+    return design, planned
 
 
 def _differing(tables: Sequence[Mapping[str, Any]]) -> list[str]:

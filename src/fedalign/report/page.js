@@ -427,7 +427,7 @@
 
   expertsFigure("figure-similarity", (run, width, round, layer) => {
     const table = unpacked(run).similarity;
-    if (table === null) return "Not recorded: similarities are kept for at most 32 clients.";
+    if (table === null) return "Not recorded: similarities need at most 32 clients, and an algorithm that asks for sketches or tracking.health = \"full\".";
     const expert = Number(inputs.expert.value);
     const count = run.clients.length;
     const pairs = (count * (count - 1)) / 2;

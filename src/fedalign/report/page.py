@@ -5,18 +5,18 @@ from __future__ import annotations
 import tomllib
 from datetime import datetime
 from importlib import resources
+from importlib.metadata import version
 from typing import Any
 
 import tomli_w
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fedalign import __version__
-from fedalign.compare.plan import line_name
+from fedalign.compare.plan import line_name, point_title
 from fedalign.compare.tables import MARK, final_scores, paired_differences
 from fedalign.report import figures, findings
 from fedalign.report.figures import Json
-from fedalign.report.health import Health, budget_text, health
+from fedalign.report.health import ExpertFigures, budget_text, health
 from fedalign.report.material import Material
 from fedalign.server.health import DEAD, OVERLOADED
 
@@ -37,7 +37,7 @@ def render(material: Material) -> str:
     template = environment.get_template("page.html")
     return template.render(
         generator=GENERATOR,
-        version=__version__,
+        version=version("fedalign-moe"),
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         mark=MARK,
         title=_title(material),
@@ -60,13 +60,13 @@ def render(material: Material) -> str:
     )
 
 
-def page_data(material: Material, experts: Health) -> Json:
+def page_data(material: Material, experts: ExpertFigures) -> Json:
     """Everything that the script draws."""
-    request = material.request
+    design = material.design
     groups = [figures.curves(material, group) for group in figures.GROUPS]
     return {
-        "labels": [choice.label for choice in request.choices],
-        "points": [", ".join(f"{key} = {value}" for key, value in point) for point in request.points],
+        "labels": [choice.label for choice in design.choices],
+        "points": [point_title(point) for point in design.points],
         "curves": [group for group in groups if group is not None],
         "divergence": figures.curves(material, figures.DIVERGENCE),
         "uploads": figures.uploads(material),
@@ -83,18 +83,18 @@ def _title(material: Material) -> str:
 
 
 def _tables(material: Material) -> list[Any]:
-    tables = (final_scores(material.request, material.tabled), paired_differences(material.request, material.tabled))
+    tables = (final_scores(material.design, material.tabled), paired_differences(material.design, material.tabled))
     return [table for table in tables if any(lines for _, lines in table.sections)]
 
 
 def _config_text(material: Material) -> str:
     """What all runs have in common: without seed and algorithm, and without what a grid varies."""
-    tables = tomllib.loads(material.request.base.to_toml())
-    for key in ("run.seed", *material.request.grid):
+    tables = tomllib.loads(material.design.base.to_toml())
+    for key in ("run.seed", *material.design.grid):
         section, *rest = key.split(".")
         if len(rest) == 1:
             tables.get(section, {}).pop(rest[0], None)
-    if len(material.request.choices) > 1:
+    if len(material.design.choices) > 1:
         tables.pop("algorithm", None)
     return tomli_w.dumps(tables)
 

@@ -1,57 +1,83 @@
-"""Why a report cannot be used."""
+"""Why a report or a plan cannot be used. A bad report is dropped and its client named; a bad plan ends the run."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fedalign.config.run import StatisticsConfig
-from fedalign.protocol import Evaluation, Failure, Layout, Statistics
+from fedalign.protocol import Evaluation, Failure, Layout, Plan, Shape, Statistics
+
+MOST = 1e15  # of any number: its square is still one in float32
+SUM_SLACK = 1e-3  # of shares that sum to one: rounding
 
 
-def check_statistics(
-    report: Statistics, layout: Layout, options: StatisticsConfig, round: int, token_cells: tuple[int, int] = (0, 0)
-) -> str | None:
-    """Why a report cannot be used, or None."""
+def check_statistics(report: Statistics, layout: Layout, shapes: Mapping[str, Shape], round: int) -> str | None:
+    """Why a report cannot be used, or None; `shapes` are those of what was asked for."""
     if report.round != round:
         return f"its statistics are of round {report.round}, not {round}"
-    if report.examples <= 0 or report.tokens < 0:
-        return f"it reports {report.examples} examples and {report.tokens} tokens"
-    if not math.isfinite(report.loss):
-        return f"its loss is {report.loss}"
-    if not all(math.isfinite(value) for value in report.metrics.values()):
-        return "its metrics are not finite"
+    for name in ("examples", "tokens", "steps", "learning_rate"):
+        if not 0 < getattr(report, name) <= MOST:
+            return f"{name} = {getattr(report, name)}: must be above 0 and possible"
+    if not 0 <= report.loss <= MOST or not all(abs(value) <= MOST for value in report.metrics.values()):
+        return f"its loss is {report.loss}, its metrics {dict(report.metrics)}: must be possible numbers"
     if strange := set(report.frozen) - set(layout.groups):
         return f"it did not train {min(strange)}, which the model does not have"
-    cells = (layout.layers, layout.experts)
-    shapes = {
-        "prob_L_E": cells,
-        "load_L_E": cells,
-        "margin_L_E": cells,
-        "centroid_L_E_D": (*cells, options.centroid_width),
-        "centroid_scale_L": (layout.layers,),
-        "update_L_E_S": (*cells, options.update_width),
-        "norm_G": (len(layout.groups),),
-        "token_count_M_V": token_cells,
-    }
-    for name, shape in shapes.items():
+    for name, (shape, dtype) in shapes.items():
         value: Tensor = getattr(report, name)
-        expected = torch.float16 if name in ("centroid_L_E_D", "update_L_E_S") else torch.float32
-        if value.shape != shape or value.dtype != expected:
-            return f"{name} is {value.dtype} {list(value.shape)}, expected {expected} {list(shape)}"
+        if value.shape != shape or value.dtype != getattr(torch, dtype):
+            return f"{name} is {value.dtype} {list(value.shape)}, expected torch.{dtype} {list(shape)}"
         if not bool(value.isfinite().all()):
             return f"{name} is not finite"
-        if name in ("prob_L_E", "load_L_E", "norm_G", "token_count_M_V") and bool((value < 0).any()):
-            return f"{name} is negative"
+        least, most = _bounds(name, report)
+        if not bool(((least <= value) & (value <= most)).all()):
+            return f"{name} is negative or impossibly large: must lie between {least:g} and {most:g}"
+    if bool(((report.prob_L_E.sum(-1) - 1).abs() > SUM_SLACK).any()):
+        return "prob_L_E does not sum to one over the experts of each layer"
+    return None
+
+
+def _bounds(name: str, report: Statistics) -> tuple[float, float]:
+    """Least and most that a value of a field can be. A token is sent to an expert once; both sides of a model read."""
+    unit = 1 + SUM_SLACK
+    return {
+        "prob_L_E": (0, unit),
+        "load_L_E": (0, report.tokens),
+        "margin_L_E": (0, unit),
+        "centroid_L_E_D": (-unit, unit),
+        "update_L_E_S": (-unit, unit),
+        "token_count_M_V": (0, 2 * report.tokens),
+        "token_met_M_B": (0, 255),
+    }.get(name, (0, MOST))
+
+
+def check_plan(plan: Plan, reports: Sequence[Statistics], layout: Layout) -> str | None:
+    """Why a plan cannot be used, or None: "has ..." after the algorithm's name."""
+    clients = tuple(report.client for report in reports)
+    if plan.clients != clients:
+        return f"has clients {plan.clients}, asked were {clients}"
+    cells = (len(clients), len(layout.groups))
+    tables: dict[str, tuple[Tensor | None, tuple[int, ...], bool]] = {
+        "weights": (plan.weight_C_G, cells, True),
+        "factors": (plan.factor_C_G, cells, False),
+    }
+    tables |= {f"stream {name}": (stream_C_G, cells, False) for name, stream_C_G in plan.streams.items()}
+    tables["token weights"] = (plan.token_weight_C_M_V, (len(clients), *layout.token_cells), True)
+    for name, (table, shape, is_weight) in tables.items():
+        if table is None:
+            continue
+        if table.shape != shape or not bool(table.isfinite().all()):
+            return f"has {name} {list(table.shape)} that are not finite, or not {list(shape)}"
+        total = table.double().sum(0)
+        if is_weight and bool((table < 0).any() | ((total - 1).abs().minimum(total.abs()) > SUM_SLACK).any()):
+            return f"has {name} that are negative, or sum over clients to neither 0 nor 1"
     return None
 
 
 def check_evaluation(score: Evaluation) -> str | None:
     """Why a client's score cannot be used, or None."""
-    if score.examples <= 0 or not math.isfinite(score.loss):
+    if not 0 < score.examples <= MOST or not abs(score.loss) <= MOST:
         return f"its loss is {score.loss} on {score.examples} examples"
     if score.accuracy is not None and not 0 <= score.accuracy <= 1:
         return f"its accuracy is {score.accuracy}"

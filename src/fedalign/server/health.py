@@ -9,7 +9,6 @@ updates, by their sketches), NaN where one of the two does not hold the expert. 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedalign.files import replacing_file
 from fedalign.maths.experts import centred_directions, cosines, direction_consensus
 from fedalign.protocol import Layout, Plan, Statistics
 
@@ -49,14 +49,13 @@ def write_health(folder: Path, round: int, reports: Sequence[Statistics], plan: 
         "expert_norm_C_L_E": expert_norm_C_L_E.contiguous(),
         "shared_norm_C": shared_norm_C.contiguous(),
     }
-    if len(reports) <= PAIRWISE:
+    if len(reports) <= PAIRWISE and reports[0].centroid_L_E_D.numel():
         tensors["similarity_L_E_C_C"] = similarity(reports).half()
+    if len(reports) <= PAIRWISE and reports[0].update_L_E_S.numel():
         tensors["consensus_L_E_C_C"] = consensus(reports).half()
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"round-{round:05d}.safetensors"
-    new = file.with_name(f".{file.name}.new")
-    save_file(tensors, new, metadata={"clients": json.dumps(plan.clients)})
-    os.replace(new, file)
+    with replacing_file(folder / f"round-{round:05d}.safetensors") as file:
+        save_file(tensors, file, metadata={"clients": json.dumps(plan.clients)})
 
 
 def similarity(reports: Sequence[Statistics]) -> Tensor:

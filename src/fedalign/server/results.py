@@ -6,6 +6,7 @@ model/  best/   Hugging Face folders  clients/        what each client keeps for
 clients.json    what is known of their data
 health/         routing, similarities and weights of each round
 events.*        for TensorBoard       trackers.json   ids of this run at MLflow and W&B
+.fedalign       what may be removed when the run is replaced
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from importlib import metadata
@@ -23,13 +23,20 @@ from typing import Any, Protocol
 
 from fedalign import parallel
 from fedalign.config.run import Config
+from fedalign.config.toml import read_config
 from fedalign.errors import UserError
-from fedalign.files import replacing, write_text
+from fedalign.files import check_free, replacing, take, write_text
 from fedalign.protocol import Layout, Metrics, Plan, Statistics, Weights
 from fedalign.server.checkpoint import ServerState
 from fedalign.server.health import write_health
 from fedalign.server.scores import accuracy_of, loss_of, merit
 from fedalign.server.trackers import TrackedRun, open_trackers
+
+WRITTEN = (  # to a run's folder, by whoever takes part in the run; model/ and best/ are marked themselves
+    *("config.toml", "metrics.jsonl", "summary.json", "clients.json", "trackers.json", "report.html"),
+    *("checkpoint/round-*", "clients/*/round-*", "health/round-*.safetensors", "model/", "best/"),
+    *("events.out.tfevents.*", "wandb/*", "flower/*", "status.json", "run-key"),
+)
 
 
 class Saves(Protocol):
@@ -58,35 +65,37 @@ class RunFolder:
         self.holdings = path / "clients.json"
 
     def check_free(self, overwrite: bool) -> None:
-        """Refuse a place where a run or anything else would be lost.
+        """Refuse a place where anything would be lost but a run that `overwrite` replaces.
 
         Raises:
-            UserError: The folder holds a run and `overwrite` is not set, or holds something that is not a run.
+            UserError: Something would be lost.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--out {str(self.path)!r}: is a file. Give a folder that does not exist yet.")
-        if not self.path.exists() or not any(self.path.iterdir()):
-            return
-        if not self.config.exists():
-            raise UserError(f"--out {str(self.path)!r}: is not empty and holds no run. Give a new or empty folder.")
-        if not overwrite:
-            raise UserError(
-                f"--out {str(self.path)!r}: already holds a run. Go on with it: fedalign run --resume {self.path}; "
-                f"replace it: --overwrite; or give another --out."
-            )
+        check_free(self.path, "run", overwrite, go_on=f"Go on with it: fedalign run --resume {self.path}. ")
 
     @parallel.by_the_first
     def begin(self, config: Config) -> None:
-        """Make the folder anew with the resolved configuration."""
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True)
+        """Make the folder anew with the resolved configuration; call it where `check_free` allowed it.
+
+        Raises:
+            UserError: Something is there now that no run wrote.
+        """
+        take(self.path, "run", WRITTEN)
         write_text(self.config, config.to_toml())
 
-    def require_run(self) -> None:
-        """Refuse to resume where there is no run."""
-        if not self.config.exists():
-            raise UserError(f"--resume {str(self.path)!r}: holds no run (no config.toml). Give the --out of a run.")
+    def read_config(self, said: str) -> Config:
+        """The run's configuration.
+
+        Raises:
+            UserError: There is no run, or its configuration cannot be read; `said` is how the user gave the folder.
+        """
+        try:
+            return read_config(self.config.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{said} {str(self.path)!r}: holds no run (no config.toml). Give the --out of a run."
+            ) from None
+        except (OSError, ValueError, UserError) as error:
+            raise UserError(f"{str(self.config)!r}: cannot be read ({' '.join(str(error).split())}).") from None
 
 
 class Recorder:
@@ -105,7 +114,7 @@ class Recorder:
 
     def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
         """Keep what a person will want to look at: routing, similarity and weights."""
-        if self.config.tracking.health and parallel.is_first():
+        if self.config.tracking.health != "off" and parallel.is_first():
             write_health(self.folder.health, round, reports, plan, layout)
 
     def completed(self, state: ServerState, improved: bool) -> None:
@@ -130,7 +139,7 @@ class Recorder:
 
     def _save(self, weights: Weights, place: Path) -> None:
         """Every process gives its share of the model, the first writes it."""
-        with replacing(place) if parallel.is_first() else nullcontext(place) as folder:
+        with replacing(place, "model") if parallel.is_first() else nullcontext(place) as folder:
             self.centre.save_model(weights, folder)
 
     @parallel.by_the_first

@@ -20,6 +20,7 @@ from fedalign.maths.average import StreamingSum
 from fedalign.maths.rounding import broadcast_dtype, pack
 from fedalign.maths.server_step import server_step
 from fedalign.protocol import (
+    KINDS,
     Accumulator,
     Algorithm,
     Broadcast,
@@ -29,13 +30,15 @@ from fedalign.protocol import (
     Layout,
     Metrics,
     Plan,
+    Reports,
     State,
     Statistics,
     Update,
     Weights,
+    asked_shapes,
 )
 from fedalign.server.checkpoint import Checkpoints, ServerState
-from fedalign.server.checks import check_evaluation, check_statistics, find_outliers
+from fedalign.server.checks import check_evaluation, check_plan, check_statistics, find_outliers
 from fedalign.server.scores import Traffic, describe_plan, describe_scores, describe_training, merit
 
 
@@ -115,13 +118,16 @@ class Server:
                 f"round {number}: {len(reports)} of {len(chosen)} clients can be used, server.min_clients = "
                 f"{self.config.server.min_clients} are needed ({reasons}). The last complete round is kept."
             )
-        plan, algorithm_state = self.algorithm.plan(reports, self.layout, state.algorithm)
+        plan = self.algorithm.plan(Reports(reports, self.layout, len(members)), state.algorithm)
+        if problem := check_plan(plan, reports, self.layout):
+            name = self.config.algorithm.name
+            raise UserError(f"round {number}: the plan of {name} {problem}. The last complete round is kept.")
         plan = plan.without({report.client: report.frozen for report in reports}, self.layout)
         self.observer.planned(number, reports, plan, self.layout)
         total, lost = self._sum(plan, reports, number, traffic)
         share = self.config.server.min_arrived
         weights, moments = self._optimise(state, total.result(state.weights, share), plan, reports)
-        algorithm_state = self.algorithm.apply(algorithm_state, total.streams(share), self.layout, len(members))
+        algorithm_state = plan.then(total.streams(share)) if plan.then else plan.state
         scores, unscored = self._scores(weights, number, traffic)
         metrics = {
             **scores,
@@ -160,13 +166,14 @@ class Server:
         traffic.send(chosen, broadcast.nbytes)
         reports: dict[str, Statistics] = {}
         failures: list[Failure] = []
+        widths = self.config.statistics.centroid_width, self.config.statistics.update_width
+        shapes = asked_shapes(self.layout, self.config.asks, *widths)
         self.observer.progress(number, "training", 0, len(chosen))
         for reply in self.federation.train(broadcast, chosen):
             if isinstance(reply, Statistics):
                 traffic.statistics += reply.nbytes
                 traffic.up(reply.client, reply.nbytes)
-                cells = self.layout.token_cells if self.algorithm.counts_tokens else (0, 0)
-                problem = check_statistics(reply, self.layout, self.config.statistics, number, cells)
+                problem = check_statistics(reply, self.layout, shapes, number)
                 if problem is None:
                     reports[reply.client] = reply
                 else:
@@ -202,7 +209,7 @@ class Server:
         if number % self.config.evaluation.every and not last:
             return metrics, []
         self.observer.progress(number, "evaluating", 0, 1)
-        everyone_alone = all(self.algorithm.private(group) for group in self.layout.groups)
+        everyone_alone = self.algorithm.private >= set(KINDS)
         overall = None if everyone_alone else self.evaluate(weights)
         scores: list[Evaluation] = []
         failures: list[Failure] = []

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from fedalign import parallel
 from fedalign.config.run import Config, FederationConfig
-from fedalign.config.toml import load_config
+from fedalign.config.toml import Overrides, as_texts, load_config
 from fedalign.errors import UserError
 from fedalign.files import write_text
 from fedalign.protocol import Evaluation, Federation, Layout, Plan, Statistics, Weights
@@ -82,15 +82,15 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def resumed_config(out: Path, overrides: Sequence[str]) -> Config:
+def resumed_config(out: Path, overrides: Overrides) -> Config:
     """The configuration of the run in `out`, with those overrides that a resumed run may take.
 
     Raises:
         UserError: There is no run, or an override would make it another run.
     """
     folder = RunFolder(out)
-    folder.require_run()
-    for override in overrides:
+    folder.read_config("--resume")
+    for override in as_texts(overrides):
         key = override.partition("=")[0].strip()
         if key not in RESUMABLE:
             raise UserError(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedalign.errors import UserError
+from fedalign.files import write_text
 
 logger = logging.getLogger(__name__)
 PROJECT = "fedalign"  # where the user's environment names no other
@@ -55,7 +56,7 @@ class TrackedRun:
 
     def keep_id(self, tracker: str, id: str) -> None:
         """Remember it for `--resume`."""
-        self._file.write_text(json.dumps(self._ids() | {tracker: id}) + "\n", encoding="utf-8")
+        write_text(self._file, json.dumps(self._ids() | {tracker: id}) + "\n")
 
     @property
     def _file(self) -> Path:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from fedalign.federation.flower.coordinator import Coordinator
 from fedalign.federation.flower.link import Reply
 from fedalign.federation.in_process import prepare
 from fedalign.federation.messages import MESSAGES, Parcel, decode, encode
-from fedalign.federation.service import Answers, Service
+from fedalign.federation.service import Service
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import PROTOCOL, SHARED, Packed, ParameterGroup, Start, Update
 from fedalign.server.results import RunFolder
@@ -31,6 +31,10 @@ from tests.federation.test_messages import travel
 from tests.server.test_run import Silent, metrics, model_bytes
 
 SITES = ("east", "lab", "ward")
+
+
+class Answers(Protocol):
+    def answer(self, verb: str, parcel: Parcel) -> Parcel: ...
 
 
 class Direct:
@@ -107,7 +111,7 @@ def sites(folder: Path, house: Path, config: Config) -> dict[str, Answers]:
         data = house / "train" / f"{name}.jsonl"
         toml = f'name = "{name}"\n[data]\ntrain = "{data}"\n[limits]\nmin_tokens = 4\nmin_examples = 4\n'
         site = make_site(folder / name, toml)
-        services[name] = Service(name, site.memory("run"), lambda site=site: open_site(site, config, "run"))  # type: ignore[misc]
+        services[name] = Service(name, site.memory("run"), lambda site=site: open_site(site, config, "run"))  # type: ignore[misc] # mypy infers no lambda with defaults
     return services
 
 
@@ -187,7 +191,7 @@ def test_a_simulation_is_the_run_in_one_process(settings: list[str], tmp_path: P
     out = tmp_path / "simulated"
     dealt = DealtClients(config, out / "clients")
     services: dict[str, Answers] = {
-        name: Service(name, dealt.open(name).data.memory.folder, lambda name=name: dealt.open(name))  # type: ignore[misc]
+        name: Service(name, dealt.open(name).data.memory.folder, lambda name=name: dealt.open(name))  # type: ignore[misc] # mypy infers no lambda with defaults
         for name in dealt.names
     }
     run(out, Direct(services), config)

@@ -37,7 +37,7 @@ class PlayedGrid(Grid):
     def set_run(self, run: object) -> None: ...
 
     @property
-    def run(self) -> object:  # type: ignore[override]
+    def run(self) -> object:  # type: ignore[override] # Flower's may be written to
         return None
 
     def create_message(self, *_: object, **__: object) -> Message:

@@ -89,7 +89,7 @@ def test_a_node_key_is_a_p384_pair_that_only_its_owner_reads(tmp_path: Path) -> 
 @pytest.mark.parametrize("there", ["ward-a", "ward-a.pub"])
 def test_a_node_key_is_never_overwritten(tmp_path: Path, there: str) -> None:
     (tmp_path / there).write_text("precious")
-    with pytest.raises(UserError, match="already there"):
+    with pytest.raises(UserError, match="is there already"):
         make_node_key(tmp_path / "ward-a")
     assert [path.name for path in tmp_path.iterdir()] == [there]
     assert (tmp_path / there).read_text() == "precious"
@@ -238,7 +238,7 @@ def test_only_registered_sites_under_tls_get_in(deployment: Loopback) -> None:
         "plaintext-key": "TLS is not enabled",
     }
     for name, said in refused.items():
-        deployment.wait(lambda name=name, said=said: said in deployment.log(name), f"{name} to be refused")  # type: ignore[misc]
+        deployment.wait(lambda name=name, said=said: said in deployment.log(name), f"{name} to be refused")  # type: ignore[misc] # mypy infers no lambda with defaults
         assert "SuperNode ID" not in deployment.log(name)
     assert online(deployment) == []
 

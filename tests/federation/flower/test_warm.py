@@ -252,7 +252,7 @@ def test_a_socket_that_nobody_listens_on_means_no_trainer(site: SiteFolder, trai
     """As a trainer leaves it that was killed."""
     right = meeting_file(site).read_text()
     dead = Listener(str(tmp_path / "dead"), family="AF_UNIX")
-    dead._listener._unlink = None  # type: ignore[attr-defined]
+    dead._listener._unlink = None  # type: ignore[attr-defined] # private
     dead.close()
     meeting_file(site).write_text(json.dumps({**json.loads(right), "address": str(tmp_path / "dead")}))
     assert ask(site, "", "night", "hello", NOTHING) is None

@@ -7,7 +7,7 @@ is imported before it is needed; a simulation keeps the process and what it has 
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,42 +28,7 @@ if TYPE_CHECKING:
     from fedalign.client.trainer import OpenClient
 
 app = ClientApp()
-
-
-@app.train()
-def train(message: Message, context: Context) -> Message:
-    """Local training, then statistics."""
-    return _reply("train", message, context)
-
-
-@app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    """Scores on the held-out part."""
-    return _reply("evaluate", message, context)
-
-
-@app.query("hello")
-def hello(message: Message, context: Context) -> Message:
-    """What must agree."""
-    return _reply("hello", message, context)
-
-
-@app.query("start")
-def start(message: Message, context: Context) -> Message:
-    """The weights that the first round starts from."""
-    return _reply("start", message, context)
-
-
-@app.query("update")
-def update(message: Message, context: Context) -> Message:
-    """The groups that the plan asks for, read from disk."""
-    return _reply("update", message, context)
-
-
-@app.query("finish")
-def finish(message: Message, context: Context) -> Message:
-    """The run is complete."""
-    return _reply("finish", message, context)
+QUERIES = ("hello", "start", "update", "finish")  # beside what Flower has verbs for
 
 
 def _reply(verb: str, message: Message, context: Context) -> Message:
@@ -88,7 +53,7 @@ def _answer(verb: str, parcel: Parcel, run: RunAbout, context: Context) -> Parce
 def site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel) -> Parcel:
     """A site's answer: from its warm trainer where the model is needed and the trainer is there, else from here."""
     if verb in ("hello", "start", "train", "evaluate"):
-        from fedalign.federation.flower.warm import ask  # noqa: PLC0415
+        from fedalign.federation.flower.warm import ask
 
         answer = ask(folder, config, run, verb, parcel)
         if answer is not None:
@@ -97,8 +62,8 @@ def site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: Pa
 
 
 def _open_site(folder: SiteFolder, config: str, run: str) -> OpenClient:
-    from fedalign.client.open import open_site  # noqa: PLC0415
-    from fedalign.moe.load import quiet  # noqa: PLC0415
+    from fedalign.client.open import open_site
+    from fedalign.moe.load import quiet
 
     quiet()
     return open_site(folder, read_config(config), run)
@@ -115,8 +80,14 @@ def _dealt_service(partition: int, config: str, folder: Path) -> Service:
 
 @lru_cache(maxsize=1)
 def _dealt(config: str, folder: Path) -> DealtClients:
-    from fedalign.client.open import DealtClients  # noqa: PLC0415
-    from fedalign.moe.load import quiet  # noqa: PLC0415
+    from fedalign.client.open import DealtClients
+    from fedalign.moe.load import quiet
 
     quiet()
     return DealtClients(read_config(config), folder)
+
+
+app.train()(partial(_reply, "train"))
+app.evaluate()(partial(_reply, "evaluate"))
+for query in QUERIES:
+    app.query(query)(partial(_reply, query))

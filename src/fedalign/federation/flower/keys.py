@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from importlib.util import find_spec
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedalign.errors import UserError
-from fedalign.files import write_private
+from fedalign.files import check_new, write_private, write_text
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -36,20 +37,15 @@ def make_node_key(path: Path) -> Path:
         UserError: One of the files is there already, or cryptography is not installed.
     """
     _need_cryptography()
-    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415 - of the extra `flower`
-    from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
 
     public = path.with_name(f"{path.name}.pub")
-    for file in (path, public):
-        if file.exists():
-            raise UserError(
-                f"key {str(file)!r}: already there, and a site that lost its key must be registered anew. "
-                f"Use it, or choose another path."
-            )
+    check_new("key", (path, public), "A site that lost its key is registered anew: use it, or choose another path.")
     key = ec.generate_private_key(ec.SECP384R1())
-    write_private(path, _private_bytes(key, serialization.PrivateFormat.OpenSSH))
+    _write_key(path, key, serialization.PrivateFormat.OpenSSH)
     text = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    public.write_bytes(text + b"\n")
+    write_text(public, f"{text.decode()}\n")
     return public
 
 
@@ -62,10 +58,10 @@ def make_certificates(folder: Path) -> Certificates:
         UserError: cryptography is not installed.
     """
     _need_cryptography()
-    from cryptography import x509  # noqa: PLC0415 - of the extra `flower`
-    from cryptography.hazmat.primitives import hashes, serialization  # noqa: PLC0415
-    from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415
-    from cryptography.x509.oid import ExtendedKeyUsageOID  # noqa: PLC0415
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID
 
     curve = ec.SECP256R1()
     ca_key, key = ec.generate_private_key(curve), ec.generate_private_key(curve)
@@ -81,9 +77,7 @@ def make_certificates(folder: Path) -> Certificates:
         return certificate.public_bytes(serialization.Encoding.PEM)
 
     made = Certificates(folder / "ca.crt", folder / "server.crt", folder / "server.key")
-    folder.mkdir(parents=True, exist_ok=True)
-    made.key.unlink(missing_ok=True)
-    write_private(made.key, _private_bytes(key, serialization.PrivateFormat.PKCS8))
+    _write_key(made.key, key, serialization.PrivateFormat.PKCS8)
     made.ca.write_bytes(pem(ca.sign(ca_key, hashes.SHA256())))
     made.certificate.write_bytes(pem(server.sign(ca_key, hashes.SHA256())))
     return made
@@ -98,8 +92,8 @@ def _about(
     is_authority: bool,
 ) -> CertificateBuilder:
     """Everything that strict verifiers ask of either kind of certificate."""
-    from cryptography import x509  # noqa: PLC0415 - of the extra `flower`
-    from cryptography.x509.oid import NameOID  # noqa: PLC0415
+    from cryptography import x509
+    from cryptography.x509.oid import NameOID
 
     def name(text: str) -> x509.Name:
         return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
@@ -131,16 +125,19 @@ def _about(
     )
 
 
-def _private_bytes(key: EllipticCurvePrivateKey, form: PrivateFormat) -> bytes:
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption  # noqa: PLC0415 - as above
+def _write_key(path: Path, key: EllipticCurvePrivateKey, form: PrivateFormat) -> None:
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption
 
-    return key.private_bytes(Encoding.PEM, form, NoEncryption())
+    try:
+        write_private(path, key.private_bytes(Encoding.PEM, form, NoEncryption()))
+    except OSError as error:
+        raise UserError(
+            f"key {str(path)!r}: cannot be written ({error.strerror}). Choose a path in a folder of yours."
+        ) from None
 
 
 def _need_cryptography() -> None:
-    try:
-        import cryptography  # noqa: F401, PLC0415
-    except ImportError:
+    if find_spec("cryptography") is None:
         raise UserError(
             "cryptography: not installed, and keys are made with it. Run: pip install 'fedalign-moe[flower]'"
-        ) from None
+        )

@@ -25,11 +25,11 @@ import tomli_w
 from fedalign.config.run import Config
 from fedalign.data.deal import split_among_clients
 from fedalign.errors import UserError
-from fedalign.federation.flower.programs import HOST, environment, executable, free_port
+from fedalign.federation.flower.programs import HOST, ask_flwr, connect, environment, executable, free_port
 from fedalign.federation.flower.status import is_running, read_status
 from fedalign.files import write_text
 from fedalign.server.checkpoint import ServerState
-from fedalign.server.results import RunFolder
+from fedalign.server.results import RunFolder, read_history
 from fedalign.server.rounds import Observer
 
 CONNECTION = "fedalign"
@@ -48,16 +48,8 @@ class Flower:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.home.mkdir(parents=True, exist_ok=True)
-        connection: dict[str, Any] = {"address": self.address}
-        if self.root_certificates:
-            connection["root-certificates"] = str(Path(self.root_certificates).absolute())
-        else:
-            connection["insecure"] = True
-        if self.options:
-            connection["options"] = dict(self.options)
-        tables = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
-        write_text(self.home / "config.toml", tomli_w.dumps(tables))
+        ca = Path(self.root_certificates) if self.root_certificates else None
+        connect(self.home, CONNECTION, self.address, ca, self.options)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -92,22 +84,7 @@ class Flower:
             self._flwr("stop", run_id, CONNECTION)
 
     def _flwr(self, *arguments: str) -> dict[str, Any]:
-        done = subprocess.run(
-            [executable("flwr", self.environment), *arguments, "--format", "json"],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-        try:
-            answer: dict[str, Any] = json.loads(done.stdout)
-        except ValueError:
-            answer = {"success": False, "error-message": (done.stderr or done.stdout).strip()}
-        if not answer.get("success"):
-            told = " ".join(str(answer.get("error-message", "")).split())[-400:]
-            raise UserError(f"SuperLink {self.address}: `flwr {arguments[0]}` failed: {told}. Is it running there?")
-        return answer
+        return ask_flwr(self.environment, self.address, *arguments)
 
 
 def run(config: Config, folder: RunFolder, watch: Observer) -> dict[str, Any]:
@@ -158,14 +135,6 @@ def watch_run(folder: RunFolder, watch: Observer, flower: Flower, run_id: str) -
     except KeyboardInterrupt:
         flower.stop(run_id)
         raise
-
-
-def read_history(folder: RunFolder) -> list[dict[str, Any]]:
-    """The rounds that metrics.jsonl holds."""
-    try:
-        return [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        return []
 
 
 @contextlib.contextmanager

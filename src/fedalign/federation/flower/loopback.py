@@ -24,7 +24,7 @@ from typing import Any, Self
 
 from fedalign.errors import UserError, unknown
 from fedalign.federation.flower.keys import Certificates, make_certificates
-from fedalign.federation.flower.programs import HOST, environment, executable, free_port
+from fedalign.federation.flower.programs import HOST, ask_flwr, connect, environment, executable, flwr, free_port
 
 CONNECTION = "loopback"  # what `flwr` calls this SuperLink
 SUPERLINK = "superlink"
@@ -83,18 +83,8 @@ class Loopback:
         self._programs: dict[str, _Program] = {}
         self._ports: set[int] = {self.port}
         self._handlers: dict[int, Any] = {}
-        self._write_connection()
-
-    def _write_connection(self) -> None:
-        home = Path(self.environment["FLWR_HOME"])
-        home.mkdir(parents=True, exist_ok=True)
-        about = "insecure = true"
-        if self.certificates:
-            about = f"root-certificates = {quoted(str(self.certificates.ca))}"
-        (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{self.address}"\n{about}\n',
-            encoding="utf-8",
-        )
+        ca = self.certificates.ca if self.certificates else None
+        connect(Path(self.environment["FLWR_HOME"]), CONNECTION, self.address, ca)
 
     def start_superlink(self) -> None:
         """Start the SuperLink and wait until it answers; after a kill, on the same port and database.
@@ -148,28 +138,11 @@ class Loopback:
         return list(self._ask("supernode", "list", CONNECTION)["nodes"])
 
     def _ask(self, *arguments: str) -> dict[str, Any]:
-        answered = self.flwr(*arguments, "--format", "json")
-        try:
-            answer = json.loads(answered.stdout)
-        except ValueError:
-            answer = {}
-        if answered.returncode or not answer.get("success"):
-            said = answer.get("error-message") or answered.stdout + answered.stderr
-            raise UserError(f"flwr {' '.join(arguments)}: refused. It said: {said.strip()}")
-        return dict(answer)
+        return ask_flwr(self.environment, self.address, *arguments)
 
     def flwr(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Run Flower's own command line against this deployment, for example `flwr("run", ".", "loopback")`."""
-        return subprocess.run(
-            [executable("flwr", self.environment), *arguments],
-            env=self.environment,
-            cwd=cwd or self.folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            check=False,
-        )
+        return flwr(self.environment, *arguments, cwd=cwd or self.folder)
 
     def start_supernode(
         self, name: str, node_config: Mapping[str, str | int], key: Path | None, insecure: bool = False

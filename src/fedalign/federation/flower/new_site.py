@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from fedalign.config.run import Columns, DataConfig
 from fedalign.config.site import FILE, SiteConfig, SiteFolder
-from fedalign.config.toml import explain, site_toml
+from fedalign.config.toml import checked
 from fedalign.data.sources import read_rows
 from fedalign.errors import UserError, unknown
 from fedalign.federation.flower.keys import make_node_key
+from fedalign.files import check_new, write_text
 
 FIRST_ROWS = 10
 
@@ -39,16 +39,15 @@ def init_site(name: str, folder: Path, wishes: Wishes) -> SiteFolder:
         UserError: A value is wrong, the data cannot be read, or the folder holds a site.
     """
     config = configure(name, wishes)
-    for path in (folder / FILE, folder / config.coordinator.key, folder / f"{config.coordinator.key}.pub"):
-        if path.exists():
-            raise UserError(f"site {name!r}: {path} is there already. Choose another folder with --dir.")
+    files = [folder / file for file in (FILE, config.coordinator.key, f"{config.coordinator.key}.pub")]
+    check_new(f"site {name!r}", files, "Choose another folder with --dir.")
     check_first_rows(config)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # a run's updates are kept here
     except OSError as error:
         raise UserError(f"site {name!r}: {folder} cannot be made ({error.strerror}). Choose another --dir.") from None
     make_node_key(folder / config.coordinator.key)
-    (folder / FILE).write_text(site_toml(config), encoding="utf-8")
+    write_text(folder / FILE, config.to_toml())
     return SiteFolder.load(folder)
 
 
@@ -57,8 +56,8 @@ def configure(name: str, wishes: Wishes) -> SiteConfig:
     if not wishes.data.expanduser().exists():
         raise UserError(f"--data {str(wishes.data)!r}: no such file or folder.")
     certificates = wishes.root_certificates
-    if certificates is not None and not certificates.expanduser().is_file():
-        raise UserError(f"--root-certificates {str(certificates)!r}: no such file. Give the coordinator's ca.crt.")
+    if certificates is not None:
+        _check_certificates(certificates)
     coordinator = {"superlink": wishes.superlink, "root_certificates": _absolute(certificates)}
     tables = {
         "name": name,
@@ -67,10 +66,15 @@ def configure(name: str, wishes: Wishes) -> SiteConfig:
         "limits": _given({"device": wishes.device}),
         "coordinator": _given(coordinator),
     }
+    return checked(SiteConfig, tables)
+
+
+def _check_certificates(path: Path) -> None:
     try:
-        return SiteConfig.model_validate(tables)
-    except ValidationError as error:
-        raise UserError("\n".join(explain(problem, SiteConfig) for problem in error.errors())) from None
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path.expanduser())
+    except OSError as error:  # also what ssl raises
+        flaw = "no such file" if isinstance(error, FileNotFoundError) else "holds no certificate in PEM form"
+        raise UserError(f"--root-certificates {str(path)!r}: {flaw}. Give the coordinator's ca.crt.") from None
 
 
 def parse_columns(pairs: list[str]) -> dict[str, str]:

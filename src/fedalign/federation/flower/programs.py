@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 import socket
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import tomli_w
 
 from fedalign.errors import UserError
+from fedalign.files import write_text
 
 HOST = "127.0.0.1"
+FLWR_SECONDS = 120
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -48,6 +55,48 @@ def executable(name: str, environment: Mapping[str, str]) -> str:
     if not found:
         raise UserError(f"{name}: not found, and it comes with Flower. Run: pip install 'fedalign-moe[flower]'")
     return found
+
+
+def connect(
+    home: Path, name: str, address: str, root_certificates: Path | None, options: Mapping[str, Any] | None = None
+) -> None:
+    """Let the `flwr` of this home know a SuperLink by a name, its only one."""
+    trust = {"root-certificates": str(root_certificates.absolute())} if root_certificates else {"insecure": True}
+    connection = {"address": address, **trust} | ({"options": dict(options)} if options else {})
+    home.mkdir(parents=True, exist_ok=True)
+    write_text(home / "config.toml", tomli_w.dumps({"superlink": {"default": name, name: connection}}))
+
+
+def flwr(environment: Mapping[str, str], *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run Flower's own command line."""
+    return subprocess.run(
+        [executable("flwr", environment), *arguments],
+        env=environment,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+        timeout=FLWR_SECONDS,
+    )
+
+
+def ask_flwr(environment: Mapping[str, str], address: str, *arguments: str) -> dict[str, Any]:
+    """What the SuperLink at this address, which the home is connected to, answers to a command.
+
+    Raises:
+        UserError: It refuses, or cannot be reached.
+    """
+    done = flwr(environment, *arguments, "--format", "json")
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        answer = {"error-message": done.stderr or done.stdout}
+    if done.returncode or not answer.get("success"):
+        told = " ".join(str(answer.get("error-message", "")).split())[-400:]
+        raise UserError(f"SuperLink {address}: `flwr {arguments[0]}` failed: {told}. Is it running there?")
+    return answer
 
 
 def free_port(taken: AbstractSet[int] = frozenset()) -> int:

@@ -26,6 +26,7 @@ from fedalign.protocol import (
     Failure,
     Hello,
     Request,
+    Stage,
     Start,
     Statistics,
     Update,
@@ -79,7 +80,7 @@ class Late:
     """A message whose reply did not come in time."""
 
     site: str
-    stage: str
+    stage: Stage
     round: int
     asked: float
 
@@ -93,7 +94,7 @@ class Refusal:
 
 
 @dataclass
-class Gate:
+class Door:
     """Nodes on their way in."""
 
     asked: dict[str, tuple[int, float]] = field(default_factory=dict)  # message id -> node, when
@@ -116,7 +117,7 @@ class FlowerFederation:
         self.agreement = agreement
         self.sites: dict[str, Site] = {}
         self._pause = pause
-        self._gate = Gate()
+        self._door = Door()
         self._late: dict[str, Late] = {}
         self._faults: list[Failure] = []
         self._round = 0
@@ -135,7 +136,7 @@ class FlowerFederation:
             present = [name for name, site in sorted(self.sites.items()) if self._why_not(site, nodes) is None]
             waited = time.monotonic() - started
             knocking = any(
-                asked > time.monotonic() - self.policy.wait_seconds for _, asked in self._gate.asked.values()
+                asked > time.monotonic() - self.policy.wait_seconds for _, asked in self._door.asked.values()
             )
             if len(present) >= self.policy.min_sites and not knocking:
                 self._faults += self._absent(nodes)
@@ -207,18 +208,18 @@ class FlowerFederation:
     def _let_in(self) -> None:
         """Greet nodes that are new, and admit or refuse those that have answered."""
         nodes = self.link.nodes()  # what is gone may have been mended when it comes back
-        self._gate.refused = {n: refusal for n, refusal in self._gate.refused.items() if refusal.among <= set(nodes)}
-        self._gate.asked = {message: asked for message, asked in self._gate.asked.items() if asked[0] in nodes}
-        known = {site.node for site in self.sites.values()} | {node for node, _ in self._gate.asked.values()}
-        new = [node for node in nodes if node not in known and node not in self._gate.refused]
+        self._door.refused = {n: refusal for n, refusal in self._door.refused.items() if refusal.among <= set(nodes)}
+        self._door.asked = {message: asked for message, asked in self._door.asked.items() if asked[0] in nodes}
+        known = {site.node for site in self.sites.values()} | {node for node, _ in self._door.asked.values()}
+        new = [node for node in nodes if node not in known and node not in self._door.refused]
         if new:
             now = time.monotonic()
-            self._gate.asked |= {
+            self._door.asked |= {
                 message: (node, now) for message, node in self.link.ask("query.hello", NOTHING, new).items()
             }
         answers = []
-        for reply in self.link.replies(list(self._gate.asked)):
-            node, _ = self._gate.asked.pop(reply.message)
+        for reply in self.link.replies(list(self._door.asked)):
+            node, _ = self._door.asked.pop(reply.message)
             answer = self._read("", "join", reply, Hello)
             if isinstance(answer, Hello):
                 answers.append((node, answer))
@@ -262,7 +263,7 @@ class FlowerFederation:
 
     def _refuse(self, node: int, name: str, reason: str, *because_of: int) -> None:
         log.warning("%s was refused: %s", name, reason)
-        self._gate.refused[node] = Refusal(f"{name}: {reason}", frozenset({node, *because_of}))
+        self._door.refused[node] = Refusal(f"{name}: {reason}", frozenset({node, *because_of}))
         self._faults.append(Failure(name, "join", f"refused: {reason}"))
 
     def _why_not(self, site: Site, nodes: set[int]) -> str | None:
@@ -291,12 +292,12 @@ class FlowerFederation:
             self._faults.append(Failure(name, "join", f"{reason}{self.policy.max_missed}"))
 
     def _too_few(self, present: Sequence[str]) -> str:
-        refused = "; ".join(refusal.reason for refusal in self._gate.refused.values())
+        refused = "; ".join(refusal.reason for refusal in self._door.refused.values())
         out = ", ".join(name for name, site in self.sites.items() if site.left_out)
         return (
             f"{len(present)} sites are connected and fit, federation.min_sites = {self.policy.min_sites} are needed; "
             f"waited {self.policy.wait_seconds} s (federation.wait_seconds)."
-            + (f" Connected, but not heard yet: {len(self._gate.asked)}." if self._gate.asked else "")
+            + (f" Connected, but not heard yet: {len(self._door.asked)}." if self._door.asked else "")
             + (f" Refused: {refused}." if refused else "")
             + (f" Left out: {out}." if out else "")
             + " Run `fedalign doctor` at the sites; complete rounds are kept."
@@ -375,7 +376,7 @@ class FlowerFederation:
                 if isinstance(reply.content, str)
                 else f"its reply of round {late.round} came after {seconds:.0f} s and was discarded"
             )
-            self._faults.append(Failure(late.site, late.stage, reason))  # type: ignore[arg-type]
+            self._faults.append(Failure(late.site, late.stage, reason))
 
 
 def _layout(layers: int, experts: int) -> str:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from fedalign.errors import UserError
-from fedalign.files import write_text
+from fedalign.files import LOCK, write_text
 from fedalign.protocol import Layout, Plan, Statistics
 from fedalign.server.checkpoint import ServerState
 
-State = Literal["starting", "running", "failed", "complete"]
 PATIENCE = 1.0  # seconds that a run folder may be held before another coordinator is said to run it
 
 
@@ -25,7 +24,7 @@ PATIENCE = 1.0  # seconds that a run folder may be held before another coordinat
 class Status:
     """What a run is doing."""
 
-    state: State = "starting"
+    state: Literal["starting", "running", "failed", "complete"] = "starting"
     pid: int = 0
     round: int = 0
     stage: str = "waiting for sites"
@@ -86,7 +85,7 @@ def running(folder: Path) -> Iterator[None]:
     Raises:
         UserError: Another process runs it.
     """
-    with (folder / ".lock").open("w") as lock:
+    with (folder / LOCK).open("w") as lock:
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
@@ -102,7 +101,7 @@ def running(folder: Path) -> Iterator[None]:
 def is_running(folder: Path) -> bool:
     """Whether a coordinator holds the run folder."""
     try:
-        with (folder / ".lock").open() as lock:
+        with (folder / LOCK).open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tomllib
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import tomli_w
 
 from fedalign.config.run import ClientsConfig, DataConfig
 from fedalign.data.formats import load_examples
 from fedalign.data.partition import partition
+from fedalign.demo import DEMO
 from fedalign.errors import UserError
 from fedalign.federation.flower.keys import make_node_key
 from fedalign.federation.flower.loopback import Loopback
+from fedalign.files import check_free, take
+from fedalign.units import percent, size
 
 SITES = ("hospital-a", "hospital-b", "lab-c")
-CONFIG = Path(__file__).parent / "sites.toml"
+CONFIG = DEMO.with_name("sites.toml")
 EXAMPLES = 1200
+KIND, WRITTEN = "demo of sites", ("sites/*", "flower/*", "federation.toml", "run/")
 
 
 def main() -> None:
@@ -44,9 +46,8 @@ def main() -> None:
 
 def demo(out: Path, rounds: int) -> int:
     """Set up, run, end; the exit status of `fedalign run`."""
-    if out.exists() and not (out / "sites").is_dir():
-        raise UserError(f"--out {str(out)!r}: holds something else. Choose another folder.")
-    shutil.rmtree(out, ignore_errors=True)
+    check_free(out, KIND, overwrite=True)
+    take(out, KIND, WRITTEN)
     classes = deal_data(out / "sites")
     with Loopback(out / "flower") as loopback:
         assert loopback.certificates is not None
@@ -96,19 +97,11 @@ def report(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     say(f"\n{'site':<12}{'accuracy':>22}{'sent up':>12}{'sent down':>12}   (rounds 1 to {len(lines) - 1})")
     for site in SITES:
-        first, last = (percent(line, site) for line in (lines[0], lines[-1]))
-        up, down = (megabytes(lines, f"bytes_{way}_by_client", site) for way in ("up", "down"))
+        first, last = (percent(line["client_accuracies"][site]) for line in (lines[0], lines[-1]))
+        up, down = (
+            size(sum(line.get(f"bytes_{way}_by_client", {}).get(site, 0) for line in lines)) for way in ("up", "down")
+        )
         say(f"{site:<12}{first + ' -> ' + last:>22}{up:>12}{down:>12}")
-
-
-def percent(line: dict[str, Any], site: str) -> str:
-    """A site's own accuracy after a round."""
-    return f"{100 * line['client_accuracies'][site]:.1f} %"
-
-
-def megabytes(lines: list[dict[str, Any]], key: str, site: str) -> str:
-    """What a site sent or got in all rounds."""
-    return f"{sum(line.get(key, {}).get(site, 0) for line in lines) / 1e6:.1f} MB"
 
 
 def say(text: str) -> None:

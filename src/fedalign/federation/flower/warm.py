@@ -22,10 +22,9 @@ import torch
 from fedalign.config.site import SiteFolder
 from fedalign.federation.messages import DTYPES, Parcel
 from fedalign.federation.service import Service
+from fedalign.files import write_private
 
 log = logging.getLogger("fedalign")
-
-MeetingPoint = tuple[str, bytes]  # address, secret
 
 
 def ask(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel) -> Parcel | None:
@@ -58,7 +57,7 @@ def serve(folder: SiteFolder, open_service: Callable[[str, str], Service], ready
     with Listener(authkey=secret) as listener:
         where = json.dumps({"address": listener.address, "secret": secret.hex(), "pid": os.getpid()})
         try:
-            _write_private(file, where)
+            write_private(file, where.encode())
             ready()
             while True:
                 try:
@@ -108,11 +107,3 @@ def receive(connection: Connection) -> Parcel:
                 start += connection.recv_bytes_into(buffer, start)
         arrays[name] = (flat,)
     return Parcel(about["head"], arrays)
-
-
-def _write_private(file: Path, text: str) -> None:
-    new = file.with_name(f".{file.name}.new")
-    new.unlink(missing_ok=True)
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as target:
-        target.write(text)
-    new.replace(file)

@@ -1,0 +1,92 @@
+"""For authors of algorithms: made-up reports, and a plan tried on them as a server would.
+
+>>> from fedalign.algorithms import make
+>>> algorithm = make("fedalign_moe", {})
+>>> plan = planned(algorithm, reports(clients=3, experts=4, asks=algorithm.asks))
+>>> plan.weight_C_G.shape, sorted(plan.state)
+(torch.Size([3, 17]), ['target_L_E'])
+>>> later = planned(algorithm, reports(clients=3, experts=4, asks=algorithm.asks, seed=1), plan.state)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from fedalign.client.statistics import packed_bits
+from fedalign.maths.routing import decision_margin
+from fedalign.protocol import SHARED, Algorithm, Ask, Layout, Plan, Reports, State, Statistics, TokenRows, asked_shapes
+from fedalign.server.checks import check_plan
+
+EVERYTHING: frozenset[Ask] = frozenset(get_args(Ask)) - {"data"}
+TOKENS, TOP_K, WIDTH, VOCABULARY = 128, 2, 16, 50
+
+
+def layout(layers: int = 2, experts: int = 4, token_rows: bool = True) -> Layout:
+    """A model whose groups are small; its first 50 shared values are rows of an embedding, one value to a token."""
+    sizes = {group: VOCABULARY + 10 if group == SHARED else 5 for group in Layout(layers, experts, {}).groups}
+    rows = (TokenRows(0, VOCABULARY, 1),) if token_rows else ()
+    return Layout(layers, experts, sizes, token_rows=rows, softmax_L=(True,) * layers)
+
+
+def reports(
+    clients: int = 3,
+    layers: int = 2,
+    experts: int = 4,
+    *,
+    asks: Set[Ask] = EVERYTHING,
+    seed: int = 0,
+    min_tokens: int = 16,
+    token_rows: bool = True,
+) -> Reports:
+    """What clients would say of random tokens: the same seed, the same reports. Each trained all groups.
+
+    Routers and updates differ from client to client about something common. Experts that fewer than `min_tokens` of
+    a client's 128 tokens reached are withheld.
+    """
+    model = layout(layers, experts, token_rows)
+    return Reports([_report(c, model, asks, seed, min_tokens) for c in range(clients)], model, clients)
+
+
+def planned(algorithm: Algorithm, seen: Reports, state: State | None = None) -> Plan:
+    """The algorithm's plan; a ValueError says why a server would not go on with it."""
+    plan = algorithm.plan(seen, state or {})
+    if flaw := check_plan(plan, seen.of, seen.layout):
+        raise ValueError(f"the plan {flaw}")
+    return plan
+
+
+def _report(client: int, model: Layout, asks: Set[Ask], seed: int, min_tokens: int) -> Statistics:
+    common, own = (torch.Generator().manual_seed(1000 * seed + number) for number in (0, client + 1))
+    layers, experts = cells = model.layers, model.experts
+
+    def alike(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=common) + torch.randn(shape, generator=own)
+
+    prob_L_T_E = (alike(layers, 1, experts) / 2 + torch.randn(layers, TOKENS, experts, generator=own)).softmax(-1)
+    topk_L_T_K = prob_L_T_E.topk(min(TOP_K, experts)).indices
+    load_L_E = one_hot(topk_L_T_K, experts).sum((1, 2)).float()
+    load_L_E *= load_L_E >= min_tokens
+    held_L_E_1 = (load_L_E > 0).unsqueeze(-1)
+    token_1_T = alike(1, VOCABULARY).exp().multinomial(TOKENS, replacement=True, generator=own)
+    count_M_V = one_hot(token_1_T, VOCABULARY).sum(1)
+    every = {
+        "prob_L_E": prob_L_T_E.mean(1),
+        "load_L_E": load_L_E,
+        "norm_G": 0.01 + 0.01 * torch.rand(len(model.groups), generator=own),
+        "margin_L_E": decision_margin(prob_L_T_E, topk_L_T_K) * (load_L_E > 0),
+        "centroid_L_E_D": alike(*cells, WIDTH).tanh() * held_L_E_1,
+        "centroid_scale_L": torch.ones(layers),
+        "update_L_E_S": normalize(alike(*cells, WIDTH), dim=-1) * held_L_E_1,
+        "token_count_M_V": count_M_V,
+        "token_met_M_B": packed_bits(count_M_V > 0),
+    }
+    asked = asked_shapes(model, asks, WIDTH, WIDTH).items()
+    empty_or = {name: every[name] if all(shape) else torch.zeros(shape) for name, (shape, _) in asked}
+    fields: dict[str, Any] = {name: empty_or[name].to(getattr(torch, dtype)) for name, (_, dtype) in asked}
+    examples = 20 + int(torch.randint(200, (), generator=own))
+    return Statistics(f"client-{client}", 1, examples, TOKENS, steps=10, learning_rate=1e-3, loss=1.0, **fields)

@@ -1,0 +1,66 @@
+"""What a client keeps: what it hands over, and what it goes on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedalign.client.memory import ClientMemory, Kept
+from fedalign.protocol import SHARED, Packed, ParameterGroup, Request
+
+EXPERT = ParameterGroup("expert", 1, 2)
+WHOLE = Kept(
+    prob_L_E=torch.tensor([[0.25, 0.75]]),
+    optimizer={"0.exp_avg": torch.ones(2, 3).t(), "11.step": torch.tensor(7.0)},
+    private={ParameterGroup("gate", 0, 1): torch.arange(3.0)},
+    algorithm={"received.expert[1,2]": torch.zeros(1), "a/b": torch.ones(1)},
+    own={SHARED: torch.tensor([4.0]), EXPERT: torch.empty(0)},
+    mixer={"weight": torch.ones(1, 4), "bias": torch.zeros(1)},
+)
+
+
+def prob_L_E(memory: ClientMemory, round: int) -> list[float]:
+    found = memory.before(round).prob_L_E
+    assert found is not None
+    return found.tolist()
+
+
+@pytest.mark.parametrize("kept", [WHOLE, Kept()])
+def test_what_is_kept_comes_back_field_by_field(kept: Kept, tmp_path: Path) -> None:
+    memory = ClientMemory(tmp_path)
+    memory.keep(1, {}, kept)
+    found = vars(memory.before(2))
+    assert list(found) == list(vars(kept))
+    for name, value in vars(kept).items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+
+
+def test_what_is_personal_is_the_own_model_over_private_groups() -> None:
+    gate = ParameterGroup("gate", 0, 1)
+    assert list(WHOLE.personal) == [gate, SHARED, EXPERT]
+    assert not Kept(torch.ones(1, 2), {"0.step": torch.ones(1)}, algorithm={"control": torch.ones(1)}).personal
+
+
+def test_a_client_hands_over_only_what_is_asked(tmp_path: Path) -> None:
+    memory = ClientMemory(tmp_path)
+    int8 = Packed(torch.tensor([1, -2], dtype=torch.int8), torch.tensor([0.5]))
+    memory.keep(3, {SHARED: Packed(torch.ones(2)), EXPERT: int8}, Kept(torch.ones(1)))
+    update = memory.hand_over("a", Request("a", 3, (EXPERT,))).groups
+    assert list(update) == [EXPERT]
+    assert update[EXPERT].values.tolist() == [1, -2]
+    assert update[EXPERT].scale is not None
+    assert memory.hand_over("a", Request("a", 3, (SHARED,))).groups[SHARED].scale is None
+
+
+def test_a_repeated_round_starts_from_the_round_before_it(tmp_path: Path) -> None:
+    memory = ClientMemory(tmp_path)
+    assert memory.before(1) == Kept()
+    for round in (2, 5):
+        memory.keep(round, {}, Kept(torch.tensor([float(round)])))
+    assert prob_L_E(memory, 5) == [2.0]
+    assert prob_L_E(memory, 6) == [5.0]
+    memory.forget_updates()
+    assert prob_L_E(memory, 6) == [5.0]
+    assert not list(tmp_path.rglob("update.safetensors"))
