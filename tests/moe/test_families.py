@@ -48,7 +48,8 @@ def test_the_search_finds_what_the_table_says(family: str, monkeypatch: pytest.M
         assert layers == expected
 
 
-@pytest.mark.parametrize("family", tiny.AUTODETECTED)
+# inkling2's router wants float32, and loading keeps it so
+@pytest.mark.parametrize("family", [p for p in tiny.AUTODETECTED if p.values[0] != "inkling2_text"])
 def test_the_search_is_as_sure_of_a_bfloat16_model(family: str, tiny_moe: Callable[[str], MoEModel]) -> None:
     found, layers = detect(tiny.build(family).bfloat16())
     assert found == tiny_moe(family).found

@@ -20,7 +20,8 @@ from tests.moe import tiny
 
 FAMILIES = ("gpt_oss", "mixtral", "olmoe", "switch_transformers")
 FUSED = ("gpt_oss", "mixtral", "olmoe")
-ALL = [family for family in tiny.ALL if family.values != ("dbrx",)]
+# dbrx cannot be adapted; so small, the hyper-connections of deepseek_v4 are more than half of it
+ALL = [family for family in tiny.ALL if family.values[0] not in ("dbrx", "deepseek_v4")]
 LARGEST_GAP = 0.3039  # between neighbours of NormalFloat4: -1 and -0.6962
 RANK = 2
 
@@ -174,7 +175,7 @@ def test_head_embeddings_norms_routers_and_biases_stay(family: str) -> None:
         matrices = [p for p in experts if p.dim() == 3] or experts
         assert all(isinstance(p, FourBit) for p in matrices)
     assert all(not p.requires_grad and p.dim() >= 2 for p in packed.values())
-    assert any("attn" in name or "attention" in name.lower() for name in packed)
+    assert any(name.rpartition(".")[0].endswith(("o_proj", "out_proj", "wo", ".o")) for name in packed)
 
 
 @pytest.mark.parametrize("family", ALL)

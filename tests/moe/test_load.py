@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
@@ -171,3 +171,31 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path: Path) -> 
 def test_a_device_without_values_is_refused() -> None:
     with pytest.raises(UserError, match=r"run.device = 'meta': not on this machine. Choose one of: auto, cpu"):
         pick_device("meta")
+
+
+def composite(family: str, folder: Path) -> Path:
+    """A tiny checkpoint that reads pictures too."""
+    text = tiny.build(family).config.to_dict() | {"model_type": f"{family}_text"}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": tiny.HIDDEN}
+    config = AutoConfig.for_model(family, text_config=text, vision_config=vision)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_of_a_multimodal_checkpoint_the_text_is_tuned_and_what_is_left_behind_is_named(tmp_path: Path) -> None:
+    moe = MoEModel.load(composite("qwen3_5_moe", tmp_path / "both"))
+    assert any(
+        "multimodal checkpoint: its text model is tuned and saved, without vision_config" in n for n in moe.notes
+    )
+    moe.save(tmp_path / "text")
+    assert "vision_config" not in json.loads((tmp_path / "text" / "config.json").read_text())
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()
+    inputs = tiny.batch("qwen3_5_moe")
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs).logits, moe.model.eval()(**inputs).logits)
+
+
+def test_a_multimodal_family_without_a_language_model_of_its_own_is_refused(tmp_path: Path) -> None:
+    AutoConfig.for_model("qwen3_vl_moe").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"multimodal \(qwen3_vl_moe has vision_config\).*checkpoint of text alone"):
+        MoEModel.load(tmp_path)

@@ -262,7 +262,12 @@ def naive(moe: MoEModel, batches: list[dict[str, Tensor]], outputs: list[list[Te
             kept = given[index][mask_of(moe, index, inputs)]
             for token in range(len(kept)):
                 logits = captured.routing[index].logits_T_E[token].detach().double()
-                p = logits.softmax(0) if layer.scoring == "softmax" else logits.sigmoid() / logits.sigmoid().sum()
+                scores = {"sigmoid": logits.sigmoid(), "sqrtsoftplus": functional.softplus(logits).sqrt()}
+                p = (
+                    logits.softmax(0)
+                    if layer.scoring == "softmax"
+                    else scores[layer.scoring] / scores[layer.scoring].sum()
+                )
                 sent = kept[token].nonzero().flatten().tolist()
                 top = [int(logits.argmax())] if layer.dispatch == "one_hot" else sent
                 best_left = max(float(p[e]) for e in range(experts) if e not in top)

@@ -69,7 +69,6 @@ class LocalFit:
         self.still = self.moe.weaker_components(client.limits.rank) if client.limits.rank else []
         self.steps = 0
         self.unreached = Unreached(self.moe, watch=round == 1)
-        self._never_L_E = torch.ones_like(self.frozen_L_E)  # experts that no token reached yet
         self._start: list[Tensor] | None = None
         self._nll_sum, self._answer_tokens = 0.0, 0
 
@@ -92,7 +91,7 @@ class LocalFit:
                 for group in grouped(self._batches(epoch), self.options.accumulate):
                     self._step(group, probe, autocast, record=last)
                     schedule.step()
-                self.unreached.refuse(self._never_L_E, self._run_one_batch)
+                self.unreached.refuse(self._run_one_batch)
         self.moe.model.zero_grad(set_to_none=True)
 
     def trained(self) -> Weights:
@@ -155,7 +154,6 @@ class LocalFit:
                 self.statistics.update(captured)
                 self.tokens.update(batch)
         assert idle_L_E is not None
-        self._never_L_E &= idle_L_E
         self.unreached.look()
         if self.local.shift:
             self.moe.shift_gradients(self.local.shift)

@@ -17,41 +17,53 @@ class Unreached:
     """Trained matrices that have had no gradient but zero.
 
     Not watched: a factor A, which has none while its B is zero, but later if B has. A router's may be zero: phimoe's
-    is wherever no second expert is near, and that of one renormalised expert always.
+    is wherever no second expert is near, and that of one renormalised expert always. Of experts with modules of their
+    own one speaks for all: tokens of the others may be none, or matter to no answer.
     """
 
     def __init__(self, moe: MoEModel, watch: bool) -> None:
         self.moe, self.steps = moe, 0
-        matrices = [s for s in moe.slots if s.parameter.requires_grad and s.parameter.dim() > 1] if watch else []
-        self.slots = [slot for slot in matrices if ".lora_A." not in slot.name]
+        self.slots: dict[str, list[Slot]] = {}
+        for slot in moe.slots if watch else ():
+            if slot.parameter.requires_grad and slot.parameter.dim() > 1 and ".lora_A." not in slot.name:
+                self.slots.setdefault(self._shared_name(slot), []).append(slot)
+
+    def _shared_name(self, slot: Slot) -> str:
+        """Its name; without the expert's number where experts have modules of their own."""
+        if slot.kind != "expert" or len(slot.groups) > 1:
+            return slot.name
+        experts = f"{self.moe.layers[slot.groups[0].layer].experts}."
+        return experts + slot.name.removeprefix(experts).partition(".")[2]
 
     def look(self) -> None:
         """After a backward pass: forget those that it reached."""
         self.steps += 1
         if self.slots:
-            found = parallel.total(torch.stack([self._reached(slot).to(self.moe.device) for slot in self.slots]))
-            self.slots = [slot for slot, reached in zip(self.slots, found.tolist(), strict=True) if not reached]
+            reached = [torch.stack([self._reached(slot) for slot in slots]).any() for slots in self.slots.values()]
+            found = parallel.total(torch.stack(reached).to(self.moe.device, torch.float32)).tolist()
+            self.slots = {
+                name: self.slots[name] for name, any_ in zip(tuple(self.slots), found, strict=True) if not any_
+            }
 
     def _reached(self, slot: Slot) -> Tensor:
         gradient = slot.parameter.grad
         if gradient is None or slot.kind == "gate":
-            return torch.tensor(float(gradient is not None))
-        return parallel.held(gradient)[0].any().float()
+            return torch.tensor(gradient is not None)
+        return parallel.held(gradient)[0].any().cpu()
 
-    def refuse(self, idle_L_E: Tensor, forward: Callable[[], object]) -> None:
+    def refuse(self, forward: Callable[[], object]) -> None:
         """After an epoch: those left whose layer sees tokens in `forward` are an error.
 
-        Not so experts that are idle throughout, weights that are all zero, and what one step alone could not reach.
+        Not so weights that are all zero, and what one step alone could not reach.
 
         Raises:
             UserError: There is one.
         """
         if self.steps < 2 or not self.slots:
             return
-        busy = [s for s in self.slots if s.kind != "expert" or not all(idle_L_E[g.layer, g.expert] for g in s.groups)]
-        holders = [path for slot in busy if self._has_values(path := _holder(slot.name))]
+        holders = [path for slots in self.slots.values() if self._has_values(path := _holder(slots[0].name))]
         ran = self._running({self._above(path) for path in holders}, forward)
-        self.slots, dead = [], [path for path in holders if self._above(path) in ran]
+        self.slots, dead = {}, [path for path in holders if self._above(path) in ran]
         if dead:
             raise UserError(
                 f"{dead[0]}: its layer saw tokens, but no gradient reached it and {len(dead) - 1} more, which would "
@@ -59,7 +71,8 @@ class Unreached:
             )
 
     def _has_values(self, path: str) -> bool:
-        return any(bool(p.any()) for p in unwrapped(self.moe.model.get_submodule(path)).parameters(recurse=False))
+        own = unwrapped(self.moe.model.get_submodule(path)).parameters(recurse=False)
+        return any(bool(parallel.held(values.detach())[0].any()) for values in own)
 
     def _above(self, path: str) -> str:
         """The module around a layer, lists of modules aside: that one is called, whoever reads the layer's weight."""

@@ -16,8 +16,8 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 from fedalign import parallel
 from fedalign.demo import model_folder
 from fedalign.errors import UserError, unknown
-from fedalign.moe.families import is_encoder_decoder, refuse
-from fedalign.moe.tuning import SELECTION_BIAS, choosers
+from fedalign.moe.families import family_of, is_encoder_decoder, refuse
+from fedalign.moe.tuning import SELECTION_BIAS
 
 DEQUANTISED = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config, "mxfp8": FineGrainedFP8Config}  # on loading
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -37,7 +37,23 @@ def configuration_of(source: str, options: Mapping[str, Any]) -> tuple[Any, Any]
             f"model = {source!r}: its weights are quantised by {method}, and cannot be trained. Give the model "
             f"that they were made from, or one quantised by: {', '.join(DEQUANTISED)}."
         )
-    return config, AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+    if is_encoder_decoder(config):
+        return config, AutoModelForSeq2SeqLM
+    if (parts := _beside_text(config)) and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(
+            f"model = {source!r}: multimodal ({family_of(config)} has {', '.join(parts)}), and transformers knows no "
+            "language model of it alone. Give a checkpoint of text alone, of a family in docs/models.md."
+        )
+    return config, AutoModelForCausalLM
+
+
+def _beside_text(config: Any) -> list[str]:
+    """What a configuration has besides that of a language model: towers for pictures and sound."""
+    return (
+        sorted({*getattr(config, "sub_configs", ())} - {"text_config"})
+        if config.get_text_config() is not config
+        else []
+    )
 
 
 def _check_sizes(source: str, config: Any) -> None:
@@ -85,6 +101,7 @@ def load_plain(
             **options,
         )
     _check_complete(source, model, report)
+    model.left_behind = _beside_text(config) if type(model.config) is not type(config) else []
     if method:
         _forget_quantisation(model, DTYPES[dtype])
         model.dequantised_from = method
@@ -118,11 +135,10 @@ def explaining(source: str) -> Iterator[None]:
         raise UserError(f"model = {source!r}: {place}cannot be loaded: {in_one_line(error)}") from error
 
 
-def freeze_unreached(model: PreTrainedModel) -> PreTrainedModel:
-    """Freeze what only chooses experts or keys; loading forgets that ernie4_5_moe's selection bias is frozen."""
-    blind = choosers(model)
+def freeze_biases(model: PreTrainedModel) -> PreTrainedModel:
+    """Loading forgets that ernie4_5_moe's selection bias is frozen."""
     for name, parameter in model.named_parameters():
-        if name.endswith(SELECTION_BIAS) or name.startswith(blind):
+        if name.endswith(SELECTION_BIAS):
             parameter.requires_grad_(False)
     return model
 

@@ -34,14 +34,14 @@ from fedalign.moe.load import (
     DTYPES,
     configuration_of,
     explaining,
-    freeze_unreached,
+    freeze_biases,
     in_one_line,
     load_plain,
     model_path,
     quantised_by,
     resolved_source,
 )
-from fedalign.moe.tuning import SELECTION_BIAS, choosers, freeze
+from fedalign.moe.tuning import SELECTION_BIAS, choosers, freeze, freeze_choosers
 from fedalign.protocol import SHARED, Factors, Layout, ParameterGroup, TokenRows, Weights
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ class MoEModel:
             UserError: the model is dense, of a refused family, its MoE layers cannot be understood, or it cannot be
                 tuned so.
         """
+        freeze_choosers(model)
         if device is not None and not (tuning and tuning.kind == "qlora"):
             model.to(device)
         found, layers = detect(model)
@@ -179,7 +180,7 @@ class MoEModel:
             UserError: there is no such model, it is broken or incomplete, or `wrap` refuses it.
         """
         model = load_plain(path_or_id, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
-        return cls.wrap(freeze_unreached(model), tuning, seed, device)
+        return cls.wrap(freeze_biases(model), tuning, seed, device)
 
     @classmethod
     def skeleton(
@@ -207,7 +208,7 @@ class MoEModel:
             if (Path(source) / "generation_config.json").is_file() or not Path(source).is_dir():
                 with contextlib.suppress(OSError):  # few models on the Hub have none
                     model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
-        return cls.wrap(freeze_unreached(model), tuning)
+        return cls.wrap(freeze_biases(model), tuning)
 
     def filled(self, weights: Mapping[ParameterGroup, Tensor], constants: Mapping[str, Tensor]) -> Self:
         """A skeleton's copy on the CPU with these values, to be saved; the skeleton stays one.
@@ -222,7 +223,7 @@ class MoEModel:
         else:  # the base stays without values: an adapter is saved without it
             for path in {name.rpartition(".")[0] for name in self._adapter_slots()}:
                 model.get_submodule(path).to_empty(device="cpu", recurse=False)
-        moe = type(self)(freeze_unreached(model), self.found, self.layers, self.adapter)
+        moe = type(self)(freeze_biases(model), self.found, self.layers, self.adapter)
         moe._base_digest = constants.get(BASE_DIGEST)
         mine = moe.constants()
         for what, lacking in (("weights", moe.layout.sizes.keys() - weights), ("constants", mine.keys() ^ constants)):
@@ -335,6 +336,8 @@ class MoEModel:
         said = [f"not adapted: {', '.join(dict.fromkeys(paths))}: {reason}" for reason, paths in left.items()]
         if self.equal_lengths:
             said.append("sparse attention depends on padding: batches are of equal lengths")
+        if parts := getattr(self.model, "left_behind", None):
+            said.append(f"multimodal checkpoint: its text model is tuned and saved, without {', '.join(parts)}")
         if method := getattr(self.model, "dequantised_from", None):
             said.append(f"{method} checkpoint, dequantised: {self.nbytes / 1e6:,.1f} MB in {self.model.dtype}")
         return said

@@ -32,6 +32,12 @@ def choosers(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{path}." for path, module in model.named_modules() if "Indexer" in type(module).__name__)
 
 
+def freeze_choosers(model: nn.Module) -> None:
+    """What no gradient reaches is neither trained nor sent."""
+    for path in choosers(model):
+        model.get_submodule(path.rstrip(".")).requires_grad_(False)
+
+
 class Named(Protocol):
     """A parameter, its name, and the kind of the groups that its values belong to."""
 
