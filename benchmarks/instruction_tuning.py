@@ -35,7 +35,7 @@ from fedalign.config.run import Config
 from fedalign.config.toml import load_config
 from fedalign.federation.in_process import prepare
 from fedalign.moe.load import quiet
-from fedalign.moe.upcycle import Source, load_dense
+from fedalign.moe.upcycle import DenseSource, load_dense
 from fedalign.protocol import Layout, Plan, Statistics
 from fedalign.server.checkpoint import ServerState
 from fedalign.server.results import RunFolder
@@ -102,7 +102,7 @@ def compare_with_dense(folder: Path, new_tokens: int = 40) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = [
         answers(model, tokenizer, new_tokens)
-        for model in (load_dense(Source.find(str(dense_weights()))), AutoModelForCausalLM.from_pretrained(folder))
+        for model in (load_dense(DenseSource.find(str(dense_weights()))), AutoModelForCausalLM.from_pretrained(folder))
     ]
     for prompt, dense, sparse in zip(PROMPTS, *texts, strict=True):
         if dense != sparse:

@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
 PROTOCOL = 4  # of these messages; sites that speak another are refused
 Kind = Literal["shared", "gate", "expert"]
-Scoring = Literal["softmax", "sigmoid"]
+Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus", "unknown"]
 WireDtype = Literal["float32", "bfloat16", "int8"]
 ServerOptimizer = Literal["average", "sgd", "adam", "yogi", "fedexp"]
 Stage = Literal["join", "train", "update", "evaluate"]
-Ask = Literal["margins", "centroids", "directions", "tokens", "met", "data"]  # see `Algorithm.asks`
+Ask = Literal["margins", "centroids", "directions", "tokens", "met", "probabilities", "data"]  # see `Algorithm.asks`
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SKETCHES: frozenset[Ask] = frozenset({"centroids", "directions"})  # what pictures of a round's health are drawn from
 
@@ -435,7 +435,8 @@ class Algorithm(Protocol):
         """What leaves a client for the plan's sake, beside its data size, loss, mean routing, loads and norms.
 
         "margins", "centroids", "directions" (of experts' updates), "tokens" (counts), "met" (a bit a token): fields of
-        `Statistics`. "data": all of it, to be pooled; only where all clients are in one process.
+        `Statistics`. "probabilities": nothing more, but routers must show how they score. "data": all of it, to be
+        pooled; only where all clients are in one process.
         """
 
     @property

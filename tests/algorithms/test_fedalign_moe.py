@@ -219,7 +219,7 @@ def test_the_defaults_by_hand(layout: Layout, pair: list[Statistics]) -> None:
     assert plan.centred
     assert plan.factor_C_G is None  # both hold both experts
     assert_close(plan.state["target_L_E"], tensor([[0.5 * 0.6 + 0.5 * 0.2, 0.5 * 0.4 + 0.5 * 0.8]]))
-    assert algorithm.asks == {"margins", "centroids", "directions", "tokens"}
+    assert algorithm.asks == {"probabilities", "margins", "centroids", "directions", "tokens"}
     # λ = .1 times the divergence of the batch's mean routing, (.5, .5) from (.4, .6), pulled on by α
     logits = torch.zeros(3, 2)
     seen = LayerRouting(logits, tensor([[0], [1], [0]]), "softmax")
@@ -263,11 +263,14 @@ def test_the_papers_defaults_and_use_alone_are_options_of_ours() -> None:
 @pytest.mark.parametrize(
     ("algorithm", "asks"),
     [
-        (FedAlignPaper(), {"margins", "centroids", "directions"}),
-        (FedAlignMoE(vocabulary="clients"), {"margins", "centroids", "directions", "met"}),
-        (FedAlignMoE(gate_weights="uniform", vocabulary="average"), {"centroids", "directions"}),
-        (FedAlignMoE(experts="load", vocabulary="average"), {"margins"}),
-        (FedAlignMoE(gate="average", experts="average", vocabulary="average"), {"margins"}),  # the target is of ω
+        (FedAlignPaper(), {"probabilities", "margins", "centroids", "directions"}),
+        (FedAlignMoE(vocabulary="clients"), {"probabilities", "margins", "centroids", "directions", "met"}),
+        (FedAlignMoE(gate_weights="uniform", vocabulary="average"), {"probabilities", "centroids", "directions"}),
+        (FedAlignMoE(experts="load", vocabulary="average"), {"probabilities", "margins"}),
+        (
+            FedAlignMoE(gate="average", experts="average", vocabulary="average"),
+            {"probabilities", "margins"},
+        ),  # the target is of ω
         (FedAlignMoE(gate="average", reg_strength=0.0, experts="average", vocabulary="average"), set()),
     ],
 )

@@ -214,3 +214,17 @@ def test_choices_of_one_token_after_prompts_that_differ_are_scored_each_by_itsel
             losses.append(-float(log_prob.gather(1, torch.tensor(ids[first:])[:, None]).sum()))
     got = evaluate(model, tests, CONFIG, encoder.tokenizer, None)
     assert got.accuracy == float(losses[0] < losses[1])
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "hy_v4"])
+def test_scores_do_not_depend_on_batches_where_a_model_depends_on_padding(
+    family: str, model_folder: Callable[..., Path]
+) -> None:
+    sparse = MoEModel.load(model_folder(family))
+    encoder = Encoder(load_tokenizer(Path(sparse.model.config._name_or_path)), 64)
+    tests = prepare([Example("", f"{prompt} {prompt} and then some") for prompt in PROMPTS], encoder)
+    losses = [
+        evaluate(sparse, tests, EvaluationConfig(batch_tokens=tokens), encoder.tokenizer, None).loss
+        for tokens in (1, 4096)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

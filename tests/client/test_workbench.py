@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,15 @@ import torch
 
 from fedalign.client.workbench import Workbench, pick_length
 from fedalign.config.run import Config
+from fedalign.config.toml import load_config
 from fedalign.data.deal import split_among_clients
+from fedalign.data.encode import load_tokenizer
 from fedalign.errors import UserError
+from fedalign.moe.families import FAMILIES
 from fedalign.moe.load import model_path, pick_device
 from fedalign.moe.model import MoEModel, load_model
 from tests.conftest import changed
+from tests.moe.tiny import build
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +129,52 @@ def test_what_is_saved_is_a_model_with_its_tokenizer(site_config: Config, tmp_pa
     there = Workbench.load(changed(site_config, "model", path=str(tmp_path)))
     assert all(torch.equal(there.moe.read()[group], value) for group, value in weights.items())
     assert there.tokenizer.get_vocab() == bench.tokenizer.get_vocab()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(
+    model_folder: Callable[..., Path], settings: list[str]
+) -> None:
+    folder = model_folder("olmoe")
+    tokenizer = load_tokenizer(folder)
+    last = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{i}|>" for i in range(385 - last)]})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"its tokenizer has token 384 \('<\|\d+\|>'\), its embedding rows 0 to 383\."):
+        Workbench.load(load_config(None, [*settings, f"model.path={folder}"]))
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path: Path, settings: list[str]) -> None:
+    build("olmoe").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="tokenizer"):
+        Workbench.load(load_config(None, [*settings, f"model.path={tmp_path}"]))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_what_a_workbench_saved_is_held_against_plain_libraries(
+    kind: str, olmoe: Path, settings: list[str], tmp_path: Path
+) -> None:
+    bench = Workbench.load(load_config(None, [*settings, f"tuning.kind={kind}"]))
+    bench.save(bench.moe.read(), tmp_path)
+    assert "logits" in bench.check(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(b"no")
+    with pytest.raises(UserError):
+        bench.check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["algorithm.name=fedalign_moe"], r'"fedalign_moe": reads the probabilities of routers, but how olmoe scores'),
+        (["algorithm.name=hfedmoe"], r'"hfedmoe": reads the probabilities of routers'),
+        (["algorithm.name=fedavg", "training.balance_coefficient=0.1"], r"balance_coefficient = 0.1: needs prob"),
+        (["algorithm.name=fedavg"], None),
+        (["algorithm.name=by_use"], None),
+    ],
+)
+def test_what_reads_probabilities_refuses_a_scoring_that_is_unknown(
+    options: list[str], told: str | None, olmoe: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "olmoe", replace(FAMILIES["olmoe"], scoring="unknown"))
+    with pytest.raises(UserError, match=told) if told else nullcontext():
+        Workbench.load(load_config(None, [*settings, *options]))

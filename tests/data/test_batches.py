@@ -235,3 +235,13 @@ def test_a_folder_without_a_tokenizer(tmp_path: Any) -> None:
 def test_a_folder_with_a_tokenizer(tmp_path: Any) -> None:
     tokenizer().save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path)("the cup")["input_ids"] == [THE, CUP]
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_nothing_is_padded_where_numbers_depend_on_it(seed: int | None) -> None:
+    lengths = [3, 5, 3, 4, 5, 3, 3, 3]
+    made = [Encoded([7] * length, [7] * length, index) for index, length in enumerate(lengths)]
+    cut = list(batches(made, 9, 3, seed, equal_lengths=True))
+    assert all(batch.attention_mask_B_S.all() for batch in cut)
+    assert sorted(row for batch in cut for row in batch.rows) == list(range(8))
+    assert sorted(len(batch.rows) for batch in cut) == [1, 1, 1, 2, 3]  # of 5, 5 and 4 one each: 9 tokens a batch

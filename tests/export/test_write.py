@@ -80,7 +80,7 @@ def plain(folder: Path) -> Any:
 def scored(run: Prepared, folder: Path, tests: TestSet | None, answer: Any = None) -> Evaluation:
     """The run's own evaluation, of the model that plain libraries load, with the exported tokenizer."""
     assert tests is not None
-    model: Any = SimpleNamespace(model=plain(folder), device=torch.device("cpu"), is_seq2seq=False)
+    model: Any = SimpleNamespace(equal_lengths=False, model=plain(folder), device=torch.device("cpu"), is_seq2seq=False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return evaluate(model, tests, run.config.evaluation, tokenizer, None, answer)
 

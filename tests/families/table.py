@@ -24,12 +24,13 @@ CASES = [
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 COLUMNS = ("family", "found by", "router", "scoring", "experts", "shared experts", "full", "lora", "why not")
+WORKS = "saved, loaded and equal"
 OWN_CODE = {"deepseek": "deepseek, code of the checkpoint"}
 INTRODUCTION = """# Models
 
 Families of Mixture-of-Experts models in Hugging Face transformers, and what works with each. This page is generated
 from the tests (`make models` writes it, `make test-families` checks it): of every family a tiny model with random
-weights is tuned whole (`full`) and by adapters on attention and experts (`lora`). "Works" means:
+weights is tuned whole (`full`) and by adapters on attention and experts (`lora`). "Saved, loaded and equal" means:
 
 - what routers choose is captured as the experts compute it, in training and in evaluation, and is a distribution over
   all experts;
@@ -81,7 +82,7 @@ def _outcome(family: str, failed: Mapping[tuple[str, str], Sequence[str]]) -> di
             why.append(f"lora of experts is refused: {FAILS_UPSTREAM[family]}")
         else:
             names = failed[family, kind]
-            cells[kind] = "no" if names else "works"
+            cells[kind] = "no" if names else WORKS
             why += [f"{kind}: {name} fails" for name in names]
     return cells | {"why not": "; ".join(why)}
 

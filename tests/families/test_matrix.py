@@ -124,13 +124,15 @@ def leaving(moe: MoEModel, index: int) -> Iterator[list[Tensor]]:
     """What leaves the decoder layer around a router in each pass, [T, H]: only experts see to it token by token."""
     found = re.match(r".*?\.\d+(?=\.)", moe.layers[index].router)
     assert found
+    # a convolution over tokens follows the experts of inkling2
+    watched = f"{found[0]}.mlp" if moe.family == "inkling2_text" else found[0]
     outputs: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        outputs.append(hidden.detach().reshape(-1, hidden.shape[-1]).clone())
+        outputs.append(hidden.detach().flatten(0, 1).flatten(1).clone())  # some keep several streams of a token
 
-    handle = moe.model.get_submodule(found[0]).register_forward_hook(keep)
+    handle = moe.model.get_submodule(watched).register_forward_hook(keep)
     try:
         yield outputs
     finally:

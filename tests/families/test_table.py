@@ -2,7 +2,7 @@
 
 from fedalign.moe.families import FAMILIES, REFUSED
 from fedalign.moe.lora import FAILS_UPSTREAM
-from tests.families.table import COLUMNS, DOCUMENT, EVERY, OWN_CODE, described, read, refused, render
+from tests.families.table import COLUMNS, DOCUMENT, EVERY, OWN_CODE, WORKS, described, read, refused, render
 
 
 def test_the_page_lists_every_family_and_what_it_is() -> None:
@@ -12,8 +12,8 @@ def test_the_page_lists_every_family_and_what_it_is() -> None:
         row = rows[OWN_CODE.get(family, family)]
         known = described(family)
         assert {column: row[column] for column in known} == known
-        assert row["full"] == "works"
-        assert row["lora"] == ("attention only" if family in FAILS_UPSTREAM else "works")
+        assert row["full"] == WORKS
+        assert row["lora"] == ("attention only" if family in FAILS_UPSTREAM else WORKS)
         assert bool(row["why not"]) == (family in FAILS_UPSTREAM)
     for family in REFUSED:
         assert rows[family] == refused(family)

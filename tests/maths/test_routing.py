@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 import pytest
@@ -173,7 +174,7 @@ def test_a_target_of_zero_is_clamped() -> None:
 
 modes = pytest.mark.parametrize(
     ("granularity", "form", "scoring"),
-    [(g, f, s) for g in get_args(Granularity) for f in get_args(Form) for s in get_args(Scoring)],
+    [(g, f, s) for g in get_args(Granularity) for f in get_args(Form) for s in get_args(Scoring) if s != "unknown"],
 )
 
 
@@ -231,6 +232,19 @@ def test_bregman_is_zero_at_the_target_and_positive_elsewhere(seed: int) -> None
     own = logits.softmax(-1)[0]
     assert_close(routing_penalty(logits, everyone, own, torch.ones(5), form="bregman"), tensor(0.0), atol=1e-6, rtol=0)
     assert routing_penalty(logits, everyone, own.flip(0) * 0.5 + 0.1, torch.ones(5), form="bregman") > 0
+
+
+def test_router_log_prob_of_square_roots_of_softplus() -> None:
+    """Of logits 0 and log(e - 1) softplus is log 2 and 1."""
+    log_p = router_log_prob(tensor([[0.0, math.log(math.e - 1)]]), "sqrtsoftplus")
+    scores = tensor([[math.sqrt(math.log(2)), 1.0]])
+    assert_close(log_p.exp(), scores / scores.sum())
+    assert router_log_prob(tensor([[-200.0, 0.0]]), "sqrtsoftplus").isfinite().all()
+
+
+def test_what_is_not_known_has_no_probabilities() -> None:
+    with pytest.raises(ValueError, match="unknown scoring"):
+        router_log_prob(tensor([[0.0, 1.0]]), "unknown")
 
 
 def test_router_log_prob_of_tiny_sigmoid_scores() -> None:

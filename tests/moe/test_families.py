@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fedalign.errors import UserError
 from fedalign.moe.detect import detect, expert_count, module_tree
-from fedalign.moe.families import FAMILIES, REFUSED, refuse
+from fedalign.moe.families import FAMILIES, REFUSED, refuse, router_weight
 from fedalign.moe.model import MoEModel
 from tests.moe import tiny
 
@@ -39,28 +39,55 @@ def test_the_search_finds_what_the_table_says(family: str, monkeypatch: pytest.M
     _, expected = detect(model)
     monkeypatch.delitem(FAMILIES, family)
     found, layers = detect(model)
-    if family == "phimoe":  # sparsemixer's weights are neither softmax nor sigmoid scores
-        assert found.endswith("choice seen in a trial run, scoring assumed to be softmax")
+    if family == "phimoe":  # sparsemixer's weights are no scores that are known
+        assert found.endswith("choice seen in a trial run, scoring unknown")
     elif family == "jetmoe":  # its router returns neither choice nor weights by token
-        assert found.endswith("choice assumed to be the top-k of the logits, scoring to be softmax")
+        assert found.endswith("choice assumed to be the top-k of the logits, scoring unknown")
     else:
         assert found.endswith("choice and scoring seen in a trial run")
-    assert layers == expected
+        assert layers == expected
 
 
-@pytest.mark.parametrize("family", tiny.AUTODETECTED)
+# inkling2's router wants float32, and loading keeps it so
+@pytest.mark.parametrize("family", [p for p in tiny.AUTODETECTED if p.values[0] != "inkling2_text"])
 def test_the_search_is_as_sure_of_a_bfloat16_model(family: str, tiny_moe: Callable[[str], MoEModel]) -> None:
     found, layers = detect(tiny.build(family).bfloat16())
     assert found == tiny_moe(family).found
     assert list(layers) == list(tiny_moe(family).layers)
 
 
-def test_a_router_that_scores_all_alike_leaves_the_scoring_open() -> None:
-    model = tiny.build("glm4_moe")
-    for layer in model.model.layers[1:]:
-        torch.nn.init.zeros_(layer.mlp.gate.weight)
-    found, _ = detect(model)
-    assert found.endswith("choice seen in a trial run, scoring assumed to be softmax")
+@pytest.mark.parametrize("size", [0.0, 1e-3])
+@pytest.mark.parametrize(
+    ("family", "scoring"),
+    [
+        ("afmoe", "sigmoid"),
+        ("cohere2_moe", "softmax"),
+        ("deepseek", "softmax"),  # its code returns no logits
+        ("deepseek_v4", "sqrtsoftplus"),
+        ("glm4_moe", "sigmoid"),
+        ("granitemoe_swa", "softmax"),
+    ],
+)
+def test_the_scoring_of_a_router_that_tells_nothing_apart_is_measured(family: str, scoring: str, size: float) -> None:
+    model = tiny.build(family)
+    _, layers = detect(model)
+    with torch.no_grad():
+        weights = [router_weight(model.get_submodule(layer.router)) for layer in layers]
+        for weight in weights:
+            weight.mul_(size)
+    before = [weight.clone() for weight in weights]
+    found, layers = detect(model)
+    assert found.endswith("choice and scoring seen in a trial run")
+    assert {layer.scoring for layer in layers} == {scoring}
+    assert all(map(torch.equal, weights, before))
+
+
+@pytest.mark.parametrize("family", ["afmoe", "cohere2_moe", "glm4_moe", "qwen3_next"])
+def test_a_router_without_values_shows_its_scoring_too(family: str) -> None:
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(tiny.build(family).config)
+    _, layers = detect(skeleton)
+    assert list(layers) == list(detect(tiny.build(family))[1])
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe", "glm4_moe"])
@@ -197,7 +224,7 @@ def own_code(block: nn.Module) -> PreTrainedModel:
 
 def test_a_linear_gate_is_believed_as_far_as_its_experts_show() -> None:
     found, layers = detect(own_code(LinearGate()))
-    assert found.endswith("routers by shapes; choice seen in a trial run, scoring assumed to be softmax")
+    assert found.endswith("routers by shapes; choice seen in a trial run, scoring unknown")
     assert {(layer.dispatch, layer.logits, layer.top_k) for layer in layers} == {("logits", 0, 2)}
 
 

@@ -14,13 +14,14 @@ from fedalign.errors import UserError
 from fedalign.moe import four_bit
 from fedalign.moe.detect import detect
 from fedalign.moe.families import MoELayer
-from fedalign.moe.four_bit import BLOCK, Packed, Saved, forecast, need_cuda, quantise, recompute_experts
+from fedalign.moe.four_bit import BLOCK, FourBit, Saved, forecast, need_cuda, quantise, recompute_experts
 from fedalign.moe.model import MoEModel
 from tests.moe import tiny
 
 FAMILIES = ("gpt_oss", "mixtral", "olmoe", "switch_transformers")
 FUSED = ("gpt_oss", "mixtral", "olmoe")
-ALL = [family for family in tiny.ALL if family.values != ("dbrx",)]
+# dbrx cannot be adapted; so small, the hyper-connections of deepseek_v4 are more than half of it
+ALL = [family for family in tiny.ALL if family.values[0] not in ("dbrx", "deepseek_v4")]
 LARGEST_GAP = 0.3039  # between neighbours of NormalFloat4: -1 and -0.6962
 RANK = 2
 
@@ -32,8 +33,8 @@ def packed_model(family: str, **changes: Any) -> tuple[PreTrainedModel, tuple[Mo
     return model, layers
 
 
-def packed_weights(model: nn.Module) -> dict[str, Packed]:
-    return {name: p for name, p in model.named_parameters() if isinstance(p, Packed)}
+def packed_weights(model: nn.Module) -> dict[str, FourBit]:
+    return {name: p for name, p in model.named_parameters() if isinstance(p, FourBit)}
 
 
 def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -41,7 +42,7 @@ def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
     twin = copy.deepcopy(model)
     for module in twin.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if isinstance(parameter, Packed):
+            if isinstance(parameter, FourBit):
                 setattr(module, name, nn.Parameter(parameter.dense(), requires_grad=False))
     return twin
 
@@ -85,7 +86,7 @@ def used_experts(model: PreTrainedModel, layers: tuple[MoELayer, ...], family: s
 
 def bytes_kept_for_backward(model: PreTrainedModel, family: str) -> int:
     """Of what a forward pass leaves to the backward pass, weights aside."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters() if not isinstance(p, Packed)}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters() if not isinstance(p, FourBit)}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ def test_bytes_are_those_of_the_storages_and_forecast_from_shapes(family: str) -
     saved = quantise(model, layers, "cpu")
     after = 0
     for tensor in {*model.parameters(), *model.buffers()}:
-        parts = (tensor.codes, tensor.scales) if isinstance(tensor, Packed) else (tensor,)
+        parts = (tensor.codes, tensor.scales) if isinstance(tensor, FourBit) else (tensor,)
         after += sum(part.untyped_storage().nbytes() for part in parts)
     assert saved == expected == Saved(before, after)
     assert saved.share > 0.5
@@ -166,15 +167,15 @@ def test_head_embeddings_norms_routers_and_biases_stay(family: str) -> None:
     packed = packed_weights(model)
     head = model.get_output_embeddings().weight
     embedded = model.get_input_embeddings().weight
-    assert not isinstance(head, Packed)
-    assert not isinstance(embedded, Packed)
+    assert not isinstance(head, FourBit)
+    assert not isinstance(embedded, FourBit)
     for layer in layers:
         assert not packed_weights(model.get_submodule(layer.router))
         experts = list(model.get_submodule(layer.experts).parameters())
         matrices = [p for p in experts if p.dim() == 3] or experts
-        assert all(isinstance(p, Packed) for p in matrices)
+        assert all(isinstance(p, FourBit) for p in matrices)
     assert all(not p.requires_grad and p.dim() >= 2 for p in packed.values())
-    assert any("attn" in name or "attention" in name.lower() for name in packed)
+    assert any(name.rpartition(".")[0].endswith(("o_proj", "out_proj", "wo", ".o")) for name in packed)
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -192,7 +193,7 @@ def test_names_shapes_and_groups_are_those_of_the_dense_model(family: str) -> No
 @pytest.mark.parametrize("shape", [(8, 64), (8, 32), (5, 80), (3, 1), (4, 16, 32)])
 def test_values_are_the_nearest_of_their_block(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    packed = Packed.of(weight, "cpu")
+    packed = FourBit.of(weight, "cpu")
     exact = weight.float().flatten()
     error = packed.dense().float().flatten() - exact
     for block, values in zip(torch.split(error, BLOCK), torch.split(exact, BLOCK), strict=True):
@@ -202,16 +203,16 @@ def test_values_are_the_nearest_of_their_block(shape: tuple[int, ...], dtype: to
 
 def test_an_expert_is_a_slice() -> None:
     weight = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(0))
-    packed = Packed.of(weight, "cpu")
+    packed = FourBit.of(weight, "cpu")
     for index in range(4):
         expert = packed[index]
-        assert isinstance(expert, Packed)
+        assert isinstance(expert, FourBit)
         assert torch.equal(expert.dense(), packed.dense()[index])
-        assert torch.equal(expert.dense(), Packed.of(weight[index], "cpu").dense())
+        assert torch.equal(expert.dense(), FourBit.of(weight[index], "cpu").dense())
 
 
 def test_more_values_than_the_kernels_count_are_read_expert_by_expert(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = Packed.of(torch.randn(4, 16, 32), "cpu")
+    packed = FourBit.of(torch.randn(4, 16, 32), "cpu")
     whole = packed.dense()
     monkeypatch.setattr(four_bit, "LARGEST", 3 * 16 * 32)
     assert torch.equal(packed.dense(), whole)
@@ -334,7 +335,7 @@ def test_a_router_within_the_experts_is_not_asked_twice() -> None:
 
 def test_linear_layers_keep_their_codes_for_the_backward_pass() -> None:
     weight = torch.randn(64, 32)
-    packed, inputs = Packed.of(weight, "cpu"), torch.randn(3, 5, 32, requires_grad=True)
+    packed, inputs = FourBit.of(weight, "cpu"), torch.randn(3, 5, 32, requires_grad=True)
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -352,7 +353,7 @@ def test_linear_layers_keep_their_codes_for_the_backward_pass() -> None:
 
 def test_autocast_works_in_its_own_type() -> None:
     packed, inputs, bias = (
-        Packed.of(torch.randn(64, 32), "cpu"),
+        FourBit.of(torch.randn(64, 32), "cpu"),
         torch.randn(3, 32, requires_grad=True),
         torch.randn(64),
     )
@@ -390,7 +391,7 @@ def write_in_place(weight: Tensor) -> None:
     "write", [write_in_place, lambda w: w.copy_(torch.zeros(64, 32)), lambda w: torch.zeros(64, 32, out=w)]
 )
 def test_writing_is_refused(write: Any) -> None:
-    packed = Packed.of(torch.randn(64, 32), "cpu")
+    packed = FourBit.of(torch.randn(64, 32), "cpu")
     values = packed.dense()
     with pytest.raises(RuntimeError, match="weights in 4 bits cannot be written"):
         write(packed)
@@ -412,7 +413,7 @@ def test_inference_mode_gives_the_same() -> None:
 
 
 def test_a_packed_weight_says_what_it_is() -> None:
-    assert repr(Packed.of(torch.zeros(2, 32), "cpu")) == "Packed([2, 32], torch.float32, device='cpu')"
+    assert repr(FourBit.of(torch.zeros(2, 32), "cpu")) == "FourBit([2, 32], torch.float32, device='cpu')"
 
 
 # --- what cannot be -----------------------------------------------------------------------------------------------

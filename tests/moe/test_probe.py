@@ -262,7 +262,12 @@ def naive(moe: MoEModel, batches: list[dict[str, Tensor]], outputs: list[list[Te
             kept = given[index][mask_of(moe, index, inputs)]
             for token in range(len(kept)):
                 logits = captured.routing[index].logits_T_E[token].detach().double()
-                p = logits.softmax(0) if layer.scoring == "softmax" else logits.sigmoid() / logits.sigmoid().sum()
+                scores = {"sigmoid": logits.sigmoid(), "sqrtsoftplus": functional.softplus(logits).sqrt()}
+                p = (
+                    logits.softmax(0)
+                    if layer.scoring == "softmax"
+                    else scores[layer.scoring] / scores[layer.scoring].sum()
+                )
                 sent = kept[token].nonzero().flatten().tolist()
                 top = [int(logits.argmax())] if layer.dispatch == "one_hot" else sent
                 best_left = max(float(p[e]) for e in range(experts) if e not in top)
@@ -347,6 +352,15 @@ def test_statistics_by_hand() -> None:
     torch.testing.assert_close(summary.margin_L_E, torch.tensor([[0.2, 0.5, 0.0]]))  # (.3 + .1) / 2
     assert summary.centroid_L_E_H.tolist() == [[[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]]  # tokens 0 and 2; token 1; none
     assert summary.tokens == 3
+
+
+def test_a_router_of_unknown_scoring_has_the_share_of_its_choices() -> None:
+    captured = capture_of([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3]], [[0, 1], [1, 2]], [[1, 1]], scoring="unknown")
+    statistics = RoutingStatistics(1, 3, 2)
+    statistics.update(captured)
+    summary = statistics.finish(min_tokens=1, min_examples=1)
+    assert summary.prob_L_E.tolist() == [[0.25, 0.5, 0.25]]
+    assert summary.load_L_E.tolist() == [[1.0, 2.0, 1.0]]
 
 
 def test_no_margin_when_nothing_is_left_out() -> None:

@@ -6,16 +6,19 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
+from fedalign.moe.lora import put_upon
 from fedalign.moe.model import BASE_DIGEST, MoEModel
 from fedalign.protocol import SHARED, ParameterGroup
 from tests.moe import tiny
@@ -75,7 +78,11 @@ def test_patterns_choose_among_what_the_kind_trains() -> None:
         ("moe", {"exclude": ("*",)}, r"leaves nothing to train: everything is frozen"),
         ("lora", {"exclude": ("*",)}, r"leaves nothing to train: everything is frozen"),
         ("lora", {"include": ("lm_head*",)}, r"tuning.include = 'lm_head\*': matches nothing"),
-        ("lora", {"targets": ("shared_experts",), "router": "frozen"}, r"everything is frozen.*nothing of this model"),
+        (
+            "lora",
+            {"targets": ("shared_experts",), "router": "frozen"},
+            r"no linear layer of olmoe is one of these. Choose among",
+        ),
     ],
 )
 def test_what_leaves_nothing_to_train_is_refused(kind: str, options: dict[str, Any], told: str) -> None:
@@ -158,6 +165,95 @@ def test_shared_experts_are_not_taken_for_routed_ones(family: str, tmp_path: Pat
     with torch.no_grad():
         ours = moe.model.eval()(**inputs).logits
         assert torch.equal(plain(tmp_path / "base", tmp_path / "adapter")(**inputs).logits, ours)
+
+
+def adapted(moe: MoEModel) -> set[str]:
+    """The names, within their layers, of all that adapters are put upon."""
+    assert moe.adapter
+    return {name.partition(".lora_")[0].split(".", 3)[3] for name in moe.adapter.names}
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "expected"),
+    [
+        ("nemotron_h", ("attention",), {f"mixer.{which}_proj" for which in "qkvo"}),
+        ("nemotron_h", ("dense",), {"mixer.in_proj"}),
+        ("jamba", ("dense",), {"mamba.in_proj", "mamba.x_proj"}),
+        (
+            "qwen4_exp_text",
+            ("attention",),
+            {f"self_attn.{which}_proj" for which in "qkvo"}
+            | {f"linear_attn.{which}" for which in ("in_proj_a", "in_proj_b", "in_proj_qkv", "in_proj_z", "out_proj")},
+        ),
+        (
+            "deepseek_v4",
+            ("attention",),
+            {f"self_attn.{which}_proj" for which in ("q_a", "q_b", "kv", "o_b")}
+            | {f"self_attn.compressor.{which}_proj" for which in ("gate", "kv")},
+        ),
+    ],
+)
+def test_targets_are_found_by_what_a_module_holds(family: str, targets: tuple[str, ...], expected: set[str]) -> None:
+    assert adapted(tuned("lora", family, targets=targets)) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "name", "reason"),
+    [
+        ("deepseek_v4", "attention", "self_attn.o_a_proj", "peft would compute DeepseekV4GroupedLinear as an ordinary"),
+        ("deepseek_v32", "attention", "self_attn.indexer.wk", "no gradient reaches it: it only chooses"),
+        ("nemotron_h", "dense", "mixer.out_proj", "the scan reads its weight past what peft puts around it"),
+    ],
+)
+def test_what_would_not_train_is_left_out_and_said(family: str, target: str, name: str, reason: str) -> None:
+    moe = tuned("lora", family, targets=(target,))
+    assert moe.adapter
+    (said,) = {why for path, why in moe.adapter.left_out.items() if path.endswith(name)}
+    assert said.startswith(reason)
+    assert any(f"layers.*.{name}" in note and reason in note for note in moe.notes)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("laguna", ("attention", "experts", "shared_experts")),  # its checkpoints spell shared_expert otherwise
+        ("beam", ("attention", "dense")),  # its attention has a gate_proj
+        ("glm4_moe", ("shared_experts", "dense")),
+        ("deepseek_v4", ("attention", "experts", "shared_experts", "dense")),
+    ],
+)
+def test_every_adapter_is_found_again_by_plain_peft(family: str, targets: tuple[str, ...], tmp_path: Path) -> None:
+    tiny.build(family).save_pretrained(tmp_path / "base")
+    moe = MoEModel.load(tmp_path / "base", tuning=TuningConfig(kind="lora", rank=3, targets=targets))  # type: ignore[arg-type]
+    assert not any(".experts." in name for name in adapted(moe)) or "experts" in targets
+    moved(moe)
+    moe.save(tmp_path / "adapter")
+    moe.read_adapter(tmp_path / "adapter")
+    inputs = tiny.batch(family)
+    with torch.no_grad():
+        ours = moe.model.eval()(**inputs).logits
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        whole = put_upon(base, tmp_path / "adapter").merge_and_unload().eval()
+        torch.testing.assert_close(whole(**inputs).logits, ours, rtol=1e-5, atol=1e-5)
+        assert torch.equal(plain(tmp_path / "base", tmp_path / "adapter")(**inputs).logits, ours)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda name: name.replace("q_proj", "z_proj"), "plain peft loses a part of it: Found missing adapter keys"),
+        (lambda name: [name, name.replace("q_proj", "z_proj")], "plain peft takes [0-9]+ of its [0-9]+ factors"),
+    ],
+)
+def test_a_merge_that_would_lose_keys_is_refused(change: Any, told: str, tmp_path: Path) -> None:
+    tiny.build("olmoe").save_pretrained(tmp_path / "base")
+    MoEModel.load(tmp_path / "base", tuning=TuningConfig(kind="lora")).save(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    values = load_file(file)
+    renamed = {new: value.clone() for old, value in values.items() for new in {*np.atleast_1d(change(old)).tolist()}}
+    save_file(renamed, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=told):
+        put_upon(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
 
 
 def test_every_trained_value_belongs_to_one_group() -> None:

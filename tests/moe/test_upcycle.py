@@ -14,8 +14,8 @@ from fedalign.errors import UserError
 from fedalign.moe.model import MoEModel
 from fedalign.moe.upcycle import (
     TARGETS,
+    DenseSource,
     Recipe,
-    Source,
     check_dense,
     chosen_layers,
     load_dense,
@@ -168,11 +168,11 @@ def test_the_shared_expert_of_qwen2_moe_stays_out_of_it_while_others_learn() -> 
 
 def test_a_model_folder_is_checked_before_its_weights_are_read(tmp_path: Path) -> None:
     dense().config.save_pretrained(tmp_path)  # no weights at all
-    check_dense(Source.find(str(tmp_path)), EXACT)
+    check_dense(DenseSource.find(str(tmp_path)), EXACT)
     with pytest.raises(UserError, match="cannot be loaded"):
-        load_dense(Source.find(str(tmp_path)))
+        load_dense(DenseSource.find(str(tmp_path)))
     with pytest.raises(UserError, match=r"layers 0 to 3.*every:N with N from 1 to 4"):
-        check_dense(Source.find(str(tmp_path)), Recipe(layers="4"))
+        check_dense(DenseSource.find(str(tmp_path)), Recipe(layers="4"))
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     del weights["model.layers.2.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"must hold every weight.*1 lack: model\.layers\.2\.mlp\.up_proj\.weight"):
-        load_dense(Source.find(str(tmp_path)))
+        load_dense(DenseSource.find(str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -242,20 +242,20 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="its weights are quantised"):
-        check_dense(Source.find(str(tmp_path)), EXACT)
+        check_dense(DenseSource.find(str(tmp_path)), EXACT)
 
 
 def test_places_without_a_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"must hold a config\.json and weights, or one \.gguf file"):
-        Source.find(str(tmp_path))
+        DenseSource.find(str(tmp_path))
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
     with pytest.raises(UserError, match=r"holds 2 GGUF files. Give one of: a\.gguf, b\.gguf"):
-        Source.find(str(tmp_path))
+        DenseSource.find(str(tmp_path))
     for path in (str(tmp_path / "none"), "./none", "none.gguf", "a/b/c"):
         with pytest.raises(UserError, match="no such file or folder"):
-            Source.find(path)
-    assert Source.find("owner/name", "main").options == {"revision": "main"}
+            DenseSource.find(path)
+    assert DenseSource.find("owner/name", "main").options == {"revision": "main"}
 
 
 def write_gguf(path: Path, model: PreTrainedModel) -> None:
@@ -297,8 +297,8 @@ def test_a_gguf_file_can_be_upcycled(tmp_path: Path) -> None:
     model = dense()
     write_gguf(tmp_path / "tiny.gguf", model)
     for place in (tmp_path, tmp_path / "tiny.gguf"):
-        source = Source.find(str(place))
-        assert source == Source(str(tmp_path), "tiny.gguf")
+        source = DenseSource.find(str(place))
+        assert source == DenseSource(str(tmp_path), "tiny.gguf")
     check_dense(source, EXACT)
     loaded = load_dense(source)
     before = probe_logits(loaded)
@@ -318,10 +318,10 @@ def test_without_the_gguf_package_the_way_out_is_named(tmp_path: Path, monkeypat
     (tmp_path / "some.gguf").touch()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'fedalign-moe\[gguf\]'"):
-        check_dense(Source.find(str(tmp_path)), EXACT)
+        check_dense(DenseSource.find(str(tmp_path)), EXACT)
 
 
 def test_a_broken_gguf_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "some.gguf").write_bytes(b"not one")
     with pytest.raises(UserError, match="cannot be loaded"):
-        check_dense(Source.find(str(tmp_path)), EXACT)
+        check_dense(DenseSource.find(str(tmp_path)), EXACT)

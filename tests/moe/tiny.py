@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import pytest
 import torch
 from _pytest.mark import ParameterSet
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
-from fedalign.moe.families import FAMILIES
+from fedalign.moe.families import FAMILIES, REFUSED, TOP_K
 from fedalign.moe.model import MoEModel
+from fedalign.moe.upcycle import COUNTS
 from tests.families.remote.configuration_deepseek import DeepseekConfig
 from tests.families.remote.modeling_deepseek import DeepseekForCausalLM
 
@@ -165,6 +168,86 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_next": {**_SHARED_EXPERT, **_LINEAR_ATTENTION},
     "deepseek": {"num_hidden_layers": 3},
 }
+SMALL: dict[str, Any] = {  # of whatever a configuration calls its sizes
+    **_COMMON,
+    **_ABSOLUTE,
+    **dict.fromkeys(COUNTS, EXPERTS),
+    **dict.fromkeys(TOP_K, 2),
+    **_LATENT,
+    **{name: value for name, value in _LINEAR_ATTENTION.items() if name != "layer_types"},
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+    **dict.fromkeys(("n_group", "num_expert_group", "topk_group"), 1),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "shared_experts_intermediate_size": 16,
+    "shared_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
+    "dense_intermediate_size": 16,
+    "mlp_layer_types": ["sparse", "sparse"],
+    "index_topk": 4,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+}
+OWN: dict[str, dict[str, Any]] = {  # what else a family needs
+    "deepseek_v4": {
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "layer_types": ["sliding_attention", "compressed_sparse_attention"],
+        "mlp_layer_types": ["hash_moe", "moe"],
+        "o_groups": 2,
+        "o_lora_rank": 8,
+    },
+    "flint": {"mlp_only_layers": []},
+    "inkling_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 8,
+        "d_rel": 8,
+        "rel_extent": 16,
+    },
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"]},
+    "laguna": {"num_attention_heads_per_layer": [4, 4]},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+        "ssm_state_size": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "n_groups": 2,
+        "chunk_size": 8,
+    },
+    "afmoe": {"num_dense_layers": 0},
+    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "hc_lowrank": 8,
+    },
+}
+
+
+def found(names: Iterable[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every language model of the installed transformers whose configuration counts experts, made small."""
+    causal, seq2seq = (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
+    for model_type in sorted({*causal, *seq2seq}):
+        family, kind = model_type.replace("-", "_"), CONFIG_MAPPING[model_type]
+        known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
+        if known & set(COUNTS) and not {family, family.removesuffix("_text")} & (CONFIGS.keys() | REFUSED.keys()):
+            small = {name: value for name, value in SMALL.items() if name in known}
+            if "kv_lora_rank" in known:  # latent attention has a key for every query
+                small["num_key_value_heads"] = small["num_attention_heads"]
+            yield family, {"model_type": model_type, **small, **OWN.get(family, {})}
+
+
+CONFIGS |= dict(found())
 QUICK = {  # tested wherever all are; the others with `make test-families`
     "deepseek_v2",
     "deepseek_v3",
@@ -204,6 +287,8 @@ def build(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
             for name, values in [*model.named_parameters(), *model.named_buffers()]:
                 if any(part in name for part in ROUTERS):
                     values.normal_(std=0.5)  # at their initial size all logits are nearly equal, biases are zero
+                elif name.endswith("tid2eid"):  # deepseek_v4: which experts a token's number means
+                    values.copy_(torch.stack([torch.randperm(EXPERTS)[: values.shape[1]] for _ in values]))
     return model
 
 

@@ -93,6 +93,7 @@ class FedAlignMoE(FedAvg):
     def asks(self) -> Set[Ask]:
         """What these options need."""
         wanted: dict[Ask, bool] = {
+            "probabilities": self.aligns,
             "margins": self.aligns and self.gate_weights == "consistency",
             "centroids": self.experts == "semantic",
             "directions": self.experts == "semantic",

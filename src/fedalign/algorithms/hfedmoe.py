@@ -19,11 +19,12 @@ Marks: [P] the paper says so, [O] our choice.
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Literal
 
 from fedalign.algorithms.fedavg import FedAvg, column_shares, option
-from fedalign.protocol import Plan, Reports, State
+from fedalign.protocol import Ask, Plan, Reports, State
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class HFedMoE(FedAvg):
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < math.inf:
             raise ValueError(f"threshold = {self.threshold}: must be at least 0 and finite")
+
+    @property
+    def asks(self) -> Set[Ask]:
+        """Mean routing that is a probability."""
+        return frozenset({"probabilities"})
 
     def plan(self, reports: Reports, state: State) -> Plan:
         """Weights by importance and data among the clients that pass the threshold."""

@@ -52,13 +52,18 @@ def run(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that --out holds.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run would take; train nothing.")] = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Do not hold model/ against plain transformers and peft at the end.")
+    ] = False,
     insecure_anywhere: InsecureAnywhere = False,
 ) -> None:
     """Fine-tune one MoE model across clients that keep their data."""
     from fedalign.moe.load import quiet
 
     quiet()
-    settings, folder = asked(config, set_ or [], out_, resume, overwrite, dry_run)
+    settings, folder = asked(
+        config, [*(set_ or []), *(["run.check=false"] if no_check else [])], out_, resume, overwrite, dry_run
+    )
     if dry_run:
         _rehearse(settings, folder)
         return
@@ -189,8 +194,8 @@ def _print_headline(prepared: Prepared, console: Console) -> None:
     )
     if config.tuning.kind != "full":
         say(f"tuning {config.tuning.kind}: {sum(moe.layout.sizes.values()) / 1e6:.2f}M parameters are trained", console)
-    if moe.saved:
-        say(str(moe.saved), console)
+    for note in (*([str(moe.saved)] if moe.saved else []), *moe.notes):
+        say(note, console)
 
 
 def _print_estimate(estimate: Estimate) -> None:
@@ -222,6 +227,7 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
         ("sent up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),
         ("faults", _counted(summary["failures"])),
         ("time", clock(summary["seconds"])),
+        ("model/ checked", summary["checked"] or "not at all"),
     ]
     rows = [(name, value) for name, value in rows if value]
     print_table(f"{summary['algorithm']} after {summary['rounds']} rounds", rows)

@@ -12,7 +12,7 @@ from fedalign.cli.terminal import out, print_table, say
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
-    from fedalign.moe.upcycle import Source
+    from fedalign.moe.upcycle import DenseSource
 
 UPCYCLE_EXAMPLES = """
 [bold]What becomes of which model[/bold]
@@ -66,12 +66,12 @@ def upcycle(
     from fedalign.files import check_free, replacing
     from fedalign.moe.load import quiet
     from fedalign.moe.model import MoEModel
-    from fedalign.moe.upcycle import Recipe, Source, check_dense, load_dense, probe_logits
+    from fedalign.moe.upcycle import DenseSource, Recipe, check_dense, load_dense, probe_logits
     from fedalign.moe.upcycle import upcycle as make_sparse
     from fedalign.units import size
 
     quiet()
-    recipe, source = Recipe(experts, top_k, layers, noise, seed), Source.find(dense, revision)
+    recipe, source = Recipe(experts, top_k, layers, noise, seed), DenseSource.find(dense, revision)
     if out_.resolve() == Path(source.place).resolve():
         raise UserError(f"--out {str(out_)!r}: is the dense model itself. Give another folder.")
     check_free(out_, "model", overwrite)
@@ -105,7 +105,7 @@ def upcycle(
     say(f"Train     fedalign run my.toml --set model.path={place}")
 
 
-def _tokenizer(source: Source) -> tuple[Any, str]:
+def _tokenizer(source: DenseSource) -> tuple[Any, str]:
     """The model's tokenizer, or None, and what to tell of it."""
     from fedalign.moe.upcycle import load_tokenizer
 

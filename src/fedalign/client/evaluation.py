@@ -82,10 +82,10 @@ def evaluate(
     moe.model.eval()
     answer = answer or partial(answer_logits, moe)
     if len(tests.choices):
-        nll_sum, tokens, right = _score_choices(moe.device, answer, tests, config)
+        nll_sum, tokens, right = _score_choices(moe, answer, tests, config)
         return Evaluation(client, len(tests), nll_sum / tokens, right / len(tests))
     nll_sum, tokens = 0.0, 0
-    for batch in _batches(tests.encoded, config, moe.device):
+    for batch in _batches(moe, tests.encoded, config):
         nll_N = answer(batch).nll_N
         nll_sum, tokens = nll_sum + float(nll_N.double().sum()), tokens + nll_N.numel()
     nll_sum, tokens = _over_all(moe.device, nll_sum, tokens)
@@ -93,9 +93,9 @@ def evaluate(
     return Evaluation(client, len(tests), nll_sum / tokens, None if matches is None else matches / len(tests))
 
 
-def _batches(encoded: Sequence[Encoded], config: EvaluationConfig, device: torch.device) -> Iterator[Batch]:
-    for batch in batches(encoded, config.batch_tokens, batch_examples=config.batch_tokens, seed=None):
-        yield own_share(batch).to(device)
+def _batches(moe: MoEModel, encoded: Sequence[Encoded], config: EvaluationConfig) -> Iterator[Batch]:
+    for batch in batches(encoded, config.batch_tokens, config.batch_tokens, equal_lengths=moe.equal_lengths):
+        yield own_share(batch).to(moe.device)
 
 
 def _over_all(device: torch.device, nll_sum: float, count: int) -> tuple[float, int]:
@@ -104,23 +104,21 @@ def _over_all(device: torch.device, nll_sum: float, count: int) -> tuple[float, 
     return float(both[0]), int(both[1])
 
 
-def _score_choices(
-    device: torch.device, answer: Answer, tests: TestSet, config: EvaluationConfig
-) -> tuple[float, int, int]:
+def _score_choices(moe: MoEModel, answer: Answer, tests: TestSet, config: EvaluationConfig) -> tuple[float, int, int]:
     """Sum of the right answers' NLL, their tokens, and how many examples were answered rightly."""
     tokens = [[[t for t in choice.labels if t != IGNORED] for choice in choices] for choices in tests.choices]
     one_prompt = all(len({tuple(choice.input_ids[:-1]) for choice in choices}) == 1 for choices in tests.choices)
     one_token = all(len(t) == 1 for choices in tokens for t in choices)
     if one_prompt and one_token and len(set(map(len, tokens))) == 1:
-        return _score_single_tokens(device, answer, tests, config, torch.tensor(tokens).squeeze(2))
+        return _score_single_tokens(moe, answer, tests, config, torch.tensor(tokens).squeeze(2))
     flat = [choice for choices in tests.choices for choice in choices]
     nll_F, length_F = torch.zeros(len(flat), dtype=torch.float64), torch.zeros(len(flat), dtype=torch.int64)
-    for batch in _batches(flat, config, device):
+    for batch in _batches(moe, flat, config):
         answers = answer(batch)
         rows = torch.tensor(batch.rows)[answers.row_N.cpu()]
         nll_F.index_add_(0, rows, answers.nll_N.double().cpu())
         length_F.index_add_(0, rows, torch.ones_like(rows))
-    nll_F, length_F = (parallel.total(sums.to(device)).cpu() for sums in (nll_F, length_F))
+    nll_F, length_F = (parallel.total(sums.to(moe.device)).cpu() for sums in (nll_F, length_F))
     score_F = nll_F / length_F if config.length_normalise else nll_F
     counts = [len(choices) for choices in tests.choices]
     best_N = torch.stack([part.argmin() for part in torch.split(score_F, counts)])
@@ -129,16 +127,16 @@ def _score_choices(
 
 
 def _score_single_tokens(
-    device: torch.device, answer: Answer, tests: TestSet, config: EvaluationConfig, choice_N_K: Tensor
+    moe: MoEModel, answer: Answer, tests: TestSet, config: EvaluationConfig, choice_N_K: Tensor
 ) -> tuple[float, int, int]:
     nll_sum, right = 0.0, 0
-    for batch in _batches(tests.encoded, config, device):
+    for batch in _batches(moe, tests.encoded, config):
         answers = answer(batch)
         rows = torch.tensor(batch.rows)[answers.row_N.cpu()]
         nll_sum += float(answers.nll_N.double().sum())
-        score_N_K = answers.logits_N_V.gather(1, choice_N_K[rows].to(device))
+        score_N_K = answers.logits_N_V.gather(1, choice_N_K[rows].to(moe.device))
         right += int((score_N_K.argmax(1).cpu() == tests.right_N[rows]).sum())
-    nll_sum, right = _over_all(device, nll_sum, right)
+    nll_sum, right = _over_all(moe.device, nll_sum, right)
     return nll_sum, len(tests), right
 
 

@@ -18,6 +18,7 @@ from transformers import get_scheduler
 
 from fedalign import parallel
 from fedalign.client.forward import answer_logits, own_share
+from fedalign.client.gradients import Unreached
 from fedalign.client.memory import ClientData, Kept
 from fedalign.config.run import Config, TrainingConfig
 from fedalign.data.batches import Batch, batches
@@ -67,6 +68,7 @@ class LocalFit:
         self.frozen_L_E = torch.zeros(len(self.moe.layers), self.moe.experts, dtype=torch.bool, device=device)
         self.still = self.moe.weaker_components(client.limits.rank) if client.limits.rank else []
         self.steps = 0
+        self.unreached = Unreached(self.moe, watch=round == 1)
         self._start: list[Tensor] | None = None
         self._nll_sum, self._answer_tokens = 0.0, 0
 
@@ -89,6 +91,7 @@ class LocalFit:
                 for group in grouped(self._batches(epoch), self.options.accumulate):
                     self._step(group, probe, autocast, record=last)
                     schedule.step()
+                self.unreached.refuse(self._run_one_batch)
         self.moe.model.zero_grad(set_to_none=True)
 
     def trained(self) -> Weights:
@@ -107,6 +110,10 @@ class LocalFit:
         most_L_K = load_L_E.topk(min(count, self.moe.experts), dim=1).indices
         return torch.ones_like(self.frozen_L_E).scatter_(1, most_L_K, False)
 
+    @torch.no_grad()
+    def _run_one_batch(self) -> None:
+        answer_logits(self.moe, own_share(next(self._batches(0))).to(self.moe.device))
+
     def optimizer_state(self) -> dict[str, Tensor]:
         """What the client's next round needs, if the optimizer is kept."""
         return dump_optimizer(self.optimizer, self.stepped) if self.options.keep_optimizer else {}
@@ -114,7 +121,8 @@ class LocalFit:
     def _batches(self, epoch: int) -> Iterator[Batch]:
         options = self.options
         seed = derive_seed(self.seed, epoch)
-        return batches(self.client.train, options.batch_tokens, options.batch_examples, seed=seed)
+        equal = self.moe.equal_lengths
+        return batches(self.client.train, options.batch_tokens, options.batch_examples, seed=seed, equal_lengths=equal)
 
     def _schedule(self) -> Any:
         name = "constant_with_warmup" if self.options.schedule == "constant" else self.options.schedule
@@ -145,13 +153,14 @@ class LocalFit:
             if record:
                 self.statistics.update(captured, here.whole_B)
                 self.tokens.update(batch)
+        assert idle_L_E is not None
+        self.unreached.look()
         if self.local.shift:
             self.moe.shift_gradients(self.local.shift)
         for parameter, master in self.masters.items():
             master.grad = parameter.grad.float() if parameter.grad is not None else None
         if self.options.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.stepped, self.options.max_grad_norm)
-        assert idle_L_E is not None
         with self._holding_still(idle_L_E | self.frozen_L_E):
             self.optimizer.step()
         with torch.no_grad():

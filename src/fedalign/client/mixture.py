@@ -69,7 +69,10 @@ class Mixture:
         self.server.model.eval()
         for epoch in range(options.epochs):
             order = derive_seed(seed, "mixture", epoch)
-            for batch in batches(examples, options.batch_tokens, options.batch_examples, seed=order):
+            equal = self.server.equal_lengths
+            for batch in batches(
+                examples, options.batch_tokens, options.batch_examples, seed=order, equal_lengths=equal
+            ):
                 optimizer.zero_grad(set_to_none=True)
                 loss = self.answer(batch.to(self.server.device)).nll_N.mean()
                 loss.backward()

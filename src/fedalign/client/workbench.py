@@ -23,6 +23,7 @@ from fedalign.maths.hashing import derive_seed
 from fedalign.moe.four_bit import need_cuda
 from fedalign.moe.load import model_path, pick_device
 from fedalign.moe.model import MoEModel, load_model
+from fedalign.moe.saved import check_saved
 from fedalign.protocol import Evaluation, Weights
 
 
@@ -58,6 +59,7 @@ class Workbench:
             tuning=config.tuning,
             seed=config.run.seed,
         )
+        check_scoring(config, moe)
         if several:
             moe = moe.split() if device == parallel.SPLIT else moe.shard(torch.device(device))
         if config.tuning.gradient_checkpointing:
@@ -72,6 +74,7 @@ class Workbench:
             trust_remote_code=config.model.trust_remote_code,
             revision=config.model.revision,
         )
+        check_tokenizer(tokenizer, moe.model.get_input_embeddings().weight.shape[0], config.model.path)
         encoder = Encoder(
             tokenizer,
             pick_length(config, moe),
@@ -133,12 +136,67 @@ class Workbench:
         self.moe.write(weights)
         return evaluate(self.moe, tests, self.config.evaluation, self.tokenizer, client=None)
 
+    def check(self, folder: Path, skeleton: MoEModel | None = None) -> str:
+        """Hold what was saved of this model, or of a filled skeleton, against plain libraries; how far was looked.
+
+        Raises:
+            UserError: It does not load there, or as another model.
+        """
+        model = self.config.model
+        return check_saved(
+            skeleton or self.moe,
+            folder,
+            model_path(model.path),
+            dtype=self.config.tuning.loaded_dtype,
+            runs=skeleton is None,
+            trust_remote_code=model.trust_remote_code,
+            revision=model.revision,
+        )
+
     def save(self, weights: Weights, folder: Path) -> None:
         """Write weights as an ordinary Hugging Face folder, with the tokenizer."""
         self.moe.write(weights)
         self.moe.save(folder)
         if parallel.is_first():
             self.tokenizer.save_pretrained(folder)
+
+
+def check_tokenizer(tokenizer: Any, rows: int, path: str) -> None:
+    """Refuse a tokenizer that is none, or of another model.
+
+    Raises:
+        UserError: It has no words, or a token beyond the model's `rows` of embeddings.
+    """
+    tokens = tokenizer.get_vocab()
+    if len(tokens) <= len(set(tokenizer.all_special_tokens)):  # transformers makes up one where there are no files
+        raise UserError(f"model = {path!r}: holds no tokenizer. Put the files of its tokenizer beside its weights.")
+    last = max(tokens, key=lambda token: tokens[token])
+    if tokens[last] >= rows:
+        raise UserError(
+            f"model = {path!r}: its tokenizer has token {tokens[last]} ({last!r}), its embedding rows 0 to {rows - 1}. "
+            "Give it the tokenizer that it was trained with, or widen it: resize_token_embeddings."
+        )
+
+
+def check_scoring(config: Config, moe: MoEModel) -> None:
+    """Refuse what reads probabilities of a router that shows none.
+
+    Raises:
+        UserError: The algorithm or the balancing loss does, and this model's routers score in no way that is known.
+    """
+    if all(layer.scoring != "unknown" for layer in moe.layers):
+        return
+    which = f"how {moe.family} scores experts cannot be told from its router"
+    if "probabilities" in config.asks:
+        raise UserError(
+            f'algorithm.name = "{config.algorithm.name}": reads the probabilities of routers, but {which}. Choose one '
+            "of: by_use, fedavg, fedmoe, flame."
+        )
+    if config.training.balance_coefficient:
+        raise UserError(
+            f"training.balance_coefficient = {config.training.balance_coefficient}: needs probabilities, but {which}. "
+            "Choose 0."
+        )
 
 
 def check_shardable(config: Config) -> None:

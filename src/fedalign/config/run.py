@@ -105,6 +105,7 @@ class RunConfig(Section):
     rounds: Positive = key(10, "of training, plan and sum")
     device: Device = "auto"
     threads: Threads = 0
+    check: bool = key(True, "at the end: does model/ load in plain transformers and peft, and compute the same")
 
 
 class ModelConfig(Section):

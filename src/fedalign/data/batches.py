@@ -88,13 +88,19 @@ class Batch:
 
 
 def batches(
-    encoded: Sequence[Encoded], batch_tokens: int, batch_examples: int, seed: int | None = None
+    encoded: Sequence[Encoded],
+    batch_tokens: int,
+    batch_examples: int,
+    seed: int | None = None,
+    *,
+    equal_lengths: bool = False,
 ) -> Iterator[Batch]:
     """Batches of similar lengths: rows times padded length stay within `batch_tokens`, rows within `batch_examples`.
 
     With a seed, sequences are shuffled, similar lengths of each window of batches are put together, and the batches
     are shuffled again: the same seed gives the same batches. Without, for evaluation: all by length, longest first,
     so that memory runs out at once or never. A sequence over the budget is a batch of its own. None is lost.
+    With `equal_lengths` nothing is padded, for models whose numbers depend on it.
     """
     rng = random.Random(seed)
     order = list(range(len(encoded)))
@@ -104,23 +110,27 @@ def batches(
     groups: list[list[int]] = []
     for start in range(0, len(order), window):
         part = sorted(order[start : start + window], key=lambda i: encoded[i].tokens, reverse=True)
-        groups += _cut([encoded[i] for i in part], part, batch_tokens, batch_examples)
+        groups += _cut([encoded[i] for i in part], part, batch_tokens, batch_examples, equal_lengths)
     if seed is not None:
         rng.shuffle(groups)
     for rows in groups:
         yield _collate([encoded[i] for i in rows], tuple(rows))
 
 
-def _cut(sequences: Sequence[Encoded], rows: list[int], batch_tokens: int, batch_examples: int) -> list[list[int]]:
+def _cut(
+    sequences: Sequence[Encoded], rows: list[int], batch_tokens: int, batch_examples: int, equal: bool
+) -> list[list[int]]:
     """Cut consecutive rows into groups within the budget."""
     groups: list[list[int]] = []
     group: list[int] = []
     source = target = 0
     for row, one in zip(rows, sequences, strict=True):
         new_source, new_target = max(source, len(one.input_ids)), max(target, len(one.decoder_input_ids or ()))
-        if group and (len(group) == batch_examples or (len(group) + 1) * (new_source + new_target) > batch_tokens):
+        size = (len(one.input_ids), len(one.decoder_input_ids or ()))
+        full = len(group) == batch_examples or (len(group) + 1) * (new_source + new_target) > batch_tokens
+        if group and (full or (equal and size != (source, target))):
             groups.append(group)
-            group, new_source, new_target = [], len(one.input_ids), len(one.decoder_input_ids or ())
+            group, (new_source, new_target) = [], size
         group.append(row)
         source, target = new_source, new_target
     return [*groups, group] if group else groups

@@ -175,7 +175,8 @@ def round_tokens(config: Config, train: Sequence[Sequence[Encoded]], tests: Sequ
 def measure_step(bench: Workbench, examples: Sequence[Encoded]) -> StepCost:
     """Run one batch of these examples forward and backward; the weights stay as they are."""
     moe, options = bench.moe, bench.config.training
-    batch = next(iter(batches(examples, options.batch_tokens, options.batch_examples, seed=0))).to(moe.device)
+    every = batches(examples, options.batch_tokens, options.batch_examples, seed=0, equal_lengths=moe.equal_lengths)
+    batch = next(iter(every)).to(moe.device)
     autocast = make_autocast(moe.device, options.precision)
     moe.model.train()
     kept, seconds = Kept(moe.model), math.inf

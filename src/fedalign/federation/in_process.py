@@ -104,6 +104,10 @@ class Prepared:
         """Write weights as an ordinary Hugging Face folder, with the tokenizer."""
         self.bench.save(weights, folder)
 
+    def check_model(self, folder: Path) -> str:
+        """Hold what was last saved against plain libraries; how far was looked."""
+        return self.bench.check(folder)
+
     def identity(self) -> dict[str, str]:
         """Of the model's architecture, the configuration, and the sizes of the data."""
         held = {name: [len(c.train), sum(e.tokens for e in c.train)] for name, c in self.clients.items()}

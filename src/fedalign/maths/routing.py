@@ -39,14 +39,22 @@ def router_log_prob(logits_T_E: Tensor, scoring: Scoring = "softmax") -> Tensor:
 
     Args:
         logits_T_E: router logits, selection-only biases excluded.
-        scoring: "softmax", or "sigmoid" for scores that are normalised to sum to one.
+        scoring: "softmax", or "sigmoid" or "sqrtsoftplus" for scores that are normalised to sum to one.
 
     Returns:
         log p, [..., T, E], in nats.
+
+    Raises:
+        ValueError: The scoring is "unknown".
     """
+    if scoring == "unknown":
+        raise ValueError("a router of unknown scoring has no probabilities")
     logits_T_E = full(logits_T_E)
     if scoring == "sigmoid":  # σ(x) / Σ σ = softmax(log σ(x)): no underflow where all scores are tiny
         logits_T_E = functional.logsigmoid(logits_T_E)
+    elif scoring == "sqrtsoftplus":
+        tiny = torch.finfo(logits_T_E.dtype).tiny
+        logits_T_E = functional.softplus(logits_T_E).clamp_min(tiny).log() / 2
     return logits_T_E.log_softmax(dim=-1)
 
 
@@ -162,7 +170,7 @@ def routing_penalty(
             tokens, the sum over all experts: single tokens may stay sharp.
         form: "kl" [P]: p · log(p / p_g); "bregman" [O]: p · log(p / p_g) - p + p_g, never negative and zero only at p_g
             (the first is not: over part of the experts its minimum lies at p_g / e).
-        scoring: how the router turns logits into probabilities: "softmax" or "sigmoid".
+        scoring: how the router turns logits into probabilities, as in `router_log_prob`.
 
     Returns:
         A scalar in nats; 0 without tokens.

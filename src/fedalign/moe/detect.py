@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from fedalign.errors import UserError
 from fedalign.moe.families import (
     FAMILIES,
+    TOP_K,
     Family,
     MoELayer,
     computed_logits,
@@ -87,13 +92,12 @@ def _layer(model: PreTrainedModel, router: str, experts: str, row: Family) -> Mo
 
 
 def _top_k(router: nn.Module, block: nn.Module, config: Any) -> int:
-    names = ("top_k", "num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_experts_per_token")
     for holder in (router, block, config.get_text_config()):
-        for name in names:
+        for name in TOP_K:
             if isinstance(value := getattr(holder, name, None), int):
                 return value
     raise UserError(
-        f"model = {family_of(config)}: its config must say to how many experts a token goes ({', '.join(names)})"
+        f"model = {family_of(config)}: its config must say to how many experts a token goes ({', '.join(TOP_K)})"
     )
 
 
@@ -103,30 +107,103 @@ def _top_k(router: nn.Module, block: nn.Module, config: Any) -> int:
 def _autodetected(model: PreTrainedModel) -> tuple[str, tuple[MoELayer, ...]]:
     """Routers from transformers' own recorder of router logits, else from shapes; then watch them route.
 
-    A model without values cannot be watched: its groups are known, its scoring is not.
+    A model without values cannot be watched: its groups are known, its scoring is that of its router's code.
     """
     modules = dict(model.named_modules())
-    recorded = dict(_recorded_routers(model))
-    routers: dict[str, int | None] = {**recorded} or dict.fromkeys(_shaped_routers(modules))
-    layers = [
-        _layer(model, path, experts, Family(logits=logits))
-        for path, logits in routers.items()
-        if (experts := _experts_beside(modules, path))
-    ]
+    how, layers = _unwatched(model, modules)
     if not layers:
         return "", ()
-    marked = {path for path, module in modules.items() if hasattr(module, "_is_expert_parallel")}
-    if orphans := sorted(marked - {layer.experts for layer in layers}):
-        raise UserError(
-            f"model = {family_of(model.config)}: every module of experts needs a router, but {orphans[0]} has none"
-        )
-    how = "transformers' recorder" if recorded else "shapes"
     if model.device.type == "meta":
-        return f"autodetected: routers by {how}; choice and scoring are seen when its weights are loaded", tuple(layers)
+        alone = tuple(_alone(layer, modules[layer.router]) for layer in layers)
+        return f"{how}; choice and scoring are seen when its weights are loaded", alone
     seen = _trial(model, layers)
     watched = [_understood(layer, modules[layer.router], modules[layer.experts], seen) for layer in layers]
-    certainty = "; ".join(sorted({sure for _, sure in watched}))
-    return f"autodetected: routers by {how}; {certainty}", tuple(layer for layer, _ in watched)
+    found = tuple(layer for layer, _ in watched)
+    if any(layer.scoring == "unknown" for layer in found):
+        found = _probed(model, found, seen)
+    certainty = {_certainty(layer, choice) for layer, (_, choice) in zip(found, watched, strict=True)}
+    return f"{how}; {'; '.join(sorted(certainty))}", found
+
+
+def _unwatched(model: PreTrainedModel, modules: dict[str, nn.Module]) -> tuple[str, list[MoELayer]]:
+    """How routers were found, and the layers that they and the experts beside them make."""
+    recorded, shaped = dict(_recorded_routers(model)), dict.fromkeys(_shaped_routers(modules))
+    layers = list(_beside(model, modules, recorded or shaped))
+    marked = {path for path, module in modules.items() if hasattr(module, "_is_expert_parallel")} if layers else set()
+    if orphans := marked - {layer.experts for layer in layers}:  # deepseek_v4 records some of its routers alone
+        layers += [layer for layer in _beside(model, modules, shaped) if layer.experts in orphans]
+        layers.sort(key=lambda layer: list(modules).index(layer.router))
+    if orphans := marked - {layer.experts for layer in layers}:
+        raise UserError(
+            f"model = {family_of(model.config)}: every module of experts needs a router, but {min(orphans)} has none"
+        )
+    how = "transformers' recorder" if recorded else "shapes"
+    return f"autodetected: routers by {how}", layers
+
+
+@torch.no_grad()
+def _alone(layer: MoELayer, router: nn.Module) -> MoELayer:
+    """The layer with what a copy of its router does by itself, with random values: the model has none yet."""
+    twin = copy.deepcopy(router).to_empty(device="cpu").float()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in twin.parameters():
+        parameter.normal_(generator=generator)
+    for buffer in twin.buffers():
+        buffer.zero_()
+    hidden_T_H = torch.randn(32, layer.hidden, generator=generator) * 2 / layer.hidden**0.5
+    wanted = [p for p in inspect.signature(twin.forward).parameters.values() if p.default is p.empty][1:]
+    more = [torch.zeros(()) for parameter in wanted if parameter.kind != parameter.VAR_KEYWORD]
+    for hidden in (hidden_T_H, hidden_T_H.unsqueeze(0)):
+        with contextlib.suppress(Exception):  # a router may want what only its model knows
+            output = twin(hidden, *more)
+            return _understood(layer, twin, nn.Identity(), {twin: [_Call((hidden,), output)]})[0]
+    return replace(layer, scoring="unknown")
+
+
+def _certainty(layer: MoELayer, choice: str) -> str:
+    if layer.logits is None and layer.scoring == "unknown":
+        raise UserError(
+            f"router = {layer.router}: must return logits over {layer.size} experts, or weights that are the softmax, "
+            "sigmoid or sqrt-softplus of its weight times its input"
+        )
+    origin = "logits computed, " if layer.logits is None else ""
+    if layer.scoring == "unknown":
+        return f"{origin}choice {choice}, scoring unknown"
+    return f"{origin}choice and scoring seen in a trial run"
+
+
+def _probed(
+    model: PreTrainedModel, layers: Sequence[MoELayer], seen: Mapping[nn.Module, Sequence[_Call]]
+) -> tuple[MoELayer, ...]:
+    """The layers with the scoring that routers show whose weights, meanwhile, tell experts clearly apart.
+
+    Which scores a router computes is its code's; near zero, as routers begin, all of them look alike.
+    """
+    routers = [model.get_submodule(layer.router) for layer in layers]
+    weights = [router_weight(router) for router in routers]
+    before = [weight.detach().clone() for weight in weights]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for router, weight in zip(routers, weights, strict=True):
+            given = seen[router][0].given[0].float()
+            scale = 2 / (given.square().sum(-1).mean().sqrt() + 1e-6)
+            weight.data.copy_(torch.randn(weight.shape, generator=generator) * scale.cpu())
+        clear = _trial(model, layers)
+        pairs = zip(layers, routers, strict=True)
+        again = [_understood(layer, router, model.get_submodule(layer.experts), clear)[0] for layer, router in pairs]
+    finally:
+        for weight, values in zip(weights, before, strict=True):
+            weight.data.copy_(values)
+    return tuple(replace(layer, scoring=probed.scoring) for layer, probed in zip(layers, again, strict=True))
+
+
+def _beside(
+    model: PreTrainedModel, modules: dict[str, nn.Module], routers: Mapping[str, int | None]
+) -> Iterator[MoELayer]:
+    """The layers of routers that have experts beside them; of each router its output that is logits."""
+    for path, logits in routers.items():
+        if experts := _experts_beside(modules, path):
+            yield _layer(model, path, experts, Family(logits=logits))
 
 
 def _recorded_routers(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
@@ -237,7 +314,7 @@ def _trial(model: PreTrainedModel, layers: Sequence[MoELayer]) -> dict[nn.Module
 def _understood(
     layer: MoELayer, router: nn.Module, experts: nn.Module, seen: Mapping[nn.Module, Sequence[_Call]]
 ) -> tuple[MoELayer, str]:
-    """The layer with its logits, dispatch and scoring as seen in a trial run, and how sure they are."""
+    """The layer with its logits, dispatch and scoring as seen in a trial run, and how its choice is known."""
     if router not in seen:
         raise UserError(f"router = {layer.router}: must run whenever the model does, but did not")
     hidden, output = seen[router][0].given[0], seen[router][0].output
@@ -253,18 +330,10 @@ def _understood(
     if any(share > 0.1 for share in shown):  # equal logits, as bfloat16 has them, may be told apart either way
         raise UserError(f"router = {layer.router}: must say which experts its tokens go to, but they go to others")
     if named is None and not shown:
-        return layer, "choice assumed to be the top-k of the logits, scoring to be softmax"
+        return replace(layer, scoring="unknown"), "assumed to be the top-k of the logits"
     weight_T_K = _weights(layer, outputs, topk_T_K, seen.get(experts, ()))
     scoring = "softmax" if layer.probabilities else _scoring(weight_T_K, logits_T_E, topk_T_K)
-    if layer.logits is None and scoring is None:
-        raise UserError(
-            f"router = {layer.router}: must return logits over {layer.size} experts, or weights that are the softmax "
-            "or sigmoid of its weight times its input"
-        )
-    origin = "logits computed, " if layer.logits is None else ""
-    if scoring is None:
-        return layer, f"{origin}choice seen in a trial run, scoring assumed to be softmax"
-    return replace(layer, scoring=scoring), f"{origin}choice and scoring seen in a trial run"
+    return replace(layer, scoring=scoring), "seen in a trial run"
 
 
 def _with_logits(layer: MoELayer, router: nn.Module, hidden: Tensor, outputs: tuple[Any, ...]) -> MoELayer:
@@ -327,20 +396,24 @@ def _weights(layer: MoELayer, outputs: tuple[Any, ...], topk_T_K: Tensor, calls:
     return next((weight_T_K.float() for weight_T_K in chain(fitting, dense)), None)
 
 
-def _scoring(weight_T_K: Tensor | None, logits_T_E: Tensor, topk_T_K: Tensor) -> Scoring | None:
-    """By which scores of the logits the experts' outputs were weighted; None: it cannot be told."""
+def _scoring(weight_T_K: Tensor | None, logits_T_E: Tensor, topk_T_K: Tensor) -> Scoring:
+    """By which scores of the logits the experts' outputs were weighted."""
     if weight_T_K is None:
-        return None
-    spread = {scoring: _spread(weight_T_K, logits_T_E, topk_T_K, scoring) for scoring in get_args(Scoring)}
-    best, other = sorted(get_args(Scoring), key=spread.__getitem__)
+        return "unknown"
+    scores: dict[Scoring, Tensor] = {
+        "softmax": logits_T_E.softmax(1),
+        "sigmoid": logits_T_E.sigmoid(),
+        "sqrtsoftplus": functional.softplus(logits_T_E).sqrt(),
+    }
+    spread = {scoring: _spread(weight_T_K, score_T_E.gather(1, topk_T_K)) for scoring, score_T_E in scores.items()}
+    best, other, _ = sorted(scores, key=spread.__getitem__)
     clear = spread[best] < 0.02 and 3 * spread[best] < spread[other]  # 0.02: weights may be in bfloat16
-    return best if clear else None
+    return best if clear else "unknown"
 
 
-def _spread(weight_T_K: Tensor, logits_T_E: Tensor, topk_T_K: Tensor, scoring: Scoring) -> float:
+def _spread(weight_T_K: Tensor, score_T_K: Tensor) -> float:
     """0 if the weights are these scores up to a factor (one per token, since many renormalise over the top-k)."""
-    score_T_E = logits_T_E.softmax(1) if scoring == "softmax" else logits_T_E.sigmoid()
-    ratio_T_K = weight_T_K / score_T_E.gather(1, topk_T_K)
+    ratio_T_K = weight_T_K / score_T_K
     axis = 1 if ratio_T_K.shape[1] > 1 else 0
     return float((ratio_T_K.amax(axis) / ratio_T_K.amin(axis) - 1).mean())
 

@@ -21,6 +21,15 @@ from fedalign.errors import UserError
 from fedalign.protocol import Scoring
 
 Dispatch = Literal["index", "one_hot", "logits"]
+TOP_K = (  # how routers, blocks, experts and configurations say to how many experts a token goes
+    "top_k",
+    "num_experts_per_tok",
+    "moe_k",
+    "moe_topk",
+    "top_k_experts",
+    "num_experts_per_token",
+    "num_selected_experts",
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ FAMILIES: dict[str, Family] = {
 }
 REFUSED = {
     "doge": "its experts are rows of an embedding found by pairs of keys: no router has a row for each of them",
+    "inkling_text": "its routers have rows for the experts that all tokens share, too",
     "longcat_flash": "some of its experts are the identity and have no weights to be averaged",
     "nllb_moe": "its code in transformers is broken: only experts 0 and 1 ever run",
     "zaya": "its router may skip all experts, and what it returns then names expert 0",

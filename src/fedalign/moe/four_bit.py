@@ -56,7 +56,7 @@ class Saved:
         )
 
 
-class Packed(Tensor):
+class FourBit(Tensor):
     """A matrix, or E of them, in 4 bits. Whatever reads it gets the dense values; it cannot be written.
 
     Without a second quantisation of the scales: 4.5 bits a value instead of 4.13, but an expert is a slice of both
@@ -68,9 +68,9 @@ class Packed(Tensor):
     """
 
     @staticmethod
-    def __new__(cls, codes: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Packed:
+    def __new__(cls, codes: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype) -> FourBit:
         """A tensor without values of its own."""
-        packed: Packed = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=codes.device)
+        packed: FourBit = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=codes.device)
         return packed
 
     def __init__(self, codes: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -103,14 +103,14 @@ class Packed(Tensor):
         flat: Tensor = functional.dequantize_4bit(self.codes.view(-1, 1), state)
         return flat.view(self.shape)
 
-    def _expert(self, index: int) -> Packed:
-        return Packed(self.codes[index], self.scales[index], self.shape[1:], self.dtype)
+    def _expert(self, index: int) -> FourBit:
+        return FourBit(self.codes[index], self.scales[index], self.shape[1:], self.dtype)
 
-    def _each(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Packed:
-        return Packed(change(self.codes), change(self.scales), self.shape, dtype or self.dtype)
+    def _each(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> FourBit:
+        return FourBit(change(self.codes), change(self.scales), self.shape, dtype or self.dtype)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override] # torch leaves this argument without a type
-        return f"Packed({list(self.shape)}, {self.dtype}, device={str(self.device)!r})"
+        return f"FourBit({list(self.shape)}, {self.dtype}, device={str(self.device)!r})"
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Sequence[int], torch.dtype]]:
         """What torch swaps when a module is moved."""
@@ -119,7 +119,7 @@ class Packed(Tensor):
     @classmethod
     def __tensor_unflatten__(
         cls, inner: Mapping[str, Tensor], context: tuple[Sequence[int], torch.dtype], *_: Any
-    ) -> Packed:
+    ) -> FourBit:
         """The inverse of `__tensor_flatten__`."""
         return cls(inner["codes"], inner["scales"], *context)
 
@@ -127,7 +127,7 @@ class Packed(Tensor):
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Above autograd: only products with a matrix are special."""
         kwargs = kwargs or {}
-        if function is linear and isinstance(args[1], Packed):
+        if function is linear and isinstance(args[1], FourBit):
             return _linear(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)
@@ -139,7 +139,7 @@ class Packed(Tensor):
         """Below autograd: what only moves or selects stays packed, all else reads the dense values."""
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if isinstance(first, Packed):
+        if isinstance(first, FourBit):
             if function in (aten.detach.default, aten.alias.default):
                 return first._each(lambda part: part)
             if function is aten.clone.default:
@@ -150,7 +150,7 @@ class Packed(Tensor):
                 return first._expert(args[2])
         _refuse_writing(function, args, kwargs)
         with torch.inference_mode(False):  # a view made there of a tensor from outside has to be an ordinary one
-            args, kwargs = tree_map_only(Packed, Packed.dense, (args, kwargs))
+            args, kwargs = tree_map_only(FourBit, FourBit.dense, (args, kwargs))
             return function(*args, **kwargs)
 
 
@@ -158,7 +158,7 @@ class _Product(torch.autograd.Function):
     """inputs · weightᵀ + bias; for the backward pass it keeps the codes, where torch would keep the dense matrix."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, weight: FourBit, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
         return linear(inputs, weight.dense(), bias)
 
@@ -169,7 +169,7 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.weight.dense().to(gradient.dtype), None, of_bias
 
 
-def _linear(inputs: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+def _linear(inputs: Tensor, weight: FourBit, bias: Tensor | None = None) -> Tensor:
     if torch.is_autocast_enabled(inputs.device.type):
         inputs = inputs.to(torch.get_autocast_dtype(inputs.device.type))
     product: Tensor = _Product.apply(inputs, weight, bias)  # type: ignore[no-untyped-call] # torch annotates no apply
@@ -219,7 +219,7 @@ def quantise(model: PreTrainedModel, layers: Iterable[MoELayer], device: str | t
     library()
     saved = forecast(model, layers)
     for _, module, name in tuple(_weights(model, layers)):
-        packed = Packed.of(getattr(module, name).detach(), device)
+        packed = FourBit.of(getattr(module, name).detach(), device)
         setattr(module, name, nn.Parameter(packed, requires_grad=False))
     model.to(device)
     return Saved(saved.before, sum(_nbytes(tensor) for tensor in _tensors(model)))
@@ -258,7 +258,7 @@ def recompute_experts(model: PreTrainedModel, layers: Iterable[MoELayer]) -> Non
     """
     for layer in layers:
         experts = model.get_submodule(layer.experts)
-        fused = any(isinstance(parameter, Packed) and parameter.dim() == 3 for parameter in experts.parameters())
+        fused = any(isinstance(parameter, FourBit) and parameter.dim() == 3 for parameter in experts.parameters())
         if fused and not layer.router.startswith(f"{layer.experts}."):  # a router inside must not be asked twice
             experts.forward = MethodType(_recomputed, experts)
 
@@ -294,7 +294,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _nbytes(tensor: Tensor) -> int:
-    return tensor.codes.nbytes + tensor.scales.nbytes if isinstance(tensor, Packed) else tensor.nbytes
+    return tensor.codes.nbytes + tensor.scales.nbytes if isinstance(tensor, FourBit) else tensor.nbytes
 
 
 def _packed_nbytes(dense: Tensor) -> int:
@@ -307,6 +307,6 @@ def _refuse_writing(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any
     """Dense values are made for one operation: what it wrote there would be lost without a word."""
     for index, argument in enumerate(function._schema.arguments):
         value = args[index] if index < len(args) else kwargs.get(argument.name)
-        if isinstance(value, Packed) and argument.alias_info is not None and argument.alias_info.is_write:
+        if isinstance(value, FourBit) and argument.alias_info is not None and argument.alias_info.is_write:
             # no TypeError: `+=` would take it for "not implemented" and try something else
             raise RuntimeError(f"{function}: weights in 4 bits cannot be written. Write to the model they were made of")

@@ -3,36 +3,83 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from fedalign import parallel
 from fedalign.demo import model_folder
 from fedalign.errors import UserError, unknown
-from fedalign.moe.families import is_encoder_decoder, refuse
+from fedalign.moe.families import family_of, is_encoder_decoder, refuse
+from fedalign.moe.tuning import SELECTION_BIAS
 
+DEQUANTISED = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config, "mxfp8": FineGrainedFP8Config}  # on loading
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-SELECTION_BIAS = ("e_score_correction_bias", "expert_bias")  # added to scores only to choose: no gradient reaches it
 
 
 def configuration_of(source: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The configuration, and the auto class that makes a model of it."""
+    """The configuration, and the auto class that makes a model of it.
+
+    Raises:
+        UserError: It is of a family that is refused, or of weights that cannot be dequantised.
+    """
     config = AutoConfig.from_pretrained(source, **options)
     refuse(config)
-    return config, AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+    _check_sizes(source, config.get_text_config())
+    if (method := quantised_by(config)) not in (None, *DEQUANTISED):
+        raise UserError(
+            f"model = {source!r}: its weights are quantised by {method}, and cannot be trained. Give the model "
+            f"that they were made from, or one quantised by: {', '.join(DEQUANTISED)}."
+        )
+    if is_encoder_decoder(config):
+        return config, AutoModelForSeq2SeqLM
+    if (parts := _beside_text(config)) and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(
+            f"model = {source!r}: multimodal ({family_of(config)} has {', '.join(parts)}), and transformers knows no "
+            "language model of it alone. Give a checkpoint of text alone, of a family in docs/models.md."
+        )
+    return config, AutoModelForCausalLM
+
+
+def _beside_text(config: Any) -> list[str]:
+    """What a configuration has besides that of a language model: towers for pictures and sound."""
+    return (
+        sorted({*getattr(config, "sub_configs", ())} - {"text_config"})
+        if config.get_text_config() is not config
+        else []
+    )
+
+
+def _check_sizes(source: str, config: Any) -> None:
+    """What no model has, before the attempt to make one takes hours or all memory."""
+    for name, most in (("hidden_size", 10**6), ("num_hidden_layers", 10**4), ("vocab_size", 10**8)):
+        value = getattr(config, name, 1)
+        if not isinstance(value, int) or not 1 <= value <= most:
+            raise UserError(f"model = {source!r}: config.json: {name} = {value!r}: must be from 1 to {most:,}.")
+
+
+def auto_of(source: str, options: Mapping[str, Any]) -> Any:
+    """The auto class that loads a model."""
+    return configuration_of(source, options)[1]
+
+
+def quantised_by(config: Any) -> str | None:
+    """How the weights of a checkpoint are quantised; None: they are not."""
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
+    return None if found is None else str(getattr(method, "value", method))
 
 
 def load_plain(
     path_or_id: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedModel:
-    """An ordinary transformers model on the CPU, nothing of it changed.
+    """An ordinary transformers model on the CPU, nothing of it changed but that quantised weights are dequantised.
 
     Raises:
         UserError: there is no such model, or it is broken or incomplete.
@@ -40,20 +87,40 @@ def load_plain(
     if dtype not in DTYPES:
         raise unknown("model.dtype", dtype, DTYPES)
     source = resolved_source(path_or_id)
-    options = {"trust_remote_code": trust_remote_code, "revision": revision}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     with explaining(source):
         config, auto = configuration_of(source, options)
+        if method := quantised_by(config):
+            options |= {"quantization_config": DEQUANTISED[method](dequantize=True)}
         model, report = auto.from_pretrained(
-            source, config=config, dtype=DTYPES[dtype], output_loading_info=True, **options
+            source,
+            config=config,
+            dtype=DTYPES[dtype],
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below, on one line
+            **options,
         )
-    _check_complete(source, model, report["missing_keys"])
+    _check_complete(source, model, report)
+    model.left_behind = _beside_text(config) if type(model.config) is not type(config) else []
+    if method:
+        _forget_quantisation(model, DTYPES[dtype])
+        model.dequantised_from = method
     return model
+
+
+def _forget_quantisation(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """All in one type, and saved under the names of a model that never was quantised."""
+    model._weight_conversions = None  # of loading: they would name dense weights as if they were packed
+    kept = tuple(model._keep_in_fp32_modules_strict or ())
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
 
 
 def auto_class(folder: Path, *, trust_remote_code: bool = False) -> str:
     """The class of transformers that loads what `MoEModel.save` wrote to a folder."""
     with explaining(str(folder)):
-        return str(configuration_of(str(folder), {"trust_remote_code": trust_remote_code})[1].__name__)
+        return str(auto_of(str(folder), {"trust_remote_code": trust_remote_code}).__name__)
 
 
 @contextlib.contextmanager
@@ -61,7 +128,9 @@ def explaining(source: str) -> Iterator[None]:
     """Turn what transformers raises for a model that is not there or broken into a UserError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises whatever its configurations and files make fail
         place = "" if Path(source).is_dir() else "no such folder, and from the Hub it "
         raise UserError(f"model = {source!r}: {place}cannot be loaded: {in_one_line(error)}") from error
 
@@ -91,11 +160,16 @@ def resolved_source(path_or_id: str | Path) -> str:
     return text
 
 
-def _check_complete(source: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
-    absent = sorted(set(missing) & {name for name, _ in model.named_parameters()})
+def _check_complete(source: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise UserError(f"model = {source!r}: {name} is {list(found)}, config.json says {list(wanted)}.")
+    absent = sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if absent:
         few = ", ".join(absent[:3])
         raise UserError(f"model = {source!r}: the checkpoint must hold every weight; {len(absent)} lack: {few}")
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
+            raise UserError(f"model = {source!r}: {name} holds NaN or infinite values. Get the checkpoint anew.")
 
 
 def in_one_line(error: Exception) -> str:
@@ -150,7 +224,8 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        if torch.empty(0, device=name).is_meta:
+            raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError):
         raise UserError(f"run.device = {name!r}: not on this machine. Choose one of: {', '.join(there)}.") from None
     return name

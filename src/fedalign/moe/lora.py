@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora.layer import ParamWrapper
-from safetensors import SafetensorError
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers as as_peft_reads
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
 from fedalign.moe.families import MoELayer, family_of, is_encoder_decoder
-from fedalign.moe.tuning import chosen
+from fedalign.moe.tuning import UNREACHED, choosers, chosen
 
 NAME = ".default"  # peft's name of the one adapter, in the names of parameters but not of files
 PREFIX = "base_model.model."  # of names in files
@@ -38,10 +41,22 @@ FAILS_UPSTREAM = {  # family -> why its routed experts cannot be adapted
     "dbrx": "its code reads the weights of experts past what peft puts around them, and crashes",
 }
 
+ATTENDS = {"q", "k", "v", "kv", "qkv", "qkvz", "wq", "wk", "wv", "wqkv", "query", "key", "value"}  # in names of layers
+SCANS = {"A_log", "D"}  # what a state-space mixer holds
+
 Role = Literal["A", "B"]
 
 
-def inject(model: PreTrainedModel, layers: Sequence[MoELayer], options: TuningConfig, seed: int) -> LoraConfig:
+@dataclass(frozen=True)
+class Adapters:
+    """What was put into a model."""
+
+    config: LoraConfig  # peft's own description
+    names: Mapping[str, str]  # of every factor in memory -> in a file that peft reads
+    left_out: Mapping[str, str]  # linear layers that fit the targets and are not adapted, and why
+
+
+def inject(model: PreTrainedModel, layers: Sequence[MoELayer], options: TuningConfig, seed: int) -> Adapters:
     """Put adapters into a model, in place, and freeze all else but what `options` trains whole.
 
     Every B starts at zero, every A at random from `seed`, the same at all sites.
@@ -49,7 +64,7 @@ def inject(model: PreTrainedModel, layers: Sequence[MoELayer], options: TuningCo
     Raises:
         UserError: Nothing to adapt is left by the patterns, or peft cannot adapt this family.
     """
-    modules, parameters, routers = _wanted(model, layers, options)
+    (modules, parameters, routers), left_out = _wanted(model, layers, options)
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,  # type: ignore[arg-type] # peft says int and takes any number
@@ -73,7 +88,7 @@ def inject(model: PreTrainedModel, layers: Sequence[MoELayer], options: TuningCo
             parameter.requires_grad_(options.average != "freeze_a" or ".lora_B." in name)
     for parameter in trainable:
         parameter.requires_grad_(True)
-    return config
+    return Adapters(config, _names_in_files(model, config), left_out)
 
 
 def pair_of(name: str) -> tuple[str, Role] | None:
@@ -92,16 +107,16 @@ def fused_factors(module: nn.Module, size: int) -> Iterator[tuple[nn.Parameter, 
         module = module.base_layer
 
 
-def save(config: LoraConfig, values: Mapping[str, Tensor], folder: Path, base_digest: str) -> None:
+def save(adapters: Adapters, values: Mapping[str, Tensor], folder: Path, base_digest: str) -> None:
     """Write an adapter that plain peft loads; `values`: what it holds, by parameter name."""
     folder.mkdir(parents=True, exist_ok=True)
-    named = {_in_file(name): value.detach().cpu().contiguous() for name, value in values.items()}
+    named = {_in_file(adapters, name): value.detach().cpu().contiguous() for name, value in values.items()}
     save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
-    _write(replace(config, inference_mode=True), folder)
+    _write(replace(adapters.config, inference_mode=True), folder)
     (folder / BASE).write_text(f"{base_digest}\n", encoding="utf-8")
 
 
-def read(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def read(adapters: Adapters, folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """What `save` wrote, by parameter name.
 
     Raises:
@@ -111,7 +126,7 @@ def read(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
         found = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"adapter {str(folder)!r}: cannot be read: {error}") from None
-    mine = {_in_file(name): name for name in shapes}
+    mine = {_in_file(adapters, name): name for name in shapes}
     for name in sorted(mine.keys() | found.keys()):
         has, wants = (list(found[name].shape) if name in found else "none"), list(shapes.get(mine.get(name, ""), []))
         if name not in mine or has != wants:
@@ -122,20 +137,65 @@ def read(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     return {mine[name]: value for name, value in found.items()}
 
 
-def _in_file(name: str) -> str:
-    """A parameter's name in an adapter's file."""
-    return PREFIX + name.replace(NAME, "")
+def _in_file(adapters: Adapters, name: str) -> str:
+    """A parameter's name in an adapter's file; of a router trained whole its own."""
+    return PREFIX + adapters.names.get(name, name)
+
+
+def _names_in_files(model: PreTrainedModel, config: LoraConfig) -> dict[str, str]:
+    """How each factor is to be called in a file, so that peft, which renames as transformers does, finds it.
+
+    Raises:
+        UserError: Peft finds one under no name.
+    """
+    plain = {name: name.replace(NAME, "") for name, _ in model.named_parameters() if ".lora_" in name}
+    lost = _lost_by_peft(model, config, plain, plain)
+    names = plain | {name: _as_in_checkpoints(model, plain[name]) for name in lost}
+    if lost := _lost_by_peft(model, config, {name: names[name] for name in lost}, plain):
+        raise UserError(
+            f"tuning.targets: peft would not find the adapter of {min(lost).partition('.lora_')[0]} again. "
+            "Leave it out with tuning.exclude."
+        )
+    return names
+
+
+def _lost_by_peft(
+    model: PreTrainedModel, config: LoraConfig, names: Mapping[str, str], plain: Mapping[str, str]
+) -> set[str]:
+    """Factors in memory that would get no value from a file in which they are called so."""
+    file = {PREFIX + name: torch.empty(0) for name in names.values()}
+    read = as_peft_reads(model, config, file, NAME.strip("."))
+    return {name for name in names if PREFIX + plain[name] not in read}
+
+
+def _as_in_checkpoints(model: PreTrainedModel, name: str) -> str:
+    for entry in get_model_conversion_mapping(model):
+        if isinstance(entry, WeightRenaming):
+            name, _ = entry.reverse_transform().rename_source_key(name)
+    return name
 
 
 def _wanted(
     model: PreTrainedModel, layers: Sequence[MoELayer], options: TuningConfig
-) -> tuple[list[str], list[str], list[str]]:
-    """Paths of the linear layers and names of the parameters to adapt, paths of the routers to train whole."""
+) -> tuple[tuple[list[str], list[str], list[str]], dict[str, str]]:
+    """Paths of the linear layers and names of the parameters to adapt, paths of the routers to train whole.
+
+    And the linear layers that are left out, with the reason.
+    """
     _refuse_experts(model, layers, options)
     parts = {*options.targets, *(["router"] if options.router == "lora" else [])}
-    linears = [path for path in _linears(model) if _part(path, layers) in parts]
+    part, blind = _parts(model, layers), choosers(model)
+    fitting = [path for path in part if part[path] in parts]
+    left_out = {path: reason for path in fitting if (reason := _unfit(model, path, blind)) and part[path] != "router"}
+    linears = [path for path in fitting if path not in left_out]
     parameters = [name for layer in layers for name in _fused(model, layer) if "experts" in parts]
-    taken = [path for path in linears if path.rpartition(".")[2] in TAKEN_FOR_EXPERTS] if parameters else []
+    if options.targets and not linears and not parameters:
+        there = sorted({*part.values()} & {"attention", "experts", "shared_experts", "dense"} - left_out.keys())
+        raise UserError(
+            f"tuning.targets = {list(options.targets)}: no linear layer of {family_of(model.config)} is one of these. "
+            f"Choose among: {', '.join(there)}."
+        )
+    taken = [path for path in linears if path.rpartition(".")[2] in TAKEN_FOR_EXPERTS]
     modules = [path for path in linears if path not in taken]
     parameters += [f"{path}.weight" for path in taken]
     routers = [layer.router for layer in layers if options.router != "frozen"]
@@ -146,16 +206,29 @@ def _wanted(
         parameters += [f"{path}.{name}" for path, name in matrices if path not in linears]
         routers = []
     left = set(chosen([*modules, *parameters, *routers], options))
-    return tuple([name for name in names if name in left] for names in (modules, parameters, routers))  # type: ignore[return-value] # three lists, so a tuple of three
+    kept = tuple([name for name in names if name in left] for names in (modules, parameters, routers))
+    return kept, left_out  # type: ignore[return-value] # a tuple of three
+
+
+def _unfit(model: PreTrainedModel, path: str, blind: tuple[str, ...]) -> str:
+    """Why an adapter of this linear layer would not train, or not be applied; empty: it is fit."""
+    module, (above, _, name) = model.get_submodule(path), path.rpartition(".")
+    if type(module).forward is not nn.Linear.forward:
+        return f"peft would compute {type(module).__name__} as an ordinary linear layer"
+    if path.startswith(blind):
+        return UNREACHED
+    if {part for part, _ in model.get_submodule(above).named_parameters()} >= SCANS and name in ("out_proj", "dt_proj"):
+        return "the scan reads its weight past what peft puts around it"
+    return ""
 
 
 def _refuse_experts(model: PreTrainedModel, layers: Sequence[MoELayer], options: TuningConfig) -> None:
     if "experts" not in options.targets:
         return
     family, reason = family_of(model.config), FAILS_UPSTREAM.get(family_of(model.config))
-    linears = _linears(model)
+    linears = _parts(model, ())
     for layer in layers:
-        if not _fused(model, layer) and not any(_part(path, [layer]) == "experts" for path in linears):
+        if not _fused(model, layer) and not any(path.startswith(f"{layer.experts}.") for path in linears):
             reason = reason or f"{layer.experts} holds neither tensors of all experts nor linear layers"
     if reason:
         raise UserError(
@@ -164,13 +237,17 @@ def _refuse_experts(model: PreTrainedModel, layers: Sequence[MoELayer], options:
         )
 
 
-def _linears(model: PreTrainedModel) -> list[str]:
-    head = model.get_output_embeddings()
-    return [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+def _parts(model: PreTrainedModel, layers: Sequence[MoELayer]) -> dict[str, str]:
+    """What each linear layer belongs to: one of `targets`, or "router", or "gate of shared experts"."""
+    head, attending = model.get_output_embeddings(), set[str]()
+    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    for path in linears:  # what has a layer for queries, keys or values attends, with all that is in it
+        above, _, name = path.rpartition(".")
+        attending |= {f"{above}."} if ATTENDS & {*name.lower().split("_")} else set()
+    return {path: _part(path, layers, attending) for path in linears}
 
 
-def _part(path: str, layers: Sequence[MoELayer]) -> str:
-    """What a linear layer belongs to: one of `targets`, or "router", or "gate of shared experts"."""
+def _part(path: str, layers: Sequence[MoELayer], attending: Iterable[str]) -> str:
     for layer in layers:
         if f"{path}.".startswith(f"{layer.router}."):
             return "router"
@@ -179,7 +256,7 @@ def _part(path: str, layers: Sequence[MoELayer]) -> str:
     names = path.lower().split(".")
     if any(name.startswith("shared_") for name in names):
         return "gate of shared experts" if names[-1].endswith("expert_gate") else "shared_experts"
-    return "attention" if any("attn" in name or "attention" in name for name in names) else "dense"
+    return "attention" if path.startswith(tuple(attending)) else "dense"
 
 
 def _fused(model: PreTrainedModel, layer: MoELayer) -> list[str]:
@@ -230,7 +307,21 @@ def remove(folder: Path) -> None:
 
 
 def put_upon(model: Any, folder: Path) -> Any:
-    """A plain model with the adapter of `folder`, by plain peft."""
+    """A plain model with the adapter of `folder` around its weights, by plain peft.
+
+    Raises:
+        UserError: Peft does not find a value for every adapter, or a place for every value.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft asks for it
-        return PeftModel.from_pretrained(model, str(folder))
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        try:
+            adapted = PeftModel.from_pretrained(model, str(folder))
+        except UserWarning as warning:
+            raise UserError(f"adapter {str(folder)!r}: plain peft loses a part of it: {str(warning)[:200]}") from None
+    factors = sum(".lora_" in name for name, _ in adapted.named_parameters())
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        held = sum(".lora_" in name for name in file.keys())  # noqa: SIM118 # no mapping: it has keys() alone
+    if factors != held:
+        raise UserError(f"adapter {str(folder)!r}: plain peft takes {factors} of its {held} factors.")
+    return adapted

@@ -28,29 +28,27 @@ from fedalign import parallel
 from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
 from fedalign.moe.detect import detect
-from fedalign.moe.families import MoELayer, family_of, is_encoder_decoder
+from fedalign.moe.families import TOP_K, MoELayer, family_of, is_encoder_decoder
 from fedalign.moe.groups import Slot, find_slots, flat, unwrapped
 from fedalign.moe.load import (
     DTYPES,
-    SELECTION_BIAS,
     configuration_of,
     explaining,
     freeze_biases,
     in_one_line,
     load_plain,
     model_path,
+    quantised_by,
     resolved_source,
 )
-from fedalign.moe.tuning import freeze
+from fedalign.moe.tuning import SELECTION_BIAS, choosers, freeze, freeze_choosers
 from fedalign.protocol import SHARED, Factors, Layout, ParameterGroup, TokenRows, Weights
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-
     from fedalign.moe.four_bit import Saved
+    from fedalign.moe.lora import Adapters
 
 
-TOP_K = ("top_k", "num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_selected_experts")
 BASE_DIGEST = "base.sha256"  # in the constants of adapters
 
 
@@ -91,12 +89,12 @@ class MoEModel:
         layout: number of trainable values of each group. What is frozen later is still in it: wrap again then.
         sharded: whether this process holds only its rows of each parameter.
         devices: where the parameters live; more than one where the model is split.
-        adapter: peft's description of the adapters that are trained in place of the model's own weights; None: none.
+        adapter: the adapters that are trained in place of the model's own weights; None: none.
         saved: what a base in 4 bits saves; None: it is not in 4 bits.
     """
 
     def __init__(
-        self, model: PreTrainedModel, found: str, layers: tuple[MoELayer, ...], adapter: LoraConfig | None = None
+        self, model: PreTrainedModel, found: str, layers: tuple[MoELayer, ...], adapter: Adapters | None = None
     ) -> None:
         self.model = model
         self.family = family_of(model.config)
@@ -135,6 +133,7 @@ class MoEModel:
             UserError: the model is dense, of a refused family, its MoE layers cannot be understood, or it cannot be
                 tuned so.
         """
+        freeze_choosers(model)
         if device is not None and not (tuning and tuning.kind == "qlora"):
             model.to(device)
         found, layers = detect(model)
@@ -202,6 +201,8 @@ class MoEModel:
         options = {"trust_remote_code": trust_remote_code, "revision": revision}
         with explaining(source):
             config, auto = configuration_of(source, options)
+            if quantised_by(config):
+                del config.quantization_config
             with torch.device("meta"):
                 model = auto.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
             if (Path(source) / "generation_config.json").is_file() or not Path(source).is_dir():
@@ -325,6 +326,26 @@ class MoEModel:
     def home(self) -> torch.device:
         """Where whole copies of its values go: beside the parameters, unless no device holds them all."""
         return torch.device("cpu") if self.sharded or len(self.devices) > 1 else self.device
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of how this model is trained, a line each."""
+        left: dict[str, list[str]] = {}
+        for path, reason in self.adapter.left_out.items() if self.adapter else ():
+            left.setdefault(reason, []).append(re.sub(r"\.\d+\.", ".*.", path))
+        said = [f"not adapted: {', '.join(dict.fromkeys(paths))}: {reason}" for reason, paths in left.items()]
+        if self.equal_lengths:
+            said.append("sparse attention depends on padding: batches are of equal lengths")
+        if parts := getattr(self.model, "left_behind", None):
+            said.append(f"multimodal checkpoint: its text model is tuned and saved, without {', '.join(parts)}")
+        if method := getattr(self.model, "dequantised_from", None):
+            said.append(f"{method} checkpoint, dequantised: {self.nbytes / 1e6:,.1f} MB in {self.model.dtype}")
+        return said
+
+    @property
+    def equal_lengths(self) -> bool:
+        """Whether a batch must not be padded: sparse attention lets padding change the numbers of a sequence."""
+        return bool(choosers(self.model))
 
     @torch.no_grad()
     def shift_gradients(self, shift: Weights) -> None:
@@ -511,13 +532,30 @@ class MoEModel:
         Raises:
             UserError: It is damaged, or made for another model or another tuning.
         """
+        mine = self._adapter_values()
+        with torch.no_grad():
+            for name, value in self._stored_adapter(folder).items():
+                mine[name].copy_(value)
+
+    def check_adapter(self, folder: str | Path) -> None:
+        """Hold an adapter that `save` wrote against the model's own.
+
+        Raises:
+            UserError: As `read_adapter`, or it has other values.
+        """
+        mine = self._adapter_values()
+        for name, value in self._stored_adapter(folder).items():
+            if not torch.equal(mine[name].detach().cpu(), value):
+                raise UserError(f"adapter {str(folder)!r}: {name} has other values than the model.")
+
+    def _adapter_values(self) -> dict[str, Tensor]:
+        return {name: slot.parameter for name, slot in self._adapter_slots().items()} | self._adapter_buffers()
+
+    def _stored_adapter(self, folder: str | Path) -> dict[str, Tensor]:
         from fedalign.moe import lora
 
-        mine = {name: slot.parameter for name, slot in self._adapter_slots().items()} | self._adapter_buffers()
-        found = lora.read(Path(folder), {name: value.shape for name, value in mine.items()})
-        with torch.no_grad():
-            for name, value in found.items():
-                mine[name].copy_(value)
+        assert self.adapter is not None, "it has no adapters"
+        return lora.read(self.adapter, Path(folder), {n: value.shape for n, value in self._adapter_values().items()})
 
     def fingerprint(self) -> str:
         """64 hex digits, the same for all weights of one architecture with the same parts trained."""

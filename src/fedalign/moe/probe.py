@@ -30,7 +30,7 @@ from fedalign.protocol import LayerRouting, Scoring
 
 
 @dataclass(frozen=True)
-class Stack:
+class LayerStack:
     """M neighbouring layers that saw the same tokens, as one tensor: small models are all overhead.
 
     Where several processes share a batch these are the tokens of all of them.
@@ -48,6 +48,13 @@ class Stack:
     def choice_M_T_E(self) -> Tensor:
         """1 where the router chose the expert for the token, else 0."""
         return torch.zeros_like(self.logits_M_T_E).scatter_(2, self.topk_M_T_K, 1.0)
+
+    @property
+    def prob_M_T_E(self) -> Tensor:
+        """Probabilities, detached; where the scoring is unknown the experts that were chosen share them equally."""
+        if self.scoring == "unknown":
+            return self.choice_M_T_E / self.topk_M_T_K.shape[2]
+        return router_log_prob(self.logits_M_T_E.detach(), self.scoring).exp()
 
     @cached_property
     def dispatch_M_T_E(self) -> Tensor:
@@ -89,19 +96,19 @@ class Captured:
 
     @cached_property
     @torch.enable_grad()  # as above
-    def stacks(self) -> list[Stack]:
+    def stacks(self) -> list[LayerStack]:
         """All layers, neighbours of the same tokens and scoring together."""
         ordinals = range(len(self._layers))
         runs = groupby(ordinals, key=lambda o: (self._layers[o].in_decoder, self._layers[o].scoring))
         return [self._stack(list(run)) for _, run in runs]
 
-    def _stack(self, ordinals: Sequence[int]) -> Stack:
+    def _stack(self, ordinals: Sequence[int]) -> LayerStack:
         first = ordinals[0]
         read = [_decision(self._layers[ordinal], self._entry(ordinal)[1]) for ordinal in ordinals]
         logits, topk, received = zip(*read, strict=True)
         keep_T, (examples, length) = self._kept(first)
         first_example, examples = parallel.numbered(examples, keep_T.device)
-        return Stack(
+        return LayerStack(
             ordinals=range(first, ordinals[-1] + 1),
             scoring=self._layers[first].scoring,
             logits_M_T_E=self._select(self._stacked(logits), 1, first),
@@ -272,9 +279,9 @@ class RoutingStatistics:
             with torch.autocast(stack.logits_M_T_E.device.type, enabled=False):
                 self._add(stack, captured, whole_B)
 
-    def _add(self, stack: Stack, captured: Captured, whole_B: Tensor | None) -> None:
+    def _add(self, stack: LayerStack, captured: Captured, whole_B: Tensor | None) -> None:
         rows = slice(stack.ordinals.start, stack.ordinals.stop)
-        prob_M_T_E = router_log_prob(stack.logits_M_T_E.detach(), stack.scoring).exp()
+        prob_M_T_E = stack.prob_M_T_E
         chosen_M_E, dispatch_M_T_E = stack.choice_M_T_E.sum(1), stack.dispatch_M_T_E
         layers, _, experts = prob_M_T_E.shape
         reached_M_B_E = prob_M_T_E.new_zeros(layers, stack.examples, experts).index_add_(

@@ -13,6 +13,9 @@ from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
 from fedalign.protocol import Kind
 
+UNREACHED = "no gradient reaches it: it only chooses"
+SELECTION_BIAS = ("e_score_correction_bias", "expert_bias")  # added to scores only to choose
+
 # peft imports bitsandbytes where it is, and that advises at every start to install a package that is of no use here
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
@@ -22,6 +25,17 @@ KINDS: dict[str, tuple[Kind, ...]] = {
     "experts": ("expert",),
     "router": ("gate",),
 }
+
+
+def choosers(model: nn.Module) -> tuple[str, ...]:
+    """Modules that only choose which keys are attended to, as prefixes of names: no gradient ever reaches them."""
+    return tuple(f"{path}." for path, module in model.named_modules() if "Indexer" in type(module).__name__)
+
+
+def freeze_choosers(model: nn.Module) -> None:
+    """What no gradient reaches is neither trained nor sent."""
+    for path in choosers(model):
+        model.get_submodule(path.rstrip(".")).requires_grad_(False)
 
 
 class Named(Protocol):

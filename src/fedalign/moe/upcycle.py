@@ -75,7 +75,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Source:
+class DenseSource:
     """Where a dense model lies: a folder or a Hub id, of which a GGUF file may be what counts."""
 
     place: str
@@ -83,7 +83,7 @@ class Source:
     revision: str | None = None
 
     @classmethod
-    def find(cls, path_or_id: str, revision: str | None = None) -> Source:
+    def find(cls, path_or_id: str, revision: str | None = None) -> DenseSource:
         """A folder saved by transformers, a GGUF file, a folder with one, or else a Hub id.
 
         Raises:
@@ -120,7 +120,7 @@ def _only_gguf(folder: Path) -> str:
     raise UserError(f"model = {str(folder)!r}: the folder must hold a config.json and weights, or one .gguf file")
 
 
-def check_dense(source: Source, recipe: Recipe) -> None:
+def check_dense(source: DenseSource, recipe: Recipe) -> None:
     """See from the configuration alone whether the model can be upcycled as asked.
 
     Raises:
@@ -133,7 +133,7 @@ def check_dense(source: Source, recipe: Recipe) -> None:
     moe_config(config, recipe)
 
 
-def load_dense(source: Source) -> PreTrainedModel:
+def load_dense(source: DenseSource) -> PreTrainedModel:
     """The dense model on the CPU, in the precision it was saved in (float32 for GGUF).
 
     Raises:
@@ -151,7 +151,7 @@ def load_dense(source: Source) -> PreTrainedModel:
     return model.eval()
 
 
-def load_tokenizer(source: Source) -> Any:
+def load_tokenizer(source: DenseSource) -> Any:
     """The tokenizer that comes with the model, with its chat template.
 
     Raises:
@@ -332,7 +332,7 @@ def probe_logits(model: PreTrainedModel) -> Tensor:
 
 
 @contextmanager
-def _explained(source: Source, what: str = "model", *more: type[Exception]) -> Iterator[None]:
+def _explained(source: DenseSource, what: str = "model", *more: type[Exception]) -> Iterator[None]:
     """Turn what transformers raises for something that is not there or broken into a UserError."""
     if source.gguf and importlib.util.find_spec("gguf") is None:
         raise UserError(f"model = {str(source)!r}: GGUF files need the package gguf: pip install 'fedalign-moe[gguf]'")

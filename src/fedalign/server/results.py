@@ -14,12 +14,12 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from importlib import metadata
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fedalign import parallel
 from fedalign.config.run import Config
@@ -37,7 +37,16 @@ WRITTEN = (  # to a run's folder, by whoever takes part in the run; model/ and b
     *("checkpoint/round-*", "clients/*/round-*", "health/round-*.safetensors", "model/", "best/"),
     *("events.out.tfevents.*", "wandb/*", "flower/*", "status.json", "run-key"),
 )
-SaveModel = Callable[[Weights, Path], None]
+
+
+class Saves(Protocol):
+    """Who can write the model: see `server.run.Centre`."""
+
+    def save_model(self, weights: Weights, folder: Path) -> None:
+        """Write weights as an ordinary Hugging Face folder, with the tokenizer."""
+
+    def check_model(self, folder: Path) -> str:
+        """Hold what was last saved against plain libraries; how far was looked."""
 
 
 class RunFolder:
@@ -92,10 +101,10 @@ class RunFolder:
 class Recorder:
     """A `server.rounds.Observer` that keeps the result files true after every round."""
 
-    def __init__(self, folder: RunFolder, config: Config, save_model: SaveModel, resumed: ServerState) -> None:
+    def __init__(self, folder: RunFolder, config: Config, centre: Saves, resumed: ServerState) -> None:
         self.folder = folder
         self.config = config
-        self.save_model = save_model
+        self.centre = centre
         self._write_metrics(resumed.history)  # lines of a round that was cut off are dropped
         followed = TrackedRun(folder.path, flat(config.model_dump(mode="json"), "."), resumed.round)
         self._trackers = open_trackers(config.tracking.loggers if parallel.is_first() else (), followed)
@@ -122,7 +131,8 @@ class Recorder:
         for tracker in self._trackers:
             tracker.close()
         self._save(state.weights, self.folder.model)
-        summary = summarise(self.config, state.history)
+        checked = self.centre.check_model(self.folder.model) if self.config.run.check and parallel.is_first() else None
+        summary = summarise(self.config, state.history) | {"checked": checked}
         if parallel.is_first():
             write_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
         return summary
@@ -130,7 +140,7 @@ class Recorder:
     def _save(self, weights: Weights, place: Path) -> None:
         """Every process gives its share of the model, the first writes it."""
         with replacing(place, "model") if parallel.is_first() else nullcontext(place) as folder:
-            self.save_model(weights, folder)
+            self.centre.save_model(weights, folder)
 
     @parallel.by_the_first
     def _write_metrics(self, history: Sequence[Metrics]) -> None:

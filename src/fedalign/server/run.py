@@ -23,6 +23,7 @@ RESUMABLE = (  # may change on resume
     "run.rounds",
     "run.device",
     "run.threads",
+    "run.check",
     "tracking.loggers",
     "server.min_clients",
     *(f"federation.{key}" for key in FederationConfig.model_fields if key != "engine"),
@@ -53,6 +54,9 @@ class Centre(Protocol):
 
     def save_model(self, weights: Weights, folder: Path) -> None:
         """Write weights as an ordinary Hugging Face folder, with the tokenizer."""
+
+    def check_model(self, folder: Path) -> str:
+        """Hold what was last saved against plain libraries; how far was looked. UserError: it is another model."""
 
     def identity(self) -> dict[str, str]:
         """Fingerprints that a checkpoint must share with what resumes it."""
@@ -103,7 +107,7 @@ def execute(centre: Centre, folder: RunFolder, watch: Observer) -> dict[str, Any
     state = checkpoints.load() or ServerState(0, centre.initial_weights(), {}, ())
     if parallel.is_first():
         write_text(folder.holdings, json.dumps(centre.holdings(), indent=1))
-    recorder = Recorder(folder, config, centre.save_model, state)
+    recorder = Recorder(folder, config, centre, state)
     server = Server(
         federation=centre.federation,
         algorithm=config.algorithm.build(),

@@ -6,7 +6,7 @@ sends, checked against the hash that all sites agree on, and what is saved at th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -36,6 +36,7 @@ class Coordinator:
     bench: Workbench  # its model is a skeleton unless there is a test set
     test: TestSet | None
     federation: FlowerFederation
+    _saved: MoEModel | None = field(default=None, init=False)  # a skeleton's copy with values, as last saved
     constants_file: Path  # what a skeleton's model has besides weights, as a site sent it
 
     @classmethod
@@ -89,10 +90,15 @@ class Coordinator:
         """Score weights on the coordinator's own test set, if it has one."""
         return self.bench.score(weights, self.test)
 
+    def check_model(self, folder: Path) -> str:
+        """Hold what was last saved against plain libraries; how far was looked."""
+        return self.bench.check(folder, self._saved)
+
     def save_model(self, weights: Weights, folder: Path) -> None:
         """Write weights as an ordinary Hugging Face folder, with the tokenizer."""
         if self._is_skeleton:
-            self.bench.moe.filled(weights, self._constants()).save(folder)
+            self._saved = self.bench.moe.filled(weights, self._constants())
+            self._saved.save(folder)
             self.bench.tokenizer.save_pretrained(folder)
         else:
             self.bench.save(weights, folder)
