@@ -53,7 +53,8 @@ def one_client(family: str, folder: Path, *more: str) -> Path:
     # the last batch has one example, so the second process has none
     client = ClientData("c", examples(21, seq2seq=moe.is_seq2seq), None, ClientMemory(folder / "client"))
     state = {"target_L_E": torch.full((moe.layout.layers, moe.experts), 1 / moe.experts)}
-    trainer, left = Trainer(moe, None, config.algorithm.build(), config), {}
+    trainer = Trainer(moe, None, config.algorithm.build(), config)
+    left: dict[str, torch.Tensor] = {}
     for number in range(1, config.run.rounds + 1):
         start = moe.read()
         weights = {group: pack(value, "float32", 0) for group, value in start.items()}
