@@ -1,8 +1,8 @@
 """Time and memory of one aggregation plan for many clients, from synthetic statistics.
 
 The clients fall into two roles for each expert, so that the gates have something to decide; a tenth of the experts is
-not held. Peak memory is that of the whole process, measured by the operating system; what the statistics alone occupy
-is printed beside it.
+not held. Each client has said all that any algorithm asks for, counts of tokens aside; beside each algorithm stand the
+bytes that a client sends for it. Peak memory is that of the whole process, measured by the operating system.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import platform
 import resource
 import statistics as stats
 import time
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from fedalign.algorithms import ALGORITHMS, make
-from fedalign.protocol import SHARED, Layout, Statistics
+from fedalign.protocol import SHARED, Algorithm, Layout, Reports, Statistics, asked_shapes
+from fedalign.testing import planned
 
 
 def layout_of(layers: int, experts: int) -> Layout:
@@ -41,6 +44,8 @@ def report(client: int, layout: Layout, update_width: int, centroid_width: int, 
         round=1,
         examples=int(torch.randint(20, 600, (), generator=own)),
         tokens=100_000,
+        steps=100,
+        learning_rate=1e-4,
         loss=1.0,
         prob_L_E=torch.rand(grid, generator=own).softmax(dim=-1),
         load_L_E=load_L_E.float(),
@@ -50,7 +55,16 @@ def report(client: int, layout: Layout, update_width: int, centroid_width: int, 
         update_L_E_S=torch.nn.functional.normalize(update, dim=-1).half(),
         norm_G=torch.rand(len(layout.groups), generator=own) + 0.5,
         token_count_M_V=torch.zeros(0, 0),
+        token_met_M_B=torch.zeros(0, 0, dtype=torch.uint8),
     )
+
+
+def sent_bytes(report: Statistics, layout: Layout, algorithm: Algorithm) -> int:
+    """What a client sends if nothing is asked for but by this algorithm."""
+    widths = report.centroid_L_E_D.shape[-1], report.update_L_E_S.shape[-1]
+    shapes = asked_shapes(layout, algorithm.asks, *widths)
+    fields: dict[str, Any] = {name: getattr(report, name)[tuple(map(slice, shapes[name][0]))] for name in shapes}
+    return replace(report, **fields).nbytes
 
 
 def peak_bytes() -> int:
@@ -65,12 +79,12 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--update-width", type=int, default=256, help="sketch width of an expert's update")
-    parser.add_argument("--centroid-width", type=int, default=128, help="sketch width of a centroid")
+    parser.add_argument("--update-width", type=int, default=64, help="sketch width of an expert's update")
+    parser.add_argument("--centroid-width", type=int, default=64, help="sketch width of a centroid")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    every = ["fedavg", "fedalign_moe", "fedalign_paper"]
+    every = ["fedavg", "by_use", "fedalign_moe", "fedalign_paper"]
     parser.add_argument("--algorithms", nargs="+", choices=sorted(ALGORITHMS), default=every)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -79,23 +93,27 @@ def main() -> None:
     reports = [report(c, layout, args.update_width, args.centroid_width, args.seed) for c in range(args.clients)]
     print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, seed {args.seed}")
     print(f"{args.clients} clients, {args.layers} layers, {args.experts} experts")
-    print(f"statistics of one client: {reports[0].nbytes:,} bytes on the wire ({reports[0].nbytes / 2**20:.3f} MiB)")
+    print(f"all statistics of one client: {reports[0].nbytes:,} bytes on the wire")
     before = peak_bytes()
     print(f"process with all statistics in memory: {before / 2**20:,.0f} MiB")
     print(
-        f"algorithm     seconds (median of {args.repeats})  min-max        CPU seconds  zero weights  peak above that"
+        f"algorithm      bytes of one client  seconds (median of {args.repeats})  min-max        CPU seconds  "
+        "zero weights  peak above that"
     )
+    seen = Reports(reports, layout, len(reports))
     for name in args.algorithms:
+        algorithm = make(name, {})
         seconds, cpu = [], []
         for _ in range(args.repeats):
             start, busy = time.perf_counter(), time.process_time()
-            plan, _ = make(name, {}).plan(reports, layout, {})
+            plan = planned(algorithm, seen)
             seconds.append(time.perf_counter() - start)
             cpu.append(time.process_time() - busy)
         zero = float((layout.split(plan.weight_C_G)[2] == 0).float().mean())
         above = (peak_bytes() - before) / 2**20
         spread = f"{min(seconds):.2f}-{max(seconds):.2f}"
-        row = f"{name:<14}{stats.median(seconds):<22.2f} {spread:<15}{stats.median(cpu):<13.2f}"
+        sent = sent_bytes(reports[0], layout, algorithm)
+        row = f"{name:<15}{sent:<21,}{stats.median(seconds):<22.2f} {spread:<15}{stats.median(cpu):<13.2f}"
         print(f"{row}{zero:<14.1%}{above:,.0f} MiB")
 
 

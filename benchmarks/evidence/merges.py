@@ -39,10 +39,10 @@ from study import REGIMES, Part, overrides
 from torch import Tensor
 
 from fedalign.algorithms import make
-from fedalign.algorithms.fedalign_moe import token_weights
-from fedalign.algorithms.fedavg import column_shares, data_share
+from fedalign.algorithms.by_use import ByUse
+from fedalign.algorithms.fedavg import column_shares
 from fedalign.client.forward import answer_logits
-from fedalign.client.statistics import centre_rows, centroid_sketches, update_sketches
+from fedalign.client.statistics import centroid_sketches, update_sketches
 from fedalign.compare.plan import parse_seeds
 from fedalign.config.toml import load_config
 from fedalign.data.batches import batches
@@ -59,6 +59,7 @@ from fedalign.protocol import (
     Algorithm,
     Broadcast,
     Plan,
+    Reports,
     Request,
     State,
     Statistics,
@@ -70,6 +71,7 @@ from fedalign.protocol import (
 CANDIDATES: Mapping[str, Callable[..., Algorithm]] = {"align_projected": Projected}
 OFF_DIAGONAL = 0.9  # what RegMean keeps of its Gram matrices off the diagonal
 SETTINGS = ("training.batch_examples=8", "data.max_train=2000", "data.max_test=600", "evaluation.clients=false")
+ASKING = ("algorithm.name=fedalign_paper", "algorithm.reg_strength=0.0")  # trains as FedAvg, and reports for all plans
 EVERY_TEST_ROW = "data.max_test=2000"
 
 
@@ -80,16 +82,16 @@ class Round:
     prepared: Prepared
     start: Weights
     standard: Sequence[Statistics]
-    updates: Mapping[str, Weights]  # rows of routers as trained: not centred
+    updates: Mapping[str, Weights]
+
+    def given(self, reports: Sequence[Statistics]) -> Reports:
+        """As a plan sees them."""
+        return Reports(reports, self.prepared.layout, len(self.standard))
 
     @cached_property
-    def centred(self) -> dict[str, Weights]:
-        """The updates as a client sends them whose algorithm weights router rows one by one."""
-        found = {}
-        for client, update in self.updates.items():
-            found[client] = {g: value.clone() if g.kind == "gate" else value for g, value in update.items()}
-            centre_rows(found[client], self.prepared.bench.moe)
-        return found
+    def share_C(self) -> Tensor:
+        """n_c / Σ n."""
+        return self.given(self.standard).share_C
 
     def sketched(self, width: int) -> list[Statistics]:
         """The statistics with update sketches of another width."""
@@ -172,7 +174,7 @@ class Alternative:
     algorithm: str
     options: Mapping[str, Any] = field(default_factory=dict)
     reports: Callable[[Round], Sequence[Statistics]] = lambda seen: seen.standard
-    centre: bool = True  # if the algorithm wants it
+    centre: bool = True  # router rows, if the plan says so
     wire: WireDtype = "float32"
     as_long_as: str = ""  # the experts' change is brought to the length that it has in this earlier alternative
     about: str = ""
@@ -185,15 +187,14 @@ class Alternative:
         candidate = CANDIDATES.get(self.algorithm)
         return candidate(**self.options) if candidate else make(self.algorithm, self.options)
 
-    def plan(self, seen: Round, state: State) -> tuple[Plan, State]:
+    def plan(self, seen: Round, state: State) -> Plan:
         """The algorithm's, weighed."""
-        plan, state = self.made.plan(self.reports(seen), seen.prepared.layout, state)
-        return self.weigh(seen, plan), state
+        plan = self.weigh(seen, self.made.plan(seen.given(self.reports(seen)), state))
+        return replace(plan, centred=plan.centred and self.centre)
 
     def merged(self, seen: Round, plan: Plan) -> Weights:
         """The model that the plan, then the steps make of the round's updates."""
-        updates = seen.centred if self.centre and self.made.centre_gates else seen.updates
-        layout = seen.prepared.layout
+        updates, layout = seen.updates, seen.prepared.layout
         norms = {c: torch.stack([update[group].norm() for group in layout.groups]) for c, update in updates.items()}
         total = StreamingSum(layout, plan, norms, self.wire)
         for request in plan.requests(seen.standard[0].round, layout):
@@ -213,7 +214,7 @@ def squared_load(seen: Round, plan: Plan) -> Plan:
     load_C_L_E = torch.stack([report.load_L_E for report in seen.standard])
     share_C_L_E = load_C_L_E / load_C_L_E.sum(-1, keepdim=True).clamp_min(1)
     shared_C, gate_C_L_E, _ = layout.split(plan.weight_C_G)
-    expert_C_L_E = column_shares(data_share(seen.standard)[:, None, None] * share_C_L_E.square())
+    expert_C_L_E = column_shares(seen.share_C[:, None, None] * share_C_L_E.square())
     return replace(plan, weight_C_G=layout.table(shared_C, gate_C_L_E, expert_C_L_E))
 
 
@@ -287,19 +288,21 @@ def token_rows(
             count_M_V, every_M_V = (count_M_V > 0).float(), torch.ones_like(every_M_V)
         rest_M_1 = (every_M_V - count_M_V).sum(-1, keepdim=True)  # shares are of all tokens, those left out too
         reports.append(replace(report, token_count_M_V=torch.cat([count_M_V, rest_M_1], -1)))
-    weight_C_M_V = token_weights(reports)[..., :-1]
+    weight_C_M_V = ByUse().plan(seen.given(reports), {}).token_weight_C_M_V
+    assert weight_C_M_V is not None
+    weight_C_M_V = weight_C_M_V[..., :-1]
     few_M_V = torch.stack([report.token_count_M_V[:, :-1] > 0 for report in reports]).sum(0) < holders
-    weight_C_M_V = weight_C_M_V.where(~few_M_V, data_share(reports)[:, None, None])
+    weight_C_M_V = weight_C_M_V.where(~few_M_V, seen.share_C[:, None, None])
     if words != "all":
         answers_M_V = torch.stack([seen.passed[report.client].answers.finish(1) for report in reports]).sum(0)
         wanted_M_V = (answers_M_V > 0) == (words == "answers")
-        weight_C_M_V = weight_C_M_V.where(wanted_M_V, data_share(reports)[:, None, None])
+        weight_C_M_V = weight_C_M_V.where(wanted_M_V, seen.share_C[:, None, None])
     return replace(plan, token_weight_C_M_V=weight_C_M_V)
 
 
 def calibrated_gate(seen: Round, merged: Weights, ridge: float = RIDGE) -> None:
     """Routers that decide on each client's tokens as that client's own do: see `calibration.py`."""
-    share_C = data_share(seen.standard)
+    share_C = seen.share_C
     for layer in range(seen.prepared.layout.layers):
         rows = [group for group in seen.prepared.layout.groups if group.kind == "gate" and group.layer == layer]
         start_E_H = torch.stack([seen.start[row] for row in rows])
@@ -337,7 +340,7 @@ def alternatives() -> Iterator[Alternative]:
     yield replace(aligned("FedAlign-MoE, experts shortened", "length"), as_long_as="fedavg")
     for other in ("fedmoe", "hfedmoe", "flame"):
         yield Alternative(other, other, about="other plans")
-    yield Alternative("fc_moe", "fc_moe", {"keep": 0.0}, about="other plans")
+    yield Alternative("fc_moe", "fc_moe", {"residual": 0.0}, about="other plans")
     gates: dict[str, dict[str, Any]] = {
         "gate_weights = uniform": {"gate_weights": "uniform"},
         "overlap = relative": {"overlap": "relative"},
@@ -377,7 +380,7 @@ def alternatives() -> Iterator[Alternative]:
 def beyond() -> Iterator[Alternative]:
     """What the paper does not think of."""
     about = "beyond the paper"
-    yield Alternative("align_projected", "align_projected", {"keep": 0.0}, about=about)
+    yield Alternative("align_projected", "align_projected", {"residual": 0.0}, about=about)
     load = aligned("experts by load", about, gate="average", experts="load", min_holders=1)
     yield load
     yield Alternative("experts by load^2", "fedavg", about=about, weigh=squared_load)
@@ -415,7 +418,7 @@ class Keep:
 
 
 def next_round(prepared: Prepared, number: int, start: Weights) -> Round:
-    """Train all clients from `start`."""
+    """Train all clients from `start`, as FedAvg does."""
     federation, layout = prepared.federation, prepared.layout
     broadcast = Broadcast(number, {group: pack(value, "float32", seed=0) for group, value in start.items()})
     reports = list(federation.train(broadcast, federation.members()))
@@ -430,7 +433,7 @@ def next_round(prepared: Prepared, number: int, start: Weights) -> Round:
 def run(part: Part, seed: int, data: Path, start: str, rounds: int, follow: str = "") -> list[dict[str, Any]]:
     """A line for each round and alternative; if one is followed, its alone."""
     compared = [alternative for alternative in alternatives() if follow in ("", alternative.label)]
-    own = ("algorithm.name=fedavg", f"run.seed={seed}", f"training.learning_rate={part.rate}")
+    own = (*ASKING, f"run.seed={seed}", f"training.learning_rate={part.rate}")
     lines = []
     with TemporaryDirectory() as folder:
         prepared = prepare(load_config(None, [*overrides(part, data, start), *own]), Path(folder))
@@ -442,7 +445,8 @@ def run(part: Part, seed: int, data: Path, start: str, rounds: int, follow: str 
             size_G = torch.tensor([seen.prepared.layout.sizes[group] for group in seen.prepared.layout.groups]).double()
             length: dict[str, float] = {}
             for alternative in compared:
-                plan, states[alternative.label] = alternative.plan(seen, states.get(alternative.label, {}))
+                plan = alternative.plan(seen, states.get(alternative.label, {}))
+                states[alternative.label] = plan.state
                 merged = alternative.merged(seen, plan)
                 change = norm_of_change(merged, weights)
                 if alternative.as_long_as:

@@ -8,7 +8,7 @@
     confirm    what drift found, asked again: seeds not used before, every test row, the rate chosen on validation data
     beyond     token rows and load weights, every line at the learning rate that suits it
     routers    which half of the router side costs most where labels differ
-    defaults   what became the defaults against the paper's method and FedAvg: more seeds, regimes, kinds, few bytes
+    defaults   use alone (by_use) against the paper's method and FedAvg: more seeds, regimes, kinds, few bytes
     pretrained a real model, upcycled SmolLM2, for very few steps
     candidates ideas that are not part of the package, see candidates/
     ablation   the paper's five steps under label skew; for tasks see `confirm`
@@ -46,7 +46,7 @@ from fedalign.server.results import RunFolder, read_history, versions
 from fedalign.server.scores import merit
 
 MAIN = ("fedavg", "fedprox", "fedmoe", "fedalign_paper")
-OURS = "fedalign_moe"
+OURS = "by_use"
 RATE = "training.learning_rate"
 RATES = ("3e-4", "1e-3", "1e-4")
 RATED = "fedavg"
@@ -64,6 +64,7 @@ COMMON = (
     "clients.min_examples=5",
     "training.batch_examples=4",
     "tracking.loggers=[]",
+    "tracking.health=full",  # measure.py looks at every line's similarities
 )
 CHOICES = ("data.kind=multiple_choice", "evaluation.every=5", "data.max_test=200", "evaluation.clients=false")
 REGIMES: Mapping[str, tuple[str, ...]] = {  # folder of the data, and what is set
@@ -121,7 +122,8 @@ def drift() -> Iterator[Part]:
 
 EXPERT_SIDE = "fedalign_paper:gate=average:reg_strength=0.0"  # routers as under FedAvg
 ROWS_ALONE = f"{OURS}:experts=average"  # FedAvg but for token rows
-ALIGNED = f"{OURS}:gate=rows:reg_strength=0.1"  # the paper's router side, ours of the rest
+LETTER = "granularity=token:form=kl:size_weighted=false"  # how the paper's router side was measured, to the letter
+ALIGNED = f"{OURS}:gate=rows:reg_strength=0.1:{LETTER}"  # that, ours of the rest
 
 
 def confirm() -> Iterator[Part]:
@@ -149,14 +151,14 @@ def beyond() -> Iterator[Part]:
 
 def routers() -> Iterator[Part]:
     """Which half of the router side costs most under label skew: rows by consistency, or the pull while training."""
-    ways = ("reg_strength=0.1", "gate=rows", "gate=rows:size_weighted=true")
-    sized = f"{ALIGNED}:size_weighted=true"
-    lines = ("fedavg", OURS, ALIGNED, *(f"{OURS}:{way}" for way in ways), sized)
+    sized = LETTER.replace("false", "true")
+    ways = (f"reg_strength=0.1:{LETTER}", *(f"gate=rows:{how}" for how in (LETTER, sized)))
+    lines = ("fedavg", OURS, ALIGNED, *(f"{OURS}:{way}" for way in (*ways, f"gate=rows:reg_strength=0.1:{sized}")))
     yield Part("label_skew", "label_skew", lines, "full", 2, FULL_TEST, rate="3e-4")
 
 
 def defaults() -> Iterator[Part]:
-    """What became the defaults, against the paper's method: more seeds, and regimes that chose nothing.
+    """Use alone, against the paper's method: more seeds, and regimes that chose nothing.
 
     Lines at a rate of their own choice, then some at the rate that FedAvg chose.
     """

@@ -45,7 +45,7 @@ then FedAvg's model goes on. Scores are means over rounds, intervals over seeds;
 
 TO_FEDAVG, TO_OURS = ", to FedAvg", f", to {OURS}"
 ABOUT_FOLLOWED = """Plans that are no option of the package, over whole runs, beside the runs of study `defaults` with
-the same seeds, examples and learning rate. Differences are to FedAvg, and to `fedalign_moe`.
+the same seeds, examples and learning rate. Differences are to FedAvg, and to `by_use`.
 """
 
 

@@ -35,7 +35,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.fixture(scope="module")
 def prepared(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    config = load_config(None, [*settings, "clients.count=2", "training.epochs=1", "algorithm.name=fedavg"])
+    config = load_config(None, [*settings, "clients.count=2", "training.epochs=1", *merges.ASKING])
     return prepare(config, tmp_path_factory.mktemp("clients"))
 
 
@@ -44,9 +44,17 @@ def seen(prepared: Prepared) -> merges.Round:
     return merges.next_round(prepared, 1, prepared.initial_weights())
 
 
+def test_clients_train_as_under_fedavg(seen: merges.Round, settings: list[str], tmp_path: Path) -> None:
+    config = load_config(None, [*settings, "clients.count=2", "training.epochs=1", "algorithm.name=fedavg"])
+    plain = merges.next_round(prepare(config, tmp_path), 1, seen.start)
+    for client, update in plain.updates.items():
+        for group, value in update.items():
+            assert torch.equal(seen.updates[client][group], value)
+
+
 def averaged(seen: merges.Round) -> Weights:
     average = merges.Alternative("fedavg", "fedavg")
-    return average.merged(seen, average.plan(seen, {})[0])
+    return average.merged(seen, average.plan(seen, {}))
 
 
 def alone(seen: merges.Round) -> merges.Round:
@@ -142,7 +150,7 @@ def test_token_rows_of_two_clients_by_hand(
     moe, average = seen.prepared.bench.moe, averaged(seen)
     weigh = partial(merges.token_rows, rare=rare, counted=counted, words=words, holders=holders)  # type: ignore[arg-type] # pytest's parameters are words of that kind
     by_row = merges.Alternative("", "fedavg", weigh=weigh)
-    merged = by_row.merged(seen, by_row.plan(seen, {})[0])
+    merged = by_row.merged(seen, by_row.plan(seen, {}))
     table = moe.model.get_input_embeddings().weight
     old, mean, new = (merges.part(moe, table, weights[SHARED]) for weights in (seen.start, average, merged))
     encoded = {client: seen.prepared.clients[client].train for client in seen.updates}
@@ -171,8 +179,8 @@ def test_token_rows_of_two_clients_by_hand(
 @pytest.mark.parametrize(("label", "power"), [("experts by load", 1), ("experts by load^2", 2)])
 def test_loads_weigh_experts_alone(seen: merges.Round, label: str, power: int) -> None:
     (alternative,) = (one for one in merges.beyond() if one.label == label)
-    weight_C_G = alternative.plan(seen, {})[0].weight_C_G
-    plain_C_G = merges.Alternative("", "fedavg").plan(seen, {})[0].weight_C_G
+    weight_C_G = alternative.plan(seen, {}).weight_C_G
+    plain_C_G = merges.Alternative("", "fedavg").plan(seen, {}).weight_C_G
     layout, (one, other) = seen.prepared.layout, seen.standard
     cell = tuple((one.held_L_E & other.held_L_E).nonzero()[0].tolist())
     sizes = [r.examples * float(r.load_L_E[cell] / r.load_L_E[cell[0]].sum()) ** power for r in (one, other)]
@@ -203,7 +211,7 @@ def test_every_alternative_gives_a_finite_line(olmoe: Path, texts: Path, tmp_pat
     assert len(by_label) == len(lines)
     assert all(math.isfinite(line["loss_nats"]) for line in lines)
     centred, as_trained = (by_label[label]["loss_nats"] for label in ("gate side alone", "rows not centred"))
-    assert abs(centred - as_trained) > 1e-6  # more than rounding: clients did not centre them
+    assert abs(centred - as_trained) > 1e-6  # more than rounding: they were not centred
     beyond = [by_label[alternative.label] for alternative in merges.beyond()]
     assert {line["about"] for line in beyond} == {"beyond the paper"}
     assert len({line["loss_nats"] for line in beyond}) > len(beyond) * 0.8  # they are not the same model

@@ -323,12 +323,14 @@ def test_each_tensor_must_have_its_shape_and_precision_and_be_finite(name: str) 
 def test_what_nobody_asks_for_is_empty_or_refused(name: str) -> None:
     shapes = asked_shapes(SEEN.layout, frozenset(), testing.WIDTH, testing.WIDTH)
     nothing = {key: torch.zeros(shape, dtype=getattr(torch, dtype)) for key, (shape, dtype) in shapes.items()}
-    given = {key: getattr(USUAL, key) if 0 not in shape else nothing[key] for key, (shape, _) in shapes.items()}
+    given: dict[str, Any] = {
+        key: getattr(USUAL, key) if 0 not in shape else nothing[key] for key, (shape, _) in shapes.items()
+    }
     assert flaw(shapes, **given) is None
     if 0 in shapes[name][0]:
         value = getattr(USUAL, name)
         reason = f"{name} is {value.dtype} {list(value.shape)}, expected {value.dtype} {[0] * value.ndim}"
-        assert flaw(shapes, **given | {name: value}) == reason
+        assert flaw(shapes, **(given | {name: value})) == reason
 
 
 @pytest.mark.parametrize("name", TENSORS)
@@ -356,8 +358,8 @@ def test_what_counts_or_measures_is_not_negative(name: str) -> None:
 )
 def test_nothing_is_larger_than_it_can_be(name: str, most: str) -> None:
     value = getattr(USUAL, name)
-    above = torch.full_like(value, float(most) * 1.01)
-    assert str(flaw(SHAPES, **{name: above})).endswith(f"and {most}")
+    above: Any = torch.full_like(value, float(most) * 1.01)
+    assert str(flaw(**{name: above})).endswith(f"and {most}")
 
 
 def test_probabilities_sum_to_one() -> None:

@@ -6,7 +6,7 @@ align_by_layer    λ of a layer follows its routing divergence: the early layers
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from fedalign.algorithms.fc_moe import FCMoE
 from fedalign.algorithms.fedalign_moe import TARGET
 from fedalign.algorithms.fedalign_paper import FedAlignPaper
-from fedalign.protocol import Layout, LocalRound, Plan, State, Statistics, Step, Weights
+from fedalign.protocol import LocalRound, Plan, Reports, State, Step, Weights
 
 STRENGTH = "layer_strength_L"
 
@@ -24,52 +24,47 @@ STRENGTH = "layer_strength_L"
 class Projected(FedAlignPaper):
     """FedAlign-MoE, where an expert's update that points against its clients' consensus is projected (see `fc_moe`)."""
 
-    keep: float = 0.5
+    residual: float = 0.5
     max_stretch: float = 2.0
 
     @property
-    def spans_rounds(self) -> bool:
-        """The residual is found between two rounds."""
-        return self._projection.spans_rounds
-
-    @property
     def _projection(self) -> FCMoE:
-        return FCMoE(keep=self.keep, max_stretch=self.max_stretch)
+        return FCMoE(residual=self.residual, max_stretch=self.max_stretch)
 
-    def plan(self, reports: Sequence[Statistics], layout: Layout, state: State) -> tuple[Plan, State]:
+    def plan(self, reports: Reports, state: State) -> Plan:
         """Semantic weights, and the stretch that projecting onto their consensus amounts to."""
-        plan, state = super().plan(reports, layout, state)
+        plan, layout = super().plan(reports, state), reports.layout
         weight_C_L_E = layout.split(plan.weight_C_G)[2]
-        norm_C_L_E = layout.split(torch.stack([report.norm_G for report in reports]))[2]
-        stretch_L_E, against_C_L_E = self._projection.project(reports, weight_C_L_E * norm_C_L_E)
+        norm_C_L_E = layout.split(reports.stack("norm_G"))[2]
+        direction_C_L_E_S = reports.stack("update_L_E_S")
+        stretch_L_E, against_C_L_E = self._projection.project(direction_C_L_E_S, weight_C_L_E * norm_C_L_E)
         ones_C_L_E = torch.ones_like(weight_C_L_E)
         factor_C_G = layout.table(ones_C_L_E[:, 0, 0], ones_C_L_E, stretch_L_E.expand_as(weight_C_L_E))
         if plan.factor_C_G is not None:
             factor_C_G = factor_C_G * plan.factor_C_G
         metrics = {**plan.metrics, "expert_updates_against_consensus": int(against_C_L_E.sum())}
-        return replace(plan, factor_C_G=factor_C_G, metrics=metrics), state
+        return replace(plan, factor_C_G=factor_C_G, metrics=metrics)
 
     def begin(self, local: LocalRound) -> None:
         """Go on from a part of what was removed."""
         self._projection.begin(local)
 
-    def end(self, local: LocalRound, update: Weights, steps: int) -> Mapping[str, Tensor]:
+    def keep(self, local: LocalRound, update: Weights) -> Mapping[str, Tensor]:
         """What finding it takes."""
-        return self._projection.end(local, update, steps)
+        return self._projection.keep(local, update)
 
 
 @dataclass(frozen=True)
 class ByLayer(FedAlignPaper):
     """FedAlign-MoE with λ_l = λ · KL_l / mean KL: how far clients parted in the last round."""
 
-    def plan(self, reports: Sequence[Statistics], layout: Layout, state: State) -> tuple[Plan, State]:
+    def plan(self, reports: Reports, state: State) -> Plan:
         """The strengths of the next round beside its target; their mean is one."""
-        plan, state = super().plan(reports, layout, state)
-        prob_C_L_E = torch.stack([report.prob_L_E.float() for report in reports])
+        plan, prob_C_L_E = super().plan(reports, state), reports.stack("prob_L_E")
         divergence_L = torch.special.xlogy(prob_C_L_E, prob_C_L_E / prob_C_L_E.mean(0)).nansum(-1).mean(0)
         mean = divergence_L.mean()
         strength_L = divergence_L / mean if mean > 0 else torch.ones_like(divergence_L)
-        return plan, {**state, STRENGTH: strength_L}
+        return replace(plan, state={**plan.state, STRENGTH: strength_L})
 
     def penalty(self, step: Step) -> Tensor | None:
         """Mean over layers of λ_l · L_reg."""
