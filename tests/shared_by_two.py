@@ -15,10 +15,12 @@ from fedalign.cli.main import app
 from fedalign.client.memory import ClientData, ClientMemory
 from fedalign.client.trainer import Trainer
 from fedalign.config.toml import load_config
+from fedalign.maths.average import StreamingSum
 from fedalign.maths.rounding import pack
 from fedalign.moe.load import DTYPES
 from fedalign.moe.model import MoEModel
-from fedalign.protocol import Broadcast
+from fedalign.protocol import Broadcast, Reports, State, Statistics
+from fedalign.testing import planned
 from tests.client.test_trainer import examples
 from tests.moe.tiny import build
 
@@ -30,6 +32,7 @@ SETTINGS = [
     "statistics.min_tokens=2",
     "algorithm.name=fedalign_paper",
     "algorithm.vocabulary=tokens",
+    "run.rounds=1",
 ]
 
 
@@ -38,8 +41,8 @@ EXACT: dict[str, dict[str, Any]] = {
 }  # what draws no random numbers in training
 
 
-def one_round(family: str, folder: Path, *more: str) -> Path:
-    """One client's round on a tiny model of a family; what it trained and said, in a folder."""
+def one_client(family: str, folder: Path, *more: str) -> Path:
+    """One client's rounds on a tiny model of a family, one of two members; what it trained and said, in a folder."""
     config = load_config(None, [*SETTINGS, *more])
     moe = MoEModel.wrap(build(family, **EXACT.get(family, {})).to(DTYPES[config.tuning.dtype]), config.tuning)
     if parallel.world() > 1:
@@ -49,13 +52,18 @@ def one_round(family: str, folder: Path, *more: str) -> Path:
     held = sum(parallel.held(p)[0].numel() for p in moe.model.parameters())
     # the last batch has one example, so the second process has none
     client = ClientData("c", examples(21, seq2seq=moe.is_seq2seq), None, ClientMemory(folder / "client"))
-    target = {"target_L_E": torch.full((moe.layout.layers, moe.experts), 1 / moe.experts)}
-    start = moe.read()
-    weights = {group: pack(value, "float32", 0) for group, value in start.items()}
-    report = Trainer(moe, None, config.algorithm.build(), config).train(client, Broadcast(1, weights, target))
-    said = {name: value for name, value in vars(report).items() if isinstance(value, torch.Tensor)}
-    after = moe.read()
-    moved = {f"moved {group}": after[group] - value for group, value in start.items()}
+    state = {"target_L_E": torch.full((moe.layout.layers, moe.experts), 1 / moe.experts)}
+    trainer, left = Trainer(moe, None, config.algorithm.build(), config), {}
+    for number in range(1, config.run.rounds + 1):
+        start = moe.read()
+        weights = {group: pack(value, "float32", 0) for group, value in start.items()}
+        report = trainer.train(client, Broadcast(number, weights, state))
+        left |= {f"{name} {number}": value for name, value in vars(report).items() if isinstance(value, torch.Tensor)}
+        after = moe.read()
+        left |= {f"moved {group} {number}": after[group] - value for group, value in start.items()}
+        if number < config.run.rounds:
+            state = next_state(trainer, client, report, state)
+            left |= {f"state {name} {number}": value for name, value in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
     about = {
         "loss": report.loss,
@@ -65,15 +73,25 @@ def one_round(family: str, folder: Path, *more: str) -> Path:
     (folder / f"{parallel.rank()}.json").write_text(json.dumps(about))
     moe.save(folder / "model")
     if parallel.is_first():
-        save_file(moved | said, folder / "round.safetensors")
+        save_file(left, folder / "round.safetensors")
     return folder
+
+
+def next_state(trainer: Trainer, client: ClientData, report: Statistics, state: State) -> State:
+    """What the server makes of the round for the algorithm."""
+    layout = trainer.moe.layout
+    plan = planned(trainer.algorithm, Reports([report], layout, members=2), state)
+    total = StreamingSum(layout, plan, {client.name: report.norm_G}, "float32")
+    for request in plan.requests(report.round, layout):
+        assert total.add(client.memory.hand_over(client.name, request)) is None
+    return plan.then(total.streams()) if plan.then else plan.state
 
 
 def main(jobs: dict[str, Any]) -> None:
     """Some rounds, then some commands, one after another."""
     with parallel.together("cpu"):
         for family, folder, *more in jobs["rounds"]:
-            one_round(family, Path(folder), *more)
+            one_client(family, Path(folder), *more)
         for arguments in jobs["commands"]:
             app(arguments, standalone_mode=False)
 

@@ -33,7 +33,7 @@ from fedalign.moe.model import MoEModel
 from tests.client.test_trainer import broadcast, examples, settings, uniform
 from tests.moe.tiny import build
 from tests.server.test_run import metrics, model_bytes
-from tests.shared_by_two import one_round
+from tests.shared_by_two import one_client
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 120  # seconds for two processes on one slow core
@@ -42,6 +42,7 @@ ROUNDS: dict[str, tuple[str, ...]] = {
     "olmoe, moe": ("tuning.kind=moe", "tuning.gradient_checkpointing=true"),
     "olmoe, drift": ("algorithm.name=fedprox", "training.accumulate=2", "training.optimizer=adamw"),
     "switch_transformers": ("clients.limits.c.max_experts=2",),
+    "olmoe, shift": ("algorithm.name=scaffold", "run.rounds=2"),  # which changes gradients in the second
     "deepseek_v3": ("tuning.kind=router",),
     "gpt_oss, bfloat16": ("tuning.dtype=bfloat16",),
 }
@@ -76,7 +77,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Sha
     (place / "jobs.json").write_text(json.dumps(jobs))
     printed = _in_two_processes("-m", "tests.shared_by_two", str(place / "jobs.json"))
     for name, more in ROUNDS.items():
-        one_round(name.split(",")[0], one / name, *more)
+        one_client(name.split(",")[0], one / name, *more)
     app([*run, str(one / "whole")], standalone_mode=False)
     return Shared(two, one, printed)
 
@@ -121,6 +122,13 @@ def test_two_processes_train_as_one(shared: Shared, name: str) -> None:
     assert first["hash"] == second["hash"]
     assert 0.45 < first["share"] < 0.55
     assert first["share"] + second["share"] == pytest.approx(about["share"]) == 1
+
+
+def test_scaffold_shifts_the_second_round_alone(shared: Shared, tmp_path: Path) -> None:
+    without = load_file(one_client("olmoe", tmp_path, "algorithm.name=fedavg", "run.rounds=2") / "round.safetensors")
+    shifted = load_file(shared.two / "olmoe, shift" / "round.safetensors")
+    assert difference(shifted["moved shared 1"], without["moved shared 1"]) < AS_EXACT
+    assert difference(shifted["moved shared 2"], without["moved shared 2"]) > 0.1
 
 
 @pytest.mark.parametrize("name", ROUNDS)
@@ -191,8 +199,7 @@ def test_what_cannot_be_shared_is_refused(refused: Callable[..., str]) -> None:
         said = refused(f"tuning.kind={kind}")
         assert f'tuning.kind = "{kind}": torchrun does not shard adapters' in said
         assert "full, moe, experts, router" in said
-    for name in ("scaffold", "pfl_moe"):
-        assert f'algorithm.name = "{name}": needs ' in refused(f"algorithm.name={name}")
+    assert 'algorithm.name = "pfl_moe": needs a second model' in refused("algorithm.name=pfl_moe")
     assert 'choose "in_process"' in refused("federation.engine=flower")
     assert "--dry-run: not in 2 processes" in refused(more=("--dry-run",))
     assert "fedalign compare: torchrun is for `fedalign run` alone" in refused(command="compare")

@@ -28,7 +28,7 @@ def test_toml_round_trip(tmp_path: Path) -> None:
 def test_options_left_out_are_written_down_with_their_defaults(tmp_path: Path) -> None:
     config = load_config(None, ["algorithm.name=fc_moe", "algorithm.residual=0.25"])
     written = tomllib.loads(config.to_toml())["algorithm"]
-    assert written == {"name": "fc_moe"} | vars(ALGORITHMS["fc_moe"](keep=0.25))  # type: ignore[call-arg] # the table's type is Algorithm, which has no options
+    assert written == {"name": "fc_moe"} | vars(ALGORITHMS["fc_moe"](residual=0.25))  # type: ignore[call-arg] # the table's type is Algorithm, which has no options
     assert config.algorithm.chosen == {"residual": 0.25}
 
 

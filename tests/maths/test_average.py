@@ -274,3 +274,125 @@ def test_a_stream_keeps_the_weight_of_the_group() -> None:
         total.add(update)
     assert_close(total.streams()["twice"][SHARED], normal(600, 0) + normal(600, 1))
     assert_close(total.result(old_weights())[SHARED][100:400], (old_weights()[SHARED] + normal(600, 0))[100:400])
+
+
+# ------------------------------------------------------------------------------------------------------- centred rows
+
+ROWS = [ParameterGroup("gate", layer, expert) for layer in range(2) for expert in range(3)]
+ROUTERS = Layout(
+    2, 3, {group: 300 if group in ROWS else 1 for group in Layout(2, 3, {}).groups}, softmax_L=(True, False)
+)  # layer 0 has a softmax, layer 1 a sigmoid; a row is more than one chunk
+HALF = torch.full((2, len(ROUTERS.groups)), 0.5)
+
+
+def rows_of(client: str) -> dict[ParameterGroup, Tensor]:
+    """Rows whose mean over experts is far from zero."""
+    return {row: 3 + normal(300, 10 * ord(client) + i) for i, row in enumerate(ROWS)}
+
+
+def routers_plan(weight_C_G: Tensor, centred: bool = True) -> Plan:
+    return Plan(("a", "b"), weight_C_G, centred=centred)
+
+
+def sent(plan: Plan, dtype: WireDtype = "float32") -> list[Update]:
+    updates = []
+    for request in plan.requests(1, ROUTERS):
+        values = {group: torch.ones(1) for group in ROUTERS.groups} | rows_of(request.client)
+        updates.append(Update(request.client, 1, {g: pack(values[g], dtype, 0) for g in request.groups}))
+    return updates
+
+
+def routers_sum(plan: Plan, dtype: WireDtype = "float32") -> StreamingSum:
+    norms = {c: torch.stack([rows_of(c).get(g, torch.ones(1)).norm() for g in ROUTERS.groups]) for c in plan.clients}
+    return StreamingSum(ROUTERS, plan, norms, dtype)
+
+
+def moved(total: StreamingSum, min_arrived: float = 0.5) -> dict[ParameterGroup, Tensor]:
+    return total.result({group: torch.zeros(size) for group, size in ROUTERS.sizes.items()}, min_arrived)
+
+
+def centred_by_hand(client: str, row: ParameterGroup, dtype: WireDtype = "float32") -> Tensor:
+    """A client's row less the mean of the rows of its router, if that is a softmax."""
+    rows = {row: unpack(pack(value, dtype, 0)).double() for row, value in rows_of(client).items()}
+    mean = sum(rows[other] for other in ROWS if other.layer == row.layer) / 3
+    return (rows[row] - mean if row.layer == 0 else rows[row]).float()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_each_clients_rows_are_centred_before_they_are_summed(dtype: WireDtype) -> None:
+    gate = tensor([[0.25, 1.0, 0.5, 0.25, 1.0, 0.5], [0.75, 0.0, 0.5, 0.75, 0.0, 0.5]])
+    plan = routers_plan(torch.cat([HALF[:, :1], gate, HALF[:, 7:]], 1))
+    total = routers_sum(plan, dtype)
+    assert [total.add(update) for update in sent(plan, dtype)] == [None, None]
+    new = moved(total)
+    for i, row in enumerate(ROWS):
+        a, b = gate[:, i].tolist()
+        expected = a * centred_by_hand("a", row, dtype) + b * centred_by_hand("b", row, dtype)
+        assert_close(new[row], expected, atol=1e-5, rtol=1e-5)
+    as_sent = routers_plan(plan.weight_C_G, centred=False)
+    total = routers_sum(as_sent, dtype)
+    assert [total.add(update) for update in sent(as_sent, dtype)] == [None, None]
+    a, b = (unpack(pack(rows_of(client)[ROWS[0]], dtype, 0)) for client in "ab")
+    assert_close(moved(total)[ROWS[0]], 0.25 * a + 0.75 * b, atol=1e-5, rtol=1e-5)
+
+
+def test_whoever_counts_in_one_row_is_asked_for_all_of_that_softmax_router() -> None:
+    weight_C_G = HALF.clone()
+    weight_C_G[:, 1:7] = tensor([[0.0, 1.0, 0.0, 0.0, 1.0, 0.0], [0.0] * 6])
+    plan = routers_plan(weight_C_G)
+    first, second = sent(plan)
+    assert [group for group in first.groups if group in ROWS] == [*ROWS[:3], ROWS[4]]
+    assert not set(second.groups) & set(ROWS)
+    total = routers_sum(plan)
+    assert [total.add(update) for update in (first, second)] == [None, None]
+    new = moved(total)
+    assert_close(new[ROWS[1]], centred_by_hand("a", ROWS[1]))
+    assert_close(new[ROWS[4]], rows_of("a")[ROWS[4]])
+    assert all(not new[row].any() for row in ROWS if row not in (ROWS[1], ROWS[4]))  # sent for the mean alone
+    assert total.unchanged() == []
+    assert [group for group in sent(routers_plan(weight_C_G, centred=False))[0].groups if group in ROWS] == [
+        ROWS[1],
+        ROWS[4],
+    ]
+
+
+@pytest.mark.parametrize(("value", "reason"), [(torch.nan, "not finite"), (1e6, "norm 1e+06, but its statistics said")])
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_one_bad_row_keeps_all_of_its_softmax_router_out(bad: int, value: float, reason: str) -> None:
+    plan = routers_plan(HALF)
+    good, spoilt = sent(plan)
+    values = rows_of("b")[ROWS[bad]]
+    values[299] = value
+    total = routers_sum(plan)
+    assert total.add(good) is None
+    failure = total.add(replace(spoilt, groups={**spoilt.groups, ROWS[bad]: Packed(values)}))
+    assert failure is not None
+    assert failure.reason.startswith(f"gate[0,{bad}]: {reason}")
+    new = moved(total)
+    for row in ROWS:  # of b nothing, neither the good rows of that router nor what comes after it
+        assert_close(new[row], centred_by_hand("a", row))
+    assert_close(new[SHARED], torch.ones(1))  # what came before counts
+
+
+def test_a_bad_row_of_a_sigmoid_router_ends_its_client_there() -> None:
+    plan = routers_plan(HALF)
+    good, spoilt = sent(plan)
+    total = routers_sum(plan)
+    assert total.add(good) is None
+    failure = total.add(replace(spoilt, groups={**spoilt.groups, ROWS[4]: Packed(torch.full((300,), torch.nan))}))
+    assert failure is not None
+    assert failure.reason == "gate[1,1]: not finite"
+    new = moved(total)
+    for row in ROWS[:4]:
+        assert_close(new[row], (centred_by_hand("a", row) + centred_by_hand("b", row)) / 2, atol=1e-5, rtol=1e-5)
+    for row in ROWS[4:]:
+        assert_close(new[row], rows_of("a")[row])
+
+
+def test_centring_is_the_same_in_streams() -> None:
+    plan = replace(routers_plan(HALF), streams={"twice": torch.full_like(HALF, 2.0)})
+    total = routers_sum(plan)
+    assert [total.add(update) for update in sent(plan)] == [None, None]
+    new, stream = moved(total), total.streams()["twice"]
+    for row in ROWS:
+        assert_close(stream[row], 2 * new[row], atol=1e-5, rtol=1e-5)

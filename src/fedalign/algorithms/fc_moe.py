@@ -17,7 +17,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedalign.algorithms.fedavg import FedAvg, option
+from fedalign.algorithms.fedavg import FedAvg, column_shares, option
 from fedalign.maths import torch
 from fedalign.protocol import Ask, LocalRound, Plan, Reports, State, Weights
 
@@ -51,7 +51,7 @@ class FCMoE(FedAvg):
         norm_C_L_E = layout.split(reports.stack("norm_G"))[2]
         tokens_C = reports.column("tokens").clamp_min(1).float()
         importance_C_L_E = reports.stack("load_L_E") / tokens_C[:, None, None] * norm_C_L_E
-        weight_C_L_E = importance_C_L_E / importance_C_L_E.sum(0).clamp_min(torch.finfo(torch.float32).tiny)
+        weight_C_L_E = column_shares(importance_C_L_E)
         stretch_L_E, against_C_L_E = self.project(reports.stack("update_L_E_S"), weight_C_L_E * norm_C_L_E)
         ones_C_L_E = torch.ones_like(weight_C_L_E)
         return reports.plan(

@@ -250,8 +250,8 @@ class TuningConfig(Section):
 class StatisticsConfig(Section):
     """What a client reports before its update is asked for."""
 
-    update_width: Width = key(256, "numbers that stand for an expert's update")
-    centroid_width: Width = key(128, "numbers that stand for an expert's mean input")
+    update_width: Width = key(64, "numbers that stand for an expert's update")
+    centroid_width: Width = key(64, "numbers that stand for an expert's mean input")
     min_tokens: MinTokens = 32
     min_examples: MinExamples = 4
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedalign.protocol import Evaluation, Failure, Layout, Plan, Shape, Statistics
 
-MOST = 1e15  # of any number: its square is still one in float32
+MOST = 1e15  # of any number: its square is still one in float32, and so is that of its inverse
 SUM_SLACK = 1e-3  # of shares that sum to one: rounding
 
 
@@ -18,7 +18,7 @@ def check_statistics(report: Statistics, layout: Layout, shapes: Mapping[str, Sh
     if report.round != round:
         return f"its statistics are of round {report.round}, not {round}"
     for name in ("examples", "tokens", "steps", "learning_rate"):
-        if not 0 < getattr(report, name) <= MOST:
+        if not 1 / MOST <= getattr(report, name) <= MOST:
             return f"{name} = {getattr(report, name)}: must be above 0 and possible"
     if not 0 <= report.loss <= MOST or not all(abs(value) <= MOST for value in report.metrics.values()):
         return f"its loss is {report.loss}, its metrics {dict(report.metrics)}: must be possible numbers"
