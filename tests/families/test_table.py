@@ -29,7 +29,7 @@ def test_a_page_names_the_tests_that_failed() -> None:
     failed["mixtral", "lora"] = ["test_a", "test_b"]
     rows = read(render(failed))
     assert tuple(rows["mixtral"]) == COLUMNS
-    assert (rows["mixtral"]["full"], rows["mixtral"]["lora"]) == ("works", "no")
+    assert (rows["mixtral"]["full"], rows["mixtral"]["lora"]) == (WORKS, "no")
     assert rows["mixtral"]["why not"] == "lora: test_a fails; lora: test_b fails"
     assert rows["dbrx"]["lora"] == "attention only"
     assert not rows["olmoe"]["why not"]

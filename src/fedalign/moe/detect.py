@@ -144,7 +144,7 @@ def _unwatched(model: PreTrainedModel, modules: dict[str, nn.Module]) -> tuple[s
 @torch.no_grad()
 def _alone(layer: MoELayer, router: nn.Module) -> MoELayer:
     """The layer with what a copy of its router does by itself, with random values: the model has none yet."""
-    twin = copy.deepcopy(router).to_empty(device="cpu").float()
+    twin = copy.deepcopy(router).to_empty(device="cpu").float().eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in twin.parameters():
         parameter.normal_(generator=generator)
