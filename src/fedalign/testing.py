@@ -29,8 +29,7 @@ TOKENS, TOP_K, WIDTH, VOCABULARY = 128, 2, 16, 50
 def layout(layers: int = 2, experts: int = 4, token_rows: bool = True) -> Layout:
     """A model whose groups are small; its first 50 shared values are rows of an embedding, one value to a token."""
     sizes = {group: VOCABULARY + 10 if group == SHARED else 5 for group in Layout(layers, experts, {}).groups}
-    rows = (TokenRows(0, VOCABULARY, 1),) if token_rows else ()
-    return Layout(layers, experts, sizes, token_rows=rows, softmax_L=(True,) * layers)
+    return Layout(layers, experts, sizes, {}, (TokenRows(0, VOCABULARY, 1),) * token_rows, (True,) * layers)
 
 
 def reports(
@@ -72,8 +71,7 @@ def _report(client: int, model: Layout, asks: Set[Ask], seed: int, min_tokens: i
     load_L_E = one_hot(topk_L_T_K, experts).sum((1, 2)).float()
     load_L_E *= load_L_E >= min_tokens
     held_L_E_1 = (load_L_E > 0).unsqueeze(-1)
-    token_1_T = alike(1, VOCABULARY).exp().multinomial(TOKENS, replacement=True, generator=own)
-    count_M_V = one_hot(token_1_T, VOCABULARY).sum(1)
+    count_M_V = one_hot(alike(1, VOCABULARY).exp().multinomial(TOKENS, True, generator=own), VOCABULARY).sum(1)
     every = {
         "prob_L_E": prob_L_T_E.mean(1),
         "load_L_E": load_L_E,
@@ -86,7 +84,6 @@ def _report(client: int, model: Layout, asks: Set[Ask], seed: int, min_tokens: i
         "token_met_M_B": packed_bits(count_M_V > 0),
     }
     asked = asked_shapes(model, asks, WIDTH, WIDTH).items()
-    empty_or = {name: every[name] if all(shape) else torch.zeros(shape) for name, (shape, _) in asked}
-    fields: dict[str, Any] = {name: empty_or[name].to(getattr(torch, dtype)) for name, (_, dtype) in asked}
-    examples = 20 + int(torch.randint(200, (), generator=own))
-    return Statistics(f"client-{client}", 1, examples, TOKENS, steps=10, learning_rate=1e-3, loss=1.0, **fields)
+    given = {name: every[name] if all(shape) else torch.zeros(shape) for name, (shape, _) in asked}
+    fields: dict[str, Any] = {name: given[name].to(getattr(torch, dtype)) for name, (_, dtype) in asked}
+    return Statistics(f"client-{client}", 1, 20 + 10 * client, TOKENS, steps=10, learning_rate=1e-3, loss=1.0, **fields)

@@ -189,6 +189,7 @@ def test_whatever_a_client_reports_the_others_go_on(chosen: str) -> None:
 def test_every_field_is_tried() -> None:
     tried = {*NUMBERS, *TENSORS, "metrics", "frozen"}
     assert tried == set(vars(said(EVERYTHING)[0])) - {"client"}
+    assert [bool(report.held_L_E[0, -1]) for report in said(EVERYTHING)] == [False, False, False, True]
 
 
 # -------------------------------------------------------------------------------------------------------- bad plans
