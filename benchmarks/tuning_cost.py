@@ -115,7 +115,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         busy = time.process_time()
         report = trainer.train(client, Broadcast(2, weights, {"target_L_E": uniform_L_E}))
         busy = time.process_time() - busy
-    steps = report.metrics["steps"]
+    steps = report.steps
     return {
         "trained": sum(moe.layout.sizes.values()),
         "loaded": loaded,

@@ -174,7 +174,7 @@ def one_round(moe: MoEModel, *settings: str) -> Round:
         told = client.memory.hand_over("c", Request("c", 2, moe.layout.groups)).groups
         update = {group: unpack(packed) for group, packed in told.items()}
     peak = torch.cuda.max_memory_allocated() / 2**20 if gpu else 0.0
-    return Round(start, update, report.loss, report.metrics["train_seconds"] / report.metrics["steps"], peak)
+    return Round(start, update, report.loss, report.metrics["train_seconds"] / report.steps, peak)
 
 
 def difference(a: Mapping[ParameterGroup, Tensor], b: Mapping[ParameterGroup, Tensor]) -> float:
