@@ -19,7 +19,7 @@ from tests.moe.tiny import build
 
 def round_one(model: nn.Module, folder: Path, kind: str = "full", count: int = 20, **options: Any) -> MoEModel:
     config = settings()
-    moe = MoEModel.wrap(model, TuningConfig(kind=kind, **options))  # type: ignore[arg-type]
+    moe = MoEModel.wrap(model, TuningConfig(kind=kind, **options))  # type: ignore[arg-type] # pytest's words
     Trainer(moe, None, config.algorithm.build(), config).train(client(folder, count=count), broadcast(moe))
     return moe
 

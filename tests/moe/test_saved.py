@@ -23,7 +23,7 @@ OPTIONS: dict[str, Any] = {"trust_remote_code": False, "revision": None}
 
 def made(folder: Path, kind: str, family: str = "olmoe", dtype: str = "float32") -> MoEModel:
     tiny.build(family).save_pretrained(folder / "base")
-    moe = MoEModel.load(folder / "base", dtype=dtype, tuning=TuningConfig(kind=kind, dtype=dtype))  # type: ignore[arg-type]
+    moe = MoEModel.load(folder / "base", dtype=dtype, tuning=TuningConfig(kind=kind, dtype=dtype))  # type: ignore[arg-type] # pytest's words
     generator = torch.Generator().manual_seed(3)
     moe.write({g: v + 0.05 * torch.randn(v.shape, generator=generator) for g, v in moe.read().items()})
     moe.save(folder / "model")
@@ -83,7 +83,7 @@ def test_an_adapter_on_another_base_computes_something_else(tmp_path: Path) -> N
 @pytest.mark.parametrize(("kind", "told"), [("full", ""), ("lora", " of the adapter")])
 def test_a_skeleton_that_was_filled_is_held_by_its_values(kind: str, told: str, tmp_path: Path) -> None:
     moe = made(tmp_path, kind)
-    skeleton = MoEModel.skeleton(tmp_path / "base", tuning=TuningConfig(kind=kind))  # type: ignore[arg-type]
+    skeleton = MoEModel.skeleton(tmp_path / "base", tuning=TuningConfig(kind=kind))  # type: ignore[arg-type] # pytest's words
     filled = skeleton.filled(moe.read(), moe.constants())
     filled.save(tmp_path / "model")
     assert check(filled, tmp_path, runs=False) == f"names, shapes and values{told}"

@@ -224,7 +224,7 @@ def test_what_would_not_train_is_left_out_and_said(family: str, target: str, nam
 )
 def test_every_adapter_is_found_again_by_plain_peft(family: str, targets: tuple[str, ...], tmp_path: Path) -> None:
     tiny.build(family).save_pretrained(tmp_path / "base")
-    moe = MoEModel.load(tmp_path / "base", tuning=TuningConfig(kind="lora", rank=3, targets=targets))  # type: ignore[arg-type]
+    moe = MoEModel.load(tmp_path / "base", tuning=TuningConfig(kind="lora", rank=3, targets=targets))  # type: ignore[arg-type] # pytest's words
     assert not any(".experts." in name for name in adapted(moe)) or "experts" in targets
     moved(moe)
     moe.save(tmp_path / "adapter")

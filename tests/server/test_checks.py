@@ -178,7 +178,7 @@ def test_whatever_a_client_reports_the_others_go_on(chosen: str) -> None:
     cases.append(("frozen", (ParameterGroup("expert", 9, 9),), True))
     cases.append(("frozen", tuple(group for group in LAYOUT.groups if group.kind == "expert"), False))
     for name, value, impossible in cases:
-        after = one_more(server, first, lambda report, name=name, value=value: replace(report, **{name: value}))  # type: ignore[misc]
+        after = one_more(server, first, lambda report, name=name, value=value: replace(report, **{name: value}))  # type: ignore[misc] # a lambda with defaults
         if impossible:
             (failure,) = after.history[-1]["failures"]
             assert (failure["client"], failure["stage"]) == (BAD, "train"), (name, value)
