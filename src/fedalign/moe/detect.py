@@ -160,6 +160,11 @@ def _alone(layer: MoELayer, router: nn.Module) -> MoELayer:
     return replace(layer, scoring="unknown")
 
 
+def _tables(router: nn.Module) -> list[Tensor]:
+    """Tables of the experts that each token goes to, whatever the router thinks of it (deepseek_v4)."""
+    return [buffer for buffer in router.buffers() if buffer.dim() == 2 and not buffer.is_floating_point()]
+
+
 def _certainty(layer: MoELayer, choice: str) -> str:
     if layer.logits is None and layer.scoring == "unknown":
         raise UserError(
@@ -180,20 +185,26 @@ def _probed(
     Which scores a router computes is its code's; near zero, as routers begin, all of them look alike.
     """
     routers = [model.get_submodule(layer.router) for layer in layers]
-    weights = [router_weight(router) for router in routers]
-    before = [weight.detach().clone() for weight in weights]
+    changed = [
+        *(router_weight(router) for router in routers),
+        *(table for router in routers for table in _tables(router)),
+    ]
+    before = [values.detach().clone() for values in changed]
     generator = torch.Generator().manual_seed(0)
     try:
-        for router, weight in zip(routers, weights, strict=True):
-            given = seen[router][0].given[0].float()
+        for layer, router in zip(layers, routers, strict=True):
+            given, weight = seen[router][0].given[0].float(), router_weight(router)
             scale = 2 / (given.square().sum(-1).mean().sqrt() + 1e-6)
             weight.data.copy_(torch.randn(weight.shape, generator=generator) * scale.cpu())
+            for table in _tables(router):
+                order = torch.rand(len(table), layer.size, generator=generator).argsort(1)
+                table.copy_(order[:, : table.shape[1]])
         clear = _trial(model, layers)
         pairs = zip(layers, routers, strict=True)
         again = [_understood(layer, router, model.get_submodule(layer.experts), clear)[0] for layer, router in pairs]
     finally:
-        for weight, values in zip(weights, before, strict=True):
-            weight.data.copy_(values)
+        for values, old in zip(changed, before, strict=True):
+            values.data.copy_(old)
     return tuple(replace(layer, scoring=probed.scoring) for layer, probed in zip(layers, again, strict=True))
 
 
