@@ -285,8 +285,8 @@ class Plan:
         stretch_G = torch.where(left_G > 0, self.weight_C_G.sum(0) / left_G, torch.ones_like(left_G))
         return replace(self, weight_C_G=weight_C_G * stretch_G)
 
-    def requests(self, round: int, layout: Layout) -> list[Request]:
-        """What to ask of each client: its groups of nonzero weight that train anything.
+    def wanted(self, layout: Layout) -> Tensor:
+        """Boolean [C, G]: whose update of which group travels: those of nonzero weight that train anything.
 
         Of a router that is to be centred, all rows, if any is wanted.
         """
@@ -296,10 +296,13 @@ class Plan:
             shared_C, gate_C_L_E, expert_C_L_E = layout.split(wanted_C_G)
             whole_C_L_1 = gate_C_L_E.any(-1, keepdim=True) & torch.tensor(layout.softmax_L).unsqueeze(-1)
             wanted_C_G = layout.table(shared_C, gate_C_L_E | whole_C_L_1, expert_C_L_E)
-        wanted_C_G = wanted_C_G & trains_G
+        return wanted_C_G & trains_G
+
+    def requests(self, round: int, layout: Layout) -> list[Request]:
+        """What to ask of each client."""
         return [
             Request(client, round, tuple(layout.groups[i] for i in wanted.nonzero().flatten().tolist()))
-            for client, wanted in zip(self.clients, wanted_C_G, strict=True)
+            for client, wanted in zip(self.clients, self.wanted(layout), strict=True)
         ]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedalign.protocol import Evaluation, Failure, Layout, Plan, Shape, Statistics
+from fedalign.protocol import Evaluation, Failure, Layout, Plan, Shape, State, Statistics
 
 MOST = 1e15  # of any number: its square is still one in float32, and so is that of its inverse
 SUM_SLACK = 1e-3  # of shares that sum to one: rounding
@@ -39,7 +39,7 @@ def check_statistics(report: Statistics, layout: Layout, shapes: Mapping[str, Sh
 
 
 def _bounds(name: str, report: Statistics) -> tuple[float, float]:
-    """Least and most that a value of a field can be. A token is sent to an expert once; both sides of a model read."""
+    """Least and most that a value of a field can be. A token is sent to an expert once."""
     unit = 1 + SUM_SLACK
     return {
         "prob_L_E": (0, unit),
@@ -47,7 +47,6 @@ def _bounds(name: str, report: Statistics) -> tuple[float, float]:
         "margin_L_E": (0, unit),
         "centroid_L_E_D": (-unit, unit),
         "update_L_E_S": (-unit, unit),
-        "token_count_M_V": (0, 2 * report.tokens),
         "token_met_M_B": (0, 255),
     }.get(name, (0, MOST))
 
@@ -73,6 +72,12 @@ def check_plan(plan: Plan, reports: Sequence[Statistics], layout: Layout) -> str
         if is_weight and bool((table < 0).any() | ((total - 1).abs().minimum(total.abs()) > SUM_SLACK).any()):
             return f"has {name} that are negative, or sum over clients to neither 0 nor 1"
     return None
+
+
+def check_state(state: State) -> str | None:
+    """Why what an algorithm would broadcast next cannot be used, or None."""
+    broken = [name for name, value in state.items() if not bool(value.isfinite().all())]
+    return f"has a state that is not finite: {broken[0]}" if broken else None
 
 
 def check_evaluation(score: Evaluation) -> str | None:

@@ -38,7 +38,7 @@ from fedalign.protocol import (
     asked_shapes,
 )
 from fedalign.server.checkpoint import Checkpoints, ServerState
-from fedalign.server.checks import check_evaluation, check_plan, check_statistics, find_outliers
+from fedalign.server.checks import check_evaluation, check_plan, check_state, check_statistics, find_outliers
 from fedalign.server.scores import Traffic, describe_plan, describe_scores, describe_training, merit
 
 
@@ -119,15 +119,14 @@ class Server:
                 f"{self.config.server.min_clients} are needed ({reasons}). The last complete round is kept."
             )
         plan = self.algorithm.plan(Reports(reports, self.layout, len(members)), state.algorithm)
-        if problem := check_plan(plan, reports, self.layout):
-            name = self.config.algorithm.name
-            raise UserError(f"round {number}: the plan of {name} {problem}. The last complete round is kept.")
+        self._refuse(number, check_plan(plan, reports, self.layout))
         plan = plan.without({report.client: report.frozen for report in reports}, self.layout)
         self.observer.planned(number, reports, plan, self.layout)
         total, lost = self._sum(plan, reports, number, traffic)
         share = self.config.server.min_arrived
         weights, moments = self._optimise(state, total.result(state.weights, share), plan, reports)
         algorithm_state = plan.then(total.streams(share)) if plan.then else plan.state
+        self._refuse(number, check_state(algorithm_state))
         scores, unscored = self._scores(weights, number, traffic)
         metrics = {
             **scores,
@@ -139,6 +138,12 @@ class Server:
         }
         after = replace(state, round=number, weights=weights, algorithm=algorithm_state, moments=moments)
         return self._complete(after, metrics)
+
+    def _refuse(self, number: int, problem: str | None) -> None:
+        """End the run if there is a problem with a round's plan."""
+        if problem:
+            name = self.config.algorithm.name
+            raise UserError(f"round {number}: the plan of {name} {problem}. The last complete round is kept.")
 
     def _optimise(
         self, state: ServerState, summed: Weights, plan: Plan, reports: Sequence[Statistics]

@@ -105,7 +105,7 @@ def routing_divergence(prob_C_L_E: Tensor) -> float:
 def describe_plan(plan: Plan, layout: Layout, traffic: Traffic, skipped: int) -> Metrics:
     """How selective the plan was, and what it cost."""
     size_G = torch.tensor([layout.sizes[group] for group in layout.groups], dtype=torch.float64)
-    asked = float((plan.weight_C_G > 0).double() @ size_G @ torch.ones(len(plan.clients), dtype=torch.float64))
+    asked = float((plan.wanted(layout).double() @ size_G).sum())
     return {
         **plan.metrics,
         "uploaded_share": asked / (float(size_G.sum()) * len(plan.clients)),
