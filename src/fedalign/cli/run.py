@@ -58,12 +58,12 @@ def run(
     insecure_anywhere: InsecureAnywhere = False,
 ) -> None:
     """Fine-tune one MoE model across clients that keep their data."""
-    from fedalign.moe.load import quiet
-
-    quiet()
     settings, folder = asked(
         config, [*(set_ or []), *(["run.check=false"] if no_check else [])], out_, resume, overwrite, dry_run
     )
+    from fedalign.moe.load import quiet
+
+    quiet()
     if dry_run:
         _rehearse(settings, folder)
         return
@@ -89,20 +89,24 @@ def asked(
     Raises:
         UserError: It does not go together, something would be lost, or torchrun cannot run it.
     """
-    from fedalign import parallel  # torch and transformers load only when something is run
-    from fedalign.client.workbench import check_shardable
     from fedalign.config.toml import load_config, stem
+
+    if resume is None and source is None:
+        raise UserError('fedalign run: no configuration. Give a TOML file, the word "demo", or --resume DIR.')
+    if resume is not None and (source is not None or out is not None or overwrite or dry_run):
+        raise UserError("--resume: takes the run's folder alone. Leave out CONFIG, --out, --overwrite, --dry-run.")
+    given = None if source is None else load_config(source, overrides)  # a wrong word is told before torch loads
+    from fedalign import parallel
+    from fedalign.client.workbench import check_shardable
     from fedalign.server.results import RunFolder
     from fedalign.server.run import resumed_config
 
     if resume is not None:
-        if source is not None or out is not None or overwrite or dry_run:
-            raise UserError("--resume: takes the run's folder alone. Leave out CONFIG, --out, --overwrite, --dry-run.")
         settings, folder = resumed_config(resume, overrides), RunFolder(resume)
     else:
-        if source is None:
-            raise UserError('fedalign run: no configuration. Give a TOML file, the word "demo", or --resume DIR.')
-        settings = load_config(source, overrides)
+        assert given is not None
+        assert source is not None
+        settings = given
         folder = RunFolder(out or Path("runs") / f"{stem(source)}-{settings.algorithm.name}-{settings.run.seed}")
         if not dry_run:
             folder.check_free(overwrite)
