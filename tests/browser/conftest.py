@@ -66,7 +66,7 @@ class Browser:
     def requests(self) -> list[str]:
         """Addresses asked for since this was last asked."""
         messages = [json.loads(line["message"])["message"] for line in self._log("performance")]
-        return [m["params"]["design"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
 
     def _log(self, name: str) -> list[dict[str, Any]]:
         lines: list[dict[str, Any]] = self.driver.get_log(name)

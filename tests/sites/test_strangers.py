@@ -53,9 +53,9 @@ from fedalign.federation.service import Service
 honest = Service._train
 
 def train(self, parcel):
-    from fedalign.client.trainer import Trainer
-    make_update = Trainer._update
-    Trainer._update = lambda *args: {g: 1e6 * delta for g, delta in make_update(*args).items()}
+    from fedalign.client.fit import LocalFit
+    trained = LocalFit.trained
+    LocalFit.trained = lambda fit: {g: value + 1e6 * (value - fit.local.start[g]) for g, value in trained(fit).items()}
     return honest(self, parcel)
 
 Service._train = train
