@@ -65,7 +65,7 @@ class StreamingSum:
         low_rank = layout.factors if average == "exact" else {}
         self._stacks = {group: Stack(factors, layout.sizes[group]) for group, factors in low_rank.items() if factors}
         self._turn = {client: turn for turn, client in enumerate(plan.clients)}
-        self._sizes = layout.sizes
+        self._sizes, self._experts = layout.sizes, layout.experts
         self._dtype = dtype
         self._column = {group: i for i, group in enumerate(layout.groups)}
         self._expected = {request.client: request.groups for request in plan.requests(0, layout)}
@@ -196,11 +196,11 @@ class StreamingSum:
 
     def _common(self, update: Update, layer: int) -> tuple[Tensor | None, str | None]:
         """The mean over experts of one router's rows, [N], or why there is none: a row that cannot be used."""
-        rows = [group for group in update.groups if (group.kind, group.layer) == ("gate", layer)]
+        rows = [ParameterGroup("gate", layer, expert) for expert in range(self._experts)]  # all travel, or none
         for row in rows:
             if problem := self._flaw(update.client, row, update.groups[row]):
                 return None, problem
-        whole = [torch.cat([chunk.clone() for _, chunk in self._chunks(update.groups[row])]) for row in sorted(rows)]
+        whole = [torch.cat([chunk.clone() for _, chunk in self._chunks(update.groups[row])]) for row in rows]
         return torch.stack(whole).mean(0), None
 
     def _flaw(self, client: str, group: ParameterGroup, packed: Packed, chunks: Iterable[Chunk] = ()) -> str | None:
