@@ -11,6 +11,7 @@ Options are bool, int, float, str or a Literal of strings, and have defaults. Na
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -51,6 +52,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "scaffold": Scaffold,
 }
 
+TITLE = 20  # characters of a name before the colon of a file's first line, at most
 BASELINE = "fedavg"  # what a comparison measures the others against
 STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {  # the option that tuning varies beside the learning rate
     "fedalign_moe": ("reg_strength", (0.01, 0.1, 1.0)),
@@ -92,6 +94,24 @@ def make(name: str, given: Mapping[str, Any]) -> Algorithm:
         raise UserError(f"algorithm.{error}") from None
 
 
+def every_name() -> list[str]:
+    """Names that `make` takes: ours, then those that installed packages offer."""
+    return sorted(ALGORITHMS) + sorted({entry.name for entry in entry_points(group=GROUP)} - {*ALGORITHMS})
+
+
+def summary(name: str) -> str:
+    """An algorithm in one sentence: the first line of its file.
+
+    >>> summary("scaffold")
+    'Control variates against client drift (Karimireddy et al. 2020, arXiv 1910.06378, option II).'
+    """
+    kind = type(make(name, {}))
+    text = sys.modules[kind.__module__].__doc__ or kind.__doc__ or ""
+    line = " ".join(text.strip().partition("\n\n")[0].split())
+    title, colon, rest = line.partition(": ")
+    return rest[:1].upper() + rest[1:] if colon and len(title) < TITLE else line
+
+
 def options(algorithm: Algorithm) -> dict[str, Any]:
     """Its options with their values, those at their defaults too.
 
@@ -112,6 +132,15 @@ def described(algorithm: Algorithm) -> list[tuple[str, Any, Any, str]]:
         own = getattr(kind, "__dataclass_fields__", {})
         means |= {name: field.metadata["help"] for name, field in own.items() if "help" in field.metadata}
     return [(name, value, hints[name], means.get(name, "")) for name, value in options(algorithm).items()]
+
+
+def choices(hint: Any) -> tuple[str, ...]:
+    """Values that an option of this type takes, or the name of the type.
+
+    >>> choices(bool)
+    ('true or false',)
+    """
+    return get_args(hint) if get_origin(hint) is Literal else (_NAMES[hint],)
 
 
 def spans_rounds(algorithm: Algorithm) -> bool:

@@ -11,6 +11,16 @@ from typing import Annotated
 import typer
 
 from fedalign import __version__
+from fedalign.cli.catalog import (
+    ALGORITHMS_EXAMPLES,
+    CONFIG_EXAMPLES,
+    FAMILIES_EXAMPLES,
+    FORMATS_EXAMPLES,
+    algorithms,
+    config,
+    families,
+    formats,
+)
 from fedalign.cli.compare import COMPARE_EXAMPLES, compare
 from fedalign.cli.doctor import DOCTOR_EXAMPLES, doctor
 from fedalign.cli.export import EXPORT_EXAMPLES, export
@@ -53,6 +63,10 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (export, EXPORT_EXAMPLES),
     (report, REPORT_EXAMPLES),
     (upcycle, UPCYCLE_EXAMPLES),
+    (config, CONFIG_EXAMPLES),
+    (algorithms, ALGORITHMS_EXAMPLES),
+    (formats, FORMATS_EXAMPLES),
+    (families, FAMILIES_EXAMPLES),
 )
 for command, examples in COMMANDS:
     app.command(epilog=examples)(command)
