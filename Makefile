@@ -6,7 +6,7 @@ COMPARED := fedavg,fedprox,fedmoe,pfl_moe,by_use,fedalign_paper,fedalign_moe
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-sites compare test test-browser test-families test-sites models examples check format bench clean
+.PHONY: help venv demo demo-sites compare test test-browser test-families test-sites models examples docs check format bench clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -67,6 +67,9 @@ models: $(VENV)/.tools ## write docs/models.md from what the tests of the famili
 examples: $(VENV)/.package ## write examples/every_key.toml from what the fields of the configuration say
 	@$(BIN)/python -m fedalign.config.toml > examples/every_key.toml
 
+docs: $(VENV)/.tools ## the pages of docs/ as a site in site/; warnings are errors, links are checked
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 compare: $(VENV)/.package ## seven algorithms, three seeds, a small model: under 25 minutes on two cores; goes on where it stopped
 	@$(BIN)/fedalign compare examples/compare.toml --algorithms $(COMPARED) --seeds 3 --out runs/compare
 
@@ -78,4 +81,4 @@ bench: $(VENV)/.package ## every benchmark, one after another
 	@for script in client_step server_sum plan_scale; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean: ## remove what was made
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
