@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from pathlib import Path
+from xml.etree import ElementTree
 
+import matplotlib.image
 import pytest
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
+from selenium.webdriver.support.wait import WebDriverWait
 
 from fedalign.config.toml import load_config
 from fedalign.report import write_report
@@ -47,6 +51,26 @@ def test_it_opens_quietly_and_fits(browser: Browser, page: Path, width: int, dar
     for name in FIGURES:
         assert browser.all(f"#figure-{name} svg[role=img]"), name
     keep(browser, f"{'dark' if dark else 'light'}-{width}")
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_figures_are_downloaded_as_they_look(browser: Browser, page: Path, tmp_path: Path, figure: str) -> None:
+    behaviour = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.open(page)
+    browser.driver.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
+    for button in browser.all(f"#figure-{figure} .downloads button"):
+        browser.driver.execute_script("arguments[0].click()", button)
+    wanted = {kind: tmp_path / f"{figure}.{kind}" for kind in ("svg", "png", "csv")}
+    WebDriverWait(browser.driver, 20).until(lambda _: all(path.exists() for path in wanted.values()))
+    drawn = ElementTree.fromstring(wanted["svg"].read_text())
+    assert len(drawn.findall("{http://www.w3.org/2000/svg}svg")) == len(browser.all(f"#figure-{figure} .drawing svg"))
+    assert "var(" not in wanted["svg"].read_text()
+    assert len({tuple(pixel) for row in matplotlib.image.imread(wanted["png"]) for pixel in row}) > 5
+    with wanted["csv"].open(newline="") as file:
+        head, *rows = csv.reader(file)
+    assert rows
+    assert {len(row) for row in rows} == {len(head)}
+    assert browser.console() == []
 
 
 def test_dark_mode_changes_page_and_lines(browser: Browser, page: Path) -> None:

@@ -28,7 +28,7 @@ def test_it_is_the_interval_that_scipy_gives() -> None:
 
 
 def test_one_seed_has_no_interval_and_proves_nothing() -> None:
-    assert mean_interval([0.7]) == Interval(0.7, None, 1)
+    assert mean_interval([0.7]) == Interval(0.7, None, 1, (0.7,))
     assert not mean_interval([0.7]).excludes_zero
 
 

@@ -28,36 +28,78 @@ def lines(table: Table) -> dict[str, list[str]]:
 
 
 def test_scores_with_intervals_worked_by_hand(ask: Ask) -> None:
-    design = ask("fedavg,fedprox", "3")
+    design = ask("fedavg,fedprox", "4")
     cell = by_name(design)
     runs = [
         finished(cell["fedavg", seed], 0.1, 0.4, final, client_accuracy_worst=0.2)
-        for seed, final in enumerate([0.50, 0.60, 0.70])
+        for seed, final in enumerate([0.50, 0.60, 0.60, 0.70])
     ] + [
         finished(cell["fedprox", seed], 0.1, fast, final, bytes_up=2_000_000, client_accuracy_worst=0.1)
-        for seed, (fast, final) in enumerate([(0.55, 0.55), (0.60, 0.66), (0.65, 0.75)])
+        for seed, (fast, final) in enumerate([(0.55, 0.55), (0.60, 0.66), (0.60, 0.66), (0.65, 0.75)])
     ]
     table = final_scores(design, runs)
     assert table.header == ("algorithm", "seeds", "accuracy, %", "worst client, %", "sent up", "rounds to fedavg's end")
-    # accuracy: s = .1, h = 4.303 * .1 / sqrt(3) = .248; differences .05 .06 .05 are sure; rounds 1, 1, 2
+    # accuracy: s = .0816, h = 3.182 * .0816 / 2 = .130; differences .05 .06 .06 .05 are sure; rounds 1, 1, 1, 2
     assert lines(table) == {
-        "fedavg": ["3", "60.0 ± 24.8", "**20.0 ± 0.0", "**2.0 MB ± 0 B", "2.0 ± 0.0"],
-        "fedprox": ["3", "**65.3 ± 24.9†", "10.0 ± 0.0†", "4.0 MB ± 0 B†", "1.3 ± 1.4"],
+        "fedavg": ["4", "60.0 ± 13.0", "**20.0 ± 0.0", "**2.0 MB ± 0 B", "2.0 ± 0.0"],
+        "fedprox": ["4", "**65.5 ± 13.0†", "10.0 ± 0.0†", "4.0 MB ± 0 B†", "1.2 ± 0.8"],
     }
     pairs = paired_differences(design, runs)
     assert pairs.header == ("algorithm", "pairs", "accuracy, points", "worst client, points")
-    assert lines(pairs) == {"fedprox": ["3", "+5.3 ± 1.4†", "-10.0 ± 0.0†"]}
+    assert lines(pairs) == {"fedprox": ["4", "+5.5 ± 0.9†", "-10.0 ± 0.0†"]}
+    assert any("Student-t interval" in note for note in notes(design))
+
+
+def test_few_seeds_are_told_one_by_one(ask: Ask) -> None:
+    design = ask("fedavg,fedprox", "3")
+    cell = by_name(design)
+    runs = [finished(cell["fedavg", seed], 0.1, value) for seed, value in enumerate([0.5, 0.6, 0.7])]
+    runs += [finished(cell["fedprox", seed], 0.1, value) for seed, value in enumerate([0.55, 0.58, 0.76])]
+    table = lines(final_scores(design, runs))
+    assert table["fedavg"][1] == "60.0 (50.0, 60.0, 70.0)"
+    assert table["fedprox"][1] == "**63.0 (55.0, 58.0, 76.0)"
+    assert lines(paired_differences(design, runs))["fedprox"] == ["3", "+3.0 (+5.0, -2.0, +6.0)"]
+    said = " ".join(notes(design))
+    assert "3 seeds are too few for an interval" in said
+    assert "±" not in said
+
+
+def test_who_is_level_is_not_best_alone_and_nobody_is_where_all_are(ask: Ask) -> None:
+    design = ask("fedavg,fedprox,fedmoe", "1")
+    cell = by_name(design)
+    runs = [
+        finished(cell[name, 0], 0.1, value) for name, value in (("fedavg", 0.5), ("fedprox", 0.50001), ("fedmoe", 0.4))
+    ]
+    table = lines(final_scores(design, runs))
+    assert [table[name][1] for name in ("fedavg", "fedprox", "fedmoe")] == ["**50.0", "**50.0", "40.0"]
+    assert not any(line[1].startswith("**") for line in lines(final_scores(design, runs[:2])).values())
+
+
+def test_scores_say_on_how_many_rows(ask: Ask) -> None:
+    design = ask("fedavg", "2")
+    cell = by_name(design)
+    runs = [
+        finished(cell["fedavg", seed], 0.1, 0.5, test_examples=500, client_examples={"a": 20, "b": 13 + seed})
+        for seed in (0, 1)
+    ]
+    (told,) = [note for note in notes(design, runs=runs) if "Scored on" in note]
+    assert told == ("Scored on 500 rows of the global test set and 33 to 34 held-out rows of all clients together.")
+    assert not any("Scored on" in note for note in notes(design, runs=[finished(cell["fedavg", 0], 0.1, 0.5)]))
+
+
+def test_without_a_global_test_set_the_accuracy_has_a_name_of_its_own(ask: Ask) -> None:
+    design = ask("fedavg", "1")
+    scores = {"client_accuracy_weighted": 0.6, "client_accuracy_mean": 0.5, "client_accuracy_worst": 0.3}
+    table = final_scores(design, [Finished(by_name(design)["fedavg", 0], [{"round": 0}, {"round": 1, **scores}])])
+    assert table.header[2:5] == ("all held-out examples, %", "mean client, %", "worst client, %")
+    assert lines(table)["fedavg"][1:4] == ["60.0", "50.0", "30.0"]
 
 
 def test_better_on_average_is_bold_but_not_marked_when_seeds_disagree(ask: Ask) -> None:
-    design = ask("fedavg,fedprox", "2")
+    design = ask("fedavg,fedprox", "4")
     cell = by_name(design)
-    runs = [
-        finished(cell["fedavg", 0], 0.1, 0.5),
-        finished(cell["fedavg", 1], 0.1, 0.6),
-        finished(cell["fedprox", 0], 0.1, 0.9),
-        finished(cell["fedprox", 1], 0.1, 0.55),
-    ]
+    runs = [finished(cell["fedavg", seed], 0.1, value) for seed, value in enumerate([0.5, 0.6, 0.5, 0.6])]
+    runs += [finished(cell["fedprox", seed], 0.1, value) for seed, value in enumerate([0.9, 0.55, 0.9, 0.55])]
     assert lines(final_scores(design, runs))["fedprox"][1].startswith("**72.5 ± ")
     assert not lines(final_scores(design, runs))["fedprox"][1].endswith("†")
 
@@ -66,7 +108,7 @@ def test_one_seed_has_no_interval_and_the_notes_say_so(ask: Ask) -> None:
     design = ask("fedavg,fedprox", "1")
     cell = by_name(design)
     runs = [finished(cell["fedavg", 0], 0.1, 0.5), finished(cell["fedprox", 0], 0.1, 0.9)]
-    assert lines(final_scores(design, runs))["fedprox"] == ["1", "**90.0", "**1.0 MB", "1.0"]
+    assert lines(final_scores(design, runs))["fedprox"] == ["1", "**90.0", "1.0 MB", "1.0"]
     assert lines(paired_differences(design, runs))["fedprox"] == ["1", "+40.0"]
     assert any("One seed: no interval can be given" in note for note in notes(design))
     assert not any("One seed" in note for note in notes(ask("fedavg", "2")))
@@ -80,7 +122,7 @@ def test_who_does_not_get_there_has_no_mean_number_of_rounds(ask: Ask) -> None:
     runs += [finished(cell["fedmoe", seed], 0.1, 0.2, 0.3) for seed in (0, 1)]
     table = lines(final_scores(design, runs))
     assert [table[label][-1] for label in ("fedavg", "fedprox", "fedmoe")] == [
-        "2.0 ± 0.0",
+        "2.0",
         "reached by 1 of 2 seeds",
         "not reached",
     ]
@@ -107,7 +149,7 @@ def test_without_accuracy_there_are_losses_and_less_is_better(ask: Ask) -> None:
     ]
     table = final_scores(design, runs)
     assert table.header[2] == "loss, nats"
-    assert lines(table) == {"fedavg": ["1", "2.000", "**0 B", "1.0"], "fedprox": ["1", "**1.500", "**0 B", "1.0"]}
+    assert lines(table) == {"fedavg": ["1", "2.000", "0 B", "1.0"], "fedprox": ["1", "**1.500", "0 B", "1.0"]}
 
 
 def test_grid_points_have_sections_of_their_own(ask: Ask) -> None:
@@ -151,15 +193,15 @@ def test_results_are_tidy(ask: Ask, tmp_path: Path) -> None:
 
 
 def test_markdown_and_latex_keep_odd_names_whole(ask: Ask) -> None:
-    design = ask("fedavg,fedalign_moe:gate=average", "2", ["clients.alpha=0.1"])
+    design = ask("fedavg,fedalign_moe:gate=average", "4", ["clients.alpha=0.1"])
     cell = by_name(design)
-    runs = [finished(cell["fedavg", seed], 0.1, 0.5) for seed in (0, 1)]
-    runs += [finished(cell["fedalign_moe:gate=average", seed], 0.1, 0.6) for seed in (0, 1)]
+    runs = [finished(cell["fedavg", seed], 0.1, 0.5) for seed in range(4)]
+    runs += [finished(cell["fedalign_moe:gate=average", seed], 0.1, 0.6) for seed in range(4)]
     tables, said = (final_scores(design, runs), paired_differences(design, runs)), notes(design)
     markdown = to_markdown(tables, said)
-    assert "| fedalign_moe:gate=average | 2 | **60.0 ± 0.0** † | **1.0 MB ± 0 B** |" in markdown
+    assert "| fedalign_moe:gate=average | 4 | **60.0 ± 0.0** † | 1.0 MB ± 0 B |" in markdown
     assert "95 % Student-t interval" in markdown
     latex = to_latex(tables, said)
-    assert r"fedalign\_moe:gate=average & 2 & \textbf{60.0 $\pm$ 0.0}$^\dagger$" in latex
+    assert r"fedalign\_moe:gate=average & 4 & \textbf{60.0 $\pm$ 0.0}$^\dagger$" in latex
     assert r"accuracy, \% &" in latex
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{table}") == 2

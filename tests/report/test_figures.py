@@ -29,19 +29,18 @@ def made(folder: Path, **lines: list[dict[str, Any]]) -> Material:
 
 
 def test_bands_are_t_intervals_over_seeds(tmp_path: Path) -> None:
-    material = made(
-        tmp_path,
-        fedavg_0=[{"accuracy": 0.1}, {"accuracy": 0.5}],
-        fedavg_1=[{"accuracy": 0.1}, {"accuracy": 0.6}],
-        fedprox_0=[{"accuracy": 0.2}, {}],
-    )
+    finals = [0.5, 0.6, 0.5, 0.6]
+    fedavg_runs = {f"fedavg_{i}": [{"accuracy": 0.1}, {"accuracy": final}] for i, final in enumerate(finals)}
+    few = {f"fedmoe_{i}": [{"accuracy": 0.1}, {"accuracy": final}] for i, final in enumerate(finals[:3])}
+    material = made(tmp_path, **fedavg_runs, **few, fedprox_0=[{"accuracy": 0.2}, {}])
     group = curves(material, GROUPS[0])
     assert group is not None
     (panel,) = group["panels"]  # neither mean nor worst client was scored
-    fedavg, fedprox = panel["series"]
-    half = 12.706 * 7.0711 / 2**0.5  # t(1) and s of 50 and 60
-    assert fedavg["rows"][0] == [0, 10, 10, 10, 2]
-    assert fedavg["rows"][1] == [1, 55, pytest.approx(55 - half, abs=0.01), pytest.approx(55 + half, abs=0.01), 2]
+    fedavg, fedmoe, fedprox = panel["series"]
+    half = 3.1824 * 5.7735 / 4**0.5  # t(3) and s of 50, 60, 50, 60
+    assert fedavg["rows"][0] == [0, 10, 10, 10, 4]
+    assert fedavg["rows"][1] == [1, 55, pytest.approx(55 - half, abs=0.01), pytest.approx(55 + half, abs=0.01), 4]
+    assert fedmoe["rows"][1] == [1, pytest.approx(53.333, abs=0.001), 50, 60, 3]  # few: lowest and highest run
     assert fedprox["rows"] == [[0, 20, None, None, 1]]
     assert curves(material, GROUPS[1]) is None
 
@@ -69,31 +68,37 @@ def test_clients_show_their_last_accuracies_and_what_they_hold(tmp_path: Path) -
 
 
 def test_verdicts_say_how_sure_they_are(tmp_path: Path) -> None:
-    def twice(first: float, second: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        return [{"accuracy": 0.1}, {"accuracy": first}], [{"accuracy": 0.1}, {"accuracy": second}]
+    def told(name: str, seeds: int, **finals: tuple[float, float]) -> str:
+        runs = {
+            f"{algorithm}_{seed}": [{"accuracy": 0.1}, {"accuracy": pair[seed % 2]}]
+            for algorithm, pair in finals.items()
+            for seed in range(seeds)
+        }
+        (sentence,) = verdicts(made(tmp_path / name, **runs))
+        return sentence
 
-    base, better, unsure = twice(0.5, 0.52), twice(0.6, 0.62), twice(0.5, 0.6)
-    told = verdicts(made(tmp_path / "a", fedavg_0=base[0], fedavg_1=base[1], fedprox_0=better[0], fedprox_1=better[1]))
-    assert told == [
-        "fedprox is best on average: accuracy 61.0 ± 12.7\N{NO-BREAK SPACE}%, 95 % interval over 2 seeds. "
+    base, better, unsure = (0.5, 0.52), (0.6, 0.62), (0.5, 0.6)
+    assert told("a", 4, fedavg=base, fedprox=better) == (
+        "fedprox is best on average: accuracy 61.0 ± 1.8\N{NO-BREAK SPACE}%, 95 % interval over 4 seeds. "
         "Seed by seed it differs from fedavg by +10.0 ± 0.0\N{NO-BREAK SPACE}points; the interval excludes zero."
-    ]
-    told = verdicts(made(tmp_path / "b", fedavg_0=base[0], fedavg_1=base[1], fedprox_0=unsure[0], fedprox_1=unsure[1]))
-    assert told[0].endswith("the interval includes zero, so this may be chance.")
-    told = verdicts(made(tmp_path / "d", fedavg_0=better[0], fedavg_1=better[1], fedprox_0=base[0], fedprox_1=base[1]))
-    assert "fedavg is best on average" in told[0]
-    assert "Seed by seed it differs from fedprox by +10.0" in told[0]
-    told = verdicts(made(tmp_path / "e", fedavg_0=base[0], fedavg_1=base[1], fedprox_0=base[0], fedprox_1=base[1]))
-    assert told[0].endswith("fedprox scores the same with every seed.")
-    told = verdicts(made(tmp_path / "c", fedavg_0=base[0], fedprox_0=better[0]))
-    assert told[0].endswith("no ground for saying which algorithm is better.")
+    )
+    assert told("b", 4, fedavg=base, fedprox=unsure).endswith("the interval includes zero, so this may be chance.")
+    assert "Seed by seed it differs from fedprox by +10.0" in told("d", 4, fedavg=better, fedprox=base)
+    assert told("f", 2, fedavg=base, fedprox=better) == (
+        "fedprox is best on average: accuracy 61.0 (60.0, 62.0)\N{NO-BREAK SPACE}%, 2 seeds. Seed by seed it differs "
+        "from fedavg by +10.0\N{NO-BREAK SPACE}points: 2 seeds are too few for an interval."
+    )
+    assert told("e", 2, fedavg=base, fedprox=base).startswith("All score the same: accuracy 51.0")
+    level = told("g", 1, fedavg=base, fedprox=base, fedmoe=(0.2, 0.2))
+    assert level.startswith("fedavg and fedprox score best, and the same: accuracy 50.0")
+    assert told("c", 1, fedavg=base, fedprox=better).endswith("no ground for saying which algorithm is better.")
 
 
 def test_an_ablation_tells_the_gain_of_each_step(tmp_path: Path) -> None:
-    folder = make_comparison(tmp_path / "a", None, seeds=[0, 1])
+    folder = make_comparison(tmp_path / "a", None, seeds=[0, 1, 2, 3])
     levels = {"parameter-average": 0.5, "gate-alignment": 0.55, "consistency-weights": 0.55}
     for slug, level in levels.items():
-        for seed, extra in ((0, 0.0), (1, 0.02)):
+        for seed, extra in enumerate((0.0, 0.02, 0.0, 0.02)):
             path = folder / "runs" / slug / f"seed-{seed}" / "metrics.jsonl"
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             lines[-1]["accuracy"] = level + extra

@@ -70,8 +70,20 @@ def test_headings_are_in_order_and_figures_are_described(page: str) -> None:
 
 def test_tables_are_those_of_the_comparison(page: str) -> None:
     assert re.search(r'<th scope="row">fedavg</th>', page)
-    assert "± " in page
-    assert "Student-t interval" in page
+    assert re.search(r"\d \(\d+\.\d, \d+\.\d, \d+\.\d\)", page)  # three seeds, one by one
+    assert "3 seeds are too few for an interval" in page
+
+
+def test_a_page_of_losses_speaks_of_lower(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run", load_config(None, ["run.rounds=2"]))
+    lines = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
+    kept = [{key: value for key, value in line.items() if "accurac" not in key} for line in lines]
+    (made / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    write_report([made], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text().split("<script")[0]
+    assert "Loss against bytes uploaded" in text
+    assert "which curve is lower" in text
+    assert "higher" not in text.partition("<section")[2].partition("Experts</h2>")[0]
 
 
 def test_the_command_writes_beside_the_run(tmp_path: Path) -> None:

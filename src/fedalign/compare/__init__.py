@@ -118,7 +118,7 @@ class Comparison:
         write_csv(self.folder.results, self.design, runs)
         tables = (final_scores(self.design, runs), paired_differences(self.design, runs))
         shown = tuple(table for table in tables if table.sections and any(lines for _, lines in table.sections))
-        said = tuple(notes(self.design, missing.items()))
+        said = tuple(notes(self.design, missing.items(), runs))
         write_text(self.folder.markdown, to_markdown(shown, said))
         write_text(self.folder.latex, to_latex(shown, said))
         return Outcome(self.folder.path, shown, said, missing, [_row(task) for task in done])

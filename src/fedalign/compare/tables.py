@@ -1,7 +1,8 @@
 """From finished runs to results.csv and to tables for people: Markdown, LaTeX and the terminal.
 
-Every mean comes with the 95 % Student-t interval over seeds. Bold is the best mean of a column; † says something else:
-that the interval of the differences to the baseline, taken seed by seed, excludes zero.
+Every mean comes with the 95 % Student-t interval over seeds, or of fewer than four seeds with the single runs. Bold is
+the best mean of a column, as it is shown, unless all are alike; † says that the interval of the differences
+to the baseline, taken seed by seed, excludes zero.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedalign.compare.plan import Cell, Design, Point, point_title
-from fedalign.compare.statistics import Interval, mean_interval, paired_interval
+from fedalign.compare.statistics import FEW, Interval, mean_interval, paired_interval
 from fedalign.files import replacing_file
 from fedalign.protocol import Metrics
 from fedalign.server.scores import merit
@@ -68,8 +69,15 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def _weighted(run: Finished) -> float | None:
+    """What stands for a global test set where there is none."""
+    line = run.history[-1]
+    return None if "loss_nats" in line else line.get("client_accuracy_weighted")
+
+
 ACCURACIES = (
     Column("accuracy, %", _last("accuracy"), _percent, True),
+    Column("all held-out examples, %", _weighted, _percent, True),
     Column("mean client, %", _last("client_accuracy_mean"), _percent, True),
     Column("worst client, %", _last("client_accuracy_worst"), _percent, True),
 )
@@ -121,16 +129,37 @@ def paired_differences(design: Design, runs: Sequence[Finished]) -> Table:
     return Table(f"Differences to {baseline}, seed by seed", header, tuple(sections))
 
 
-def notes(design: Design, missing: Iterable[tuple[str, str]] = ()) -> list[str]:
+def rows_scored(runs: Sequence[Finished]) -> str:
+    """How many examples stand behind the scores, as far as runs say so."""
+    scored = [next((line for line in reversed(run.history) if merit(line) is not None), {}) for run in runs]
+    tests = sorted({line["test_examples"] for line in scored if "test_examples" in line})
+    held = sorted({sum(line["client_examples"].values()) for line in scored if line.get("client_examples")})
+    told = [(tests, "rows of the global test set"), (held, "held-out rows of all clients together")]
+    parts = [
+        f"{counts[0]:,}{f' to {counts[-1]:,}' if len(counts) > 1 else ''} {what}" for counts, what in told if counts
+    ]
+    return " and ".join(parts)
+
+
+def notes(design: Design, missing: Iterable[tuple[str, str]] = (), runs: Sequence[Finished] = ()) -> list[str]:
     """What a reader has to know to read the tables."""
     seeds = ", ".join(map(str, design.seeds))
     said = [
         f"After {design.base.run.rounds} rounds, seeds {seeds}. Runs of one seed share start, partition and order of "
         "batches.",
-        "m ± h: mean over seeds and half-width of its 95 % Student-t interval. Bold: the best mean. Differences are "
-        f"taken seed by seed and have their own t interval; {MARK}: it excludes zero. No correction for many tests.",
+        "Bold: the best mean, unless all are the same. Differences are taken seed by seed.",
     ]
-    if len(design.seeds) == 1:
+    if len(design.seeds) >= FEW:
+        said.append(
+            "m ± h: mean over seeds and half-width of its 95 % Student-t interval. Differences have their own; "
+            f"{MARK}: it excludes zero. No correction for many tests."
+        )
+    elif len(design.seeds) > 1:
+        said.append(
+            f"m (a, b): mean and single runs, seed by seed: {len(design.seeds)} seeds are too few for an interval, and "
+            "hardly a ground for saying what is better."
+        )
+    else:
         said.append(
             "One seed: no interval can be given. These are single runs, and no ground for saying what is better."
         )
@@ -138,6 +167,8 @@ def notes(design: Design, missing: Iterable[tuple[str, str]] = ()) -> list[str]:
         f"Rounds to {design.baseline}'s end: the first round of a seed that scores at least what {design.baseline} "
         "scores after its last round with that seed."
     )
+    if scored := rows_scored(runs):
+        said.append(f"Scored on {scored}.")
     if design.tune:
         share = f"{design.base.data.validation:.0%} of the training examples"
         said.append(
@@ -187,34 +218,43 @@ def _rounds(group: Mapping[int, Finished], baseline: Mapping[int, Finished]) -> 
 def _with_intervals(column: Column, lines: Sequence[BySeed], baseline: BySeed) -> list[TableCell]:
     intervals = [mean_interval(list(values.values())) if values else None for values in lines]
     means = [interval.mean for interval in intervals if interval is not None]
-    best = (max if column.higher_is_better else min)(means) if len(means) > 1 else None
+    shown = {column.format(mean) for mean in means}
+    best = column.format((max if column.higher_is_better else min)(means)) if len(shown) > 1 else None
     cells = []
     for values, interval in zip(lines, intervals, strict=True):
         if interval is None:
             cells.append(TableCell("-"))
             continue
         pair = paired_interval(values, baseline)
-        differs = pair is not None and pair.excludes_zero
-        cells.append(TableCell(interval_text(interval, column.format), interval.mean == best, differs))
+        differs = pair is not None and pair.is_told and pair.excludes_zero
+        cells.append(TableCell(interval_text(interval, column.format), column.format(interval.mean) == best, differs))
     return cells
 
 
 def interval_text(interval: Interval, format: Format) -> str:
-    """The mean and, of several values, the half-width."""
+    """The mean and the half-width of its interval; of few seeds, the mean and each of them unless all are alike."""
     mean = format(interval.mean)
-    return mean if interval.half is None else f"{mean} ± {format(interval.half)}"
+    if interval.half is not None and interval.is_told:
+        return f"{mean} ± {format(interval.half)}"
+    each = [format(value) for value in interval.values]
+    return f"{mean} ({', '.join(each)})" if len({*each, mean}) > 1 else mean
 
 
 def _difference(pair: Interval | None, column: Column) -> TableCell:
     if pair is None:
         return TableCell("-")
-    return TableCell(difference_text(pair, column), marked=pair.excludes_zero)
+    return TableCell(difference_text(pair, column), marked=pair.is_told and pair.excludes_zero)
 
 
 def difference_text(pair: Interval, column: Column) -> str:
-    """An interval with the sign of its mean."""
-    sign = "-" if pair.mean < 0 else "+"
-    return sign + interval_text(Interval(abs(pair.mean), pair.half, pair.count), column.format)
+    """An interval with the sign of each value."""
+
+    def signed(value: float) -> str:
+        return f"{'-' if value < 0 else '+'}{column.format(abs(value))}"
+
+    if pair.half is not None and pair.is_told:
+        return f"{signed(pair.mean)} ± {column.format(pair.half)}"
+    return interval_text(pair, signed)
 
 
 def in_points(title: str) -> str:

@@ -82,6 +82,11 @@ def lines_of(material: Material) -> dict[tuple[Point, str], list[Run]]:
     return {line: runs for line, runs in lines.items() if runs}
 
 
+def seed_counts(material: Material) -> list[int]:
+    """Seeds of each line that has several runs."""
+    return [len(runs) for runs in lines_of(material).values() if len(runs) > 1]
+
+
 def curves(material: Material, group: Group) -> Json | None:
     """A group's panels, without those that no run has anything for; None without any."""
     panels = [{"title": panel.title, "series": _series(material, panel, group.factor)} for panel in group.panels]
@@ -90,7 +95,7 @@ def curves(material: Material, group: Group) -> Json | None:
 
 
 def _series(material: Material, panel: Panel, factor: float) -> list[Json]:
-    """Rows of round, mean, low, high, number of seeds; low and high are None for a single seed."""
+    """Rows of round, mean, low, high, number of seeds: the 95 % interval, of few seeds the lowest and highest run."""
     found = []
     for (point, label), runs in lines_of(material).items():
         values: defaultdict[int, list[float]] = defaultdict(list)
@@ -109,7 +114,8 @@ def _row(values: Sequence[float]) -> list[float | int | None]:
     interval = mean_interval(values)
     low = high = None
     if interval.half is not None:
-        low, high = short(interval.mean - interval.half), short(interval.mean + interval.half)
+        low, high = interval.mean - interval.half, interval.mean + interval.half
+        low, high = (short(low), short(high)) if interval.is_told else (short(min(values)), short(max(values)))
     return [short(interval.mean), low, high, interval.count]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fedalign.algorithms import ABLATION
 from fedalign.compare.plan import Design, Point, point_title
-from fedalign.compare.statistics import mean_interval, paired_interval
+from fedalign.compare.statistics import FEW, mean_interval, paired_interval
 from fedalign.compare.tables import (
     Column,
     Finished,
@@ -16,6 +16,7 @@ from fedalign.compare.tables import (
     in_points,
     interval_text,
     qualities,
+    rows_scored,
     values_by_seed,
 )
 from fedalign.report.material import Material
@@ -42,6 +43,12 @@ class Ablation:
     variants: tuple[Variant, ...]
 
 
+def score(material: Material) -> tuple[str, str]:
+    """What runs are judged by, and which of it is better: "accuracy" and "higher", or "loss" and "lower"."""
+    higher = all(column.higher_is_better for column in qualities(material.tabled))
+    return ("accuracy", "higher") if higher else ("loss", "lower")
+
+
 def verdicts(material: Material) -> list[str]:
     """A sentence for each grid point: the best mean, and whether its difference to the baseline could be chance."""
     runs, design = material.tabled, material.design
@@ -65,15 +72,25 @@ def _verdict(design: Design, runs: Sequence[Finished], column: Column, point: Po
     score = f"{name} {shown}\N{NO-BREAK SPACE}{unit}, {_seeds(count)}"
     if len(values) == 1:
         return f"{where}{best}: {score}."
+    level = sorted(
+        label for label in values if column.format(intervals[label].mean) == column.format(intervals[best].mean)
+    )
+    if len(level) > 1:
+        together = f"{', '.join(level[:-1])} and {level[-1]}"
+        whose = "All score" if len(level) == len(values) else f"{together} score best, and"
+        return f"{where}{whose} the same: {score}."
     sentence = f"{where}{best} is best on average: {score}."
     others = sorted((label for label in values if label != best), key=lambda label: intervals[label].mean)
     runner_up = others[-1] if column.higher_is_better else others[0]
     other = runner_up if best == design.baseline or design.baseline not in values else design.baseline
-    if values[best] == values[other]:
-        return f"{sentence} {other} scores the same with every seed."
     pair = paired_interval(values[best], values[other])
     if pair is None or pair.half is None:
         return f"{sentence} {ONE_SEED}"
+    if not pair.is_told:
+        by = f"{difference_text(pair, column)}\N{NO-BREAK SPACE}{in_points(unit)}"
+        return (
+            f"{sentence} Seed by seed it differs from {other} by {by}: {pair.count} seeds are too few for an interval."
+        )
     by = f"{difference_text(pair, column)}\N{NO-BREAK SPACE}{in_points(unit)}"
     chance = "excludes zero" if pair.excludes_zero else "includes zero, so this may be chance"
     return f"{sentence} Seed by seed it differs from {other} by {by}; the interval {chance}."
@@ -97,7 +114,11 @@ def _ablation(design: Design, runs: Sequence[Finished], column: Column, point: P
         values = values_by_seed(groups.get(choice.label, {}), column)
         pair = paired_interval(values, before) if variants else None
         score = interval_text(mean_interval(list(values.values())), column.format) if values else "-"
-        gain = f"{difference_text(pair, column)}{' †' if pair.excludes_zero else ''}" if pair is not None else "-"
+        gain = (
+            f"{difference_text(pair, column)}{' †' if pair.is_told and pair.excludes_zero else ''}"
+            if pair is not None
+            else "-"
+        )
         settings = tuple(setting.removeprefix("algorithm.") for setting in choice.settings[1:])
         variants.append(Variant(choice.label, settings, score, gain))
         before = values
@@ -121,6 +142,8 @@ def facts(material: Material) -> list[tuple[str, str]]:
         "rounds": str(config.run.rounds),
         "seeds": ", ".join(map(str, design.seeds)),
     }
+    if scored := rows_scored(material.tabled):
+        shown["scored on"] = scored
     own = {"clients.alpha": "clients", "run.rounds": "rounds", "model.path": "model", "data.train": "data"}
     for key, values in varied.items():
         shown[own.get(key, key)] = f"{shown['clients']}: {values}" if key == "clients.alpha" else values
@@ -146,4 +169,6 @@ def _client_count(material: Material) -> str:
 
 
 def _seeds(count: int) -> str:
-    return "one seed" if count == 1 else f"95 % interval over {count} seeds"
+    if count == 1:
+        return "one seed"
+    return f"{count} seeds" if count < FEW else f"95 % interval over {count} seeds"

@@ -39,6 +39,59 @@
     return (key) => (kept.has(key) ? kept.get(key) : kept.set(key, make(key)).get(key));
   };
 
+  // ------------------------------------------------------------------ figures as files
+
+  const save = (blob, name) => {
+    const link = element("a", { href: URL.createObjectURL(blob), download: name });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  };
+  const quoted = (value) => {
+    const text = value === null || value === undefined ? "" : String(value);
+    return /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  const asCsv = ({ head, rows }) => [head, ...rows()].map((row) => row.map(quoted).join(",")).join("\n") + "\n";
+  const COPIED = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-opacity", "stroke-dasharray", "font-family", "font-size", "font-weight", "text-anchor", "opacity", "visibility"];
+  /* All drawings of a figure below each other, with the colours that the page gives them. */
+  const asSvg = (frame) => {
+    const drawings = [...frame.querySelectorAll(".drawing svg")];
+    let top = 0, widest = 0;
+    const parts = drawings.map((svg) => {
+      const copy = svg.cloneNode(true);
+      const [from, to] = [svg, copy].map((one) => [one, ...one.querySelectorAll("*")]);
+      from.forEach((one, i) => {
+        const style = getComputedStyle(one);
+        for (const name of COPIED) to[i].setAttribute(name, style.getPropertyValue(name));
+        to[i].removeAttribute("class");
+      });
+      for (const style of copy.querySelectorAll("style")) style.remove();
+      const title = svg.closest(".panel")?.querySelector(".panel-title")?.textContent ?? "";
+      const { width: wide, height: tall } = svg.getBoundingClientRect();
+      const label = title ? `<text x="4" y="${top + 16}" font-family="sans-serif" font-size="13" fill="${getComputedStyle(frame).color}"></text>` : "";
+      if (title) top += 22;
+      copy.setAttribute("y", top);
+      copy.setAttribute("width", wide);
+      copy.setAttribute("height", tall);
+      top += tall + 12;
+      widest = Math.max(widest, wide);
+      return label.replace("></text>", `>${title.replaceAll("&", "&amp;").replaceAll("<", "&lt;")}</text>`) + new XMLSerializer().serializeToString(copy);
+    });
+    const page = getComputedStyle(document.body).backgroundColor;
+    const text = `<svg xmlns="http://www.w3.org/2000/svg" width="${widest}" height="${top}" viewBox="0 0 ${widest} ${top}"><rect width="100%" height="100%" fill="${page}"/>${parts.join("")}</svg>`;
+    return { text, width: widest, height: top };
+  };
+  const asPng = ({ text, width: wide, height: tall }, name) => {
+    const image = new Image();
+    image.onload = () => {
+      const canvas = element("canvas", { width: Math.ceil(2 * wide), height: Math.ceil(2 * tall) });
+      const context = canvas.getContext("2d");
+      context.scale(2, 2);
+      context.drawImage(image, 0, 0);
+      canvas.toBlob((blob) => save(blob, name), "image/png");
+    };
+    image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(text)}`;
+  };
+
   // ------------------------------------------------------------------ figures: a drawing, a caption, a table
 
   /* `draw(width)` returns {nodes, caption, head, rows}, or a sentence where there is nothing to show. */
@@ -46,7 +99,17 @@
     const frame = by(id);
     if (!frame) return;
     const details = frame.querySelector("details");
+    const downloads = frame.querySelector(".downloads");
     let latest = null;
+    for (const button of downloads.querySelectorAll("button")) {
+      button.addEventListener("click", () => {
+        const kind = button.dataset.as;
+        const name = `${id.replace("figure-", "")}.${kind}`;
+        if (kind === "csv") save(new Blob([asCsv(latest)], { type: "text/csv" }), name);
+        else if (kind === "svg") save(new Blob([asSvg(frame).text], { type: "image/svg+xml" }), name);
+        else asPng(asSvg(frame), name);
+      });
+    }
     const table = () => {
       if (!details.open || !latest) return;
       const cells = (kind, values) =>
@@ -67,7 +130,7 @@
       const drawn = draw(frame.clientWidth);
       const empty = typeof drawn === "string";
       latest = empty ? null : drawn;
-      details.hidden = empty;
+      details.hidden = downloads.hidden = empty;
       frame.querySelector(".drawing").replaceChildren(...(empty ? [element("p", { class: "empty" }, drawn)] : drawn.nodes));
       frame.querySelector("figcaption").textContent = empty ? "" : drawn.caption;
       table();
@@ -139,7 +202,7 @@
     series
       .map(({ label, points }) => {
         const last = points[points.length - 1];
-        const band = last.low === null ? "" : ` (95 % interval ${shown(last.low)} to ${shown(last.high)})`;
+        const band = last.low === null ? "" : ` (${last.count < data.few ? "runs from" : "95 % interval"} ${shown(last.low)} to ${shown(last.high)})`;
         return `${data.labels[label]} ${shown(last.mean)} ${unit}${band} in round ${last.round}`;
       })
       .join("; ");
@@ -270,12 +333,14 @@
   const accuracyDots = (about, shownAlgorithms, width, marginLeft, tall) => {
     const dots = shownAlgorithms.flatMap(({ label, values }) => values.map((v, y) => ({ label, y, v })).filter((d) => d.v !== null));
     const every = Math.ceil(14 / tall);
+    const [least, most] = d3.extent(dots, (d) => d.v);
+    const domain = least === most ? [Math.max(0, least - 5), Math.min(100, least + 5)] : undefined; // all alike: a point needs room
     return Plot.plot({
       width,
       height: Math.round(about.names.length * tall + 22 + 50),
       marginLeft, marginBottom: 50, marginTop: 22, marginRight: 16,
       style: { fontSize: `${FONT}px`, background: "none" },
-      x: { label: "accuracy on the client's held-out part, %", labelAnchor: "center", labelArrow: "none", labelOffset: 42, nice: true, grid: true, ticks: Math.max(3, Math.floor(width / 90)) },
+      x: { label: "accuracy on the client's held-out part, %", labelAnchor: "center", labelArrow: "none", labelOffset: 42, domain, nice: true, grid: true, ticks: Math.max(3, Math.floor(width / 90)) },
       y: { type: "band", domain: d3.range(about.names.length), label: null, axis: null },
       marks: [
         Plot.axisY(d3.range(0, about.names.length, every), { tickFormat: (i) => cut(about.names[i], longestName(width)), tickSize: 0 }),

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedalign.compare.plan import line_name, point_title
+from fedalign.compare.statistics import FEW
 from fedalign.compare.tables import MARK, final_scores, paired_differences
 from fedalign.report import figures, findings
 from fedalign.report.figures import Json
@@ -43,6 +44,9 @@ def render(material: Material) -> str:
         title=_title(material),
         material=material,
         facts=findings.facts(material),
+        score=findings.score(material)[0],
+        better=findings.score(material)[1],
+        few=any(0 < count < FEW for count in figures.seed_counts(material)),
         verdicts=findings.verdicts(material),
         tables=_tables(material),
         ablations=findings.ablations(material),
@@ -72,6 +76,7 @@ def page_data(material: Material, experts: ExpertFigures) -> Json:
         "uploads": figures.uploads(material),
         "clients": figures.clients(material),
         "health": experts.runs,
+        "few": FEW,
         "bounds": {"dead": DEAD, "overloaded": OVERLOADED},
     }
 

@@ -65,6 +65,7 @@ def describe_scores(overall: Evaluation | None, scores: Sequence[Evaluation]) ->
         loss = sum(score.loss * score.examples for score in scores) / examples
         metrics["client_loss_mean_nats"] = loss
         metrics["client_losses_nats"] = {str(score.client): score.loss for score in scores}
+        metrics["client_examples"] = {str(score.client): score.examples for score in scores}
     accuracies = {str(score.client): score.accuracy for score in scores if score.accuracy is not None}
     if accuracies:
         counted = [score.examples for score in scores if score.accuracy is not None]
