@@ -3,6 +3,9 @@
 import csv
 from pathlib import Path
 
+import pytest
+
+from fedalign.compare.figure import check_figure, draw
 from fedalign.compare.plan import cells
 from fedalign.compare.tables import (
     Finished,
@@ -15,6 +18,7 @@ from fedalign.compare.tables import (
     to_markdown,
     write_csv,
 )
+from fedalign.errors import UserError
 from tests.compare.conftest import Ask, by_name, finished
 
 
@@ -205,3 +209,36 @@ def test_markdown_and_latex_keep_odd_names_whole(ask: Ask) -> None:
     assert r"fedalign\_moe:gate=average & 4 & \textbf{60.0 $\pm$ 0.0}$^\dagger$" in latex
     assert r"accuracy, \% &" in latex
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{table}") == 2
+
+
+def test_a_paper_may_want_standard_deviations(ask: Ask) -> None:
+    design = ask("fedavg,fedprox", "2")
+    cell = by_name(design)
+    runs = [finished(cell["fedavg", seed], 0.1, value) for seed, value in enumerate([0.5, 0.6])]
+    runs += [finished(cell["fedprox", seed], 0.1, value) for seed, value in enumerate([0.4, 0.54])]
+    assert lines(final_scores(design, runs, "std"))["fedavg"][1] == "**55.0 ± 7.1"
+    assert lines(paired_differences(design, runs, "std"))["fedprox"] == ["2", "-8.0 ± 2.8"]
+    assert any("sample standard deviation" in note for note in notes(design, spread="std"))
+
+
+@pytest.mark.parametrize("suffix", ["pdf", "svg", "png"])
+@pytest.mark.parametrize("seeds", [1, 2, 4])
+def test_a_figure_for_a_paper(ask: Ask, tmp_path: Path, suffix: str, seeds: int) -> None:
+    design = ask("fedavg,fedprox", str(seeds), ["clients.alpha=0.1,1.0"])
+    runs = [finished(cell, 0.1, 0.4 + 0.01 * cell.seed, 0.5) for cell in cells(design)]
+    file = tmp_path / f"rounds.{suffix}"
+    check_figure(file)
+    draw(file, design, runs)
+    assert file.stat().st_size > 1000
+    if suffix == "svg":
+        text = file.read_text()
+        assert text.count("<!-- fedprox -->") == 1
+        assert text.count("<!-- clients.alpha = ") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("a.jpg", "must end in one of: .pdf, .svg, .png"), ("no/a.pdf", "no folder")]
+)
+def test_a_figure_that_cannot_be_drawn_is_refused_before_training(tmp_path: Path, name: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_figure(tmp_path / name)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich import box
@@ -35,6 +36,8 @@ COMPARE_EXAMPLES = """
   fedalign compare my.toml --ablation --seeds 3,7,11
 
   fedalign compare my.toml --algorithms fedavg,fedprox --tune
+
+  fedalign compare my.toml --algorithms fedavg,by_use --seeds 5 --figure rounds.pdf --spread std
 
   fedalign compare --resume runs/skew           or the same command again: finished runs are kept
 """
@@ -85,6 +88,14 @@ def compare(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the comparison that --out holds.")] = False,
+    figure: Annotated[
+        Path | None,
+        typer.Option("--figure", metavar="FILE", help="Draw the score by round for a paper: .pdf, .svg or .png."),
+    ] = None,
+    spread: Annotated[
+        Literal["ci", "std"],
+        typer.Option("--spread", help="In table.tex: 95 % intervals of means, or standard deviations over seeds."),
+    ] = "ci",
 ) -> None:
     """Compare algorithms over seeds: same start, partition and order of batches; means with their intervals.
 
@@ -94,10 +105,13 @@ def compare(
 
     quiet()
     comparison = asked(config, algorithms or [], ablation, seeds, set_ or [], tune, out_, resume, overwrite, jobs, out)
+    comparison = replace(comparison, figure=figure, spread=spread)
     try:
         outcome = carry_out(comparison, overwrite)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    if figure is not None:
+        say(f"Figure    {figure}")
     _print_outcome(outcome, comparison)
     if outcome.failed:
         raise typer.Exit(1)

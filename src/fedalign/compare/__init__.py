@@ -11,12 +11,14 @@ from typing import Any
 from rich.console import Console
 
 from fedalign import parallel
+from fedalign.compare.figure import check_figure, draw
 from fedalign.compare.folder import ComparisonFolder, Part, set_aside, standing
 from fedalign.compare.overview import Overview
 from fedalign.compare.plan import Cell, Design, Point, cells, line_name
 from fedalign.compare.schedule import Task, run_all, slots_for
 from fedalign.compare.tables import (
     Finished,
+    Spread,
     Table,
     final_scores,
     notes,
@@ -61,6 +63,8 @@ class Comparison:
     jobs: int | None
     console: Console
     tell: Tell
+    spread: Spread = "ci"  # of table.tex
+    figure: Path | None = None  # where the convergence figure of a paper goes
 
     def run(self, overwrite: bool = False) -> Outcome:
         """Make every run that is not there yet, then the tables.
@@ -71,6 +75,8 @@ class Comparison:
         """
         if parallel.launched() > 1:
             raise UserError("fedalign compare: torchrun is for `fedalign run` alone. Leave it out.")
+        if self.figure is not None:
+            check_figure(self.figure)
         self.folder.check(self.design, overwrite)
         with self.folder.locked() as lock:
             self.folder.begin(self.design, overwrite)
@@ -120,8 +126,17 @@ class Comparison:
         shown = tuple(table for table in tables if table.sections and any(lines for _, lines in table.sections))
         said = tuple(notes(self.design, missing.items(), runs))
         write_text(self.folder.markdown, to_markdown(shown, said))
-        write_text(self.folder.latex, to_latex(shown, said))
+        self._for_a_paper(runs, shown, missing)
         return Outcome(self.folder.path, shown, said, missing, [_row(task) for task in done])
+
+    def _for_a_paper(self, runs: Sequence[Finished], shown: Sequence[Table], missing: dict[str, str]) -> None:
+        """table.tex, and the figure if one is wanted."""
+        titles = {table.title for table in shown}
+        tables = [table(self.design, runs, self.spread) for table in (final_scores, paired_differences)]
+        said = notes(self.design, missing.items(), runs, self.spread)
+        write_text(self.folder.latex, to_latex([table for table in tables if table.title in titles], said))
+        if self.figure is not None:
+            draw(self.figure, self.design, runs)
 
 
 def _row(task: Task) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import stdev
+from typing import Literal
 
 from fedalign.compare.plan import Cell, Design, Point, point_title
 from fedalign.compare.statistics import FEW, Interval, mean_interval, paired_interval
@@ -21,6 +23,7 @@ from fedalign.units import nats, size
 
 MARK = "†"
 BySeed = dict[int, float]
+Spread = Literal["ci", "std"]
 Format = Callable[[float], str]
 
 
@@ -88,7 +91,7 @@ LOSSES = (
 SENT = Column("sent up", lambda run: float(sum(line.get("bytes_up", 0) for line in run.history)), size, False)
 
 
-def final_scores(design: Design, runs: Sequence[Finished]) -> Table:
+def final_scores(design: Design, runs: Sequence[Finished], spread: Spread = "ci") -> Table:
     """Final scores, bytes and speed of every algorithm at every grid point."""
     columns = qualities(runs)
     baseline = design.baseline
@@ -98,7 +101,7 @@ def final_scores(design: Design, runs: Sequence[Finished]) -> Table:
         grouped = by_label(runs, point)
         measured = [[values_by_seed(grouped[label], column) for label in grouped] for column in (*columns, SENT)]
         shown = [
-            _with_intervals(column, values, values_by_seed(grouped.get(baseline, {}), column))
+            _with_intervals(column, values, values_by_seed(grouped.get(baseline, {}), column), spread)
             for column, values in zip((*columns, SENT), measured, strict=True)
         ]
         speed = [_rounds(grouped[label], grouped.get(baseline, {})) for label in grouped]
@@ -110,7 +113,7 @@ def final_scores(design: Design, runs: Sequence[Finished]) -> Table:
     return Table("Final scores", header, tuple(sections))
 
 
-def paired_differences(design: Design, runs: Sequence[Finished]) -> Table:
+def paired_differences(design: Design, runs: Sequence[Finished], spread: Spread = "ci") -> Table:
     """Differences to the baseline, seed by seed."""
     columns, baseline = qualities(runs), design.baseline
     header = ("algorithm", "pairs", *(in_points(column.title) for column in columns))
@@ -122,7 +125,7 @@ def paired_differences(design: Design, runs: Sequence[Finished]) -> Table:
         for label, group in grouped.items():
             pairs = [paired_interval(values_by_seed(group, column), values_by_seed(base, column)) for column in columns]
             count = max((pair.count for pair in pairs if pair is not None), default=0)
-            cells = [_difference(pair, column) for pair, column in zip(pairs, columns, strict=True)]
+            cells = [_difference(pair, column, spread) for pair, column in zip(pairs, columns, strict=True)]
             lines.append((TableCell(label), TableCell(str(count)), *cells))
         if lines:
             sections.append((point_title(point), tuple(lines)))
@@ -141,7 +144,12 @@ def rows_scored(runs: Sequence[Finished]) -> str:
     return " and ".join(parts)
 
 
-def notes(design: Design, missing: Iterable[tuple[str, str]] = (), runs: Sequence[Finished] = ()) -> list[str]:
+def notes(
+    design: Design,
+    missing: Iterable[tuple[str, str]] = (),
+    runs: Sequence[Finished] = (),
+    spread: Spread = "ci",
+) -> list[str]:
     """What a reader has to know to read the tables."""
     seeds = ", ".join(map(str, design.seeds))
     said = [
@@ -149,7 +157,9 @@ def notes(design: Design, missing: Iterable[tuple[str, str]] = (), runs: Sequenc
         "batches.",
         "Bold: the best mean, unless all are the same. Differences are taken seed by seed.",
     ]
-    if len(design.seeds) >= FEW:
+    if spread == "std" and len(design.seeds) > 1:
+        said.append("m ± s: mean and sample standard deviation over seeds, which is no interval of the mean.")
+    elif len(design.seeds) >= FEW:
         said.append(
             "m ± h: mean over seeds and half-width of its 95 % Student-t interval. Differences have their own; "
             f"{MARK}: it excludes zero. No correction for many tests."
@@ -215,7 +225,7 @@ def _rounds(group: Mapping[int, Finished], baseline: Mapping[int, Finished]) -> 
     return TableCell(interval_text(mean_interval(reached), lambda value: f"{value:.1f}"))
 
 
-def _with_intervals(column: Column, lines: Sequence[BySeed], baseline: BySeed) -> list[TableCell]:
+def _with_intervals(column: Column, lines: Sequence[BySeed], baseline: BySeed, spread: Spread) -> list[TableCell]:
     intervals = [mean_interval(list(values.values())) if values else None for values in lines]
     means = [interval.mean for interval in intervals if interval is not None]
     shown = {column.format(mean) for mean in means}
@@ -227,33 +237,40 @@ def _with_intervals(column: Column, lines: Sequence[BySeed], baseline: BySeed) -
             continue
         pair = paired_interval(values, baseline)
         differs = pair is not None and pair.is_told and pair.excludes_zero
-        cells.append(TableCell(interval_text(interval, column.format), column.format(interval.mean) == best, differs))
+        text = interval_text(interval, column.format, spread)
+        cells.append(TableCell(text, column.format(interval.mean) == best, differs))
     return cells
 
 
-def interval_text(interval: Interval, format: Format) -> str:
-    """The mean and the half-width of its interval; of few seeds, the mean and each of them unless all are alike."""
+def interval_text(interval: Interval, format: Format, spread: Spread = "ci") -> str:
+    """The mean and the half-width of its interval; of few seeds, the mean and each of them unless all are alike.
+
+    With "std", the mean and the sample standard deviation over seeds.
+    """
     mean = format(interval.mean)
+    if spread == "std":
+        return f"{mean} ± {format(stdev(interval.values))}" if interval.count > 1 else mean
     if interval.half is not None and interval.is_told:
         return f"{mean} ± {format(interval.half)}"
     each = [format(value) for value in interval.values]
     return f"{mean} ({', '.join(each)})" if len({*each, mean}) > 1 else mean
 
 
-def _difference(pair: Interval | None, column: Column) -> TableCell:
+def _difference(pair: Interval | None, column: Column, spread: Spread) -> TableCell:
     if pair is None:
         return TableCell("-")
-    return TableCell(difference_text(pair, column), marked=pair.is_told and pair.excludes_zero)
+    return TableCell(difference_text(pair, column, spread), marked=pair.is_told and pair.excludes_zero)
 
 
-def difference_text(pair: Interval, column: Column) -> str:
+def difference_text(pair: Interval, column: Column, spread: Spread = "ci") -> str:
     """An interval with the sign of each value."""
 
     def signed(value: float) -> str:
         return f"{'-' if value < 0 else '+'}{column.format(abs(value))}"
 
-    if pair.half is not None and pair.is_told:
-        return f"{signed(pair.mean)} ± {column.format(pair.half)}"
+    if spread == "std" or pair.is_told:
+        size = interval_text(replace(pair, mean=abs(pair.mean)), column.format, spread)
+        return f"{'-' if pair.mean < 0 else '+'}{size}"
     return interval_text(pair, signed)
 
 
