@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedalign.client.evaluation import TestSet, _exact_matches, evaluate
+from fedalign.client.evaluation import TestSet, _generated, evaluate
 from fedalign.config.run import EvaluationConfig
 from fedalign.data.encode import Encoder, load_tokenizer
 from fedalign.data.formats import Example
@@ -172,7 +172,7 @@ def test_what_is_generated_is_compared_as_it_was_trained(family: str | Family, s
     tests = prepare([chat(TWO)], Encoder(tokenizer))
     assert len(tests) == 1
     parrot: Any = Parrot(tokenizer, said)
-    assert _exact_matches(parrot, tests, CONFIG, tokenizer) == matches
+    assert _generated(parrot, tests, CONFIG, tokenizer)[1] == [bool(matches)]
 
 
 def test_a_generated_tool_call_is_compared(model: MoEModel) -> None:
@@ -181,7 +181,7 @@ def test_a_generated_tool_call_is_compared(model: MoEModel) -> None:
     call = ' to=functions.no<|channel|>commentary json<|message|>{"yes": "hi"}<|call|>'
     for said, matches in ((call, 1), ("", 0), (call.replace("hi", "no"), 0)):
         parrot: Any = Parrot(tokenizer, said)
-        assert _exact_matches(parrot, tests, CONFIG, tokenizer) == matches
+        assert _generated(parrot, tests, CONFIG, tokenizer)[1] == [bool(matches)]
 
 
 def test_a_chat_of_several_sequences_is_one_example(model: MoEModel, encoder: Encoder) -> None:

@@ -66,7 +66,22 @@ class TestSet:
         return len(self.choices) or len(self.answers)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered to the examples of a test set, one by one."""
+
+    nll_sum: float  # of the right answers, nats
+    tokens: int  # of the right answers
+    scores: Sequence[Tensor] = ()  # of each example, log-likelihoods of its choices up to a constant, float64 [K]
+    said: Sequence[str] = ()  # what was generated for each
+    right: Sequence[bool] | None = None  # None: nothing was chosen or generated
+
+    def score(self, client: str | None, examples: int) -> Evaluation:
+        """Loss and accuracy."""
+        accuracy = None if self.right is None else sum(self.right) / examples
+        return Evaluation(client, examples, self.nll_sum / self.tokens, accuracy)
+
+
 def evaluate(
     moe: MoEModel,
     tests: TestSet,
@@ -79,18 +94,30 @@ def evaluate(
 
     `answer` predicts in the model's place, where a client mixes it with another; generated text is the model's alone.
     """
+    return answers(moe, tests, config, tokenizer, answer).score(client, len(tests))
+
+
+@torch.no_grad()
+def answers(
+    moe: MoEModel, tests: TestSet, config: EvaluationConfig, tokenizer: Any, answer: Answer | None = None
+) -> Answers:
+    """The model's answers; arguments as in `evaluate`."""
     moe.model.eval()
     answer = answer or partial(answer_logits, moe)
     if len(tests.choices):
-        nll_sum, tokens, right = _score_choices(moe, answer, tests, config)
-        return Evaluation(client, len(tests), nll_sum / tokens, right / len(tests))
+        nll_sum, tokens, scores = _score_choices(moe, answer, tests, config)
+        chosen = (int(score_K.argmax()) for score_K in scores)
+        right = [choice == wanted for choice, wanted in zip(chosen, tests.right_N.tolist(), strict=True)]
+        return Answers(nll_sum, tokens, scores, right=right)
     nll_sum, tokens = 0.0, 0
     for batch in _batches(moe, tests.encoded, config):
         nll_N = answer(batch).nll_N
         nll_sum, tokens = nll_sum + float(nll_N.double().sum()), tokens + nll_N.numel()
     nll_sum, tokens = _over_all(moe.device, nll_sum, tokens)
-    matches = _exact_matches(moe, tests, config, tokenizer) if config.generate else None
-    return Evaluation(client, len(tests), nll_sum / tokens, None if matches is None else matches / len(tests))
+    if not config.generate:
+        return Answers(nll_sum, tokens)
+    said, right = _generated(moe, tests, config, tokenizer)
+    return Answers(nll_sum, tokens, said=said, right=right)
 
 
 def _batches(moe: MoEModel, encoded: Sequence[Encoded], config: EvaluationConfig) -> Iterator[Batch]:
@@ -104,8 +131,10 @@ def _over_all(device: torch.device, nll_sum: float, count: int) -> tuple[float, 
     return float(both[0]), int(both[1])
 
 
-def _score_choices(moe: MoEModel, answer: Answer, tests: TestSet, config: EvaluationConfig) -> tuple[float, int, int]:
-    """Sum of the right answers' NLL, their tokens, and how many examples were answered rightly."""
+def _score_choices(
+    moe: MoEModel, answer: Answer, tests: TestSet, config: EvaluationConfig
+) -> tuple[float, int, Sequence[Tensor]]:
+    """Sum of the right answers' NLL, their tokens, and scores of each example's choices."""
     tokens = [[[t for t in choice.labels if t != IGNORED] for choice in choices] for choices in tests.choices]
     one_prompt = all(len({tuple(choice.input_ids[:-1]) for choice in choices}) == 1 for choices in tests.choices)
     one_token = all(len(t) == 1 for choices in tokens for t in choices)
@@ -121,48 +150,58 @@ def _score_choices(moe: MoEModel, answer: Answer, tests: TestSet, config: Evalua
     nll_F, length_F = (parallel.total(sums.to(moe.device)).cpu() for sums in (nll_F, length_F))
     score_F = nll_F / length_F if config.length_normalise else nll_F
     counts = [len(choices) for choices in tests.choices]
-    best_N = torch.stack([part.argmin() for part in torch.split(score_F, counts)])
     right_F = torch.tensor([0, *counts[:-1]]).cumsum(0) + tests.right_N
-    return float(nll_F[right_F].sum()), int(length_F[right_F].sum()), int((best_N == tests.right_N).sum())
+    return float(nll_F[right_F].sum()), int(length_F[right_F].sum()), torch.split(-score_F, counts)
 
 
 def _score_single_tokens(
     moe: MoEModel, answer: Answer, tests: TestSet, config: EvaluationConfig, choice_N_K: Tensor
-) -> tuple[float, int, int]:
-    nll_sum, right = 0.0, 0
+) -> tuple[float, int, Sequence[Tensor]]:
+    nll_sum, score_N_K = 0.0, torch.zeros(choice_N_K.shape, dtype=torch.float64)
     for batch in _batches(moe, tests.encoded, config):
         answers = answer(batch)
         rows = torch.tensor(batch.rows)[answers.row_N.cpu()]
         nll_sum += float(answers.nll_N.double().sum())
-        score_N_K = answers.logits_N_V.gather(1, choice_N_K[rows].to(moe.device))
-        right += int((score_N_K.argmax(1).cpu() == tests.right_N[rows]).sum())
-    nll_sum, right = _over_all(moe.device, nll_sum, right)
-    return nll_sum, len(tests), right
+        score_N_K[rows] = answers.logits_N_V.gather(1, choice_N_K[rows].to(moe.device)).double().cpu()
+    nll_sum, _ = _over_all(moe.device, nll_sum, 0)
+    return nll_sum, len(tests), parallel.total(score_N_K.to(moe.device)).cpu().unbind()
 
 
-def _exact_matches(moe: MoEModel, tests: TestSet, config: EvaluationConfig, tokenizer: Any) -> int:
-    """Greedy continuations of each prompt that say what was trained, decoded alike, but for white space at the ends."""
+def _generated(moe: MoEModel, tests: TestSet, config: EvaluationConfig, tokenizer: Any) -> tuple[list[str], list[bool]]:
+    """Greedy continuations, and whether each says what was trained, decoded alike, but for white space at the ends."""
     if not all(tests.prompts):
         raise UserError("evaluation.generate = true: plain text has no prompts to continue. Choose false.")
-    own = moe.model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    special = set(tokenizer.all_special_ids)
-    matches = 0
+    special, said, right = set(tokenizer.all_special_ids), list[str](), list[bool]()
     for prompt, answer in zip(tests.prompts, tests.answers, strict=True):
-        ends = stops | ({answer[-1]} & special)
-        output = moe.model.generate(
-            torch.tensor([prompt], device=moe.device),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=moe.device),
-            max_new_tokens=config.max_new_tokens,
-            do_sample=False,
-            synced_gpus=parallel.world() > 1,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )
-        new = output[0, 1:] if moe.is_seq2seq else output[0, len(prompt) :]  # a decoder begins with a start token
-        said, wanted = (tokenizer.decode(_until(ids, ends)).strip() for ids in (new.tolist(), answer))
-        matches += said == wanted if answer[-1] in ends else said.startswith(wanted)  # text ends it: more may follow
-    return matches
+        ends = stops(moe, tokenizer) | ({answer[-1]} & special)
+        new = generated(moe, tokenizer, prompt, config.max_new_tokens, ends)
+        given, wanted = (tokenizer.decode(_until(ids, ends)).strip() for ids in (new, answer))
+        said.append(given)  # where text ends an answer, more may follow it
+        right.append(given == wanted if answer[-1] in ends else given.startswith(wanted))
+    return said, right
+
+
+def stops(moe: MoEModel, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer, as model and tokenizer say."""
+    own = moe.model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+
+
+def generated(
+    moe: MoEModel, tokenizer: Any, prompt: Sequence[int], most: int, ends: Set[int], **options: Any
+) -> list[int]:
+    """The tokens that the model says after a prompt, at most so many; greedy unless `options` say more."""
+    output = moe.model.generate(
+        torch.tensor([prompt], device=moe.device),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=moe.device),
+        max_new_tokens=most,
+        synced_gpus=parallel.world() > 1,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **({"do_sample": False} | options),
+    )
+    new: Tensor = output[0, 1:] if moe.is_seq2seq else output[0, len(prompt) :]  # a decoder begins with a start token
+    return list(new.tolist())
 
 
 def _until(ids: Sequence[int], ends: Set[int]) -> list[int]:

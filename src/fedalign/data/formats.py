@@ -112,7 +112,7 @@ def name_some(where: Sequence[str]) -> str:
 
 def classification(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator[Example]:
     """Text and label: the answer is the label's name, and every example chooses among all names."""
-    prompts = [_prompt(row, data) for row in rows]
+    prompts = [prompt_of(row, data) for row in rows]
     names, labels = _labels(rows, data, split)
     choices = {space: tuple(space + name for name in names) for space in ("", " ")}
     for prompt, label in zip(prompts, labels, strict=True):
@@ -123,7 +123,7 @@ def classification(rows: Sequence[Row], data: DataConfig, split: Split) -> Itera
 def instruction(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator[Example]:
     """Prompt and response."""
     for row in rows:
-        prompt, response = _prompt(row, data), row.text(data.columns.response, may_be_empty=True)
+        prompt, response = prompt_of(row, data), row.text(data.columns.response, may_be_empty=True)
         yield Example(prompt, _answer(prompt, response) if response else "")
 
 
@@ -149,7 +149,7 @@ def multiple_choice(rows: Sequence[Row], data: DataConfig, split: Split) -> Iter
     """Question, choices and the right one: its number, its letter (from A) or its text."""
     offered = [_offered(row, data.columns.choices) for row in rows]
     for row, texts, index in zip(rows, offered, _indices(rows, offered, data, split), strict=True):
-        prompt = _prompt(row, data)
+        prompt = prompt_of(row, data)
         answers = tuple(_answer(prompt, words) for words in texts)
         yield Example(prompt, answers[index], answers)
 
@@ -157,7 +157,7 @@ def multiple_choice(rows: Sequence[Row], data: DataConfig, split: Split) -> Iter
 def text(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator[Example]:
     """Plain text to model: all of it is answer."""
     for row in rows:
-        whole = row.text(data.columns.text, may_be_empty=True) if data.template is None else _prompt(row, data)
+        whole = row.text(data.columns.text, may_be_empty=True) if data.template is None else prompt_of(row, data)
         yield Example("", whole if whole.strip() else "")
 
 
@@ -185,7 +185,7 @@ FORMATS = {  # the most particular first: the first that fits some rows is what 
 # --------------------------------------------------------------------------------------------------------- prompts
 
 
-def _prompt(row: Row, data: DataConfig) -> str:
+def prompt_of(row: Row, data: DataConfig) -> str:
     """The kind's default template over its own roles, or the user's over the columns of the row."""
     if data.template is None:
         parts = _fields(FORMATS[data.kind].prompt or "")
