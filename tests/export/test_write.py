@@ -453,7 +453,7 @@ def test_the_head_of_a_card_is_what_the_hub_reads(made: Made, tmp_path: Path) ->
         ("data", {"kind": "text"}, ["plain text"]),
         ("data", {"kind": "instruction"}, [r'`"Instruction: {prompt}\nResponse:"`']),
         ("data", {"kind": "multiple_choice"}, [r'`"Question: {question}\nAnswer:"`']),
-        ("data", {"template": "Mrs Miller, 52: {text}"}, ["a template of the run's own"]),
+        ("data", {"template": "Mrs Miller, 52: {text}"}, [r'`"Mrs Miller, 52: {text}"`']),
         ("clients", {"partition": "files"}, ["each client has its own"]),
         ("tuning", {"kind": "experts"}, ["| tuning | experts |"]),
     ],
@@ -467,7 +467,7 @@ def test_a_card_of_another_run(
     text = render(result.made, replace(result.trained, config=other))
     for words in said:
         assert words in text, text
-    assert "Miller" not in text
+    assert ("Miller" in text) == ("template" in values)
 
 
 def test_a_card_of_a_run_that_scored_nothing_and_kept_no_health(made: Made, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from fedalign.cli.catalog import (
 from fedalign.cli.compare import COMPARE_EXAMPLES, compare
 from fedalign.cli.doctor import DOCTOR_EXAMPLES, doctor
 from fedalign.cli.export import EXPORT_EXAMPLES, export
+from fedalign.cli.inference import CHAT_EXAMPLES, EVALUATE_EXAMPLES, GENERATE_EXAMPLES, chat, evaluate, generate
 from fedalign.cli.inspect import INSPECT_EXAMPLES, inspect
 from fedalign.cli.report import REPORT_EXAMPLES, report
 from fedalign.cli.run import RUN_EXAMPLES, run
@@ -63,6 +64,9 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (export, EXPORT_EXAMPLES),
     (report, REPORT_EXAMPLES),
     (upcycle, UPCYCLE_EXAMPLES),
+    (chat, CHAT_EXAMPLES),
+    (generate, GENERATE_EXAMPLES),
+    (evaluate, EVALUATE_EXAMPLES),
     (config, CONFIG_EXAMPLES),
     (algorithms, ALGORITHMS_EXAMPLES),
     (formats, FORMATS_EXAMPLES),

@@ -39,6 +39,7 @@ class TestSet:
     right_N: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # index of the right choice
     prompts: Sequence[list[int]] = ()  # what a generated answer continues,
     answers: Sequence[list[int]] = ()  # and the tokens that it was trained to be
+    examples: Sequence[Example] = ()  # that are scored: some may have been left out
 
     @classmethod
     def prepare(cls, examples: Sequence[Example], encoder: Encoder) -> TestSet | None:
@@ -51,15 +52,16 @@ class TestSet:
     @classmethod
     def _free(cls, examples: Sequence[Example], encoder: Encoder) -> TestSet:
         encoded = encoder.encode(examples)
-        kept = [examples[i] for i in dict.fromkeys(one.example for one in encoded)]  # some may have been left out
-        return cls(encoded, prompts=encoder.encode_prompts(kept), answers=encoder.encode_answers(kept))
+        kept = [examples[i] for i in dict.fromkeys(one.example for one in encoded)]
+        return cls(encoded, prompts=encoder.encode_prompts(kept), answers=encoder.encode_answers(kept), examples=kept)
 
     @classmethod
     def _with_choices(cls, examples: Sequence[Example], encoder: Encoder) -> TestSet:
         groups = [list(group) for _, group in itertools.groupby(encoder.encode_choices(examples), lambda e: e.example)]
         kept = [examples[group[0].example] for group in groups]
         right = [example.choices.index(example.answer) for example in kept]
-        return cls([group[i] for group, i in zip(groups, right, strict=True)], groups, torch.tensor(right))
+        encoded = [group[i] for group, i in zip(groups, right, strict=True)]
+        return cls(encoded, groups, torch.tensor(right), examples=kept)
 
     def __len__(self) -> int:
         """Number of examples: a chat may be several sequences."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -75,7 +76,7 @@ def log_probabilities(**inputs):
 UNTOLD = {  # of the configuration: paths, names of clients and classes, what the machines were
     "run": ("device", "threads"),
     "model": ("path", "revision"),
-    "data": ("train", "test", "subset", "train_split", "test_split", "columns", "labels", "template"),
+    "data": ("train", "test", "subset", "train_split", "test_split", "columns", "labels"),
     "clients": ("limits",),
 }
 
@@ -346,7 +347,7 @@ def prompt_format(data: DataConfig) -> str:
     if prompt is None:
         return "Prompts go through the tokenizer's chat template."
     if data.template is not None:
-        return "Prompts were made by a template of the run's own, which is in its configuration (`data.template`)."
+        return f"A prompt is `{json.dumps(data.template, ensure_ascii=False)}`, each {{column}} the row's own."
     return f"A prompt is `{json.dumps(prompt)}`." if prompt else ""
 
 
@@ -359,6 +360,12 @@ def public_settings(made: Made, config: Config) -> str:
                 tables[section].pop(key, None)
     del tables["federation"], tables["tracking"]
     return tomli_w.dumps({section: table for section, table in tables.items() if table}).strip()
+
+
+def settings_of(card: str) -> str | None:
+    """The settings that a card of ours holds; None: it is another's."""
+    found = re.search(r"<summary>settings\.toml</summary>\s*```toml\n(.*?)\n```", card, re.DOTALL)
+    return found[1] if found else None
 
 
 def _flags(made: Made, trained: Trained) -> str:

@@ -150,7 +150,7 @@ def export(wanted: Wanted, progress: Callable[[str], None]) -> Exported:
     if wanted.dtype is not None and wanted.dtype not in DTYPES:
         raise unknown("--dtype", wanted.dtype, DTYPES)
     snapshot = find_snapshot(wanted.run, wanted.best)
-    base = _base(snapshot, wanted.base)
+    base = base_of(snapshot, wanted.base)
     _check(wanted, snapshot)
     _check_free(wanted, snapshot, base)
     try:
@@ -222,7 +222,7 @@ def open_kept(run: Path, best: bool) -> Any:
     snapshot = find_snapshot(run, best)
     if snapshot.kept is None:
         raise UserError(f"{str(run)!r}: is not finished. Go on with it: {_resume(snapshot.folder)}")
-    base = _base(snapshot, None)
+    base = base_of(snapshot)
     if base is None:
         dtype, trusted = snapshot.config.tuning.loaded_dtype, snapshot.config.model.trust_remote_code
         return load_plain(snapshot.kept, dtype=dtype, trust_remote_code=trusted)
@@ -230,7 +230,7 @@ def open_kept(run: Path, best: bool) -> Any:
     return base.under(snapshot.kept)
 
 
-def _base(snapshot: Snapshot, place: str | None) -> Base | None:
+def base_of(snapshot: Snapshot, place: str | None = None) -> Base | None:
     """Of adapters, at `place` or where the run had it; None: the run's model is whole."""
     if not snapshot.config.tuning.adapts:
         return None
@@ -346,7 +346,7 @@ def _with_model(
     progress: Callable[[str], None],
 ) -> None:
     """Write what needs the model itself, after a look at whether it is the right one."""
-    moe = _open(snapshot, base)
+    moe = open_model(snapshot, base)
     if snapshot.weights is not None:
         try:
             moe.write(snapshot.weights)
@@ -367,8 +367,8 @@ def _with_model(
             save_file(dict(kept.mixer), part / MIXER)
 
 
-def _open(snapshot: Snapshot, base: Base | None) -> MoEModel:
-    """The run's model, to write other values into what is trained."""
+def open_model(snapshot: Snapshot, base: Base | None) -> MoEModel:
+    """The run's model; of a run that was cut off `snapshot.weights` are still to be written into it."""
     if base is not None:
         return base.open(snapshot.reference)
     return _load(snapshot, snapshot.config.tuning.loaded_dtype)

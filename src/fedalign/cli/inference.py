@@ -1,0 +1,249 @@
+"""`fedalign chat`, `generate`, `evaluate`: a tuned model answers a person, a file of prompts, or a test set."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from fedalign.cli.terminal import busy, err, out, print_table, say
+from fedalign.errors import UserError
+
+if TYPE_CHECKING:
+    from fedalign.client.workbench import Workbench
+    from fedalign.inference.scores import Scores
+
+CHAT_EXAMPLES = """
+[bold]Examples[/bold]
+
+  fedalign chat runs/a                  what was tuned: chat, instructions, or classes with their probabilities
+
+  fedalign chat runs/a --best           the best round instead of the last
+
+  fedalign chat allenai/OLMoE-1B-7B-0924-Instruct --set data.kind=chat
+"""
+GENERATE_EXAMPLES = """
+[bold]Examples[/bold]
+
+  fedalign generate runs/a --prompts questions.jsonl --to answers.jsonl
+
+  fedalign generate runs/a --prompts questions.txt       a prompt a line
+"""
+EVALUATE_EXAMPLES = """
+[bold]Examples[/bold]
+
+  fedalign evaluate runs/a                            the run's own test set, before and after tuning
+
+  fedalign evaluate runs/a --data my-site.jsonl       another file, of the same columns
+
+  fedalign evaluate models/a --data test.csv --set data.kind=instruction --set evaluation.generate=true --json
+"""
+Place = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an exported folder, any model, or a hub id.")]
+Best = Annotated[bool, typer.Option("--best", help="Of a run: the best round instead of the last.")]
+Start = Annotated[bool, typer.Option("--start", help="Of a run: the model that it started from.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the configuration; may be repeated."),
+]
+Most = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of an answer.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")]
+MOST = 256
+
+
+def chat(
+    model: Place,
+    best: Best = False,
+    start: Start = False,
+    max_new_tokens: Most = MOST,
+    temperature: Temperature = 0.0,
+    device: DeviceOption = "auto",
+    set_: SetOption = None,
+) -> None:
+    """Talk to a tuned model; end with Ctrl-D, begin anew with /new.
+
+    What is typed is put as it was in training. A classifier answers with its classes and their probabilities.
+    """
+    from fedalign.inference.talk import Sampling, Talk
+    from fedalign.units import percent
+
+    bench = _loaded(model, best, start, device, set_)
+    talk = Talk(bench, Sampling(max_new_tokens, temperature))
+    kind = bench.config.data.kind
+    asked = "a message" if kind == "chat" else talk.role
+    say(f"{model}, tuned for {kind}. Type {asked}; /new begins anew, Ctrl-D ends.")
+    for line in _typed():
+        if line == "/new":
+            talk.messages.clear()
+            continue
+        try:
+            found = talk.classes({talk.role: line})
+            if found is not None:
+                print_table("", [(name, percent(share)) for name, share in list(found.items())[:10]])
+                continue
+            talk.remember(line, talk.answer({talk.role: line}, lambda piece: out.out(piece, end="")))
+        except UserError as error:  # the next question may be a better one
+            err.print(str(error), markup=False, soft_wrap=True)
+
+
+def generate(
+    model: Place,
+    prompts: Annotated[
+        Path,
+        typer.Option("--prompts", metavar="FILE", help="A .txt of a prompt a line, or a data file as in training."),
+    ],
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="FILE", help="A .jsonl to write; without it: the terminal.")
+    ] = None,
+    best: Best = False,
+    start: Start = False,
+    max_new_tokens: Most = MOST,
+    temperature: Temperature = 0.0,
+    device: DeviceOption = "auto",
+    set_: SetOption = None,
+) -> None:
+    """Answer every prompt of a file: each row as it is, with `generated` added."""
+    from fedalign.data.sources import read_file
+    from fedalign.inference.talk import Sampling, Talk
+
+    if to is not None and to.exists():
+        raise UserError(f"--to {str(to)!r}: is there already, and nothing is overwritten. Give another name.")
+    rows: list[dict[str, Any]] = []
+    is_text = prompts.suffix.lower() == ".txt"
+    if not is_text:
+        rows = [dict(row.values) for row in read_file(prompts)]
+    elif prompts.is_file():
+        rows = [{"": line} for line in prompts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not rows:
+        raise UserError(f"--prompts {str(prompts)!r}: holds no prompt, or is not there.")
+    talk = Talk(_loaded(model, best, start, device, set_), Sampling(max_new_tokens, temperature))
+    asked = [{talk.role: row[""]} for row in rows] if is_text else rows
+    lines = []
+    with busy("Answering ..."):
+        for number, row in enumerate(asked, 1):
+            try:
+                answer = talk.answer(row)
+            except KeyError as error:
+                raise UserError(
+                    f"{prompts}, row {number}: no column {error}. There are: {', '.join(row)}. Say which one to read "
+                    "with --set data.columns.NAME=COLUMN."
+                ) from None
+            lines.append(json.dumps(row | {"generated": answer}, ensure_ascii=False))
+    if to is None:
+        for line in lines:
+            say(line)
+        return
+    from fedalign.files import write_text
+
+    write_text(to, "\n".join(lines) + "\n")
+    say(f"{len(lines):,} answers in {to}")
+
+
+def evaluate(
+    model: Place,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="What to score on; without it: the run's own test set.")
+    ] = None,
+    best: Best = False,
+    alone: Annotated[bool, typer.Option("--alone", help="Of a run: not beside its start.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="All numbers as JSON.")] = False,
+    device: DeviceOption = "auto",
+    set_: SetOption = None,
+) -> None:
+    """Score a model on a file: accuracy by class, confusion, exact match, perplexity; a run beside its start."""
+    from dataclasses import asdict
+
+    from fedalign.inference.scores import score
+
+    bench = _loaded(model, best, False, device, set_)
+    examples = _examples(bench, data)
+    scores = {"tuned": score(bench, examples)}
+    if not alone and (Path(model).expanduser() / "config.toml").is_file():
+        del bench
+        before = _loaded(model, False, True, device, set_)
+        scores = {"start": score(before, examples), **scores}
+    if as_json:
+        numbers = {name: asdict(one) | {"perplexity": one.perplexity} for name, one in scores.items()}
+        out.print_json(json.dumps(numbers))
+        return
+    _print_scores(scores)
+
+
+def _loaded(model: str, best: bool, start: bool, device: str, set_: list[str] | None) -> Workbench:
+    from fedalign.inference.load import Source, load
+    from fedalign.moe.load import quiet
+
+    quiet()
+    with busy(f"Loading {model} ..."):
+        return load(Source(model, best, start, device, set_ or ()))
+
+
+def _examples(bench: Workbench, data: str | None) -> Any:
+    from fedalign.data.formats import load_examples
+
+    config = bench.config
+    if data is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"test": data, "train": data})})
+    source = data or config.data.test or config.data.train
+    examples = load_examples(source, config.data, "test", config.run.seed)
+    if not examples:
+        raise UserError(f"{source!r}: holds no test set. Give a file with --data.")
+    return examples
+
+
+def _typed() -> Any:
+    """Lines as they are typed, empty ones left out."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def _print_scores(scores: dict[str, Scores]) -> None:
+    from fedalign.units import nats, percent
+
+    last = scores["tuned"]
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(f"{last.examples:,} examples")
+    for name in scores:
+        table.add_column(name, justify="right")
+    what = "accuracy" if last.confusion or not last.answered else "right answers"
+    table.add_row(what, *(percent(one.accuracy) for one in scores.values()))
+    table.add_row("loss, nats a token", *(nats(one.loss) for one in scores.values()))
+    table.add_row("perplexity", *(f"{one.perplexity:.2f}" for one in scores.values()))
+    for i, about in enumerate(last.classes):
+        shares = (percent(one.classes[i].recall) for one in scores.values())
+        table.add_row(Text(f"recall of {about.name}, {about.examples:,}"), *shares)
+    out.print(table)
+    if last.confusion:
+        _print_confusion(last.confusion)
+    for one in last.answered[:3]:
+        say(f"\n{one.prompt}\n  expected: {one.expected}\n  given:    {one.given}")
+
+
+def _print_confusion(confusion: Any, most: int = 12) -> None:
+    names = list(confusion)
+    if len(names) > most:
+        worst = sorted(
+            ((count, true, given) for true, row in confusion.items() for given, count in row.items() if true != given),
+            reverse=True,
+        )[:most]
+        rows = [(f"{true} taken for {given}", f"{count:,}") for count, true, given in worst if count]
+        print_table("the most frequent confusions (--json has all)", rows)
+        return
+    table = Table(title="true class by line, given class by column", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column()
+    for name in names:
+        table.add_column(Text(name), justify="right")
+    for true in names:
+        table.add_row(Text(true), *(f"{confusion[true][given]:,}" for given in names))
+    out.print(table)

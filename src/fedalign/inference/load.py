@@ -1,0 +1,82 @@
+"""From a run, an exported folder or any model to one that answers, with the task that it was tuned for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedalign.client.workbench import Workbench
+from fedalign.config.run import Config
+from fedalign.config.toml import overridden, read_config
+from fedalign.data.formats import FORMATS
+from fedalign.errors import UserError
+from fedalign.export.card import CARD, settings_of
+from fedalign.export.write import ADAPTER, Base, base_of, find_snapshot, open_model
+from fedalign.moe.load import pick_device
+from fedalign.server.results import RunFolder
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which model is asked."""
+
+    place: str  # a run's folder, an exported folder, any model's folder, or a hub id
+    best: bool = False  # of a run: the best round instead of the last
+    start: bool = False  # of a run: what it started from
+    device: str = "auto"
+    settings: Sequence[str] = ()  # section.key=value, over what the run or the card says
+
+
+def load(source: Source) -> Workbench:
+    """The model with its tokenizer, and the configuration that it was tuned with.
+
+    Raises:
+        UserError: There is no such model, or no such round of a run.
+    """
+    folder = RunFolder(Path(source.place).expanduser())
+    if folder.config.is_file():
+        return _of_run(source, folder)
+    if source.best or source.start:
+        option = "--best" if source.best else "--start"
+        raise UserError(f"{option}: {source.place!r} is no run's folder, and holds one model. Leave it out.")
+    card = folder.path / CARD
+    settings = settings_of(card.read_text(encoding="utf-8")) if card.is_file() else None
+    config = read_config(settings) if settings else Config()
+    adapter = folder.path / ADAPTER
+    if not adapter.is_file():
+        return Workbench.load(_config(config, source, source.place))
+    about = json.loads(adapter.read_text(encoding="utf-8"))
+    base = Base(about["base_model_name_or_path"], about.get("revision"), config)
+    moe = base.open(folder.path)
+    moe.model.to(pick_device(source.device))
+    return Workbench.around(moe, _config(config, source, source.place))
+
+
+def _of_run(source: Source, folder: RunFolder) -> Workbench:
+    config = _with_classes(folder.read_config("fedalign"), folder)
+    if source.start:
+        return Workbench.load(_config(config, source, config.model.path))
+    snapshot = find_snapshot(folder.path, source.best)
+    moe = open_model(snapshot, base_of(snapshot))
+    if snapshot.weights is not None:
+        moe.write(snapshot.weights)
+    moe.model.to(pick_device(source.device))
+    return Workbench.around(moe, _config(config, source, config.model.path))
+
+
+def _with_classes(config: Config, folder: RunFolder) -> Config:
+    """With the classes that the clients' examples were of, where the configuration names none."""
+    if not FORMATS[config.data.kind].classes or config.data.labels or not folder.holdings.is_file():
+        return config
+    held = json.loads(folder.holdings.read_text(encoding="utf-8")).values()
+    names = tuple(sorted({name for client in held for name in client["labels"] if name}))
+    return config.model_copy(update={"data": config.data.model_copy(update={"labels": names})})
+
+
+def _config(config: Config, source: Source, path: str) -> Config:
+    """The configuration to answer with: on the wanted device, of the model at `path`."""
+    tables = config.model_dump(mode="json", exclude_none=True)
+    settings = [f'model.path="{path}"', f'run.device="{source.device}"', *source.settings]
+    return overridden(tables, settings)

@@ -1,0 +1,191 @@
+"""A tuned model answers a person, a file and a test set: with the numbers of the run itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedalign.errors import UserError
+from fedalign.export.write import Wanted, export
+from fedalign.inference.load import Source, load
+from fedalign.inference.scores import score
+from fedalign.inference.talk import Sampling, Talk
+from tests.conftest import SUBJECTS, Command, rows, write_jsonl
+from tests.rendering.templates import CHATML
+from tests.server.test_run import start
+
+Made = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Made:
+    """`made(*overrides)`: the folder of a finished run, made once."""
+    runs: dict[tuple[str, ...], Path] = {}
+
+    def make(*more: str) -> Path:
+        if more not in runs:
+            runs[more] = tmp_path_factory.mktemp("runs") / "run"
+            start(runs[more], settings, "run.rounds=2", *more)
+        return runs[more]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings of a run on instructions."""
+    lines = [{"prompt": row["text"], "response": row["label"]} for row in rows()]
+    folder = tmp_path_factory.mktemp("questions")
+    write_jsonl(folder / "train.jsonl", lines[1::2])
+    write_jsonl(folder / "test.jsonl", lines[::8])
+    paths = [f"data.{split}={folder / f'{split}.jsonl'}" for split in ("train", "test")]
+    return [*paths, "data.kind=instruction", "clients.partition=iid", "run.rounds=1"]
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_scores_are_those_of_the_run_and_add_up(fedalign: Command, made: Made) -> None:
+    run = made()
+    code, out, errors = fedalign("evaluate", str(run), "--json")
+    assert code == 0, errors
+    scores, lines = json.loads(out), history(run)
+    for name, line in (("start", lines[0]), ("tuned", lines[-1])):
+        assert scores[name]["accuracy"] == line["accuracy"]
+        assert scores[name]["loss"] == pytest.approx(line["loss_nats"], rel=1e-6)
+        confusion = scores[name]["confusion"]
+        assert list(confusion) == sorted(SUBJECTS)
+        assert sum(sum(row.values()) for row in confusion.values()) == scores[name]["examples"] == 30
+        right = sum(confusion[subject][subject] for subject in SUBJECTS)
+        assert right / 30 == scores[name]["accuracy"]
+        recalls = [one["recall"] * one["examples"] for one in scores[name]["classes"]]
+        assert sum(recalls) == pytest.approx(right)
+    assert len(scores["tuned"]["answered"]) == 10
+    assert scores["tuned"]["answered"][0]["prompt"].endswith("\nLabel:")
+
+
+@pytest.mark.parametrize("more", [(), ("tuning.kind=lora",)])
+def test_an_exported_model_scores_as_its_run(made: Made, tmp_path: Path, texts: Path, more: tuple[str, ...]) -> None:
+    run = made(*more)
+    export(Wanted(run, tmp_path / "out"), lambda _: None)
+    classes = f"data.labels={json.dumps(sorted(SUBJECTS))}"  # which a card does not tell
+    bench = load(Source(str(tmp_path / "out"), settings=(classes,)))
+    of_run = load(Source(str(run)))
+    from fedalign.data.formats import load_examples  # noqa: PLC0415 - of this test alone
+
+    examples = load_examples(str(texts / "test.jsonl"), of_run.config.data, "test", 0)
+    assert score(bench, examples).accuracy == score(of_run, examples).accuracy == history(run)[-1]["accuracy"]
+
+
+def test_the_best_round_and_the_start_can_be_asked(made: Made) -> None:
+    run, lines = made(), history(made())
+    best = max(line["accuracy"] for line in lines)
+    for source, accuracy in ((Source(str(run), best=True), best), (Source(str(run), start=True), lines[0]["accuracy"])):
+        bench = load(source)
+        tests = bench.test_set()
+        assert tests is not None
+        assert score(bench, tests.examples).accuracy == accuracy
+    with pytest.raises(UserError, match="is no run's folder"):
+        load(Source(str(run / "model"), best=True))
+
+
+def test_a_classifier_answers_with_probabilities(made: Made) -> None:
+    talk = Talk(load(Source(str(made()))), Sampling())
+    found = talk.classes({"text": "rain falls in town"})
+    assert found is not None
+    assert set(found) == set(SUBJECTS)
+    assert sum(found.values()) == pytest.approx(1)
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    assert talk.answer({"text": "rain falls in town"}) == next(iter(found))
+
+
+def test_a_file_of_prompts_is_answered_row_by_row(
+    fedalign: Command, made: Made, questions: list[str], tmp_path: Path
+) -> None:
+    run, prompts = made(*questions), tmp_path / "prompts.jsonl"
+    write_jsonl(prompts, [{"prompt": "rain falls", "id": "a"}, {"prompt": "the dog runs", "id": "b"}])
+    argv = ["generate", str(run), "--prompts", str(prompts), "--max-new-tokens", "4"]
+    code, out, errors = fedalign(*argv, "--to", str(tmp_path / "out.jsonl"))
+    assert code == 0, errors
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["a", "b"]
+    assert all(line["generated"] for line in lines)
+    (tmp_path / "prompts.txt").write_text("rain falls\n\nthe dog runs\n")
+    code, out, _ = fedalign("generate", str(run), "--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "4")
+    assert [json.loads(line)["generated"] for line in out.splitlines()] == [line["generated"] for line in lines]
+    code, _, errors = fedalign(*argv, "--to", str(tmp_path / "out.jsonl"))
+    assert (code, "is there already" in errors) == (2, True)
+    write_jsonl(prompts, [{"question": "rain falls"}])
+    code, _, errors = fedalign(*argv)
+    assert (code, "no column 'prompt'" in errors) == (2, True)
+
+
+def test_exact_matches_are_scored_where_answers_are_generated(
+    fedalign: Command, made: Made, questions: list[str]
+) -> None:
+    argv = ["evaluate", str(made(*questions)), "--alone", "--json", "--set", "evaluation.generate=true"]
+    code, out, errors = fedalign(*argv, "--set", "evaluation.max_new_tokens=4")
+    assert code == 0, errors
+    scores = json.loads(out)["tuned"]
+    shares = [one["given"] == one["expected"] for one in scores["answered"]]
+    assert scores["examples"] == 15
+    assert scores["accuracy"] >= sum(shares) / 15
+    assert scores["confusion"] is None
+
+
+def test_a_chat_remembers_what_was_said(made: Made, tmp_path: Path, olmoe: Path) -> None:
+    turns = [{"role": "user", "content": "rain falls"}, {"role": "assistant", "content": "weather"}]
+    lines: list[Any] = [{"messages": turns}] * 24
+    write_jsonl(tmp_path / "train.jsonl", lines)
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in olmoe.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    (model / "chat_template.jinja").write_text(CHATML)
+    run = tmp_path / "run"
+    data = [f"data.train={tmp_path / 'train.jsonl'}", f"model.path={model}", "data.kind=chat"]
+    start(run, [], *data, "clients.partition=iid", "clients.count=2", "run.rounds=1", "statistics.min_tokens=4")
+    talk = Talk(load(Source(str(run))), Sampling(most=3))
+    heard: list[str] = []
+    answer = talk.answer({talk.role: "rain falls"}, heard.append)
+    assert "".join(heard).strip() == answer
+    talk.remember("rain falls", answer)
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"]
+    longer = talk._asked([*talk.messages, {"role": "user", "content": "wind blows"}])
+    assert "rain falls" in talk.bench.tokenizer.decode(longer)
+
+
+def test_lines_are_answered_as_they_are_typed(fedalign: Command, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = iter(["rain falls in town", "", "/new", "the dog runs"])
+
+    def next_line(_: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", next_line)
+    code, out, errors = fedalign("chat", str(made()))
+    assert code == 0, errors
+    assert sum(name in line for line in out.splitlines() for name in SUBJECTS) == 6
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["chat", "no-such-folder"], "no-such-folder"),
+        (["evaluate", "no-such/place/at/all"], "no-such/place/at/all"),
+        (["generate", "x", "--prompts", "no.txt"], "holds no prompt, or is not there"),
+        (["generate", "x", "--prompts", "no.jsonl"], "no.jsonl"),
+    ],
+)
+def test_what_is_not_there_is_one_line(fedalign: Command, argv: list[str], said: str) -> None:
+    code, _, errors = fedalign(*argv)
+    assert code == 2
+    assert said in errors
+    assert "Traceback" not in errors
