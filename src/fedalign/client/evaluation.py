@@ -21,6 +21,7 @@ from fedalign.config.run import EvaluationConfig
 from fedalign.data.batches import Batch, batches
 from fedalign.data.encode import IGNORED, Encoded, Encoder
 from fedalign.data.formats import Example
+from fedalign.data.sources import say
 from fedalign.errors import UserError
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import Evaluation
@@ -147,9 +148,15 @@ def _exact_matches(moe: MoEModel, tests: TestSet, config: EvaluationConfig, toke
     own = moe.model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     special = set(tokenizer.all_special_ids)
+    ends_of = [stops | ({answer[-1]} & special) for answer in tests.answers]
+    whole = [_until(answer, ends) for answer, ends in zip(tests.answers, ends_of, strict=True)]
+    if longer := sum(len(ids) > config.max_new_tokens for ids in whole):
+        say(
+            f"evaluation.max_new_tokens = {config.max_new_tokens}: {longer:,} of {len(tests):,} answers are longer "
+            "and counted as wrong, whatever is generated"
+        )
     matches = 0
-    for prompt, answer in zip(tests.prompts, tests.answers, strict=True):
-        ends = stops | ({answer[-1]} & special)
+    for prompt, answer, right, ends in zip(tests.prompts, tests.answers, whole, ends_of, strict=True):
         output = moe.model.generate(
             torch.tensor([prompt], device=moe.device),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=moe.device),
@@ -160,7 +167,7 @@ def _exact_matches(moe: MoEModel, tests: TestSet, config: EvaluationConfig, toke
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
         new = output[0, 1:] if moe.is_seq2seq else output[0, len(prompt) :]  # a decoder begins with a start token
-        said, wanted = (tokenizer.decode(_until(ids, ends)).strip() for ids in (new.tolist(), answer))
+        said, wanted = (tokenizer.decode(ids).strip() for ids in (_until(new.tolist(), ends), right))
         matches += said == wanted if answer[-1] in ends else said.startswith(wanted)  # text ends it: more may follow
     return matches
 
