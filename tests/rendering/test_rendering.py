@@ -6,6 +6,7 @@ against two rules: the tokens are those of the template's own text, and what is 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from fedalign.data.batches import batches
 from fedalign.data.encode import IGNORED, Encoded, Encoder
 from fedalign.data.formats import Chat, Example
 from fedalign.errors import UserError
-from tests.rendering.kinds import KINDS, LOSSLESS, build
+from tests.rendering.kinds import KINDS, LOSSLESS, build, sentence_piece
 from tests.rendering.templates import CHATML, FAMILIES, MARKED, PLAIN, Family
 
 
@@ -98,6 +99,27 @@ def test_spaces_that_offsets_leave_out_are_where_they_stand() -> None:
         tokenizer = build(kind)
         [one] = Encoder(tokenizer).encode([Example("hi ", "  no")])
         assert shown(tokenizer, one) == expected
+
+
+def test_sentence_piece_in_python(tmp_path: Path) -> None:
+    tokenizer = sentence_piece(tmp_path)
+    assert not tokenizer.is_fast
+    encoder = Encoder(tokenizer)
+    [one] = encoder.encode([Example("hi\nhi:", " no")])
+    assert shown(tokenizer, one) == "▁hi ⏎ hi : [▁no] [</s>]"
+    assert encoder.encode_prompts([Example("hi\nhi:", " no")]) == [one.input_ids[:4]]
+    for name, family in FAMILIES.items():
+        tokenizer = sentence_piece(tmp_path, family)
+        encoded = Encoder(tokenizer).encode([chat(TWO)])
+        text = tokenizer.apply_chat_template(TWO, tokenize=False) + "<|user|>" * (name == "glm45")
+        assert encoded[-1].input_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+        if name == "mistral":
+            by_hand = "<s> [INST] ▁hi [/INST] [▁no] [</s>] [INST] ▁hi ▁hi [/INST] [▁yes] [▁no] [</s>]"
+            assert [shown(tokenizer, one) for one in encoded] == [by_hand]
+        trained = [label for one in encoded for label in one.labels if label != IGNORED]
+        assert trained.count(tokenizer.convert_tokens_to_ids(ENDS[name])) == 2
+        wanted = "".join(BEFORE.get(name, "") + words + ENDS[name] for words in ("no", "yes no"))
+        assert "".join(tokenizer.decode(trained).split()) == "".join(wanted.split())
 
 
 # --------------------------------------------------------------------------------------------------- chats, by hand
