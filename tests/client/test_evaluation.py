@@ -184,6 +184,16 @@ def test_a_generated_tool_call_is_compared(model: MoEModel) -> None:
         assert _generated(parrot, tests, CONFIG, tokenizer)[1] == [bool(matches)]
 
 
+def test_an_answer_that_cannot_be_generated_whole_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = build("bytes", FAMILIES["chatml"])
+    tests = prepare([chat(TWO), chat(TWO[:2])], Encoder(tokenizer))
+    parrot: Any = Parrot(tokenizer, "no<|im_end|>")
+    assert sum(_generated(parrot, tests, EvaluationConfig(max_new_tokens=2), tokenizer)[1]) == 1
+    assert caplog.text == ""
+    assert sum(_generated(parrot, tests, EvaluationConfig(max_new_tokens=1), tokenizer)[1]) == 1
+    assert "evaluation.max_new_tokens = 1: 1 of 2 answers are longer and counted as wrong" in caplog.text
+
+
 def test_a_chat_of_several_sequences_is_one_example(model: MoEModel, encoder: Encoder) -> None:
     template = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' }}</s>{% endfor %}"
     tokenizer = encoder.tokenizer.__class__.from_pretrained(encoder.tokenizer.name_or_path)

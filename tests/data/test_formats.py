@@ -359,6 +359,59 @@ def test_categories(tmp_path: Path) -> None:
     assert [e.label for e in load(str(tmp_path / "a.parquet"))] == ["x", "y"]
 
 
+def with_classes(path: Path, codes: list[int | None], *names: str, column: str = "label") -> str:
+    """Parquet as Hugging Face datasets writes it, with the names of the classes beside the schema."""
+    texts = [f"x{i}" for i in range(len(codes))]
+    features = {"text": datasets.Value("string"), column: datasets.ClassLabel(names=list(names))}
+    table = datasets.Dataset.from_dict({"text": texts, column: codes}, features=datasets.Features(features))
+    table.to_parquet(path)
+    return str(path)
+
+
+def test_numbers_whose_names_stand_in_the_file_are_these_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = with_classes(tmp_path / "a.parquet", [1, 0, 1], "nay", "yea")
+    assert [example.label for example in load(source)] == ["yea", "nay", "yea"]
+    assert "numbers in 'label' are classes that the data names: 0 nay, 1 yea; -1 is none" in caplog.text
+    assert [example.label for example in load(source, labels=("yea", "nay", "maybe"))] == ["yea", "nay", "yea"]
+    assert "data.labels calls" not in caplog.text
+    assert [example.label for example in load(source, labels=("nope", "yep"))] == ["yep", "nope", "yep"]
+    assert "data.labels calls the classes in 'label', in this order: ['nope', 'yep']" in caplog.text
+    with pytest.raises(UserError, match=r"row 1: label = 'yea': not in data.labels. Choose one of: nay, yep"):
+        load(source, labels=("nay", "yep"))
+    stars = with_classes(tmp_path / "b.parquet", [0, 4], *STARS)
+    assert [example.label for example in load(stars, labels=STARS)] == ["1", "5"]  # codes are no names
+    owned = with_classes(tmp_path / "c.parquet", [0, 1], "north", "south", column="client")
+    assert [example.client for example in load(owned, kind="text")] == ["north", "south"]
+
+
+def test_each_file_names_its_own_classes(tmp_path: Path) -> None:
+    with_classes(tmp_path / "a.parquet", [0, 1], "no", "yes")
+    with_classes(tmp_path / "b.parquet", [0, 1], "yes", "no")
+    (tmp_path / "c.csv").write_text("text,label\nx,yes\n")
+    assert [example.label for example in load(str(tmp_path))] == ["no", "yes", "yes", "no", "yes"]
+
+
+def test_a_class_that_the_file_does_not_name(tmp_path: Path) -> None:
+    for none in (-1, None):
+        source = with_classes(tmp_path / "a.parquet", [0, none], "no", "yes")
+        with pytest.raises(
+            UserError, match=r"a\.parquet, row 2: column 'label' is empty. Fill it or leave the row out"
+        ):
+            load(source)
+        assert len(load(source, kind="text")) == 2
+    names = {"info": {"features": {"label": {"names": ["no", "yes"], "_type": "ClassLabel"}}}}
+    table = pa.table({"text": ["x"], "label": [2]}).replace_schema_metadata({"huggingface": json.dumps(names)})
+    pq.write_table(table, tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"row 1: label = 2: the classes that .*b\.parquet names are 0 to 1\."):
+        load(str(tmp_path / "b.parquet"))
+    for metadata in ("{", "[]", '{"info": {"features": {"label": {"_type": "ClassLabel"}}}}'):
+        pq.write_table(table.replace_schema_metadata({"huggingface": metadata}), tmp_path / "c.parquet")
+        with pytest.raises(UserError, match=r"c\.parquet: its Hugging Face metadata cannot be read"):
+            load(str(tmp_path / "c.parquet"))
+
+
 def test_integers_without_names_are_refused_in_every_type_of_file(tmp_path: Path) -> None:
     said = r'row 1: label = 3: an integer without a name.*data.labels = \["2", "3", "11"\]'
     with pytest.raises(UserError, match=said):

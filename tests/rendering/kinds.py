@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import GPTSw3Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from tests.rendering.templates import Family
 
@@ -120,6 +122,28 @@ def build(kind: str, family: Family = PLAIN, begins: bool = False) -> Any:
             ids = [(begin, inner.token_to_id(begin))]
             inner.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=ids)
         made = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+    return _with_words_of(family, made)
+
+
+def sentence_piece(folder: Path, family: Family = PLAIN) -> Any:
+    """SentencePiece itself, in Python, trained on a few lines; as in GPT-SW3."""
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    (folder / "lines.txt").write_text("\n".join(["hi no yes", *WORDS, "no hi hi yes no"] * 20))
+    options = {
+        "model_type": "bpe",
+        "vocab_size": 200,
+        "required_chars": "".join(LETTERS[1:95]),
+        "hard_vocab_limit": False,
+        "minloglevel": 2,
+    }
+    trainer.train(input=folder / "lines.txt", model_prefix=folder / "tiny", user_defined_symbols=["\n"], **options)
+    end, begin, *rest = family.special
+    special = {"eos_token": end, "bos_token": begin or end, "unk_token": "<unk>", "pad_token": "<unk>"}
+    made = GPTSw3Tokenizer(str(folder / "tiny.model"), name_or_path="tiny", extra_special_tokens=rest, **special)
+    return _with_words_of(family, made)
+
+
+def _with_words_of(family: Family, made: Any) -> Any:
     made.add_tokens([AddedToken(token, normalized=False) for token in family.others])
     made.chat_template = family.source or None
     return made

@@ -6,6 +6,8 @@ against two rules: the tokens are those of the template's own text, and what is 
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from fedalign.data.batches import batches
 from fedalign.data.encode import IGNORED, Encoded, Encoder
 from fedalign.data.formats import Chat, Example
 from fedalign.errors import UserError
-from tests.rendering.kinds import KINDS, LOSSLESS, build
+from tests.rendering.kinds import KINDS, LOSSLESS, build, sentence_piece
 from tests.rendering.templates import CHATML, FAMILIES, MARKED, PLAIN, Family
 
 
@@ -98,6 +100,27 @@ def test_spaces_that_offsets_leave_out_are_where_they_stand() -> None:
         tokenizer = build(kind)
         [one] = Encoder(tokenizer).encode([Example("hi ", "  no")])
         assert shown(tokenizer, one) == expected
+
+
+def test_sentence_piece_in_python(tmp_path: Path) -> None:
+    tokenizer = sentence_piece(tmp_path)
+    assert not tokenizer.is_fast
+    encoder = Encoder(tokenizer)
+    [one] = encoder.encode([Example("hi\nhi:", " no")])
+    assert shown(tokenizer, one) == "▁hi ⏎ hi : [▁no] [</s>]"
+    assert encoder.encode_prompts([Example("hi\nhi:", " no")]) == [one.input_ids[:4]]
+    for name, family in FAMILIES.items():
+        tokenizer = sentence_piece(tmp_path, family)
+        encoded = Encoder(tokenizer).encode([chat(TWO)])
+        text = tokenizer.apply_chat_template(TWO, tokenize=False) + "<|user|>" * (name == "glm45")
+        assert encoded[-1].input_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+        if name == "mistral":
+            by_hand = "<s> [INST] ▁hi [/INST] [▁no] [</s>] [INST] ▁hi ▁hi [/INST] [▁yes] [▁no] [</s>]"
+            assert [shown(tokenizer, one) for one in encoded] == [by_hand]
+        trained = [label for one in encoded for label in one.labels if label != IGNORED]
+        assert trained.count(tokenizer.convert_tokens_to_ids(ENDS[name])) == 2
+        wanted = "".join(BEFORE.get(name, "") + words + ENDS[name] for words in ("no", "yes no"))
+        assert "".join(tokenizer.decode(trained).split()) == "".join(wanted.split())
 
 
 # --------------------------------------------------------------------------------------------------- chats, by hand
@@ -427,7 +450,7 @@ def test_arguments_are_objects_or_text_as_the_template_takes_them() -> None:
         "{% for m in messages %}",
         "{{ messages[0].nothing.at_all }}",
         "{{ ''.__class__.__mro__ }}",
-        "{% for i in range(10 ** 9) %}{{ i }}{% endfor %}",
+        "{% for i in range(1000000000) %}{{ i }}{% endfor %}",
         "{{ raise_exception('never') }}",
     ],
 )
@@ -435,6 +458,76 @@ def test_a_template_that_fails_is_told_in_one_line(source: str) -> None:
     with pytest.raises(UserError, match=r"an example: the model's chat template refuses this chat: \S+") as caught:
         rendered(Family(source, ("</s>", "<s>")), "bytes", chat(TWO))
     assert "\n" not in str(caught.value)
+
+
+IN_A_LOOP = "{{% set ns = namespace(x={}) %}}{{% for i in range(99) %}}{{% set ns.x = ns.x {} ns.x %}}{{% endfor %}}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set r = range(99999) | list %}{% for i in r %}{% for j in r %}{% for k in r %}{% endfor %}{% endfor %}"
+        "{% endfor %}",
+        "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(60) }}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{{ 1 / (i - i + 1) }}{% endfor %}{% endfor %}",
+        "{{ 'a' * 10000000000 }}",
+        "{{ 'a' * messages | length * 10000000000 }}",
+        "{{ 'a' * 300000000 }}",
+        "{{ 'a' * 20000000 }}",
+        "{{ 'a' | center(10000000000) }}",
+        "{{ '%9999999999d' | format(1) }}",
+        "{{ ([('a' * 10000000)] * 100000) | join }}",
+        IN_A_LOOP.format("'a'", "~"),
+        IN_A_LOOP.format("3", "*"),
+    ],
+)
+def test_a_template_that_does_not_end_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedalign.data.chat.SECONDS", 0.5)
+    for template in (source, source + CHATML):
+        with pytest.raises(
+            UserError, match=r"^an example: the model's chat template does not end: it (took|wrote) \S+"
+        ) as caught:
+            rendered(Family(template, ("</s>", "<s>")), "bytes", chat(TWO))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_template_is_stopped_in_any_thread_and_where_only_one_rendering_is_endless(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fedalign.data.chat.SECONDS", 0.2)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    asks = f"{{% if add_generation_prompt %}}{endless}{{% endif %}}{CHATML}"
+    probed = f"{{% if messages | length == 1 %}}{endless}{{% endif %}}{CHATML}"
+    told: list[str] = []
+
+    def render(source: str) -> None:
+        with pytest.raises(UserError) as caught:
+            rendered(Family(source, FAMILIES["chatml"].special), "bytes", chat(TWO))
+        told.append(str(caught.value))
+
+    for source in (asks, probed, MARKED.replace("{{ m.content }}", endless)):
+        thread = threading.Thread(target=render, args=(source,))
+        thread.start()
+        thread.join()
+    assert (
+        told
+        == [
+            "an example: the model's chat template does not end: it took more than 0.2 seconds. "
+            "Use a model with another."
+        ]
+        * 3
+    )
+
+
+def test_a_template_that_takes_powers_is_refused() -> None:
+    for source in ("{{ 9 ** 9 ** 9 }}", "{% set x = messages | length ** 99 %}"):
+        with pytest.raises(UserError, match=r"the model's chat template takes powers \(\*\*\)"):
+            rendered(Family(source + CHATML, FAMILIES["chatml"].special), "bytes", chat(TWO))
+    bold = "{% macro f(a) %}**{{ a }}{{ '**' }}{% endmacro %}{{ f(**{'a': 2 * 3}) }}" + CHATML
+    assert rendered(Family(bold, FAMILIES["chatml"].special), "bytes", chat(TWO))[0].startswith(
+        "* * 6 * * <|im_start|>"
+    )
 
 
 def test_a_template_that_asks_with_more_than_it_writes(caplog: pytest.LogCaptureFixture) -> None:

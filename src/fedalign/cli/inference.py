@@ -109,6 +109,7 @@ def generate(
     set_: SetOption = None,
 ) -> None:
     """Answer every prompt of a file: each row as it is, with `generated` added."""
+    from fedalign.config.run import DataConfig
     from fedalign.data.sources import read_file
     from fedalign.inference.talk import Sampling, Talk
 
@@ -117,7 +118,7 @@ def generate(
     rows: list[dict[str, Any]] = []
     is_text = prompts.suffix.lower() == ".txt"
     if not is_text:
-        rows = [dict(row.values) for row in read_file(prompts)]
+        rows = [dict(row.values) for row in read_file(prompts, DataConfig(), prompts.stem)]
     elif prompts.is_file():
         rows = [{"": line} for line in prompts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not rows:

@@ -21,6 +21,7 @@ from fedalign.config.run import EvaluationConfig
 from fedalign.data.batches import Batch, batches
 from fedalign.data.encode import IGNORED, Encoded, Encoder
 from fedalign.data.formats import Example
+from fedalign.data.sources import say
 from fedalign.errors import UserError
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import Evaluation
@@ -174,10 +175,16 @@ def _generated(moe: MoEModel, tests: TestSet, config: EvaluationConfig, tokenize
     if not all(tests.prompts):
         raise UserError("evaluation.generate = true: plain text has no prompts to continue. Choose false.")
     special, said, right = set(tokenizer.all_special_ids), list[str](), list[bool]()
-    for prompt, answer in zip(tests.prompts, tests.answers, strict=True):
-        ends = stops(moe, tokenizer) | ({answer[-1]} & special)
+    ends_of = [stops(moe, tokenizer) | ({answer[-1]} & special) for answer in tests.answers]
+    whole = [_until(answer, ends) for answer, ends in zip(tests.answers, ends_of, strict=True)]
+    if longer := sum(len(ids) > config.max_new_tokens for ids in whole):
+        say(
+            f"evaluation.max_new_tokens = {config.max_new_tokens}: {longer:,} of {len(tests):,} answers are longer "
+            "and counted as wrong, whatever is generated"
+        )
+    for prompt, answer, asked, ends in zip(tests.prompts, tests.answers, whole, ends_of, strict=True):
         new = generated(moe, tokenizer, prompt, config.max_new_tokens, ends)
-        given, wanted = (tokenizer.decode(_until(ids, ends)).strip() for ids in (new, answer))
+        given, wanted = (tokenizer.decode(ids).strip() for ids in (_until(new, ends), asked))
         said.append(given)  # where text ends an answer, more may follow it
         right.append(given == wanted if answer[-1] in ends else given.startswith(wanted))
     return said, right

@@ -11,21 +11,26 @@ the next turn's marker is what ends it (GLM), that marker; or at last the tokeni
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from fedalign.data.bounded import bounded
 from fedalign.data.formats import Example
 from fedalign.data.sources import say, shortened
 from fedalign.errors import UserError
 
+T = TypeVar("T")
 Message = Mapping[str, Any]
 Span = tuple[int, int]  # characters, the end not counted
 PROBE = "probe7391"  # content that no template takes for anything else
 SURE = 30  # characters of a text that stands in a rendering for no other reason than that it was written there
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+SECONDS, MEMORY, LONGEST = 10.0, 2**29, 2**24  # of one rendering: beside what is in use; characters
 NAMES = ("name", "tool_call_id")  # they say who speaks: many templates have no place for them, and no text is lost
 
 
@@ -54,6 +59,10 @@ class ChatTemplate:
                 "data.kind = one of: instruction, text."
             )
         source = self.tokenizer.get_chat_template(tools=tools)
+        if _takes_powers(source):
+            raise UserError(
+                "the model's chat template takes powers (**), which no bound on time can stop. Use another."
+            )
         return source, bool(MARKS.search(source))
 
     def renderings(self, example: Example) -> list[Rendering]:
@@ -98,6 +107,8 @@ class _Chat:
         """A beginning of the chat; `ask`: and the words that ask for an answer."""
         try:
             return self._render(messages, ask, self.tools)
+        except UserError:
+            raise
         except Exception as error:  # a template is a program: it may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
@@ -109,6 +120,8 @@ class _Chat:
         """The same; empty where the template refuses it."""
         try:
             return self._render(messages, False, self.tools if with_tools else None)
+        except UserError:
+            raise
         except Exception:  # as above
             return ""
 
@@ -116,7 +129,25 @@ class _Chat:
         chat = list(messages)
         if not chat:  # transformers renders no empty chat
             return ""
-        return str(self.tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=ask))
+        render = self.tokenizer.apply_chat_template
+        text = str(self._bounded(lambda: render(chat, tools=tools, tokenize=False, add_generation_prompt=ask)))
+        if len(text) > LONGEST:
+            raise self._endless(f"it wrote {len(text):,} characters")
+        return text
+
+    def _bounded(self, render: Callable[[], T]) -> T:
+        """What it renders, in bounds.
+
+        Raises:
+            UserError: It takes more time or memory than any chat needs.
+        """
+        try:
+            return bounded(render, SECONDS, MEMORY)
+        except (TimeoutError, MemoryError) as error:
+            raise self._endless(str(error) or f"it took more than {MEMORY:,} bytes") from None
+
+    def _endless(self, much: str) -> UserError:
+        return UserError(f"{self.where}: the model's chat template does not end: {much}. Use a model with another.")
 
     def _with_arguments_as_asked(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Arguments of tool calls stay objects, or become JSON text where the template wants to join them to text."""
@@ -149,13 +180,15 @@ class _Chat:
 
         def spans(messages: Sequence[Message]) -> list[Span]:
             told = [{key: value for key, value in message.items() if value is not None} for message in messages]
-            _, found = render_jinja_template(
+            render = functools.partial(
+                render_jinja_template,
                 [told],
                 tools=self.tools,
                 chat_template=self.source,
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
             )
+            _, found = self._bounded(render)
             return [(int(begin), int(end)) for begin, end in found[0]]
 
         before = sum(message["role"] == "assistant" for message in self.messages[:i])
@@ -244,6 +277,18 @@ class _Chat:
             f"{self.where}: {what} has {key!r}, and the model's chat template has no place for it. Remove it, or use a "
             "model whose template writes it."
         )
+
+
+@functools.cache
+def _takes_powers(source: str) -> bool:
+    """Whether a template computes one number to the power of another; ** before arguments of a call is none."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        words = [word for _, kind, word in Environment().lex(source) if kind not in ("whitespace", "data")]
+    except TemplateSyntaxError:  # who renders it says so
+        return False
+    return any(word == "**" and before not in ("(", ",") for before, word in itertools.pairwise(words))
 
 
 def _said(role: str) -> Message:

@@ -16,7 +16,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -33,6 +33,7 @@ PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".x
 LONGEST_CELL = 2**31 - 1  # characters; Python's csv allows 131,072 unless told otherwise
 DAMAGED = (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, lzma.LZMAError)
 WHOLE = re.compile(r"(-?[0-9]+)(?:\.0*)?")
+SHOWN = 20  # classes that a notice names
 log = logging.getLogger("fedalign")
 
 
@@ -113,10 +114,10 @@ def read_rows(source: str, data: DataConfig, split: Split) -> Iterator[Row]:
         files = split_files(path, data, split, source)
         stems = Counter(map(stem, files))
         for file in files:
-            yield from read_file(file, stem(file) if stems[stem(file)] == 1 else file.name)
+            yield from read_file(file, data, stem(file) if stems[stem(file)] == 1 else file.name)
     elif path.is_file():
         if split == "train" or source == data.test:
-            yield from read_file(path)
+            yield from read_file(path, data, stem(path))
     elif _type(path)[0] in SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(f"data.{split} = {source!r}: no such file or folder.")
     else:
@@ -184,18 +185,19 @@ def _name_left_out(folder: Path, source: str, read: set[Path]) -> None:
         say(f"{source}: left out: {shown}{f' and {len(left) - 10} more' if len(left) > 10 else ''}")
 
 
-def read_file(path: Path, name: str | None = None) -> Iterator[Row]:
-    """Rows of one file; one that cannot be read, or has none, is an error."""
+def read_file(path: Path, data: DataConfig, name: str) -> Iterator[Row]:
+    """Rows of one file, whose client is called `name`; one that cannot be read, or has none, is an error."""
     kind, packed = _type(path)
     if kind not in READERS:
         raise UserError(f"{path}: files of type {kind!r} are not read. Choose one of: {', '.join(SUFFIXES)}.")
     number = 0
     try:
         with PACKED.get(packed, open)(path, "rb") as content:
+            classes = _settled(_classes_of_parquet(content, path) if kind == ".parquet" else {}, data)
             for number, values in enumerate(READERS[kind](content), 1):
                 if not isinstance(values, Mapping):
                     raise UserError(f"{path}, row {number}: {shortened(values)}: must be an object with named columns.")
-                yield Row(values, str(path), number, name or stem(path))
+                yield _named(Row(values, str(path), number, name), classes)
     except DAMAGED as error:
         raise UserError(f"{path}, after row {number}: not readable as {kind[1:]}{packed}: {error}") from None
     if not number:
@@ -290,13 +292,51 @@ def read_hub(source: str, data: DataConfig, split: Split) -> Iterator[Row]:
             f"(split {name!r}, subset {data.subset!r}): {reason} Check the spelling and the network; without "
             "network, HF_HUB_OFFLINE=1 reads what was loaded before."
         ) from None
-    classes = {
-        column: feature.names
-        for column, feature in table.features.items()
-        if isinstance(feature, datasets.ClassLabel) and not (column == data.columns.label and data.labels)
-    }
+    features = table.features.items()
+    named = {column: feature.names for column, feature in features if isinstance(feature, datasets.ClassLabel)}
+    classes = _settled(named, data)
     for number, values in enumerate(table, 1):
-        for column, names in classes.items():  # -1 stands for a label that is kept secret
-            code = values[column]
-            values[column] = names[code] if code is not None and code >= 0 else None
-        yield Row(values, f"{source} ({name})", number)
+        yield _named(Row(values, f"{source} ({name})", number), classes)
+
+
+# --------------------------------------------------------------------------------- classes that are stored as numbers
+
+Classes = Mapping[str, Sequence[str]]  # columns whose numbers stand for names, counted from 0
+
+
+def _classes_of_parquet(content: IO[bytes], path: Path) -> dict[str, list[str]]:
+    """The classes that Hugging Face datasets writes beside a table's schema."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(content) as file:
+        written = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        features = json.loads(written).get("info", {}).get("features", {})
+        return {column: kind["names"] for column, kind in features.items() if kind.get("_type") == "ClassLabel"}
+    except (ValueError, AttributeError, LookupError, RecursionError) as error:
+        raise UserError(f"{path}: its Hugging Face metadata cannot be read ({error!r}). Write it anew.") from None
+
+
+def _settled(classes: Classes, data: DataConfig) -> Classes:
+    """Classes by the names that the source gives them, told to the user; labels by others that the user gives them."""
+    label, given = data.columns.label, data.labels
+    for column, names in classes.items():
+        shown = [f"{code} {name}" for code, name in enumerate(names)]
+        more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
+        say(f"numbers in {column!r} are classes that the data names: {', '.join(shown[:SHOWN])}{more}; -1 is none")
+    if label in classes and len(given) == len(classes[label]) and not set(given) & set(classes[label]):
+        say(f"data.labels calls the classes in {label!r}, in this order: {shortened(list(given))}")
+        return {**classes, label: given}
+    return classes
+
+
+def _named(row: Row, classes: Classes) -> Row:
+    """The row with names in place of numbers."""
+    named: dict[str, str | None] = {}
+    for column, names in classes.items():
+        code = row.values.get(column)
+        if isinstance(code, int) and code >= len(names):
+            row.fail(f"{column} = {code}: the classes that {row.source} names are 0 to {len(names) - 1}.")
+        if isinstance(code, int):  # -1 stands for a label that is kept secret
+            named[column] = names[code] if code >= 0 else None
+    return replace(row, values={**row.values, **named}) if named else row
