@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -67,7 +68,7 @@ def main() -> None:
     # where it is installed, peft loads it, and a CPU with bfloat16 is told to install what only helps without CUDA
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        with _stoppable():
+        with _stoppable(), _threads_in_a_line():
             app()
     except UserError as error:
         _refuse(str(error))
@@ -102,3 +103,21 @@ def _stoppable() -> Iterator[None]:
     finally:
         for kind in kinds:
             signal.signal(kind, signal.SIG_DFL)
+
+
+@contextmanager
+def _threads_in_a_line() -> Iterator[None]:
+    """What a disk has against a thread of a library, as TensorBoard's writer, is told without a traceback."""
+
+    def tell(about: threading.ExceptHookArgs) -> None:
+        told = about.exc_value and trouble(about.exc_value)
+        if told is None:
+            before(about)
+        else:
+            err.print(f"{about.thread.name if about.thread else 'a thread'}: {told}", markup=False, soft_wrap=True)
+
+    before, threading.excepthook = threading.excepthook, tell
+    try:
+        yield
+    finally:
+        threading.excepthook = before

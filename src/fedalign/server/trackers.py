@@ -82,13 +82,15 @@ class TensorBoard:
 
     def log(self, round: int, scalars: Mapping[str, float]) -> None:
         """Add and flush, so that a person sees it at once."""
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, round)
-        self._writer.flush()
+        with _going_on("tensorboard", round):
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, round)
+            self._writer.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._writer.close()
+        with _going_on("tensorboard", None):
+            self._writer.close()
 
 
 class MLflow:
