@@ -6,7 +6,7 @@ COMPARED := fedavg,fedprox,fedmoe,pfl_moe,by_use,fedalign_paper,fedalign_moe
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-sites compare test test-browser test-families test-sites models examples docs check format bench clean
+.PHONY: help venv demo demo-sites compare test test-browser test-families test-kills test-sites models examples docs check format bench clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -60,6 +60,9 @@ test-sites: $(VENV)/.simulation ## real Flower processes on loopback: keys, kill
 
 test-families: $(VENV)/.tools ## every model family: capture, groups, a round, loading with plain libraries; docs/models.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.families
+
+test-kills: $(VENV)/.tools ## runs and exports killed 140 times, and 20 full disks: what they leave is made whole again
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills
 
 models: $(VENV)/.tools ## write docs/models.md from what the tests of the families give
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.families --write

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import signal
+import socket
 import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,12 +21,22 @@ from fedalign.errors import UserError
 from fedalign.files import (
     LOCK,
     MARK,
+    SUMS,
+    WATCH,
     cached,
     check_free,
     check_new,
+    claimed,
+    damage,
+    held_by,
+    locked,
+    put_back,
+    refuse_held,
     replacing,
     replacing_file,
     take,
+    tidy,
+    trouble,
     write_private,
     write_text,
 )
@@ -48,6 +67,7 @@ def test_what_a_run_wrote_is_replaced(run: Path) -> None:
     check_free(run, "run", overwrite=True)
     take(run, "run", WRITTEN)
     assert names(run) == [MARK]
+    check_free(run, "run", overwrite=False)  # a mark alone is nothing that could be lost
 
 
 @pytest.mark.parametrize(
@@ -70,7 +90,9 @@ def test_links_and_marked_folders_that_are_not_listed_are_kept(run: Path, tmp_pa
         (exported / "config.json").touch()
     (tmp_path / "precious").mkdir()
     (run / "linked").symlink_to(tmp_path / "precious")
-    with pytest.raises(UserError, match=r"holds exported/.fedalign, exported/config.json, linked, which"):
+    with pytest.raises(
+        UserError, match=r"holds exported/.fedalign, exported/SHA256SUMS, exported/config.json and 1 more"
+    ):
         check_free(run, "run", overwrite=True)
 
 
@@ -97,7 +119,7 @@ def test_a_mark_of_another_kind_does_not_count(run: Path) -> None:
         check_free(run, "comparison", overwrite=True)
 
 
-@pytest.mark.parametrize("there", [(), (LOCK,)])
+@pytest.mark.parametrize("there", [(), (LOCK,), (LOCK, WATCH)])
 def test_an_empty_folder_is_free_and_a_lock_stays(tmp_path: Path, there: tuple[str, ...]) -> None:
     for name in there:
         (tmp_path / name).touch()
@@ -166,3 +188,222 @@ def test_a_cache_that_cannot_be_filled_stays_empty(tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match="full"):
         cached("data", fill)
     assert list((tmp_path / "fedalign").iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------- exchanging folders
+
+
+def fill(folder: Path, text: str, kind: str = "model") -> None:
+    with replacing(folder, kind) as new:
+        (new / "weights.bin").write_text(text)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    fill(tmp_path / "model", "old")
+    return tmp_path / "model"
+
+
+def test_what_a_user_put_into_a_folder_is_kept_when_it_is_replaced(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, name in enumerate(("thesis.tex", "deep/thesis.tex"), start=1):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("years of work")
+        fill(model, "new")
+        assert names(model) == [MARK, SUMS, "weights.bin"]
+        assert (model.with_name(f"model.kept-{number}") / name).read_text() == "years of work"
+        told = caplog.records[-1].getMessage()
+        assert f"held {name}, which we did not write" in told
+        assert told.endswith(f"model.kept-{number}")
+    fill(model, "newer")
+    assert len(caplog.records) == 2
+    assert len(list(model.parent.iterdir())) == 3
+
+
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_an_exchange_that_fails_or_is_cut_off_loses_nothing(
+    model: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    (model / "thesis.tex").write_text("years of work")
+    rename, calls = Path.rename, iter(("first", "second"))
+
+    def fails(self: Path, target: Path) -> Path:
+        if next(calls, "") == which:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="No space"):
+        fill(model, "new")
+    assert names(model) == [MARK, SUMS, "thesis.tex", "weights.bin"]
+    monkeypatch.undo()
+    model.rename(model.with_name(".model.old"))  # as a kill leaves it between the two renames
+    check_free(model.with_name("other"), "model", overwrite=False)
+    with pytest.raises(UserError, match="already holds a model"):
+        check_free(model, "model", overwrite=False)
+    assert (model / "weights.bin").read_text() == "old"
+    model.rename(model.with_name(".model.old"))
+    fill(model, "new")
+    assert (model / "weights.bin").read_text() == "new"
+    assert (model.with_name("model.kept-1") / "thesis.tex").exists()
+
+
+def test_neighbours_that_only_look_like_ours_are_left_alone(tmp_path: Path) -> None:
+    for name in (".model.old", ".model.new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").write_text("years of work")
+    put_back(tmp_path / "model", "model")
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(UserError, match=r"\.model\.new': is in the way, and we did not write it"):
+        fill(tmp_path / "model", "new")
+    assert len(list(tmp_path.rglob("thesis.tex"))) == 2
+
+
+def test_a_folder_is_tidied_of_what_kills_left(run: Path) -> None:
+    whole = names(run)
+    (run / "model").rename(run / ".model.old")
+    (run / "rounds" / "round-1").rename(run / "rounds" / ".round-1.old")
+    for name in (".config.toml.new", "rounds/.round-2.new/state.json", ".model.new/weights.bin"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).touch()
+    (run / ".thesis.old").mkdir()
+    (run / ".thesis.old" / "thesis.tex").touch()
+    tidy(run)
+    assert names(run) == sorted([*whole, ".thesis.old/thesis.tex"])
+
+
+RUST = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("error", [RUST, OSError(errno.ENOSPC, "No space left on device", "a")])
+@pytest.mark.parametrize("write", [replacing, replacing_file])
+def test_a_full_disk_is_an_os_error_in_whosever_words(
+    tmp_path: Path, write: Callable[[Path], Iterator[Path]], error: Exception
+) -> None:
+    def fails() -> None:
+        with write(tmp_path / "a"):  # type: ignore[attr-defined] # both are context managers
+            raise error
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        fails()
+    assert caught.value.errno == errno.ENOSPC
+    assert str(trouble(caught.value)).endswith("a': No space left on device")
+    assert names(tmp_path) == []
+
+
+def test_only_disks_and_folders_are_trouble() -> None:
+    assert trouble(PermissionError(errno.EACCES, "Permission denied", "/a")) == "'/a': Permission denied"
+    assert trouble(RUST) == "No space left on device"
+    for other in (ValueError("os error"), ConnectionRefusedError(errno.ECONNREFUSED, "refused"), OSError("bare")):
+        assert trouble(other) is None
+
+
+# ------------------------------------------------------------------------------------------------------------- digests
+
+
+def test_what_is_no_longer_as_it_was_written_is_named(model: Path) -> None:
+    assert damage(model) == damage(model, "weights.bin") == ""
+    (model / "thesis.tex").touch()  # nothing of ours
+    assert damage(model) == ""
+    assert damage(model, "thesis.tex") == f"{SUMS} does not list thesis.tex"
+    (model / "weights.bin").write_text("olt")
+    assert damage(model) == "weights.bin is not what was written"
+    (model / "weights.bin").unlink()
+    assert damage(model) == "weights.bin is missing"
+    (model / SUMS).write_text("")
+    assert damage(model) == f"{SUMS} is empty"
+    (model / SUMS).unlink()
+    assert damage(model) == f"{SUMS} is missing"
+
+
+def test_digests_are_those_that_others_read(model: Path) -> None:
+    told = subprocess.run(["sha256sum", "--check", SUMS], cwd=model, capture_output=True, text=True, check=True).stdout
+    assert told == "weights.bin: OK\n"
+
+
+# --------------------------------------------------------------------------------------------------------------- locks
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from fedalign.files import locked
+with locked(Path(sys.argv[1]), "a run"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds `tmp_path`."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / LOCK)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_process_is_told_who_holds_a_folder_and_gets_it_when_that_is_killed(
+    tmp_path: Path, other: subprocess.Popen[str]
+) -> None:
+    by = f"process {other.pid} on {socket.gethostname()}"
+    said = rf"{tmp_path}': a run is at work there \({by}\)\. Wait for it, end it, or give another folder\.$"
+    assert held_by(tmp_path / LOCK) == by
+    with pytest.raises(UserError, match=said), locked(tmp_path / LOCK, "a run"):
+        pass
+    with pytest.raises(UserError, match=said):
+        refuse_held(tmp_path / LOCK, "a run")
+    assert held_by(tmp_path / LOCK) == by  # a vain attempt leaves its name
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    refuse_held(tmp_path / LOCK, "a run")
+    with locked(tmp_path / LOCK, "a run"):
+        assert held_by(tmp_path / LOCK) == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_whoever_looks_at_that_moment_keeps_nobody_out(tmp_path: Path) -> None:
+    with locked(tmp_path / LOCK, "a run"):
+        pass
+    looking = (tmp_path / LOCK).open()
+    fcntl.flock(looking, fcntl.LOCK_SH)  # as `held_by` does for as long as it looks
+    threading.Timer(0.2, looking.close).start()
+    with locked(tmp_path / LOCK, "a run"):
+        assert held_by(tmp_path / LOCK)
+
+
+def test_a_lock_that_was_removed_before_it_was_got_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, flock = tmp_path / LOCK, fcntl.flock
+    removed = iter((True,))
+
+    def slowly(*arguments: int) -> None:
+        flock(*arguments)
+        if next(removed, False):
+            file.unlink()  # as who held it does, and somebody else makes it anew
+
+    monkeypatch.setattr(fcntl, "flock", slowly)
+    with locked(file, "a run"):
+        assert held_by(file)
+
+
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def has_none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", has_none)
+    with locked(tmp_path / LOCK, "a run"):
+        assert held_by(tmp_path / LOCK) is None
+    assert "keeps no locks: see to it that nobody else works there" in caplog.text
+
+
+def test_a_place_is_claimed_by_one_and_nothing_is_left_of_it(tmp_path: Path) -> None:
+    place = tmp_path / "model"
+    with claimed(place, "an export"):
+        with pytest.raises(UserError, match=rf"{place}': an export is at work there"), claimed(place, "an export"):
+            pass
+        fill(place, "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -120,13 +120,14 @@ def run(
     """
     from rich.console import Console
 
-    from fedalign.cli.run import asked, carry_out
+    from fedalign.cli.run import Beginning, asked, carry_out
     from fedalign.moe.load import quietly
 
     with quietly():
         settings, folder = asked(config, overrides, _path(out), _path(resume), overwrite)
         console = Console(highlight=False, quiet=not progress)
-        carry_out(settings, folder, console, fresh=resume is None, insecure_anywhere=insecure_anywhere)
+        how = Beginning(resume is None, overwrite)
+        carry_out(settings, folder, console, how, insecure_anywhere=insecure_anywhere)
     return Run(folder.path)
 
 

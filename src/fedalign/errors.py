@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
 class UserError(Exception):
     """Something the user can mend. The command line prints the message and exits with code 2, no traceback."""
+
+
+class Stopped(BaseException):
+    """A signal has asked this process to end.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number  # what a shell calls it
 
 
 class TrainingFailedError(Exception):

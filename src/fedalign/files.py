@@ -2,64 +2,120 @@
 
 A kill at any moment leaves the old content or the new one, never half. A folder that a command may one day replace
 holds a mark, the file `.fedalign`: its first line says what the folder is, the others what was written there, as
-patterns of paths; one that ends with / is a folder with a mark of its own.
+patterns of paths; one that ends with / is a folder with a mark of its own. A folder that is written at once holds
+SHA256SUMS, so that a bit that flips later is noticed; `sha256sum -c` reads it, too. Who works in a folder holds a lock
+in it, which the kernel frees at once when the process ends, however it ends.
 """
 
 from __future__ import annotations
 
 import atexit
+import errno
+import fcntl
 import glob
 import hashlib
+import logging
 import os
+import re
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import IO
 from urllib.parse import quote
 
 from fedalign.errors import UserError
 
-KEPT_ROUNDS = 2
-LOCK, MARK = ".lock", ".fedalign"
+logger = logging.getLogger(__name__)
+KEPT_ROUNDS, KEPT_BY_CLIENTS = 2, 3  # a client may be a round ahead of the server's last whole checkpoint but one
+LOCK, WATCH, MARK = ".lock", ".watch", ".fedalign"  # who writes here, who started that and looks on; whose folder it is
+SUMS = "SHA256SUMS"
+PATIENCE = 1.0  # seconds that a lock may be held by somebody who only looks
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # of a file system that keeps none
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR)
 
 
 @contextmanager
 def replacing(folder: Path, kind: str = "") -> Iterator[Path]:
-    """A fresh folder to fill; on a clean exit it takes the place of `folder` at once, after an error it is gone.
+    """A fresh folder to fill; on a clean exit it takes the place of `folder`, after an error it is gone.
 
-    With a `kind` it is marked as one, with the files that it was filled with.
+    It gets digests of all files that it was filled with. With a `kind` it is marked as one, with these files; what else
+    was put into the folder that it replaces is kept beside it, and told. Between two renames of the exchange a kill
+    leaves `folder` under another name: `put_back`, called here and by `tidy`, gives it its own again.
+
+    Raises:
+        OSError: It cannot be written; libraries that say so in words of their own are translated.
     """
-    new, old = _beside(folder), folder.with_name(f".{folder.name}.old")
-    for stale in (new, old):
-        shutil.rmtree(stale, ignore_errors=True)
-    new.mkdir(parents=True)
+    new, old = _beside(folder), _behind(folder)
+    put_back(folder, kind)
+    _discard(old, folder, marked=bool(kind))
+    if kind and new.exists() and any(new.iterdir()) and not _marks(new, kind):
+        raise UserError(f"{str(new)!r}: is in the way, and we did not write it. Move it away.")
+    shutil.rmtree(new, ignore_errors=True)
     try:
-        yield new
-        files = [file for file in new.rglob("*") if file.is_file()]
+        new.mkdir(parents=True)
         if kind:
-            _mark(new, kind, [glob.escape(file.relative_to(new).as_posix()) for file in files])
-    except BaseException:
+            _mark(new, kind, ["*"])
+        yield new
+        files = [file for file in new.rglob("*") if file.is_file() and file != new / MARK]
+        _write_sums(new, files)
+        if kind:
+            _mark(new, kind, [SUMS, *(glob.escape(file.relative_to(new).as_posix()) for file in files)])
+        for path in (*files, new / SUMS, new):
+            _flush(path)
+    except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)
+        _raise_of_disk(error, folder)
         raise
-    for file in files:
-        _flush(file)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except BaseException:
+        put_back(folder, kind)
+        raise
+    _flush(folder.parent)
+    _discard(old, folder, marked=bool(kind))
+
+
+def put_back(folder: Path, kind: str = "") -> None:
+    """Undo half of an exchange that a kill came between; with a `kind`, only of what is marked as one."""
+    old = _behind(folder)
+    if old.is_dir() and not folder.exists() and (not kind or _marks(old, kind)):
+        old.rename(folder)
+
+
+def _discard(old: Path, folder: Path, *, marked: bool) -> None:
+    """Remove what was replaced; if it is marked and holds anything else, it is kept under a free name."""
+    strangers = sorted(_strangers(old)) if marked and old.is_dir() else []
+    if not strangers:
+        shutil.rmtree(old, ignore_errors=True)
+        return
+    names = (folder.with_name(f"{folder.name}.kept-{number}") for number in range(1, 10_000))
+    kept = old.rename(next(name for name in names if not name.exists()))
+    logger.warning("%s: held %s, which we did not write: it is replaced, and kept as %s", folder, strangers[0], kept)
 
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """A neighbour to write; on a clean exit it takes the place of `path` at once, after an error it is gone."""
+    """A neighbour to write; on a clean exit it takes the place of `path` at once, after an error it is gone.
+
+    Raises:
+        OSError: It cannot be written; libraries that say so in words of their own are translated.
+    """
     new = _beside(path)
     new.unlink(missing_ok=True)
     try:
         yield new
         _flush(new)
         new.replace(path)
+    except Exception as error:
+        _raise_of_disk(error, path)
+        raise
     finally:
         new.unlink(missing_ok=True)
 
@@ -113,6 +169,10 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.new")
 
 
+def _behind(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
 def _privately(path: str, flags: int) -> int:
     return os.open(path, flags, mode=0o600)
 
@@ -125,6 +185,169 @@ def _flush(file: Path) -> None:
         os.close(descriptor)
 
 
+def trouble(error: BaseException) -> str | None:
+    """What a disk or a folder has against being written to, in a few words; None: the error is of another kind."""
+    found = _of_disk(error)
+    if found is None:
+        return None
+    where = "" if found.filename is None else f"{str(found.filename)!r}: "
+    return f"{where}{found.strerror}"
+
+
+def _of_disk(error: BaseException) -> OSError | None:
+    """The error of a disk or a folder that this is, perhaps in the words of a library in Rust."""
+    if isinstance(error, OSError):
+        return error if error.errno in DISK or (error.filename is not None and error.errno is not None) else None
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(told[1]), os.strerror(int(told[1]))) if told and int(told[1]) in DISK else None
+
+
+def _raise_of_disk(error: BaseException, path: Path) -> None:
+    """Raise it again as the OSError that it is in truth, with the path; nothing if it is none."""
+    found = _of_disk(error)
+    if found is not None and found is not error:
+        raise OSError(found.errno, found.strerror, str(path)) from error
+
+
+# ------------------------------------------------------------------------------------------------------------- digests
+
+
+def digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of files by their paths below a folder, in hex, in the order of the paths."""
+    found = {}
+    for file in sorted(files):
+        with file.open("rb") as opened:
+            found[file.relative_to(folder).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return found
+
+
+def _write_sums(folder: Path, files: Iterable[Path]) -> None:
+    lines = (f"{digest}  {name}\n" for name, digest in digests(folder, files).items())
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def damage(folder: Path, *names: str) -> str:
+    """What is no longer as it was written, in a few words; empty: all is.
+
+    Args:
+        folder: what `replacing` made.
+        names: the files to look at; none: all.
+    """
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        written = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        for name in names or written:
+            if name not in written:
+                return f"{SUMS} does not list {name}"
+            if digests(folder, [folder / name])[name] != written[name]:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {error}"
+    return "" if written else f"{SUMS} is empty"
+
+
+# --------------------------------------------------------------------------------------------------------------- locks
+
+
+@contextmanager
+def locked(file: Path, what: str) -> Iterator[int]:
+    """Hold a lock file, whose text says who does; yields its descriptor, with which a child holds it, too.
+
+    The kernel keeps the lock (flock), and frees it when the last of these processes has ended. The file itself stays.
+
+    Raises:
+        UserError: Somebody else holds it; `what` is at work there.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + PATIENCE
+    while (lock := _lock(file)) is None:
+        refuse_held(file, what)
+        if time.monotonic() > deadline:  # others who only look, one after another
+            raise _held(file, what, "another process")
+        time.sleep(0.02)
+    with lock:
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        yield lock.fileno()
+
+
+def refuse_held(file: Path, what: str) -> None:
+    """Refuse a folder that somebody works in.
+
+    Args:
+        file: the lock.
+        what: is at work there, if the lock is held.
+
+    Raises:
+        UserError: It is, and by whom.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while (holder := held_by(file)) is not None:
+        if time.monotonic() > deadline:
+            raise _held(file, what, holder)
+        time.sleep(0.02)
+
+
+def held_by(file: Path) -> str | None:
+    """Who holds a lock file, or None if nobody does."""
+    try:
+        with file.open(encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return lock.read() or "another process"
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return None
+
+
+def _held(file: Path, what: str, holder: str) -> UserError:
+    where = file.parent if file.name in (LOCK, WATCH) else file.with_name(file.name[1 : -len(LOCK)])
+    return UserError(
+        f"{str(where)!r}: {what} is at work there ({holder}). Wait for it, end it, or give another folder."
+    )
+
+
+def _lock(file: Path) -> IO[str] | None:
+    """Open and lock it; None: somebody else has."""
+    lock = file.open("a", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock.fileno()), file.stat()):
+            return lock  # else it was removed after it was opened
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            lock.close()
+            raise
+        logger.warning("%s: this file system keeps no locks: see to it that nobody else works there", file.parent)
+        return lock
+    lock.close()
+    return None
+
+
+@contextmanager
+def claimed(path: Path, what: str) -> Iterator[None]:
+    """Hold a place that is yet to be written, or will be replaced as a whole: its lock lies beside it meanwhile.
+
+    Raises:
+        UserError: Somebody else writes it.
+    """
+    file = path.with_name(f".{path.name}{LOCK}")
+    with locked(file, what):
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
 # -------------------------------------------------------------------------------------------- places that may be taken
 
 
@@ -134,9 +357,10 @@ def holds(path: Path, kind: str, option: str = "--out") -> bool:
     Raises:
         UserError: Something else is there.
     """
+    put_back(path, kind)
     if path.exists() and not path.is_dir():
         raise UserError(f"{option} {str(path)!r}: is a file. Give a folder that does not exist yet.")
-    if not path.exists() or all(file.name == LOCK for file in path.iterdir()):
+    if is_bare(path):
         return False
     if not _marks(path, kind):
         raise UserError(
@@ -144,6 +368,16 @@ def holds(path: Path, kind: str, option: str = "--out") -> bool:
             "Give a new or empty folder."
         )
     return True
+
+
+def is_bare(path: Path) -> bool:
+    """Whether a folder is not there, or holds nothing but locks, a mark, and what a kill left of a file half made."""
+    if not path.exists():
+        return True
+    return all(
+        file.name in (LOCK, WATCH, MARK) or (file.is_file() and _finished(file.name) != file.name)
+        for file in path.iterdir()
+    )
 
 
 def check_free(path: Path, kind: str, overwrite: bool, option: str = "--out", go_on: str = "") -> None:
@@ -185,9 +419,29 @@ def take(path: Path, kind: str, written: Iterable[str], option: str = "--out") -
     for old in sorted(path.iterdir(), key=lambda old: old.name == MARK):  # the mark goes last
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
-        elif old.name != LOCK:
+        elif old.name not in (LOCK, WATCH):
             old.unlink()
     _mark(path, kind, written)
+
+
+def tidy(path: Path) -> None:
+    """Put back or remove what kills left half made in a folder that is marked; call it while the folder is locked."""
+    listed = _marks(path)
+    for root, folders, names in os.walk(path):
+        below = Path(root).relative_to(path)
+        for name in (*folders, *names):
+            whole, there = (below / _finished(name)).as_posix(), Path(root, name)
+            ours = any(fnmatchcase(whole, line) or f"{whole}/" == line for line in listed)
+            if name == _finished(name) or not ours or there.is_symlink():
+                continue
+            if not there.is_dir():
+                there.unlink()
+            elif name.endswith(".new"):
+                shutil.rmtree(there, ignore_errors=True)
+            else:
+                put_back(path / whole)
+                _discard(there, path / whole, marked=(there / MARK).exists())
+        folders[:] = [name for name in folders if name == _finished(name)]
 
 
 def check_new(what: str, files: Iterable[Path], remedy: str) -> None:
@@ -227,7 +481,7 @@ def _refuse_strangers(path: Path, kind: str, option: str) -> None:
 
 def _strangers(folder: Path) -> Iterator[str]:
     """What is in a folder and not listed by its mark: paths below it."""
-    listed = [LOCK, *_marks(folder)]
+    listed = [LOCK, WATCH, *_marks(folder)]
 
     def is_listed(path: str) -> bool:
         return any(fnmatchcase(path, line) for line in listed)
@@ -257,12 +511,13 @@ def _finished(name: str) -> str:
 
 def rounds_in(folder: Path) -> list[tuple[int, Path]]:
     """Complete rounds kept in `folder`, oldest first."""
-    return sorted((int(path.name.removeprefix("round-")), path) for path in folder.glob("round-*") if path.is_dir())
+    found = ((path, re.fullmatch(r"round-(\d{5,})", path.name)) for path in folder.glob("round-*") if path.is_dir())
+    return sorted((int(name[1]), path) for path, name in found if name)
 
 
-def forget_old(folder: Path) -> None:
-    """Remove all rounds but the last `KEPT_ROUNDS`."""
-    for _, path in rounds_in(folder)[:-KEPT_ROUNDS]:
+def forget_old(folder: Path, kept: int) -> None:
+    """Remove all rounds but the last few."""
+    for _, path in rounds_in(folder)[:-kept]:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -1,14 +1,27 @@
 """The command line: what a user sees, and what bad input gets: one message, exit code 2, nothing written."""
 
+import errno
 import json
 import os
 import re
+import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedalign import __version__
+from fedalign import __version__, files
+from fedalign.cli.run import asked
+from fedalign.client.memory import ClientData
+from fedalign.client.trainer import Trainer
+from fedalign.config.toml import load_config
+from fedalign.export import write
+from fedalign.federation import in_process
+from fedalign.files import LOCK, WATCH, held_by, locked
+from fedalign.protocol import Broadcast, Statistics
+from fedalign.server.results import RunFolder
 from tests.conftest import Command, rows, write_jsonl
 from tests.moe.tiny import build
 
@@ -198,3 +211,107 @@ def test_resume_with_another_model_is_refused(
 def test_an_exploding_run_stops_clearly(fedalign: Command, settings: list[str], tmp_path: Path) -> None:
     result = fedalign("run", "--out", str(tmp_path / "run"), *sets(settings, "training.learning_rate=1e30"))
     refused(result, "round 1: 0 of 3 clients", "client-00: ", "learning_rate")
+
+
+# ------------------------------------------------------------------------------- two processes, signals, full disks
+
+
+@pytest.fixture
+def begun(fedalign: Command, settings: list[str], tmp_path: Path) -> Path:
+    """The folder of a run of one round."""
+    out = tmp_path / "run"
+    assert fedalign("run", "--out", str(out), *sets(settings, "run.rounds=1"))[0] == 0
+    return out
+
+
+@pytest.mark.parametrize("engine", ["in_process", "simulation", "flower"])
+@pytest.mark.parametrize("name", [WATCH, LOCK])
+def test_a_second_run_is_refused_by_pid_and_host(
+    fedalign: Command, settings: list[str], begun: Path, engine: str, name: str
+) -> None:
+    config = begun / "config.toml"
+    config.write_text(config.read_text().replace('engine = "in_process"', f'engine = "{engine}"'))
+    before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file() and path.name != name}
+    by = rf"a run is at work there \(process {os.getpid()} on {re.escape(socket.gethostname())}\)"
+    with locked(begun / name, "a run"):
+        anew = [*sets(settings, f"federation.engine={engine}"), "--out", str(begun), "--overwrite"]
+        refused(fedalign("run", *anew), by, "Wait for it, end it, or give another folder")
+        refused(fedalign("run", "--out", str(begun), *sets(settings)), by)
+        if name == WATCH or engine == "in_process":
+            refused(fedalign("run", "--resume", str(begun)), by)
+        else:  # a coordinator that goes on alone is watched again
+            asked(None, [], None, begun, overwrite=False)
+        refused(fedalign("export", str(begun), "--to", str(begun.parent / "out")), by)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_who_loads_longer_does_not_replace_what_came_meanwhile(
+    fedalign: Command, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, load = tmp_path / "run", in_process.prepare
+    config = load_config(None, settings)
+
+    def slowly(*arguments: Any) -> Any:
+        RunFolder(out).begin(config)  # another process is faster
+        return load(*arguments)
+
+    monkeypatch.setattr(in_process, "prepare", slowly)
+    refused(fedalign("run", "--out", str(out), *sets(settings, "run.rounds=9")), "already holds a run")
+    assert "rounds = 3" in (out / "config.toml").read_text()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_with_a_line_and_its_own_code(
+    fedalign: Command, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    out, train = tmp_path / "run", Trainer.train
+
+    def asked_to_end(self: Trainer, client: ClientData, broadcast: Broadcast) -> Statistics:
+        if broadcast.round == 2:
+            signal.raise_signal(number)
+        return train(self, client, broadcast)
+
+    monkeypatch.setattr(Trainer, "train", asked_to_end)
+    found, text, errors = fedalign("run", "--out", str(out), *sets(settings))
+    assert found == code, errors
+    said = "Interrupted" if number == signal.SIGINT else f"Ended by {signal.Signals(number).name}"
+    assert f"{said}. Complete rounds are kept; go on with: fedalign run --resume {out}" in text
+    assert "Traceback" not in errors
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as it was
+    monkeypatch.undo()
+    assert held_by(out / LOCK) is None
+    assert RunFolder(out).checkpoint.joinpath("round-00001").exists()
+
+
+def test_a_signal_ends_an_export_too(fedalign: Command, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "write_card", lambda *_: signal.raise_signal(signal.SIGTERM))
+    code, _, errors = fedalign("export", str(begun), "--to", str(begun.parent / "out"))
+    assert (code, errors.splitlines()[-1]) == (
+        143,
+        "Ended by SIGTERM. What was complete is kept; give the command again.",
+    )
+    assert [path.name for path in begun.parent.iterdir()] == ["run"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(fedalign: Command, settings: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused(fedalign("run", "--out", str(tmp_path / "file" / "run"), *sets(settings)), "file.*Not a directory")
+
+
+@pytest.mark.parametrize("error", [errno.EROFS, errno.ENOSPC, errno.EACCES])
+def test_a_disk_that_takes_nothing_is_one_line(
+    fedalign: Command, settings: list[str], begun: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    def cannot(file: Path) -> None:
+        raise OSError(error, os.strerror(error), str(file))
+
+    monkeypatch.setattr(files, "_flush", cannot)
+    told = re.escape(os.strerror(error))
+    kept = f"{told}. Complete rounds are kept; make room, then go on with: fedalign run --resume {begun}$"
+    more = ("--set", "run.rounds=2")
+    refused(fedalign("run", "--resume", str(begun), *more), kept)
+    refused(fedalign("run", "--out", str(begun.parent / "new"), *sets(settings)), f"{told}. Nothing was begun.$")
+    refused(fedalign("export", str(begun), "--to", str(begun.parent / "out")), f"cannot be written: .*{told}")
+    refused(fedalign("report", str(begun)), f"{told}. What was complete is kept")
+    monkeypatch.undo()
+    assert fedalign("run", "--resume", str(begun), *more)[0] == 0

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedalign.client.memory import ClientMemory, Kept
+from fedalign.client.memory import KEPT, UPDATE, ClientMemory, Kept
+from fedalign.errors import TrainingFailedError, UserError
 from fedalign.protocol import SHARED, Packed, ParameterGroup, Request
+from tests.server.test_checkpoint import flip
 
 EXPERT = ParameterGroup("expert", 1, 2)
 WHOLE = Kept(
@@ -64,3 +66,24 @@ def test_a_repeated_round_starts_from_the_round_before_it(tmp_path: Path) -> Non
     memory.forget_updates()
     assert prob_L_E(memory, 6) == [5.0]
     assert not list(tmp_path.rglob("update.safetensors"))
+
+
+def test_a_flipped_bit_is_noticed_and_the_round_before_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = ClientMemory(tmp_path)
+    for round in (1, 2):
+        memory.keep(round, {SHARED: Packed(torch.full((8,), float(round)))}, Kept(torch.tensor([float(round)])))
+    flip(tmp_path / "round-00002" / KEPT)
+    assert prob_L_E(memory, 3) == [1.0]
+    flip(tmp_path / "round-00002" / UPDATE)
+    assert memory.last_update(3)[SHARED].values.tolist() == [1.0] * 8
+    told = [record.getMessage() for record in caplog.records]
+    for name, line in zip((KEPT, UPDATE), told, strict=True):
+        assert f"({name} is not what was written). Round 1 is used instead." in line
+    with pytest.raises(TrainingFailedError, match=r"its update of round 2 is damaged on its disk: update"):
+        memory.hand_over("a", Request("a", 2, (SHARED,)))
+    flip(tmp_path / "round-00001" / KEPT)
+    with pytest.raises(UserError, match=r"round-00002': damaged .*round-00001': damaged .*No earlier round is kept"):
+        memory.before(3)
+    assert memory.before(1) == Kept()  # it had not taken part

@@ -1,5 +1,6 @@
 """What is exported is what was trained: plain transformers and plain peft compute the run's own numbers."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -28,16 +29,17 @@ from fedalign.data.batches import Batch
 from fedalign.data.encode import IGNORED
 from fedalign.errors import UserError
 from fedalign.export.card import MIXER, render
-from fedalign.export.write import Exported, Wanted, _cast, export
+from fedalign.export.write import Exported, Wanted, _cast, export, open_kept
 from fedalign.federation.in_process import Prepared, prepare
-from fedalign.files import MARK
+from fedalign.files import LOCK, MARK, SUMS, WATCH, claimed, damage, locked, replacing
 from fedalign.protocol import Evaluation, ParameterGroup
 from fedalign.server.checkpoint import Checkpoints
-from fedalign.server.results import RunFolder
+from fedalign.server.results import ROUND, RunFolder, _described
 from fedalign.server.run import execute
 from fedalign.units import percent
 from tests.conftest import SUBJECTS
 from tests.moe.tiny import build
+from tests.server.test_checkpoint import flip
 from tests.server.test_run import Silent, model_bytes, start
 
 LORA = "tuning.kind=lora"
@@ -124,10 +126,14 @@ def test_a_checkpoint_is_a_copy_of_what_the_run_wrote(made: Made, tmp_path: Path
     exported(run, out)
     files, kept = model_bytes(out), model_bytes(run / "model")
     assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors", "README.md"} <= set(files)
-    del files["README.md"]
     marks = [one.pop(MARK).decode().splitlines() for one in (files, kept)]
-    assert files == kept
-    assert [listed for _, *listed in marks] == [sorted([*kept, "README.md"]), sorted(kept)]
+    assert [listed for _, *listed in marks] == [sorted(files), sorted(kept)]
+    assert kept.keys() - files.keys() == {ROUND}  # what the run says of it is in the card
+    assert files.keys() - kept.keys() == {"README.md"}
+    assert {name for name in files if files[name] != kept.get(name)} == {"README.md", SUMS}
+    assert damage(out) == ""
+    digest = hashlib.sha256(files["model.safetensors"]).hexdigest()
+    assert f"| model.safetensors | `{digest}` |" in files["README.md"].decode()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing else is left there
 
 
@@ -137,6 +143,7 @@ def test_a_merged_adapter_needs_no_peft_and_scores_the_same(made: Made, tmp_path
     assert {path.name for path in out.iterdir()} == {
         ".fedalign",
         "README.md",
+        "SHA256SUMS",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -552,17 +559,27 @@ def test_sites_keep_what_is_personal_to_themselves(made: Made, tmp_path: Path) -
 
 
 def test_what_clients_have_forgotten_is_not_made_up(made: Made, tmp_path: Path) -> None:
-    run = copy_of(made("algorithm.gate=local"), tmp_path / "run")
+    run = copy_of(made("algorithm.gate=local", "run.rounds=3"), tmp_path / "run")
     history = lines(run)
-    for line, accuracy in zip(history, (0.9, 0.5, 0.5), strict=True):  # as if round 0 had been the best
+    for line, accuracy in zip(history, (0.9, 0.5, 0.5, 0.5), strict=True):  # as if round 0 had been the best
         line["accuracy"] = accuracy
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
+    remade(run / "best", lambda new: (new / ROUND).write_text(json.dumps(_described(history[0]))))
     refused("took part in as many after round 0", run, tmp_path / "out", best=True, clients=True)
 
 
 def copy_of(run: Path, to: Path) -> Path:
     shutil.copytree(run, to)
     return to
+
+
+def remade(folder: Path, change: Callable[[Path], object]) -> None:
+    """A model as if a run had written it so."""
+    with replacing(folder, "model") as new:
+        for file in folder.iterdir():
+            if file.name not in (MARK, SUMS):
+                shutil.copyfile(file, new / file.name)
+        change(new)
 
 
 def test_an_adapter_is_merged_into_its_own_base_alone(made: Made, olmoe: Path, tmp_path: Path) -> None:
@@ -587,15 +604,47 @@ def test_an_adapter_is_merged_into_its_own_base_alone(made: Made, olmoe: Path, t
 def test_a_damaged_model_is_refused(made: Made, tmp_path: Path, more: tuple[str, ...]) -> None:
     run, out = copy_of(made(*more), tmp_path / "run"), tmp_path / "out"
     file = next((run / "model").glob("*.safetensors"))
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    refused("damaged", run, out)
-    file.unlink()
+    flip(file)
+    refused(rf"model': is damaged \({file.name} is not what was written\); asked for is round 2\. Make", run, out)
+    flip(file)
+    for name in (ROUND, SUMS, file.name):
+        whole = (run / "model" / name).read_bytes()
+        (run / "model" / name).unlink()
+        refused(name, run, out)
+        (run / "model" / name).write_bytes(whole)
+    exported(run, tmp_path / "whole")
     if more:
-        refused("cannot be read", run, out, merge=True)
-        values = tensors(made(*more) / "model")
-        save_file(dict(list(values.items())[1:]), file)
+        values = dict(list(tensors(made(*more) / "model").items())[1:])
+        remade(run / "model", lambda new: save_file(values, new / file.name))
         refused("It was made for another base or tuned otherwise", run, out, merge=True)
+
+
+def test_what_changes_while_it_is_copied_is_not_exported(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, copytree = copy_of(made(), tmp_path / "run"), shutil.copytree
+
+    def meanwhile(kept: Path, folder: Path, **options: Any) -> None:
+        copytree(kept, folder, **options)
+        flip(folder / "config.json")  # of the model of a resumed run that ends
+
+    monkeypatch.setattr(shutil, "copytree", meanwhile)
+    refused("damaged, or changed while it was read: config.json", run, tmp_path / "out")
+    assert damage(run / "model") == ""
+
+
+@pytest.mark.parametrize("name", [LOCK, WATCH])
+def test_a_run_at_work_is_not_exported(made: Made, tmp_path: Path, name: str) -> None:
+    run = made()
+    with locked(run / name, "a run"):
+        refused(rf"a run is at work there \(process {os.getpid()} on ", run, tmp_path / "out")
+        with pytest.raises(UserError, match="a run is at work there"):
+            open_kept(run, best=False)
+
+
+def test_two_exports_do_not_write_one_folder(made: Made, tmp_path: Path) -> None:
+    with claimed(tmp_path / "out", "an export"):
+        refused(rf"out': an export is at work there \(process {os.getpid()} on ", made(), tmp_path / "out")
 
 
 def test_an_adapter_names_its_base_so_that_it_is_found_from_anywhere(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedalign.errors import UserError
-from fedalign.files import replacing
+from fedalign.files import SUMS, replacing
 from fedalign.protocol import SHARED, ParameterGroup, parse_group
 from fedalign.server.checkpoint import Checkpoints, ServerState
 
@@ -44,12 +44,55 @@ def test_another_model_or_configuration_is_refused(tmp_path: Path, name: str) ->
         Checkpoints(tmp_path, IDENTITY | {name: "other"}).load()
 
 
-@pytest.mark.parametrize("file", ["weights.safetensors", "algorithm.safetensors", "state.json"])
-def test_a_damaged_file_is_a_clear_error(tmp_path: Path, file: str) -> None:
+FILES = ["weights.safetensors", "algorithm.safetensors", "moments.safetensors", "state.json", SUMS]
+
+
+def flip(file: Path) -> None:
+    """One bit, in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_flipped_bit_is_noticed_and_the_round_before_is_used(
+    tmp_path: Path, file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(tmp_path, IDENTITY)
+    for round in (1, 2):
+        checkpoints.save(state(round))
+    flip(tmp_path / "round-00002" / file)
+    loaded = checkpoints.load()
+    assert loaded is not None
+    assert loaded.round == 1
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "round-00002': damaged (" in told
+    assert told.endswith("Going on from round 1.")
+    assert checkpoints.weights_after(2) is None
+    assert checkpoints.weights_after(1) is not None
+    flip(tmp_path / "round-00001" / file)
+    with pytest.raises(UserError, match=r"round-00002': damaged .*round-00001': damaged .*No other round is kept"):
+        checkpoints.load()
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("content", [b"\x07rubbish", b"", None])
+def test_a_damaged_file_is_a_clear_error(tmp_path: Path, file: str, content: bytes | None) -> None:
     Checkpoints(tmp_path, IDENTITY).save(state(1))
-    (tmp_path / "round-00001" / file).write_bytes(b"\x07rubbish")
+    damaged = tmp_path / "round-00001" / file
+    damaged.unlink() if content is None else damaged.write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
         Checkpoints(tmp_path, IDENTITY).load()
+
+
+def test_a_folder_that_somebody_put_there_is_no_round(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, IDENTITY)
+    checkpoints.save(state(1))
+    (tmp_path / "round-00001-copy").mkdir()
+    (tmp_path / "round-best").mkdir()
+    loaded = checkpoints.load()
+    assert loaded is not None
+    assert loaded.round == 1
 
 
 def test_a_write_that_breaks_off_leaves_the_old_folder(tmp_path: Path) -> None:
@@ -67,5 +110,5 @@ def test_a_write_that_breaks_off_leaves_the_old_folder(tmp_path: Path) -> None:
     assert (target / "a").read_text() == "old"
     with replacing(target) as folder:
         (folder / "b").write_text("new")
-    assert [path.name for path in target.iterdir()] == ["b"]
+    assert sorted(path.name for path in target.iterdir()) == [SUMS, "b"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

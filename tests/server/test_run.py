@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +21,14 @@ from fedalign.client.trainer import Trainer
 from fedalign.config.toml import load_config
 from fedalign.doctor.estimate import estimate
 from fedalign.errors import TrainingFailedError, UserError
+from fedalign.export.write import find_snapshot
 from fedalign.federation.in_process import Prepared, prepare
 from fedalign.files import MARK
-from fedalign.protocol import Broadcast, Statistics
-from fedalign.server.checkpoint import ServerState
-from fedalign.server.results import RunFolder
+from fedalign.protocol import Broadcast, Statistics, Weights
+from fedalign.server.checkpoint import Checkpoints, ServerState
+from fedalign.server.results import ROUND, Recorder, RunFolder, _described, read_history, saved_round
 from fedalign.server.run import execute, resumed_config
+from tests.server.test_checkpoint import flip
 
 SUMMARY = {
     "algorithm",
@@ -194,6 +197,70 @@ def test_a_killed_process_resumes_to_the_same_bytes(finished: Path, settings: li
     assert killed_after <= len(metrics(out))
     assert metrics(out) == metrics(finished)
     assert model_bytes(out / "model") == model_bytes(finished / "model")
+
+
+@pytest.mark.parametrize("cut", ["before", "between", "damaged", "never said"])
+def test_best_is_made_whole_again(
+    finished: Path, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: str
+) -> None:
+    out, best = tmp_path / "run", json.loads((finished / "summary.json").read_text())["best_round"]
+    save = Recorder._save
+
+    def cut_off(self: Recorder, weights: Weights, place: Path, line: dict[str, Any]) -> None:
+        if (place.name, line["round"]) == ("best", best):
+            raise KeyboardInterrupt
+        save(self, weights, place, line)
+
+    monkeypatch.setattr(Recorder, "_save", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        start(out, settings)
+    monkeypatch.undo()
+    assert saved_round(out / "best") == _described(metrics(out)[0])
+    with pytest.raises(UserError, match=rf"best': holds round 0; asked for is round {best}\. .*--resume"):
+        find_snapshot(out, best=True)
+    if cut == "between":
+        (out / "best").rename(out / ".best.old")
+    elif cut == "damaged":
+        flip(out / "best" / "model.safetensors")
+    elif cut == "never said":
+        (out / "best" / ROUND).unlink()
+    resume(out)
+    assert metrics(out) == metrics(finished)
+    for kind in ("model", "best"):
+        assert model_bytes(out / kind) == model_bytes(finished / kind)
+    assert {path.name for path in out.rglob(".*")} == {MARK}
+    assert find_snapshot(out, best=True).round == best
+
+
+def test_best_that_cannot_be_made_again_is_told(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    flip(out / "best" / "model.safetensors")
+    best = json.loads((out / "summary.json").read_text())["best_round"]
+    assert not (out / "checkpoint" / f"round-{best:05d}").exists()
+    history = [line for line in read_history(RunFolder(out)) if line["round"] <= best]
+    recorder = Recorder(RunFolder(out), load_config(out / "config.toml"), None, ServerState(3, {}, {}, tuple(history)))  # type: ignore[arg-type] # it saves nothing
+    recorder.mend_best(history, Checkpoints(out / "checkpoint", {}).weights_after)
+    assert (
+        f"best: is damaged (model.safetensors is not what was written). The best round so far is {best}" in caplog.text
+    )
+    with pytest.raises(UserError, match="best': is damaged"):
+        find_snapshot(out, best=True)
+
+
+def test_a_damaged_checkpoint_costs_a_round_and_nothing_else(
+    finished: Path, settings: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        start(out, settings, watch=Silent(lambda *where: where == (3, "training", 1)))
+    flip(out / "checkpoint" / "round-00002" / "weights.safetensors")
+    resume(out)
+    assert metrics(out) == metrics(finished)
+    for kind in ("model", "best"):
+        assert model_bytes(out / kind) == model_bytes(finished / kind)
 
 
 def test_a_finished_run_can_go_on_for_more_rounds(settings: list[str], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table as TerminalTable
 from rich.text import Text
 
 from fedalign.cli.terminal import out, say
-from fedalign.errors import UserError
+from fedalign.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -110,6 +110,8 @@ def compare(
         outcome = carry_out(comparison, overwrite)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    except Stopped as stop:
+        raise typer.Exit(stop.code) from None
     if figure is not None:
         say(f"Figure    {figure}")
     _print_outcome(outcome, comparison)
@@ -163,7 +165,7 @@ def carry_out(comparison: Comparison, overwrite: bool) -> Outcome:
     """Make it and its report, and tell how it goes.
 
     Raises:
-        KeyboardInterrupt: It was broken off; finished runs and rounds are kept.
+        KeyboardInterrupt, Stopped: It was broken off; finished runs and rounds are kept.
     """
     from fedalign.compare.tune import tuning_cells
     from fedalign.report import default_out, write_report
@@ -174,11 +176,14 @@ def carry_out(comparison: Comparison, overwrite: bool) -> Outcome:
     size = f"algorithms {len(design.choices)}, {points}seeds {len(design.seeds)}: {runs} runs"
     before = f" after {len(tuning_cells(design))} runs of tuning" if design.tune else ""
     comparison.tell(f"{size}{before} in {folder}")
+    kept = f"Finished runs and rounds are kept; go on with: fedalign compare --resume {shlex.quote(str(folder))}"
     try:
         outcome = comparison.run(overwrite)
     except KeyboardInterrupt:
-        again = f"fedalign compare --resume {shlex.quote(str(folder))}"
-        comparison.tell(f"\nInterrupted. Finished runs and rounds are kept; go on with: {again}")
+        comparison.tell(f"\nInterrupted. {kept}")
+        raise
+    except Stopped as stop:
+        comparison.tell(f"\nEnded by {stop}. {kept}")
         raise
     try:
         problems = write_report([folder], default_out([folder]))

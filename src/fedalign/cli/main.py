@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -31,7 +35,8 @@ from fedalign.cli.run import RUN_EXAMPLES, run
 from fedalign.cli.site import site_app
 from fedalign.cli.terminal import err, out
 from fedalign.cli.upcycle import UPCYCLE_EXAMPLES, upcycle
-from fedalign.errors import UserError
+from fedalign.errors import Stopped, UserError
+from fedalign.files import trouble
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -81,8 +86,56 @@ def main() -> None:
     # where it is installed, peft loads it, and a CPU with bfloat16 is told to install what only helps without CUDA
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        app()
+        with _stoppable(), _threads_in_a_line():
+            app()
     except UserError as error:
-        err.print("Error:", style="bold red", end=" ")
-        err.print(str(error), markup=False, soft_wrap=True)
-        sys.exit(2)
+        _refuse(str(error))
+    except OSError as error:
+        told = trouble(error)
+        if told is None:
+            raise
+        _refuse(f"{told}. What was complete is kept; make room or give another folder, then give the command again.")
+    except Stopped as stop:
+        err.print(f"Ended by {stop}. What was complete is kept; give the command again.")
+        sys.exit(stop.code)
+
+
+def _refuse(message: str) -> None:
+    err.print("Error:", style="bold red", end=" ")
+    err.print(message, markup=False, soft_wrap=True)
+    sys.exit(2)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Signals that would end this process at once raise `Stopped`, so that what is held is let go."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    kinds = [kind for kind in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(kind) == signal.SIG_DFL]
+    for kind in kinds:
+        signal.signal(kind, stop)
+    try:
+        yield
+    finally:
+        for kind in kinds:
+            signal.signal(kind, signal.SIG_DFL)
+
+
+@contextmanager
+def _threads_in_a_line() -> Iterator[None]:
+    """What a disk has against a thread of a library, as TensorBoard's writer, is told without a traceback."""
+
+    def tell(about: threading.ExceptHookArgs) -> None:
+        told = about.exc_value and trouble(about.exc_value)
+        if told is None:
+            before(about)
+        else:
+            err.print(f"{about.thread.name if about.thread else 'a thread'}: {told}", markup=False, soft_wrap=True)
+
+    before, threading.excepthook = threading.excepthook, tell
+    try:
+        yield
+    finally:
+        threading.excepthook = before

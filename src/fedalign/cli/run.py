@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedalign.cli.terminal import InsecureAnywhere, busy, out, print_table, say
-from fedalign.errors import UserError
+from fedalign.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,10 +70,13 @@ def run(
     if dry_run:
         _rehearse(settings, folder)
         return
+    how = Beginning(fresh=resume is None, overwrite=overwrite)
     try:
-        summary = carry_out(settings, folder, out, fresh=resume is None, insecure_anywhere=insecure_anywhere)
+        summary = carry_out(settings, folder, out, how, insecure_anywhere=insecure_anywhere)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    except Stopped as stop:
+        raise typer.Exit(stop.code) from None
     _print_summary(summary, folder)
     if settings.federation.engine == "in_process":  # the others are not for comparing
         say(f"Compare   fedalign compare {folder.config} --algorithms {_with_baseline(summary['algorithm'])}")
@@ -103,12 +109,14 @@ def asked(
 
     if resume is not None:
         settings, folder = resumed_config(resume, overrides), RunFolder(resume)
+        folder.check_idle(rounds=settings.federation.engine == "in_process")  # a coordinator may go on alone
     else:
         assert given is not None
         assert source is not None
         settings = given
         folder = RunFolder(out or Path("runs") / f"{stem(source)}-{settings.algorithm.name}-{settings.run.seed}")
         if not dry_run:
+            folder.check_idle()
             folder.check_free(overwrite)
     if parallel.launched() > 1:
         if dry_run:
@@ -117,24 +125,32 @@ def asked(
     return settings, folder
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """How a run begins."""
+
+    fresh: bool  # else it is gone on with
+    overwrite: bool = False
+
+
 def carry_out(
-    settings: Config, folder: RunFolder, console: Console, *, fresh: bool, insecure_anywhere: bool
+    settings: Config, folder: RunFolder, console: Console, how: Beginning, *, insecure_anywhere: bool
 ) -> dict[str, Any]:
     """Go all rounds on the configured engine, and tell how it goes; returns the summary.
 
     Raises:
-        UserError: Something in it does not fit together, or the run failed.
-        KeyboardInterrupt: It was broken off; complete rounds are kept.
+        UserError: Something in it does not fit together, the run failed, or another process is at work in its folder.
+        KeyboardInterrupt, Stopped: It was broken off; complete rounds are kept.
     """
     if settings.federation.engine != "in_process":
-        return _on_flower(settings, folder, console, fresh=fresh, insecure_anywhere=insecure_anywhere)
+        return _on_flower(settings, folder, console, how, insecure_anywhere=insecure_anywhere)
     from fedalign import parallel
     from fedalign.server.run import execute
 
     with parallel.together(settings.run.device):
         console.quiet |= not parallel.is_first()
         prepared = _load(settings, folder, console)
-        return _watched(settings, folder, console, fresh, lambda table: execute(prepared, folder, table))
+        return _watched(settings, folder, console, how, lambda table: execute(prepared, folder, table))
 
 
 def _load(settings: Config, folder: RunFolder, console: Console) -> Prepared:
@@ -156,7 +172,7 @@ def _rehearse(settings: Config, folder: RunFolder) -> None:
 
 
 def _on_flower(
-    settings: Config, folder: RunFolder, console: Console, *, fresh: bool, insecure_anywhere: bool
+    settings: Config, folder: RunFolder, console: Console, how: Beginning, *, insecure_anywhere: bool
 ) -> dict[str, Any]:
     from fedalign.federation.flower import launch
 
@@ -167,23 +183,50 @@ def _on_flower(
         launch.check_plaintext(options.superlink, options.root_certificates, insecure_anywhere)
         reached = f"SuperLink {options.superlink}, at least {options.min_sites} sites"
     say(f"{settings.algorithm.name}: sites behind Flower, {reached}", console)
-    return _watched(settings, folder, console, fresh, lambda table: launch.run(settings, folder, table))
+    return _watched(settings, folder, console, how, lambda table: launch.run(settings, folder, table))
 
 
 def _watched(
-    settings: Config, folder: RunFolder, console: Console, fresh: bool, rounds: Callable[[LiveTable], dict[str, Any]]
+    settings: Config, folder: RunFolder, console: Console, how: Beginning, rounds: Callable[[LiveTable], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Go round with the live table."""
+    """Go round with the live table; the folder is held meanwhile."""
     from fedalign.cli.live import LiveTable
+    from fedalign.files import trouble
 
-    if fresh:
-        folder.begin(settings)
+    again = f"go on with: fedalign run --resume {shlex.quote(str(folder.path))}"
     try:
-        with LiveTable(console, settings.run.rounds) as table:
+        with _held(folder, settings, how), LiveTable(console, settings.run.rounds) as table:
             return rounds(table)
     except KeyboardInterrupt:
-        say(f"\nInterrupted. Complete rounds are kept; go on with: fedalign run --resume {folder.path}", console)
+        say(f"\nInterrupted. Complete rounds are kept; {again}", console)
         raise
+    except Stopped as stop:
+        say(f"\nEnded by {stop}. {_left(settings)}; {again}", console)
+        raise
+    except Exception as error:
+        told = trouble(error)
+        if told is None:
+            raise
+        kept = f"Complete rounds are kept; make room, then {again}"
+        raise UserError(f"{told}. {kept if folder.config.exists() else 'Nothing was begun.'}") from None
+
+
+@contextmanager
+def _held(folder: RunFolder, settings: Config, how: Beginning) -> Iterator[None]:
+    """Lock the run's folder, and begin a new run; on Flower the coordinator locks it for the rounds."""
+    with folder.watched():
+        if how.fresh:
+            with folder.worked():
+                folder.check_free(how.overwrite)  # once more: somebody may have been faster
+                folder.begin(settings)
+        with folder.worked() if settings.federation.engine == "in_process" else nullcontext():
+            yield
+
+
+def _left(settings: Config) -> str:
+    """What becomes of a run whose process was asked to end."""
+    on_its_own = settings.federation.engine == "flower"
+    return "The run goes on at the SuperLink: watch it again" if on_its_own else "Complete rounds are kept"
 
 
 def _print_headline(prepared: Prepared, console: Console) -> None:

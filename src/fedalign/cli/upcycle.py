@@ -63,7 +63,7 @@ def upcycle(
     The router is random and the weights of the top-k experts sum to one, so without noise the new model computes what
     the dense one does.
     """
-    from fedalign.files import check_free, replacing
+    from fedalign.files import check_free, claimed, replacing
     from fedalign.moe.load import quiet
     from fedalign.moe.model import MoEModel
     from fedalign.moe.upcycle import DenseSource, Recipe, check_dense, load_dense, probe_logits
@@ -84,10 +84,13 @@ def upcycle(
         logits = probe_logits(model)
         model = make_sparse(model, recipe)
         highest, difference = float(logits.abs().max()), float((probe_logits(model) - logits).abs().max())
-    with out.status("Writing ..."), replacing(out_.resolve(), "model") as folder:
-        model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+    place = out_.resolve()
+    with out.status("Writing ..."), claimed(place, "another command"):
+        check_free(out_, "model", overwrite)  # once more: somebody may have been faster
+        with replacing(place, "model") as folder:
+            model.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
     about = MoEModel.wrap(model).describe()
     rows = [
         ("family", f"{family} -> {about.family}"),
@@ -99,10 +102,10 @@ def upcycle(
     ]
     print_table(f"{source} upcycled", rows)
     bytes_written = sum(file.stat().st_size for file in out_.iterdir())
-    place = shlex.quote(str(out_))
+    quoted = shlex.quote(str(out_))
     say(f"Written   {out_} ({size(bytes_written)}): load it with transformers")
-    say(f"Look      fedalign inspect {place}")
-    say(f"Train     fedalign run my.toml --set model.path={place}")
+    say(f"Look      fedalign inspect {quoted}")
+    say(f"Train     fedalign run my.toml --set model.path={quoted}")
 
 
 def _tokenizer(source: DenseSource) -> tuple[Any, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,14 +13,15 @@ from torch import Tensor
 
 from fedalign import parallel
 from fedalign.config.run import ClientLimits
-from fedalign.errors import TrainingFailedError
-from fedalign.files import forget_old, replacing, rounds_in
+from fedalign.errors import TrainingFailedError, UserError
+from fedalign.files import KEPT_BY_CLIENTS, damage, forget_old, replacing, rounds_in
 from fedalign.protocol import Packed, ParameterGroup, Request, Update, Weights, parse_group
 
 if TYPE_CHECKING:  # handing over an update needs neither a model nor data
     from fedalign.client.evaluation import TestSet
     from fedalign.data.encode import Encoded
 
+logger = logging.getLogger(__name__)
 UPDATE, KEPT = "update.safetensors", "kept.safetensors"
 
 
@@ -72,17 +74,19 @@ class ClientMemory:
         with replacing(self.folder / f"round-{round:05d}") as folder:
             save_file(arrays, folder / UPDATE)
             kept.save(folder / KEPT)
-        forget_old(self.folder)
+        forget_old(self.folder, KEPT_BY_CLIENTS)
 
     def hand_over(self, client: str, request: Request) -> Update:
         """Read the asked groups of a kept update; nothing else is loaded, no model is needed.
 
         Raises:
-            TrainingFailedError: It keeps no such update.
+            TrainingFailedError: It keeps no such update, or a damaged one.
         """
         path = self.folder / f"round-{request.round:05d}" / UPDATE
         if not path.exists():
             raise TrainingFailedError(f"it keeps no update of round {request.round}")
+        if problem := damage(path.parent, UPDATE):
+            raise TrainingFailedError(f"its update of round {request.round} is damaged on its disk: {problem}")
         kept = _read(path)
         lacking = [str(group) for group in request.groups if group not in kept]
         if lacking:
@@ -90,14 +94,38 @@ class ClientMemory:
         return Update(client, request.round, {group: kept[group] for group in request.groups})
 
     def last_update(self, round: int) -> dict[ParameterGroup, Packed]:
-        """The update of the latest round before `round`; empty if there is none."""
-        earlier = [path / UPDATE for number, path in rounds_in(self.folder) if number < round]
-        return _read(earlier[-1]) if earlier and earlier[-1].exists() else {}
+        """The update of the latest round before `round`; empty if there is none.
+
+        Raises:
+            UserError: As of `before`.
+        """
+        folder = self._latest(round, UPDATE)
+        return {} if folder is None else _read(folder / UPDATE)
 
     def before(self, round: int) -> Kept:
-        """What the client kept from the latest round before `round`; empty if it has not taken part yet."""
-        earlier = [path for number, path in rounds_in(self.folder) if number < round]
-        return Kept.load(earlier[-1] / KEPT) if earlier else Kept()
+        """What the client kept from the latest round before `round`; empty if it has not taken part yet.
+
+        Raises:
+            UserError: All that it kept is damaged; of one damaged round it is told, and the one before it is used.
+        """
+        folder = self._latest(round, KEPT)
+        return Kept() if folder is None else Kept.load(folder / KEPT)
+
+    def _latest(self, round: int, name: str) -> Path | None:
+        """The latest round before `round` that has a file which is not damaged."""
+        problems: list[str] = []
+        for number, folder in reversed(rounds_in(self.folder)):
+            if number >= round or not (folder / name).exists():
+                continue
+            problem = damage(folder, name)
+            if not problem:
+                if problems and parallel.is_first():
+                    logger.warning("%s. Round %d is used instead.", "; ".join(problems), number)
+                return folder
+            problems.append(f"{str(folder)!r}: damaged ({problem})")
+        if problems:
+            raise UserError(f"{'; '.join(problems)}. No earlier round is kept: start the run anew.")
+        return None
 
     @parallel.by_the_first
     def forget_updates(self) -> None:

@@ -7,22 +7,21 @@ logs/             what each run printed    tune/ tune.csv tuned.toml   how hyper
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 
 from fedalign.compare.plan import Cell, Design, differences
 from fedalign.config.toml import read_config
 from fedalign.errors import UserError
-from fedalign.files import LOCK, MARK, check_free, holds, rounds_in, take, write_text
+from fedalign.files import LOCK, check_free, holds, is_bare, locked, rounds_in, take, write_text
 from fedalign.protocol import Metrics
+from fedalign.server.checkpoint import whole_rounds
 from fedalign.server.results import RunFolder, read_history
 
 WRITTEN = (  # to a comparison's folder; the folder of each run is marked itself
@@ -70,23 +69,13 @@ class ComparisonFolder:
                 f"{str(self.design)!r}: cannot be read ({reason}). Give another --out, or --overwrite."
             ) from None
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[int]:
+    def locked(self) -> AbstractContextManager[int]:
         """Hold the folder: the file descriptor is handed to runs, which may outlive who started them.
 
         Raises:
             UserError: Somebody else holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / LOCK).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"--out {str(self.path)!r}: a comparison is at work there, or runs that it left behind. "
-                    "Wait for it, end it, or give another --out."
-                ) from None
-            yield lock.fileno()
+        return locked(self.path / LOCK, "a comparison, or runs that it left behind,")
 
     def check(self, design: Design, overwrite: bool) -> None:
         """Refuse a place where anything but this comparison would be lost.
@@ -127,7 +116,7 @@ def standing(cell: Cell, folder: RunFolder) -> Standing:
     Raises:
         UserError: The folder belongs to another configuration.
     """
-    if not folder.path.exists() or all(path.name == MARK for path in folder.path.iterdir()):
+    if is_bare(folder.path):
         return Standing("waiting")
     try:
         config = read_config(folder.config.read_text(encoding="utf-8"))
@@ -146,7 +135,7 @@ def standing(cell: Cell, folder: RunFolder) -> Standing:
             return Standing("begun", read_history(folder))
         json.loads(folder.summary.read_text(encoding="utf-8"))
         history = read_history(folder, strict=True)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         return Standing("damaged", reason=str(error))
     rounds = [line.get("round") for line in history]
     if rounds != list(range(cell.config.run.rounds + 1)):
@@ -164,10 +153,6 @@ def set_aside(folder: RunFolder) -> Path:
 
 
 def _check_checkpoint(folder: Path) -> None:
-    """That the latest complete round can be read, without reading its weights."""
-    for _, last in rounds_in(folder)[-1:]:
-        if not isinstance(json.loads((last / "state.json").read_text(encoding="utf-8")), dict):
-            raise ValueError(f"{last.name}/state.json is not an object")
-        for name in ("weights.safetensors", "algorithm.safetensors"):
-            with safe_open(last / name, framework="pt"):
-                pass
+    """That a complete round can be read, if there is one."""
+    if rounds_in(folder) and not whole_rounds(folder):
+        raise ValueError("no kept round of its checkpoint is whole")

@@ -21,7 +21,7 @@ from fedalign.config.run import Config
 from fedalign.data.batches import batches
 from fedalign.data.encode import Encoded
 from fedalign.federation.in_process import Prepared
-from fedalign.files import KEPT_ROUNDS
+from fedalign.files import KEPT_BY_CLIENTS
 from fedalign.maths.rounding import broadcast_dtype, packed_nbytes
 from fedalign.protocol import Layout, asked_shapes
 from fedalign.server.rounds import select
@@ -113,7 +113,7 @@ def estimate_site(bench: Workbench) -> SiteEstimate:
         down_a_round=weights * broadcasts,
         up_a_round_at_most=update + statistics,
         statistics=statistics,
-        disk=(KEPT_ROUNDS + 1) * (update + remembered),
+        disk=(KEPT_BY_CLIENTS + 1) * (update + remembered),
     )
 
 

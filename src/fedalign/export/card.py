@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import tomli_w
@@ -22,6 +23,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedalign.config.run import Config, DataConfig
 from fedalign.data.formats import FORMATS
+from fedalign.files import digests
 from fedalign.protocol import Metrics
 from fedalign.server.health import DEAD, OVERLOADED, Round
 from fedalign.server.scores import merit
@@ -145,12 +147,13 @@ class Trained:
 
 
 def write_card(folder: Path, made: Made, trained: Trained) -> None:
-    """Write the card of the model in `folder`."""
-    (folder / CARD).write_text(f"{render(made, trained)}\n", encoding="utf-8")
+    """Write the card of the model in `folder`, which names the weights that it speaks of by their digests."""
+    weights = digests(folder, folder.glob("*.safetensors"))
+    (folder / CARD).write_text(f"{render(made, trained, weights)}\n", encoding="utf-8")
 
 
-def render(made: Made, trained: Trained) -> str:
-    """The whole card."""
+def render(made: Made, trained: Trained, weights: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The whole card; `weights`: SHA-256 of the files that hold them."""
     environment = Environment(
         loader=PackageLoader("fedalign.export", "."),
         undefined=StrictUndefined,
@@ -167,6 +170,7 @@ def render(made: Made, trained: Trained) -> str:
         snippet=snippet(made),
         rows=training_rows(trained),
         scores=score_rows(made, trained),
+        weights=weights,
         routing=routing_sentences(trained),
         flags=_flags(made, trained),
         settings=public_settings(made, config),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fedalign.client.memory import ClientMemory, Kept
@@ -24,17 +24,18 @@ from fedalign.compare.folder import ComparisonFolder
 from fedalign.config.run import Config
 from fedalign.errors import UserError, unknown
 from fedalign.export.card import MIXER, Made, Trained, write_card
-from fedalign.files import KEPT_ROUNDS, MARK, check_free, folder_name, replacing, rounds_in
+from fedalign.files import KEPT_BY_CLIENTS, MARK, SUMS, check_free, claimed, damage, folder_name, replacing, rounds_in
 from fedalign.moe.load import DTYPES, auto_class, load_plain, model_path
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import Metrics, Weights
 from fedalign.server.checkpoint import Checkpoints
 from fedalign.server.health import DamagedError, read_round
-from fedalign.server.results import RunFolder, read_history
-from fedalign.server.scores import merit
+from fedalign.server.results import ROUND, RunFolder, check_round, read_history
+from fedalign.server.scores import best_of
 
 CLIENTS = "clients"  # folder of personal models
 ADAPTER = "adapter_config.json"
+OF_THE_RUN = (SUMS, ROUND)  # in a folder that a run saved; what is exported has digests of its own, and a card
 
 
 @dataclass(frozen=True)
@@ -152,18 +153,27 @@ def export(wanted: Wanted, progress: Callable[[str], None]) -> Exported:
     snapshot = find_snapshot(wanted.run, wanted.best)
     base = base_of(snapshot, wanted.base)
     _check(wanted, snapshot)
-    _check_free(wanted, snapshot, base)
+    place = wanted.to.resolve()
     try:
-        with replacing(wanted.to.resolve(), "model") as folder:
-            personal, without = _write(wanted, snapshot, base, folder, progress)
-            progress("Writing the model card ...")
-            made, trained = _made(wanted, snapshot, base, folder, len(personal)), _trained(snapshot, wanted.best)
-            write_card(folder, made, trained)
-            for name, kept in personal.items():
-                part = folder / CLIENTS / folder_name(name)
-                write_card(part, made.of_client(name, mixes=bool(kept.mixer)), trained)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with claimed(place, "an export"):
+            _check_free(wanted, snapshot, base)
+            return _export(wanted, snapshot, base, place, progress)
     except OSError as error:
         raise UserError(f"--to {str(wanted.to)!r}: cannot be written: {error}. Give another folder.") from None
+
+
+def _export(
+    wanted: Wanted, snapshot: Snapshot, base: Base | None, place: Path, progress: Callable[[str], None]
+) -> Exported:
+    with replacing(place, "model") as folder:
+        personal, without = _write(wanted, snapshot, base, folder, progress)
+        progress("Writing the model card ...")
+        made, trained = _made(wanted, snapshot, base, folder, len(personal)), _trained(snapshot, wanted.best)
+        write_card(folder, made, trained)
+        for name, kept in personal.items():
+            part = folder / CLIENTS / folder_name(name)
+            write_card(part, made.of_client(name, mixes=bool(kept.mixer)), trained)
     return Exported(made, snapshot, trained, len(personal), without, _notes(snapshot, made))
 
 
@@ -171,12 +181,13 @@ def find_snapshot(run: Path, best: bool) -> Snapshot:
     """The run's model after its last complete round, or after its best one.
 
     Raises:
-        UserError: It is no run, or has no such model.
+        UserError: It is no run, a process is at work in it, or it has no such model, or a damaged one.
     """
     if ComparisonFolder(run).design.exists():
         raise UserError(f"fedalign export {str(run)!r}: is a comparison. Give one of the runs in it: {run}/runs/...")
     folder = RunFolder(run)
     config = folder.read_config("fedalign export")
+    folder.check_idle()
     if best:
         return _best(folder, config)
     try:
@@ -185,7 +196,7 @@ def find_snapshot(run: Path, best: bool) -> Snapshot:
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{str(folder.summary)!r}: damaged ({error}). Finish the run: {_resume(folder)}") from None
     if folder.model.is_dir() and finished >= max((number for number, _ in rounds_in(folder.checkpoint)), default=0):
-        return Snapshot(folder, config, finished, _history(folder, finished), folder.model, None)
+        return _saved(folder, config, folder.model, finished)
     state = Checkpoints(folder.checkpoint, {}).load()
     if state is None or not state.round:
         raise UserError(f"fedalign export {str(run)!r}: no round is complete yet. Go on with it: {_resume(folder)}")
@@ -193,12 +204,17 @@ def find_snapshot(run: Path, best: bool) -> Snapshot:
 
 
 def _best(folder: RunFolder, config: Config) -> Snapshot:
-    lines = _history(folder, None) if folder.best.is_dir() else []
-    scored = [(score, line["round"]) for line in lines if (score := merit(line)) is not None]
-    if not scored:
+    best = best_of(_history(folder, None)) if folder.metrics.exists() else None
+    if best is None:
         raise UserError("--best: no round of this run was scored, so none is the best. Leave out --best.")
-    number = int(max(scored, key=lambda one: one[0])[1])
-    return Snapshot(folder, config, number, _history(folder, number), folder.best, None)
+    return _saved(folder, config, folder.best, int(best["round"]))
+
+
+def _saved(folder: RunFolder, config: Config, model: Path, number: int) -> Snapshot:
+    """What the run wrote of a round, after a look at whether it is that."""
+    history = _history(folder, number)
+    check_round(model, history[-1] if history else {"round": number})
+    return Snapshot(folder, config, number, history, model, None)
 
 
 def _history(folder: RunFolder, last: int | None) -> list[Metrics]:
@@ -306,10 +322,10 @@ def _kept(snapshot: Snapshot, name: str) -> Kept:
     """
     memory = ClientMemory(snapshot.folder.clients / folder_name(name))
     rounds = rounds_in(memory.folder)
-    if len(rounds) >= KEPT_ROUNDS and rounds[0][0] > snapshot.round:
+    if len(rounds) >= KEPT_BY_CLIENTS and rounds[0][0] > snapshot.round:
         raise UserError(
-            f"--clients: clients keep what is personal of their last {KEPT_ROUNDS} rounds, and {name!r} took part in "
-            f"as many after round {snapshot.round}. Leave out --best or --clients."
+            f"--clients: clients keep what is personal of their last {KEPT_BY_CLIENTS} rounds, and {name!r} took part "
+            f"in as many after round {snapshot.round}. Leave out --best or --clients."
         )
     try:
         return memory.before(snapshot.round + 1)
@@ -324,18 +340,20 @@ def _folders(folder: Path, personal: Iterable[str]) -> Iterator[Path]:
 
 
 def _copy(kept: Path, folder: Path) -> None:
-    """Copy a model as it is.
+    """Copy a model as it is, but for what the run says of it.
 
     Raises:
-        UserError: A file of it cannot be read.
+        UserError: The copy is not what was written: a file cannot be read, or the run went on meanwhile.
     """
     try:
         shutil.copytree(kept, folder, ignore=shutil.ignore_patterns(MARK), dirs_exist_ok=True)
-        for file in folder.glob("*.safetensors"):
-            with safe_open(file, framework="pt"):
-                pass  # a file cut short is noticed here
-    except (OSError, shutil.Error, SafetensorError) as error:
-        raise UserError(f"{str(kept)!r}: damaged: {' '.join(str(error).split())}") from None
+        problem = damage(folder)
+    except shutil.Error as error:
+        problem = " ".join(str(error).split())
+    if problem:
+        raise UserError(f"{str(kept)!r}: damaged, or changed while it was read: {problem}")
+    for name in OF_THE_RUN:
+        (folder / name).unlink()
 
 
 def _with_model(
@@ -401,7 +419,7 @@ def _add_tokenizer(snapshot: Snapshot, moe: MoEModel, folder: Path) -> None:
 def _copy_beside(there: Path, folder: Path) -> None:
     """Copy what a model's folder holds beside the model: its tokenizer."""
     for file in there.iterdir():
-        wanted = file.is_file() and file.name != MARK and ".safetensors" not in file.suffixes
+        wanted = file.is_file() and file.name not in (MARK, *OF_THE_RUN) and ".safetensors" not in file.suffixes
         if wanted and not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
 

@@ -1,12 +1,14 @@
 """What survives a crash: the server's state after each round, and what each client keeps for itself.
 
 Everything is written beside its place and renamed into it, so a kill at any moment leaves the old state or the new
-one, never half of either. The last two rounds stay.
+one, never half of either. The last two rounds stay, each with digests of its files: if the last one is damaged, a run
+goes on from the one before it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from fedalign import parallel
 from fedalign.errors import UserError
-from fedalign.files import forget_old, replacing, rounds_in
+from fedalign.files import KEPT_ROUNDS, damage, forget_old, replacing, rounds_in
 from fedalign.protocol import Metrics, State, Weights, parse_group
+
+logger = logging.getLogger(__name__)
+FILES = ("state.json", "weights.safetensors", "algorithm.safetensors", "moments.safetensors")
 
 
 @dataclass(frozen=True)
@@ -47,18 +52,32 @@ class Checkpoints:
             save_file({name: t.contiguous() for name, t in state.moments.items()}, folder / "moments.safetensors")
             about = {"round": state.round, "identity": self.identity, "history": state.history}
             (folder / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-        forget_old(self.folder)
+        forget_old(self.folder, KEPT_ROUNDS)
 
     def load(self) -> ServerState | None:
-        """The latest complete round, or None where there is none.
+        """The latest complete round that is not damaged, or None where there is none; what is damaged is told.
 
         Raises:
-            UserError: The checkpoint is damaged, or of another model or configuration.
+            UserError: All rounds that are kept are damaged, or it is of another model or configuration.
         """
-        kept = rounds_in(self.folder)
-        if not kept:
-            return None
-        folder = kept[-1][1]
+        problems: list[str] = []
+        for number, folder in reversed(rounds_in(self.folder)):
+            problem = _damage(folder)
+            if not problem:
+                if problems and parallel.is_first():
+                    logger.warning("%s. Going on from round %d.", "; ".join(problems), number)
+                return self._read(folder)
+            problems.append(f"checkpoint {str(folder)!r}: damaged ({problem})")
+        if problems:
+            raise UserError(f"{'; '.join(problems)}. No other round is kept: start anew with another --out.")
+        return None
+
+    def weights_after(self, round: int) -> Weights | None:
+        """The weights of one round, if it is kept and not damaged."""
+        folder = dict(rounds_in(self.folder)).get(round)
+        return None if folder is None or _damage(folder) else self._read(folder).weights
+
+    def _read(self, folder: Path) -> ServerState:
         try:
             about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             self._check(folder, about["identity"])
@@ -66,10 +85,8 @@ class Checkpoints:
             algorithm = load_file(folder / "algorithm.safetensors")
             moments = load_file(folder / "moments.safetensors")
             return ServerState(about["round"], weights, algorithm, tuple(about["history"]), moments)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise UserError(
-                f"checkpoint {str(folder)!r}: damaged ({error}). Delete that folder to resume from the round before it."
-            ) from None
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(f"checkpoint {str(folder)!r}: made by another version ({error}).") from None
 
     def _check(self, folder: Path, identity: Mapping[str, str]) -> None:
         for name, mine in self.identity.items():
@@ -78,3 +95,12 @@ class Checkpoints:
                     f"checkpoint {str(folder)!r}: made with another {name} ({identity.get(name)}, this one is {mine}). "
                     f"Resume with the run's own config.toml, or start anew with another --out."
                 )
+
+
+def whole_rounds(folder: Path) -> list[int]:
+    """The kept rounds that are as they were written, oldest first."""
+    return [number for number, path in rounds_in(folder) if not _damage(path)]
+
+
+def _damage(folder: Path) -> str:
+    return damage(folder, *FILES)

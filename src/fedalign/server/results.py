@@ -7,17 +7,18 @@ clients.json    what is known of their data
 health/         routing, similarities and weights of each round
 events.*        for TensorBoard       trackers.json   ids of this run at MLflow and W&B
 .fedalign       what may be removed when the run is replaced
+.lock  .watch   who does the rounds, and who started the run and looks on
 """
 
 from __future__ import annotations
 
 import json
-import math
+import logging
 import platform
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,16 +26,25 @@ from fedalign import parallel
 from fedalign.config.run import Config
 from fedalign.config.toml import read_config
 from fedalign.errors import UserError
-from fedalign.files import check_free, replacing, take, write_text
+from fedalign.files import LOCK, WATCH, check_free, damage, locked, refuse_held, replacing, take, tidy, write_text
 from fedalign.protocol import Layout, Metrics, Plan, Statistics, Weights
 from fedalign.server.checkpoint import ServerState
 from fedalign.server.health import write_health
-from fedalign.server.scores import accuracy_of, loss_of, merit
+from fedalign.server.scores import accuracy_of, best_of, loss_of, merit
 from fedalign.server.trackers import TrackedRun, open_trackers
 
+logger = logging.getLogger(__name__)
+ROUND = "round.json"  # in model/ and best/: which round it is, and how that scored
 WRITTEN = (  # to a run's folder, by whoever takes part in the run; model/ and best/ are marked themselves
     *("config.toml", "metrics.jsonl", "summary.json", "clients.json", "trackers.json", "report.html"),
-    *("checkpoint/round-*", "clients/*/round-*", "health/round-*.safetensors", "model/", "best/"),
+    *(
+        "checkpoint/round-*",
+        "checkpoint/constants",
+        "clients/*/round-*",
+        "health/round-*.safetensors",
+        "model/",
+        "best/",
+    ),
     *("events.out.tfevents.*", "wandb/*", "flower/*", "status.json", "run-key"),
 )
 
@@ -72,6 +82,35 @@ class RunFolder:
         """
         check_free(self.path, "run", overwrite, go_on=f"Go on with it: fedalign run --resume {self.path}. ")
 
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Hold the run as who starts it and looks on.
+
+        Raises:
+            UserError: Another process does.
+        """
+        with locked(self.path / WATCH, "a run") if parallel.is_first() else nullcontext():
+            yield
+
+    @contextmanager
+    def worked(self) -> Iterator[None]:
+        """Hold the run as who does the rounds, or empties the folder for a new one.
+
+        Raises:
+            UserError: Another process does.
+        """
+        with locked(self.path / LOCK, "a run") if parallel.is_first() else nullcontext():
+            yield
+
+    def check_idle(self, *, rounds: bool = True) -> None:
+        """Refuse a run that another process has started and looks on or, with `rounds`, does the rounds of.
+
+        Raises:
+            UserError: One does.
+        """
+        for name in (WATCH, LOCK) if rounds else (WATCH,):
+            refuse_held(self.path / name, "a run")
+
     @parallel.by_the_first
     def begin(self, config: Config) -> None:
         """Make the folder anew with the resolved configuration; call it where `check_free` allowed it.
@@ -105,6 +144,8 @@ class Recorder:
         self.folder = folder
         self.config = config
         self.centre = centre
+        if parallel.is_first():
+            tidy(folder.path)
         self._write_metrics(resumed.history)  # lines of a round that was cut off are dropped
         followed = TrackedRun(folder.path, flat(config.model_dump(mode="json"), "."), resumed.round)
         self._trackers = open_trackers(config.tracking.loggers if parallel.is_first() else (), followed)
@@ -124,35 +165,97 @@ class Recorder:
         for tracker in self._trackers:
             tracker.log(state.round, scalars)
         if improved:
-            self._save(state.weights, self.folder.best)
+            self._save(state.weights, self.folder.best, state.history[-1])
+
+    def mend_best(self, history: Sequence[Metrics], weights_after: Callable[[int], Weights | None]) -> None:
+        """Make `best/` that of the best round again, if a kill or a damage came between.
+
+        Args:
+            history: of the complete rounds.
+            weights_after: the weights of a round that is still kept.
+        """
+        best = best_of(history)
+        problem = "" if best is None else parallel.agreed(_unlike(self.folder.best, best))
+        if best is None or not problem:
+            return
+        weights = weights_after(best["round"])
+        if weights is not None:
+            self._save(weights, self.folder.best, best)
+        elif parallel.is_first():
+            logger.warning(
+                "%s: %s. The best round so far is %d, which is no longer kept; the next better one is written there.",
+                self.folder.best,
+                problem,
+                best["round"],
+            )
 
     def finish(self, state: ServerState) -> dict[str, Any]:
         """Write the final model and the summary; return the summary."""
         for tracker in self._trackers:
             tracker.close()
-        self._save(state.weights, self.folder.model)
+        self._save(state.weights, self.folder.model, state.history[-1])
         checked = self.centre.check_model(self.folder.model) if self.config.run.check and parallel.is_first() else None
         summary = summarise(self.config, state.history) | {"checked": checked}
         if parallel.is_first():
             write_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
         return summary
 
-    def _save(self, weights: Weights, place: Path) -> None:
-        """Every process gives its share of the model, the first writes it."""
+    def _save(self, weights: Weights, place: Path, line: Metrics) -> None:
+        """Every process gives its share of the model, the first writes it, with the round that it is of."""
         with replacing(place, "model") if parallel.is_first() else nullcontext(place) as folder:
             self.centre.save_model(weights, folder)
+            if parallel.is_first():
+                (folder / ROUND).write_text(json.dumps(_described(line), indent=1) + "\n", encoding="utf-8")
 
     @parallel.by_the_first
     def _write_metrics(self, history: Sequence[Metrics]) -> None:
         write_text(self.folder.metrics, "".join(json.dumps(line) + "\n" for line in history))
 
 
+def saved_round(folder: Path) -> dict[str, Any] | None:
+    """The round that a saved model is of, `round`, and its numbers; None: the folder does not say."""
+    try:
+        about = json.loads((folder / ROUND).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return about if isinstance(about, dict) and isinstance(about.get("round"), int) else None
+
+
+def _described(line: Metrics) -> dict[str, Any]:
+    """A round's number and numbers, without what a clock measured and what is told client by client."""
+    return {k: v for k, v in line.items() if isinstance(v, int | float) and not k.endswith("seconds")}
+
+
+def _unlike(folder: Path, line: Metrics) -> str:
+    """Why a saved model is not that of a round, in a few words; empty: it is."""
+    about = saved_round(folder)
+    if about is None:
+        return f"does not say of which round it is (no {ROUND})" if folder.is_dir() else "is missing"
+    if json.dumps(about) != json.dumps(_described(line)):  # as text NaN is like NaN
+        again = ", done once more since" if about["round"] == line["round"] else ""
+        return f"holds round {about['round']}{again}"
+    problem = damage(folder)
+    return problem and f"is damaged ({problem})"
+
+
+def check_round(folder: Path, line: Metrics) -> None:
+    """Refuse a saved model that is not that of a round as it was scored.
+
+    Raises:
+        UserError: It is of another round, or was changed or damaged since.
+    """
+    if problem := _unlike(folder, line):
+        run = folder.parent
+        raise UserError(
+            f"{str(folder)!r}: {problem}; asked for is round {line['round']}. "
+            f"Make it whole again: fedalign run --resume {shlex.quote(str(run))}"
+        )
+
+
 def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
     """The run in one flat record. Accuracies are shares in [0, 1], losses nats per answer token; None: never scored."""
-    scored: list[tuple[float, Metrics]] = [(s, line) for line in history if (s := merit(line)) is not None]
-    scored = scored or [(-math.inf, {})]
-    first, last = scored[0][1], scored[-1][1]
-    best = max(scored, key=itemgetter(0))[1]
+    scored: list[Metrics] = [line for line in history if merit(line) is not None] or [{}]
+    first, last, best = scored[0], scored[-1], best_of(history) or {}
     return {
         "algorithm": config.algorithm.name,
         "seed": config.run.seed,

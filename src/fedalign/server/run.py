@@ -108,6 +108,7 @@ def execute(centre: Centre, folder: RunFolder, watch: Observer) -> dict[str, Any
     if parallel.is_first():
         write_text(folder.holdings, json.dumps(centre.holdings(), indent=1))
     recorder = Recorder(folder, config, centre, state)
+    recorder.mend_best(state.history, checkpoints.weights_after)
     server = Server(
         federation=centre.federation,
         algorithm=config.algorithm.build(),

@@ -6,6 +6,7 @@ import math
 import statistics as stats
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -51,6 +52,12 @@ def merit(metrics: Mapping[str, Any]) -> float | None:
     """What "best" means: accuracy, where there is none minus the loss; None for a round without evaluation."""
     accuracy, loss = accuracy_of(metrics), loss_of(metrics)
     return accuracy if accuracy is not None or loss is None else -loss
+
+
+def best_of(history: Sequence[Metrics]) -> Metrics | None:
+    """The line of the best round, of equals the first; None: no round was scored."""
+    scored = [(score, line) for line in history if (score := merit(line)) is not None]
+    return max(scored, key=itemgetter(0))[1] if scored else None
 
 
 def describe_scores(overall: Evaluation | None, scores: Sequence[Evaluation]) -> Metrics:

@@ -82,13 +82,15 @@ class TensorBoard:
 
     def log(self, round: int, scalars: Mapping[str, float]) -> None:
         """Add and flush, so that a person sees it at once."""
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, round)
-        self._writer.flush()
+        with _going_on("tensorboard", round):
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, round)
+            self._writer.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._writer.close()
+        with _going_on("tensorboard", None):
+            self._writer.close()
 
 
 class MLflow:
@@ -108,10 +110,10 @@ class MLflow:
                 self._client.update_run(self._id, status="RUNNING")
                 return
             self._id = self._client.create_run(self._experiment(), run_name=run.name).info.run_id
-            run.keep_id("mlflow", self._id)
             settings = [Param(key, str(value)[:500]) for key, value in run.settings.items()]
             for first in range(0, len(settings), PARAMETERS_A_CALL):
                 self._client.log_batch(self._id, params=settings[first : first + PARAMETERS_A_CALL])
+            run.keep_id("mlflow", self._id)
 
     def log(self, round: int, scalars: Mapping[str, float]) -> None:
         """Add; names keep letters, digits, and what MLflow allows besides."""
@@ -141,6 +143,7 @@ class WandB:
         import wandb
 
         id = run.kept_id("wandb") or uuid.uuid4().hex[:12]
+        run.keep_id("wandb", id)
         mode: Any = os.environ.get("WANDB_MODE") or "online"
         remedy = "Log in with `wandb login`, or keep the numbers here: WANDB_MODE=offline."
         with _setting_up("wandb", wandb.Error, remedy):
@@ -154,7 +157,6 @@ class WandB:
                 config=dict(run.settings),
                 settings=wandb.Settings(console="off", silent=True),
             )
-        run.keep_id("wandb", id)
 
     def log(self, round: int, scalars: Mapping[str, float]) -> None:
         """Add."""

@@ -1,15 +1,11 @@
 from __future__ import annotations
 
-import fcntl
 import os
-import threading
 from pathlib import Path
 
-import pytest
-
-from fedalign.errors import UserError
-from fedalign.federation.flower.status import Beacon, Status, is_running, read_status, running
+from fedalign.federation.flower.status import Beacon, Status, is_running, read_status
 from fedalign.server.checkpoint import ServerState
+from fedalign.server.results import RunFolder
 
 
 def test_a_run_that_nobody_began_is_starting(tmp_path: Path) -> None:
@@ -38,23 +34,10 @@ def test_each_client_that_is_done_is_told_at_once(tmp_path: Path) -> None:
         assert read_status(tmp_path) == Status("running", os.getpid(), 1, "training", done, 4)
 
 
-def test_one_coordinator_runs_a_folder_at_a_time(tmp_path: Path) -> None:
+def test_a_run_is_going_on_while_a_coordinator_holds_it(tmp_path: Path) -> None:
     assert not is_running(tmp_path)
-    with running(tmp_path):
-        assert is_running(tmp_path)
-        with pytest.raises(UserError, match="another coordinator is running it"), running(tmp_path):
-            pass
+    with RunFolder(tmp_path).watched():
+        assert not is_running(tmp_path)  # somebody looks on
+    with RunFolder(tmp_path).worked():
         assert is_running(tmp_path)
     assert not is_running(tmp_path)
-    with running(tmp_path):
-        pass
-
-
-def test_whoever_looks_at_that_moment_does_not_keep_a_coordinator_out(tmp_path: Path) -> None:
-    with running(tmp_path):
-        pass
-    looking = (tmp_path / ".lock").open()
-    fcntl.flock(looking, fcntl.LOCK_SH)  # as `is_running` does for as long as it looks
-    threading.Timer(0.2, looking.close).start()
-    with running(tmp_path):
-        assert is_running(tmp_path)

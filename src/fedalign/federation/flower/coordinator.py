@@ -20,12 +20,15 @@ from fedalign.data.formats import FORMATS
 from fedalign.errors import UserError
 from fedalign.federation.flower.link import Link
 from fedalign.federation.flower.sites import Agreement, FlowerFederation
+from fedalign.files import damage, replacing
 from fedalign.maths.rounding import unpack_weights
 from fedalign.moe.load import model_path
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import Evaluation, Layout, Weights
 from fedalign.server.results import RunFolder
 from fedalign.server.run import Holdings, identity
+
+CONSTANTS = "constants.safetensors"
 
 
 @dataclass
@@ -37,7 +40,7 @@ class Coordinator:
     test: TestSet | None
     federation: FlowerFederation
     _saved: MoEModel | None = field(default=None, init=False)  # a skeleton's copy with values, as last saved
-    constants_file: Path  # what a skeleton's model has besides weights, as a site sent it
+    constants: Path  # a folder: what a skeleton's model has besides weights, as a site sent it
 
     @classmethod
     def connect(cls, link: Link, config: Config, folder: RunFolder) -> Coordinator:
@@ -62,7 +65,7 @@ class Coordinator:
             )
         federation = FlowerFederation(link, config.federation, agreement)
         federation.settle_weights()
-        return cls(config, bench, test, federation, folder.checkpoint / "constants.safetensors")
+        return cls(config, bench, test, federation, folder.checkpoint / "constants")
 
     @property
     def layout(self) -> Layout:
@@ -82,8 +85,8 @@ class Coordinator:
             raise UserError(f"{start.client}: the weights that it sent do not fit the model: {error}") from None
         if found != self.federation.agreement.weights:
             raise UserError(f"{start.client}: sent other weights ({found[:12]}) than it announced.")
-        self.constants_file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(constants, self.constants_file)
+        with replacing(self.constants) as folder:
+            save_file(constants, folder / CONSTANTS)
         return weights
 
     def evaluate(self, weights: Weights) -> Evaluation | None:
@@ -123,7 +126,9 @@ class Coordinator:
         return self.bench.moe.device.type == "meta"
 
     def _constants(self) -> dict[str, Tensor]:
-        return load_file(self.constants_file)
+        if problem := damage(self.constants, CONSTANTS):
+            raise UserError(f"{str(self.constants)!r}: damaged ({problem}). Start anew with another --out.")
+        return load_file(self.constants / CONSTANTS)
 
 
 def load_bench(config: Config) -> tuple[Workbench, TestSet | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from fedalign.config.toml import load_config
 from fedalign.errors import UserError
 from fedalign.federation.flower.coordinator import Coordinator
 from fedalign.federation.flower.link import GridLink, RunAbout
-from fedalign.federation.flower.status import Beacon, running
-from fedalign.federation.service import log_to_stderr
-from fedalign.files import write_text
+from fedalign.federation.flower.status import Beacon
+from fedalign.federation.service import log, log_to_stderr
+from fedalign.files import trouble, write_text
 from fedalign.moe.load import quiet
 from fedalign.server.results import RunFolder
 from fedalign.server.run import execute
@@ -32,23 +33,33 @@ def main(grid: Grid, context: Context) -> None:
     log_to_stderr()
     quiet()
     folder = RunFolder(Path(str(context.run_config["out"])).expanduser().absolute())
-    beacon = Beacon(folder.path)
+    source = Path(str(context.run_config["config"])).expanduser()
     try:
-        config = load_config(Path(str(context.run_config["config"])).expanduser())
+        with folder.worked():
+            _go(grid, source, folder, Beacon(folder.path))
+    except UserError as error:
+        log.error("%s", error)
+        raise SystemExit(2) from None
+
+
+def _go(grid: Grid, source: Path, folder: RunFolder, beacon: Beacon) -> None:
+    try:
+        config = load_config(source)
         if not folder.config.exists():
             folder.check_free(overwrite=False)
             folder.begin(config)
-        with running(folder.path):
-            beacon.begin()
-            about = RunAbout(config.to_toml(), run_key(folder), str(folder.path))
-            link = GridLink(grid, about, expiry=2.0 * config.federation.timeout_seconds + 60)
-            execute(Coordinator.connect(link, config, folder), folder, beacon)
-            beacon.end()
+        beacon.begin()
+        about = RunAbout(config.to_toml(), run_key(folder), str(folder.path))
+        link = GridLink(grid, about, expiry=2.0 * config.federation.timeout_seconds + 60)
+        execute(Coordinator.connect(link, config, folder), folder, beacon)
+        beacon.end()
     except UserError as error:
         beacon.fail(str(error))
-        raise SystemExit(2) from None
+        raise
     except Exception as error:
-        beacon.fail(f"{type(error).__name__}: {error}")
+        told = trouble(error)
+        with contextlib.suppress(OSError):  # the disk may be full
+            beacon.fail(f"{told}. Complete rounds are kept" if told else f"{type(error).__name__}: {error}")
         raise
 
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from fedalign.errors import UserError
-from fedalign.files import LOCK, write_text
+from fedalign.files import LOCK, held_by, write_text
 from fedalign.protocol import Layout, Plan, Statistics
 from fedalign.server.checkpoint import ServerState
-
-PATIENCE = 1.0  # seconds that a run folder may be held before another coordinator is said to run it
 
 
 @dataclass(frozen=True)
@@ -78,33 +72,6 @@ def read_status(folder: Path) -> Status:
         return Status()
 
 
-@contextlib.contextmanager
-def running(folder: Path) -> Iterator[None]:
-    """Hold the run folder: one coordinator at a time.
-
-    Raises:
-        UserError: Another process runs it.
-    """
-    with (folder / LOCK).open("w") as lock:
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:  # perhaps for a moment only: somebody looks whether it is held
-                if time.monotonic() > deadline:
-                    raise UserError(f"run {str(folder)!r}: another coordinator is running it. End it first.") from None
-                time.sleep(0.02)
-        yield
-
-
 def is_running(folder: Path) -> bool:
     """Whether a coordinator holds the run folder."""
-    try:
-        with (folder / LOCK).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    return held_by(folder / LOCK) is not None
