@@ -30,6 +30,7 @@ from fedalign.errors import UserError
 from fedalign.moe.detect import detect
 from fedalign.moe.families import TOP_K, MoELayer, family_of, is_encoder_decoder
 from fedalign.moe.groups import Slot, find_slots, flat, unwrapped
+from fedalign.moe.kept import Kept, kept_of, save_with_kept
 from fedalign.moe.load import (
     DTYPES,
     configuration_of,
@@ -41,7 +42,7 @@ from fedalign.moe.load import (
     quantised_by,
     resolved_source,
 )
-from fedalign.moe.tuning import SELECTION_BIAS, choosers, freeze, freeze_choosers
+from fedalign.moe.tuning import SELECTION_BIAS, beside_text, choosers, freeze, freeze_unreached
 from fedalign.protocol import SHARED, Factors, Layout, ParameterGroup, TokenRows, Weights
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class MoEModel:
         devices: where the parameters live; more than one where the model is split.
         adapter: the adapters that are trained in place of the model's own weights; None: none.
         saved: what a base in 4 bits saves; None: it is not in 4 bits.
+        written: digests of the values that were saved last, where no process holds them all.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class MoEModel:
         self.devices = tuple(dict.fromkeys(slot.parameter.device for slot in self.slots))
         self._base_digest: Tensor | None = None
         self._origins: Mapping[str, bytes] = {}  # digests of what was packed
+        self.written: dict[str, bytes] = {}
         self._owners: dict[ParameterGroup, list[Slot]] = defaultdict(list)
         for slot in self.slots:
             for group in slot.groups if slot.parameter.requires_grad else ():
@@ -133,7 +136,7 @@ class MoEModel:
             UserError: the model is dense, of a refused family, its MoE layers cannot be understood, or it cannot be
                 tuned so.
         """
-        freeze_choosers(model)
+        freeze_unreached(model)
         if device is not None and not (tuning and tuning.kind == "qlora"):
             model.to(device)
         found, layers = detect(model)
@@ -154,7 +157,7 @@ class MoEModel:
         if model.device.type == "meta":
             origins, saved = {}, four_bit.forecast(model, layers)
         else:
-            origins = {name: _sha256(parameter.detach()) for name, parameter in model.named_parameters()}
+            origins = {name: sha256(parameter.detach()) for name, parameter in model.named_parameters()}
             saved = four_bit.quantise(model, layers, device or model.device)
         moe = cls(model, found, layers, lora.inject(model, layers, tuning, seed))
         moe.saved, moe._origins = saved, origins
@@ -201,10 +204,11 @@ class MoEModel:
         options = {"trust_remote_code": trust_remote_code, "revision": revision}
         with explaining(source):
             config, auto = configuration_of(source, options)
-            if quantised_by(config):
+            if dequantised := quantised_by(config) is not None:
                 del config.quantization_config
             with torch.device("meta"):
                 model = auto.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+            model.kept = Kept.of(model, source, revision, dequantised)
             if (Path(source) / "generation_config.json").is_file() or not Path(source).is_dir():
                 with contextlib.suppress(OSError):  # few models on the Hub have none
                     model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
@@ -336,8 +340,9 @@ class MoEModel:
         said = [f"not adapted: {', '.join(dict.fromkeys(paths))}: {reason}" for reason, paths in left.items()]
         if self.equal_lengths:
             said.append("sparse attention depends on padding: batches are of equal lengths")
-        if parts := getattr(self.model, "left_behind", None):
-            said.append(f"multimodal checkpoint: its text model is tuned and saved, without {', '.join(parts)}")
+        if parts := beside_text(self.model):
+            said.append(f"multimodal checkpoint: text alone is tuned, and the rest kept as it was: {', '.join(parts)}")
+        said += kept_of(self.model).notes if self.adapter is None else []
         if method := getattr(self.model, "dequantised_from", None):
             said.append(f"{method} checkpoint, dequantised: {self.nbytes / 1e6:,.1f} MB in {self.model.dtype}")
         return said
@@ -482,7 +487,7 @@ class MoEModel:
             self._save_whole(folder)
             return
         if self.adapter is None:
-            self.model.save_pretrained(folder)
+            save_with_kept(self.model, folder)
             return
         from fedalign.moe import lora
 
@@ -499,7 +504,8 @@ class MoEModel:
                 if parallel.is_first():
                     state[name] = whole.cpu()
         if parallel.is_first():
-            self.model.save_pretrained(folder, state_dict=state)
+            self.written = {name: sha256(value) for name, value in state.items()}
+            save_with_kept(self.model, folder, state_dict=state)
 
     def shard(self, device: torch.device) -> Self:
         """The same model with only this process's rows of every parameter, on `device`; this one is used up.
@@ -657,11 +663,12 @@ def _digest(text: str, values: Mapping[str, Tensor | bytes]) -> Any:
     digest = hashlib.sha256(text.encode())
     for name, value in sorted(values.items()):
         digest.update(name.encode())
-        digest.update(value if isinstance(value, bytes) else _sha256(parallel.whole(value)))
+        digest.update(value if isinstance(value, bytes) else sha256(parallel.whole(value)))
     return digest
 
 
-def _sha256(value: Tensor) -> bytes:
+def sha256(value: Tensor) -> bytes:
+    """Of a tensor's bytes."""
     return hashlib.sha256(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).digest()
 
 
