@@ -107,6 +107,7 @@ def test_a_skeleton_of_a_quantised_checkpoint_is_of_the_same_architecture(made: 
     for tuning in (None, TuningConfig(kind="lora")):
         moe, skeleton = MoEModel.load(folder, tuning=tuning), MoEModel.skeleton(folder, tuning=tuning)
         assert skeleton.fingerprint() == moe.fingerprint()
+        assert skeleton.notes == moe.notes
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])

@@ -191,9 +191,8 @@ def _wanted(
     """
     _refuse_experts(model, layers, options)
     parts = {*options.targets, *(["router"] if options.router == "lora" else [])}
-    part, blind = _parts(model, layers), choosers(model)
+    part, left_out = _parts(model, layers), left_out_of(model, layers, options.targets)
     fitting = [path for path in part if part[path] in parts]
-    left_out = {path: reason for path in fitting if (reason := _unfit(model, path, blind)) and part[path] != "router"}
     linears = [path for path in fitting if path not in left_out]
     parameters = [name for layer in layers for name in _fused(model, layer) if "experts" in parts]
     if options.targets and not linears and not parameters:
@@ -215,6 +214,15 @@ def _wanted(
     left = set(chosen([*modules, *parameters, *routers], options))
     kept = tuple([name for name in names if name in left] for names in (modules, parameters, routers))
     return kept, left_out  # type: ignore[return-value] # a tuple of three
+
+
+def left_out_of(
+    model: PreTrainedModel, layers: Sequence[MoELayer], targets: Collection[str] | None = None
+) -> dict[str, str]:
+    """Linear layers among these targets, or among all, that are not adapted, and why."""
+    blind, parts = choosers(model), _parts(model, layers).items()
+    fitting = [path for path, part in parts if part != "router" and (targets is None or part in targets)]
+    return {path: reason for path in fitting if (reason := _unfit(model, path, blind))}
 
 
 def _unfit(model: PreTrainedModel, path: str, blind: tuple[str, ...]) -> str:

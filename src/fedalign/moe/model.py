@@ -204,11 +204,11 @@ class MoEModel:
         options = {"trust_remote_code": trust_remote_code, "revision": revision}
         with explaining(source):
             config, auto = configuration_of(source, options)
-            if dequantised := quantised_by(config) is not None:
+            if method := quantised_by(config):
                 del config.quantization_config
             with torch.device("meta"):
                 model = auto.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
-            model.kept = Kept.of(model, source, revision, dequantised)
+            model.kept, model.dequantised_from = Kept.of(model, source, revision, bool(method)), method
             if (Path(source) / "generation_config.json").is_file() or not Path(source).is_dir():
                 with contextlib.suppress(OSError):  # few models on the Hub have none
                     model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
@@ -334,10 +334,7 @@ class MoEModel:
     @property
     def notes(self) -> list[str]:
         """What a person should know of how this model is trained, a line each."""
-        left: dict[str, list[str]] = {}
-        for path, reason in self.adapter.left_out.items() if self.adapter else ():
-            left.setdefault(reason, []).append(re.sub(r"\.\d+\.", ".*.", path))
-        said = [f"not adapted: {', '.join(dict.fromkeys(paths))}: {reason}" for reason, paths in left.items()]
+        said = [f"not adapted: {layers}" for layers in _by_reason(self.adapter.left_out if self.adapter else {})]
         if self.equal_lengths:
             said.append("sparse attention depends on padding: batches are of equal lengths")
         if parts := beside_text(self.model):
@@ -346,6 +343,12 @@ class MoEModel:
         if method := getattr(self.model, "dequantised_from", None):
             said.append(f"{method} checkpoint, dequantised: {self.nbytes / 1e6:,.1f} MB in {self.model.dtype}")
         return said
+
+    def not_adaptable(self) -> list[str]:
+        """Linear layers that LoRA would leave out, whatever it targets, by reason."""
+        from fedalign.moe import lora
+
+        return _by_reason(lora.left_out_of(self.model, self.layers))
 
     @property
     def equal_lengths(self) -> bool:
@@ -648,6 +651,14 @@ class MoEModel:
                     dense = name == "mlp" and not block.startswith(f"{place}.mlp")  # gemma4 has one beside its router
                     if dense or (name.startswith("shared_") and not name.endswith("gate")):
                         yield f"{place}.{name} ({type(module).__name__})"
+
+
+def _by_reason(left_out: Mapping[str, str]) -> list[str]:
+    """Layers that are left out, by path, a line for each reason."""
+    left: dict[str, list[str]] = {}
+    for path, reason in left_out.items():
+        left.setdefault(reason, []).append(re.sub(r"\.\d+\.", ".*.", path))
+    return [f"{', '.join(dict.fromkeys(paths))}: {reason}" for reason, paths in left.items()]
 
 
 def _lasting(config: Any) -> Any:
