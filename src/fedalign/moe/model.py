@@ -550,9 +550,13 @@ class MoEModel:
         """Hold an adapter that `save` wrote against the model's own.
 
         Raises:
-            UserError: As `read_adapter`, or it has other values.
+            UserError: As `read_adapter`, it has other values, or it names another base.
         """
-        mine = self._adapter_values()
+        from fedalign.moe import lora
+
+        mine, recorded = self._adapter_values(), lora.recorded_base(Path(folder))
+        if recorded != self.base_digest():
+            raise UserError(f"adapter {str(folder)!r}: it names another base ({str(recorded)[:12]}) than the model's.")
         for name, value in self._stored_adapter(folder).items():
             if not torch.equal(mine[name].detach().cpu(), value):
                 raise UserError(f"adapter {str(folder)!r}: {name} has other values than the model.")

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedalign.errors import UserError
 from fedalign.moe.families import is_encoder_decoder
 from fedalign.moe.kept import kept_of
-from fedalign.moe.load import auto_of, load_plain
+from fedalign.moe.load import auto_of, explaining, load_plain
 from fedalign.moe.model import MoEModel, sha256
 from fedalign.moe.stored import Loading, stored
 
@@ -48,14 +48,22 @@ def check_saved(moe: MoEModel, folder: Path, base: str, *, dtype: str, runs: boo
         plain = lora.put_upon(load_plain(base, dtype=dtype, **options), folder)
         return f"names, shapes and values of the adapter, {_same_logits(moe, plain, folder, dtype)}"
     options["revision"] = None
-    kept_of(moe.model).check(folder)
+    kept = kept_of(moe.model)
+    kept.check(folder)
+    looked = "names, shapes and values" + (f", without {', '.join(kept.lacking)}" if kept.lacking else "")
     if runs and not moe.sharded and _fits(moe):
         plain = load_plain(folder, dtype=dtype, **options)
         _same_values(moe.model.state_dict(), plain.state_dict().items(), folder)
-        return f"names, shapes and values, {_same_logits(moe, plain, folder, dtype)}"
-    with torch.device("meta"):
+        return f"{looked}, {_same_logits(moe, plain, folder, dtype)}"
+    _same_one_by_one(moe, folder, options)
+    return looked
+
+
+def _same_one_by_one(moe: MoEModel, folder: Path, options: dict[str, Any]) -> None:
+    """Names and shapes by loading a model without values, then value after value as it would have them."""
+    with explaining(str(folder)), torch.device("meta"):
         plain, report = auto_of(str(folder), options).from_pretrained(
-            folder, device_map="meta", output_loading_info=True
+            folder, device_map="meta", output_loading_info=True, **options
         )
     places = stored(str(folder))
     loading = Loading(plain, places)
@@ -64,7 +72,6 @@ def check_saved(moe: MoEModel, folder: Path, base: str, *, dtype: str, runs: boo
     if wrong:
         raise _other(folder, f"{min(map(str, wrong))} and {len(wrong) - 1} more")
     _same_values(moe.written or moe.model.state_dict(), loading.loaded(places), folder)
-    return "names, shapes and values"
 
 
 def _fits(moe: MoEModel) -> bool:
