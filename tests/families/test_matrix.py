@@ -31,12 +31,13 @@ from fedalign.moe.tuning import beside_text
 from fedalign.protocol import ParameterGroup
 from fedalign.server.results import RunFolder
 from fedalign.server.run import execute
-from tests.families.table import CASES
+from tests.families.table import CASES, EVERY, QUICK
 from tests.moe import tiny
 from tests.moe.given import given_experts
 from tests.server.test_run import Silent
 
 Folder = Callable[[str], Path]
+MASKS_PADDING = {"qwen4_exp_text", "qwen4_exp"}  # its attention is sparse, but chooses among real tokens alone
 
 TUNING = {
     "full": ["tuning.kind=full"],
@@ -119,6 +120,31 @@ def test_a_change_of_an_expert_changes_its_tokens_alone(family: str, kind: str, 
                 moe.write(before)
                 changed_T = (outputs[0] - outputs.pop()).abs().amax(1) > 1e-6
                 assert torch.equal(changed_T[mask_T], given[index][mask_T, expert]), f"{group}"
+
+
+@pytest.mark.parametrize("family", tiny.marked([*EVERY, *tiny.COMPOSITES_ALONE], (*QUICK, "deepseek_v32")))
+def test_padding_changes_answers_where_batches_are_of_equal_lengths_and_nowhere_else(family: str) -> None:
+    """A family that this names as new wants `MoEModel.equal_lengths`."""
+    build = tiny.composite if family in tiny.COMPOSITES_ALONE else tiny.build
+    moe = MoEModel.wrap(build(family))
+    apart = padding_tells(moe, tiny.batch(family, length=40))
+    assert (apart > 1e-4) == (moe.equal_lengths and family not in MASKS_PADDING), f"{family}: {apart:.2g}"
+
+
+@torch.no_grad()
+def padding_tells(moe: MoEModel, inputs: dict[str, Tensor]) -> float:
+    """How far logits of an example in a padded batch are from those of it alone, in standard deviations."""
+    together, worst = moe.model(**inputs, use_cache=False).logits, 0.0
+    for row, logits_S_V in enumerate(together):
+        lengths = {name: int(inputs[mask_name(name)][row].sum()) for name in inputs}
+        single = {name: values[row : row + 1, : lengths[name]] for name, values in inputs.items()}
+        alone_S_V = moe.model(**single, use_cache=False).logits[0]
+        worst = max(worst, float((alone_S_V - logits_S_V[: len(alone_S_V)]).abs().max() / together.std()))
+    return worst
+
+
+def mask_name(name: str) -> str:
+    return "decoder_attention_mask" if name.startswith("decoder_") else "attention_mask"
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from fedalign.moe.model import MoEModel
 from fedalign.moe.saved import check_saved
 from tests.moe import tiny
 
-ALONE = sorted({*tiny.COMPOSITES} - tiny.CONFIGS.keys())  # multimodal families whose text has another name
 OPTIONS: dict[str, Any] = {"trust_remote_code": False, "revision": None}
 
 
@@ -64,12 +63,12 @@ def test_what_does_not_fit_into_memory_is_held_tensor_by_tensor(
             check(moe, tmp_path)
 
 
-@pytest.mark.parametrize("family", [*tiny.ALL, *tiny.marked(ALONE, ["aria", "qwen3_vl_moe"])])
+@pytest.mark.parametrize("family", [*tiny.ALL, *tiny.marked(tiny.COMPOSITES_ALONE, ["aria", "qwen3_vl_moe"])])
 def test_tensor_by_tensor_is_as_transformers_would_load_them(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saved, "_fits", lambda moe: False)
-    build = tiny.composite if family in ALONE else tiny.build
+    build = tiny.composite if family in tiny.COMPOSITES_ALONE else tiny.build
     build(family).save_pretrained(tmp_path / "base")
     moe = MoEModel.load(tmp_path / "base", trust_remote_code=True)
     moe.save(tmp_path / "model")

@@ -263,6 +263,7 @@ _TOWER = {  # whatever sizes towers of pictures and sound have
     **{"patch_size": 4, "num_channels": 3, "head_dim": 8},
 }
 COMPOSITES = ("aria", "gemma4", "llama4", "minimax_m3_vl", "qwen3_5_moe", "qwen3_vl_moe", "qwen4_exp")
+COMPOSITES_ALONE = sorted({*COMPOSITES} - CONFIGS.keys())  # whose text has another name
 QUICK = {  # tested wherever all are; the others with `make test-families`
     "deepseek_v2",
     "deepseek_v3",
