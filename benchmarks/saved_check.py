@@ -60,7 +60,7 @@ def main() -> None:
 
 def check(moe: MoEModel, folder: Path, base: Path, *, fits: bool) -> str:
     """As at the end of a run, with so much memory."""
-    saved._fits = lambda _: fits
+    saved._fits = lambda moe: fits
     return saved.check_saved(moe, folder, str(base), dtype="float32", trust_remote_code=False, revision=None)
 
 
