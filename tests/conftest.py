@@ -14,7 +14,7 @@ from fedalign.cli.main import main
 from fedalign.config.run import Config
 from fedalign.config.site import SiteFolder
 from fedalign.config.toml import load_config
-from tests.moe.tiny import build
+from tests.moe.tiny import build, composite
 
 # a shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -67,15 +67,16 @@ def modules_of_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`model_folder(family, **config)`: a tiny model of that family on disk, with a tokenizer."""
 
-    def make(family: str = "olmoe", **changes: Any) -> Path:
+    def folder_of(family: str = "olmoe", reads_pictures: bool = False, **changes: Any) -> Path:
         folder = tmp_path_factory.mktemp(family)
         # the tokenizer of qwen3_5 adds a token of its own to those that are in the file
-        size = 385 if family == "qwen3_5_moe" else 384
-        build(family, **{"vocab_size": size} | changes).save_pretrained(folder)
+        size = 385 if family in ("qwen3_5_moe", "qwen4_exp") else 384
+        make = composite if reads_pictures else build
+        make(family, **{"vocab_size": size} | changes).save_pretrained(folder)
         save_tokenizer(folder)
         return folder
 
-    return make
+    return folder_of
 
 
 @pytest.fixture(scope="session")

@@ -147,6 +147,8 @@ def test_a_run_of_two_processes_is_that_of_one(shared: Shared) -> None:
         assert theirs.keys() == mine.keys()
         for name, value in mine.items():
             assert theirs[name] == (value if isinstance(value, list) else pytest.approx(value, rel=1e-5)), name
+    summaries = [json.loads((place / "whole" / "summary.json").read_text()) for place in (shared.one, shared.two)]
+    assert [summary["checked"][:24] for summary in summaries] == ["names, shapes and values"] * 2
     a, b = (load_file(place / "whole" / "model" / "model.safetensors") for place in (shared.one, shared.two))
     for name, value in a.items():
         assert difference(b[name], value) < 1e-3, name

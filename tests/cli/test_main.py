@@ -20,6 +20,7 @@ from fedalign.config.toml import load_config
 from fedalign.export import write
 from fedalign.federation import in_process
 from fedalign.files import LOCK, WATCH, held_by, locked
+from fedalign.moe.model import load_model
 from fedalign.protocol import Broadcast, Statistics
 from fedalign.server.results import RunFolder
 from tests.conftest import Command, rows, write_jsonl
@@ -83,6 +84,22 @@ def test_inspect(fedalign: Command, tmp_path: Path, family: str, words: list[str
     flowing = " ".join(text.split())
     for word in words:
         assert word in flowing
+
+
+def test_inspect_says_what_adapters_would_leave_out_and_all_that_is_to_be_known(
+    fedalign: Command, tmp_path: Path
+) -> None:
+    build("deepseek_v32").save_pretrained(tmp_path)
+    code, text, _ = fedalign("inspect", str(tmp_path))
+    assert code == 0
+    flowing = " ".join(text.split())
+    moe = load_model(str(tmp_path))
+    assert moe.not_adaptable()
+    assert moe.notes
+    for told in (*moe.not_adaptable(), *moe.notes):
+        for word in told.split():  # the table breaks lines within them
+            assert word[:20] in flowing
+    assert "not for LoRA" in flowing
 
 
 def refused(result: tuple[int, str, str], *words: str) -> None:

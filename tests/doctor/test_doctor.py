@@ -13,7 +13,7 @@ from fedalign.config.toml import load_config
 from fedalign.doctor import examine_coordinator, examine_site, machine
 from fedalign.doctor.report import Check, Examination
 from fedalign.federation.flower.keys import make_node_key
-from fedalign.moe.model import MoEModel
+from fedalign.moe.model import MoEModel, load_model
 from tests.doctor.server import serving
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -75,6 +75,19 @@ def test_a_site_that_is_well(site: SiteFolder, config: Config) -> None:
     assert "activations" in checks["memory"].found
     assert "one measured pass" in checks["time a round"].found
     assert not (site.path / "runs").exists()
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_all_that_a_run_would_note_of_the_model_is_told(
+    site: SiteFolder, config: Config, kind: str, model_folder: Callable[..., Path]
+) -> None:
+    path = str(model_folder("deepseek_v32"))
+    tuned = with_(with_(config, "model", path=path), "tuning", kind=kind)
+    found = examine_site(changed(site, "model", path=path), tuned)
+    told = [check.found for check in found.checks if check.name == "note"]
+    assert told == load_model(path, tuning=tuned.tuning).notes
+    assert any("indexer" in note for note in told) == (kind == "lora")
+    assert any("sparse attention depends on padding" in note for note in told)
 
 
 def test_the_hashes_are_those_that_sites_send(site: SiteFolder, config: Config, olmoe: Path) -> None:

@@ -43,7 +43,12 @@ weights is tuned whole (`full`) and by adapters on attention and experts (`lora`
 from what transformers itself records of routers ("recorder"), or from the shapes of weights beside each other
 ("shapes"), and watches one run over a few tokens. Families that are not in this list are searched in the same way:
 `fedalign inspect MODEL` tells what it found.
-"""
+
+Of multimodal checkpoints the text is tuned, towers of pictures and sound are kept and saved with it, and adapters load
+on the whole checkpoint by plain peft. Tested so, full and lora:
+COMPOSITES.
+Families of such checkpoints for which transformers has no class that answers text are refused.
+""".replace("COMPOSITES", ", ".join(tiny.COMPOSITES))
 
 
 def described(family: str) -> dict[str, str]:

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModel, PeftModel
 from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from fedalign.config.toml import load_config
 from fedalign.errors import UserError
@@ -26,15 +27,17 @@ from fedalign.moe.families import MoELayer
 from fedalign.moe.lora import FAILS_UPSTREAM
 from fedalign.moe.model import MoEModel
 from fedalign.moe.probe import Captured, RoutingProbe, RoutingStatistics
+from fedalign.moe.tuning import beside_text
 from fedalign.protocol import ParameterGroup
 from fedalign.server.results import RunFolder
 from fedalign.server.run import execute
-from tests.families.table import CASES
+from tests.families.table import CASES, EVERY, QUICK
 from tests.moe import tiny
 from tests.moe.given import given_experts
 from tests.server.test_run import Silent
 
 Folder = Callable[[str], Path]
+MASKS_PADDING = {"qwen4_exp_text", "qwen4_exp"}  # its attention is sparse, but chooses among real tokens alone
 
 TUNING = {
     "full": ["tuning.kind=full"],
@@ -119,6 +122,31 @@ def test_a_change_of_an_expert_changes_its_tokens_alone(family: str, kind: str, 
                 assert torch.equal(changed_T[mask_T], given[index][mask_T, expert]), f"{group}"
 
 
+@pytest.mark.parametrize("family", tiny.marked([*EVERY, *tiny.COMPOSITES_ALONE], (*QUICK, "deepseek_v32")))
+def test_padding_changes_answers_where_batches_are_of_equal_lengths_and_nowhere_else(family: str) -> None:
+    """A family that this names as new wants `MoEModel.equal_lengths`."""
+    build = tiny.composite if family in tiny.COMPOSITES_ALONE else tiny.build
+    moe = MoEModel.wrap(build(family))
+    apart = padding_tells(moe, tiny.batch(family, length=40))
+    assert (apart > 1e-4) == (moe.equal_lengths and family not in MASKS_PADDING), f"{family}: {apart:.2g}"
+
+
+@torch.no_grad()
+def padding_tells(moe: MoEModel, inputs: dict[str, Tensor]) -> float:
+    """How far logits of an example in a padded batch are from those of it alone, in standard deviations."""
+    together, worst = moe.model(**inputs, use_cache=False).logits, 0.0
+    for row, logits_S_V in enumerate(together):
+        lengths = {name: int(inputs[mask_name(name)][row].sum()) for name in inputs}
+        single = {name: values[row : row + 1, : lengths[name]] for name, values in inputs.items()}
+        alone_S_V = moe.model(**single, use_cache=False).logits[0]
+        worst = max(worst, float((alone_S_V - logits_S_V[: len(alone_S_V)]).abs().max() / together.std()))
+    return worst
+
+
+def mask_name(name: str) -> str:
+    return "decoder_attention_mask" if name.startswith("decoder_") else "attention_mask"
+
+
 @contextmanager
 def leaving(moe: MoEModel, index: int) -> Iterator[list[Tensor]]:
     """What leaves the decoder layer around a router in each pass, [T, H]: only experts see to it token by token."""
@@ -159,7 +187,14 @@ def test_where_adapted_experts_crash_they_are_refused_and_attention_is_not(
     assert one_round(family, "attention", base, settings, tmp_path / "run") == {"shared", "gate"}
 
 
-def one_round(family: str, kind: str, base: Folder, settings: list[str], out: Path) -> set[str]:
+def one_round(
+    family: str,
+    kind: str,
+    base: Folder,
+    settings: list[str],
+    out: Path,
+    plainly: Callable[[Path], PreTrainedModel] = tiny.plain,
+) -> set[str]:
     """Two clients; what plain libraries load of it computes the same. The kinds of groups that moved."""
     changes = [f"model.path={base(family)}", "model.trust_remote_code=true", "clients.count=2", "run.rounds=1"]
     most = ("algorithm.name=fedalign_paper", "algorithm.vocabulary=tokens")  # asks most of a model
@@ -171,11 +206,37 @@ def one_round(family: str, kind: str, base: Folder, settings: list[str], out: Pa
     summary = execute(prepared, folder, Silent())
     assert summary["algorithm"] == "fedalign_paper"
     moe, inputs = prepared.bench.moe, tiny.batch(family)
-    plain = tiny.plain(folder.model) if kind == "full" else adapted(tiny.plain(base(family)), folder.model)
+    plain = plainly(folder.model) if kind == "full" else adapted(plainly(base(family)), folder.model)
     with torch.no_grad():
         expected = moe.model.eval()(**inputs).logits
         torch.testing.assert_close(plain.eval()(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
     return {group.kind for group, value in moe.read().items() if not torch.equal(value, before[group])}
+
+
+@pytest.mark.parametrize("family", tiny.marked(tiny.COMPOSITES, ["qwen3_5_moe", "aria", "qwen3_vl_moe"]))
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_of_a_multimodal_checkpoint_the_text_is_tuned_and_the_rest_kept(
+    family: str, kind: str, model_folder: Callable[..., Path], settings: list[str], tmp_path: Path
+) -> None:
+    folder, plainly = model_folder(family, reads_pictures=True), AutoModelForImageTextToText.from_pretrained
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "AnyImageProcessor"}')
+    moved = one_round(family, kind, lambda _: folder, settings, tmp_path / "run", plainly)
+    assert moved == {"shared", "gate", "expert"}
+    before, moe = plainly(folder), load(folder, kind)
+    towers = beside_text(before)
+    assert towers
+    assert any(f"the rest kept as it was: {', '.join(towers)}" in note for note in moe.notes)
+    assert not any(slot.parameter.requires_grad for slot in moe.slots if slot.name.startswith(towers))
+    if kind == "full":
+        after = plainly(tmp_path / "run" / "model").state_dict()
+        kept = {name: value for name, value in before.state_dict().items() if name.startswith(towers)}
+        assert all(torch.equal(after[name], value) for name, value in kept.items())
+        assert (tmp_path / "run" / "model" / "preprocessor_config.json").is_file()
+    else:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft's own
+            auto = AutoPeftModel.from_pretrained(str(tmp_path / "run" / "model"))
+        assert type(auto.get_base_model()) is type(before)
 
 
 def adapted(model: Any, folder: Path) -> Any:

@@ -2,7 +2,18 @@
 
 from fedalign.moe.families import FAMILIES, REFUSED
 from fedalign.moe.lora import FAILS_UPSTREAM
-from tests.families.table import COLUMNS, DOCUMENT, EVERY, OWN_CODE, WORKS, described, read, refused, render
+from tests.families.table import (
+    COLUMNS,
+    DOCUMENT,
+    EVERY,
+    INTRODUCTION,
+    OWN_CODE,
+    WORKS,
+    described,
+    read,
+    refused,
+    render,
+)
 
 
 def test_the_page_lists_every_family_and_what_it_is() -> None:
@@ -22,6 +33,10 @@ def test_the_page_lists_every_family_and_what_it_is() -> None:
 def test_every_family_of_the_table_is_in_the_matrix() -> None:
     assert FAMILIES.keys() <= set(EVERY)
     assert not REFUSED.keys() & set(EVERY)
+
+
+def test_the_page_begins_as_it_is_told() -> None:
+    assert DOCUMENT.read_text(encoding="utf-8").startswith(INTRODUCTION)
 
 
 def test_a_page_names_the_tests_that_failed() -> None:

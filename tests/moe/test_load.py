@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
+from fedalign.moe.four_bit import _weights
 from fedalign.moe.load import pick_device
 from fedalign.moe.model import MoEModel
+from fedalign.moe.tuning import beside_text
 from tests.moe import tiny
 
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -105,6 +107,7 @@ def test_a_skeleton_of_a_quantised_checkpoint_is_of_the_same_architecture(made: 
     for tuning in (None, TuningConfig(kind="lora")):
         moe, skeleton = MoEModel.load(folder, tuning=tuning), MoEModel.skeleton(folder, tuning=tuning)
         assert skeleton.fingerprint() == moe.fingerprint()
+        assert skeleton.notes == moe.notes
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
@@ -173,29 +176,26 @@ def test_a_device_without_values_is_refused() -> None:
         pick_device("meta")
 
 
-def composite(family: str, folder: Path) -> Path:
-    """A tiny checkpoint that reads pictures too."""
-    text = tiny.build(family).config.to_dict() | {"model_type": f"{family}_text"}
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": tiny.HIDDEN}
-    config = AutoConfig.for_model(family, text_config=text, vision_config=vision)
-    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-    return folder
+def test_what_text_does_not_pass_through_is_neither_trained_nor_adapted_nor_packed(tmp_path: Path) -> None:
+    tiny.composite("qwen3_vl_moe").save_pretrained(tmp_path)
+    moe = MoEModel.load(tmp_path)
+    assert beside_text(moe.model) == ("model.visual",)
+    assert {slot.name for slot in moe.slots if not slot.parameter.requires_grad} == {
+        slot.name for slot in moe.slots if slot.name.startswith("model.visual.")
+    }
+    adapted = MoEModel.load(tmp_path, tuning=TuningConfig(kind="lora", targets=("attention", "experts", "dense")))
+    assert not any("visual" in slot.name for slot in adapted.slots if ".lora_" in slot.name)
+    packed = {path for path, _, _ in _weights(moe.model, moe.layers)}
+    assert packed
+    assert not any("visual" in path for path in packed)
 
 
-def test_of_a_multimodal_checkpoint_the_text_is_tuned_and_what_is_left_behind_is_named(tmp_path: Path) -> None:
-    moe = MoEModel.load(composite("qwen3_5_moe", tmp_path / "both"))
-    assert any(
-        "multimodal checkpoint: its text model is tuned and saved, without vision_config" in n for n in moe.notes
-    )
-    moe.save(tmp_path / "text")
-    assert "vision_config" not in json.loads((tmp_path / "text" / "config.json").read_text())
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()
-    inputs = tiny.batch("qwen3_5_moe")
-    with torch.no_grad():
-        torch.testing.assert_close(plain(**inputs).logits, moe.model.eval()(**inputs).logits)
+@pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
+def test_of_a_model_of_text_nothing_is_beside_it(family: str) -> None:
+    assert beside_text(tiny.build(family)) == ()
 
 
 def test_a_multimodal_family_without_a_language_model_of_its_own_is_refused(tmp_path: Path) -> None:
-    AutoConfig.for_model("qwen3_vl_moe").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"multimodal \(qwen3_vl_moe has vision_config\).*checkpoint of text alone"):
+    AutoConfig.for_model("qwen3_omni_moe").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"multimodal \(qwen3_omni_moe has .*thinker_config.*checkpoint of text alone"):
         MoEModel.load(tmp_path)

@@ -50,16 +50,38 @@ def test_what_is_saved_is_what_was_trained(family: str, kind: str, dtype: str, t
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_what_does_not_fit_into_memory_is_held_by_names_and_shapes(
+def test_what_does_not_fit_into_memory_is_held_tensor_by_tensor(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saved, "_fits", lambda moe: False)
     moe = made(tmp_path, kind)
-    assert check(moe, tmp_path) == ("names and shapes" if kind == "full" else "names, shapes and values of the adapter")
+    told = check(moe, tmp_path)
+    assert told == ("names, shapes and values" if kind == "full" else "names, shapes and values of the adapter")
     if kind == "full":
         change(tmp_path, lambda values: {name.replace("k_norm", "z_norm"): value for name, value in values.items()})
         with pytest.raises(UserError, match=r"plain libraries load another model.*layers.0.*and \d more"):
             check(moe, tmp_path)
+
+
+@pytest.mark.parametrize("family", [*tiny.ALL, *tiny.marked(tiny.COMPOSITES_ALONE, ["aria", "qwen3_vl_moe"])])
+def test_tensor_by_tensor_is_as_transformers_would_load_them(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saved, "_fits", lambda moe: False)
+    build = tiny.composite if family in tiny.COMPOSITES_ALONE else tiny.build
+    build(family).save_pretrained(tmp_path / "base")
+    moe = MoEModel.load(tmp_path / "base", trust_remote_code=True)
+    moe.save(tmp_path / "model")
+    options = {"dtype": "float32", "trust_remote_code": True, "revision": None}
+    told = check_saved(moe, tmp_path / "model", "", **options)  # type: ignore[arg-type] # values of several types
+    assert told.startswith("names, shapes and values")
+    for kind in ("shared", "gate", "expert"):
+        value = next(slot.parameter for slot in moe.slots if slot.kind == kind).detach().view(-1)[0]
+        before = float(value)
+        value += 1e-2
+        with pytest.raises(UserError, match="has other values"):
+            check_saved(moe, tmp_path / "model", "", **options)  # type: ignore[arg-type] # as above
+        value.fill_(before)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -87,3 +109,13 @@ def test_a_skeleton_that_was_filled_is_held_by_its_values(kind: str, told: str, 
     filled = skeleton.filled(moe.read(), moe.constants())
     filled.save(tmp_path / "model")
     assert check(filled, tmp_path, runs=False) == f"names, shapes and values{told}"
+    change(tmp_path, lambda values: {name: value * 1.01 for name, value in values.items()})
+    with pytest.raises(UserError, match="has other values"):
+        check(filled, tmp_path, runs=False)
+
+
+def test_an_adapter_that_names_another_base_is_told(tmp_path: Path) -> None:
+    moe = made(tmp_path, "lora")
+    (tmp_path / "model" / "base.sha256").write_text("0" * 64 + "\n")
+    with pytest.raises(UserError, match=r"it names another base \(000000000000\)"):
+        check(moe, tmp_path)

@@ -14,7 +14,14 @@ import pytest
 import torch
 from _pytest.mark import ParameterSet
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 from transformers.models.auto import modeling_auto
 
 from fedalign.moe.families import FAMILIES, REFUSED, TOP_K
@@ -248,6 +255,15 @@ def found(names: Iterable[str] | None = None) -> Iterator[tuple[str, dict[str, A
 
 
 CONFIGS |= dict(found())
+_TOWER = {  # whatever sizes towers of pictures and sound have
+    **dict.fromkeys(("depth", "num_hidden_layers", "encoder_layers"), 1),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "image_size", "embed_dim", "encoder_ffn_dim"), 16),
+    **dict.fromkeys(("num_heads", "num_attention_heads", "num_key_value_heads", "encoder_attention_heads"), 2),
+    **dict.fromkeys(("out_hidden_size", "output_dim"), HIDDEN),
+    **{"patch_size": 4, "num_channels": 3, "head_dim": 8},
+}
+COMPOSITES = ("aria", "gemma4", "llama4", "minimax_m3_vl", "qwen3_5_moe", "qwen3_vl_moe", "qwen4_exp")
+COMPOSITES_ALONE = sorted({*COMPOSITES} - CONFIGS.keys())  # whose text has another name
 QUICK = {  # tested wherever all are; the others with `make test-families`
     "deepseek_v2",
     "deepseek_v3",
@@ -290,6 +306,29 @@ def build(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
                 elif name.endswith("tid2eid"):  # deepseek_v4: which experts a token's number means
                     values.copy_(torch.stack([torch.randperm(EXPERTS)[: values.shape[1]] for _ in values]))
     return model
+
+
+def composite(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A tiny random model that reads pictures too, its text model as of `build`; `changes` are of that."""
+    kinds = CONFIG_MAPPING[family].sub_configs
+    text = kinds["text_config"]
+    own = CONFIGS.get(family) or CONFIGS.get(text.model_type) or {}
+    small = {n: value for n, value in SMALL.items() if n in _known(text)} | _TOP_2 | own | changes
+    parts: dict[str, dict[str, Any]] = {
+        name: {n: v for n, v in _TOWER.items() if n in _known(kind)} for name, kind in kinds.items()
+    }
+    parts["text_config"] = small | {"model_type": text.model_type}
+    for name, kind in kinds.items():
+        parts[name]["model_type"] = getattr(kind, "model_type", "") or "siglip_vision_model"
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **parts)).eval()
+
+
+def _known(config: Any) -> set[str]:
+    """What a kind of configuration takes; of a tower of any kind all that we give."""
+    fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+    return {field.name for field in fields} | set(getattr(config, "attribute_map", ())) or set(_TOWER)
 
 
 def _built(family: str, spelled: dict[str, Any]) -> PreTrainedModel:

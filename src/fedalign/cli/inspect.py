@@ -29,7 +29,8 @@ def inspect(
     quiet()
     with out.status("Loading the model ..."):
         moe = load_model(model, trust_remote_code=trust_remote_code, revision=revision)
-    print_table(model, _description_rows(moe.describe()))
+    more = [("not for LoRA", layers) for layers in moe.not_adaptable()] + [("note", note) for note in moe.notes]
+    print_table(model, [*_description_rows(moe.describe()), *more])
 
 
 def _description_rows(about: Description) -> list[tuple[str, str]]:

@@ -52,6 +52,8 @@ def check_model(found: Examination, config: Config) -> Workbench | None:
         f"{moe.layout.layers} MoE layers x {moe.experts} experts, top-{moe.top_k}; "
         f"{total / 1e6:,.1f}M parameters, {trained / 1e6:,.1f}M trained",
     )
+    for note in moe.notes:
+        found.add("note", "ok", note)
     lacks = FORMATS[config.data.kind].prompt is None and not template
     found.add(
         "tokenizer",

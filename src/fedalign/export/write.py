@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from fedalign.config.run import Config
 from fedalign.errors import UserError, unknown
 from fedalign.export.card import MIXER, Made, Trained, write_card
 from fedalign.files import KEPT_BY_CLIENTS, MARK, SUMS, check_free, claimed, damage, folder_name, replacing, rounds_in
+from fedalign.moe.kept import save_with_kept
 from fedalign.moe.load import DTYPES, auto_class, load_plain, model_path
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import Metrics, Weights
@@ -109,7 +111,7 @@ class Base:
         if merge:
             model = self.under(folder).merge_and_unload()
             lora.remove(folder)
-            model.save_pretrained(folder)
+            save_with_kept(model, folder)
             return
         lora.rename_base(folder, self.place, self.revision)
         if dtype is not None:
@@ -427,10 +429,13 @@ def _copy_beside(there: Path, folder: Path) -> None:
 def _cast(folder: Path, dtype: str, trust_remote_code: bool) -> None:
     """Round a checkpoint, in place."""
     model = load_plain(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-    for file in folder.glob("*.safetensors*"):
-        if file.name != MIXER:
-            file.unlink()
-    model.save_pretrained(folder)
+    with tempfile.TemporaryDirectory(dir=folder) as rounded:  # what is kept as it was is read once more
+        save_with_kept(model, rounded)
+        for file in folder.glob("*.safetensors*"):
+            if file.name != MIXER:
+                file.unlink()
+        for file in Path(rounded).iterdir():
+            file.replace(folder / file.name)
 
 
 def _holdings(folder: RunFolder) -> dict[str, Any]:
@@ -474,7 +479,8 @@ def _loader(folder: Path, trust_remote_code: bool) -> str:
     if not (folder / ADAPTER).exists():
         return auto_class(folder, trust_remote_code=trust_remote_code)
     task = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["task_type"]
-    return {"CAUSAL_LM": "AutoPeftModelForCausalLM", "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM"}[task]
+    of_task = {"CAUSAL_LM": "AutoPeftModelForCausalLM", "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM"}
+    return of_task.get(task, "AutoPeftModel")  # of a multimodal base, which the adapter names by its class
 
 
 def _notes(snapshot: Snapshot, made: Made) -> list[str]:

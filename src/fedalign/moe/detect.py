@@ -29,6 +29,7 @@ from fedalign.moe.families import (
     router_outputs,
     router_weight,
 )
+from fedalign.moe.tuning import beside_text
 from fedalign.protocol import Scoring
 
 
@@ -64,9 +65,15 @@ def _row(model: PreTrainedModel) -> Family | None:
 
 
 def _from_table(model: PreTrainedModel, row: Family) -> Iterator[MoELayer]:
-    for path, _ in model.named_modules():
+    for path in _modules(model):
         if path.endswith(f".{row.router}"):
             yield _layer(model, path, (path.removesuffix(row.router) + row.experts).rstrip("."), row)
+
+
+def _modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """All that text passes through, by path: towers may have experts of their own (dots3_note)."""
+    outside = tuple(f"{path}." for path in beside_text(model))
+    return {path: module for path, module in model.named_modules() if not f"{path}.".startswith(outside)}
 
 
 def _layer(model: PreTrainedModel, router: str, experts: str, row: Family) -> MoELayer:
@@ -109,7 +116,7 @@ def _autodetected(model: PreTrainedModel) -> tuple[str, tuple[MoELayer, ...]]:
 
     A model without values cannot be watched: its groups are known, its scoring is that of its router's code.
     """
-    modules = dict(model.named_modules())
+    modules = _modules(model)
     how, layers = _unwatched(model, modules)
     if not layers:
         return "", ()
@@ -225,7 +232,7 @@ def _recorded_routers(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
         for spec in _as_list((getattr(module, "_can_record_outputs", None) or {}).get("router_logits"))
     ]
     recorded: dict[str, int] = {}
-    for path, module in model.named_modules():
+    for path, module in _modules(model).items():
         for spec in specs:
             wanted = getattr(spec, "target_class", spec)
             part = (getattr(spec, "layer_name", None) or "").strip(".")

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from fedalign.errors import UserError
 from fedalign.moe.families import MoELayer
+from fedalign.moe.tuning import beside_text
 
 BLOCK = 64  # values that share a scale
 LEAST_SAVED = 0.5  # share of a model's bytes that has to be saved
@@ -208,8 +209,9 @@ def need_cuda(device: str | torch.device) -> None:
 def quantise(model: PreTrainedModel, layers: Iterable[MoELayer], device: str | torch.device) -> Saved:
     """Pack every linear layer and all fused experts of a model in place, and move it to `device` on the way.
 
-    Head, embeddings, norms, routers and biases stay as they are. A model on the CPU is never whole on the device
-    before it is packed. Parameters are replaced: make optimizers, adapters and parameter groups afterwards.
+    Head, embeddings, norms, routers, biases and towers of a multimodal model stay as they are. A model on the CPU is
+    never whole on the device before it is packed. Parameters are replaced: make optimizers, adapters and parameter
+    groups afterwards.
 
     Raises:
         UserError: As `forecast`, or bitsandbytes is not installed.
@@ -274,11 +276,13 @@ def _weights(model: PreTrainedModel, layers: Sequence[MoELayer]) -> Iterator[tup
     """What is packed: its path, its module, and its name there."""
     head = model.get_output_embeddings()
     routers = tuple(f"{layer.router}." for layer in layers)
+    outside = tuple(f"{path}." for path in beside_text(model))
     for path, module in model.named_modules():
         if ".lora_" in path:
             raise ValueError(f"{path}: quantise a model first, adapt it then")
         gate = f"{path}.".startswith(routers) or getattr(module, "out_features", 0) == 1  # of a shared expert
-        if type(module) is nn.Linear and module is not head and not gate:  # subclasses are routers
+        kept = module is head or gate or f"{path}.".startswith(outside)
+        if type(module) is nn.Linear and not kept:  # subclasses are routers
             yield f"{path}.weight", module, "weight"
     for layer in layers:
         for path, module in model.get_submodule(layer.experts).named_modules(prefix=layer.experts):

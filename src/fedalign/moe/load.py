@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
@@ -17,6 +23,7 @@ from fedalign import parallel
 from fedalign.demo import model_folder
 from fedalign.errors import UserError, unknown
 from fedalign.moe.families import family_of, is_encoder_decoder, refuse
+from fedalign.moe.kept import Kept
 from fedalign.moe.tuning import SELECTION_BIAS
 
 DEQUANTISED = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config, "mxfp8": FineGrainedFP8Config}  # on loading
@@ -39,10 +46,13 @@ def configuration_of(source: str, options: Mapping[str, Any]) -> tuple[Any, Any]
         )
     if is_encoder_decoder(config):
         return config, AutoModelForSeq2SeqLM
-    if (parts := _beside_text(config)) and type(config) not in AutoModelForCausalLM._model_mapping:
+    parts = _beside_text(config)
+    if parts and type(config) in AutoModelForImageTextToText._model_mapping:
+        return config, AutoModelForImageTextToText
+    if parts and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(
-            f"model = {source!r}: multimodal ({family_of(config)} has {', '.join(parts)}), and transformers knows no "
-            "language model of it alone. Give a checkpoint of text alone, of a family in docs/models.md."
+            f"model = {source!r}: multimodal ({family_of(config)} has {', '.join(parts)}), and transformers has no "
+            "class that answers text with it. Give a checkpoint of text alone, of a family in docs/models.md."
         )
     return config, AutoModelForCausalLM
 
@@ -101,7 +111,7 @@ def load_plain(
             **options,
         )
     _check_complete(source, model, report)
-    model.left_behind = _beside_text(config) if type(model.config) is not type(config) else []
+    model.kept = Kept.of(model, source, revision, dequantised=bool(method))
     if method:
         _forget_quantisation(model, DTYPES[dtype])
         model.dequantised_from = method

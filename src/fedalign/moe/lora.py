@@ -28,7 +28,7 @@ from transformers.core_model_loading import WeightRenaming
 from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
 from fedalign.moe.families import MoELayer, family_of, is_encoder_decoder
-from fedalign.moe.tuning import UNREACHED, choosers, chosen
+from fedalign.moe.tuning import UNREACHED, beside_text, choosers, chosen
 
 NAME = ".default"  # peft's name of the one adapter, in the names of parameters but not of files
 PREFIX = "base_model.model."  # of names in files
@@ -71,7 +71,7 @@ def inject(model: PreTrainedModel, layers: Sequence[MoELayer], options: TuningCo
         target_modules=_as_suffixes(modules, [path for path, _ in model.named_modules()]),
         target_parameters=_as_suffixes(parameters, [name for name, _ in model.named_parameters()]) or None,
         modules_to_save=_as_suffixes(routers, [path for path, _ in model.named_modules()]) or None,
-        task_type="SEQ_2_SEQ_LM" if is_encoder_decoder(model.config) else "CAUSAL_LM",
+        **_kind(model),
         base_model_name_or_path=str(model.config._name_or_path),
     )
     trainable = [p for path in routers for p in model.get_submodule(path).parameters() if p.requires_grad]
@@ -89,6 +89,13 @@ def inject(model: PreTrainedModel, layers: Sequence[MoELayer], options: TuningCo
     for parameter in trainable:
         parameter.requires_grad_(True)
     return Adapters(config, _names_in_files(model, config), left_out)
+
+
+def _kind(model: PreTrainedModel) -> dict[str, Any]:
+    """By what peft's auto classes load the base: a task's, or, as no task has a class for it, a multimodal model's."""
+    if beside_text(model):
+        return {"auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}}
+    return {"task_type": "SEQ_2_SEQ_LM" if is_encoder_decoder(model.config) else "CAUSAL_LM"}
 
 
 def pair_of(name: str) -> tuple[str, Role] | None:
@@ -184,9 +191,8 @@ def _wanted(
     """
     _refuse_experts(model, layers, options)
     parts = {*options.targets, *(["router"] if options.router == "lora" else [])}
-    part, blind = _parts(model, layers), choosers(model)
+    part, left_out = _parts(model, layers), left_out_of(model, layers, options.targets)
     fitting = [path for path in part if part[path] in parts]
-    left_out = {path: reason for path in fitting if (reason := _unfit(model, path, blind)) and part[path] != "router"}
     linears = [path for path in fitting if path not in left_out]
     parameters = [name for layer in layers for name in _fused(model, layer) if "experts" in parts]
     if options.targets and not linears and not parameters:
@@ -208,6 +214,15 @@ def _wanted(
     left = set(chosen([*modules, *parameters, *routers], options))
     kept = tuple([name for name in names if name in left] for names in (modules, parameters, routers))
     return kept, left_out  # type: ignore[return-value] # a tuple of three
+
+
+def left_out_of(
+    model: PreTrainedModel, layers: Sequence[MoELayer], targets: Collection[str] | None = None
+) -> dict[str, str]:
+    """Linear layers among these targets, or among all, that are not adapted, and why."""
+    blind, parts = choosers(model), _parts(model, layers).items()
+    fitting = [path for path, part in parts if part != "router" and (targets is None or part in targets)]
+    return {path: reason for path in fitting if (reason := _unfit(model, path, blind))}
 
 
 def _unfit(model: PreTrainedModel, path: str, blind: tuple[str, ...]) -> str:
@@ -239,8 +254,9 @@ def _refuse_experts(model: PreTrainedModel, layers: Sequence[MoELayer], options:
 
 def _parts(model: PreTrainedModel, layers: Sequence[MoELayer]) -> dict[str, str]:
     """What each linear layer belongs to: one of `targets`, or "router", or "gate of shared experts"."""
-    head, attending = model.get_output_embeddings(), set[str]()
+    head, attending, outside = model.get_output_embeddings(), set[str](), tuple(f"{p}." for p in beside_text(model))
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    linears = [path for path in linears if not f"{path}.".startswith(outside)]
     for path in linears:  # what has a layer for queries, keys or values attends, with all that is in it
         above, _, name = path.rpartition(".")
         attending |= {f"{above}."} if ATTENDS & {*name.lower().split("_")} else set()

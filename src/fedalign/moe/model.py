@@ -30,6 +30,7 @@ from fedalign.errors import UserError
 from fedalign.moe.detect import detect
 from fedalign.moe.families import TOP_K, MoELayer, family_of, is_encoder_decoder
 from fedalign.moe.groups import Slot, find_slots, flat, unwrapped
+from fedalign.moe.kept import Kept, kept_of, save_with_kept
 from fedalign.moe.load import (
     DTYPES,
     configuration_of,
@@ -41,7 +42,7 @@ from fedalign.moe.load import (
     quantised_by,
     resolved_source,
 )
-from fedalign.moe.tuning import SELECTION_BIAS, choosers, freeze, freeze_choosers
+from fedalign.moe.tuning import SELECTION_BIAS, beside_text, choosers, freeze, freeze_unreached
 from fedalign.protocol import SHARED, Factors, Layout, ParameterGroup, TokenRows, Weights
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class MoEModel:
         devices: where the parameters live; more than one where the model is split.
         adapter: the adapters that are trained in place of the model's own weights; None: none.
         saved: what a base in 4 bits saves; None: it is not in 4 bits.
+        written: digests of the values that were saved last, where no process holds them all.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class MoEModel:
         self.devices = tuple(dict.fromkeys(slot.parameter.device for slot in self.slots))
         self._base_digest: Tensor | None = None
         self._origins: Mapping[str, bytes] = {}  # digests of what was packed
+        self.written: dict[str, bytes] = {}
         self._owners: dict[ParameterGroup, list[Slot]] = defaultdict(list)
         for slot in self.slots:
             for group in slot.groups if slot.parameter.requires_grad else ():
@@ -133,7 +136,7 @@ class MoEModel:
             UserError: the model is dense, of a refused family, its MoE layers cannot be understood, or it cannot be
                 tuned so.
         """
-        freeze_choosers(model)
+        freeze_unreached(model)
         if device is not None and not (tuning and tuning.kind == "qlora"):
             model.to(device)
         found, layers = detect(model)
@@ -154,7 +157,7 @@ class MoEModel:
         if model.device.type == "meta":
             origins, saved = {}, four_bit.forecast(model, layers)
         else:
-            origins = {name: _sha256(parameter.detach()) for name, parameter in model.named_parameters()}
+            origins = {name: sha256(parameter.detach()) for name, parameter in model.named_parameters()}
             saved = four_bit.quantise(model, layers, device or model.device)
         moe = cls(model, found, layers, lora.inject(model, layers, tuning, seed))
         moe.saved, moe._origins = saved, origins
@@ -201,10 +204,11 @@ class MoEModel:
         options = {"trust_remote_code": trust_remote_code, "revision": revision}
         with explaining(source):
             config, auto = configuration_of(source, options)
-            if quantised_by(config):
+            if method := quantised_by(config):
                 del config.quantization_config
             with torch.device("meta"):
                 model = auto.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+            model.kept, model.dequantised_from = Kept.of(model, source, revision, bool(method)), method
             if (Path(source) / "generation_config.json").is_file() or not Path(source).is_dir():
                 with contextlib.suppress(OSError):  # few models on the Hub have none
                     model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
@@ -330,17 +334,21 @@ class MoEModel:
     @property
     def notes(self) -> list[str]:
         """What a person should know of how this model is trained, a line each."""
-        left: dict[str, list[str]] = {}
-        for path, reason in self.adapter.left_out.items() if self.adapter else ():
-            left.setdefault(reason, []).append(re.sub(r"\.\d+\.", ".*.", path))
-        said = [f"not adapted: {', '.join(dict.fromkeys(paths))}: {reason}" for reason, paths in left.items()]
+        said = [f"not adapted: {layers}" for layers in _by_reason(self.adapter.left_out if self.adapter else {})]
         if self.equal_lengths:
             said.append("sparse attention depends on padding: batches are of equal lengths")
-        if parts := getattr(self.model, "left_behind", None):
-            said.append(f"multimodal checkpoint: its text model is tuned and saved, without {', '.join(parts)}")
+        if parts := beside_text(self.model):
+            said.append(f"multimodal checkpoint: text alone is tuned, and the rest kept as it was: {', '.join(parts)}")
+        said += kept_of(self.model).notes if self.adapter is None else []
         if method := getattr(self.model, "dequantised_from", None):
             said.append(f"{method} checkpoint, dequantised: {self.nbytes / 1e6:,.1f} MB in {self.model.dtype}")
         return said
+
+    def not_adaptable(self) -> list[str]:
+        """Linear layers that LoRA would leave out, whatever it targets, by reason."""
+        from fedalign.moe import lora
+
+        return _by_reason(lora.left_out_of(self.model, self.layers))
 
     @property
     def equal_lengths(self) -> bool:
@@ -482,7 +490,7 @@ class MoEModel:
             self._save_whole(folder)
             return
         if self.adapter is None:
-            self.model.save_pretrained(folder)
+            save_with_kept(self.model, folder)
             return
         from fedalign.moe import lora
 
@@ -499,7 +507,8 @@ class MoEModel:
                 if parallel.is_first():
                     state[name] = whole.cpu()
         if parallel.is_first():
-            self.model.save_pretrained(folder, state_dict=state)
+            self.written = {name: sha256(value) for name, value in state.items()}
+            save_with_kept(self.model, folder, state_dict=state)
 
     def shard(self, device: torch.device) -> Self:
         """The same model with only this process's rows of every parameter, on `device`; this one is used up.
@@ -541,9 +550,13 @@ class MoEModel:
         """Hold an adapter that `save` wrote against the model's own.
 
         Raises:
-            UserError: As `read_adapter`, or it has other values.
+            UserError: As `read_adapter`, it has other values, or it names another base.
         """
-        mine = self._adapter_values()
+        from fedalign.moe import lora
+
+        mine, recorded = self._adapter_values(), lora.recorded_base(Path(folder))
+        if recorded != self.base_digest():
+            raise UserError(f"adapter {str(folder)!r}: it names another base ({str(recorded)[:12]}) than the model's.")
         for name, value in self._stored_adapter(folder).items():
             if not torch.equal(mine[name].detach().cpu(), value):
                 raise UserError(f"adapter {str(folder)!r}: {name} has other values than the model.")
@@ -644,6 +657,14 @@ class MoEModel:
                         yield f"{place}.{name} ({type(module).__name__})"
 
 
+def _by_reason(left_out: Mapping[str, str]) -> list[str]:
+    """Layers that are left out, by path, a line for each reason."""
+    left: dict[str, list[str]] = {}
+    for path, reason in left_out.items():
+        left.setdefault(reason, []).append(re.sub(r"\.\d+\.", ".*.", path))
+    return [f"{', '.join(dict.fromkeys(paths))}: {reason}" for reason, paths in left.items()]
+
+
 def _lasting(config: Any) -> Any:
     """A configuration, nested ones too, without what differs from place to place."""
     volatile = {"transformers_version", "architectures", "_name_or_path", "dtype", "use_cache", "auto_map"}
@@ -657,11 +678,12 @@ def _digest(text: str, values: Mapping[str, Tensor | bytes]) -> Any:
     digest = hashlib.sha256(text.encode())
     for name, value in sorted(values.items()):
         digest.update(name.encode())
-        digest.update(value if isinstance(value, bytes) else _sha256(parallel.whole(value)))
+        digest.update(value if isinstance(value, bytes) else sha256(parallel.whole(value)))
     return digest
 
 
-def _sha256(value: Tensor) -> bytes:
+def sha256(value: Tensor) -> bytes:
+    """Of a tensor's bytes."""
     return hashlib.sha256(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).digest()
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Protocol
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
+from fedalign.moe.families import is_encoder_decoder
 from fedalign.protocol import Kind
 
 UNREACHED = "no gradient reaches it: it only chooses"
@@ -32,10 +34,31 @@ def choosers(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{path}." for path, module in model.named_modules() if "Indexer" in type(module).__name__)
 
 
-def freeze_choosers(model: nn.Module) -> None:
-    """What no gradient reaches is neither trained nor sent."""
+def freeze_unreached(model: PreTrainedModel) -> None:
+    """What no gradient of text reaches is neither trained nor sent."""
     for path in choosers(model):
         model.get_submodule(path.rstrip(".")).requires_grad_(False)
+    for path in beside_text(model):
+        model.get_submodule(path).requires_grad_(False)
+
+
+def beside_text(model: PreTrainedModel) -> tuple[str, ...]:
+    """Modules of a multimodal model that text does not pass through: towers and projectors, the outermost of each."""
+    if model.config.get_text_config() is model.config or is_encoder_decoder(model.config):
+        return ()
+    text = {model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()} - {None}
+    return tuple(_outside(model, "", text))
+
+
+def _outside(module: nn.Module, path: str, text: Collection[nn.Module]) -> Iterator[str]:
+    for name, child in module.named_children():
+        inner = f"{path}.{name}".lstrip(".")
+        if child in text:
+            continue
+        if any(one in text for one in child.modules()):
+            yield from _outside(child, inner, text)
+        else:
+            yield inner
 
 
 class Named(Protocol):

@@ -1,0 +1,90 @@
+"""The tensors of a checkpoint, one after another: where they lie, and what transformers makes of them on loading."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.utils import cached_file
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def at_hand(source: str, name: str, revision: str | None = None) -> Path | None:
+    """A file of a folder, or of a Hub id if it is in the cache."""
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+    found = cached_file(source, name, revision=revision, local_files_only=True, **quiet)
+    return Path(found) if found else None
+
+
+def stored(source: str, revision: str | None = None) -> dict[str, Path]:
+    """Where each tensor lies, as far as it is at hand and in safetensors."""
+    if single := at_hand(source, WEIGHTS, revision):
+        with safe_open(single, framework="pt") as opened:
+            return dict.fromkeys(opened.keys(), single)
+    if (index := at_hand(source, INDEX, revision)) is None:
+        return {}
+    places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    files = {name: at_hand(source, name, revision) for name in set(places.values())}
+    return {name: file for name, place in places.items() if (file := files[place])}
+
+
+def read(tensors: Mapping[str, Path], names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by name in this order, one after another; neighbours in one file are read from it at once."""
+    for file, those in groupby(tensors if names is None else names, key=tensors.__getitem__):
+        with safe_open(file, framework="pt") as opened:
+            for name in those:
+                yield name, opened.get_tensor(name)
+
+
+class Loading:
+    """How transformers names and joins the tensors of a checkpoint when it loads this model.
+
+    Attributes:
+        without_place: names of tensors that the model has no place for.
+    """
+
+    def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
+        self._model, self._own = model, dict.fromkeys(model.state_dict(), True)
+        mapping = get_model_conversion_mapping(model)
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._sources: dict[str, list[tuple[str, str | None]]] = {}
+        self.without_place: list[str] = []
+        for name in sorted(names, key=dot_natural_key):
+            target, pattern = self._renamed(name)
+            if target in self._own:
+                self._sources.setdefault(target, []).append((name, pattern))
+            else:
+                self.without_place.append(name)
+
+    def _renamed(self, name: str) -> tuple[str, str | None]:
+        prefix = self._model.base_model_prefix
+        target: str
+        target, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._own)
+        if target not in self._own and name in self._own:
+            target, pattern = rename_source_key(name, [], [], prefix, self._own)
+        return target, pattern
+
+    def loaded(self, tensors: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
+        """The values that the model would have, by name in the model; at any time no more than is joined into one."""
+        of_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
+        for target, sources in self._sources.items():
+            patterns = dict(sources)
+            if None in patterns.values():
+                yield from ((target, value) for _, value in read(tensors, patterns))
+                continue
+            converter: Any = copy.deepcopy(of_pattern[sources[0][1]])
+            for name, value in read(tensors, patterns):
+                converter.add_tensor(target, name, patterns[name], value)
+            made = converter.convert(target, model=self._model, config=self._model.config)
+            yield from ((name, value[0] if isinstance(value, list) else value) for name, value in made.items())
