@@ -152,6 +152,9 @@ class FlowerFederation:
             if absent.client not in clients:
                 self._count_missed(absent.client)
         for reply in self._everywhere("train", "train", broadcast, clients, Statistics):
+            if isinstance(reply, Statistics) and reply.examples > self.sites[reply.client].hello.examples:
+                said = self.sites[reply.client].hello.examples
+                reply = Failure(reply.client, "train", f"examples = {reply.examples}: when it joined it had {said}")  # noqa: PLW2901 # what it says in place of what it said
             if isinstance(reply, Statistics):
                 self.sites[reply.client].missed = 0
             else:
