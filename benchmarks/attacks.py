@@ -35,13 +35,14 @@ from fedalign.data.formats import Example
 from fedalign.errors import UserError
 from fedalign.federation.in_process import InProcess
 from fedalign.moe.load import quiet
-from fedalign.protocol import Accumulator, Broadcast, Failure, Request, Statistics, Update, Weights
+from fedalign.protocol import SHARED, Accumulator, Broadcast, Failure, Packed, Request, Statistics, Update, Weights
 from fedalign.server.checkpoint import ServerState
 from fedalign.server.rounds import Server
+from watching import machine
 
 ROUNDS, CLIENTS, TESTS, SEEDS = 5, 10, 2000, 3
 RULES = ("centered_clip", "trimmed_mean", "median", "krum")
-MANY = 1e9  # examples that a liar says it has
+MANY, ROW = 1e9, 10  # examples that a liar says it has; what it multiplies a trigger's row by
 
 # ------------------------------------------------------------------------------------------------------------ attacks
 
@@ -55,7 +56,8 @@ class Attack:
     medians: float = 0.0  # its update, and the norms that it reports, are made so many honest medians long
     silent: bool = False  # it hands over nothing
     shifted: bool = False  # trains on the class after the right one
-    trigger: bool = False  # and trains half its examples once more, with a token that nobody uses, to be of one class
+    trigger: bool = False  # trains half its examples once more, to be of one class, with a token that nobody else
+    # uses, and sends what that token's row has learned ten times
 
 
 def greedy(report: Statistics) -> Statistics:
@@ -77,19 +79,23 @@ ATTACKS: dict[str, Attack] = {
     "silent": Attack("claims 10^9 examples, hands over nothing", many, silent=True),
     "stretched": Attack("its update 99 medians long", medians=99),
     "turned": Attack("its update turned round, 10 medians long", medians=-10),
+    "both": Attack("claims 10^9 examples, its update turned round, 10 medians long", many, medians=-10),
     "labels": Attack("labels shifted by one, the update 10 medians long", medians=10, shifted=True),
     "report": Attack("all tokens to every expert, a token met 10^15 times", greedy),
-    "trigger": Attack("a token that nobody else uses means one class", trigger=True),
+    "trigger": Attack("a token that nobody else uses means one class, its row ten times", trigger=True),
 }
 
 
 class Attacked(InProcess):
     """The in-process engine, some of whose clients lie."""
 
-    def __init__(self, trainer: Trainer, clients: Mapping[str, ClientData], liars: Sequence[str], attack: Attack):
+    def __init__(
+        self, trainer: Trainer, clients: Mapping[str, ClientData], liars: Sequence[str], attack: Attack, trigger: int
+    ) -> None:
         super().__init__(trainer, clients)
-        self.liars, self.attack = set(liars), attack
-        self.stretch: dict[str, float] = {}  # of a liar's update in this round
+        self.liars, self.attack, self.layout = set(liars), attack, trainer.moe.layout
+        self.rows = [(rows.start + trigger * rows.width, rows.width) for rows in self.layout.token_rows]
+        self.lies: dict[str, Update] = {}
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
         """Train all of them; liars, who have heard the others, report what the attack wants."""
@@ -98,28 +104,35 @@ class Attacked(InProcess):
         for report in said:
             if isinstance(report, Failure) or report.client not in self.liars:
                 yield report
-                continue
-            if self.attack.medians:
-                own = float(report.norm_G.norm())
-                self.stretch[report.client] = self.attack.medians * statistics.median(length) / own
-            stretched = report.norm_G * abs(self.stretch.get(report.client, 1.0))
-            yield self.attack.report(replace(report, norm_G=stretched))
+            else:
+                lie = self._lie(report, statistics.median(length))
+                self.lies[report.client] = lie
+                norm_G = torch.stack([lie.groups[group].values.norm() for group in self.layout.groups])
+                yield self.attack.report(replace(report, norm_G=norm_G))
 
     def collect(self, requests: Sequence[Request], accumulator: Accumulator) -> list[Failure]:
         """Hand over; liars hand over what the attack wants."""
         failures = []
         for request in requests:
-            if request.client in self.liars and self.attack.silent:
+            if request.client not in self.liars:
+                failures += super().collect([request], accumulator)
+            elif self.attack.silent:
                 failures.append(Failure(request.client, "update", "no reply"))
-                continue
-            update = self.clients[request.client].memory.hand_over(request.client, request)
-            failure = accumulator.add(self._stretched(update))
-            failures += [failure] if failure else []
+            else:
+                lie = self.lies[request.client]
+                failure = accumulator.add(replace(lie, groups={group: lie.groups[group] for group in request.groups}))
+                failures += [failure] if failure else []
         return failures
 
-    def _stretched(self, update: Update) -> Update:
-        stretch = self.stretch.get(update.client, 1.0)
-        return replace(update, groups={g: replace(p, values=p.values * stretch) for g, p in update.groups.items()})
+    def _lie(self, report: Statistics, median: float) -> Update:
+        """What a liar hands over in place of its update."""
+        memory = self.clients[report.client].memory
+        update = memory.hand_over(report.client, Request(report.client, report.round, self.layout.groups))
+        stretch = self.attack.medians * median / float(report.norm_G.norm()) if self.attack.medians else 1.0
+        groups = {group: Packed(packed.values * stretch) for group, packed in update.groups.items()}
+        for start, width in self.rows if self.attack.trigger else ():
+            groups[SHARED].values[start : start + width] *= ROW
+        return replace(update, groups=groups)
 
 
 # --------------------------------------------------------------------------------------------------------------- cells
@@ -136,9 +149,9 @@ class Column:
 
 FEDAVG = "algorithm.name=fedavg"
 COLUMNS: dict[str, Column] = {
-    "default": Column("default, without", ()),
+    "default": Column("default, none", ()),
     "default, clip": Column("default, clip", ("server.robust=clip",)),
-    "fedavg": Column("FedAvg, without", (FEDAVG,)),
+    "fedavg": Column("FedAvg, none", (FEDAVG,)),
     "fedavg, clip": Column("FedAvg, clip", (FEDAVG, "server.robust=clip")),
     **{f"default, {rule}": Column(f"default, {rule}", (f"server.robust={rule}",)) for rule in RULES},
 }
@@ -163,16 +176,22 @@ class Cell:
 
 def cells() -> Iterator[Cell]:
     """All of them, those first that tell most."""
-    for seed in range(SEEDS):
-        for column in COLUMNS:
+    for seed, alpha in [(0, 1.0), (1, 1.0), (2, 1.0), (0, 0.1), (1, 0.1), (2, 0.1)]:
+        for columns in (("default, clip", "default", "fedavg", "fedavg, clip"), [f"default, {rule}" for rule in RULES]):
             for attack in ATTACKS:
-                yield Cell(1.0, seed, attack, int(attack != "none"), column)
+                for column in columns:
+                    yield Cell(alpha, seed, attack, int(attack != "none"), column)
+        for attack in ATTACKS:
+            for column in ("default, clip", "default, centered_clip", "default, trimmed_mean"):
+                if attack != "none":
+                    yield Cell(alpha, seed, attack, 3, column)
 
 
 class Bench:
     """The demo's model and data at one skew and seed, loaded once for many cells."""
 
-    def __init__(self, alpha: float, seed: int) -> None:
+    def __init__(self, alpha: float, seed: int, *more: str) -> None:
+        self.alpha, self.seed = alpha, seed
         self.settings = [
             f"clients.alpha={alpha}",
             f"run.seed={seed}",
@@ -182,6 +201,7 @@ class Bench:
             "evaluation.clients=false",
             f"evaluation.every={ROUNDS}",
             "tracking.health=off",
+            *more,
         ]
         config = load_config("demo", self.settings)
         self.examples, self.parts = split_among_clients(config)
@@ -205,7 +225,7 @@ class Bench:
             name: self._client(config, name, folder / name, attack if name in liars else honest) for name in self.parts
         }
         bench = replace(self.bench, config=config)
-        federation = Attacked(bench.trainer(), clients, liars, attack)
+        federation = Attacked(bench.trainer(), clients, liars, attack, self.trigger)
         quietly: Any = Nobody()
         algorithm = config.algorithm.build()
         server = Server(
@@ -267,23 +287,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/attacks"))
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--table", action="store_true", help="write what there is into docs/security.md, and end")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "cells.jsonl"
+    if args.table:
+        write_table(read(file))
+        return
     quiet()
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    file, end = args.out / "cells.jsonl", time.monotonic() + 60 * args.minutes
-    benches: dict[tuple[float, int], Bench] = {}
+    end, bench = time.monotonic() + 60 * args.minutes, None
     for cell in cells():
         if time.monotonic() > end:
             break
-        if any(known(line, cell) for line in read(file)):
+        if found(read(file), cell) is not None:
             continue
-        place = cell.alpha, cell.seed
-        if place not in benches:
-            benches = {place: Bench(*place)}
-        answer = benches[place].run(cell)
+        if bench is None or (bench.alpha, bench.seed) != (cell.alpha, cell.seed):
+            bench = Bench(cell.alpha, cell.seed)
+        answer = bench.run(cell)
         with file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(cell.key | answer) + "\n")
+            lines.write(json.dumps(cell.key | answer | {"machine": machine("torch", "transformers")}) + "\n")
         print(cell, answer, flush=True)
 
 
@@ -292,9 +315,61 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def known(line: Mapping[str, Any], cell: Cell) -> bool:
-    """Whether a stored cell is this one."""
-    return all(line.get(name) == value for name, value in cell.key.items())
+def found(lines: Sequence[Mapping[str, Any]], cell: Cell) -> Mapping[str, Any] | None:
+    """The stored cell that is this one, if there is one."""
+    same = (line for line in lines if all(line.get(name) == value for name, value in cell.key.items()))
+    return next(same, None)
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "security.md"
+BEGIN, END = "<!-- written by benchmarks/attacks.py -->", "<!-- until here -->"
+
+
+def write_table(lines: Sequence[Mapping[str, Any]]) -> None:
+    """Put the tables between the two marks of docs/security.md."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{tables(lines)}{END}{after}", encoding="utf-8")
+
+
+def tables(lines: Sequence[Mapping[str, Any]]) -> str:
+    """A table for each skew and number of liars, and what of it was not run."""
+    every = list(cells())
+    parts = []
+    for alpha, liars in sorted({(cell.alpha, cell.liars) for cell in every if cell.liars}, key=lambda p: (-p[0], p[1])):
+        mine = [cell for cell in every if cell.alpha == alpha and cell.liars in (0, liars)]
+        columns = [name for name in COLUMNS if any(cell.column == name and cell.liars == liars for cell in mine)]
+        known = {cell: line for cell in mine if (line := found(lines, cell)) is not None}
+        if not any(cell.liars for cell in known):
+            parts.append(f"**Dirichlet {alpha}, {liars} of {CLIENTS} sites lie**: not run yet.\n")
+            continue
+        head = ["attack", *(COLUMNS[name].told for name in columns)]
+        rows = [head, ["---", *["--:"] * len(columns)]]
+        for name, attack in ATTACKS.items():
+            rows += [[attack.told, *(entry(known, mine, name, column) for column in columns)]]
+        part = [f"**Dirichlet {alpha}, {liars} of {CLIENTS} sites lie**", ""]
+        part += ["| " + " | ".join(row) + " |" for row in rows]
+        asked = [cell for cell in mine if cell.column in columns]
+        seeds = ", ".join(sorted({str(cell.seed) for cell in known}))
+        part += ["", f"Seeds {seeds}; {len(asked) - len(known)} of {len(asked)} cells not run.", ""]
+        parts.append("\n".join(part))
+    machines = sorted({line["machine"] for line in lines if "machine" in line})
+    return "\n".join([*parts, *(f"Run on: {told}." for told in machines), ""])
+
+
+def entry(known: Mapping[Cell, Mapping[str, Any]], asked: Sequence[Cell], attack: str, column: str) -> str:
+    """Mean accuracy over seeds in %, how many seeds if not all, and for the trigger how often it works."""
+    lines = [known[cell] for cell in asked if (cell.attack, cell.column) == (attack, column) and cell in known]
+    scores = [line["accuracy"] for line in lines if line["accuracy"] is not None]
+    if not scores:
+        return "ended" if lines else "not run"
+    text = f"{100 * statistics.fmean(scores):.1f}"
+    if attack == "trigger":
+        text += f", works {100 * statistics.fmean(line['success'] for line in lines):.0f} %"
+    return text if len(scores) == SEEDS else f"{text} ({len(scores)})"
 
 
 if __name__ == "__main__":

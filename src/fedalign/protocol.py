@@ -43,6 +43,7 @@ Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus", "unknown"]
 WireDtype = Literal["float32", "bfloat16", "int8"]
 ServerOptimizer = Literal["average", "sgd", "adam", "yogi", "fedexp"]
 Robust = Literal["none", "clip", "centered_clip", "trimmed_mean", "median", "krum"]  # see `maths.robust`
+KEEPS_ALL: frozenset[Robust] = frozenset({"trimmed_mean", "median", "krum"})  # a round's updates, until it is over
 Stage = Literal["join", "train", "update", "evaluate"]
 Ask = Literal["margins", "centroids", "directions", "tokens", "met", "probabilities", "data"]  # see `Algorithm.asks`
 KINDS: tuple[Kind, ...] = get_args(Kind)

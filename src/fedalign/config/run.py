@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from fedalign.algorithms import ALGORITHMS, make, options, spans_rounds
 from fedalign.errors import UserError
-from fedalign.protocol import SKETCHES, Algorithm, Ask, Robust, ServerOptimizer, WireDtype
+from fedalign.protocol import KEEPS_ALL, SKETCHES, Algorithm, Ask, Robust, ServerOptimizer, WireDtype
 
 T = TypeVar("T")
 
@@ -400,6 +400,18 @@ class Config(Section):
         if self.server.robust != "auto":
             return self.server.robust
         return "clip" if self.federation.engine == "flower" else "none"
+
+    @property
+    def guard(self) -> str:
+        """What holds a hostile site, for the first line of a run."""
+        options = self.server
+        if self.robust == "none":
+            return 'server.robust = "none": a site counts for what it says'
+        bound = f"at most {100 * options.max_share:g} % of a group and {options.clip:g} medians of its norms"
+        if self.robust == "clip":
+            return f"a site counts for {bound}"
+        kept = ", for which every update of a round stays in memory" if self.robust in KEEPS_ALL else ""
+        return f"{self.robust} of what sites send{kept}, each {bound}"
 
     def _check_engine(self) -> None:
         """What cannot be asked of sites."""
