@@ -10,9 +10,11 @@ import torch
 
 from fedalign.config.toml import load_config
 from fedalign.errors import UserError
+from fedalign.federation.flower import launch
 from fedalign.maths.robust import CenteredSum
 from fedalign.protocol import SHARED
 from fedalign.server.checkpoint import Checkpoints, ServerState
+from tests.conftest import Command
 from tests.server.test_checks import begin, serve
 from tests.server.test_rounds import LAYOUT, Scripted, run, shared
 
@@ -143,3 +145,35 @@ def test_streams_are_refused_in_one_line_where_a_rule_cannot_have_them(tmp_path:
         assert "\n" not in str(told.value)
     after: ServerState = serve("algorithm.name=scaffold", "server.robust=clip", "run.rounds=1").run(begin())
     assert after.round == 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ("auto", "a site counts for at most 50 % of a group and 3 medians of its norms"),
+        ("none", 'server.robust = "none": a site counts for what it says'),
+        (
+            "median",
+            "median of what sites send, for which every update of a round stays in memory, "
+            "each at most 50 % of a group and 3 medians of its norms",
+        ),
+        ("centered_clip", "centered_clip of what sites send, each at most 50 % of a group and 3 medians of its norms"),
+    ],
+)
+def test_the_first_line_of_a_run_across_sites_says_what_holds_a_liar(
+    fedalign: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str, told: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("no SuperLink here")
+
+    monkeypatch.setattr(launch, "run", refuse)
+    settings = ("--set", "federation.engine=flower", "--set", f"server.robust={rule}")
+    code, printed, _ = fedalign("run", write_nothing(tmp_path), "--out", tmp_path / "run", *settings)
+    assert code == 2
+    first = printed.split("sites behind Flower")[1]
+    assert " ".join(first.split()).endswith(f"at least 2 sites; {told}")
+
+
+def write_nothing(folder: Path) -> Path:
+    (folder / "all-defaults.toml").write_text("")
+    return folder / "all-defaults.toml"
