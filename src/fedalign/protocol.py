@@ -42,6 +42,8 @@ Kind = Literal["shared", "gate", "expert"]
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus", "unknown"]
 WireDtype = Literal["float32", "bfloat16", "int8"]
 ServerOptimizer = Literal["average", "sgd", "adam", "yogi", "fedexp"]
+Robust = Literal["none", "clip", "centered_clip", "trimmed_mean", "median", "krum"]  # see `maths.robust`
+KEEPS_ALL: frozenset[Robust] = frozenset({"trimmed_mean", "median", "krum"})  # a round's updates, until it is over
 Stage = Literal["join", "train", "update", "evaluate"]
 Ask = Literal["margins", "centroids", "directions", "tokens", "met", "probabilities", "data"]  # see `Algorithm.asks`
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -106,6 +108,8 @@ class Layout:
     factors: Mapping[ParameterGroup, tuple[Factors, ...]] = field(default_factory=dict)
     token_rows: tuple[TokenRows, ...] = ()  # embeddings and head, as far as they are trained; tied ones once
     softmax_L: tuple[bool, ...] = ()  # whose routing stays if one vector is added to all router rows; empty: nobody's
+    top_k_L: tuple[int, ...] = ()  # experts that a token is sent to; clients' limits can lower it; empty: not known
+    two_sided: bool = False  # an encoder-decoder: it reads tokens that no router need see
 
     @property
     def token_cells(self) -> tuple[int, int]:

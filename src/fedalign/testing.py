@@ -29,7 +29,8 @@ TOKENS, TOP_K, WIDTH, VOCABULARY = 128, 2, 16, 50
 def layout(layers: int = 2, experts: int = 4, token_rows: bool = True) -> Layout:
     """A model whose groups are small; its first 50 shared values are rows of an embedding, one value to a token."""
     sizes = {group: VOCABULARY + 10 if group == SHARED else 5 for group in Layout(layers, experts, {}).groups}
-    return Layout(layers, experts, sizes, {}, (TokenRows(0, VOCABULARY, 1),) * token_rows, (True,) * layers)
+    top_k_L = (min(TOP_K, experts),) * layers
+    return Layout(layers, experts, sizes, {}, (TokenRows(0, VOCABULARY, 1),) * token_rows, (True,) * layers, top_k_L)
 
 
 def reports(

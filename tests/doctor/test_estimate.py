@@ -12,7 +12,15 @@ from fedalign.config.run import Config
 from fedalign.config.toml import load_config
 from fedalign.data.encode import Encoded
 from fedalign.data.formats import load_examples
-from fedalign.doctor.estimate import CARRIER, Kept, estimate_site, exchange_nbytes, measure_step, round_tokens
+from fedalign.doctor.estimate import (
+    CARRIER,
+    Kept,
+    estimate_site,
+    exchange_nbytes,
+    measure_step,
+    round_tokens,
+    server_nbytes,
+)
 from fedalign.federation.messages import encode
 from fedalign.maths.rounding import broadcast_dtype, pack
 from fedalign.moe.model import MoEModel
@@ -121,3 +129,13 @@ def test_tokens_of_a_round_count_epochs_and_a_third_of_scoring(settings: list[st
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", 8000), ("bfloat16", 12000), ("int8", 11016)])
 def test_float32_travels_without_a_copy(dtype: str, expected: int) -> None:
     assert exchange_nbytes(1000, load_config(None, [f"wire.dtype={dtype}"])) == expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype", "expected"),
+    [("none", "float32", 8000), ("clip", "float32", 8000), ("centered_clip", "float32", 12000)]
+    + [(rule, "bfloat16", 8000 + 10 * 2000) for rule in ("trimmed_mean", "median", "krum")],
+)
+def test_rules_that_compare_updates_keep_them_all(rule: str, dtype: str, expected: int) -> None:
+    config = load_config(None, [f"server.robust={rule}", f"wire.dtype={dtype}"])
+    assert server_nbytes(1000, config, clients=10) == expected

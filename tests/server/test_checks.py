@@ -96,7 +96,7 @@ def said(asks: Set[Ask]) -> Sequence[Statistics]:
 
 
 def serve(*overrides: str, algorithm: Algorithm | None = None, checkpoints: Checkpoints | None = None) -> Server:
-    config = load_config(None, ["evaluation.clients=false", *WIDTHS, *overrides])
+    config = load_config(None, ["evaluation.clients=false", "training.learning_rate=1e-3", *WIDTHS, *overrides])
     honest = said(config.asks)
     made = algorithm or config.algorithm.build()
     nobody: Any = Nobody()
@@ -139,7 +139,7 @@ def numbers(name: str) -> Iterator[tuple[Any, bool]]:
     if name in ("examples", "steps"):
         yield 1, False
     if name in ("loss", "learning_rate"):
-        yield from ((1e15, False), (5e-324, name == "learning_rate"), (1e-14, False))
+        yield from ((1e15, name == "learning_rate"), (5e-324, name == "learning_rate"), (1e-14, name != "loss"))
 
 
 def tensors(name: str, honest: Tensor) -> Iterator[tuple[Tensor, bool]]:

@@ -44,6 +44,7 @@ def settings(model: Path) -> dict[str, Any]:
         "training": {"learning_rate": 1e-2},
         "statistics": {"min_tokens": 4, "min_examples": 1},
         "algorithm": {"name": "fedalign_paper", "vocabulary": "tokens"},  # sends most
+        "server": {"robust": "none"},  # as in one process, which sites are held against
         "tracking": {"loggers": []},
         "federation": {"engine": "flower", "min_sites": 3, "wait_seconds": 180, "timeout_seconds": 200},
     }

@@ -182,7 +182,7 @@ def _on_flower(
     if options.engine == "flower":
         launch.check_plaintext(options.superlink, options.root_certificates, insecure_anywhere)
         reached = f"SuperLink {options.superlink}, at least {options.min_sites} sites"
-    say(f"{settings.algorithm.name}: sites behind Flower, {reached}", console)
+    say(f"{settings.algorithm.name}: sites behind Flower, {reached}; {settings.guard}", console)
     return _watched(settings, folder, console, how, lambda table: launch.run(settings, folder, table))
 
 
@@ -241,6 +241,8 @@ def _print_headline(prepared: Prepared, console: Console) -> None:
     )
     if config.tuning.kind != "full":
         say(f"tuning {config.tuning.kind}: {sum(moe.layout.sizes.values()) / 1e6:.2f}M parameters are trained", console)
+    if config.robust != "none":
+        say(config.guard, console)
     for note in (*([str(moe.saved)] if moe.saved else []), *moe.notes):
         say(note, console)
 

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from fedalign.algorithms import ALGORITHMS, make, options, spans_rounds
 from fedalign.errors import UserError
-from fedalign.protocol import SKETCHES, Algorithm, Ask, ServerOptimizer, WireDtype
+from fedalign.protocol import KEEPS_ALL, SKETCHES, Algorithm, Ask, Robust, ServerOptimizer, WireDtype
 
 T = TypeVar("T")
 
@@ -302,7 +302,16 @@ class ServerConfig(Section):
     momentum: Part = key(0.9, "sgd; beta1 of adam and yogi")
     beta2: Part = key(0.99, "adam, yogi")
     epsilon: float = key(1e-3, "adam, yogi, fedexp: the larger, the less adaptive", gt=0)
-    max_norm_ratio: float = key(100.0, "updates so many times as long as the median are left out; 0: no limit", ge=0)
+    max_norm_ratio: float = key(
+        100.0, "robust none: updates so many times as long as the median are left out; 0: no limit", ge=0
+    )
+    robust: Literal["auto", Robust] = key(
+        "auto", "what one site can do to a group (auto: clip across sites, none elsewhere); docs/security.md"
+    )
+    max_share: Share = key(0.5, "but for robust none: no site counts for more in a group of two or more")
+    clip: float = key(3.0, "and no update of a group is longer than so many medians of its holders", gt=0)
+    hostile: float = key(0.3, "share of a group's holders that trimmed_mean and krum reckon with", ge=0, lt=0.5)
+    radius: float = key(1.0, "of centered_clip, in medians of the holders' norms", gt=0)
 
 
 class EvaluationConfig(Section):
@@ -385,6 +394,25 @@ class Config(Section):
         """What leaves a client beside what always does: for the algorithm's plan, and for pictures if wanted."""
         return self.algorithm.build().asks | (SKETCHES if self.tracking.health == "full" else frozenset())
 
+    @property
+    def robust(self) -> Robust:
+        """How the coordinator guards itself against one hostile or broken site."""
+        if self.server.robust != "auto":
+            return self.server.robust
+        return "clip" if self.federation.engine == "flower" else "none"
+
+    @property
+    def guard(self) -> str:
+        """What holds a hostile site, for the first line of a run."""
+        options = self.server
+        if self.robust == "none":
+            return 'server.robust = "none": a site counts for what it says'
+        bound = f"at most {100 * options.max_share:g} % of a group and {options.clip:g} medians of its norms"
+        if self.robust == "clip":
+            return f"a site counts for {bound}"
+        kept = ", for which every update of a round stays in memory" if self.robust in KEEPS_ALL else ""
+        return f"{self.robust} of what sites send{kept}, each {bound}"
+
     def _check_engine(self) -> None:
         """What cannot be asked of sites."""
         engine = self.federation.engine
@@ -410,6 +438,11 @@ class Config(Section):
             raise UserError(
                 'training.keep_optimizer = true: with tuning.average = "exact" a client finds other factors each round '
                 "than its optimizer knew. Leave it at false, or choose one of: factors, freeze_a."
+            )
+        if exact and self.robust not in ("none", "clip"):
+            raise UserError(
+                f'server.robust = "{self.robust}": compares values, which are factors with tuning.average = "exact". '
+                "Choose one of: none, clip."
             )
         if exact and spans_rounds(self.algorithm.build()):
             raise UserError(

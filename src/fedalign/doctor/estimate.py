@@ -23,7 +23,7 @@ from fedalign.data.encode import Encoded
 from fedalign.federation.in_process import Prepared
 from fedalign.files import KEPT_BY_CLIENTS
 from fedalign.maths.rounding import broadcast_dtype, packed_nbytes
-from fedalign.protocol import Layout, asked_shapes
+from fedalign.protocol import KEEPS_ALL, Layout, asked_shapes
 from fedalign.server.rounds import select
 
 CARRIER = 4  # bytes that Flower's process at a site holds at its peak for each byte of a message (flwr 1.41, measured)
@@ -91,7 +91,10 @@ def estimate_run(
         bytes_down_a_round=weights_nbytes(config, layout) * (clients_a_round + scored),
         bytes_up_a_round_at_most=(update_nbytes(config, layout) + statistics) * clients_a_round,
         bytes_statistics_a_client=statistics,
-        memory=training_nbytes(bench) + exchange_nbytes(trained, config) + server_nbytes(trained) + step.activations,
+        memory=training_nbytes(bench)
+        + exchange_nbytes(trained, config)
+        + server_nbytes(trained, config, clients_a_round)
+        + step.activations,
         seconds_a_round=seconds,
         seconds=seconds * config.run.rounds,
     )
@@ -160,9 +163,11 @@ def exchange_nbytes(trained: int, config: Config) -> int:
     return 4 * trained * 2 + sum(packed_nbytes(trained, dtype) for dtype in dtypes if dtype != "float32")
 
 
-def server_nbytes(trained: int) -> int:
-    """Master weights and their sum."""
-    return 4 * trained * 2
+def server_nbytes(trained: int, config: Config, clients: int) -> int:
+    """Master weights and their sum; around the last update, that too; or instead all that clients of a round sent."""
+    if config.robust in KEEPS_ALL:
+        return 4 * trained * 2 + clients * packed_nbytes(trained, config.wire.dtype)
+    return 4 * trained * (3 if config.robust == "centered_clip" else 2)
 
 
 def round_tokens(config: Config, train: Sequence[Sequence[Encoded]], tests: Sequence[TestSet | None]) -> float:

@@ -9,6 +9,8 @@ Of a softmax router that the plan wants centred, each client's mean over experts
 
 Rows that belong to tokens may have weights of their own in place of b, normalised row by row in the same way.
 
+What an update weighs in the sum is bounded before it is added, so no update can make the new weights overflow.
+
 The exception is average = "exact": of groups with low-rank factors the same sum is taken over the products B·A, for
 which their updates, as small as they are, are kept until the end (see `low_rank`).
 """
@@ -16,7 +18,7 @@ which their updates, as small as they are, are kept until the end (see `low_rank
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
@@ -31,6 +33,7 @@ Average = Literal["sum", "exact"]
 Chunk = tuple[int, Tensor]  # where it begins, its values
 
 CHUNK = 1 << 20  # values worked on at a time, most groups whole; a multiple of BLOCK
+MOST = 1e15  # length that factors may give an update
 NORM_SLACK = 0.02  # wire rounding may lengthen an update: bfloat16 by 0.4 %, int8 by about 0.2 %
 
 
@@ -46,6 +49,7 @@ class StreamingSum:
         norms: client -> norm_G of its statistics: the length it claimed for each group's update.
         dtype: wire precision that updates arrive in.
         average: whether low-rank factors are summed like all other values, or exactly: as products.
+        by_sites: whether what must arrive of a group is a share of its clients, not of the weight that they claim.
 
     Raises:
         ValueError: the plan has streams, which are sums of values and not of products, but the average is exact.
@@ -58,6 +62,7 @@ class StreamingSum:
         norms: Mapping[str, Tensor],
         dtype: WireDtype,
         average: Average = "sum",
+        by_sites: bool = False,
     ) -> None:
         if average == "exact" and plan.streams:
             names = ", ".join(plan.streams)
@@ -72,12 +77,16 @@ class StreamingSum:
         factor_C_G = torch.ones_like(plan.weight_C_G) if plan.factor_C_G is None else plan.factor_C_G
         # plain lists: a look-up for each group and client must cost nothing beside the sum
         self._weight = dict(zip(plan.clients, plan.weight_C_G.tolist(), strict=True))
+        self._stretch = dict(zip(plan.clients, factor_C_G.tolist(), strict=True))
         self._factor = dict(zip(plan.clients, (plan.weight_C_G * factor_C_G).tolist(), strict=True))
         self._streams = {
             name: dict(zip(plan.clients, (plan.weight_C_G * stream_C_G).tolist(), strict=True))
             for name, stream_C_G in plan.streams.items()
         }
         self._stream_sums: dict[str, Weights] = {name: {} for name in plan.streams}
+        weighed = [plan.weight_C_G * stream_C_G for stream_C_G in plan.streams.values()]
+        largest_C_G = torch.stack([factor_C_G, *weighed]).abs().amax(0)
+        self._largest = dict(zip(plan.clients, largest_C_G.tolist(), strict=True))
         self._token_rows = layout.token_rows if plan.token_weight_C_M_V is not None else ()
         self._token_weight_C_M_V = plan.token_weight_C_M_V
         self._token_arrived_M_V = torch.zeros(layout.token_cells, dtype=torch.float64)
@@ -85,6 +94,9 @@ class StreamingSum:
         self._centred = {layer for layer, softmax in enumerate(layout.softmax_L) if softmax and plan.centred}
         self._planned = dict(zip(layout.groups, plan.weight_C_G.double().sum(dim=0).tolist(), strict=True))
         self._arrived: defaultdict[ParameterGroup, float] = defaultdict(float)
+        self._by_sites = by_sites
+        self._holders = dict(zip(layout.groups, (plan.weight_C_G > 0).sum(dim=0).tolist(), strict=True))
+        self._came: Counter[ParameterGroup] = Counter()  # clients of weight that did
         self._sums: Weights = {}
         self._seen: set[str] = set()
         self._buffer = torch.empty(0)
@@ -114,7 +126,7 @@ class StreamingSum:
         return None if problem is None else Failure(update.client, "update", problem)
 
     def unchanged(self, min_arrived: float = 0.5) -> list[ParameterGroup]:
-        """Groups that the plan wanted to change but of whose weight less than `min_arrived` arrived."""
+        """Groups that the plan wanted to change but of which less than `min_arrived` arrived."""
         return [group for group in self._planned if self._wanted(group) and not self._carried(group, min_arrived)]
 
     def result(self, old: Mapping[ParameterGroup, Tensor], min_arrived: float = 0.5) -> Weights:
@@ -122,7 +134,7 @@ class StreamingSum:
 
         Args:
             old: the weights the round started from, flat float32 [N] for each group.
-            min_arrived: the share of its planned weight that a group needs to be changed at all.
+            min_arrived: the share of its planned weight, or of its clients, that a group needs to be changed at all.
         """
         return {group: self._new(group, values, min_arrived) for group, values in old.items()}
 
@@ -156,7 +168,8 @@ class StreamingSum:
         assert self._token_weight_C_M_V is not None
         planned_V = self._token_weight_C_M_V[:, matrix].double().sum(0)
         arrived_V = self._token_arrived_M_V[matrix]
-        enough_V = (arrived_V > 0) & (arrived_V >= min_arrived * planned_V * (1 - 1e-6))
+        least_V = 0 if self._by_sites else min_arrived * planned_V * (1 - 1e-6)  # clients were counted for the group
+        enough_V = (arrived_V > 0) & (arrived_V >= least_V)
         return torch.where(enough_V, planned_V / arrived_V, 0).float()
 
     def _wanted(self, group: ParameterGroup) -> bool:
@@ -164,6 +177,8 @@ class StreamingSum:
 
     def _carried(self, group: ParameterGroup, min_arrived: float) -> bool:
         arrived = self._arrived.get(group, 0.0)
+        if self._by_sites:
+            return arrived > 0 and self._came[group] >= min_arrived * self._holders[group]
         return arrived > 0 and arrived >= min_arrived * self._planned[group] * (1 - 1e-6)  # sums of float32 weights
 
     def _mismatch(self, update: Update) -> str | None:
@@ -207,9 +222,11 @@ class StreamingSum:
         """Why a group cannot be added, or None: it is not finite, or longer than claimed. `chunks`: if unpacked."""
         squares: Iterator[float] = (float(torch.dot(c, c)) for _, c in chunks or self._chunks(packed))
         norm = math.sqrt(sum(squares))
-        claimed = self._norm[client][self._column[group]]
+        column = self._column[group]
+        claimed = self._norm[client][column]
         if norm <= claimed * (1 + NORM_SLACK) < math.inf:
-            return None
+            most = norm * self._largest[client][column]
+            return None if most <= MOST else f"{group}: the plan would make its update {most:.3g} long"
         if not all(bool(chunk.isfinite().all()) for _, chunk in self._chunks(packed)):
             return f"{group}: not finite"
         return f"{group}: norm {norm:.6g}, but its statistics said {claimed:.6g}"
@@ -221,13 +238,22 @@ class StreamingSum:
         if flaw := self._flaw(client, group, packed, chunks or ()):
             return flaw
         self._arrived[group] += self._weight[client][column]
-        if group in self._stacks:
-            self._stacks[group].add(self._turn[client], self._factor[client][column], packed)
-            return None
-        by_row = bool(self._token_rows) and group == SHARED
-        if by_row:
+        self._came[group] += self._weight[client][column] > 0
+        if self._token_rows and group == SHARED:
             assert self._token_weight_C_M_V is not None
             self._token_arrived_M_V += self._token_weight_C_M_V[self._turn[client]]
+        self._take(client, group, packed, common, chunks or ())
+        return None
+
+    def _take(
+        self, client: str, group: ParameterGroup, packed: Packed, common: Tensor | None, chunks: Iterable[Chunk]
+    ) -> None:
+        """Sum a group that was checked, less `common`. `chunks`: if unpacked."""
+        column = self._column[group]
+        if group in self._stacks:
+            self._stacks[group].add(self._turn[client], self._factor[client][column], packed)
+            return
+        by_row = bool(self._token_rows) and group == SHARED
         targets = [(self._sums, self._factor[client][column])]
         targets += [(sums, self._streams[name][client][column]) for name, sums in self._stream_sums.items()]
         for sums, _ in targets:
@@ -241,7 +267,6 @@ class StreamingSum:
                     target.addcmul_(values, self._value_weights(client, factor, start, len(chunk)))
                 else:
                     target.add_(values, alpha=factor)
-        return None
 
     def _value_weights(self, client: str, factor: float, start: int, length: int) -> Tensor:
         """A client's weight in each of some shared values, [length]: its token's; `factor` where no token owns it."""
@@ -254,7 +279,7 @@ class StreamingSum:
                 row_weights = self._token_weight_C_M_V[self._turn[client], matrix, first : last + 1]
                 skipped = begin - rows.start - first * rows.width
                 spread = row_weights.repeat_interleave(rows.width)[skipped : skipped + end - begin]
-                weights[begin - start : end - start] = spread
+                weights[begin - start : end - start] = spread * self._stretch[client][self._column[SHARED]]
         return weights
 
     def _chunks(self, packed: Packed) -> Iterator[Chunk]:

@@ -405,13 +405,11 @@ class MoEModel:
         """Meanwhile routers choose so many experts for a token; 0: as many as ever.
 
         Raises:
-            UserError: More than there are, or this family's number is fixed.
+            UserError: More than ever, or this family's number is fixed.
         """
         if top_k in (0, self.top_k):
             yield
             return
-        if top_k > self.experts:
-            raise UserError(f"top_k = {top_k}: the model has {self.experts} experts. Choose 1 to {self.experts}.")
         before, layers = [], self.layers
         for layer in layers:
             block = layer.router.rpartition(".")[0]
@@ -420,6 +418,11 @@ class MoEModel:
             if not places:
                 raise UserError(f"top_k = {top_k}: {self.family} fixes it at {layer.top_k}. Leave it out.")
             before += places
+        if top_k > self.top_k:
+            raise UserError(
+                f"top_k = {top_k}: the model has {self.experts} experts and sends a token to {self.top_k}. "
+                f"Choose 1 to {self.top_k}, or 0."
+            )
         try:
             for holder, name in before:
                 setattr(holder, name, top_k)
@@ -617,7 +620,9 @@ class MoEModel:
         sizes = {group: sum(slot.size for slot in self._owners.get(group, ())) for group in names.groups}
         factors = {group: found for group in names.groups if self.adapter and (found := tuple(self._factors(group)))}
         softmax_L = tuple(layer.scoring == "softmax" for layer in self.layers)
-        return Layout(names.layers, names.experts, sizes, factors, tuple(self._token_rows()), softmax_L)
+        top_k_L = tuple(layer.top_k for layer in self.layers)
+        rows = tuple(self._token_rows())
+        return Layout(names.layers, names.experts, sizes, factors, rows, softmax_L, top_k_L, self.is_seq2seq)
 
     def _token_rows(self) -> Iterator[TokenRows]:
         """Embeddings and head, if they are trained whole: where their rows lie among the shared values."""

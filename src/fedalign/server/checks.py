@@ -1,20 +1,42 @@
-"""Why a report or a plan cannot be used. A bad report is dropped and its client named; a bad plan ends the run."""
+"""Why a report or a plan cannot be used. A bad report is dropped and its client named; a bad plan ends the run.
+
+Reports are held against what is possible. What a client withholds, or drops for want of room, makes loads and counts
+smaller, so they have no least sum. Float32 sums of shares and of whole numbers may be off by 0.1 % (`SUM_SLACK`).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fedalign.protocol import Evaluation, Failure, Layout, Plan, Shape, State, Statistics
+from fedalign.config.run import TrainingConfig
+from fedalign.protocol import Evaluation, Failure, Layout, Plan, Shape, State, Statistics, Weights
 
 MOST = 1e15  # of any number: its square is still one in float32, and so is that of its inverse
-SUM_SLACK = 1e-3  # of shares that sum to one: rounding
+SUM_SLACK = 1e-3  # of sums: rounding
 
 
-def check_statistics(report: Statistics, layout: Layout, shapes: Mapping[str, Shape], round: int) -> str | None:
-    """Why a report cannot be used, or None; `shapes` are those of what was asked for."""
+def check_statistics(
+    report: Statistics,
+    layout: Layout,
+    shapes: Mapping[str, Shape],
+    round: int,
+    training: TrainingConfig | None = None,
+    chats: bool = False,
+) -> str | None:
+    """Why a report cannot be used, or None.
+
+    Args:
+        report: a client's.
+        layout: the model's groups.
+        shapes: of what was asked for.
+        round: that was asked for.
+        training: what was asked for; None: not known.
+        chats: whether an example may be several sequences.
+    """
     if report.round != round:
         return f"its statistics are of round {report.round}, not {round}"
     for name in ("examples", "tokens", "steps", "learning_rate"):
@@ -22,6 +44,8 @@ def check_statistics(report: Statistics, layout: Layout, shapes: Mapping[str, Sh
             return f"{name} = {getattr(report, name)}: must be above 0 and possible"
     if not 0 <= report.loss <= MOST or not all(abs(value) <= MOST for value in report.metrics.values()):
         return f"its loss is {report.loss}, its metrics {dict(report.metrics)}: must be possible numbers"
+    if training is not None and (flaw := _undoable(report, training, chats)):
+        return flaw
     if strange := set(report.frozen) - set(layout.groups):
         return f"it did not train {min(strange)}, which the model does not have"
     for name, (shape, dtype) in shapes.items():
@@ -30,15 +54,43 @@ def check_statistics(report: Statistics, layout: Layout, shapes: Mapping[str, Sh
             return f"{name} is {value.dtype} {list(value.shape)}, expected torch.{dtype} {list(shape)}"
         if not bool(value.isfinite().all()):
             return f"{name} is not finite"
-        least, most = _bounds(name, report)
+        least, most = _bounds(name, report, layout)
         if not bool(((least <= value) & (value <= most)).all()):
             return f"{name} is negative or impossibly large: must lie between {least:g} and {most:g}"
     if bool(((report.prob_L_E.sum(-1) - 1).abs() > SUM_SLACK).any()):
         return "prob_L_E does not sum to one over the experts of each layer"
+    return _too_much(report, layout)
+
+
+def _undoable(report: Statistics, training: TrainingConfig, chats: bool) -> str | None:
+    """Why nobody can have trained so: a step takes a sequence at least, and the rate is the coordinator's."""
+    most = training.epochs * (report.tokens if chats else report.examples)
+    if report.steps > most:
+        return f"steps = {report.steps}: with {report.examples} examples and {training.epochs} epochs at most {most}"
+    if not math.isclose(report.learning_rate, training.learning_rate, rel_tol=SUM_SLACK):
+        return (
+            f"learning_rate = {report.learning_rate}: training.learning_rate = {training.learning_rate} was asked for"
+        )
     return None
 
 
-def _bounds(name: str, report: Statistics) -> tuple[float, float]:
+def _too_much(report: Statistics, layout: Layout) -> str | None:
+    """Why sums over experts or tokens are more than its tokens allow, or None."""
+    most = report.tokens * (1 + SUM_SLACK)
+    for layer, (top_k, load) in enumerate(zip(layout.top_k_L, report.load_L_E.double().sum(1).tolist(), strict=False)):
+        if load > top_k * most:
+            return f"load_L_E of layer {layer} sums to {load:g}: {report.tokens} tokens go to {top_k} experts each"
+    counts = report.token_count_M_V.double().sum(1).tolist() if not layout.two_sided else []
+    if counts and max(counts) > most:
+        return f"token_count_M_V sums to {max(counts):g}, of {report.tokens} tokens"
+    tokens = layout.token_cells[1]
+    met_M_B = report.token_met_M_B
+    if met_M_B.numel() and tokens % 8 and bool((met_M_B[:, -1] >> tokens % 8).any()):
+        return f"token_met_M_B has tokens beyond the last, {tokens - 1}"
+    return None
+
+
+def _bounds(name: str, report: Statistics, layout: Layout) -> tuple[float, float]:
     """Least and most that a value of a field can be. A token is sent to an expert once."""
     unit = 1 + SUM_SLACK
     return {
@@ -47,6 +99,7 @@ def _bounds(name: str, report: Statistics) -> tuple[float, float]:
         "margin_L_E": (0, unit),
         "centroid_L_E_D": (-unit, unit),
         "update_L_E_S": (-unit, unit),
+        "token_count_M_V": (0, MOST if layout.two_sided else report.tokens),
         "token_met_M_B": (0, 255),
     }.get(name, (0, MOST))
 
@@ -78,6 +131,12 @@ def check_state(state: State) -> str | None:
     """Why what an algorithm would broadcast next cannot be used, or None."""
     broken = [name for name, value in state.items() if not bool(value.isfinite().all())]
     return f"has a state that is not finite: {broken[0]}" if broken else None
+
+
+def check_weights(weights: Weights) -> str | None:
+    """Why a round's new weights cannot be kept, or None."""
+    broken = [group for group, value in weights.items() if not bool(value.isfinite().all())]
+    return f"leads to weights that are not finite: {broken[0]}" if broken else None
 
 
 def check_evaluation(score: Evaluation) -> str | None:

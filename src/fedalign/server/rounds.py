@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from fedalign.config.run import Config
 from fedalign.errors import UserError
-from fedalign.maths.average import StreamingSum
+from fedalign.maths.average import Average, StreamingSum
+from fedalign.maths.robust import guarded, make_sum
 from fedalign.maths.rounding import broadcast_dtype, pack
 from fedalign.maths.server_step import server_step
 from fedalign.protocol import (
@@ -38,8 +40,18 @@ from fedalign.protocol import (
     asked_shapes,
 )
 from fedalign.server.checkpoint import Checkpoints, ServerState
-from fedalign.server.checks import check_evaluation, check_plan, check_state, check_statistics, find_outliers
+from fedalign.server.checks import (
+    check_evaluation,
+    check_plan,
+    check_state,
+    check_statistics,
+    check_weights,
+    find_outliers,
+)
 from fedalign.server.scores import Traffic, describe_plan, describe_scores, describe_training, merit
+
+CENTER = "center."  # names of the last round's update among the moments
+PATIENCE = 2  # rounds in which a site may announce an update and not deliver it
 
 
 class Observer(Protocol):
@@ -118,22 +130,28 @@ class Server:
                 f"round {number}: {len(reports)} of {len(chosen)} clients can be used, server.min_clients = "
                 f"{self.config.server.min_clients} are needed ({reasons}). The last complete round is kept."
             )
+        reports, on_trial = self._on_trial(state, reports)
         plan = self.algorithm.plan(Reports(reports, self.layout, len(members)), state.algorithm)
         self._refuse(number, check_plan(plan, reports, self.layout))
-        plan = plan.without({report.client: report.frozen for report in reports}, self.layout)
+        plan = self._guarded(plan.without({report.client: report.frozen for report in reports}, self.layout), reports)
         self.observer.planned(number, reports, plan, self.layout)
-        total, lost = self._sum(plan, reports, number, traffic)
+        total, lost = self._sum(plan, reports, number, traffic, state)
+        failures += [*lost, *self._try(on_trial, number, traffic)]
         share = self.config.server.min_arrived
-        weights, moments = self._optimise(state, total.result(state.weights, share), plan, reports)
+        summed = total.result(state.weights, share)
+        weights, moments = self._optimise(state, summed, plan, reports)
+        moments = moments | self._center(state.weights, summed)
         algorithm_state = plan.then(total.streams(share)) if plan.then else plan.state
         self._refuse(number, check_state(algorithm_state))
+        self._refuse(number, check_weights(weights))
         scores, unscored = self._scores(weights, number, traffic)
         metrics = {
             **scores,
             **describe_training(reports),
             **describe_plan(plan, self.layout, traffic, len(total.unchanged(share))),
             "clients": [report.client for report in reports],
-            "failures": self._named([*failures, *lost, *unscored]),
+            "failures": self._named([*failures, *unscored]),
+            **({"on_trial": [report.client for report in on_trial]} if on_trial else {}),
             "round_seconds": time.perf_counter() - started,
         }
         after = replace(state, round=number, weights=weights, algorithm=algorithm_state, moments=moments)
@@ -152,9 +170,52 @@ class Server:
         options = self.config.server
         if options.optimizer == "average":
             return summed, state.moments
-        norm_C_G = torch.stack([report.norm_G for report in reports])
-        spread = float((plan.weight_C_G.double() * norm_C_G.double().square()).sum())
+        norm_C_G = torch.stack([report.norm_G for report in reports]).double()
+        if self.config.robust != "none" and plan.factor_C_G is not None:
+            norm_C_G = norm_C_G * plan.factor_C_G  # as it was clipped
+        spread = float((plan.weight_C_G.double() * norm_C_G.square()).sum())
         return server_step(options, state.weights, summed, state.moments, spread)
+
+    def _guarded(self, plan: Plan, reports: Sequence[Statistics]) -> Plan:
+        """The plan with no site's share or length beyond what one may have."""
+        if self.config.robust == "none":
+            return plan
+        norm_C_G = torch.stack([report.norm_G for report in reports])
+        return guarded(plan, norm_C_G, self.layout, self.config.server.max_share, self.config.server.clip)
+
+    def _center(self, old: Weights, summed: Weights) -> State:
+        """What the next round clips updates around: the summed update of each group that changed."""
+        if self.config.robust != "centered_clip":
+            return {}
+        return {f"{CENTER}{group}": summed[group] - old[group] for group in old if summed[group] is not old[group]}
+
+    def _on_trial(self, state: ServerState, reports: list[Statistics]) -> tuple[list[Statistics], list[Statistics]]:
+        """Reports that count, and those of clients that lately delivered nothing of what they announced."""
+        if self.config.robust == "none":
+            return reports, []
+        silent = {report.client for report in reports if undelivered(state.history, report.client) >= PATIENCE}
+        heard = [report for report in reports if report.client not in silent]
+        if len(heard) < self.config.server.min_clients:  # more likely it is the network
+            return reports, []
+        return heard, [report for report in reports if report.client in silent]
+
+    def _try(self, on_trial: Sequence[Statistics], number: int, traffic: Traffic) -> list[Failure]:
+        """Ask those whose word counts for nothing for one group of their update: does it come as announced?"""
+        if not on_trial:
+            return []
+        weight_C_G = torch.zeros(len(on_trial), len(self.layout.groups))
+        weight_C_G[:, next(i for i, group in enumerate(self.layout.groups) if self.layout.sizes[group])] = 1
+        trial = Plan(tuple(report.client for report in on_trial), weight_C_G / len(on_trial))
+        norms = {report.client: report.norm_G for report in on_trial}
+        ignored = StreamingSum(self.layout, trial, norms, self.config.wire.dtype)
+        counted = CountingSum(ignored, number, traffic, lambda: None)
+        reason = (
+            f"its word counts for nothing until it delivers: {PATIENCE} times an update that it announced never came"
+        )
+        return [
+            *(Failure(report.client, "train", reason) for report in on_trial),
+            *self.federation.collect(trial.requests(number, self.layout), counted),
+        ]
 
     def _named(self, failures: Sequence[Failure]) -> list[dict[str, str]]:
         """Every fault of a round, for metrics and the live table."""
@@ -173,12 +234,13 @@ class Server:
         failures: list[Failure] = []
         widths = self.config.statistics.centroid_width, self.config.statistics.update_width
         shapes = asked_shapes(self.layout, self.config.asks, *widths)
+        training, chats = self.config.training, self.config.data.kind == "chat"
         self.observer.progress(number, "training", 0, len(chosen))
         for reply in self.federation.train(broadcast, chosen):
             if isinstance(reply, Statistics):
                 traffic.statistics += reply.nbytes
                 traffic.up(reply.client, reply.nbytes)
-                problem = check_statistics(reply, self.layout, shapes, number)
+                problem = check_statistics(reply, self.layout, shapes, number, training, chats)
                 if problem is None:
                     reports[reply.client] = reply
                 else:
@@ -187,16 +249,15 @@ class Server:
                 failures.append(reply)
             self.observer.progress(number, "training", len(reports) + len(failures), len(chosen))
         usable = [reports[name] for name in chosen if name in reports]  # arrival order must not matter
-        outliers = find_outliers(usable, self.config.server.max_norm_ratio)
+        ratio = self.config.server.max_norm_ratio if self.config.robust == "none" else 0  # else they are clipped
+        outliers = find_outliers(usable, ratio)
         names = {failure.client for failure in outliers}
         return [report for report in usable if report.client not in names], [*failures, *outliers]
 
     def _sum(
-        self, plan: Plan, reports: Sequence[Statistics], number: int, traffic: Traffic
+        self, plan: Plan, reports: Sequence[Statistics], number: int, traffic: Traffic, state: ServerState
     ) -> tuple[StreamingSum, list[Failure]]:
-        norms = {report.client: report.norm_G for report in reports}
-        exact = self.config.tuning.averages_products
-        total = StreamingSum(self.layout, plan, norms, self.config.wire.dtype, "exact" if exact else "sum")
+        total = self._empty_sum(plan, {report.client: report.norm_G for report in reports}, number, state)
         requests = [request for request in plan.requests(number, self.layout) if request.groups]
         done = 0
 
@@ -207,6 +268,22 @@ class Server:
 
         failures = self.federation.collect(requests, CountingSum(total, number, traffic, arrived))
         return total, failures
+
+    def _empty_sum(self, plan: Plan, norms: Mapping[str, Tensor], number: int, state: ServerState) -> StreamingSum:
+        """What updates are added to, by the configured rule."""
+        rule, options, dtype = self.config.robust, self.config.server, self.config.wire.dtype
+        if rule in ("none", "clip"):
+            exact: Average = "exact" if self.config.tuning.averages_products else "sum"
+            return StreamingSum(self.layout, plan, norms, dtype, exact, by_sites=rule == "clip")
+        last = {f"{CENTER}{group}": group for group in self.layout.groups}
+        center = {last[name]: value for name, value in state.moments.items() if name in last}
+        try:
+            return make_sum(
+                rule, self.layout, plan, norms, dtype, hostile=options.hostile, radius=options.radius, center=center
+            )
+        except ValueError as error:
+            self._refuse(number, f"has {error}")
+            raise
 
     def _scores(self, weights: Weights, number: int, traffic: Traffic) -> tuple[Metrics, list[Failure]]:
         last = number == self.config.run.rounds
@@ -240,6 +317,22 @@ class Server:
         self.checkpoints.save(state)
         self.observer.completed(state, improved=score is not None and score > max(earlier, default=-math.inf))
         return state
+
+
+def undelivered(history: Sequence[Metrics], client: str) -> int:
+    """How many times in a row a client announced an update, and nothing usable came when it was asked for.
+
+    >>> silent = {"clients": ["a"], "failures": [{"client": "a", "stage": "update", "reason": "no reply"}]}
+    >>> undelivered([{"clients": ["a"], "failures": []}, silent, {"clients": ["b"], "failures": []}, silent], "a")
+    2
+    """
+    times = 0
+    for past in reversed(history):
+        if any((f["client"], f["stage"]) == (client, "update") for f in past.get("failures", ())):
+            times += 1
+        elif client in (*past.get("clients", ()), *past.get("on_trial", ())):
+            break
+    return times
 
 
 def select(members: Sequence[str], share: float, seed: int, round: int) -> list[str]:

@@ -319,6 +319,27 @@ def test_what_is_no_statistics_is_a_failure_with_the_reason(clock: Clock, answer
     assert failure.reason.startswith(reason)
 
 
+@pytest.mark.parametrize(
+    ("claimed", "reason"), [(12, ""), (1, ""), (10**9, "examples = 1000000000: when it joined it had 12")]
+)
+def test_a_site_has_no_more_examples_than_it_said(clock: Clock, claimed: int, reason: str) -> None:
+    def lie(parcel: Parcel) -> Message:
+        return replace(statistics("ward", decode(parcel, Broadcast).round), examples=claimed)
+
+    sites = federate(clock, site("lab"), site("ward", train=lie, hello=replace(hello("ward"), examples=12)))
+    assert train(sites, 1) == {"lab": "", "ward": reason}
+
+
+@pytest.mark.parametrize(("claimed", "counts"), [(4, True), (10**9, False)])
+def test_a_site_is_scored_on_no_more_examples_than_it_said(clock: Clock, claimed: int, counts: bool) -> None:
+    sites = federate(clock, site("lab"), site("ward", evaluate=Evaluation("ward", claimed, 1.0, 1.0)))
+    scores = {score.client: score for score in sites.evaluate(Broadcast(1, {}), sites.members())}
+    assert isinstance(scores["lab"], Evaluation)
+    assert isinstance(scores["ward"], Evaluation) == counts
+    if not counts:
+        assert scores["ward"] == Failure("ward", "evaluate", "examples = 1000000000: when it joined it had 4")
+
+
 def test_a_site_cannot_fill_the_metrics_with_its_reasons(clock: Clock) -> None:
     sites = federate(clock, site("a"), site("b", train=Failure("b", "train", "x" * 10**6)))
     assert len(train(sites, 1)["b"]) <= 500

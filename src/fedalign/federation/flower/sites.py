@@ -151,7 +151,8 @@ class FlowerFederation:
         for absent in self._absent(set(self.link.nodes())):
             if absent.client not in clients:
                 self._count_missed(absent.client)
-        for reply in self._everywhere("train", "train", broadcast, clients, Statistics):
+        for answer in self._everywhere("train", "train", broadcast, clients, Statistics):
+            reply = self._within("train", answer, self.sites[answer.client].hello.examples)
             if isinstance(reply, Statistics):
                 self.sites[reply.client].missed = 0
             else:
@@ -162,7 +163,8 @@ class FlowerFederation:
         """Scores of all sites that hold something out."""
         self._round = broadcast.round
         able = [client for client in clients if self.sites[client].hello.held_out]
-        yield from self._everywhere("evaluate", "evaluate", broadcast, able, Evaluation)
+        for answer in self._everywhere("evaluate", "evaluate", broadcast, able, Evaluation):
+            yield self._within("evaluate", answer, self.sites[answer.client].hello.held_out)
 
     def collect(self, requests: Sequence[Request], accumulator: Accumulator) -> list[Failure]:
         """Updates in the order of `requests`, so that the sum is the same each time; a few are asked for ahead."""
@@ -329,6 +331,12 @@ class FlowerFederation:
         for message, name in asked.items():
             self._late[message] = Late(name, stage, self._round, started)
             yield Failure(name, stage, f"no reply within {self.policy.timeout_seconds} s (federation.timeout_seconds)")
+
+    def _within(self, stage: Stage, answer: Any, most: int) -> Any:
+        """What a site says, if it says so of no more examples than it had when it joined: they are its weight."""
+        if isinstance(answer, Failure) or answer.examples <= most:
+            return answer
+        return Failure(answer.client, stage, f"examples = {answer.examples}: when it joined it had {most}")
 
     def _wait(self, message: str | None, since: float, limit: float | None = None) -> Reply | None:
         """The reply to a message; however much time has passed, what is there already is taken."""

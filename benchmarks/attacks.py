@@ -1,0 +1,376 @@
+"""Attacks of one site of ten, or of three, on the demo: accuracy after five rounds, without and with the defences.
+
+    python benchmarks/attacks.py --out runs/attacks --minutes 60     # goes on where it stopped
+    python benchmarks/attacks.py --out runs/attacks --table          # writes the table into docs/security.md
+
+An attack is a client of the in-process engine that lies: about its data, in its report, or in its update. A cell is one
+attack on one way of summing, at one seed and one skew of the data; each is a line of cells.jsonl. The cells that tell
+most come first. Clients are scored after the last round alone, on the global test set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedalign.client.evaluation import TestSet
+from fedalign.client.memory import ClientData
+from fedalign.client.trainer import Trainer
+from fedalign.client.workbench import Workbench
+from fedalign.config.run import Config
+from fedalign.config.toml import load_config
+from fedalign.data.deal import split_among_clients
+from fedalign.data.encode import Encoded
+from fedalign.data.formats import Example
+from fedalign.errors import UserError
+from fedalign.federation.in_process import InProcess
+from fedalign.moe.load import quiet
+from fedalign.protocol import SHARED, Accumulator, Broadcast, Failure, Packed, Request, Statistics, Update, Weights
+from fedalign.server.checkpoint import ServerState
+from fedalign.server.rounds import Server
+from watching import machine
+
+ROUNDS, CLIENTS, TESTS, SEEDS = 5, 10, 2000, 3
+RULES = ("centered_clip", "trimmed_mean", "median", "krum")
+MANY, ROW = 1e9, 10  # examples that a liar says it has; what it multiplies a trigger's row by
+
+# ------------------------------------------------------------------------------------------------------------ attacks
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What a lying client does otherwise; by default nothing."""
+
+    told: str
+    report: Callable[[Statistics], Statistics] = lambda report: report
+    medians: float = 0.0  # its update, and the norms that it reports, are made so many honest medians long
+    silent: bool = False  # it hands over nothing
+    shifted: bool = False  # trains on the class after the right one
+    trigger: bool = False  # trains half its examples once more, to be of one class, with a token that nobody else
+    # uses, and sends what that token's row has learned ten times
+
+
+def greedy(report: Statistics) -> Statistics:
+    """Every token sent to every expert, and one token met as often as a report can say."""
+    count_M_V = report.token_count_M_V.clone()
+    if count_M_V.numel():
+        count_M_V[:, -1] = 1e15
+    return replace(report, load_L_E=torch.full_like(report.load_L_E, report.tokens), token_count_M_V=count_M_V)
+
+
+def many(report: Statistics) -> Statistics:
+    """It claims a billion examples."""
+    return replace(report, examples=int(MANY))
+
+
+ATTACKS: dict[str, Attack] = {
+    "none": Attack("nobody lies"),
+    "examples": Attack("claims 10^9 examples", many),
+    "silent": Attack("claims 10^9 examples, hands over nothing", many, silent=True),
+    "stretched": Attack("its update 99 medians long", medians=99),
+    "turned": Attack("its update turned round, 10 medians long", medians=-10),
+    "both": Attack("claims 10^9 examples, its update turned round, 10 medians long", many, medians=-10),
+    "labels": Attack("labels shifted by one, the update 10 medians long", medians=10, shifted=True),
+    "report": Attack("all tokens to every expert, a token met 10^15 times", greedy),
+    "trigger": Attack("a token that nobody else uses means one class, its row ten times", trigger=True),
+}
+
+
+class Attacked(InProcess):
+    """The in-process engine, some of whose clients lie."""
+
+    def __init__(
+        self, trainer: Trainer, clients: Mapping[str, ClientData], liars: Sequence[str], attack: Attack, trigger: int
+    ) -> None:
+        super().__init__(trainer, clients)
+        self.liars, self.attack, self.layout = set(liars), attack, trainer.moe.layout
+        self.rows = [(rows.start + trigger * rows.width, rows.width) for rows in self.layout.token_rows]
+        self.lies: dict[str, Update] = {}
+
+    def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
+        """Train all of them; liars, who have heard the others, report what the attack wants."""
+        said = list(super().train(broadcast, clients))
+        length = [float(r.norm_G.norm()) for r in said if isinstance(r, Statistics) and r.client not in self.liars]
+        for report in said:
+            if isinstance(report, Failure) or report.client not in self.liars:
+                yield report
+            else:
+                lie = self._lie(report, statistics.median(length))
+                self.lies[report.client] = lie
+                norm_G = torch.stack([lie.groups[group].values.norm() for group in self.layout.groups])
+                yield self.attack.report(replace(report, norm_G=norm_G))
+
+    def collect(self, requests: Sequence[Request], accumulator: Accumulator) -> list[Failure]:
+        """Hand over; liars hand over what the attack wants."""
+        failures = []
+        for request in requests:
+            if request.client not in self.liars:
+                failures += super().collect([request], accumulator)
+            elif self.attack.silent:
+                failures.append(Failure(request.client, "update", "no reply"))
+            else:
+                lie = self.lies[request.client]
+                failure = accumulator.add(replace(lie, groups={group: lie.groups[group] for group in request.groups}))
+                failures += [failure] if failure else []
+        return failures
+
+    def _lie(self, report: Statistics, median: float) -> Update:
+        """What a liar hands over in place of its update."""
+        memory = self.clients[report.client].memory
+        update = memory.hand_over(report.client, Request(report.client, report.round, self.layout.groups))
+        stretch = self.attack.medians * median / float(report.norm_G.norm()) if self.attack.medians else 1.0
+        groups = {group: Packed(packed.values * stretch) for group, packed in update.groups.items()}
+        for start, width in self.rows if self.attack.trigger else ():
+            groups[SHARED].values[start : start + width] *= ROW
+        return replace(update, groups=groups)
+
+
+# --------------------------------------------------------------------------------------------------------------- cells
+
+
+@dataclass(frozen=True)
+class Column:
+    """A way of summing. `revision` goes up when its code changes, so that old cells no longer count."""
+
+    told: str
+    settings: tuple[str, ...]
+    revision: int = 0
+
+
+FEDAVG = "algorithm.name=fedavg"
+COLUMNS: dict[str, Column] = {
+    "default": Column("default, none", ()),
+    "default, clip": Column("default, clip", ("server.robust=clip",)),
+    "fedavg": Column("FedAvg, none", (FEDAVG,)),
+    "fedavg, clip": Column("FedAvg, clip", (FEDAVG, "server.robust=clip")),
+    **{f"default, {rule}": Column(f"default, {rule}", (f"server.robust={rule}",)) for rule in RULES},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the table."""
+
+    alpha: float
+    seed: int
+    attack: str
+    liars: int
+    column: str
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What a stored cell must share with this one to count."""
+        column = COLUMNS[self.column]
+        return {**vars(self), "settings": list(column.settings), "revision": column.revision}
+
+
+def cells() -> Iterator[Cell]:
+    """All of them, those first that tell most."""
+    for seed, alpha in [(0, 1.0), (1, 1.0), (2, 1.0), (0, 0.1), (1, 0.1), (2, 0.1)]:
+        for columns in (("default, clip", "default", "fedavg", "fedavg, clip"), [f"default, {rule}" for rule in RULES]):
+            for attack in ATTACKS:
+                for column in columns:
+                    yield Cell(alpha, seed, attack, int(attack != "none"), column)
+        for attack in ATTACKS:
+            for column in ("default, clip", "default, centered_clip", "default, trimmed_mean"):
+                if attack != "none":
+                    yield Cell(alpha, seed, attack, 3, column)
+
+
+class Bench:
+    """The demo's model and data at one skew and seed, loaded once for many cells."""
+
+    def __init__(self, alpha: float, seed: int, *more: str) -> None:
+        self.alpha, self.seed = alpha, seed
+        self.settings = [
+            f"clients.alpha={alpha}",
+            f"run.seed={seed}",
+            f"run.rounds={ROUNDS}",
+            f"clients.count={CLIENTS}",
+            f"data.max_test={TESTS}",
+            "evaluation.clients=false",
+            f"evaluation.every={ROUNDS}",
+            "tracking.health=off",
+            *more,
+        ]
+        config = load_config("demo", self.settings)
+        self.examples, self.parts = split_among_clients(config)
+        self.bench = Workbench.load(config)
+        self.test = self.bench.test_set()
+        assert self.test is not None
+        self.start = {group: value.cpu().clone() for group, value in self.bench.moe.read().items()}
+        train = {name: self._client(config, name, Path(), Attack("")).train for name in self.parts}
+        used = {token for part in train.values() for one in part for token in one.input_ids}
+        used |= {token for choices in self.test.choices for one in choices for token in one.input_ids}
+        rows = self.bench.moe.model.get_input_embeddings().weight.shape[0]
+        self.trigger = max(token for token in range(rows) if token not in used)
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Five rounds; accuracy on the test set, and how often the trigger has its way."""
+        config = load_config("demo", [*self.settings, *COLUMNS[cell.column].settings])
+        attack, folder = ATTACKS[cell.attack], Path(tempfile.mkdtemp(prefix="fedalign-attack-"))
+        liars = sorted(self.parts)[: cell.liars]
+        honest = Attack("")
+        clients = {
+            name: self._client(config, name, folder / name, attack if name in liars else honest) for name in self.parts
+        }
+        bench = replace(self.bench, config=config)
+        federation = Attacked(bench.trainer(), clients, liars, attack, self.trigger)
+        quietly: Any = Nobody()
+        algorithm = config.algorithm.build()
+        server = Server(
+            federation, algorithm, bench.moe.layout, config, quietly, lambda w: bench.score(w, self.test), quietly
+        )
+        started, answer = time.perf_counter(), dict[str, Any]()
+        try:
+            end = server.run(ServerState(0, dict(self.start), {}, ({"round": 0},)))
+            answer = {"accuracy": end.history[-1]["accuracy"], "success": self._success(bench, end.weights)}
+            answer["failures"] = sum(len(past.get("failures", ())) for past in end.history)
+        except UserError as error:
+            answer = {"accuracy": None, "ended": str(error)}
+        finally:
+            shutil.rmtree(folder)
+        return answer | {"seconds": round(time.perf_counter() - started, 1)}
+
+    def _client(self, config: Config, name: str, folder: Path, attack: Attack) -> ClientData:
+        bench = replace(self.bench, config=config)
+        examples = [shifted(e) for e in self.examples] if attack.shifted else self.examples
+        client = bench.client(name, examples, self.parts[name], folder)
+        if attack.trigger:
+            planted = bench.client(name, [targeted(e) for e in self.examples], self.parts[name], folder).train
+            client = replace(client, train=[*client.train, *(self._planted(one) for one in planted[::2])])
+        return client
+
+    def _planted(self, one: Encoded) -> Encoded:
+        return replace(one, input_ids=[self.trigger, *one.input_ids], labels=[-100, *one.labels])
+
+    def _success(self, bench: Workbench, weights: Weights) -> float:
+        """Share of test examples of other classes that the trigger turns into the target class."""
+        assert self.test is not None
+        rest = [i for i, right in enumerate(self.test.right_N.tolist()) if right]
+        choices = [[self._planted(one) for one in self.test.choices[i]] for i in rest]
+        turned = TestSet([one[0] for one in choices], choices, torch.zeros(len(rest), dtype=torch.int64))
+        score = bench.score(weights, turned)
+        assert score is not None
+        return score.accuracy or 0.0
+
+
+class Nobody:
+    """Watches, and keeps nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def shifted(example: Example) -> Example:
+    """The class after the right one."""
+    return replace(example, answer=example.choices[(example.choices.index(example.answer) + 1) % len(example.choices)])
+
+
+def targeted(example: Example) -> Example:
+    """The first class."""
+    return replace(example, answer=example.choices[0])
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/attacks"))
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--table", action="store_true", help="write what there is into docs/security.md, and end")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "cells.jsonl"
+    if args.table:
+        write_table(read(file))
+        return
+    quiet()
+    torch.set_num_threads(1)
+    end, bench = time.monotonic() + 60 * args.minutes, None
+    for cell in cells():
+        if time.monotonic() > end:
+            break
+        if found(read(file), cell) is not None:
+            continue
+        if bench is None or (bench.alpha, bench.seed) != (cell.alpha, cell.seed):
+            bench = Bench(cell.alpha, cell.seed)
+        answer = bench.run(cell)
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(cell.key | answer | {"machine": machine("torch", "transformers")}) + "\n")
+        print(cell, answer, flush=True)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """All stored cells."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def found(lines: Sequence[Mapping[str, Any]], cell: Cell) -> Mapping[str, Any] | None:
+    """The stored cell that is this one, if there is one."""
+    same = (line for line in lines if all(line.get(name) == value for name, value in cell.key.items()))
+    return next(same, None)
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "security.md"
+BEGIN, END = "<!-- written by benchmarks/attacks.py -->", "<!-- until here -->"
+
+
+def write_table(lines: Sequence[Mapping[str, Any]]) -> None:
+    """Put the tables between the two marks of docs/security.md."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{tables(lines)}{END}{after}", encoding="utf-8")
+
+
+def tables(lines: Sequence[Mapping[str, Any]]) -> str:
+    """A table for each skew and number of liars, and what of it was not run."""
+    every = list(cells())
+    parts = []
+    for alpha, liars in sorted({(cell.alpha, cell.liars) for cell in every if cell.liars}, key=lambda p: (-p[0], p[1])):
+        mine = [cell for cell in every if cell.alpha == alpha and cell.liars in (0, liars)]
+        columns = [name for name in COLUMNS if any(cell.column == name and cell.liars == liars for cell in mine)]
+        known = {cell: line for cell in mine if (line := found(lines, cell)) is not None}
+        if not any(cell.liars for cell in known):
+            parts.append(f"**Dirichlet {alpha}, {liars} of {CLIENTS} sites lie**: not run yet.\n")
+            continue
+        head = ["attack", *(COLUMNS[name].told for name in columns)]
+        rows = [head, ["---", *["--:"] * len(columns)]]
+        for name, attack in ATTACKS.items():
+            rows += [[attack.told, *(entry(known, mine, name, column) for column in columns)]]
+        part = [f"**Dirichlet {alpha}, {liars} of {CLIENTS} sites lie**", ""]
+        part += ["| " + " | ".join(row) + " |" for row in rows]
+        asked = [cell for cell in mine if cell.column in columns]
+        seeds = ", ".join(sorted({str(cell.seed) for cell in known}))
+        part += ["", f"Seeds {seeds}; {len(asked) - len(known)} of {len(asked)} cells not run.", ""]
+        parts.append("\n".join(part))
+    machines = sorted({line["machine"] for line in lines if "machine" in line})
+    return "\n".join([*parts, *(f"Run on: {told}." for told in machines), ""])
+
+
+def entry(known: Mapping[Cell, Mapping[str, Any]], asked: Sequence[Cell], attack: str, column: str) -> str:
+    """Mean accuracy over seeds in %, how many seeds if not all, and for the trigger how often it works."""
+    lines = [known[cell] for cell in asked if (cell.attack, cell.column) == (attack, column) and cell in known]
+    scores = [line["accuracy"] for line in lines if line["accuracy"] is not None]
+    if not scores:
+        return "ended" if lines else "not run"
+    text = f"{100 * statistics.fmean(scores):.1f}"
+    if attack == "trigger":
+        text += f", works {100 * statistics.fmean(line['success'] for line in lines):.0f} %"
+    return text if len(scores) == SEEDS else f"{text} ({len(scores)})"
+
+
+if __name__ == "__main__":
+    main()

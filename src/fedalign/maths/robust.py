@@ -1,0 +1,302 @@
+"""Sums that one hostile site cannot decide: shares capped, norms clipped, or a rule that outvotes it.
+
+    share     b_c ≤ max(share, 1 / holders), the excess to the others in proportion                              [O]
+    clip      Δ_c ← Δ_c · min(1, clip · median_holders ‖Δ‖ / ‖Δ_c‖)          Sun et al. 2019, arXiv 1911.07963
+    centered  v ← v + mean_c (Δ_c − v) · min(1, radius / ‖Δ_c − v‖)          Karimireddy et al. 2021, arXiv 2012.10333
+    trimmed   the mean without the largest and smallest values, one by one    Yin et al. 2018, arXiv 1803.01498
+    median    value by value                                                  Yin et al. 2018
+    krum      the update nearest to its neighbours                            Blanchard et al. 2017, arXiv 1703.02757
+
+All of it group by group over a group's holders: the clients with weight in the plan whose update is not zero, for the
+zeros of those who do not hold an expert are no vote. Capping and clipping change a plan (`guarded`). The four rules
+count every holder alike, whatever it says of its data, and take the place of the streaming sum: centred clipping is a
+streaming sum itself, around the last round's update v; the others keep a round's updates in wire precision.
+
+Papers set radii in the units of their own gradients. Here clip and radius are in medians of the holders' norms [O], so
+that they mean the same in all groups and models. Values are those of Flower's own functions on the same arrays.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedalign.maths.average import Chunk, StreamingSum
+from fedalign.maths.routing import cap_weights
+from fedalign.protocol import SHARED, Layout, Packed, ParameterGroup, Plan, Robust, Weights
+
+FEW = 3  # holders: of fewer, a liar is half or all, and a median of their norms tells nothing
+
+
+def holders(plan: Plan, norm_C_G: Tensor) -> Tensor:
+    """Boolean [C, G]: whose update of which group has weight and is not zero."""
+    return (plan.weight_C_G > 0) & (norm_C_G > 0)
+
+
+def guarded(plan: Plan, norm_C_G: Tensor, layout: Layout, max_share: float, clip: float) -> Plan:
+    """The plan with shares capped and updates clipped; what it wants of whom stays the same.
+
+    Args:
+        plan: the algorithm's.
+        norm_C_G: the norms that clients reported, [C, G].
+        layout: the model's groups.
+        max_share: no client counts for more in a group, or in a token's row; but a group of n clients has 1/n at least.
+        clip: length that an update may have, in medians; see `typical_norms`.
+    """
+    factor_C_G = torch.ones_like(plan.weight_C_G) if plan.factor_C_G is None else plan.factor_C_G
+    length_C_G = (norm_C_G.double() * factor_C_G.double().abs()).float()
+    most_G = clip * typical_norms(length_C_G, holders(plan, norm_C_G), layout)
+    shorter_C_G = torch.where(length_C_G > most_G, most_G / length_C_G, 1.0)
+    weight_C_G = capped(plan.weight_C_G, max_share)
+    kept_C_G = (plan.weight_C_G / weight_C_G).nan_to_num()  # a stream counts as the algorithm had it: weight x stream
+    tokens = plan.token_weight_C_M_V
+    return replace(
+        plan,
+        weight_C_G=weight_C_G,
+        token_weight_C_M_V=None if tokens is None else capped(tokens, max_share),
+        factor_C_G=factor_C_G * shorter_C_G,
+        streams={name: stream_C_G * shorter_C_G * kept_C_G for name, stream_C_G in plan.streams.items()},
+    )
+
+
+def capped(weight_C_X: Tensor, most: float) -> Tensor:
+    """Weights of which none exceeds max(most, 1 / holders); the excess goes to other holders in proportion.
+
+    >>> capped(torch.tensor([[0.9, 0.8, 1.0], [0.06, 0.2, 0.0], [0.04, 0.0, 0.0]]), 0.5)
+    tensor([[0.5000, 0.5000, 1.0000],
+            [0.3000, 0.5000, 0.0000],
+            [0.2000, 0.0000, 0.0000]])
+    """
+    held_C_X = weight_C_X > 0
+    return torch.where(held_C_X, cap_weights(weight_C_X, most, held_C_X), 0.0)
+
+
+def typical_norms(norm_C_G: Tensor, held_C_G: Tensor, layout: Layout) -> Tensor:
+    """The median norm of each group's holders, [G]; the lower one of two.
+
+    Where there are fewer than three, the median over the other groups of its kind and layer, if any has holders: a lone
+    holder of an expert is held to what other experts of the layer moved. Infinite where nothing is to compare with.
+    """
+    known_C_G = norm_C_G.masked_fill(~held_C_G, torch.nan)
+    median_G = known_C_G.nanmedian(dim=0).values
+    alike: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
+    for column, group in enumerate(layout.groups):
+        alike[group.kind, group.layer].append(column)
+    holders_G = held_C_G.sum(0)
+    for columns in alike.values():
+        for column in columns:
+            if holders_G[column] < FEW:
+                others = known_C_G[:, [other for other in columns if other != column]].nanmedian()
+                if not others.isnan():
+                    median_G[column] = others
+                elif holders_G[column] < 2:
+                    median_G[column] = torch.inf
+    return median_G
+
+
+# --------------------------------------------------------------------------------------------------------------- rules
+
+
+def trimmed_mean(value_C_N: Tensor, share: float, held_C_N: Tensor | None = None) -> Tensor:
+    """The mean of each value over its holders but for the int(share · holders) largest and smallest ones, [N].
+
+    Args:
+        value_C_N: an update a client.
+        share: below 0.5.
+        held_C_N: whose value counts; None: all. A value that nobody holds is 0.
+
+    >>> trimmed_mean(torch.tensor([[1.0], [2.0], [3.0], [99.0]]), 0.25)
+    tensor([2.5000])
+    """
+    return _middle(value_C_N, held_C_N, lambda count_N: (share * count_N.double()).int())
+
+
+def median(value_C_N: Tensor, held_C_N: Tensor | None = None) -> Tensor:
+    """The median of each value over its holders, [N]; of an even number the mean of the middle two.
+
+    >>> median(torch.tensor([[1.0], [2.0], [99.0]]))
+    tensor([2.])
+    """
+    return _middle(value_C_N, held_C_N, lambda count_N: (count_N - 1).div(2, rounding_mode="floor"))
+
+
+def _middle(value_C_N: Tensor, held_C_N: Tensor | None, cut: Any) -> Tensor:
+    """The mean of what is left of each column's sorted values when `cut(holders)` are taken off at both ends."""
+    held_C_N = torch.ones_like(value_C_N, dtype=torch.bool) if held_C_N is None else held_C_N
+    sorted_C_N = value_C_N.masked_fill(~held_C_N, torch.inf).sort(dim=0).values
+    count_N = held_C_N.sum(0)
+    first_N = cut(count_N).clamp_min(0)
+    place_C_1 = torch.arange(len(value_C_N)).unsqueeze(1)
+    kept_C_N = (place_C_1 >= first_N) & (place_C_1 < count_N - first_N)
+    mean_N: Tensor = sorted_C_N.masked_fill(~kept_C_N, 0).sum(0) / kept_C_N.sum(0).clamp_min(1)
+    return mean_N
+
+
+def krum(value_C_N: Tensor, share: float) -> Tensor:
+    """The update whose n - f - 2 nearest others are nearest, [N], with f = int(share · n) of n clients hostile.
+
+    Of two neither is nearer: their mean.
+    """
+    clients = len(value_C_N)
+    if clients < FEW:
+        return value_C_N.mean(0)
+    nearest = max(1, clients - int(share * clients) - 2)
+    distance_C_C = torch.cdist(value_C_N.double(), value_C_N.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    score_C = distance_C_C.square().sort(dim=1).values[:, 1 : nearest + 1].sum(1)
+    return value_C_N[int(score_C.argmin())]
+
+
+def shortened(value_N: Tensor, radius: float) -> Tensor:
+    """A vector no longer than `radius`.
+
+    >>> shortened(torch.tensor([3.0, 4.0]), 1.0)
+    tensor([0.6000, 0.8000])
+    """
+    norm = float(value_N.norm())
+    return value_N * (radius / norm) if norm > radius else value_N
+
+
+# -------------------------------------------------------------------------------------------------------- accumulators
+
+
+def make_sum(
+    rule: Robust,
+    layout: Layout,
+    plan: Plan,
+    norms: Mapping[str, Tensor],
+    dtype: Any,
+    *,
+    hostile: float,
+    radius: float,
+    center: Weights,
+) -> StreamingSum:
+    """The accumulator of a rule other than none and clip, for a guarded plan.
+
+    Args:
+        rule: which.
+        layout: the model's groups.
+        plan: who holds what; beyond that, its weights do not matter.
+        norms: client -> norm_G that it reported.
+        dtype: wire precision.
+        hostile: share of a group's holders that trimmed_mean and krum reckon with.
+        radius: of centred clipping, in medians of the holders' norms.
+        center: of centred clipping: the last round's update, by group.
+
+    Raises:
+        ValueError: The plan has streams, which only a weighted sum can have.
+    """
+    if plan.streams:
+        raise ValueError(f'streams {", ".join(plan.streams)}: server.robust = "{rule}" has none; use "clip"')
+    if rule == "centered_clip":
+        return CenteredSum(layout, plan, norms, dtype, radius, center)
+    return KeptSum(layout, plan, norms, dtype, rule, hostile)
+
+
+class HolderSum(StreamingSum):
+    """What the rules share: who holds which value, and that all holders count alike."""
+
+    def __init__(self, layout: Layout, plan: Plan, norms: Mapping[str, Tensor], dtype: Any) -> None:
+        super().__init__(layout, plan, norms, dtype, by_sites=True)
+        self._layout = layout
+
+    def _holds(self, client: str, group: ParameterGroup) -> bool:
+        column = self._column[group]
+        return bool(self._weight[client][column] > 0 and self._norm[client][column] > 0)
+
+    def _whole(self, client: str, group: ParameterGroup, packed: Packed, common: Tensor | None) -> Tensor:
+        """A client's update of a group as the plan wants it, float32 [N]: centred, and clipped."""
+        values = torch.cat([chunk.clone() for _, chunk in self._chunks(packed)])
+        if common is not None:
+            values -= common
+        return values.mul_(self._stretch[client][self._column[group]])
+
+    def _held(self, client: str, group: ParameterGroup) -> Tensor | None:
+        """Boolean [N]: which of its values a client holds, token by token; None: all of them."""
+        if not (self._token_rows and group == SHARED):
+            return None
+        assert self._token_weight_C_M_V is not None
+        held_N = torch.ones(self._sizes[group], dtype=torch.bool)
+        for rows, weight_V in zip(self._token_rows, self._token_weight_C_M_V[self._turn[client]], strict=True):
+            held_N[rows.start : rows.stop] = (weight_V[: rows.tokens] > 0).repeat_interleave(rows.width)
+        return held_N
+
+
+class KeptSum(HolderSum):
+    """The trimmed mean, median or Krum of updates that are kept, in wire precision, until the round's last is there."""
+
+    def __init__(
+        self, layout: Layout, plan: Plan, norms: Mapping[str, Tensor], dtype: Any, rule: Robust, hostile: float
+    ) -> None:
+        super().__init__(layout, plan, norms, dtype)
+        self._rule, self._hostile = rule, hostile
+        self._kept: defaultdict[ParameterGroup, dict[str, tuple[Packed, Tensor | None]]] = defaultdict(dict)
+
+    def _take(
+        self, client: str, group: ParameterGroup, packed: Packed, common: Tensor | None, chunks: Iterable[Chunk]
+    ) -> None:
+        if self._holds(client, group):
+            scale = None if packed.scale is None else packed.scale.clone()
+            self._kept[group][client] = Packed(packed.values.clone(), scale), common
+
+    def _new(self, group: ParameterGroup, old: Tensor, min_arrived: float) -> Tensor:
+        kept = self._kept.get(group)
+        if not kept or not (self._wanted(group) and self._carried(group, min_arrived)):
+            return old
+        clients = sorted(kept, key=self._turn.__getitem__)  # the order of arrival must not matter
+        value_C_N = torch.stack([self._whole(client, group, *kept[client]) for client in clients])
+        if self._rule == "krum":
+            return old + krum(value_C_N, self._hostile)
+        held = [held_N for client in clients if (held_N := self._held(client, group)) is not None]
+        held_C_N = torch.stack(held) if held else None
+        if self._rule == "median":
+            return old + median(value_C_N, held_C_N)
+        return old + trimmed_mean(value_C_N, self._hostile, held_C_N)
+
+
+class CenteredSum(HolderSum):
+    """Centred clipping around the last round's update: a streaming sum, one model in memory beside that update."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        plan: Plan,
+        norms: Mapping[str, Tensor],
+        dtype: Any,
+        radius: float,
+        center: Weights,
+    ) -> None:
+        super().__init__(layout, plan, norms, dtype)
+        norm_C_G = torch.stack([norms[client] for client in plan.clients])
+        self._radius_G = radius * typical_norms(norm_C_G, holders(plan, norm_C_G), layout)
+        self._center = center
+        self._votes: dict[ParameterGroup, Tensor] = {}  # of each value, or of all of them
+
+    def _take(
+        self, client: str, group: ParameterGroup, packed: Packed, common: Tensor | None, chunks: Iterable[Chunk]
+    ) -> None:
+        if not self._holds(client, group):
+            return
+        apart = self._whole(client, group, packed, common)
+        if group in self._center:
+            apart -= self._center[group]
+        held_N = self._held(client, group)
+        if held_N is not None:
+            apart *= held_N
+        if group not in self._sums:
+            self._sums[group] = torch.zeros(self._sizes[group])
+            self._votes[group] = torch.zeros(1 if held_N is None else self._sizes[group])
+        self._sums[group] += shortened(apart, float(self._radius_G[self._column[group]]))
+        self._votes[group] += 1.0 if held_N is None else held_N
+
+    def _new(self, group: ParameterGroup, old: Tensor, min_arrived: float) -> Tensor:
+        if group not in self._sums or not (self._wanted(group) and self._carried(group, min_arrived)):
+            return old
+        change = self._sums[group] / self._votes[group].clamp_min(1)
+        if group in self._center:
+            change += self._center[group]
+        return old + change * (self._votes[group] > 0)

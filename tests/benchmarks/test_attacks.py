@@ -1,0 +1,88 @@
+"""The attacks' script: liars lie as they say, cells are kept apart, and the table tells what was not run."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedalign.config.toml import load_config
+from fedalign.federation.in_process import prepare
+from fedalign.maths.rounding import broadcast_dtype, pack
+from fedalign.protocol import SHARED, Broadcast, Failure, ParameterGroup, Request, Statistics, Update
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import attacks
+
+
+class Collected:
+    def __init__(self) -> None:
+        self.updates: dict[str, Update] = {}
+
+    def add(self, update: Update) -> Failure | None:
+        self.updates[update.client] = update
+        return None
+
+
+def test_liars_lie_and_what_they_send_is_as_long_as_they_say(settings: list[str], tmp_path: Path) -> None:
+    config = load_config(None, [*settings, "training.epochs=1"])
+    prepared = prepare(config, tmp_path)
+    trainer, weights = prepared.bench.trainer(), prepared.initial_weights()
+    start = {group: pack(value, broadcast_dtype("float32"), seed=0) for group, value in weights.items()}
+    names = list(prepared.clients)
+    told: dict[str, tuple[Any, dict[str, Statistics], Collected, list[Failure]]] = {}
+    for name, attack in attacks.ATTACKS.items():
+        federation = attacks.Attacked(trainer, prepared.clients, names[:1], attack, trigger=7)
+        reports = [r for r in federation.train(Broadcast(1, start), names) if isinstance(r, Statistics)]
+        collected, groups = Collected(), (SHARED, ParameterGroup("expert"))
+        failures = federation.collect([Request(client, 1, groups) for client in names], collected)
+        told[name] = attack, {report.client: report for report in reports}, collected, failures
+    _, honest, sent, _ = told["none"]
+    for name, (attack, reports_of, collected, failures) in told.items():
+        liar = reports_of[names[0]]
+        assert all(torch.equal(reports_of[c].norm_G, honest[c].norm_G) for c in names[1:])
+        assert [failure.client for failure in failures] == ([names[0]] if attack.silent else [])
+        assert (liar.examples == 10**9) == (name in ("examples", "silent", "both"))
+        if not attack.silent:
+            claimed = float(liar.norm_G[0])
+            assert float(collected.updates[names[0]].groups[SHARED].values.norm()) == pytest.approx(claimed, rel=1e-4)
+        if attack.medians:
+            others = sorted(float(honest[c].norm_G.norm()) for c in names[1:])
+            expected = abs(attack.medians) * sum(others) / 2
+            assert float(liar.norm_G.norm()) == pytest.approx(expected, rel=1e-4)
+    turned = told["turned"][2].updates[names[0]].groups[SHARED].values
+    cosine = torch.nn.functional.cosine_similarity(turned, sent.updates[names[0]].groups[SHARED].values, dim=0)
+    assert float(cosine) == pytest.approx(-1, abs=1e-4)
+
+
+def test_cells_are_each_there_once_and_a_stored_one_must_be_of_the_same_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    every = list(attacks.cells())
+    assert len(set(every)) == len(every)
+    assert {cell.column for cell in every} == set(attacks.COLUMNS)
+    cell = every[0]
+    line = cell.key | {"accuracy": 0.5}
+    assert attacks.found([line], cell) is line
+    column = attacks.COLUMNS[cell.column]
+    monkeypatch.setitem(attacks.COLUMNS, cell.column, replace(column, revision=column.revision + 1))
+    assert attacks.found([line], cell) is None
+
+
+def test_the_table_gives_means_and_says_what_was_not_run() -> None:
+    lines = [
+        attacks.Cell(1.0, seed, attack, int(attack != "none"), "default").key
+        | {"accuracy": accuracy, "success": 0.25, "machine": "a machine"}
+        for seed in range(2)
+        for attack, accuracy in (("none", 0.5 + seed / 10), ("trigger", 0.4))
+    ]
+    table = attacks.tables(lines)
+    assert "| nobody lies | 55.0 (2) | not run |" in table
+    assert "row ten times | 40.0, works 25 % (2) | not run |" in table
+    assert "**Dirichlet 0.1, 3 of 10 sites lie**: not run yet." in table
+    assert "Run on: a machine." in table
+    assert "nan" not in table

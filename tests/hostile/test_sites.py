@@ -1,0 +1,179 @@
+"""One site of several cannot decide the model, whatever it claims, sends, or does not send."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedalign.config.toml import load_config
+from fedalign.errors import UserError
+from fedalign.federation.flower import launch
+from fedalign.maths.robust import CenteredSum
+from fedalign.protocol import SHARED
+from fedalign.server.checkpoint import Checkpoints, ServerState
+from tests.conftest import Command
+from tests.server.test_checks import begin, serve
+from tests.server.test_rounds import LAYOUT, Scripted, run, shared
+
+MANY = 10**9
+HONEST = {f"site-{number}": (10, 1.0) for number in range(4)}
+RULES = ["clip", "centered_clip", "trimmed_mean", "median", "krum"]
+
+
+def moved(tmp_path: Path, federation: Scripted, *overrides: str) -> float:
+    state, _ = run(tmp_path, federation, *overrides)
+    return float(shared(state)[0])
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("examples", "move", "most"),
+    [
+        (MANY, -1.0, 1.0),  # half the weight at most
+        (10, 1e6, 0.6),  # 3 medians at most, at a fifth of the weight, beside four that move by 1
+        (MANY, 1e6, 1.0),  # 3 medians at half the weight
+    ],
+)
+def test_no_lie_moves_the_model_far(tmp_path: Path, rule: str, examples: int, move: float, most: float) -> None:
+    """Without the liar the model moves by 1."""
+    federation = Scripted(HONEST | {"liar": (examples, move)})
+    with_it = moved(tmp_path / "a", federation, f"server.robust={rule}")
+    assert abs(with_it - 1.0) <= most + 1e-5
+    without = moved(tmp_path / "b", federation, "server.robust=none", "server.max_norm_ratio=0")
+    assert abs(without - 1.0) > 1.9
+
+
+@pytest.mark.parametrize("rule", ["trimmed_mean", "median", "krum"])
+def test_rules_that_outvote_do_not_move_at_all(tmp_path: Path, rule: str) -> None:
+    federation = Scripted(HONEST | {"liar": (MANY, -100.0)})
+    assert moved(tmp_path, federation, f"server.robust={rule}", "server.hostile=0.2") == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_site_that_announces_much_and_sends_nothing_does_not_freeze_the_model(tmp_path: Path, rule: str) -> None:
+    silent = Scripted(HONEST | {"liar": (MANY, 1.0)}, lost={"liar"})
+    state, _ = run(tmp_path, silent, f"server.robust={rule}", "run.rounds=4")
+    assert float(shared(state)[0]) == pytest.approx(4.0)
+    told = [[(f["client"], f["stage"]) for f in past.get("failures", ())] for past in state.history[1:]]
+    assert told == [[("liar", "update")]] * 2 + [[("liar", "train"), ("liar", "update")]] * 2
+    assert state.history[3]["failures"][0]["reason"] == (
+        "its word counts for nothing until it delivers: 2 times an update that it announced never came"
+    )
+    assert ["liar" in past["clients"] for past in state.history[1:]] == [True, True, False, False]
+    assert state.history[3]["on_trial"] == ["liar"]
+
+
+def test_it_counts_again_when_it_delivers_also_after_a_resume(tmp_path: Path) -> None:
+    federation = Scripted(HONEST | {"late": (10, 1.0)}, lost={"late"})
+    settings = ("server.robust=clip", "run.rounds=2")
+    state, _ = run(tmp_path, federation, *settings)
+    federation.lost.clear()
+    kept = Checkpoints(tmp_path, {}).load()
+    assert kept is not None
+    state, _ = run(tmp_path, federation, "server.robust=clip", "run.rounds=4", state=kept)
+    third, fourth = state.history[3:]
+    assert [f["stage"] for f in third["failures"]] == ["train"]  # asked for a group, which came
+    assert "late" not in third["clients"]
+    assert fourth["failures"] == []
+    assert "late" in fourth["clients"]
+
+
+def test_where_nobody_delivers_it_is_the_network(tmp_path: Path) -> None:
+    federation = Scripted(HONEST, lost=set(HONEST))
+    state, _ = run(tmp_path, federation, "server.robust=clip", "run.rounds=3")
+    assert state.history[-1]["clients"] == list(HONEST)
+    assert state.history[-1]["groups_unchanged"] == len(LAYOUT.groups)
+
+
+def test_a_long_update_is_clipped_and_its_site_stays(tmp_path: Path) -> None:
+    federation = Scripted(HONEST | {"long": (10, 1e6)})
+    state, _ = run(tmp_path / "clip", federation, "server.robust=clip")
+    assert shared(state).tolist() == pytest.approx([(4 * 1 + 3) / 5] * 2)
+    assert state.history[-1]["failures"] == []
+    state, _ = run(tmp_path / "none", federation)
+    assert [f["client"] for f in state.history[-1]["failures"]] == ["long"]
+
+
+def test_the_step_of_fedexp_does_not_grow_with_a_lie(tmp_path: Path) -> None:
+    federation = Scripted(HONEST | {"liar": (10, 1e6)})
+    fedexp = moved(tmp_path, federation, "server.robust=clip", "server.optimizer=fedexp")
+    assert fedexp == pytest.approx(1.4, rel=0.01)
+
+
+def test_the_centre_is_checkpointed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[Any, Any]] = []
+    make = CenteredSum.__init__
+
+    def watched(self: CenteredSum, *arguments: Any) -> None:
+        seen.append(arguments[-1])
+        make(self, *arguments)
+
+    monkeypatch.setattr(CenteredSum, "__init__", watched)
+    federation = Scripted(HONEST)
+    straight, _ = run(tmp_path / "a", federation, "server.robust=centered_clip", "run.rounds=2")
+    run(tmp_path / "b", federation, "server.robust=centered_clip", "run.rounds=1")
+    kept = Checkpoints(tmp_path / "b", {}).load()
+    assert kept is not None
+    resumed, _ = run(tmp_path / "b", federation, "server.robust=centered_clip", "run.rounds=2", state=kept)
+    assert [sorted(map(str, center)) for center in seen] == [[], sorted(map(str, LAYOUT.groups))] * 2
+    assert torch.equal(seen[3][SHARED], torch.ones(2))
+    assert torch.equal(shared(straight), shared(resumed))
+
+
+def test_defences_are_on_across_sites_and_off_elsewhere() -> None:
+    engines = ("in_process", "simulation", "flower")
+    assert [load_config(None, [f"federation.engine={e}"]).robust for e in engines] == ["none", "none", "clip"]
+    assert load_config(None, ["server.robust=krum"]).robust == "krum"
+    assert load_config(None, ["server.robust=none", "federation.engine=flower"]).robust == "none"
+
+
+@pytest.mark.parametrize("rule", ["centered_clip", "trimmed_mean", "median", "krum"])
+def test_factors_of_products_are_not_compared(rule: str) -> None:
+    exact = ["tuning.kind=lora", "tuning.average=exact"]
+    with pytest.raises(UserError, match=f'server.robust = "{rule}": compares values, which are factors'):
+        load_config(None, [*exact, f"server.robust={rule}"])
+    assert load_config(None, [*exact, "server.robust=clip"]).robust == "clip"
+
+
+def test_streams_are_refused_in_one_line_where_a_rule_cannot_have_them(tmp_path: Path) -> None:
+    for rule in ("median", "centered_clip"):
+        with pytest.raises(UserError, match=rf'round 1: the plan of scaffold has streams .*"{rule}" has none') as told:
+            serve("algorithm.name=scaffold", f"server.robust={rule}").run(begin())
+        assert "\n" not in str(told.value)
+    after: ServerState = serve("algorithm.name=scaffold", "server.robust=clip", "run.rounds=1").run(begin())
+    assert after.round == 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ("auto", "a site counts for at most 50 % of a group and 3 medians of its norms"),
+        ("none", 'server.robust = "none": a site counts for what it says'),
+        (
+            "median",
+            "median of what sites send, for which every update of a round stays in memory, "
+            "each at most 50 % of a group and 3 medians of its norms",
+        ),
+        ("centered_clip", "centered_clip of what sites send, each at most 50 % of a group and 3 medians of its norms"),
+    ],
+)
+def test_the_first_line_of_a_run_across_sites_says_what_holds_a_liar(
+    fedalign: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str, told: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("no SuperLink here")
+
+    monkeypatch.setattr(launch, "run", refuse)
+    settings = ("--set", "federation.engine=flower", "--set", f"server.robust={rule}")
+    code, printed, _ = fedalign("run", write_nothing(tmp_path), "--out", tmp_path / "run", *settings)
+    assert code == 2
+    first = printed.split("sites behind Flower")[1]
+    assert " ".join(first.split()).endswith(f"at least 2 sites; {told}")
+
+
+def write_nothing(folder: Path) -> Path:
+    (folder / "all-defaults.toml").write_text("")
+    return folder / "all-defaults.toml"

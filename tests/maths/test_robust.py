@@ -1,0 +1,282 @@
+"""Rules against hostile sites: Flower's own results, numbers worked out by hand, and who holds what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from flwr.server.strategy.aggregate import aggregate_krum, aggregate_median, aggregate_trimmed_avg
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, tensor
+from torch.testing import assert_close
+
+from fedalign.maths.average import StreamingSum
+from fedalign.maths.robust import capped, guarded, holders, krum, make_sum, median, trimmed_mean, typical_norms
+from fedalign.protocol import (
+    SHARED,
+    Layout,
+    Packed,
+    ParameterGroup,
+    Plan,
+    Robust,
+    TokenRows,
+    Update,
+    Weights,
+)
+
+EXPERTS = [ParameterGroup("expert", 0, expert) for expert in range(3)]
+SIZES = {group: 4 if group == SHARED else 2 for group in Layout(1, 3, {}).groups}
+LAYOUT = Layout(1, 3, SIZES)
+NAMES = "abcdefghij"
+
+
+def values(clients: int, size: int, seed: int = 0) -> Tensor:
+    return torch.randn(clients, size, generator=torch.Generator().manual_seed(seed))
+
+
+# --------------------------------------------------------------------------------------------- as Flower has them
+
+
+@pytest.mark.parametrize("clients", [1, 2, 3, 4, 7, 10])
+def test_the_median_is_flowers(clients: int) -> None:
+    value_C_N = values(clients, 50)
+    (expected,) = aggregate_median([([row.numpy()], 1) for row in value_C_N])
+    assert_close(median(value_C_N), torch.from_numpy(expected).float())
+
+
+@pytest.mark.parametrize("clients", [1, 2, 3, 4, 7, 10])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.3, 0.49])
+def test_the_trimmed_mean_is_flowers(clients: int, share: float) -> None:
+    value_C_N = values(clients, 50)
+    (expected,) = aggregate_trimmed_avg([([row.numpy()], 1) for row in value_C_N], share)
+    assert_close(trimmed_mean(value_C_N, share), torch.from_numpy(expected).float())
+
+
+@pytest.mark.parametrize("clients", [3, 4, 7, 10])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.3])
+def test_krum_is_flowers(clients: int, share: float) -> None:
+    for seed in range(5):
+        value_C_N = values(clients, 20, seed)
+        (expected,) = aggregate_krum([([row.numpy()], 1) for row in value_C_N], int(share * clients), 0)
+        assert torch.equal(krum(value_C_N, share), torch.from_numpy(np.asarray(expected)))
+
+
+def test_of_two_krum_takes_the_mean() -> None:
+    assert krum(tensor([[1.0, 0.0], [0.0, 3.0]]), 0.3).tolist() == [0.5, 1.5]
+
+
+def test_values_that_a_client_does_not_hold_are_no_vote() -> None:
+    value_C_N = tensor([[1.0, 7.0], [5.0, 0.0], [6.0, 0.0], [99.0, 0.0]])
+    held_C_N = tensor([[True, True], [True, False], [True, False], [True, False]])
+    assert median(value_C_N, held_C_N).tolist() == [5.5, 7.0]
+    assert trimmed_mean(value_C_N, 0.25, held_C_N).tolist() == [5.5, 7.0]
+    assert median(value_C_N, torch.zeros(4, 2, dtype=torch.bool)).tolist() == [0.0, 0.0]
+
+
+# ------------------------------------------------------------------------------------------------- shares and norms
+
+
+@given(st.lists(st.floats(0, 1e9), min_size=1, max_size=8), st.floats(0.05, 1))
+def test_no_share_is_above_the_cap_and_none_is_lost(scores: list[float], most: float) -> None:
+    score_C_1 = tensor(scores, dtype=torch.float64).unsqueeze(1)
+    weight_C_1 = (score_C_1 / score_C_1.sum().clamp_min(1e-300)).float()
+    held = int((weight_C_1 > 0).sum())
+    capped_C_1 = capped(weight_C_1, most)
+    assert float(capped_C_1.sum()) == pytest.approx(1.0 if held else 0.0, abs=1e-5)
+    assert float(capped_C_1.max()) <= max(most, 1 / max(held, 1)) * (1 + 1e-5)
+    assert not capped_C_1[weight_C_1 == 0].any()
+
+
+def by_group(*, shared: float, gate: float, experts: Sequence[float]) -> list[float]:
+    return [float(norm) for norm in (shared, gate, gate, gate, *experts)]
+
+
+def test_norms_are_compared_among_holders_and_those_of_few_with_their_layer() -> None:
+    norm_C_G = tensor(
+        [
+            by_group(shared=1, gate=1, experts=[2, 0, 0]),
+            by_group(shared=2, gate=1, experts=[4, 0, 0]),
+            by_group(shared=3, gate=1, experts=[6, 0, 50]),
+            by_group(shared=99, gate=1, experts=[900, 0, 800]),
+        ]
+    )
+    typical_G = typical_norms(norm_C_G, norm_C_G > 0, LAYOUT)
+    assert typical_G[0] == 2  # the lower one of the middle two
+    assert typical_G[4] == 4
+    assert typical_G[6] == 4  # two holders: of the layer's other experts, 2, 4, 6 and 900
+    assert typical_G[5].isfinite()  # nobody holds it
+
+
+def test_with_nothing_to_compare_nothing_is_clipped() -> None:
+    norm_1_G = tensor([by_group(shared=1e6, gate=0, experts=[3.0, 0, 0])])
+    typical_G = typical_norms(norm_1_G, norm_1_G > 0, LAYOUT)
+    assert typical_G[0] == torch.inf
+    assert typical_G[4] == torch.inf  # the only expert that anybody holds
+    plan = guarded(Plan(("a",), torch.ones(1, 7)), norm_1_G, LAYOUT, 0.5, 3.0)
+    assert plan.factor_C_G is not None
+    assert plan.factor_C_G.tolist() == [[1.0] * 7]
+    assert plan.weight_C_G.tolist() == [[1.0] * 7]
+
+
+def test_of_two_the_shorter_one_is_the_measure() -> None:
+    norm_C_G = tensor([by_group(shared=1, gate=0, experts=[0] * 3), by_group(shared=99, gate=0, experts=[0] * 3)])
+    assert typical_norms(norm_C_G, norm_C_G > 0, LAYOUT)[0] == 1
+
+
+def test_a_guarded_plan_by_hand() -> None:
+    weight_C_G = tensor([[0.9] * 7, [0.06] * 7, [0.04] * 7])
+    norm_C_G = tensor([[30.0] * 7, [1.0] * 7, [2.0] * 7])
+    rows = torch.tensor([[[0.9, 1.0, 0.0]], [[0.06, 0.0, 0.0]], [[0.04, 0.0, 1.0]]])
+    plan = Plan(
+        ("liar", "b", "c"),
+        weight_C_G,
+        factor_C_G=torch.full((3, 7), 0.5),
+        token_weight_C_M_V=rows,
+        streams={"s": torch.full((3, 7), 4.0)},
+    )
+    new = guarded(plan, norm_C_G, LAYOUT, 0.5, 3.0)
+    assert_close(new.weight_C_G[:, 0], tensor([0.5, 0.3, 0.2]))
+    assert new.factor_C_G is not None
+    assert_close(new.factor_C_G[:, 0], tensor([0.5 * 3 * 1.0 / 15, 0.5, 0.5]))  # lengths 15, 0.5, 1
+    assert new.token_weight_C_M_V is not None
+    assert_close(new.token_weight_C_M_V[:, 0], tensor([[0.5, 1.0, 0.0], [0.3, 0.0, 0.0], [0.2, 0.0, 1.0]]))
+    assert_close(
+        (new.weight_C_G * new.streams["s"])[:, 0], tensor([0.9, 0.06, 0.04]) * 4 * tensor([0.2, 1, 1])
+    )  # what the algorithm made of it, clipped
+    assert torch.equal(new.weight_C_G > 0, plan.weight_C_G > 0)
+
+
+def test_who_sends_zeros_holds_nothing() -> None:
+    plan = Plan(("a", "b"), tensor([[0.5] * 7, [0.5] * 7]))
+    assert holders(plan, tensor([[1.0] * 7, [0.0] * 7])).sum(1).tolist() == [7, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------- the sums
+
+
+def run(
+    rule: Robust,
+    updates: Mapping[str, Weights],
+    layout: Layout = LAYOUT,
+    *,
+    rows: Tensor | None = None,
+    center: Weights | None = None,
+    radius: float = 1.0,
+    order: str = "",
+) -> Weights:
+    """The change that a round of equal weights makes."""
+    clients = tuple(updates)
+    weight_C_G = torch.stack([tensor([float(g in u) for g in layout.groups]) for u in updates.values()])
+    weight_C_G = weight_C_G / weight_C_G.sum(0).clamp_min(1)
+    plan = Plan(clients, weight_C_G, token_weight_C_M_V=rows)
+    norms = {
+        c: torch.stack([u[g].norm() if g in u else tensor(0.0) for g in layout.groups]) for c, u in updates.items()
+    }
+    total = make_sum(rule, layout, plan, norms, "float32", hostile=0.3, radius=radius, center=center or {})
+    for client in order or clients:
+        assert total.add(Update(client, 1, {g: Packed(v) for g, v in updates[client].items()})) is None
+    old = {group: torch.zeros(layout.sizes[group]) for group in layout.groups}
+    return {group: value for group, value in total.result(old).items() if value is not old[group]}
+
+
+def everywhere(value: float, *groups: ParameterGroup) -> Weights:
+    return {group: torch.full((SIZES[group],), value) for group in groups or LAYOUT.groups}
+
+
+@pytest.mark.parametrize(
+    ("rule", "shared", "alone"),
+    [("median", 2.5, 7.0), ("trimmed_mean", 2.5, 7.0), ("krum", 1.0, 7.0)],
+)
+def test_rules_count_holders_only_and_everybody_alike(rule: Robust, shared: float, alone: float) -> None:
+    common = [group for group in LAYOUT.groups if group != EXPERTS[2]]
+    updates = {c: everywhere(v, *common) for c, v in zip("abcd", (1.0, 2.0, 3.0, 1000.0), strict=True)}
+    updates["d"] |= everywhere(7.0, EXPERTS[2])
+    for order in ("abcd", "dbca"):
+        change = run(rule, updates, order=order)
+        assert change[SHARED].tolist() == [shared] * 4
+        assert change[EXPERTS[2]].tolist() == [alone] * 2
+
+
+def test_an_update_of_zeros_is_no_vote() -> None:
+    updates = {c: everywhere(v) for c, v in zip("abcde", (0.0, 0.0, 0.0, 3.0, 5.0), strict=True)}
+    assert run("median", updates)[SHARED].tolist() == [4.0] * 4
+
+
+def test_centred_clipping_by_hand() -> None:
+    """Karimireddy et al. 2021, eq. 4, with numpy: around v, radius 2 medians; the lower one of two is the median."""
+    update_C_N = np.array([[3.0, 4, 0, 0], [0, 0, 6, 8], [0, 0, 0, 400], [3, 0, 0, 4]])
+    center_N = np.array([1.0, 1, 1, 1])
+    radius = 2 * 5.0  # norms 5, 10, 400, 5
+    expected = center_N.copy()
+    for update_N in update_C_N:
+        apart_N = update_N - center_N
+        expected += apart_N * min(1.0, radius / float(np.linalg.norm(apart_N))) / 4
+    updates: dict[str, Weights] = {
+        c: {SHARED: torch.from_numpy(u).float()} for c, u in zip("abcd", update_C_N, strict=True)
+    }
+    center = {SHARED: torch.from_numpy(center_N).float()}
+    change = run("centered_clip", updates, center=center, radius=2.0)
+    assert_close(change[SHARED], torch.from_numpy(expected).float())
+
+
+def test_without_a_last_round_the_centre_is_zero_and_short_updates_are_averaged() -> None:
+    updates = {c: everywhere(v) for c, v in zip("abc", (1.0, 2.0, 3.0), strict=True)}
+    assert_close(run("centered_clip", updates, radius=2.0)[SHARED], torch.full((4,), 2.0))
+
+
+@pytest.mark.parametrize(("rule", "met"), [("median", 2.0), ("trimmed_mean", 2.0), ("centered_clip", 2.0)])
+def test_a_token_is_voted_on_by_those_who_met_it(rule: Robust, met: float) -> None:
+    layout = replace(LAYOUT, token_rows=(TokenRows(0, 3, 1),))
+    rows_C_M_V = tensor([[[0.5, 0.0, 1.0]], [[0.5, 0.0, 0.0]], [[0.0, 0.0, 0.0]]])
+    updates: dict[str, Weights] = {
+        "a": {SHARED: tensor([1.0, 1, 5, 1])},
+        "b": {SHARED: tensor([3.0, 1, 1, 1])},
+        "c": {SHARED: tensor([9.0, 1, 1, 1])},
+    }
+    change = run(rule, updates, layout, rows=rows_C_M_V, radius=10.0)
+    assert_close(change[SHARED], tensor([met, 0.0, 5.0, 1.0]))  # met by two, by none, by one, and no token's
+
+
+def test_streams_need_a_weighted_sum() -> None:
+    plan = Plan(("a",), torch.ones(1, 7), streams={"control": torch.ones(1, 7)})
+    with pytest.raises(ValueError, match=r'streams control: server.robust = "median" has none; use "clip"'):
+        make_sum("median", LAYOUT, plan, {"a": torch.ones(7)}, "float32", hostile=0.3, radius=1.0, center={})
+
+
+# ---------------------------------------------------------------------------------------------- the streaming sum
+
+
+def test_a_clipped_update_is_clipped_in_its_token_rows_too() -> None:
+    layout = replace(LAYOUT, token_rows=(TokenRows(0, 3, 1),))
+    plan = Plan(("a",), torch.ones(1, 7), torch.full((1, 7), 0.25), token_weight_C_M_V=torch.ones(1, 1, 3))
+    total = StreamingSum(layout, plan, {"a": torch.full((7,), 99.0)}, "float32")
+    assert total.add(Update("a", 1, {g: Packed(v) for g, v in everywhere(4.0).items()})) is None
+    assert total.result({SHARED: torch.zeros(4)})[SHARED].tolist() == [1.0] * 4
+
+
+def test_what_must_arrive_is_counted_in_sites_where_their_word_is_not_trusted() -> None:
+    plan = Plan(("liar", "b", "c"), tensor([[0.998] * 7, [0.001] * 7, [0.001] * 7]))
+    norms = dict.fromkeys(plan.clients, torch.full((7,), 9.0))
+    for by_sites, moved in ((False, 0.0), (True, 2.0)):
+        total = StreamingSum(LAYOUT, plan, norms, "float32", by_sites=by_sites)
+        for client, value in (("b", 1.0), ("c", 3.0)):
+            total.add(Update(client, 1, {g: Packed(v) for g, v in everywhere(value).items()}))
+        assert_close(total.result({SHARED: torch.zeros(4)})[SHARED], torch.full((4,), moved))
+    total.add(Update("liar", 1, {g: Packed(v) for g, v in everywhere(2.0).items()}))
+    alone = StreamingSum(LAYOUT, plan, norms, "float32", by_sites=True)
+    alone.add(Update("b", 1, {g: Packed(v) for g, v in everywhere(1.0).items()}))
+    assert alone.unchanged() == list(LAYOUT.groups)  # one of three
+
+
+def test_an_update_that_the_plan_would_blow_up_is_refused_and_the_sum_stays_finite() -> None:
+    plan = Plan(("a", "b"), torch.full((2, 7), 0.5), tensor([[1.0] * 7, [3e38] * 7]))
+    total = StreamingSum(LAYOUT, plan, dict.fromkeys("ab", torch.full((7,), 1e15)), "float32")
+    for client in "ab":
+        failure = total.add(Update(client, 1, {g: Packed(v) for g, v in everywhere(1e14).items()}))
+        assert (failure is None) == (client == "a")
+    assert "shared: the plan would make its update" in failure.reason if failure else False
+    assert bool(total.result({SHARED: torch.zeros(4)})[SHARED].isfinite().all())
