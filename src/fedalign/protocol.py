@@ -44,6 +44,7 @@ WireDtype = Literal["float32", "bfloat16", "int8"]
 ServerOptimizer = Literal["average", "sgd", "adam", "yogi", "fedexp"]
 Stage = Literal["join", "train", "update", "evaluate"]
 Ask = Literal["margins", "centroids", "directions", "tokens", "met", "probabilities", "data"]  # see `Algorithm.asks`
+LONGEST_NAME = 64  # characters of a client's name
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SKETCHES: frozenset[Ask] = frozenset({"centroids", "directions"})  # what pictures of a round's health are drawn from
 
@@ -491,6 +492,15 @@ class Federation(Protocol):
 
 Metrics = dict[str, Any]
 CELLS: tuple[Kind, ...] = ("gate", "expert")  # groups that have a place, which stands in their name
+
+
+def is_name(text: str) -> bool:
+    r"""Whether a client may be called so: 1 to 64 printable characters.
+
+    >>> is_name("ward 3"), is_name(""), is_name("\x1b[2J"), is_name("w" * 65)
+    (True, False, False, False)
+    """
+    return bool(text.strip()) and len(text) <= LONGEST_NAME and text.isprintable()
 
 
 def parse_group(key: str) -> ParameterGroup:

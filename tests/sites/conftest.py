@@ -26,6 +26,7 @@ from tests.conftest import rows, write_jsonl
 PATIENCE = 420  # seconds for a whole run on a busy machine
 SITES = ("north", "south", "west")
 LABELS = sorted({row["label"] for row in rows()})
+OPEN = {"seed": 0, "held_out": 0.2, "min_train": 2, "min_held_out": 1}  # draws as one process does, of few rows
 MEASURED = ("seconds", "versions")  # what a clock measured, or what differs by installation
 
 
@@ -192,13 +193,12 @@ class Deployment:
         about: dict[str, Any] = {
             "name": name,
             "data": {"train": "data.jsonl"},
-            "limits": {"min_tokens": 4, "min_examples": 1, "threads": 1, **(limits or {})},
+            "model": {"path": str(model or self.settings["model"]["path"])},
+            "limits": {"min_tokens": 4, "min_examples": 1, "threads": 1, **OPEN, **(limits or {})},
             "coordinator": {"superlink": self.loopback.address},
         }
         if self.loopback.certificates:
             about["coordinator"]["root_certificates"] = str(self.loopback.certificates.ca)
-        if model:
-            about["model"] = {"path": str(model)}
         (folder / "site.toml").write_text(tomli_w.dumps(about))
         if change:
             (folder / "change").mkdir()
