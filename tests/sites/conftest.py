@@ -175,6 +175,7 @@ class Deployment:
     loopback: Loopback
     settings: dict[str, Any]
     sites: dict[str, Path] = field(default_factory=dict)
+    nodes: dict[str, int] = field(default_factory=dict)  # of those that are registered
 
     def prepare(
         self,
@@ -185,13 +186,17 @@ class Deployment:
         limits: Mapping[str, Any] | None = None,
         change: str = "",
         register: bool = True,
+        claims: str = "",
     ) -> Path:
-        """A site's folder with its data; `change` is a module that its own processes import first."""
+        """A site's folder with its data; `change` is a module that its own processes import first.
+
+        With `claims` it calls itself so, though it is registered as `name`.
+        """
         folder = self.loopback.folder / "sites" / name
         folder.mkdir(parents=True)
         write_jsonl(folder / "data.jsonl", list(lines))
         about: dict[str, Any] = {
-            "name": name,
+            "name": claims or name,
             "data": {"train": "data.jsonl"},
             "model": {"path": str(model or self.settings["model"]["path"])},
             "limits": {"min_tokens": 4, "min_examples": 1, "threads": 1, **OPEN, **(limits or {})},
@@ -207,7 +212,7 @@ class Deployment:
         if self.loopback.authenticate:
             public = make_node_key(folder / "key")
             if register:
-                self.loopback.register(name, public)
+                self.nodes[name] = self.loopback.register(name, public)
         self.sites[name] = folder
         return folder
 
