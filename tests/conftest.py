@@ -120,9 +120,17 @@ def site_config(settings: list[str]) -> Config:
 
 
 @pytest.fixture
-def ward(tmp_path: Path, texts: Path) -> SiteFolder:
-    """A site."""
-    return make_site(tmp_path / "ward", f'name = "ward 3"\n[data]\ntrain = "{texts / "train.jsonl"}"\n')
+def ward(tmp_path: Path, texts: Path, olmoe: Path) -> SiteFolder:
+    """A site with 90 rows, of which it holds nine out."""
+    return make_site(tmp_path / "ward", site_toml("ward 3", texts / "train.jsonl", olmoe))
+
+
+def site_toml(name: str, data: Path, model: Path, limits: str = "") -> str:
+    """A site that takes part though it has few rows, and whose every draw is that of run.seed = 0."""
+    return (
+        f'name = "{name}"\n[data]\ntrain = "{data}"\n[model]\npath = "{model}"\n'
+        f"[limits]\nseed = 0\nmin_train = 4\nmin_held_out = 4\n{limits}"
+    )
 
 
 def make_site(folder: Path, toml: str) -> SiteFolder:

@@ -31,6 +31,10 @@ class DataError(Exception):
     """A client's data cannot be used; the message may quote it and stays at home."""
 
 
+class ModelError(Exception):
+    """A client's own model cannot be loaded; the message may name its folders and stays at home."""
+
+
 def unknown(what: str, value: object, choices: Iterable[str]) -> UserError:
     """An error for a value outside a closed set.
 

@@ -46,6 +46,7 @@ Robust = Literal["none", "clip", "centered_clip", "trimmed_mean", "median", "kru
 KEEPS_ALL: frozenset[Robust] = frozenset({"trimmed_mean", "median", "krum"})  # a round's updates, until it is over
 Stage = Literal["join", "train", "update", "evaluate"]
 Ask = Literal["margins", "centroids", "directions", "tokens", "met", "probabilities", "data"]  # see `Algorithm.asks`
+LONGEST_NAME = 64  # characters of a client's name
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SKETCHES: frozenset[Ask] = frozenset({"centroids", "directions"})  # what pictures of a round's health are drawn from
 
@@ -495,6 +496,15 @@ class Federation(Protocol):
 
 Metrics = dict[str, Any]
 CELLS: tuple[Kind, ...] = ("gate", "expert")  # groups that have a place, which stands in their name
+
+
+def is_name(text: str) -> bool:
+    r"""Whether a client may be called so: 1 to 64 printable characters.
+
+    >>> is_name("ward 3"), is_name(""), is_name("\x1b[2J"), is_name("w" * 65)
+    (True, False, False, False)
+    """
+    return bool(text.strip()) and len(text) <= LONGEST_NAME and text.isprintable()
 
 
 def parse_group(key: str) -> ParameterGroup:

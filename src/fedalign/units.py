@@ -1,4 +1,4 @@
-"""Numbers for people: shares, bytes and seconds in the unit that a person would choose."""
+"""For people: shares, bytes and seconds in the unit that a person would choose, and what others say made harmless."""
 
 from __future__ import annotations
 
@@ -43,3 +43,12 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def shown(text: str, limit: int = 500) -> str:
+    r"""Another party's text, as it may be shown: on one line, with nothing in it that would steer a terminal.
+
+    >>> print(shown("\x1b[2Jward\n"))
+    \x1b[2Jward\n
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])[:limit]

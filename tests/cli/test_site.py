@@ -52,6 +52,7 @@ def test_init_says_what_to_send_and_what_to_run(fedalign: Command, texts: Path, 
     assert (folder / "key.pub").read_text().strip() in lines
     assert "flwr supernode register key.pub --name 'ward 3'" in lines
     assert f"fedalign doctor --site '{folder}'" in lines
+    assert "a coordinator can have these read, no others: text, label" in text
     command = shlex.split(next(line for line in lines if line.startswith("flower-supernode")))
     options = dict(zip(command[1::2], command[2::2], strict=True))
     assert options["--root-certificates"] == str(certificates)
@@ -78,10 +79,10 @@ def test_init_refuses_in_one_line(fedalign: Command, texts: Path, tmp_path: Path
     assert "there already" in errors
 
 
-def test_doctor_on_a_site(fedalign: Command, federation: Path, texts: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "a"
+def test_doctor_on_a_site(fedalign: Command, federation: Path, texts: Path, olmoe: Path, tmp_path: Path) -> None:
+    folder, data = tmp_path / "a", ["--data", texts / "train.jsonl", "--model", olmoe]
     with serving() as address:
-        fedalign("site", "init", "a", "--data", texts / "train.jsonl", "--dir", folder, "--superlink", address)
+        fedalign("site", "init", "a", *data, "--dir", folder, "--superlink", address)
         code, text, errors = fedalign("doctor", "--site", folder, federation)
         assert code == 0, text + errors
         assert text.rstrip().endswith("Ready.")
@@ -96,9 +97,9 @@ def test_doctor_on_a_site(fedalign: Command, federation: Path, texts: Path, tmp_
 
 
 def test_doctor_shows_the_data_on_a_terminal_alone(
-    fedalign: Command, federation: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fedalign: Command, federation: Path, texts: Path, olmoe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fedalign("site", "init", "a", "--data", texts / "train.jsonl", "--dir", tmp_path / "a")
+    fedalign("site", "init", "a", "--data", texts / "train.jsonl", "--model", olmoe, "--dir", tmp_path / "a")
     told = [secrets_of(texts)[0], "animals 30"]
     _, text, _ = fedalign("doctor", "--site", tmp_path / "a", federation)
     assert not any(words in text for words in told)
@@ -137,7 +138,18 @@ def test_doctor_on_the_coordinator(fedalign: Command, federation: Path) -> None:
 
 
 def test_what_leaves(fedalign: Command, federation: Path, texts: Path, tmp_path: Path) -> None:
-    fedalign("site", "init", "a", "--data", texts / "train.jsonl", "--dir", tmp_path / "a")
+    data = ["--data", texts / "train.jsonl"]
+    fedalign(
+        "site",
+        "init",
+        "a",
+        *data,
+        "--model",
+        tomllib.loads(federation.read_text())["model"]["path"],
+        "--dir",
+        tmp_path / "a",
+    )
+    fedalign("site", "init", "b", *data, "--dir", tmp_path / "b")
     for where in ([federation], ["--site", tmp_path / "a", federation]):
         code, text, errors = fedalign("doctor", *where, "--what-leaves")
         assert code == 0, errors
@@ -147,7 +159,7 @@ def test_what_leaves(fedalign: Command, federation: Path, texts: Path, tmp_path:
         assert "fewer than 32 tokens or 4 examples" in flowing
         assert "Raw text, tokens, labels and values of single examples never leave" in flowing
         assert not any(subject in text for texts in SUBJECTS.values() for subject in texts)
-    code, _, errors = fedalign("doctor", "--site", tmp_path / "a", "--what-leaves")
+    code, _, errors = fedalign("doctor", "--site", tmp_path / "b", "--what-leaves")
     assert code == 2
     assert "no model" in errors
 

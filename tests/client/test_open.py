@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,12 @@ from fedalign.config.run import ClientLimits, Config
 from fedalign.config.site import SiteFolder
 from fedalign.config.toml import load_config
 from fedalign.data.encode import tokenizer_hash
-from fedalign.errors import DataError, UserError
+from fedalign.errors import DataError, ModelError, UserError
 from fedalign.federation.in_process import prepare
 from fedalign.maths.rounding import pack
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import PROTOCOL, SHARED, Broadcast
-from tests.conftest import changed, make_site
+from tests.conftest import changed, make_site, site_toml
 
 
 def test_a_site_says_what_it_is(site_config: Config, ward: SiteFolder, olmoe: Path) -> None:
@@ -31,21 +32,22 @@ def test_a_site_says_what_it_is(site_config: Config, ward: SiteFolder, olmoe: Pa
     assert (hello.client, hello.protocol, hello.version) == ("ward 3", PROTOCOL, __version__)
     assert (hello.architecture, hello.weights) == (moe.fingerprint(), moe.weights_hash())
     assert (hello.layers, hello.experts) == (2, 4)
-    assert (hello.examples, hello.held_out) == (36, 4)
+    assert (hello.examples, hello.held_out) == (32, 9)  # of 90; asked for at most 40, which is none of its sizes
     assert all(len(text) == 64 for text in (hello.architecture, hello.weights, hello.tokenizer, hello.chat_template))
 
 
-def test_opening_a_site_leaves_its_folder_as_it_is(site_config: Config, ward: SiteFolder) -> None:
+def test_opening_a_site_keeps_nothing_but_what_is_held_out(site_config: Config, ward: SiteFolder) -> None:
     client = open_site(ward, site_config, "night")
     assert client.data.memory.folder == ward.path / "runs" / "night"
-    assert [path.name for path in ward.path.iterdir()] == ["site.toml"]
+    assert {path.name for path in ward.path.iterdir()} == {"parts.json", "site.toml"}
+    assert stat.S_IMODE((ward.path / "parts.json").stat().st_mode) == 0o600
 
 
 def test_limits_are_handed_to_the_client_that_they_are_of(
     settings: list[str], site_config: Config, ward: SiteFolder, tmp_path: Path
 ) -> None:
     toml = (ward.path / "site.toml").read_text()
-    small = make_site(tmp_path / "small", f"{toml}[limits]\nmax_experts = 2\n")
+    small = make_site(tmp_path / "small", f"{toml}max_experts = 2\n")
     assert open_site(small, site_config, "night").data.limits == ClientLimits(max_experts=2)
     config = load_config(None, [*settings, "clients.limits.client-01.top_k=1"])
     dealt, prepared = DealtClients(config, tmp_path), prepare(config, tmp_path)
@@ -57,16 +59,19 @@ def test_limits_are_handed_to_the_client_that_they_are_of(
 
 
 def test_what_is_wrong_with_the_data_stays_apart_from_what_is_wrong_with_the_rest(
-    site_config: Config, ward: SiteFolder, tmp_path: Path
+    site_config: Config, ward: SiteFolder, tmp_path: Path, olmoe: Path
 ) -> None:
-    nowhere = make_site(tmp_path / "lab", 'name = "lab"\n[data]\ntrain = "nowhere.jsonl"\n')
+    nowhere = make_site(tmp_path / "lab", site_toml("lab", Path("nowhere.jsonl"), olmoe))
     with pytest.raises(DataError, match=r"nowhere.jsonl"):
         open_site(nowhere, site_config, "night")
-    short = changed(site_config, "data", max_length=4, too_long="drop")
-    with pytest.raises(DataError, match="all of its examples are longer than 4 tokens"):
+    short = changed(site_config, "data", max_length=1, too_long="truncate")
+    with pytest.raises(DataError, match="all of its examples are longer than 1 tokens"):
         open_site(ward, short, "night")
-    with pytest.raises(UserError, match=r"model = '/nowhere': no such folder"):
-        open_site(ward, changed(site_config, "model", path="/nowhere"), "night")
+    without = make_site(tmp_path / "b", site_toml("b", Path(ward.config.data.train), Path("/nowhere")))
+    with pytest.raises(ModelError, match=r"model = '/nowhere': no such folder"):
+        open_site(without, site_config, "night")
+    with pytest.raises(UserError, match=r"data.max_length = 999999: the model allows"):  # nothing of the site's
+        open_site(ward, changed(site_config, "data", max_length=999_999), "night")
 
 
 def test_a_simulation_deals_the_same_data_as_one_process(settings: list[str], tmp_path: Path) -> None:
@@ -119,20 +124,19 @@ def test_a_tokenizer_without_a_definition_is_known_by_its_words() -> None:
     assert tokenizer_hash(Slow(a=1, b=2)) == tokenizer_hash(Slow(b=2, a=1)) != tokenizer_hash(Slow(a=2, b=1))
 
 
-def test_a_saved_model_has_the_same_hashes(site_config: Config, ward: SiteFolder, tmp_path: Path) -> None:
+def test_a_saved_model_has_the_same_hashes(site_config: Config, ward: SiteFolder) -> None:
     client = open_site(ward, site_config, "night")
-    copied = tmp_path / "copy"
+    copied = ward.path / "copy"
     client.trainer.moe.save(copied)
     client.trainer.tokenizer.save_pretrained(copied)
-    there = open_site(ward, changed(site_config, "model", path=str(copied)), "night")
-    assert there.hello() == client.hello()
+    there = make_site(ward.path, site_toml("ward 3", Path(ward.config.data.train), copied))
+    assert open_site(there, site_config, "night").hello() == client.hello()
 
 
 def test_other_weights_have_another_hash(
     site_config: Config, ward: SiteFolder, model_folder: Callable[..., Path]
 ) -> None:
     hello = open_site(ward, site_config, "night").hello()
-    toml = (ward.path / "site.toml").read_text()
-    other = make_site(ward.path, f'{toml}[model]\npath = "{model_folder("olmoe", seed=5)}"\n')
+    other = make_site(ward.path, site_toml("ward 3", Path(ward.config.data.train), model_folder("olmoe", seed=5)))
     assert replace(open_site(other, site_config, "night").hello(), weights=hello.weights) == hello
     assert open_site(other, site_config, "night").hello().weights != hello.weights

@@ -13,6 +13,7 @@ from fedalign.errors import UserError
 from tests.conftest import make_site
 
 LEAST = 'name = "ward"\n[data]\ntrain = "data.jsonl"\n'
+MODEL = '[model]\npath = "model"\n'
 
 
 def test_name_and_data_are_all_that_a_site_must_say(tmp_path: Path) -> None:
@@ -92,13 +93,18 @@ COORDINATOR = [
     "run.seed=7",
     "run.device=cuda:3",
     "run.threads=9",
-    "model.path=/their/model",
+    "model.path=their/model",
     "model.trust_remote_code=true",
     "model.revision=main",
     "data.train=/their/data",
     'data.labels=["a", "b"]',
-    "data.template='Say: {text}'",
+    "data.template='{{}} Say: {theirs}'",
     "data.columns.text=theirs",
+    "data.test=/their/test",
+    "data.subset=secrets",
+    "data.train_split=../elsewhere",
+    "data.test_split=theirs",
+    "clients.held_out=0.7",
     "training.batch_tokens=4096",
     "training.epochs=3",
     "statistics.min_tokens=8",
@@ -134,19 +140,28 @@ def test_what_is_the_sites_own_is_not_the_coordinators_to_say(tmp_path: Path) ->
     assert here.model.trust_remote_code is False
     assert here.data.train == str(tmp_path.resolve() / "mine.jsonl")
     assert (here.data.columns.text, here.data.columns.label) == ("report", "label")
+    assert here.data.template == "{{}} Say: {report}"  # {theirs} is what the coordinator calls the column of texts
+    assert (here.data.test, here.data.subset, here.data.train_split, here.data.test_split) == (
+        None,
+        None,
+        "train",
+        "test",
+    )
+    assert here.clients.held_out == 0.1
     assert here.training.batch_tokens == 1024
     assert (here.statistics.min_tokens, here.statistics.min_examples) == (64, 9)
 
 
 def test_all_else_is_as_the_coordinator_says(tmp_path: Path) -> None:
     asked, here = localised(tmp_path, LEAST)
-    assert here.model.path == "/their/model"  # a site without a copy of its own
+    assert here.model.path == "their/model"  # a site without a copy of its own
     assert here.training.batch_tokens == 4096
     assert here.statistics.min_tokens == 32
     own = {
         "run": {"device", "threads"},
         "model": {"path", "trust_remote_code"},
-        "data": {"train", "columns"},
+        "data": {"train", "test", "subset", "train_split", "test_split", "template", "columns"},
+        "clients": {"held_out"},
         "statistics": {"min_tokens", "min_examples"},
     }
     for section in Config.model_fields:

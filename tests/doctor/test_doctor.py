@@ -71,7 +71,7 @@ def test_a_site_that_is_well(site: SiteFolder, config: Config) -> None:
     assert "olmoe, found by table" in checks["model"].found
     assert "2 MoE layers x 4 experts, top-2" in checks["layout"].found
     assert "all fit" in checks["lengths"].found
-    assert "81 examples to train on, 9 held out" in checks["parts"].found
+    assert "58 examples to train on, 32 held out" in checks["parts"].found
     assert "activations" in checks["memory"].found
     assert "one measured pass" in checks["time a round"].found
     assert not (site.path / "runs").exists()
@@ -134,7 +134,7 @@ def test_what_tells_of_the_data_is_marked(site: SiteFolder, config: Config) -> N
 
 @pytest.mark.parametrize(
     ("too_long", "verdict", "told"),
-    [("error", "failed", "longer, refused"), ("truncate", "warning", "longer, cut"), ("drop", "warning", "left out")],
+    [("error", "failed", "longer, refused"), ("truncate", "warning", "longer, cut")],
 )
 def test_too_long_examples(site: SiteFolder, config: Config, too_long: str, verdict: str, told: str) -> None:
     lengths = by_name(examine_site(site, with_(config, "data", max_length=14, too_long=too_long)))["lengths"]
@@ -144,17 +144,23 @@ def test_too_long_examples(site: SiteFolder, config: Config, too_long: str, verd
 
 
 def test_nothing_left_to_train_on_fails(site: SiteFolder, config: Config) -> None:
-    found = examine_site(site, with_(config, "data", max_length=2, too_long="drop"))
-    assert by_name(found)["lengths"].verdict == "failed"
-    assert "parts" not in by_name(found)
+    found = examine_site(site, with_(config, "data", max_length=1, too_long="truncate"))
+    assert "all of its examples are longer than 1 tokens" in by_name(found)["parts"].found
 
 
-def test_few_held_out_examples_are_a_warning(site: SiteFolder, config: Config, tmp_path: Path) -> None:
+def test_what_the_limits_of_the_site_refuse_fails(site: SiteFolder, config: Config) -> None:
+    found = examine_site(site, with_(config, "data", max_train=1))
+    assert "this site trains on 32 examples or more" in by_name(found)["limits"].found
+    assert found.failed
+
+
+def test_too_few_examples_fail(site: SiteFolder, config: Config, tmp_path: Path) -> None:
     rows = [{"text": f"word {i}", "label": "food"} for i in range(10)]
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = examine_site(changed(site, "data", train=str(tmp_path / "few.jsonl")), config)
-    assert by_name(found)["parts"].verdict == "warning"
-    assert "1 held out" in by_name(found)["parts"].found
+    assert by_name(found)["parts"].verdict == "failed"
+    assert "limits.min_train and limits.min_held_out" in by_name(found)["parts"].found
+    assert not (site.path / "parts.json").exists()  # nothing was drawn for good
 
 
 def test_data_that_cannot_be_read_fails_and_the_rest_is_looked_at(site: SiteFolder, config: Config) -> None:
@@ -217,7 +223,8 @@ def test_a_pass_that_does_not_fit_is_told(site: SiteFolder, config: Config, monk
 
 def test_a_round_longer_than_the_timeout_is_a_warning(site: SiteFolder, config: Config, tmp_path: Path) -> None:
     slow = with_(with_(config, "federation", timeout_seconds=1), "training", epochs=100_000)
-    check = by_name(examine_site(site, slow))["time a round"]
+    patient = changed(site, "limits", epochs=100_000)
+    check = by_name(examine_site(patient, slow))["time a round"]
     assert check.verdict == "warning"
     assert "timeout_seconds = 1" in check.found
 

@@ -26,13 +26,14 @@ TO_SITES = {Broadcast, Request}
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "int8"])
 def config(request: pytest.FixtureRequest, settings: list[str]) -> Config:
-    return load_config(None, [*settings, f"wire.dtype={request.param}"])
+    return load_config(None, [*settings, "federation.engine=flower", f"wire.dtype={request.param}"])
 
 
 def service(config: Config, folder: Path) -> Service:
     limits = {"min_tokens": config.statistics.min_tokens}
-    site = SiteConfig.model_validate({"name": "ward", "data": {"train": config.data.train}, "limits": limits})
-    here = SiteFolder(folder, site)
+    model = {"path": config.model.path}
+    tables = {"name": "ward", "data": {"train": config.data.train}, "model": model, "limits": limits}
+    here = SiteFolder(folder, SiteConfig.model_validate(tables))
     return Service("ward", here.memory("run"), lambda: open_site(here, config, "run"))
 
 
@@ -113,7 +114,9 @@ def test_the_limits_of_the_site_are_told(config: Config) -> None:
 
 
 def test_what_is_told_of_withheld_experts_is_so(settings: list[str], tmp_path: Path) -> None:
-    site = service(load_config(None, [*settings, "statistics.min_tokens=1000000"]), tmp_path)
+    site = service(
+        load_config(None, [*settings, "federation.engine=flower", "statistics.min_tokens=1000000"]), tmp_path
+    )
     answer = site.answer("train", broadcast(site.client.trainer.moe))
     statistics: Statistics = decode(travel(answer), Statistics)
     for name in ("load_L_E", "margin_L_E", "centroid_L_E_D", "update_L_E_S"):

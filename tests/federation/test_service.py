@@ -40,7 +40,7 @@ from fedalign.protocol import (
     Statistics,
     Update,
 )
-from tests.conftest import changed, make_site
+from tests.conftest import changed, make_site, site_toml
 from tests.federation.test_messages import same, travel
 
 NOTHING = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
@@ -262,7 +262,8 @@ def test_weights_of_another_model_are_a_failure(opened: Service) -> None:
 
 
 def test_a_client_that_holds_nothing_out_says_so(site_config: Config, ward: SiteFolder, olmoe: Path) -> None:
-    service = serve(ward, changed(site_config, "clients", held_out=0.0))
+    none = make_site(ward.path, (ward.path / "site.toml").read_text() + "held_out = 0.0\n")
+    service = serve(none, site_config)
     assert ask(service, "hello").held_out == 0
     failure = fails(service, "evaluate", broadcast(MoEModel.load(olmoe)))
     assert failure == Failure("ward 3", "evaluate", "it holds nothing out to be scored on")
@@ -281,20 +282,20 @@ GOOD = [json.dumps({"text": f"word {i}", "label": ["animals", "food"][i % 2]}) f
         (json.dumps({"text": "a word", SECRET: "food"}), {}),
         (json.dumps([SECRET]), {}),
         (json.dumps({"text": f"{SECRET} " * 200, "label": "food"}), {"max_length": 64}),
-        (json.dumps({"text": "a word", "label": "food", "note": SECRET}), {"template": "{text} {" + SECRET + "2}"}),
     ],
 )
 def test_a_failure_never_quotes_the_data(
     site_config: Config,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
+    olmoe: Path,
     bad: str,
     more: dict[str, Any],
 ) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join([*GOOD, bad, *GOOD]))
-    site = make_site(tmp_path / "site", f'name = "ward"\n[data]\ntrain = "{data}"\n')
-    asked = changed(site_config, "data", **more)
+    site = make_site(tmp_path / "site", site_toml("ward", data, olmoe))
+    asked = changed(site_config, "data", max_train=0, **more)
     for verb, message in (("hello", NOTHING), ("train", Broadcast(1, {}))):
         caplog.clear()
         failure = fails(serve(site, asked), verb, message)

@@ -26,6 +26,7 @@ from tests.conftest import rows, write_jsonl
 PATIENCE = 420  # seconds for a whole run on a busy machine
 SITES = ("north", "south", "west")
 LABELS = sorted({row["label"] for row in rows()})
+OPEN = {"seed": 0, "held_out": 0.2, "min_train": 2, "min_held_out": 1}  # draws as one process does, of few rows
 MEASURED = ("seconds", "versions")  # what a clock measured, or what differs by installation
 
 
@@ -175,6 +176,7 @@ class Deployment:
     loopback: Loopback
     settings: dict[str, Any]
     sites: dict[str, Path] = field(default_factory=dict)
+    nodes: dict[str, int] = field(default_factory=dict)  # of those that are registered
 
     def prepare(
         self,
@@ -185,21 +187,24 @@ class Deployment:
         limits: Mapping[str, Any] | None = None,
         change: str = "",
         register: bool = True,
+        claims: str = "",
     ) -> Path:
-        """A site's folder with its data; `change` is a module that its own processes import first."""
+        """A site's folder with its data; `change` is a module that its own processes import first.
+
+        With `claims` it calls itself so, though it is registered as `name`.
+        """
         folder = self.loopback.folder / "sites" / name
         folder.mkdir(parents=True)
         write_jsonl(folder / "data.jsonl", list(lines))
         about: dict[str, Any] = {
-            "name": name,
+            "name": claims or name,
             "data": {"train": "data.jsonl"},
-            "limits": {"min_tokens": 4, "min_examples": 1, "threads": 1, **(limits or {})},
+            "model": {"path": str(model or self.settings["model"]["path"])},
+            "limits": {"min_tokens": 4, "min_examples": 1, "threads": 1, **OPEN, **(limits or {})},
             "coordinator": {"superlink": self.loopback.address},
         }
         if self.loopback.certificates:
             about["coordinator"]["root_certificates"] = str(self.loopback.certificates.ca)
-        if model:
-            about["model"] = {"path": str(model)}
         (folder / "site.toml").write_text(tomli_w.dumps(about))
         if change:
             (folder / "change").mkdir()
@@ -208,7 +213,7 @@ class Deployment:
         if self.loopback.authenticate:
             public = make_node_key(folder / "key")
             if register:
-                self.loopback.register(name, public)
+                self.nodes[name] = self.loopback.register(name, public)
         self.sites[name] = folder
         return folder
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
 
-from fedalign.cli.terminal import InsecureAnywhere, print_table, say
+from fedalign.cli.terminal import InsecureAnywhere, out, print_table, say
+from fedalign.errors import UserError
 
 if TYPE_CHECKING:
+    from fedalign.client.log import Entry
     from fedalign.config.site import SiteFolder
 
 
@@ -36,6 +43,19 @@ SERVE_EXAMPLES = """
 
   fedalign site serve hospital-a --trainer-only     beside a flower-supernode of your own
 """
+LOG_EXAMPLES = """
+[bold]Examples[/bold]
+
+  fedalign site log hospital-a
+
+  fedalign site log hospital-a --json               a line of JSON for each answer, for other programs
+"""
+WITHDRAW_EXAMPLES = """
+[bold]Examples[/bold]
+
+  fedalign site withdraw hospital-a --run 5f0c2a91d3e7b846          KEY stands in `fedalign site log`
+"""
+Site = Annotated[Path, typer.Argument(metavar="[DIR]", help="The site's folder, or its site.toml.", show_default=".")]
 
 
 @site_app.command(epilog=INIT_EXAMPLES)
@@ -72,6 +92,7 @@ def init(
 
 
 def _print_site(site: SiteFolder) -> None:
+    from fedalign.federation.flower.new_site import readable_columns
     from fedalign.federation.flower.programs import QUIET
 
     link = site.config.coordinator
@@ -85,12 +106,13 @@ def _print_site(site: SiteFolder) -> None:
             (link.key, "the private key: it stays here"),
             (public.name, "its public half: for the coordinator"),
             ("data", "its first rows can be read"),
+            ("columns", f"a coordinator can have these read, no others: {', '.join(readable_columns(site.config))}"),
         ],
     )
     say("Send the coordinator this name and this public key, nothing else:\n")
     say(f"  {site.config.name}")
     say(f"  {public.read_text(encoding='utf-8').strip()}\n")
-    say("who registers the site with it:\n")
+    say("who registers the two together:\n")
     say(f"  flwr supernode register {public.name} --name {name}\n")
     in_the_clear = not link.root_certificates and not link.superlink.startswith(("127.", "localhost:"))
     if in_the_clear:
@@ -118,3 +140,64 @@ def serve(
     from fedalign.federation.flower.serve import serve_site
 
     serve_site(SiteFolder.load(site), supernode=not trainer_only, insecure_anywhere=insecure_anywhere, tell=say)
+
+
+@site_app.command(epilog=LOG_EXAMPLES)
+def log(
+    site: Site = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="The lines as they stand in log.jsonl.")] = False,
+) -> None:
+    """Show every answer that has left the site: when, for which run, what, and how large."""
+    from fedalign.client.log import SiteLog
+    from fedalign.config.site import SiteFolder
+
+    lines = SiteLog(SiteFolder.load(site).path)
+    try:
+        entries = list(lines.entries())
+    except ValueError as error:
+        raise UserError(f"{lines.file}: line {error}: not a line of a site's log. Mend or move the file.") from None
+    if as_json:
+        for entry in entries:
+            print(json.dumps(asdict(entry)))
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in LOG_COLUMNS:
+        table.add_column(name, justify="right" if name in ("round", "size", "examples") else "left", overflow="fold")
+    for entry in entries:
+        table.add_row(*map(Text, _log_row(entry)))
+    out.print(table)
+
+
+LOG_COLUMNS = ("when", "run", "round", "asked for", "what left", "size", "examples")
+
+
+def _log_row(entry: Entry) -> tuple[str, ...]:
+    from fedalign.units import shown, size
+
+    left = f"refused: {entry.refused}" if entry.refused else ", ".join(entry.fields)
+    return (
+        shown(entry.when),
+        shown(entry.run),
+        "" if entry.round is None else str(entry.round),
+        shown(entry.verb),
+        shown(left),
+        size(entry.bytes),
+        "" if entry.examples is None else str(entry.examples),
+    )
+
+
+@site_app.command(epilog=WITHDRAW_EXAMPLES)
+def withdraw(
+    site: Site = Path(),
+    run: Annotated[
+        str, typer.Option("--run", metavar="KEY", help="The run's key, as `fedalign site log` shows it.")
+    ] = "",
+) -> None:
+    """End this site's part in a run: forget what was kept for it, and refuse whatever it asks from now on."""
+    from fedalign.config.site import SiteFolder
+    from fedalign.federation.site import withdraw as leave
+
+    folder = SiteFolder.load(site)
+    leave(folder, run)
+    say(f"{folder.config.name} has withdrawn from run {run}: what it kept for it is gone, and it answers no more.")
+    say("What left before cannot be called back: ask the coordinator. fedalign site log says what that was.")

@@ -48,7 +48,8 @@ class LocalFit:
     ) -> None:
         self.moe, self.algorithm, self.options = moe, algorithm, config.training
         self.client, self.local = client, local
-        self.seed = derive_seed(config.run.seed, round, client.name, "order")
+        seed = config.run.seed if client.seed is None else client.seed
+        self.seed = derive_seed(seed, round, client.name, "order")
         device = moe.device
         self.state = {name: value.to(device) for name, value in local.state.items()}
         self.prob_L_E = None if kept.prob_L_E is None else kept.prob_L_E.to(device)
@@ -134,6 +135,8 @@ class LocalFit:
 
     def _step(self, group: Sequence[Batch], probe: RoutingProbe, autocast: Any, record: bool) -> None:
         """One optimizer step on one or more batches."""
+        if 0 < self.client.most_steps <= self.steps:
+            raise TrainingFailedError(f"a round would take more than {self.client.most_steps} steps (limits.steps)")
         answer_tokens = sum(batch.answer_tokens for batch in group)
         self.moe.model.zero_grad(set_to_none=True)
         idle_L_E: Tensor | None = None

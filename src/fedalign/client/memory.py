@@ -150,6 +150,8 @@ class ClientData:
     held_out: TestSet | None
     memory: ClientMemory
     limits: ClientLimits = field(default_factory=ClientLimits)
+    seed: int | None = None  # of every draw on these examples; None: the run's
+    most_steps: int = 0  # of a round; 0: any number
 
     @property
     def examples(self) -> int:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+
 from fedalign.client.memory import ClientData
+from fedalign.client.parts import TOO_FEW, Least, Parts, row_keys
 from fedalign.client.trainer import OpenClient
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
-from fedalign.config.site import SiteFolder
+from fedalign.config.site import NO_MODEL, SiteFolder
 from fedalign.data.deal import split_among_clients
 from fedalign.data.encode import text_hash, tokenizer_hash
 from fedalign.data.formats import load_examples
-from fedalign.errors import DataError, UserError
+from fedalign.data.sources import read_rows
+from fedalign.errors import DataError, ModelError, UserError
 from fedalign.files import folder_name
 from fedalign.protocol import PROTOCOL, Hello
+
+HUB_FILES = ["*.json", "*.jinja", "*.model", "*.py", "*.safetensors", "*.tiktoken", "*.txt"]
+DEMO, PARTS = "demo", "parts.json"
+log = logging.getLogger("fedalign")
 
 
 def open_site(folder: SiteFolder, config: Config, run: str) -> OpenClient:
@@ -28,18 +37,94 @@ def open_site(folder: SiteFolder, config: Config, run: str) -> OpenClient:
         run: the run's key; what the site remembers is kept by run.
 
     Raises:
-        UserError: The model cannot be loaded.
+        UserError: The configuration asks for what the site does not do, or there are too few examples; the message
+            tells nothing of what is here.
+        ModelError: The site's own model cannot be loaded.
         DataError: The data does not fit the configuration.
     """
+    if config.federation.engine != "flower":
+        raise UserError(f'federation.engine = "{config.federation.engine}": a site takes part in runs of "flower".')
     local = folder.localise(config)
-    bench = Workbench.load(local)
+    bench = _own_model(local) if folder.config.model.path else _model_of_the_hub(local)
+    client, parts = site_client(folder, bench, config, run)
+    parts.save(parts_file(folder))
+    return OpenClient(bench.trainer(), client, lambda: describe(bench, client, bench.moe.weights_hash()))
+
+
+def parts_file(folder: SiteFolder) -> Path:
+    """Where a site keeps which of its rows are held out."""
+    return folder.path / PARTS
+
+
+def site_client(folder: SiteFolder, bench: Workbench, config: Config, run: str) -> tuple[ClientData, Parts]:
+    """What the site trains on and is scored on in this run, and the parts that it was taken from.
+
+    Raises:
+        UserError: There are too few examples; the message does not say how many.
+        DataError: The data does not fit the configuration.
+    """
+    name, limits, data = folder.config.name, folder.config.limits, bench.config.data.model_copy(update={"max_train": 0})
+    least, seed, columns = Least(limits.min_train, limits.min_held_out), folder.seed, folder.config.data.columns
     try:
-        examples = load_examples(local.data.train, local.data, "train", local.run.seed)
-        client = bench.client(folder.config.name, examples, range(len(examples)), folder.memory(run))
+        rows = list(read_rows(data.train, data, "train"))
+        keys = row_keys(rows, {*columns.model_dump(exclude={"client"}).values()}, seed)
+        examples = load_examples(data.train, data, "train", seed)
     except UserError as error:
         raise DataError(str(error)) from None
-    client = replace(client, limits=folder.client_limits(config))
-    return OpenClient(bench.trainer(), client, lambda: describe(bench, client, bench.moe.weights_hash()))
+    parts = Parts.of(parts_file(folder), keys, limits.held_out, seed, name, least)
+    key_of = dict(zip((row.where for row in rows), keys, strict=True))
+    trained, held = parts.trained(config.data.max_train, least.train), frozenset(parts.held_out)
+    try:
+        client = bench.client_of(
+            name,
+            [example for example in examples if key_of[example.where] in trained],
+            [example for example in examples if key_of[example.where] in held],
+            folder.memory(run),
+            folder.client_limits(config),
+        )
+    except UserError as error:
+        raise DataError(str(error)) from None
+    if client.examples < least.train or (held and len(client.held_out or ()) < least.held_out):
+        raise UserError(TOO_FEW)
+    _tell_difference(config, limits.held_out, len(trained))
+    return replace(client, seed=seed, most_steps=limits.steps), parts
+
+
+def _tell_difference(config: Config, share: float, trained: int) -> None:
+    """Say where the coordinator asked for other sizes than it gets."""
+    if config.clients.held_out != share:
+        log.info("clients.held_out = %s: this site's is %s (limits.held_out)", config.clients.held_out, share)
+    if config.data.max_train and config.data.max_train != trained:
+        log.info(
+            "data.max_train = %d: this site trains on %d, which is one of its sizes", config.data.max_train, trained
+        )
+
+
+def _own_model(local: Config) -> Workbench:
+    try:
+        return Workbench.load(local)
+    except UserError as error:
+        if local.model.path not in str(error):
+            raise
+        raise ModelError(str(error)) from None
+
+
+def _model_of_the_hub(local: Config) -> Workbench:
+    """From where the Hub's files are kept, so that no folder of this site that is called alike is ever opened."""
+    name = local.model.path
+    if name == DEMO:
+        return Workbench.load(local)
+    try:
+        folder = snapshot_download(name, revision=local.model.revision, allow_patterns=HUB_FILES)
+    except Exception as error:  # the library raises dozens of kinds, and what they say tells of this machine
+        log.error("model.path = %r: %s", name, error)
+        raise UserError(NO_MODEL) from None
+    try:
+        return Workbench.load(
+            local.model_copy(update={"model": local.model.model_copy(update={"path": folder, "revision": None})})
+        )
+    except UserError as error:
+        raise UserError(str(error).replace(folder, name)) from None
 
 
 class DealtClients:

@@ -58,7 +58,7 @@ class Trainer:
         local = self._local_round(client, broadcast, before)
         self.algorithm.begin(local)
         self.moe.write(local.start)
-        seed = derive_seed(self.config.run.seed, broadcast.round, client.name)
+        seed = derive_seed(self.config.run.seed if client.seed is None else client.seed, broadcast.round, client.name)
         started = time.perf_counter()
         fit = LocalFit(self.moe, self.algorithm, self.config, client, local, broadcast.round, before)
         drawn = seed + parallel.rank()  # other rows want other dropout

@@ -107,12 +107,28 @@ class Workbench:
         """
         seed = derive_seed(self.config.run.seed, "held out")
         kept, held = hold_out(indices, self.config.clients.held_out, seed, name)
+        limits = self.config.clients.limits.get(name, ClientLimits())
+        return self.client_of(name, [examples[i] for i in kept], [examples[i] for i in held], folder, limits)
+
+    def client_of(
+        self,
+        name: str,
+        train: Sequence[Example],
+        held_out: Sequence[Example],
+        folder: Path,
+        limits: ClientLimits,
+    ) -> ClientData:
+        """Encode what a client trains on and what it is scored on.
+
+        Raises:
+            UserError: Nothing is left to train on.
+        """
         client = ClientData(
             name=name,
-            train=self.encoder.encode([examples[index] for index in kept]),
-            held_out=TestSet.prepare([examples[index] for index in held], self.encoder),
+            train=self.encoder.encode(train),
+            held_out=TestSet.prepare(held_out, self.encoder),
             memory=ClientMemory(folder),
-            limits=self.config.clients.limits.get(name, ClientLimits()),
+            limits=limits,
         )
         if not client.train:
             raise UserError(

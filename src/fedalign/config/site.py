@@ -7,8 +7,11 @@ where its data and its copy of the model lie, what its columns are called, which
 from __future__ import annotations
 
 import json
+import re
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -20,18 +23,23 @@ from fedalign.config.run import (
     Columns,
     Config,
     Count,
+    DataConfig,
     Device,
     MinExamples,
     MinTokens,
+    Part,
+    Positive,
     Section,
     Threads,
     key,
 )
 from fedalign.config.toml import checked, explained, read_tables
 from fedalign.errors import UserError
-from fedalign.files import folder_name
+from fedalign.files import folder_name, write_private
+from fedalign.protocol import is_name
 
 FILE = "site.toml"
+HUB_ID = re.compile(r"(?!.*(\.\.|--))\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
 HEAD = """\
 # A site: what this house decides itself. How to train is the coordinator's to say.
 # Look whether all is well, from this folder: fedalign doctor --site .
@@ -40,20 +48,27 @@ HEAD = """\
 
 
 def _name(text: str) -> str:
-    if not (text.strip() and len(text) <= 64 and text.isprintable()):
+    if not is_name(text):
         raise ValueError("must be 1 to 64 printable characters.")
     return text
+
+
+class SiteColumns(Columns):
+    """What the columns of your files are called. Nobody can have any other column read, and `client` is never."""
 
 
 class SiteData(Section):
     """It never leaves this house."""
 
     train: str = Field(description="a .jsonl, .json, .csv or .parquet file, a folder of them, or a hub id")
-    columns: Columns = Columns()
+    subset: str | None = key(None, "the configuration of a hub data set", examples=["main"])
+    train_split: str = key("train", "of a hub data set, or of a folder: the file or subfolder to train on")
+    test_split: str = key("test", "the one that is never read")
+    columns: SiteColumns = SiteColumns()
 
 
 class SiteModel(Section):
-    """What the coordinator names, unless this site has its own."""
+    """What the coordinator names on the hub, unless this site has its own."""
 
     path: str | None = key(None, "this site's own copy", examples=["/models/OLMoE-1B-7B"])
     trust_remote_code: bool = key(False, "run the code that comes with the model; the coordinator cannot set this")
@@ -67,6 +82,20 @@ class SiteLimits(ClientLimits):
     batch_tokens: Count = key(0, "tokens of a batch at most; 0: what the coordinator says")
     min_tokens: MinTokens = 32
     min_examples: MinExamples = 4
+    min_train: Positive = key(32, "with fewer examples to train on nothing leaves this site,")
+    min_held_out: Positive = key(32, "nor with fewer that are held out to be scored on")
+    held_out: Part = key(0.1, "share of the rows that is held out, at least min_held_out rows; 0: none")
+    seed: Count | None = key(
+        None,
+        "of every draw at this site; keep it to yourself. Without it: drawn once, and kept in this folder",
+        examples=[3141592653589793],
+    )
+    epochs: Positive = key(10, "of a round at most")
+    steps: Positive = key(10_000, "of a round at most")
+    rounds: Positive = key(100, "answers to a call for training at most, in one run,")
+    evaluations: Positive = key(120, "and scores at most, in one run")
+    all_rounds: Positive = key(1000, "the same of all runs together, for ever")
+    all_evaluations: Positive = key(1000, "and of scores")
 
 
 class SiteLink(Section):
@@ -110,6 +139,16 @@ class SiteFolder:
             raise UserError(f"site {str(path)!r}: no {FILE} there. Make one with: fedalign site init NAME --data FILE")
         return cls(file.parent.resolve(), checked(SiteConfig, read_tables(file, "site file"), f"{file}: "))
 
+    @property
+    def seed(self) -> int:
+        """What every draw at this site begins with; drawn now if nobody has said one."""
+        if self.config.limits.seed is not None:
+            return self.config.limits.seed
+        file = self.path / "seed"
+        if not file.exists():
+            write_private(file, f"{secrets.randbits(62)}\n".encode())
+        return int(file.read_text(encoding="utf-8"))
+
     def memory(self, run: str) -> Path:
         """Where this site keeps its part of a run."""
         return self.path / "runs" / folder_name(run)
@@ -142,8 +181,13 @@ class SiteFolder:
         return ClientLimits(top_k=own.top_k, max_experts=own.max_experts, rank=rank)
 
     def localise(self, config: Config) -> Config:
-        """The coordinator's configuration as this site runs it."""
+        """The coordinator's configuration as this site runs it.
+
+        Raises:
+            UserError: It asks for what this site does not do; the message says nothing of what is here.
+        """
         site, limits = self.config, self.config.limits
+        self._refuse(config)
         batch = config.training.batch_tokens
         return config.model_copy(
             update={
@@ -155,8 +199,17 @@ class SiteFolder:
                     }
                 ),
                 "data": config.data.model_copy(
-                    update={"train": self.resolve(site.data.train), "columns": site.data.columns}
+                    update={
+                        "train": self.resolve(site.data.train),
+                        "test": None,
+                        "subset": site.data.subset,
+                        "train_split": site.data.train_split,
+                        "test_split": site.data.test_split,
+                        "template": self._template(config.data),
+                        "columns": site.data.columns,
+                    }
                 ),
+                "clients": config.clients.model_copy(update={"held_out": limits.held_out}),
                 "training": config.training.model_copy(
                     update={"batch_tokens": min(batch, limits.batch_tokens) if limits.batch_tokens else batch}
                 ),
@@ -168,3 +221,52 @@ class SiteFolder:
                 ),
             }
         )
+
+    def _refuse(self, config: Config) -> None:
+        """What is asked for in vain."""
+        limits, data = self.config.limits, config.data
+        if self.config.model.path is None and not is_hub_id(config.model.path):
+            raise UserError(NO_MODEL)
+        if config.training.epochs > limits.epochs:
+            raise UserError(
+                f"training.epochs = {config.training.epochs}: this site trains at most {limits.epochs} epochs a round."
+            )
+        if 0 < data.max_train < limits.min_train:
+            raise UserError(
+                f"data.max_train = {data.max_train}: this site trains on {limits.min_train} examples or more. "
+                "Choose 0 for all."
+            )
+        if data.too_long == "drop":
+            raise UserError(
+                'data.too_long = "drop": data.max_length would choose among the examples of this site. Choose one of: '
+                "error, truncate."
+            )
+
+    def _template(self, data: DataConfig) -> str | None:
+        """The coordinator's template over this site's columns: {column} is the one of its role, or its name here."""
+        if data.template is None:
+            return None
+        mine, theirs = (columns.model_dump(exclude={"client"}) for columns in (self.config.data.columns, data.columns))
+        readable = {name: name for name in mine.values()} | {name: mine[role] for role, name in theirs.items()}
+        parts = []
+        for before, name, _, _ in Formatter().parse(data.template):
+            parts.append(before.replace("{", "{{").replace("}", "}}"))
+            if name is not None and (name not in readable or re.search("[{}:!]", readable[name])):
+                raise UserError(f"data.template: {{{name}}} is no column that this site lets a template read.")
+            parts.append("" if name is None else f"{{{readable[name]}}}")
+        return "".join(parts)
+
+
+NO_MODEL = (
+    "model.path: not a model that this site opens for others. Choose a hub id, or have the site name its own copy in "
+    "site.toml ([model] path)."
+)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether it is "demo", or written as a model on the Hub is; a folder may be called so, too.
+
+    >>> is_hub_id("allenai/OLMoE-1B-7B-0924"), is_hub_id("/srv/private"), is_hub_id("../private"), is_hub_id("a/b/c")
+    (True, False, False, False)
+    """
+    return HUB_ID.fullmatch(path) is not None

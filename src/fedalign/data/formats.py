@@ -414,8 +414,7 @@ def _with_owners(examples: Sequence[Example], rows: Sequence[Row], data: DataCon
     """Add where each stands, its client and, to partition by, its label: these two where rows have such a column."""
     labels, clients = names_in(rows, data.columns.label), names_in(rows, data.columns.client)
     for example, row, label, client in zip(examples, rows, labels, clients, strict=True):
-        where = f"{row.source}, row {row.number}"
-        yield replace(example, label=example.label or label, client=client, file=row.file, where=where)
+        yield replace(example, label=example.label or label, client=client, file=row.file, where=row.where)
 
 
 def _check_named_columns(row: Row, data: DataConfig) -> None:

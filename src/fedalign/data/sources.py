@@ -52,9 +52,14 @@ class Row:
     number: int
     file: str = ""
 
+    @property
+    def where(self) -> str:
+        """File and number, for the user."""
+        return f"{self.source}, row {self.number}"
+
     def fail(self, problem: str) -> NoReturn:
         """Raise a `UserError` that names this row."""
-        raise UserError(f"{self.source}, row {self.number}: {problem}")
+        raise UserError(f"{self.where}: {problem}")
 
     def get(self, column: str) -> Any:
         """A column's value; an error lists the columns that are there."""

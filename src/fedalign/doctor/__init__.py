@@ -39,7 +39,9 @@ def examine_site(folder: SiteFolder, config: Config | None) -> Examination:
     check_key(found, folder)
     certificates = Path(folder.resolve(link.root_certificates)) if link.root_certificates else None
     check_superlink(found, link.superlink, certificates, is_server=False)
-    local = folder.localise(config or Config())
+    local = found.attempt("limits", lambda: folder.localise(config or Config()))
+    if local is None:
+        return found
     if config is None:
         local = _guessed(found, folder, local)
     else:
@@ -56,17 +58,22 @@ def examine_site(folder: SiteFolder, config: Config | None) -> Examination:
         return found
     bench = check_model(found, local)
     if bench is not None:
-        _examine_training(found, folder, bench, examples, device)
+        _examine_training(found, folder, bench, config or local, examples, device)
     return found
 
 
 def _examine_training(
-    found: Examination, folder: SiteFolder, bench: Workbench, examples: Sequence[Example], device: str | None
+    found: Examination,
+    folder: SiteFolder,
+    bench: Workbench,
+    asked: Config,
+    examples: Sequence[Example],
+    device: str | None,
 ) -> None:
     """What depends on model, data and machine together; the weights are loaded only if they fit."""
     expected, config = estimate_site(bench), bench.config
     fits = bool(examples) and check_lengths(found, bench, examples)
-    client = check_parts(found, bench, examples, folder) if fits else None
+    client = check_parts(found, bench, asked, folder) if fits else None
     check_traffic(found, expected)
     check_disk(found, folder.path, expected.disk, "kept rounds")
     if device is None:

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from fedalign.client.memory import ClientData
+from fedalign.client.open import site_client
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config, DataConfig
 from fedalign.config.site import SiteFolder
@@ -15,16 +16,15 @@ from fedalign.data.encode import IGNORED, Encoded, Encoder
 from fedalign.data.formats import FORMATS, Example, load_examples
 from fedalign.data.sources import read_rows
 from fedalign.doctor.report import Examination
-from fedalign.errors import UserError
+from fedalign.errors import DataError, UserError
 
 GUESS_ROWS = 20
 SHOWN_LABELS = 20
-FEW = 4  # held-out examples whose scores say much about each
 
 
 def check_data(found: Examination, config: Config) -> list[Example]:
     """Every row can be read as the task asks; the labels seen."""
-    data = config.data
+    data = config.data.model_copy(update={"max_train": 0})  # a site draws from all of it
     examples = found.attempt("data", lambda: load_examples(data.train, data, "train", config.run.seed), private=True)
     if examples is None:
         return []
@@ -48,8 +48,8 @@ def check_lengths(found: Examination, bench: Workbench, examples: Sequence[Examp
     found.preview = preview(bench.tokenizer, encoded[0])
     lengths = sorted(max(len(one.input_ids), len(one.labels)) for one in encoded)
     over = sum(length > limit for length in lengths) if limit else 0
-    refused = over > 0 and (too_long == "error" or (too_long == "drop" and over == len(lengths)))
-    fate = {"error": "refused", "truncate": "cut", "drop": "left out"}[too_long]
+    refused = over > 0 and too_long == "error"
+    fate = "refused" if too_long == "error" else "cut"
     found.add(
         "lengths",
         "failed" if refused else "warning" if over else "ok",
@@ -61,23 +61,20 @@ def check_lengths(found: Examination, bench: Workbench, examples: Sequence[Examp
     return not refused
 
 
-def check_parts(
-    found: Examination, bench: Workbench, examples: Sequence[Example], folder: SiteFolder
-) -> ClientData | None:
-    """There is something to train on, and enough to be scored on."""
-    name = folder.config.name
-    client = found.attempt(
-        "parts", lambda: bench.client(name, examples, range(len(examples)), folder.memory("doctor")), private=True
-    )
+def check_parts(found: Examination, bench: Workbench, config: Config, folder: SiteFolder) -> ClientData | None:
+    """There is enough to train on, and to be scored on; nothing is drawn for good."""
+
+    def opened() -> ClientData:
+        try:
+            return site_client(folder, bench, config, "doctor")[0]
+        except DataError as error:
+            raise UserError(str(error)) from None
+
+    client = found.attempt("parts", opened, private=True)
     if client is None:
         return None
     held = len(client.held_out) if client.held_out is not None else 0
-    found.add(
-        "parts",
-        "warning" if 0 < held < FEW else "ok",
-        f"{client.examples:,} examples to train on, {held:,} held out to be scored on",
-        f"The scores of fewer than {FEW} examples say much about each; ask for another clients.held_out.",
-    )
+    found.add("parts", "ok", f"{client.examples:,} examples to train on, {held:,} held out to be scored on")
     return client
 
 

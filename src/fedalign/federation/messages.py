@@ -31,8 +31,10 @@ from fedalign.protocol import (
     Start,
     Statistics,
     Update,
+    is_name,
     parse_group,
 )
+from fedalign.units import shown
 
 Message = Hello | Start | Broadcast | Statistics | Request | Update | Evaluation | Failure
 MESSAGES: dict[str, type[Any]] = {
@@ -117,9 +119,17 @@ def decode(parcel: Parcel, expected: type[Any] | tuple[type[Any], ...]) -> Any:
         message = cls(**{field.name: _field(field, head[field.name], arrays) for field in fields})
         if arrays:
             raise ValueError(f"no array {min(arrays)!r:.40}")
+        _check_name(message)
     except Exception as error:  # whatever a stranger can think of
-        raise MessageError(f"a damaged {head['kind']}: {type(error).__name__}: {error!s:.200}") from None
+        raise MessageError(shown(f"a damaged {head['kind']}: {type(error).__name__}: {error!s:.200}")) from None
     return message
+
+
+def _check_name(message: Message) -> None:
+    """Who speaks has a name that can be shown; what failed before a site was known has none."""
+    name = getattr(message, "client", None)
+    if name is not None and not is_name(name) and not (isinstance(message, Failure) and name == ""):
+        raise ValueError(f"client = {name!r:.80}: must be 1 to 64 printable characters")
 
 
 def _protocol(head: Mapping[str, Any]) -> int | None:
@@ -138,7 +148,7 @@ def _field(field: dataclasses.Field[Any], about: Any, arrays: dict[str, tuple[Te
     if field.type == "tuple[ParameterGroup, ...]":
         return _groups(about)
     try:
-        return SCALARS[str(field.type)](about)
+        return _text(about) if field.name == "client" and about is not None else SCALARS[str(field.type)](about)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{field.name} = {about!r:.40}: must be {field.type}") from None
 
@@ -148,6 +158,11 @@ def _text(value: Any) -> str:
         raise TypeError
     value.encode()  # JSON can hold half a character
     return value
+
+
+def _words(value: Any) -> str:
+    """What another party says, as it may be shown; a name is looked at by itself."""
+    return shown(_text(value))
 
 
 def _integer(value: Any) -> int:
@@ -165,7 +180,7 @@ def _number(value: Any) -> float:
 def _numbers(value: Any) -> dict[str, float]:
     if not isinstance(value, dict):
         raise TypeError
-    return {_text(key): _number(item) for key, item in value.items()}
+    return {_words(key): _number(item) for key, item in value.items()}
 
 
 def _stage(value: Any) -> Any:
@@ -175,10 +190,10 @@ def _stage(value: Any) -> Any:
 
 
 SCALARS: dict[str, Callable[[Any], Any]] = {
-    "str": _text,
+    "str": _words,
     "int": _integer,
     "float": _number,
-    "str | None": lambda value: None if value is None else _text(value),
+    "str | None": lambda value: None if value is None else _words(value),
     "float | None": lambda value: None if value is None else _number(value),
     "Stage": _stage,
     "Mapping[str, float]": _numbers,

@@ -1,7 +1,7 @@
 """What a client answers to each message, whichever way the message came.
 
-A reason that leaves a site never quotes its data: what went wrong with the data itself is told in the site's own log
-alone.
+A reason that leaves a site never quotes its data and never names its folders: what went wrong with them is told in the
+site's own log alone.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedalign.client.memory import ClientMemory
-from fedalign.errors import DataError, TrainingFailedError, UserError
+from fedalign.errors import DataError, ModelError, TrainingFailedError, UserError
 from fedalign.federation.messages import Message, MessageError, Parcel, decode, encode
 from fedalign.maths.rounding import unpack_weights
-from fedalign.protocol import Broadcast, Failure, Hello, Packed, Request, Start, Update
+from fedalign.protocol import Broadcast, Failure, Hello, Packed, Request, Stage, Start, Update
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and handing over an update needs none of it
     from fedalign.client.trainer import OpenClient
@@ -58,7 +58,7 @@ class Service:
 
     def answer(self, verb: str, parcel: Parcel) -> Parcel:
         """Answer a message: "hello", "start", "train", "update", "evaluate" or "finish"; a fault becomes a Failure."""
-        stage = verb if verb in ("train", "update", "evaluate") else "join"
+        stage = stage_of(verb)
         try:
             return encode(self._verbs[verb](parcel))
         except (TrainingFailedError, MessageError, UserError) as error:
@@ -66,10 +66,13 @@ class Service:
         except DataError as error:
             log.error("%s: its data cannot be used: %s", self.name, error)
             reason = f"its data cannot be used; {SEE_LOG}"
+        except ModelError as error:
+            log.error("%s: its model cannot be loaded: %s", self.name, error)
+            reason = f"its model cannot be loaded; {SEE_LOG}"
         except Exception as error:
             log.exception("%s: %s failed", self.name, verb)
             reason = f"{type(error).__name__}; {SEE_LOG}"
-        return encode(Failure(self.name, stage, reason))  # type: ignore[arg-type] # one of the stages above
+        return encode(Failure(self.name, stage, reason))
 
     @property
     def _verbs(self) -> dict[str, Callable[[Parcel], Message]]:
@@ -116,6 +119,12 @@ class Service:
     def _finish(self, _: Parcel) -> Message:
         self.memory.forget_updates()
         return Update(self.name, 0, {})
+
+
+def stage_of(verb: str) -> Stage:
+    """Where a client is missing that does not answer this."""
+    stages: dict[str, Stage] = {"train": "train", "update": "update", "evaluate": "evaluate"}
+    return stages.get(verb, "join")
 
 
 def log_to_stderr() -> None:

@@ -36,6 +36,7 @@ class Node:
     until: float = float("inf")  # when it is gone
     delay: float = 0.0  # seconds to each answer
     known: bool = True  # to the SuperLink, which refuses messages to other nodes
+    registered: str | None = None  # the name that its key was registered with
     asked: list[str] = field(default_factory=list)
 
 
@@ -51,8 +52,9 @@ class ScriptedLink:
         self._numbers = itertools.count()
         self._kinds: dict[str, str] = {}
 
-    def nodes(self) -> Sequence[int]:
-        return sorted(n for n, node in self.there.items() if node.since <= self.clock.now < node.until)
+    def nodes(self) -> Mapping[int, str | None]:
+        there = sorted(n for n, node in self.there.items() if node.since <= self.clock.now < node.until)
+        return {number: self.there[number].registered for number in there}
 
     def ask(self, kind: str, parcel: Parcel, nodes: Sequence[int]) -> dict[str, int]:
         asked = {}

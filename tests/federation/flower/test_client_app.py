@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Listener
@@ -92,12 +93,18 @@ def test_a_node_that_names_no_site_is_told_how_to(site_config: Config, tmp_path:
     assert failure.reason.startswith("this node names no site. Start it with: flower-supernode --node-config")
 
 
-def test_a_site_file_that_is_wrong_is_told(site_config: Config, tmp_path: Path) -> None:
+def test_a_site_file_that_is_wrong_is_told_at_the_site(
+    site_config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("fedalign"), "propagate", True)
     node = Node(site_config, tmp_path, site=str(tmp_path / "nowhere"))
-    assert "no site.toml there" in node.ask("query.hello", NOTHING).reason
+    reason = "its site.toml cannot be read; the reason is in the client's own log"
+    assert node.ask("query.hello", NOTHING).reason == reason
+    assert "no site.toml there" in caplog.text
     (tmp_path / "site.toml").write_text("name = 3")
     failure = Node(site_config, tmp_path, site=str(tmp_path)).ask("train", broadcast(site_config.model.path))
-    assert "data: missing" in failure.reason
+    assert failure.reason == reason
+    assert "data: missing" in caplog.text
 
 
 @pytest.mark.parametrize("config", ["[run]\nseed = -1\n", "[nonsense]\n", "not = = toml", "[model]\npath = '/nowhere'"])

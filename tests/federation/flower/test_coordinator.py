@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,8 +46,8 @@ class Direct:
         self.asked: list[tuple[str, int]] = []
         self._waiting: dict[str, tuple[str, Parcel, int]] = {}
 
-    def nodes(self) -> Sequence[int]:
-        return [node for node in range(len(self.services)) if node not in self.away]
+    def nodes(self) -> Mapping[int, str | None]:
+        return {node: None for node in range(len(self.services)) if node not in self.away}
 
     def ask(self, kind: str, parcel: Parcel, nodes: Sequence[int]) -> dict[str, int]:
         self.asked += [(kind, node) for node in nodes]
@@ -109,7 +109,11 @@ def sites(folder: Path, house: Path, config: Config) -> dict[str, Answers]:
     services: dict[str, Answers] = {}
     for name in SITES:
         data = house / "train" / f"{name}.jsonl"
-        toml = f'name = "{name}"\n[data]\ntrain = "{data}"\n[limits]\nmin_tokens = 4\nmin_examples = 4\n'
+        limits = f"seed = {config.run.seed}\nheld_out = {config.clients.held_out}\nmin_train = 4\nmin_held_out = 1"
+        toml = (
+            f'name = "{name}"\n[data]\ntrain = "{data}"\n[model]\npath = "{config.model.path}"\n'
+            f"[limits]\nmin_tokens = 4\nmin_examples = 4\n{limits}\n"
+        )
         site = make_site(folder / name, toml)
         services[name] = Service(name, site.memory("run"), lambda site=site: open_site(site, config, "run"))  # type: ignore[misc] # mypy infers no lambda with defaults
     return services
@@ -357,7 +361,7 @@ def test_weights_are_the_coordinators_though_its_whole_test_set_is_too_long(
     data = write_jsonl(tmp_path / "long.jsonl", [{"text": "word " * 500, "label": "food"}])
     config = coordinated(f"data.test={data}", "data.too_long=drop")
     other = changed(config, "model", path=str(model_folder("olmoe", seed=5)))
-    services = sites(tmp_path / "sites", house, other)
+    services = sites(tmp_path / "sites", house, changed(other, "data", too_long="error"))
     centre = Coordinator.connect(Direct(services), config, RunFolder(tmp_path / "run"))
     assert centre.test is None
     with pytest.raises(UserError, match=r"0 sites are connected and fit.*its model weights differ"):

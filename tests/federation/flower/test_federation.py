@@ -169,7 +169,7 @@ def test_a_site_that_goes_before_it_says_hello_is_not_waited_for_and_greeted_whe
             {"protocol": PROTOCOL + 1},
             f"it speaks protocol {PROTOCOL + 1}, this is {PROTOCOL}: install the same version",
         ),
-        ({"client": ""}, "it has no name"),
+        ({"client": ""}, "a damaged hello: ValueError: client = '': must be 1 to 64 printable characters"),
     ],
 )
 def test_a_site_that_differs_is_refused_with_the_reason(clock: Clock, change: dict[str, Any], reason: str) -> None:
@@ -179,7 +179,7 @@ def test_a_site_that_differs_is_refused_with_the_reason(clock: Clock, change: di
     (fault,) = sites.faults()
     assert fault.stage == "join"
     assert fault.reason.startswith(f"refused: {reason}")
-    assert fault.client == {"protocol": "node 3", "client": ""}.get(next(iter(change)), "odd")
+    assert fault.client == {"protocol": "node 3", "client": "node 3"}.get(next(iter(change)), "odd")
     assert sites.faults() == []
     assert sites.members() == ["a", "b"]
     assert sites.faults() == []  # told once

@@ -69,7 +69,7 @@ def echo(message: Message) -> Message:
 
 
 def test_nodes_are_sorted() -> None:
-    assert GridLink(PlayedGrid([7, 2, 5], echo), RUN, 60).nodes() == [2, 5, 7]
+    assert list(GridLink(PlayedGrid([7, 2, 5], echo), RUN, 60).nodes()) == [2, 5, 7]
 
 
 def test_a_question_reaches_each_node_and_its_answer_comes_back_once() -> None:
@@ -179,7 +179,7 @@ def test_a_superlink_that_fails_for_a_moment_is_asked_again(monkeypatch: pytest.
     monkeypatch.setattr("time.sleep", slept.append)
     grid = BusyGrid([2, 1], echo)
     grid.failures = 3
-    assert GridLink(grid, RUN, expiry=60).nodes() == [1, 2]
+    assert list(GridLink(grid, RUN, expiry=60).nodes()) == [1, 2]
     assert slept == [0.5, 1.0, 2.0]
 
 

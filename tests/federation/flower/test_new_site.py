@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedalign.config.run import Columns
-from fedalign.config.site import SiteConfig, SiteFolder
+from fedalign.config.site import SiteColumns, SiteConfig, SiteFolder
 from fedalign.doctor.link import check_key
 from fedalign.doctor.report import Examination
 from fedalign.errors import UserError
@@ -31,7 +30,7 @@ def test_a_new_site_is_what_was_asked_for(data: Path, tmp_path: Path) -> None:
     config = site.config
     assert config.name == "hospital-a"
     assert config.data.train == str(data)
-    assert config.data.columns == Columns(text="body")
+    assert config.data.columns == SiteColumns(text="body")
     assert config.model.path == "demo"
     assert config.limits.device == "cpu"
     assert config.coordinator.superlink == "fl.example.org:8000"
@@ -43,7 +42,11 @@ def test_a_new_site_is_what_was_asked_for(data: Path, tmp_path: Path) -> None:
 
 def test_what_was_not_asked_for_is_the_default(data: Path, tmp_path: Path) -> None:
     site = init_site("a", tmp_path / "a", Wishes(data))
-    assert site.config == SiteConfig.model_validate({"name": "a", "data": {"train": str(data)}})
+    assert site.config.limits.seed is not None
+    tables = {"name": "a", "data": {"train": str(data)}, "limits": {"seed": site.config.limits.seed}}
+    assert site.config == SiteConfig.model_validate(tables)
+    other = init_site("a", tmp_path / "b", Wishes(data))
+    assert other.config.limits.seed != site.config.limits.seed
     found = Examination()
     check_key(found, site)
     assert [check.verdict for check in found.checks] == ["ok"]

@@ -7,6 +7,7 @@ is imported before it is needed; a simulation keeps the process and what it has 
 
 from __future__ import annotations
 
+import logging
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,8 @@ from fedalign.config.toml import read_config
 from fedalign.errors import UserError
 from fedalign.federation.flower.link import RunAbout, from_records, to_records
 from fedalign.federation.messages import MessageError, Parcel, encode
-from fedalign.federation.service import Service, log_to_stderr
+from fedalign.federation.service import SEE_LOG, Service, log_to_stderr
+from fedalign.federation.site import answer_at
 from fedalign.files import folder_name
 from fedalign.protocol import Failure
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from fedalign.client.trainer import OpenClient
 
 app = ClientApp()
+log = logging.getLogger("fedalign")
 QUERIES = ("hello", "start", "update", "finish")  # beside what Flower has verbs for
 
 
@@ -47,11 +50,21 @@ def _answer(verb: str, parcel: Parcel, run: RunAbout, context: Context) -> Parce
     if site is None:
         folder = Path(run.out) / "clients"
         return _dealt_service(int(context.node_config["partition-id"]), run.config, folder).answer(verb, parcel)
-    return site_answer(SiteFolder.load(Path(str(site))), run.config, run.key, verb, parcel)
+    try:
+        mine = SiteFolder.load(Path(str(site)))
+    except UserError as error:
+        log.error("%s", error)
+        raise UserError(f"its site.toml cannot be read; {SEE_LOG}") from None
+    return site_answer(mine, run.config, run.key, verb, parcel)
 
 
 def site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel) -> Parcel:
-    """A site's answer: from its warm trainer where the model is needed and the trainer is there, else from here."""
+    """A site's answer, within its limits and written down."""
+    return answer_at(folder, run, verb, parcel, lambda: _site_answer(folder, config, run, verb, parcel))
+
+
+def _site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel) -> Parcel:
+    """From the site's warm trainer where the model is needed and the trainer is there, else from here."""
     if verb in ("hello", "start", "train", "evaluate"):
         from fedalign.federation.flower.warm import ask
 

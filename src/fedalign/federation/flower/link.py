@@ -6,7 +6,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol, TypeVar
 
@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedalign.federation.messages import DTYPES, MessageError, Parcel
+from fedalign.units import shown
 
 T = TypeVar("T")
 log = logging.getLogger("fedalign")
@@ -65,8 +66,8 @@ class RunAbout:
 class Link(Protocol):
     """What `FlowerFederation` needs of an engine."""
 
-    def nodes(self) -> Sequence[int]:
-        """The nodes that are connected now."""
+    def nodes(self) -> Mapping[int, str | None]:
+        """The nodes that are connected now, and the name with which each one's key was registered, if it was."""
 
     def ask(self, kind: str, parcel: Parcel, nodes: Sequence[int]) -> dict[str, int]:
         """Send the same to each node; message id -> node, in the order of `nodes`. Nodes that are gone are left out."""
@@ -89,9 +90,10 @@ class GridLink:
         self.run = run
         self.expiry = expiry
 
-    def nodes(self) -> Sequence[int]:
-        """The nodes that are connected now."""
-        return sorted(patiently(self.grid.get_node_ids))
+    def nodes(self) -> Mapping[int, str | None]:
+        """The nodes that are connected now, and the name with which each one's key was registered, if it was."""
+        found = sorted(patiently(lambda: list(self.grid.get_nodes())), key=lambda node: node.node_id)
+        return {node.node_id: node.name if node.HasField("name") else None for node in found}
 
     def ask(self, kind: str, parcel: Parcel, nodes: Sequence[int]) -> dict[str, int]:
         """Send the same to each node; what they share is made and sent once. Nodes that are gone are left out."""
@@ -132,8 +134,8 @@ def _content(reply: Message) -> Parcel | str:
 
 
 def reason(error: Error) -> str:
-    """Flower's error in words."""
-    return REASONS.get(error.code, f"Flower's error {error.code}: {error.reason}")
+    """Flower's error in words; some of them are the node's own."""
+    return REASONS.get(error.code, shown(f"Flower's error {error.code}: {error.reason}"))
 
 
 HEAD, ARRAYS = "head", "arrays"
@@ -155,7 +157,7 @@ def from_records(records: RecordDict) -> Parcel:
         head = json.loads(str(records.config_records[HEAD]["json"]))
         arrays = {name: (_from_array(array),) for name, array in records.array_records[ARRAYS].items()}
     except (KeyError, ValueError, RecursionError) as error:
-        raise MessageError(f"not a message of FedAlign-MoE: {type(error).__name__}: {error!s:.200}") from None
+        raise MessageError(shown(f"not a message of FedAlign-MoE: {type(error).__name__}: {error!s:.200}")) from None
     if not isinstance(head, dict):
         raise MessageError("not a message of FedAlign-MoE: its head is no table")
     return Parcel(head, arrays)

@@ -133,6 +133,14 @@ class Loopback:
         answer = self._ask("supernode", "register", str(public_key.resolve()), CONNECTION, "--name", _checked(name))
         return int(answer["node-id"])
 
+    def revoke(self, node: int) -> None:
+        """Let a node's key take part no more, as `flwr supernode unregister` does.
+
+        Raises:
+            UserError: The SuperLink knows no such node.
+        """
+        self._ask("supernode", "unregister", str(node), CONNECTION)
+
     def nodes(self) -> list[dict[str, Any]]:
         """The SuperNodes that the SuperLink knows, as Flower's own `flwr supernode list` tells."""
         return list(self._ask("supernode", "list", CONNECTION)["nodes"])

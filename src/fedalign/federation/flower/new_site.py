@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def configure(name: str, wishes: Wishes) -> SiteConfig:
         "name": name,
         "data": {"train": _absolute(wishes.data), "columns": dict(wishes.columns or {})},
         "model": _given({"path": wishes.model and _model(wishes.model)}),
-        "limits": _given({"device": wishes.device}),
+        "limits": _given({"device": wishes.device, "seed": secrets.randbits(62)}),
         "coordinator": _given(coordinator),
     }
     return checked(SiteConfig, tables)
@@ -95,6 +96,14 @@ def parse_columns(pairs: list[str]) -> dict[str, str]:
             raise unknown("--column", role, Columns.model_fields)
         columns[role] = name
     return columns
+
+
+def readable_columns(config: SiteConfig) -> list[str]:
+    """The columns of the first rows that a coordinator can have read."""
+    named = config.data.columns.model_dump(exclude={"client"}).values()
+    data = DataConfig(train=config.data.train)
+    there = {column for row in islice(read_rows(data.train, data, "train"), FIRST_ROWS) for column in row.values}
+    return [column for column in named if column in there]
 
 
 def check_first_rows(config: SiteConfig) -> None:

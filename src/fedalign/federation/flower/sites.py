@@ -62,7 +62,7 @@ class Agreement:
         ):
             if mine not in (None, its):
                 return f"its {name}: {its:.24}, the coordinator's is {mine:.24}"
-        return None if hello.client else "it has no name"
+        return None
 
 
 @dataclass
@@ -226,11 +226,14 @@ class FlowerFederation:
             if isinstance(answer, Hello):
                 answers.append((node, answer))
             else:
-                self._refuse(node, answer.client or f"node {node}", answer.reason)
+                self._refuse(node, nodes.get(node) or answer.client or f"node {node}", answer.reason)
         for node, hello in sorted(answers, key=lambda answer: answer[1].client):
-            self._admit(node, hello)
+            self._admit(node, hello, nodes.get(node))
 
-    def _admit(self, node: int, hello: Hello) -> None:
+    def _admit(self, node: int, hello: Hello, registered: str | None) -> None:
+        if (reason := self._name_refusal(hello.client, registered)) is not None:
+            self._refuse(node, registered or f"node {node}", reason)
+            return
         there = self.sites.get(hello.client)
         if there is not None and there.node != node and there.node in set(self.link.nodes()):
             self._refuse(node, hello.client, "another connected site has the same name", there.node)
@@ -241,6 +244,16 @@ class FlowerFederation:
             return
         self.sites[hello.client] = replace(there, hello=hello, node=node) if there else Site(hello, node)
         log.info("%s has joined with %d examples", hello.client, hello.examples)
+
+    def _name_refusal(self, name: str, registered: str | None) -> str | None:
+        """Why a site may not be called so: who holds a key has the name that the key was registered with."""
+        if registered is None:
+            keyless = self.policy.engine != "flower" or self.policy.root_certificates is None
+            remedy = (
+                f"it calls itself {name!r}, and its key was registered without a name: flwr supernode register --name"
+            )
+            return None if keyless else remedy
+        return None if name == registered else f"it calls itself {name!r}, and its key was registered as {registered!r}"
 
     def settle_weights(self) -> str:
         """Agree on the weights that most sites have, and refuse the others; the hash that was settled on.

@@ -1,0 +1,70 @@
+"""A site's own record of what it answered: one line of JSON for each message, written before the answer leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One answer, or one thing that the site did by itself."""
+
+    run: str  # the run's key
+    verb: str  # what was asked for: hello, start, train, update, evaluate, finish; or what the site did: withdraw
+    round: int | None = None
+    refused: str = ""  # the reason that left in place of an answer
+    fields: tuple[str, ...] = ()  # of the message that left
+    bytes: int = 0  # of it
+    examples: int | None = None  # that it is about, as far as it says
+    when: str = ""  # UTC, to the second
+
+
+class SiteLog:
+    """The lines of a file to which lines are only ever added."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "log.jsonl"
+
+    def entries(self) -> Iterator[Entry]:
+        """All lines, oldest first.
+
+        Raises:
+            ValueError: One is no line of ours; the message says which.
+        """
+        with contextlib.suppress(FileNotFoundError), self.file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    about = json.loads(line)
+                    yield Entry(**about | {"fields": tuple(about["fields"])})
+                except (ValueError, TypeError, KeyError):
+                    raise ValueError(number) from None
+
+    def answered(self, verb: str) -> list[str]:
+        """The runs for which such a message was answered, once for each answer."""
+        return [entry.run for entry in self.entries() if entry.verb == verb and not entry.refused]
+
+    def append(self, entry: Entry) -> None:
+        """Add a line, and return when the disk has it."""
+        when = datetime.now(UTC).isoformat(timespec="seconds")
+        with open(self.file, "a", encoding="utf-8", opener=_privately) as file:
+            file.write(json.dumps(asdict(entry) | {"when": when}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Meanwhile no other process holds the log."""
+        with open(self.file, "a", encoding="utf-8", opener=_privately) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _privately(path: str, flags: int) -> int:
+    return os.open(path, flags, mode=0o600)

@@ -1,0 +1,123 @@
+"""The door of a site: every message passes here, is counted against the site's limits, and written down.
+
+What a coordinator may ask for how often, and that a run was withdrawn from, is decided before anything is loaded and
+once more before the answer leaves.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from fedalign.client.log import Entry, SiteLog
+from fedalign.config.site import SiteFolder
+from fedalign.errors import UserError
+from fedalign.federation.messages import Parcel, encode
+from fedalign.federation.service import stage_of
+from fedalign.files import folder_name
+from fedalign.protocol import LONGEST_NAME, Failure, is_name
+from fedalign.units import shown
+
+WITHDREW = "this site withdrew from the run"
+WITHDRAWN = "withdrawn"  # a file in what is kept of a run, after which nothing else is
+log = logging.getLogger("fedalign")
+
+
+def answer_at(folder: SiteFolder, run: str, verb: str, parcel: Parcel, answer: Callable[[], Parcel]) -> Parcel:
+    """A site's answer to a message, or its refusal; either is in its log before it leaves.
+
+    Args:
+        folder: the site.
+        run: the run's key, as the coordinator says it.
+        verb: what is asked for.
+        parcel: the message.
+        answer: makes the answer.
+    """
+    lines = SiteLog(folder.path)
+    reply = None if (reason := _refusal(folder, lines, run, verb)) else answer()
+    try:
+        with lines.held():
+            if reply is not None and not _is_failure(reply):
+                reason = _refusal(folder, lines, run, verb)  # another process may have answered meanwhile
+            if reason or reply is None:
+                reply = encode(Failure(folder.config.name, stage_of(verb), reason))
+            lines.append(_entry(run, verb, parcel, reply))
+    except (OSError, ValueError) as error:
+        log.error("%s: %s: nothing leaves that is not written down", lines.file, error)
+        reply = encode(Failure(folder.config.name, stage_of(verb), "it cannot keep its own log"))
+    if (folder.memory(run) / WITHDRAWN).exists():
+        _forget(folder.memory(run))
+    return reply
+
+
+def withdraw(folder: SiteFolder, run: str) -> None:
+    """End a site's part in a run: what it kept for it is gone, and all that the run asks from now on is refused.
+
+    Raises:
+        UserError: The site knows no such run.
+    """
+    lines = SiteLog(folder.path)
+    known = sorted({entry.run for entry in lines.entries()} | {path.name for path in folder.path.glob("runs/*")})
+    if run not in known and folder_name(run) not in known:
+        raise UserError(
+            f"--run {run!r}: this site knows no such run. Choose one of: {', '.join(map(shown, known)) or 'none yet'}."
+        )
+    kept = folder.memory(run)
+    with lines.held():
+        kept.mkdir(parents=True, exist_ok=True)
+        (kept / WITHDRAWN).touch()
+        _forget(kept)
+        lines.append(Entry(run, "withdraw"))
+
+
+def _forget(kept: Path) -> None:
+    for path in kept.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != WITHDRAWN:
+            path.unlink()
+
+
+def _refusal(folder: SiteFolder, lines: SiteLog, run: str, verb: str) -> str:
+    """Why a message is not answered; "" if it is."""
+    limits = folder.config.limits
+    if not is_name(run):
+        return f"the run's key must be 1 to {LONGEST_NAME} printable characters"
+    if (folder.memory(run) / WITHDRAWN).exists():
+        return WITHDREW
+    counted = {
+        "train": ("rounds", limits.rounds, limits.all_rounds),
+        "evaluate": ("evaluations", limits.evaluations, limits.all_evaluations),
+    }
+    if verb not in counted:
+        return ""
+    name, most, most_of_all = counted[verb]
+    try:
+        runs = lines.answered(verb)
+    except ValueError:
+        log.error("%s: holds a line that is not ours; mend it, since limits are counted by it", lines.file)
+        return "it cannot read its own log"
+    if runs.count(run) >= most:
+        return f"it has answered all that it will in this run (limits.{name} = {most} in its site.toml)"
+    if len(runs) >= most_of_all:
+        return f"it has answered all that it will in any run (limits.all_{name} = {most_of_all} in its site.toml)"
+    return ""
+
+
+def _is_failure(parcel: Parcel) -> bool:
+    return parcel.head.get("kind") == "failure"
+
+
+def _entry(run: str, verb: str, asked: Parcel, reply: Parcel) -> Entry:
+    number, examples = asked.head.get("round"), reply.head.get("examples")
+    return Entry(
+        run=run[:LONGEST_NAME],
+        verb=verb,
+        round=number if type(number) is int else None,
+        refused=shown(str(reply.head.get("reason", ""))),
+        fields=tuple(sorted(reply.head.keys() - {"protocol", "kind"})),
+        bytes=reply.nbytes,
+        examples=examples if type(examples) is int else None,
+    )
