@@ -21,6 +21,7 @@ from fedalign.moe.load import load_plain
 from fedalign.moe.lora import put_upon
 from fedalign.moe.model import MoEModel
 from fedalign.moe.saved import check_saved
+from fedalign.moe.stored import stored
 from tests.moe import tiny
 
 COUNTED = "num_nextn_predict_layers"
@@ -130,6 +131,26 @@ def test_a_damaged_copy_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             UserError, match=r"mtp.fc.weight, which is kept from the checkpoint, is not there as it was"
         ):
             checked(moe, tmp_path / "model", tmp_path / "base")
+
+
+def test_a_checkpoint_that_went_meanwhile_is_one_line(tmp_path: Path) -> None:
+    with_more_layers("deepseek_v3", tmp_path / "base")
+    moe = MoEModel.load(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"base/model.safetensors': cannot be read: .* Put it back as it was\.$"):
+        moe.save(tmp_path / "model")
+
+
+def test_an_index_that_points_elsewhere_is_not_followed(tmp_path: Path) -> None:
+    with_more_layers("deepseek_v3", tmp_path / "base", shards=2)
+    save_file({"mtp.secret": torch.ones(2)}, tmp_path / "elsewhere.safetensors")
+    index = tmp_path / "base" / "model.safetensors.index.json"
+    places = json.loads(index.read_text())
+    places["weight_map"]["mtp.secret"] = "../elsewhere.safetensors"
+    index.write_text(json.dumps(places))
+    found = stored(str(tmp_path / "base"))
+    assert "mtp.fc.weight" in found
+    assert "mtp.secret" not in found
 
 
 def test_without_weights_at_hand_a_skeleton_is_saved_without(tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils import cached_file
+
+from fedalign.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -34,16 +36,23 @@ def stored(source: str, revision: str | None = None) -> dict[str, Path]:
     if (index := at_hand(source, INDEX, revision)) is None:
         return {}
     places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    files = {name: at_hand(source, name, revision) for name in set(places.values())}
-    return {name: file for name, place in places.items() if (file := files[place])}
+    files = {name: at_hand(source, name, revision) for name in set(places.values()) if Path(name).name == name}
+    return {name: file for name, place in places.items() if (file := files.get(place))}  # none beside the checkpoint
 
 
 def read(tensors: Mapping[str, Path], names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Tensors by name in this order, one after another; neighbours in one file are read from it at once."""
+    """Tensors by name in this order, one after another; neighbours in one file are read from it at once.
+
+    Raises:
+        UserError: A file is gone, or damaged.
+    """
     for file, those in groupby(tensors if names is None else names, key=tensors.__getitem__):
-        with safe_open(file, framework="pt") as opened:
-            for name in those:
-                yield name, opened.get_tensor(name)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in those:
+                    yield name, opened.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{str(file)!r}: cannot be read: {error}. Put it back as it was.") from None
 
 
 class Loading:
