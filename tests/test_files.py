@@ -260,6 +260,13 @@ def test_neighbours_that_only_look_like_ours_are_left_alone(tmp_path: Path) -> N
     assert len(list(tmp_path.rglob("thesis.tex"))) == 2
 
 
+def test_a_folder_that_was_cut_off_before_its_mark_is_ours(tmp_path: Path) -> None:
+    (tmp_path / ".model.new").mkdir()
+    (tmp_path / ".model.new" / f".{MARK}.new").touch()
+    fill(tmp_path / "model", "new")
+    assert names(tmp_path) == [f"model/{MARK}", f"model/{SUMS}", "model/weights.bin"]
+
+
 def test_a_folder_is_tidied_of_what_kills_left(run: Path) -> None:
     whole = names(run)
     (run / "model").rename(run / ".model.old")

@@ -53,7 +53,7 @@ def replacing(folder: Path, kind: str = "") -> Iterator[Path]:
     new, old = _beside(folder), _behind(folder)
     put_back(folder, kind)
     _discard(old, folder, marked=bool(kind))
-    if kind and new.exists() and any(new.iterdir()) and not _marks(new, kind):
+    if kind and not is_bare(new) and not _marks(new, kind):
         raise UserError(f"{str(new)!r}: is in the way, and we did not write it. Move it away.")
     shutil.rmtree(new, ignore_errors=True)
     try:

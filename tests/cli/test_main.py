@@ -324,7 +324,7 @@ def test_a_disk_that_takes_nothing_is_one_line(
 
     monkeypatch.setattr(files, "_flush", cannot)
     told = re.escape(os.strerror(error))
-    kept = f"{told}. Complete rounds are kept; make room, then go on with: fedalign run --resume {begun}$"
+    kept = f"{told}. Complete rounds are kept; once it can be written to, go on with: fedalign run --resume {begun}$"
     more = ("--set", "run.rounds=2")
     refused(fedalign("run", "--resume", str(begun), *more), kept)
     refused(fedalign("run", "--out", str(begun.parent / "new"), *sets(settings)), f"{told}. Nothing was begun.$")

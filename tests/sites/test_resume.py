@@ -94,6 +94,30 @@ def test_who_watches_killed_and_the_coordinator_goes_on(deployment: Deployment, 
     assert_whole(run, whole, again.said)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_lost_terminal_does_not_end_the_run(deployment: Deployment, whole: Run, number: int, code: int) -> None:
+    with deployment.started(f"terminal-{code}") as (run, command):
+        command.wait(lambda: run.reached(1, "training", 0), "round 1 has begun")
+        with deployment.command("run", "--resume", run.path) as second:  # it is watched already
+            assert second.finish() == 2, second.said
+            assert f"a run is at work there (process {command.process.pid} on" in second.said
+        os.kill(command.process.pid, number)
+        assert command.finish(60) == code, command.said
+        assert f"The run goes on at the SuperLink; go on with: fedalign run --resume {run.path}" in (command.said)
+    coordinator = run.status["pid"]
+    with deployment.command("run", federation_file(run), "--out", run.path, "--overwrite") as anew:
+        assert anew.finish() == 2, anew.said
+        assert f"a run is at work there (process {coordinator} on" in anew.said
+    said = deployment.resume(run)
+    assert run.status["pid"] == coordinator
+    assert_whole(run, whole, said)
+
+
+def federation_file(run: Run) -> Path:
+    """The configuration that the coordinator was given."""
+    return run.path / "flower" / "federation.toml"
+
+
 def test_ctrl_c_stops_the_run_and_it_can_be_resumed(deployment: Deployment, whole: Run) -> None:
     with deployment.started("interrupted") as (run, command):
         command.wait(lambda: run.rounds == [0, 1], "round 1 is complete")

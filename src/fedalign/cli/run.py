@@ -207,8 +207,9 @@ def _watched(
         told = trouble(error)
         if told is None:
             raise
-        kept = f"Complete rounds are kept; make room, then {again}"
-        raise UserError(f"{told}. {kept if folder.config.exists() else 'Nothing was begun.'}") from None
+        place = "" if str(folder.path) in told else f"{str(folder.path)!r}: "
+        kept = f"Complete rounds are kept; once it can be written to, {again}"
+        raise UserError(f"{place}{told}. {kept if folder.config.exists() else 'Nothing was begun.'}") from None
 
 
 @contextmanager
@@ -226,7 +227,7 @@ def _held(folder: RunFolder, settings: Config, how: Beginning) -> Iterator[None]
 def _left(settings: Config) -> str:
     """What becomes of a run whose process was asked to end."""
     on_its_own = settings.federation.engine == "flower"
-    return "The run goes on at the SuperLink: watch it again" if on_its_own else "Complete rounds are kept"
+    return "The run goes on at the SuperLink" if on_its_own else "Complete rounds are kept"
 
 
 def _print_headline(prepared: Prepared, console: Console) -> None:
