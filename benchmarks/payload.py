@@ -118,7 +118,13 @@ def make_site(folder: Path) -> Path:
     site.mkdir()
     lines = [json.dumps({"text": f"number {i}", "label": "odd" if i % 2 else "even"}) for i in range(12)]
     (site / "data.jsonl").write_text("\n".join(lines) + "\n")
-    (site / "site.toml").write_text(tomli_w.dumps({"name": "site", "data": {"train": "data.jsonl"}}))
+    settings = {
+        "name": "site",
+        "data": {"train": "data.jsonl"},
+        "model": {"path": str(folder / "model")},
+        "limits": {"min_train": 1, "min_held_out": 1},
+    }
+    (site / "site.toml").write_text(tomli_w.dumps(settings))
     return site
 
 

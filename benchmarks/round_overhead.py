@@ -86,7 +86,8 @@ def prepare(folder: Path, rounds: int) -> Path:
         rows = [{"text": f"{site} writes number {i}", "label": "odd" if i % 2 else "even"} for i in range(8)]
         (folder / "data").mkdir(exist_ok=True)
         (folder / "data" / f"{site}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        settings = {"name": site, "data": {"train": str(folder / "data" / f"{site}.jsonl")}, "limits": {"threads": 1}}
+        limits = {"threads": 1, "seed": 0, "min_train": 1, "min_held_out": 1}
+        settings = {"name": site, "data": {"train": str(folder / "data" / f"{site}.jsonl")}, "limits": limits}
         (folder / site / "site.toml").write_text(tomli_w.dumps(settings))
     config = {
         "run": {"rounds": rounds, "threads": 1},

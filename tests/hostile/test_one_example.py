@@ -11,9 +11,10 @@ from fedalign.client.log import SiteLog
 from fedalign.client.memory import ClientMemory
 from fedalign.client.open import open_site
 from fedalign.client.parts import Parts
+from fedalign.client.trainer import Trainer
 from fedalign.config.run import Config
 from fedalign.data.encode import Encoded
-from fedalign.errors import UserError
+from fedalign.errors import TrainingFailedError, UserError
 from fedalign.federation.site import withdraw
 from fedalign.protocol import Evaluation, Failure, Hello, Statistics, Update
 from tests.conftest import Command, changed, rows, write_jsonl
@@ -98,7 +99,7 @@ def test_a_length_cannot_choose_among_examples(attack: Attack) -> None:
 
 def test_new_rows_leave_the_others_where_they_are_and_come_in_many_at_a_time(attack: Attack) -> None:
     new = [{"text": f"a new text {i}", "label": "food"} for i in range(40)]
-    site = attack(rows()[:90])
+    site = attack(rows()[:90], "held_out = 0.3\nmin_held_out = 16")  # so that one may be missed on either side
     train, held = parts(site, site.config)
     write_jsonl(site.site.path / "data.jsonl", [new[0], *rows()[:90], new[1]])  # two, which would stand out
     assert parts(site, site.config) == (train, held)
@@ -143,6 +144,18 @@ def test_rounds_are_counted_however_they_are_numbered(attack: Attack) -> None:
     assert isinstance(site.ask("train"), Statistics)
     assert "(limits.rounds = 1 in its site.toml)" in site.refused("train")
     assert isinstance(site.ask("update"), Update)
+
+
+def test_training_that_fails_is_counted(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that breaks on some texts tells by the step where it breaks which batch held one."""
+    site = attack(limits="rounds = 2")
+
+    def breaks(*_: object) -> None:
+        raise TrainingFailedError("its loss is nan at step 7")
+
+    monkeypatch.setattr(Trainer, "train", breaks)
+    assert [site.refused("train")[:18] for _ in range(3)] == [*["its loss is nan at"] * 2, "it has answered al"]
+    assert "limits.rounds = 2" in site.refused("train")
 
 
 def test_epochs_and_steps_of_a_round_have_a_limit(attack: Attack) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedalign.client import open as opening
+from fedalign.client.log import SiteLog
+from fedalign.client.memory import ClientMemory
 from fedalign.client.open import open_site
 from fedalign.config.toml import load_config
 from fedalign.errors import UserError
@@ -123,6 +125,18 @@ def test_reasons_do_not_tell_where_the_sites_own_things_lie(attack: Attack, tmp_
     assert site.refused("start") == "its model cannot be loaded; the reason is in the client's own log"
     site.site = make_site(site.site.path, toml.replace("data.jsonl", "/srv/secret.jsonl"))
     assert site.refused("hello") == "its data cannot be used; the reason is in the client's own log"
+
+
+def test_no_reason_says_where_the_site_is(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = attack()
+
+    def damaged(memory: ClientMemory, *_: object) -> None:
+        raise UserError(f"{str(memory.folder)!r}: damaged. Start the run anew.")
+
+    monkeypatch.setattr(ClientMemory, "before", damaged)
+    reason = site.refused("train")
+    assert reason == "something at the site is not in order; the reason is in the client's own log"
+    assert [entry.refused for entry in SiteLog(site.site.path).entries()] == [reason]
 
 
 def test_the_coordinator_does_not_say_which_files_are_read(attack: Attack) -> None:

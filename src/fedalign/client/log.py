@@ -23,6 +23,7 @@ class Entry:
     fields: tuple[str, ...] = ()  # of the message that left
     bytes: int = 0  # of it
     examples: int | None = None  # that it is about, as far as it says
+    counted: bool = False  # against the site's limits: a failure tells something as well
     when: str = ""  # UTC, to the second
 
 
@@ -46,9 +47,9 @@ class SiteLog:
                 except (ValueError, TypeError, KeyError):
                     raise ValueError(number) from None
 
-    def answered(self, verb: str) -> list[str]:
-        """The runs for which such a message was answered, once for each answer."""
-        return [entry.run for entry in self.entries() if entry.verb == verb and not entry.refused]
+    def counted(self, verb: str) -> list[str]:
+        """The runs for which such a message was answered, once for each answer; failures are answers, too."""
+        return [entry.run for entry in self.entries() if entry.verb == verb and entry.counted]
 
     def append(self, entry: Entry) -> None:
         """Add a line, and return when the disk has it."""

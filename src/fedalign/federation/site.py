@@ -15,7 +15,7 @@ from fedalign.client.log import Entry, SiteLog
 from fedalign.config.site import SiteFolder
 from fedalign.errors import UserError
 from fedalign.federation.messages import Parcel, encode
-from fedalign.federation.service import stage_of
+from fedalign.federation.service import SEE_LOG, stage_of
 from fedalign.files import folder_name
 from fedalign.protocol import LONGEST_NAME, Failure, is_name
 from fedalign.units import shown
@@ -36,14 +36,17 @@ def answer_at(folder: SiteFolder, run: str, verb: str, parcel: Parcel, answer: C
         answer: makes the answer.
     """
     lines = SiteLog(folder.path)
-    reply = None if (reason := _refusal(folder, lines, run, verb)) else answer()
+    reason = _refusal(folder, lines, run, verb)
+    begun = not reason
+    reply = answer() if begun else None
     try:
         with lines.held():
-            if reply is not None and not _is_failure(reply):
+            if reply is not None:
                 reason = _refusal(folder, lines, run, verb)  # another process may have answered meanwhile
             if reason or reply is None:
                 reply = encode(Failure(folder.config.name, stage_of(verb), reason))
-            lines.append(_entry(run, verb, parcel, reply))
+            reply = _without_places(folder, verb, reply)
+            lines.append(_entry(run, verb, parcel, reply, counted=begun))
     except (OSError, ValueError) as error:
         log.error("%s: %s: nothing leaves that is not written down", lines.file, error)
         reply = encode(Failure(folder.config.name, stage_of(verb), "it cannot keep its own log"))
@@ -95,7 +98,7 @@ def _refusal(folder: SiteFolder, lines: SiteLog, run: str, verb: str) -> str:
         return ""
     name, most, most_of_all = counted[verb]
     try:
-        runs = lines.answered(verb)
+        runs = lines.counted(verb)
     except ValueError:
         log.error("%s: holds a line that is not ours; mend it, since limits are counted by it", lines.file)
         return "it cannot read its own log"
@@ -106,11 +109,16 @@ def _refusal(folder: SiteFolder, lines: SiteLog, run: str, verb: str) -> str:
     return ""
 
 
-def _is_failure(parcel: Parcel) -> bool:
-    return parcel.head.get("kind") == "failure"
+def _without_places(folder: SiteFolder, verb: str, reply: Parcel) -> Parcel:
+    """The same, unless it is a failure whose reason says where on this machine the site is."""
+    reason = str(reply.head.get("reason", ""))
+    if str(folder.path) not in reason:
+        return reply
+    log.error("%s: %s", verb, reason)
+    return encode(Failure(folder.config.name, stage_of(verb), f"something at the site is not in order; {SEE_LOG}"))
 
 
-def _entry(run: str, verb: str, asked: Parcel, reply: Parcel) -> Entry:
+def _entry(run: str, verb: str, asked: Parcel, reply: Parcel, counted: bool) -> Entry:
     number, examples = asked.head.get("round"), reply.head.get("examples")
     return Entry(
         run=run[:LONGEST_NAME],
@@ -120,4 +128,5 @@ def _entry(run: str, verb: str, asked: Parcel, reply: Parcel) -> Entry:
         fields=tuple(sorted(reply.head.keys() - {"protocol", "kind"})),
         bytes=reply.nbytes,
         examples=examples if type(examples) is int else None,
+        counted=counted,
     )
