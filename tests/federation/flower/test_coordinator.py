@@ -129,6 +129,7 @@ def run(out: Path, link: Direct, config: Config, resume: bool = False) -> dict[s
 def in_process(out: Path, house: Path, config: Config) -> dict[str, Any]:
     folder = RunFolder(out)
     here = changed(changed(config, "federation", engine="in_process"), "data", train=str(house / "train"))
+    here = changed(here, "server", robust=config.robust)  # an engine has its own, if nobody says
     prepared = prepare(here, folder.clients)
     folder.begin(here)
     return execute(prepared, folder, Silent())
@@ -201,6 +202,7 @@ def test_a_simulation_is_the_run_in_one_process(settings: list[str], tmp_path: P
     run(out, Direct(services), config)
     here = changed(config, "federation", engine="in_process")
     folder = RunFolder(tmp_path / "here")
+    here = changed(here, "server", robust=config.robust)  # an engine has its own, if nobody says
     prepared = prepare(here, folder.clients)
     folder.begin(here)
     execute(prepared, folder, Silent())
@@ -258,7 +260,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, olmoe: Path, house: Path)
     out = tmp_path_factory.mktemp("finished")
     overrides = [f"model.path={olmoe}", f"data.labels={json.dumps(sorted(SUBJECTS))}", "training.learning_rate=1e-2"]
     overrides += ["statistics.min_tokens=4", "run.rounds=2", "tracking.loggers=[]", "clients.partition=files"]
-    in_process(out / "run", house, load_config(None, overrides))
+    in_process(out / "run", house, load_config(None, [*overrides, "server.robust=clip"]))
     return out / "run"
 
 
@@ -400,7 +402,7 @@ def poisoned(update: Update) -> Update:
 @pytest.mark.parametrize(
     ("verb", "change", "reason"),
     [
-        ("train", lambda s: replace(s, norm_G=s.norm_G * 1e6), "times as long as the median one"),
+        ("train", lambda s: replace(s, steps=10**9), "steps = 1000000000: with "),
         ("train", lambda s: replace(s, update_L_E_S=s.update_L_E_S[..., :8].clone()), "update_L_E_S is torch.float16"),
         ("train", lambda s: Parcel({**encode(s).head, "examples": 10**400}, encode(s).arrays), "a damaged statistics"),
         ("train", lambda s: replace(s, client="ward"), "it answers as 'ward'"),
