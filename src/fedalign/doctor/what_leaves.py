@@ -65,8 +65,8 @@ TELLS: dict[type[Leaving], str] = {
     Statistics: "Sums and means over all tokens of a round: they tell what kinds of text the site holds, and how much.",
     Update: "The most telling message: with effort, pieces of the text can be guessed from changed weights, most "
     "of all where examples are few. No noise is added, and the coordinator sees each site's update by itself.",
-    Evaluation: "Two means over the held-out part; if that is one example, they are its own.",
-    Failure: "A sentence that never quotes the data; it may name a path or a setting of the site.",
+    Evaluation: "Two means over the held-out part, which is never smaller than the site says (limits.min_held_out).",
+    Failure: "A sentence that never quotes the data and names no folder of the site; it may name a setting.",
 }
 MEANINGS: dict[type[Leaving], dict[str, str]] = {
     Hello: {
