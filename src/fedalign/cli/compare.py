@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
-from fedalign.cli.terminal import out, say
+from fedalign.cli.terminal import at_home, out, say
 from fedalign.errors import Stopped, UserError
 
 if TYPE_CHECKING:
@@ -141,6 +141,7 @@ def asked(
     from fedalign.compare import plan
     from fedalign.config.toml import as_texts, load_config, stem
 
+    out, resume = at_home(out), at_home(resume)
     given = source is not None or algorithms or ablation or seeds or overrides or tune or out or overwrite
     if resume is not None and given:
         raise UserError("--resume: takes the comparison's folder and --jobs alone. Leave out everything else.")

@@ -119,7 +119,7 @@ def _tables(source: Source | None) -> dict[str, Any]:
     if isinstance(source, Mapping):
         copy: dict[str, Any] = json.loads(json.dumps(source, default=str))
         return copy
-    path = Path(source)
+    path = Path(source).expanduser()
     return read_tables(DEMO if path == Path("demo") and not path.exists() else path, "config file")
 
 
