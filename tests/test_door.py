@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from transformers.utils.logging import is_progress_bar_enabled
 
 import fedalign as door
-from fedalign import compare as comparing
 from fedalign.cli.live import LiveTable
+from fedalign.compare import comparison as comparing
 from fedalign.server.checkpoint import ServerState
 from tests.compare.test_compare import in_this_process
 from tests.conftest import Command

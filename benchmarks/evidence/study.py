@@ -36,7 +36,7 @@ import torch
 from measure import measure, prune
 from rich.console import Console
 
-from fedalign.compare import Comparison
+from fedalign.compare.comparison import Comparison
 from fedalign.compare.folder import ComparisonFolder
 from fedalign.compare.plan import Choice, ablation, cells, make_design, parse_algorithms, parse_seeds
 from fedalign.config.toml import load_config

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from fedalign.compare import Outcome
+    from fedalign.compare.comparison import Outcome
     from fedalign.config.run import Config
     from fedalign.config.toml import Overrides, Source, load_config
     from fedalign.server.results import RunFolder

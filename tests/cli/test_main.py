@@ -128,12 +128,26 @@ def refused(result: tuple[int, str, str], *words: str) -> None:
         ("data.train=none.jsonl", ["none.jsonl", "no such file"]),
         ("model.path=./none", ["none", "no such folder"]),
         ("run.device=abacus", ["abacus", "cpu"]),
+        ("model.weights_hash=5f0c", ["model.weights_hash = '5f0c'", "have '[0-9a-f]{64}'"]),
     ],
 )
 def test_bad_input(fedalign: Command, settings: list[str], tmp_path: Path, change: str, words: list[str]) -> None:
     out = tmp_path / "run"
     refused(fedalign("run", "--out", str(out), *sets(settings, change)), *words)
     assert not out.exists()
+
+
+def test_out_at_home(fedalign: Command, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert fedalign("run", "--out=~/run", *sets(settings, "run.rounds=1"))[0] == 0
+    assert (tmp_path / "home" / "run" / "summary.json").exists()
+    assert fedalign("run", "--resume=~/run", "--set", "run.rounds=2")[0] == 0
+    assert fedalign("export", "~/run", "--to=~/model")[0] == 0
+    assert fedalign("report", "~/run", "--out=~/report.html")[0] == 0
+    assert fedalign("site", "init", "a", "--data", settings[1].partition("=")[2], "--dir=~/site")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["model", "report.html", "run", "site"]
+    assert not (tmp_path / "~").exists()
 
 
 def test_bad_data(fedalign: Command, settings: list[str], tmp_path: Path) -> None:
@@ -332,3 +346,40 @@ def test_a_disk_that_takes_nothing_is_one_line(
     refused(fedalign("report", str(begun)), f"{told}. What was complete is kept")
     monkeypatch.undo()
     assert fedalign("run", "--resume", str(begun), *more)[0] == 0
+
+
+def test_whatever_else_is_raised_is_one_line_and_a_report(
+    fedalign: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("something\nbroke at https://ann:pass1234@host with hf_abcdefghijk and my-very-own-secret")
+
+    monkeypatch.setattr("fedalign.config.toml.load_config", broken)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_API_KEY", "my-very-own-secret")
+    code, _, errors = fedalign("run", "demo", "--set", "model.token=tell-nobody", "--set", "run.seed=7")
+    assert code == 3
+    assert len(errors.splitlines()) == 1
+    assert errors.startswith("Error: RuntimeError: something broke at ")
+    [file] = (tmp_path / "fedalign" / "failures").iterdir()
+    assert errors.rstrip().endswith(f"The full report: {file}")
+    assert file.stat().st_mode & 0o077 == 0
+    report = file.read_text()
+    for part in ("fedalign run demo", "run.seed=7", "Traceback", "in broken", f"fedalign {__version__}", "torch "):
+        assert part in report
+    for secret in ("tell-nobody", "ann:pass1234", "hf_abcdefghijk", "my-very-own-secret"):
+        assert secret not in report
+        assert secret not in errors
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    code, _, errors = fedalign("run", "demo")
+    assert code == 3
+    assert Path(errors.rstrip().rpartition(" ")[2]).read_text().startswith("fedalign run demo\n")
+
+
+def test_ctrl_c_anywhere_is_130(fedalign: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedalign.config.toml.load_config", interrupted)
+    assert fedalign("run", "demo")[0] == 130

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedalign import compare as comparing
+from fedalign.compare import comparison as comparing
 from fedalign.compare.schedule import Slot, Task, Watcher
 from fedalign.federation.in_process import prepare
 from fedalign.server.results import read_history

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fedalign.algorithms import ALGORITHMS, options
 
 HEAVY = ("torch", "transformers", "numpy")
@@ -29,3 +31,34 @@ def test_reading_a_configuration_of_any_algorithm_imports_nothing_heavy(tmp_path
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
+
+
+WRONG = f"""
+import json, sys
+from fedalign.cli.main import main
+sys.argv = ["fedalign", *json.loads(sys.argv[1])]
+try:
+    main()
+except SystemExit as end:
+    print(json.dumps([end.code, *(name for name in {HEAVY} if name in sys.modules)]))
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run", "demo", "--set", "run.sede=1"],
+        ["run", "none.toml"],
+        ["compare", "demo", "--algorithms", "fedalgin"],
+        ["compare", "demo", "--algorithms", "fedavg", "--set", "clients.alhpa=0.1,1.0"],
+        ["compare", "demo", "--algorithms", "fedprox:mu=x"],
+        ["compare", "demo", "--algorithms", "fedavg", "--seeds", "many"],
+        ["compare", "none.toml", "--ablation"],
+        ["compare"],
+    ],
+)
+def test_a_wrong_word_is_told_before_anything_heavy_is_imported(command: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WRONG, json.dumps(command)], capture_output=True, text=True, check=False
+    )
+    assert json.loads(done.stdout) == [2], done.stderr

@@ -132,6 +132,12 @@ def test_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     assert SiteFolder.load(tmp_path).config.name == "ward"
 
 
+def test_a_configuration_may_lie_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.toml").write_text("run.seed = 3")
+    assert load_config("~/my.toml").run.seed == 3
+
+
 def test_an_override_sets_one_key() -> None:
     for text in ("run.seed=3\n[training]\nepochs = 7", "run.seed=3\nother = 7", "run.seed=3\n[value2]"):
         with pytest.raises(UserError, match=r"sets more than one key. Write --set section.key=value for each.$"):
@@ -162,6 +168,12 @@ def test_options_may_be_given_before_their_algorithm() -> None:
         ("tuning.rank = 1000000", "tuning.rank = 1000000: input should be less than or equal to 4096."),
         ("federation.wait_seconds = 1000000000000", "input should be less than or equal to 10000000."),
         ('federation.superlink = "junk"', 'federation.superlink = "junk": must be HOST:PORT, for example'),
+        ('data.train = ""', 'data.train = "": must be a path or a name, without control characters.'),
+        ('data.test = " "', 'data.test = " ": must be a path or a name, without control characters.'),
+        ('model.path = "a\\u0000b"', r'model.path = "a\u0000b": must be a path or a name, without control characters.'),
+        ('data.train_split = ""', 'data.train_split = "": must be a name, not a path, without control characters.'),
+        ('data.train_split = "../private"', 'data.train_split = "../private": must be a name, not a path, '),
+        ('data.test_split = ".."', 'data.test_split = "..": must be a name, not a path, without control characters.'),
         ('data.labels = ["a", "b", "a"]', 'data.labels = ["a", "b", "a"]: \'a\' is given twice. Give each once.'),
         ('data.labels = ["a", ""]', 'data.labels = ["a", ""]: \'\' must be a name without spaces around it.'),
         ('data.labels = [" b"]', "data.labels = [\" b\"]: ' b' must be a name without spaces around it."),

@@ -164,6 +164,13 @@ def test_an_owner_that_is_missing_is_an_error_whatever_the_table_writes_for_it(t
             partition(load(_owned(tmp_path / "a.parquet", owners)), clients, 0)
 
 
+@pytest.mark.parametrize("owner", [["a"], {"name": "a"}, []])
+def test_an_owner_is_one_name(tmp_path: Path, owner: Any) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", "client": owner}))
+    with pytest.raises(UserError, match=r"row 1: client = .*: must be the name or number of one client"):
+        load(tmp_path / "a.jsonl")
+
+
 def test_an_owner_is_the_same_in_every_file(tmp_path: Path) -> None:
     _owned(tmp_path / "a.parquet", [1.0, 2.0])
     (tmp_path / "b.csv").write_text("text,client\nx,1\ny,3\n")

@@ -14,13 +14,14 @@ from rich import box
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
-from fedalign.cli.terminal import out, say
+from fedalign.cli.terminal import at_home, out, say
 from fedalign.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fedalign.compare import Comparison, Outcome
+    from fedalign.compare.comparison import Comparison, Outcome
+    from fedalign.compare.plan import Design
     from fedalign.compare.tables import Table, TableCell
     from fedalign.config.toml import Overrides, Source
 
@@ -101,10 +102,10 @@ def compare(
 
     A run is an ordinary `fedalign run`, with one thread unless run.threads says more. Exit code 1: some runs failed.
     """
+    comparison = asked(config, algorithms or [], ablation, seeds, set_ or [], tune, out_, resume, overwrite, jobs, out)
     from fedalign.moe.load import quiet
 
     quiet()
-    comparison = asked(config, algorithms or [], ablation, seeds, set_ or [], tune, out_, resume, overwrite, jobs, out)
     comparison = replace(comparison, figure=figure, spread=spread)
     try:
         outcome = carry_out(comparison, overwrite)
@@ -137,16 +138,15 @@ def asked(
     Raises:
         UserError: It does not go together, or there is nothing to go on with.
     """
-    from fedalign.compare import Comparison, plan
-    from fedalign.compare.folder import ComparisonFolder
+    from fedalign.compare import plan
     from fedalign.config.toml import as_texts, load_config, stem
 
-    tell = partial(say, console=console)
+    out, resume = at_home(out), at_home(resume)
+    given = source is not None or algorithms or ablation or seeds or overrides or tune or out or overwrite
+    if resume is not None and given:
+        raise UserError("--resume: takes the comparison's folder and --jobs alone. Leave out everything else.")
     if resume is not None:
-        if source is not None or algorithms or ablation or seeds or overrides or tune or out or overwrite:
-            raise UserError("--resume: takes the comparison's folder and --jobs alone. Leave out everything else.")
-        folder = ComparisonFolder(resume)
-        return Comparison(folder.read(), folder, jobs, console, tell)
+        return _comparison(None, resume, jobs, console)
     if source is None:
         raise UserError('fedalign compare: no configuration. Give a TOML file, the word "demo", or --resume DIR.')
     if ablation == bool(algorithms):
@@ -157,8 +157,17 @@ def asked(
     choices = plan.ablation() if ablation else plan.parse_algorithms(algorithms)
     single, grid = plan.parse_grid(as_texts(overrides))
     design = plan.make_design(load_config(source, single), choices, grid, plan.parse_seeds(seeds or "3"), tune)
-    folder = ComparisonFolder(out or Path("runs") / f"{'ablation' if ablation else 'compare'}-{stem(source)}")
-    return Comparison(design, folder, jobs, console, tell)
+    folder = out or Path("runs") / f"{'ablation' if ablation else 'compare'}-{stem(source)}"
+    return _comparison(design, folder, jobs, console)
+
+
+def _comparison(design: Design | None, path: Path, jobs: int | None, console: Console) -> Comparison:
+    """Of a design, or of that which stands in the folder; from here on torch is loaded."""
+    from fedalign.compare.comparison import Comparison
+    from fedalign.compare.folder import ComparisonFolder
+
+    folder = ComparisonFolder(path)
+    return Comparison(design or folder.read(), folder, jobs, console, partial(say, console=console))
 
 
 def carry_out(comparison: Comparison, overwrite: bool) -> Outcome:

@@ -68,6 +68,7 @@ def export(
     from fedalign.moe.load import quiet
 
     quiet()
+    run, to = run.expanduser(), to.expanduser()
     wanted = Wanted(run, to, merge, dtype, best, clients, base, overwrite)
     with out.status("Looking at the run ...") as status:
         exported = write(wanted, status.update)

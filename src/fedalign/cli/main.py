@@ -1,4 +1,4 @@
-"""The command line, put together. A user's mistake is one message, exit code 2."""
+"""The command line, put together. A user's mistake is one message, exit code 2; a fault of ours another, 3."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -90,17 +90,27 @@ def main() -> None:
             app()
     except UserError as error:
         _refuse(str(error))
-    except OSError as error:
-        told = trouble(error)
-        if told is None:
-            raise
-        _refuse(f"{told}. What was complete is kept; make room or give another folder, then give the command again.")
     except Stopped as stop:
         err.print(f"Ended by {stop}. What was complete is kept; give the command again.")
         sys.exit(stop.code)
+    except Exception as error:
+        told = trouble(error) if isinstance(error, OSError) else None
+        if told is None:
+            _give_up(error)
+        _refuse(f"{told}. What was complete is kept; make room or give another folder, then give the command again.")
 
 
-def _refuse(message: str) -> None:
+def _give_up(error: Exception) -> NoReturn:
+    """The last resort: a fault of ours, or of a library."""
+    from fedalign.cli.failure import without_secrets, written
+
+    told = " ".join(without_secrets(f"{type(error).__name__}: {error}").split())[:200]
+    err.print("Error:", style="bold red", end=" ")
+    err.print(f"{told} The full report: {written(error)}", markup=False, soft_wrap=True)
+    sys.exit(3)
+
+
+def _refuse(message: str) -> NoReturn:
     err.print("Error:", style="bold red", end=" ")
     err.print(message, markup=False, soft_wrap=True)
     sys.exit(2)

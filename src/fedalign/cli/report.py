@@ -32,7 +32,8 @@ def report(
     """Make one page of figures and tables that opens offline in any browser."""
     from fedalign.report import default_out, write_report
 
-    page = out_ or default_out(folders)
+    folders = [folder.expanduser() for folder in folders]
+    page = out_.expanduser() if out_ else default_out(folders)
     missing = write_report(folders, page)
     for line in missing:
         out.print(line, style="yellow", markup=False, soft_wrap=True)

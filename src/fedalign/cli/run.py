@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedalign.cli.terminal import InsecureAnywhere, busy, out, print_table, say
+from fedalign.cli.terminal import InsecureAnywhere, at_home, busy, out, print_table, say
 from fedalign.errors import Stopped, UserError
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def asked(
     """
     from fedalign.config.toml import load_config, stem
 
+    out, resume = at_home(out), at_home(resume)
     if resume is None and source is None:
         raise UserError('fedalign run: no configuration. Give a TOML file, the word "demo", or --resume DIR.')
     if resume is not None and (source is not None or out is not None or overwrite or dry_run):

@@ -88,7 +88,7 @@ def init(
     from fedalign.files import folder_name
 
     wishes = Wishes(data, model, device, parse_columns(column or []), superlink, root_certificates)
-    _print_site(init_site(name, folder or Path(folder_name(name)), wishes))
+    _print_site(init_site(name, folder.expanduser() if folder else Path(folder_name(name)), wishes))
 
 
 def _print_site(site: SiteFolder) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,6 +23,11 @@ InsecureAnywhere = Annotated[
         "weights, statistics and the code that sites run.",
     ),
 ]
+
+
+def at_home(path: Path | None) -> Path | None:
+    """A path with ~ as the home of the user, which a shell leaves as it is in --out=~/x."""
+    return None if path is None else path.expanduser()
 
 
 def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:

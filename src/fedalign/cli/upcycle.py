@@ -71,6 +71,7 @@ def upcycle(
     from fedalign.units import size
 
     quiet()
+    out_ = out_.expanduser()
     recipe, source = Recipe(experts, top_k, layers, noise, seed), DenseSource.find(dense, revision)
     if out_.resolve() == Path(source.place).resolve():
         raise UserError(f"--out {str(out_)!r}: is the dense model itself. Give another folder.")

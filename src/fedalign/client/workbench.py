@@ -60,6 +60,8 @@ class Workbench:
             seed=config.run.seed,
         )
         check_scoring(config, moe)
+        if config.federation.engine == "in_process":  # of sites the coordinator asks what they hold
+            check_hash(config, moe)
         if several:
             moe = moe.split() if device == parallel.SPLIT else moe.shard(torch.device(device))
         if config.tuning.gradient_checkpointing:
@@ -191,6 +193,20 @@ def check_tokenizer(tokenizer: Any, rows: int, path: str) -> None:
         raise UserError(
             f"model = {path!r}: its tokenizer has token {tokens[last]} ({last!r}), its embedding rows 0 to {rows - 1}. "
             "Give it the tokenizer that it was trained with, or widen it: resize_token_embeddings."
+        )
+
+
+def check_hash(config: Config, moe: MoEModel) -> None:
+    """Refuse other weights than the configuration names.
+
+    Raises:
+        UserError: They are others.
+    """
+    wanted = config.model.weights_hash
+    if wanted is not None and wanted != (mine := moe.weights_hash()):
+        raise UserError(
+            f"model.weights_hash = {wanted!r}: the weights at model.path = {config.model.path!r} have {mine!r}. "
+            "Give the model that was meant, or leave it out."
         )
 
 

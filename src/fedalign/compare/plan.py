@@ -21,9 +21,8 @@ from pydantic import Field
 
 from fedalign.algorithms import ABLATION, BASELINE
 from fedalign.config.run import Config, Section
-from fedalign.config.toml import overridden
+from fedalign.config.toml import flat, overridden
 from fedalign.errors import UserError
-from fedalign.server.results import flat
 
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Point = tuple[tuple[str, str], ...]  # grid keys and one value each, as the user wrote it

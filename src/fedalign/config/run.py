@@ -53,6 +53,22 @@ def _once(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def _place(text: str) -> str:
+    if not text.strip() or CONTROL.search(text):
+        raise ValueError("must be a path or a name, without control characters.")
+    return text
+
+
+def _split(name: str) -> str:
+    """Of a folder it is a file or folder within it, at a site too: a path could lead out."""
+    if not name.strip() or CONTROL.search(name) or set(name) & {"/", "\\"} or name in {".", ".."}:
+        raise ValueError("must be a name, not a path, without control characters.")
+    return name
+
+
 def _template(text: str) -> str:
     """Anything else that Python's format strings can do reaches into objects, or fills the memory with blanks."""
     try:
@@ -72,6 +88,8 @@ Seconds = Annotated[int, Field(ge=1, le=10**7)]  # a third of a year
 Share = Annotated[float, Field(gt=0, le=1)]
 Part = Annotated[float, Field(ge=0, lt=1)]
 Names = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_once)]
+Place = Annotated[str, AfterValidator(_place)]
+SplitName = Annotated[str, AfterValidator(_split)]
 Template = Annotated[str, AfterValidator(_template)]
 
 # Keys of two sections, here or in site.toml, that mean the same.
@@ -111,7 +129,7 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """Any Hugging Face MoE model."""
 
-    path: str = key("demo", 'a hub id, a folder, or "demo": the small OLMoE that comes with the package')
+    path: Place = key("demo", 'a hub id, a folder, or "demo": the small OLMoE that comes with the package')
     revision: str | None = key(None, "branch, tag or commit on the hub", examples=["main"])
     trust_remote_code: bool = key(False, "run the code that comes with the model")
     weights_hash: str | None = key(None, "refuse others; `fedalign doctor` prints it", examples=["5f0c..."])
@@ -135,14 +153,14 @@ class Columns(Section):
 class DataConfig(Section):
     """What is learnt from, and how rows become examples."""
 
-    train: str = key("docstrings", 'a hub id, a .jsonl, .csv or .parquet file, a folder of them, or "docstrings"')
-    test: str | None = key(None, "without it: the source's own test split if it has one", examples=["test.jsonl"])
+    train: Place = key("docstrings", 'a hub id, a .jsonl, .csv or .parquet file, a folder of them, or "docstrings"')
+    test: Place | None = key(None, "without it: the source's own test split if it has one", examples=["test.jsonl"])
     kind: Literal["classification", "instruction", "chat", "multiple_choice", "text"] = key(
         "classification", "what a row is"
     )
     subset: str | None = key(None, "the configuration of a hub data set", examples=["main"])
-    train_split: str = key("train", "of a hub data set")
-    test_split: str = key("test", "of a hub data set")
+    train_split: SplitName = key("train", "of a hub data set")
+    test_split: SplitName = key("test", "of a hub data set")
     labels: Names[str] = key((), "names of the classes; needed where labels are integers, and at sites")
     template: Template | None = key(None, "the prompt, in which {column} is that column", examples=["{text}\nLabel:"])
     max_train: Count = key(0, "examples drawn at random; 0: all")

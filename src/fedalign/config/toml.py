@@ -94,6 +94,22 @@ def read_config(text: str) -> Config:
     return parse_config(_parse(text))
 
 
+def flat(table: Mapping[str, Any], joint: str) -> dict[str, Any]:
+    """Nested tables as one, names joined.
+
+    >>> flat({"run": {"seed": 0}, "name": "a"}, ".")
+    {'run.seed': 0, 'name': 'a'}
+    """
+    found: dict[str, Any] = {}
+    for name, value in table.items():
+        found |= (
+            {f"{name}{joint}{key}": item for key, item in flat(value, joint).items()}
+            if isinstance(value, Mapping)
+            else {name: value}
+        )
+    return found
+
+
 def _tables(source: Source | None) -> dict[str, Any]:
     """A copy of all that `source` sets."""
     if source is None:
@@ -103,7 +119,7 @@ def _tables(source: Source | None) -> dict[str, Any]:
     if isinstance(source, Mapping):
         copy: dict[str, Any] = json.loads(json.dumps(source, default=str))
         return copy
-    path = Path(source)
+    path = Path(source).expanduser()
     return read_tables(DEMO if path == Path("demo") and not path.exists() else path, "config file")
 
 

@@ -412,6 +412,10 @@ def _parsed(row: Row, where: str, words: str) -> Any:
 
 def _with_owners(examples: Sequence[Example], rows: Sequence[Row], data: DataConfig) -> Iterator[Example]:
     """Add where each stands, its client and, to partition by, its label: these two where rows have such a column."""
+    for row in rows:
+        value = row.values.get(data.columns.client)
+        if isinstance(value, (list, dict)):
+            row.fail(f"{data.columns.client} = {shortened(value)}: must be the name or number of one client.")
     labels, clients = names_in(rows, data.columns.label), names_in(rows, data.columns.client)
     for example, row, label, client in zip(examples, rows, labels, clients, strict=True):
         yield replace(example, label=example.label or label, client=client, file=row.file, where=row.where)

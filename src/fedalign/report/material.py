@@ -16,11 +16,11 @@ from fedalign.compare.plan import Cell, Choice, Design, cells, line_name
 from fedalign.compare.tables import Finished, notes
 from fedalign.compare.tune import Choices
 from fedalign.config.run import Config
-from fedalign.config.toml import read_config
+from fedalign.config.toml import flat, read_config
 from fedalign.errors import UserError
 from fedalign.protocol import Metrics
 from fedalign.server.health import DamagedError
-from fedalign.server.results import RunFolder, flat, read_history
+from fedalign.server.results import RunFolder, read_history
 from fedalign.server.scores import merit
 
 UNTOLD = ("run.seed", "run.device", "run.threads", "tracking.", "federation.", "server.min_clients")

@@ -16,7 +16,7 @@ import json
 import logging
 import platform
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from fedalign import parallel
 from fedalign.config.run import Config
-from fedalign.config.toml import read_config
+from fedalign.config.toml import flat, read_config
 from fedalign.errors import UserError
 from fedalign.files import LOCK, WATCH, check_free, damage, locked, refuse_held, replacing, take, tidy, write_text
 from fedalign.protocol import Layout, Metrics, Plan, Statistics, Weights
@@ -288,22 +288,6 @@ def _scalars(line: Metrics) -> dict[str, float]:
     """All numbers of a round, nested ones by path."""
     values = flat(line, "/")
     return {name: value for name, value in values.items() if isinstance(value, int | float) and name != "round"}
-
-
-def flat(table: Mapping[str, Any], joint: str) -> dict[str, Any]:
-    """Nested tables as one, names joined.
-
-    >>> flat({"run": {"seed": 0}, "name": "a"}, ".")
-    {'run.seed': 0, 'name': 'a'}
-    """
-    found: dict[str, Any] = {}
-    for name, value in table.items():
-        found |= (
-            {f"{name}{joint}{key}": item for key, item in flat(value, joint).items()}
-            if isinstance(value, Mapping)
-            else {name: value}
-        )
-    return found
 
 
 def read_history(folder: RunFolder, *, strict: bool = False) -> list[Metrics]:
