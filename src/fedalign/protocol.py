@@ -37,8 +37,8 @@ from fedalign.maths import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-PROTOCOL = 4  # of these messages; sites that speak another are refused
-Kind = Literal["shared", "gate", "expert"]
+PROTOCOL = 5  # of these messages; sites that speak another are refused
+Kind = Literal["shared", "embeddings", "head", "gate", "expert"]
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus", "unknown"]
 WireDtype = Literal["float32", "bfloat16", "int8"]
 ServerOptimizer = Literal["average", "sgd", "adam", "yogi", "fedexp"]
@@ -50,17 +50,24 @@ SKETCHES: frozenset[Ask] = frozenset({"centroids", "directions"})  # what pictur
 
 @dataclass(frozen=True, order=True, slots=True)
 class ParameterGroup:
-    """The unit of aggregation: all that is not MoE (`shared`), one router row, or one expert."""
+    """The unit of aggregation: one router row, one expert, or what has no place: embeddings, a head, all else.
+
+    Embeddings and head have rows for the tokens of the vocabulary: their updates tell which of them a client holds.
+    A head that is the embedding itself is part of `embeddings`.
+    """
 
     kind: Kind
     layer: int = 0
     expert: int = 0
 
     def __str__(self) -> str:
-        return self.kind if self.kind == "shared" else f"{self.kind}[{self.layer},{self.expert}]"
+        return f"{self.kind}[{self.layer},{self.expert}]" if self.kind in CELLS else self.kind
 
 
-SHARED = ParameterGroup("shared")
+CELLS: tuple[Kind, ...] = ("gate", "expert")  # groups that have a place, which stands in their name
+SHARED, EMBEDDINGS, HEAD = ParameterGroup("shared"), ParameterGroup("embeddings"), ParameterGroup("head")
+WORDS = (EMBEDDINGS, HEAD)  # groups whose updates tell which tokens a client holds
+WHOLE = (SHARED, *WORDS)  # groups without a place
 Shape = tuple[tuple[int, ...], str]  # and the name of the type
 Weights = dict[ParameterGroup, "Tensor"]  # group -> flat float32 [N]
 State = dict[str, "Tensor"]  # an algorithm's state between rounds: named tensors, broadcast and checkpointed
@@ -79,12 +86,17 @@ class Factors:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Where a matrix with one row for each token of the vocabulary lies in the flat vector of `shared`, row by row."""
+    """Where a matrix with one row for each token of the vocabulary lies in its group's flat vector, row by row."""
 
     start: int
     tokens: int
     width: int
     answers: bool = False  # a head of its own: its rows belong to the tokens of answers, else to those that are read
+
+    @property
+    def group(self) -> ParameterGroup:
+        """The group that it lies in; no other matrix of tokens does."""
+        return HEAD if self.answers else EMBEDDINGS
 
     @property
     def stop(self) -> int:
@@ -114,23 +126,28 @@ class Layout:
 
     @cached_property
     def groups(self) -> tuple[ParameterGroup, ...]:
-        """All G = 1 + 2·L·E groups in plan order: shared, then gates, then experts, layer by layer."""
+        """All G = 3 + 2·L·E groups in plan order: shared, embeddings, head; gates, then experts, layer by layer."""
         cells = [(layer, expert) for layer in range(self.layers) for expert in range(self.experts)]
         return (
-            SHARED,
+            *WHOLE,
             *(ParameterGroup("gate", *cell) for cell in cells),
             *(ParameterGroup("expert", *cell) for cell in cells),
         )
 
     def table(self, shared: Tensor, gate: Tensor, expert: Tensor) -> Tensor:
-        """Join [..., ], [..., L, E] and [..., L, E] into one [..., G] in the order of `groups`."""
-        return torch.cat([shared.unsqueeze(-1), gate.flatten(-2), expert.flatten(-2)], dim=-1)
+        """Join [..., ], [..., L, E] and [..., L, E] into one [..., G] in the order of `groups`.
+
+        Embeddings and head are given what `shared` is.
+        """
+        common = shared.unsqueeze(-1).expand(*shared.shape, len(WHOLE))
+        return torch.cat([common, gate.flatten(-2), expert.flatten(-2)], dim=-1)
 
     def split(self, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The inverse of `table`: [..., G] into shared [...], gate [..., L, E], expert [..., L, E]."""
-        cells = self.layers * self.experts
-        grid = (*table.shape[:-1], self.layers, self.experts)
-        return table[..., 0], table[..., 1 : 1 + cells].reshape(grid), table[..., 1 + cells :].reshape(grid)
+        """Views of [..., G]: shared [...], gate [..., L, E], expert [..., L, E]."""
+        gate, expert = (
+            part.unflatten(-1, (self.layers, self.experts)) for part in table[..., len(WHOLE) :].chunk(2, dim=-1)
+        )
+        return table[..., 0], gate, expert
 
 
 @dataclass(frozen=True)
@@ -266,7 +283,7 @@ class Plan:
     clients: tuple[str, ...]
     weight_C_G: Tensor  # float32, non-negative; a column sums to 1, or to 0 if nobody's update is wanted
     factor_C_G: Tensor | None = None  # float32; None: ones
-    token_weight_C_M_V: Tensor | None = None  # float32, columns sum to 1: in place of the weight in `shared` there
+    token_weight_C_M_V: Tensor | None = None  # float32, columns sum to 1: in place of their group's weight
     centred: bool = False
     streams: Mapping[str, Tensor] = field(default_factory=dict)  # name -> float32 [C, G]
     state: State = field(default_factory=dict)  # the algorithm's, for the next round
@@ -278,12 +295,14 @@ class Plan:
         if not any(frozen.values()):
             return self
         column = {group: i for i, group in enumerate(layout.groups)}
-        weight_C_G = self.weight_C_G.clone()
+        holds_C_G = torch.ones_like(self.weight_C_G)
         for row, client in enumerate(self.clients):
-            weight_C_G[row, [column[group] for group in frozen.get(client, ())]] = 0
-        left_G = weight_C_G.sum(0)
-        stretch_G = torch.where(left_G > 0, self.weight_C_G.sum(0) / left_G, torch.ones_like(left_G))
-        return replace(self, weight_C_G=weight_C_G * stretch_G)
+            holds_C_G[row, [column[group] for group in frozen.get(client, ())]] = 0
+        words = self.token_weight_C_M_V
+        if words is not None:
+            holds_C_M = holds_C_G[:, [column[rows.group] for rows in layout.token_rows]]
+            words = _shared_out(words, holds_C_M.unsqueeze(-1))
+        return replace(self, weight_C_G=_shared_out(self.weight_C_G, holds_C_G), token_weight_C_M_V=words)
 
     def wanted(self, layout: Layout) -> Tensor:
         """Boolean [C, G]: whose update of which group travels: those of nonzero weight that train anything.
@@ -293,9 +312,8 @@ class Plan:
         trains_G = torch.tensor([layout.sizes[group] > 0 for group in layout.groups])
         wanted_C_G = self.weight_C_G > 0
         if self.centred and any(layout.softmax_L):
-            shared_C, gate_C_L_E, expert_C_L_E = layout.split(wanted_C_G)
-            whole_C_L_1 = gate_C_L_E.any(-1, keepdim=True) & torch.tensor(layout.softmax_L).unsqueeze(-1)
-            wanted_C_G = layout.table(shared_C, gate_C_L_E | whole_C_L_1, expert_C_L_E)
+            _, gate_C_L_E, _ = layout.split(wanted_C_G)
+            gate_C_L_E |= gate_C_L_E.any(-1, keepdim=True) & torch.tensor(layout.softmax_L).unsqueeze(-1)
         return wanted_C_G & trains_G
 
     def requests(self, round: int, layout: Layout) -> list[Request]:
@@ -304,6 +322,13 @@ class Plan:
             Request(client, round, tuple(layout.groups[i] for i in wanted.nonzero().flatten().tolist()))
             for client, wanted in zip(self.clients, self.wanted(layout), strict=True)
         ]
+
+
+def _shared_out(weight: Tensor, holds: Tensor) -> Tensor:
+    """Weights [C, ...] of those who hold it alone, stretched to what the sum over clients was."""
+    left = weight * holds
+    total = left.sum(0)
+    return left * torch.where(total > 0, weight.sum(0) / total, torch.ones_like(total))
 
 
 @dataclass(frozen=True)
@@ -490,7 +515,6 @@ class Federation(Protocol):
 
 
 Metrics = dict[str, Any]
-CELLS: tuple[Kind, ...] = ("gate", "expert")  # groups that have a place, which stands in their name
 
 
 def parse_group(key: str) -> ParameterGroup:
@@ -499,8 +523,9 @@ def parse_group(key: str) -> ParameterGroup:
     >>> parse_group("expert[3,5]")
     ParameterGroup(kind='expert', layer=3, expert=5)
     """
-    if key == SHARED.kind:
-        return SHARED
+    for group in WHOLE:
+        if key == group.kind:
+            return group
     for kind in CELLS:
         if key.startswith(f"{kind}["):
             layer, _, expert = key.removeprefix(f"{kind}[").removesuffix("]").partition(",")
