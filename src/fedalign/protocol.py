@@ -45,6 +45,7 @@ ServerOptimizer = Literal["average", "sgd", "adam", "yogi", "fedexp"]
 Stage = Literal["join", "train", "update", "evaluate"]
 Ask = Literal["margins", "centroids", "directions", "tokens", "met", "probabilities", "data"]  # see `Algorithm.asks`
 KINDS: tuple[Kind, ...] = get_args(Kind)
+TELLING: frozenset[Ask] = frozenset({"tokens", "met"})  # what tells which tokens a client holds
 SKETCHES: frozenset[Ask] = frozenset({"centroids", "directions"})  # what pictures of a round's health are drawn from
 
 
@@ -151,6 +152,25 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Consent:
+    """Whether a client lets leave what tells its tokens."""
+
+    token_counts: bool = True
+    embeddings: bool = True  # without it embeddings and head stay frozen there
+
+    def frozen(self, layout: Layout) -> tuple[ParameterGroup, ...]:
+        """The groups that this client does not train."""
+        return () if self.embeddings else tuple(group for group in WORDS if layout.sizes[group])
+
+    def granted(self, asks: Set[Ask]) -> Set[Ask]:
+        """What of it is answered; counts of rows that are frozen would be of no use."""
+        return asks if self.token_counts and self.embeddings else asks - TELLING
+
+
+DEALT = Consent()  # where one person deals the data to all clients, nothing is to be consented to
+
+
+@dataclass(frozen=True)
 class Packed:
     """One group's values in wire precision: float32, bfloat16, or int8 with one float32 scale a block (see `wire`)."""
 
@@ -178,6 +198,8 @@ class Hello:
     experts: int
     examples: int  # to train on
     held_out: int  # to be scored on
+    token_counts: bool  # whether it sends them where they are asked for
+    embeddings: bool  # whether it trains embeddings and head
 
 
 @dataclass(frozen=True)
@@ -210,7 +232,8 @@ class Statistics:
     An expert that fewer than `min_tokens` tokens (or fewer than 4 examples) reached is withheld: load and centroid
     are zero, it counts as not held. Updates and centroids travel as seeded random projections (`maths.sketch`) in
     half precision; update sketches are scaled to unit norm, their true norms are in `norm_G`. What nobody asked for is
-    not computed and stays empty: all its axes have length 0.
+    not computed and stays empty: all its axes have length 0. So does what tells tokens where the client's consent to
+    that is lacking.
     """
 
     client: str
@@ -229,7 +252,7 @@ class Statistics:
     update_L_E_S: Tensor  # "directions"; float16, unit norm (or zero): sketch of the expert's update [P; sketch O]
     token_count_M_V: Tensor  # "tokens"; float32: how often each token was read, or was an answer [O]
     token_met_M_B: Tensor  # "met"; uint8: a bit for each token that was, eight to a byte, the lowest first [O]
-    frozen: tuple[ParameterGroup, ...] = ()  # what a small client did not train: it counts for nothing in them
+    frozen: tuple[ParameterGroup, ...] = ()  # what it did not train, for want of means or consent: no holder of these
     metrics: Mapping[str, float] = field(default_factory=dict)  # names carry their units; no algorithm reads them
 
     @property
@@ -416,8 +439,10 @@ class Reports:
         return self.stack("load_L_E") > 0
 
     def stack(self, name: str) -> Tensor:
-        """One field of all clients, clients first; half precision becomes float32."""
-        return torch.stack([getattr(report, name) for report in self.of]).float()
+        """One field of all clients, clients first; half precision becomes float32, what a client withheld zeros."""
+        values: list[Tensor] = [getattr(report, name) for report in self.of]
+        whole = max(values, key=torch.Tensor.numel).shape
+        return torch.stack([value if value.shape == whole else value.new_zeros(whole) for value in values]).float()
 
     def column(self, name: str) -> Tensor:
         """A number of each client, float64 [C]."""
@@ -463,8 +488,8 @@ class Algorithm(Protocol):
         """What leaves a client for the plan's sake, beside its data size, loss, mean routing, loads and norms.
 
         "margins", "centroids", "directions" (of experts' updates), "tokens" (counts), "met" (a bit a token): fields of
-        `Statistics`. "probabilities": nothing more, but routers must show how they score. "data": all of it, to be
-        pooled; only where all clients are in one process.
+        `Statistics`; the last two only of clients that consent. "probabilities": nothing more, but routers must show
+        how they score. "data": all of it, to be pooled; only where all clients are in one process.
         """
 
     @property

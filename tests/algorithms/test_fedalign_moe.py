@@ -14,8 +14,21 @@ from fedalign.algorithms import fedalign_moe as module
 from fedalign.algorithms.by_use import ByUse
 from fedalign.algorithms.fedalign_moe import FedAlignMoE
 from fedalign.algorithms.fedalign_paper import FedAlignPaper
+from fedalign.client.statistics import packed_bits
+from fedalign.maths.average import StreamingSum
 from fedalign.maths.routing import Overlap, alignment_strength, routing_penalty
-from fedalign.protocol import EMBEDDINGS, KINDS, LayerRouting, Layout, Statistics, Step, TokenRows
+from fedalign.protocol import (
+    EMBEDDINGS,
+    KINDS,
+    LayerRouting,
+    Layout,
+    Packed,
+    Reports,
+    Statistics,
+    Step,
+    TokenRows,
+    Update,
+)
 from tests.algorithms.conftest import Report, planned
 
 
@@ -314,3 +327,31 @@ def test_token_rows_by_who_met_them(layout: Layout, pair: list[Statistics]) -> N
     # token 0 by both, 30 : 10; token 1 by a alone; token 2 by nobody: by data
     assert plan.token_weight_C_M_V is not None
     assert_close(plan.token_weight_C_M_V, tensor([[[0.75, 1.0, 0.75]], [[0.25, 0.0, 0.25]]]))
+
+
+@pytest.mark.parametrize("vocabulary", ["tokens", "clients"])
+def test_a_trigger_word_of_one_client_moves_by_its_share_alone_if_two_must_hold_a_word(vocabulary: str) -> None:
+    """Ten clients of equal data; the first alone holds word 7, and pushes its row as far as it likes."""
+    seen = testing.reports(clients=10, asks={"tokens", "met"})
+    met_V = torch.arange(testing.VOCABULARY) != 7
+    reports = []
+    for index, report in enumerate(seen.of):
+        count_M_V = (met_V if index else torch.ones_like(met_V)).float().unsqueeze(0)
+        said = replace(report, examples=20, token_count_M_V=count_M_V, token_met_M_B=packed_bits(count_M_V > 0))
+        reports.append(replace(said, norm_G=torch.full_like(report.norm_G, 1e6)))
+    moved = {}
+    for holders in (1, 2):
+        algorithm = FedAlignMoE(vocabulary=vocabulary, vocabulary_holders=holders, experts="average", gate="average")  # type: ignore[arg-type] # pytest's parameters are words of that kind
+        plan = testing.planned(replace(algorithm, reg_strength=0.0), Reports(reports, seen.layout, 10))
+        total = StreamingSum(seen.layout, plan, {r.client: r.norm_G for r in reports}, "float32")
+        for request in plan.requests(1, seen.layout):
+            groups = {group: Packed(torch.ones(seen.layout.sizes[group])) for group in request.groups}
+            if request.client == reports[0].client:
+                groups[EMBEDDINGS].values[7] = 1000.0
+            else:
+                groups[EMBEDDINGS].values[7] = 0.0  # whoever never read a word does not move its row
+            assert total.add(Update(request.client, 1, groups)) is None
+        moved[holders] = total.result({g: torch.zeros(size) for g, size in seen.layout.sizes.items()})[EMBEDDINGS]
+    assert_close(moved[1][7], torch.tensor(1000.0))  # it owns the word
+    assert_close(moved[2][7], torch.tensor(100.0))  # its share under FedAvg
+    assert_close(moved[1][met_V], moved[2][met_V])

@@ -40,7 +40,10 @@ def test_name_and_data_are_all_that_a_site_must_say(tmp_path: Path) -> None:
         ),
         (LEAST + "[limits]\nmin_tokens = 0", r"limits.min_tokens = 0: input should be greater than or equal to 1"),
         (LEAST + '[limits]\nthreads = "2"', r'limits.threads = "2"'),
-        (LEAST + "[training]\nepochs = 3", r"section = 'training': unknown. Choose one of: coordinator, data, limits"),
+        (
+            LEAST + "[training]\nepochs = 3",
+            r"section = 'training': unknown. Choose one of: consent, coordinator, data, limits",
+        ),
         (LEAST + "[model]\ntrust_remote_code = 1", r"model.trust_remote_code = 1"),
         ("name = ward", r"not valid TOML: Invalid value"),
     ],

@@ -62,6 +62,8 @@ def hello(client: str = "ward", **changes: Any) -> Hello:
         "experts": 3,
         "examples": 40,
         "held_out": 4,
+        "token_counts": True,
+        "embeddings": False,
     }
     return Hello(client=client, **hashes | about | changes)
 
@@ -144,6 +146,7 @@ def test_all_that_the_protocol_says_may_travel_does() -> None:
         protocol.Packed,
         protocol.Plan,
         protocol.TokenRows,
+        protocol.Consent,
     }  # of a message, or the server's
     parts |= {protocol.LayerRouting, protocol.Step, protocol.LocalRound, protocol.Reports}  # what algorithms see
     assert classes - parts == set(MESSAGES.values())
@@ -250,6 +253,8 @@ def test_a_missing_or_additional_field_is_refused(message: Message) -> None:
         (hello(), "examples", "4"),
         (hello(), "examples", None),
         (hello(), "examples", 1 << 63),
+        (hello(), "embeddings", 1),
+        (hello(), "token_counts", "false"),
         (hello(), "client", 4),
         (hello(), "client", None),
         (hello(), "client", ["ward"]),

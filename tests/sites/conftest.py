@@ -193,6 +193,7 @@ class Deployment:
             "name": name,
             "data": {"train": "data.jsonl"},
             "limits": {"min_tokens": 4, "min_examples": 1, "threads": 1, **(limits or {})},
+            "consent": {"token_counts": True, "embeddings": True},
             "coordinator": {"superlink": self.loopback.address},
         }
         if self.loopback.certificates:

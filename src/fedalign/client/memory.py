@@ -14,7 +14,7 @@ from fedalign import parallel
 from fedalign.config.run import ClientLimits
 from fedalign.errors import TrainingFailedError
 from fedalign.files import forget_old, replacing, rounds_in
-from fedalign.protocol import Packed, ParameterGroup, Request, Update, Weights, parse_group
+from fedalign.protocol import DEALT, Consent, Packed, ParameterGroup, Request, Update, Weights, parse_group
 
 if TYPE_CHECKING:  # handing over an update needs neither a model nor data
     from fedalign.client.evaluation import TestSet
@@ -122,6 +122,7 @@ class ClientData:
     held_out: TestSet | None
     memory: ClientMemory
     limits: ClientLimits = field(default_factory=ClientLimits)
+    consent: Consent = DEALT
 
     @property
     def examples(self) -> int:

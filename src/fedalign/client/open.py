@@ -38,7 +38,7 @@ def open_site(folder: SiteFolder, config: Config, run: str) -> OpenClient:
         client = bench.client(folder.config.name, examples, range(len(examples)), folder.memory(run))
     except UserError as error:
         raise DataError(str(error)) from None
-    client = replace(client, limits=folder.client_limits(config))
+    client = replace(client, limits=folder.client_limits(config), consent=folder.consent)
     return OpenClient(bench.trainer(), client, lambda: describe(bench, client, bench.moe.weights_hash()))
 
 
@@ -73,4 +73,6 @@ def describe(bench: Workbench, client: ClientData, weights: str) -> Hello:
         experts=bench.moe.layout.experts,
         examples=client.examples,
         held_out=len(client.held_out) if client.held_out else 0,
+        token_counts=client.consent.token_counts,
+        embeddings=client.consent.embeddings,
     )

@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -392,6 +392,19 @@ class MoEModel:
                 axis = whole.dim() - 2 if place[1] == "A" else 1
                 found.append(whole.narrow(axis, rank, whole.shape[axis] - rank))
         return found
+
+    @contextlib.contextmanager
+    def freezing(self, groups: Collection[ParameterGroup]) -> Iterator[None]:
+        """Meanwhile nothing of these groups, whole parameters, is trained; the layout stays."""
+        slots = [slot for group in groups for slot in self._owners.get(group, ())]
+        parameters = [slot.parameter for slot in slots if slot.parameter.requires_grad]
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
 
     @contextlib.contextmanager
     def sending_to(self, top_k: int) -> Iterator[None]:
