@@ -35,7 +35,7 @@ from fedalign.data.formats import Example
 from fedalign.errors import UserError
 from fedalign.federation.in_process import InProcess
 from fedalign.moe.load import quiet
-from fedalign.protocol import SHARED, Accumulator, Broadcast, Failure, Packed, Request, Statistics, Update, Weights
+from fedalign.protocol import Accumulator, Broadcast, Failure, Packed, Request, Statistics, Update, Weights
 from fedalign.server.checkpoint import ServerState
 from fedalign.server.rounds import Server
 from watching import machine
@@ -94,7 +94,7 @@ class Attacked(InProcess):
     ) -> None:
         super().__init__(trainer, clients)
         self.liars, self.attack, self.layout = set(liars), attack, trainer.moe.layout
-        self.rows = [(rows.start + trigger * rows.width, rows.width) for rows in self.layout.token_rows]
+        self.rows = [(rows.group, rows.start + trigger * rows.width, rows.width) for rows in self.layout.token_rows]
         self.lies: dict[str, Update] = {}
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
@@ -130,8 +130,8 @@ class Attacked(InProcess):
         update = memory.hand_over(report.client, Request(report.client, report.round, self.layout.groups))
         stretch = self.attack.medians * median / float(report.norm_G.norm()) if self.attack.medians else 1.0
         groups = {group: Packed(packed.values * stretch) for group, packed in update.groups.items()}
-        for start, width in self.rows if self.attack.trigger else ():
-            groups[SHARED].values[start : start + width] *= ROW
+        for group, start, width in self.rows if self.attack.trigger else ():
+            groups[group].values[start : start + width] *= ROW
         return replace(update, groups=groups)
 
 

@@ -33,7 +33,7 @@ def layout_of(megabytes: int, layers: int, experts: int) -> Layout:
     values = megabytes * 1_000_000 // 4
     cells = layers * experts
     size = {"shared": values // 10, "gate": 1024, "expert": (values - values // 10) // cells - 1024}
-    return Layout(layers, experts, {group: size[group.kind] for group in Layout(layers, experts, {}).groups})
+    return Layout(layers, experts, {group: size.get(group.kind, 0) for group in Layout(layers, experts, {}).groups})
 
 
 def payload(layout: Layout, dtype: WireDtype, seed: int) -> tuple[dict[ParameterGroup, Packed], Tensor]:

@@ -37,8 +37,8 @@ from fedalign.maths import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-PROTOCOL = 4  # of these messages; sites that speak another are refused
-Kind = Literal["shared", "gate", "expert"]
+PROTOCOL = 5  # of these messages; sites that speak another are refused
+Kind = Literal["shared", "embeddings", "head", "gate", "expert"]
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus", "unknown"]
 WireDtype = Literal["float32", "bfloat16", "int8"]
 ServerOptimizer = Literal["average", "sgd", "adam", "yogi", "fedexp"]
@@ -48,22 +48,30 @@ Stage = Literal["join", "train", "update", "evaluate"]
 Ask = Literal["margins", "centroids", "directions", "tokens", "met", "probabilities", "data"]  # see `Algorithm.asks`
 LONGEST_NAME = 64  # characters of a client's name
 KINDS: tuple[Kind, ...] = get_args(Kind)
+TELLING: frozenset[Ask] = frozenset({"tokens", "met"})  # what tells which tokens a client holds
 SKETCHES: frozenset[Ask] = frozenset({"centroids", "directions"})  # what pictures of a round's health are drawn from
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class ParameterGroup:
-    """The unit of aggregation: all that is not MoE (`shared`), one router row, or one expert."""
+    """The unit of aggregation: one router row, one expert, or what has no place: embeddings, a head, all else.
+
+    Embeddings and head have rows for the tokens of the vocabulary: their updates tell which of them a client holds.
+    A head that is the embedding itself is part of `embeddings`.
+    """
 
     kind: Kind
     layer: int = 0
     expert: int = 0
 
     def __str__(self) -> str:
-        return self.kind if self.kind == "shared" else f"{self.kind}[{self.layer},{self.expert}]"
+        return f"{self.kind}[{self.layer},{self.expert}]" if self.kind in CELLS else self.kind
 
 
-SHARED = ParameterGroup("shared")
+CELLS: tuple[Kind, ...] = ("gate", "expert")  # groups that have a place, which stands in their name
+SHARED, EMBEDDINGS, HEAD = ParameterGroup("shared"), ParameterGroup("embeddings"), ParameterGroup("head")
+WORDS = (EMBEDDINGS, HEAD)  # groups whose updates tell which tokens a client holds
+WHOLE = (SHARED, *WORDS)  # groups without a place
 Shape = tuple[tuple[int, ...], str]  # and the name of the type
 Weights = dict[ParameterGroup, "Tensor"]  # group -> flat float32 [N]
 State = dict[str, "Tensor"]  # an algorithm's state between rounds: named tensors, broadcast and checkpointed
@@ -82,12 +90,17 @@ class Factors:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Where a matrix with one row for each token of the vocabulary lies in the flat vector of `shared`, row by row."""
+    """Where a matrix with one row for each token of the vocabulary lies in its group's flat vector, row by row."""
 
     start: int
     tokens: int
     width: int
     answers: bool = False  # a head of its own: its rows belong to the tokens of answers, else to those that are read
+
+    @property
+    def group(self) -> ParameterGroup:
+        """The group that it lies in; no other matrix of tokens does."""
+        return HEAD if self.answers else EMBEDDINGS
 
     @property
     def stop(self) -> int:
@@ -119,23 +132,47 @@ class Layout:
 
     @cached_property
     def groups(self) -> tuple[ParameterGroup, ...]:
-        """All G = 1 + 2·L·E groups in plan order: shared, then gates, then experts, layer by layer."""
+        """All G = 3 + 2·L·E groups in plan order: shared, embeddings, head; gates, then experts, layer by layer."""
         cells = [(layer, expert) for layer in range(self.layers) for expert in range(self.experts)]
         return (
-            SHARED,
+            *WHOLE,
             *(ParameterGroup("gate", *cell) for cell in cells),
             *(ParameterGroup("expert", *cell) for cell in cells),
         )
 
     def table(self, shared: Tensor, gate: Tensor, expert: Tensor) -> Tensor:
-        """Join [..., ], [..., L, E] and [..., L, E] into one [..., G] in the order of `groups`."""
-        return torch.cat([shared.unsqueeze(-1), gate.flatten(-2), expert.flatten(-2)], dim=-1)
+        """Join [..., ], [..., L, E] and [..., L, E] into one [..., G] in the order of `groups`.
+
+        Embeddings and head are given what `shared` is.
+        """
+        common = shared.unsqueeze(-1).expand(*shared.shape, len(WHOLE))
+        return torch.cat([common, gate.flatten(-2), expert.flatten(-2)], dim=-1)
 
     def split(self, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The inverse of `table`: [..., G] into shared [...], gate [..., L, E], expert [..., L, E]."""
-        cells = self.layers * self.experts
-        grid = (*table.shape[:-1], self.layers, self.experts)
-        return table[..., 0], table[..., 1 : 1 + cells].reshape(grid), table[..., 1 + cells :].reshape(grid)
+        """Views of [..., G]: shared [...], gate [..., L, E], expert [..., L, E]."""
+        gate, expert = (
+            part.unflatten(-1, (self.layers, self.experts)) for part in table[..., len(WHOLE) :].chunk(2, dim=-1)
+        )
+        return table[..., 0], gate, expert
+
+
+@dataclass(frozen=True)
+class Consent:
+    """Whether a client lets leave what tells its tokens."""
+
+    token_counts: bool = True
+    embeddings: bool = True  # without it embeddings and head stay frozen there
+
+    def frozen(self, layout: Layout) -> tuple[ParameterGroup, ...]:
+        """The groups that this client does not train."""
+        return () if self.embeddings else tuple(group for group in WORDS if layout.sizes[group])
+
+    def granted(self, asks: Set[Ask]) -> Set[Ask]:
+        """What of it is answered; counts of rows that are frozen would be of no use."""
+        return asks if self.token_counts and self.embeddings else asks - TELLING
+
+
+DEALT = Consent()  # where one person deals the data to all clients, nothing is to be consented to
 
 
 @dataclass(frozen=True)
@@ -166,6 +203,8 @@ class Hello:
     experts: int
     examples: int  # to train on
     held_out: int  # to be scored on
+    token_counts: bool  # whether it sends them where they are asked for
+    embeddings: bool  # whether it trains embeddings and head
 
 
 @dataclass(frozen=True)
@@ -198,7 +237,8 @@ class Statistics:
     An expert that fewer than `min_tokens` tokens (or fewer than 4 examples) reached is withheld: load and centroid
     are zero, it counts as not held. Updates and centroids travel as seeded random projections (`maths.sketch`) in
     half precision; update sketches are scaled to unit norm, their true norms are in `norm_G`. What nobody asked for is
-    not computed and stays empty: all its axes have length 0.
+    not computed and stays empty: all its axes have length 0. So does what tells tokens where the client's consent to
+    that is lacking.
     """
 
     client: str
@@ -217,7 +257,7 @@ class Statistics:
     update_L_E_S: Tensor  # "directions"; float16, unit norm (or zero): sketch of the expert's update [P; sketch O]
     token_count_M_V: Tensor  # "tokens"; float32: how often each token was read, or was an answer [O]
     token_met_M_B: Tensor  # "met"; uint8: a bit for each token that was, eight to a byte, the lowest first [O]
-    frozen: tuple[ParameterGroup, ...] = ()  # what a small client did not train: it counts for nothing in them
+    frozen: tuple[ParameterGroup, ...] = ()  # what it did not train, for want of means or consent: no holder of these
     metrics: Mapping[str, float] = field(default_factory=dict)  # names carry their units; no algorithm reads them
 
     @property
@@ -271,7 +311,7 @@ class Plan:
     clients: tuple[str, ...]
     weight_C_G: Tensor  # float32, non-negative; a column sums to 1, or to 0 if nobody's update is wanted
     factor_C_G: Tensor | None = None  # float32; None: ones
-    token_weight_C_M_V: Tensor | None = None  # float32, columns sum to 1: in place of the weight in `shared` there
+    token_weight_C_M_V: Tensor | None = None  # float32, columns sum to 1: in place of their group's weight
     centred: bool = False
     streams: Mapping[str, Tensor] = field(default_factory=dict)  # name -> float32 [C, G]
     state: State = field(default_factory=dict)  # the algorithm's, for the next round
@@ -283,12 +323,14 @@ class Plan:
         if not any(frozen.values()):
             return self
         column = {group: i for i, group in enumerate(layout.groups)}
-        weight_C_G = self.weight_C_G.clone()
+        holds_C_G = torch.ones_like(self.weight_C_G)
         for row, client in enumerate(self.clients):
-            weight_C_G[row, [column[group] for group in frozen.get(client, ())]] = 0
-        left_G = weight_C_G.sum(0)
-        stretch_G = torch.where(left_G > 0, self.weight_C_G.sum(0) / left_G, torch.ones_like(left_G))
-        return replace(self, weight_C_G=weight_C_G * stretch_G)
+            holds_C_G[row, [column[group] for group in frozen.get(client, ())]] = 0
+        words = self.token_weight_C_M_V
+        if words is not None:
+            holds_C_M = holds_C_G[:, [column[rows.group] for rows in layout.token_rows]]
+            words = _shared_out(words, holds_C_M.unsqueeze(-1))
+        return replace(self, weight_C_G=_shared_out(self.weight_C_G, holds_C_G), token_weight_C_M_V=words)
 
     def wanted(self, layout: Layout) -> Tensor:
         """Boolean [C, G]: whose update of which group travels: those of nonzero weight that train anything.
@@ -298,9 +340,8 @@ class Plan:
         trains_G = torch.tensor([layout.sizes[group] > 0 for group in layout.groups])
         wanted_C_G = self.weight_C_G > 0
         if self.centred and any(layout.softmax_L):
-            shared_C, gate_C_L_E, expert_C_L_E = layout.split(wanted_C_G)
-            whole_C_L_1 = gate_C_L_E.any(-1, keepdim=True) & torch.tensor(layout.softmax_L).unsqueeze(-1)
-            wanted_C_G = layout.table(shared_C, gate_C_L_E | whole_C_L_1, expert_C_L_E)
+            _, gate_C_L_E, _ = layout.split(wanted_C_G)
+            gate_C_L_E |= gate_C_L_E.any(-1, keepdim=True) & torch.tensor(layout.softmax_L).unsqueeze(-1)
         return wanted_C_G & trains_G
 
     def requests(self, round: int, layout: Layout) -> list[Request]:
@@ -309,6 +350,13 @@ class Plan:
             Request(client, round, tuple(layout.groups[i] for i in wanted.nonzero().flatten().tolist()))
             for client, wanted in zip(self.clients, self.wanted(layout), strict=True)
         ]
+
+
+def _shared_out(weight: Tensor, holds: Tensor) -> Tensor:
+    """Weights [C, ...] of those who hold it alone, stretched to what the sum over clients was."""
+    left = weight * holds
+    total = left.sum(0)
+    return left * torch.where(total > 0, weight.sum(0) / total, torch.ones_like(total))
 
 
 @dataclass(frozen=True)
@@ -396,8 +444,10 @@ class Reports:
         return self.stack("load_L_E") > 0
 
     def stack(self, name: str) -> Tensor:
-        """One field of all clients, clients first; half precision becomes float32."""
-        return torch.stack([getattr(report, name) for report in self.of]).float()
+        """One field of all clients, clients first; half precision becomes float32, what a client withheld zeros."""
+        values: list[Tensor] = [getattr(report, name) for report in self.of]
+        whole = max(values, key=torch.Tensor.numel).shape
+        return torch.stack([value if value.shape == whole else value.new_zeros(whole) for value in values]).float()
 
     def column(self, name: str) -> Tensor:
         """A number of each client, float64 [C]."""
@@ -443,8 +493,8 @@ class Algorithm(Protocol):
         """What leaves a client for the plan's sake, beside its data size, loss, mean routing, loads and norms.
 
         "margins", "centroids", "directions" (of experts' updates), "tokens" (counts), "met" (a bit a token): fields of
-        `Statistics`. "probabilities": nothing more, but routers must show how they score. "data": all of it, to be
-        pooled; only where all clients are in one process.
+        `Statistics`; the last two only of clients that consent. "probabilities": nothing more, but routers must show
+        how they score. "data": all of it, to be pooled; only where all clients are in one process.
         """
 
     @property
@@ -495,7 +545,6 @@ class Federation(Protocol):
 
 
 Metrics = dict[str, Any]
-CELLS: tuple[Kind, ...] = ("gate", "expert")  # groups that have a place, which stands in their name
 
 
 def is_name(text: str) -> bool:
@@ -513,8 +562,9 @@ def parse_group(key: str) -> ParameterGroup:
     >>> parse_group("expert[3,5]")
     ParameterGroup(kind='expert', layer=3, expert=5)
     """
-    if key == SHARED.kind:
-        return SHARED
+    for group in WHOLE:
+        if key == group.kind:
+            return group
     for kind in CELLS:
         if key.startswith(f"{kind}["):
             layer, _, expert = key.removeprefix(f"{kind}[").removesuffix("]").partition(",")

@@ -4,7 +4,7 @@
 >>> algorithm = make("fedalign_moe", {})
 >>> plan = planned(algorithm, reports(clients=3, experts=4, asks=algorithm.asks))
 >>> plan.weight_C_G.shape, sorted(plan.state)
-(torch.Size([3, 17]), ['target_L_E'])
+(torch.Size([3, 19]), ['target_L_E'])
 >>> later = planned(algorithm, reports(clients=3, experts=4, asks=algorithm.asks, seed=1), plan.state)
 """
 
@@ -19,7 +19,20 @@ from torch.nn.functional import normalize, one_hot
 
 from fedalign.client.statistics import packed_bits
 from fedalign.maths.routing import decision_margin
-from fedalign.protocol import SHARED, Algorithm, Ask, Layout, Plan, Reports, State, Statistics, TokenRows, asked_shapes
+from fedalign.protocol import (
+    EMBEDDINGS,
+    HEAD,
+    SHARED,
+    Algorithm,
+    Ask,
+    Layout,
+    Plan,
+    Reports,
+    State,
+    Statistics,
+    TokenRows,
+    asked_shapes,
+)
 from fedalign.server.checks import check_plan
 
 EVERYTHING: frozenset[Ask] = frozenset(get_args(Ask)) - {"data"}
@@ -27,8 +40,8 @@ TOKENS, TOP_K, WIDTH, VOCABULARY = 128, 2, 16, 50
 
 
 def layout(layers: int = 2, experts: int = 4, token_rows: bool = True) -> Layout:
-    """A model whose groups are small; its first 50 shared values are rows of an embedding, one value to a token."""
-    sizes = {group: VOCABULARY + 10 if group == SHARED else 5 for group in Layout(layers, experts, {}).groups}
+    """A model whose groups are small; its head is its embedding, which has one value to a token."""
+    sizes = dict.fromkeys(Layout(layers, experts, {}).groups, 5) | {SHARED: 10, EMBEDDINGS: VOCABULARY, HEAD: 0}
     top_k_L = (min(TOP_K, experts),) * layers
     return Layout(layers, experts, sizes, {}, (TokenRows(0, VOCABULARY, 1),) * token_rows, (True,) * layers, top_k_L)
 

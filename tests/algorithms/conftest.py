@@ -9,12 +9,24 @@ import torch
 from torch import Tensor, tensor
 
 from fedalign import testing
-from fedalign.protocol import SHARED, Algorithm, Layout, ParameterGroup, Plan, Reports, State, Statistics
+from fedalign.protocol import (
+    EMBEDDINGS,
+    HEAD,
+    SHARED,
+    Algorithm,
+    Layout,
+    ParameterGroup,
+    Plan,
+    Reports,
+    State,
+    Statistics,
+)
 
 LAYOUT = Layout(
     1,
     2,
-    {SHARED: 5} | {ParameterGroup(kind, 0, e): size for kind, size in (("gate", 2), ("expert", 3)) for e in range(2)},  # type: ignore[arg-type] # mypy takes the two words for any str
+    {SHARED: 5, EMBEDDINGS: 4, HEAD: 6}
+    | {ParameterGroup(kind, 0, e): size for kind, size in (("gate", 2), ("expert", 3)) for e in range(2)},  # type: ignore[arg-type] # mypy takes the two words for any str
 )
 
 Report = Callable[..., Statistics]
@@ -60,7 +72,7 @@ def report() -> Report:
 
 
 def _norms(norm: list[float] | None) -> Tensor:
-    return torch.ones(5) if norm is None else tensor(norm)
+    return torch.ones(len(LAYOUT.groups)) if norm is None else tensor(norm)
 
 
 def planned(

@@ -11,7 +11,7 @@ from fedalign.algorithms import ALGORITHMS
 from fedalign.config.run import Config
 from fedalign.config.toml import load_config
 from fedalign.doctor.estimate import statistics_nbytes
-from fedalign.protocol import SHARED, Layout, Statistics, TokenRows, asked_shapes
+from fedalign.protocol import EMBEDDINGS, Layout, Statistics, TokenRows, asked_shapes
 from tests.algorithms.test_hooks import broadcast
 from tests.algorithms.test_rounds import federation
 
@@ -36,7 +36,7 @@ CELLS = 16 * 64
 LARGE = Layout(
     16,
     64,
-    {group: VOCABULARY + 1 if group == SHARED else 1 for group in Layout(16, 64, {}).groups},
+    {group: VOCABULARY if group == EMBEDDINGS else 1 for group in Layout(16, 64, {}).groups},
     token_rows=(TokenRows(0, VOCABULARY, 1),),
 )
 
@@ -73,10 +73,10 @@ def test_a_report_of_a_large_model_is_small(variant: str) -> None:
 
 
 def test_bytes_by_hand() -> None:
-    always = 48 + 4 * (2 * CELLS + 1 + 2 * CELLS)  # numbers, routing and load, lengths
-    assert statistics_nbytes(configured("algorithm.name=fedavg"), LARGE) == always == 16_436
+    always = 48 + 4 * (2 * CELLS + 3 + 2 * CELLS)  # numbers, routing and load, lengths
+    assert statistics_nbytes(configured("algorithm.name=fedavg"), LARGE) == always == 16_444
     assert statistics_nbytes(configured("algorithm.name=by_use"), LARGE) == always + 4 * VOCABULARY
     semantic = 4 * CELLS + 2 * CELLS * 64 + 4 * 16 + 2 * CELLS * 64
-    assert statistics_nbytes(configured("algorithm.name=fedalign_paper"), LARGE) == always + semantic == 282_740
+    assert statistics_nbytes(configured("algorithm.name=fedalign_paper"), LARGE) == always + semantic == 282_748
     met = configured("algorithm.name=fedalign_moe", "algorithm.vocabulary=clients")
     assert statistics_nbytes(met, LARGE) == always + semantic + VOCABULARY // 8

@@ -14,8 +14,21 @@ from fedalign.algorithms import fedalign_moe as module
 from fedalign.algorithms.by_use import ByUse
 from fedalign.algorithms.fedalign_moe import FedAlignMoE
 from fedalign.algorithms.fedalign_paper import FedAlignPaper
+from fedalign.client.statistics import packed_bits
+from fedalign.maths.average import StreamingSum
 from fedalign.maths.routing import Overlap, alignment_strength, routing_penalty
-from fedalign.protocol import LayerRouting, Layout, Statistics, Step, TokenRows
+from fedalign.protocol import (
+    EMBEDDINGS,
+    KINDS,
+    LayerRouting,
+    Layout,
+    Packed,
+    Reports,
+    Statistics,
+    Step,
+    TokenRows,
+    Update,
+)
 from tests.algorithms.conftest import Report, planned
 
 
@@ -31,7 +44,7 @@ def pair(report: Report) -> list[Statistics]:
 def columns(layout: Layout, reports: list[Statistics], algorithm: FedAlignMoE) -> tuple[Tensor, Tensor, Tensor]:
     plan = planned(algorithm, reports, layout)
     shared_C, gate_C_L_E, expert_C_L_E = layout.split(plan.weight_C_G)
-    assert_close(plan.weight_C_G.sum(dim=0), torch.ones(5))
+    assert_close(plan.weight_C_G.sum(dim=0), torch.ones(7))
     return shared_C, gate_C_L_E[:, 0], expert_C_L_E[:, 0]
 
 
@@ -100,8 +113,8 @@ def test_a_client_of_another_role_is_left_out(layout: Layout, report: Report) ->
     assert_close(expert, tensor([[1 / 3, 1 / 3]] * 3 + [[0.0, 0.0]]))
     plan = planned(FedAlignPaper(), reports, layout)
     asked = {request.client: {group.kind for group in request.groups} for request in plan.requests(1, layout)}
-    assert asked["a"] == {"shared", "gate", "expert"}
-    assert asked["d"] == {"shared", "gate"}  # what is left out is never uploaded
+    assert asked["a"] == set(KINDS)
+    assert asked["d"] == set(KINDS) - {"expert"}  # what is left out is never uploaded
 
 
 def test_an_expert_nobody_holds_stays(layout: Layout, pair: list[Statistics]) -> None:
@@ -113,24 +126,24 @@ def test_an_expert_nobody_holds_stays(layout: Layout, pair: list[Statistics]) ->
 
 
 def test_a_rare_expert_is_clipped_to_the_median_norm_of_its_layer(layout: Layout, pair: list[Statistics]) -> None:
-    # groups: shared, gate 0, gate 1, expert 0, expert 1. Only a holds expert 1; held norms 1, 2 and 8: median 2
+    # the last two groups are experts 0 and 1. Only a holds expert 1; held norms 1, 2 and 8: median 2
     reports = [
-        replace(pair[0], norm_G=tensor([9.0, 9, 9, 1, 8])),
-        replace(pair[1], norm_G=tensor([9.0, 9, 9, 2, 7]), load_L_E=tensor([[50.0, 0.0]])),
+        replace(pair[0], norm_G=tensor([9.0, 9, 9, 9, 9, 1, 8])),
+        replace(pair[1], norm_G=tensor([9.0, 9, 9, 9, 9, 2, 7]), load_L_E=tensor([[50.0, 0.0]])),
     ]
     plan = planned(FedAlignPaper(), reports, layout)
     assert plan.factor_C_G is not None
-    assert_close(plan.factor_C_G[0], tensor([1.0, 1, 1, 1, 0.25]))
-    assert_close(plan.weight_C_G[:, 4], tensor([1.0, 0.0]))
+    assert_close(plan.factor_C_G[0], tensor([1.0, 1, 1, 1, 1, 1, 0.25]))
+    assert_close(plan.weight_C_G[:, 6], tensor([1.0, 0.0]))
     assert planned(FedAlignPaper(min_holders=1), reports, layout).factor_C_G is None
     assert planned(FedAlignPaper(experts="average"), reports, layout).factor_C_G is None
     # with all of them rare, the even number of norms 1, 2, 8: still 2; without b: 1 and 8, their middle 4.5
     all_rare = planned(FedAlignPaper(min_holders=5), reports, layout).factor_C_G
     assert all_rare is not None
-    assert_close(all_rare[:, 3:], tensor([[1.0, 0.25], [1.0, 2 / 7]]))
+    assert_close(all_rare[:, 5:], tensor([[1.0, 0.25], [1.0, 2 / 7]]))
     alone = planned(FedAlignPaper(), reports[:1], layout).factor_C_G
     assert alone is not None
-    assert_close(alone[0, 3:], tensor([1.0, 4.5 / 8]))
+    assert_close(alone[0, 5:], tensor([1.0, 4.5 / 8]))
 
 
 def test_the_plan_follows_a_permutation_of_clients_and_does_not_depend_on_the_slices(
@@ -250,7 +263,7 @@ def test_use_alone_by_hand(layout: Layout, pair: list[Statistics]) -> None:
     assert not plan.centred
     assert plan.state == {}
     assert algorithm.penalty(step_of([routing(3, 0)], torch.ones(1, 4) / 4)) is None
-    alone = [replace(pair[0], norm_G=tensor([9.0, 9, 9, 1, 8])), replace(pair[1], load_L_E=tensor([[50.0, 0.0]]))]
+    alone = [replace(pair[0], norm_G=tensor([9.0, 9, 9, 9, 9, 1, 8])), replace(pair[1], load_L_E=tensor([[50.0, 0.0]]))]
     assert planned(algorithm, alone, layout).factor_C_G is None  # no clip by what others did
 
 
@@ -288,7 +301,7 @@ def test_a_target_is_made_for_the_penalty_alone(layout: Layout, pair: list[Stati
 
 
 def with_rows(layout: Layout) -> Layout:
-    return replace(layout, token_rows=(TokenRows(1, tokens=3, width=1),))
+    return replace(layout, token_rows=(TokenRows(1, tokens=3, width=1),), sizes={**layout.sizes, EMBEDDINGS: 4})
 
 
 def test_token_rows_by_hand(layout: Layout, pair: list[Statistics]) -> None:
@@ -314,3 +327,31 @@ def test_token_rows_by_who_met_them(layout: Layout, pair: list[Statistics]) -> N
     # token 0 by both, 30 : 10; token 1 by a alone; token 2 by nobody: by data
     assert plan.token_weight_C_M_V is not None
     assert_close(plan.token_weight_C_M_V, tensor([[[0.75, 1.0, 0.75]], [[0.25, 0.0, 0.25]]]))
+
+
+@pytest.mark.parametrize("vocabulary", ["tokens", "clients"])
+def test_a_trigger_word_of_one_client_moves_by_its_share_alone_if_two_must_hold_a_word(vocabulary: str) -> None:
+    """Ten clients of equal data; the first alone holds word 7, and pushes its row as far as it likes."""
+    seen = testing.reports(clients=10, asks={"tokens", "met"})
+    met_V = torch.arange(testing.VOCABULARY) != 7
+    reports = []
+    for index, report in enumerate(seen.of):
+        count_M_V = (met_V if index else torch.ones_like(met_V)).float().unsqueeze(0)
+        said = replace(report, examples=20, token_count_M_V=count_M_V, token_met_M_B=packed_bits(count_M_V > 0))
+        reports.append(replace(said, norm_G=torch.full_like(report.norm_G, 1e6)))
+    moved = {}
+    for holders in (1, 2):
+        algorithm = FedAlignMoE(vocabulary=vocabulary, vocabulary_holders=holders, experts="average", gate="average")  # type: ignore[arg-type] # pytest's parameters are words of that kind
+        plan = testing.planned(replace(algorithm, reg_strength=0.0), Reports(reports, seen.layout, 10))
+        total = StreamingSum(seen.layout, plan, {r.client: r.norm_G for r in reports}, "float32")
+        for request in plan.requests(1, seen.layout):
+            groups = {group: Packed(torch.ones(seen.layout.sizes[group])) for group in request.groups}
+            if request.client == reports[0].client:
+                groups[EMBEDDINGS].values[7] = 1000.0
+            else:
+                groups[EMBEDDINGS].values[7] = 0.0  # whoever never read a word does not move its row
+            assert total.add(Update(request.client, 1, groups)) is None
+        moved[holders] = total.result({g: torch.zeros(size) for g, size in seen.layout.sizes.items()})[EMBEDDINGS]
+    assert_close(moved[1][7], torch.tensor(1000.0))  # it owns the word
+    assert_close(moved[2][7], torch.tensor(100.0))  # its share under FedAvg
+    assert_close(moved[1][met_V], moved[2][met_V])

@@ -68,7 +68,7 @@ def test_holders_only(layout: Layout, pair: list[Statistics]) -> None:
 def test_without_any_load_only_experts_stay(layout: Layout, pair: list[Statistics]) -> None:
     idle = [replace(report, load_L_E=torch.zeros(1, 2), tokens=1) for report in pair]
     plan = planned(FLAME(), idle, layout, {"left": tensor(1.0)})
-    assert_close(plan.weight_C_G, tensor([[0.75, 0.75, 0.75, 0, 0], [0.25, 0.25, 0.25, 0, 0]]))
+    assert_close(plan.weight_C_G, tensor([[0.75] * 5 + [0, 0], [0.25] * 5 + [0, 0]]))
     assert plan.state == {}
 
 

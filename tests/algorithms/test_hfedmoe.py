@@ -92,7 +92,7 @@ def test_withheld_experts_have_no_say(layout: Layout, trio: list[Statistics]) ->
 def test_without_any_load_only_the_rest_changes(layout: Layout, trio: list[Statistics], gate: str) -> None:
     idle = [replace(report, load_L_E=torch.zeros(1, 2)) for report in trio]
     plan = planned(HFedMoE(gate=gate), idle, layout, {"left": tensor(1.0)})  # type: ignore[arg-type] # pytest's parameters are words of that kind
-    assert_close(plan.weight_C_G, tensor([[0.3, 0, 0, 0, 0], [0.1, 0, 0, 0, 0], [0.6, 0, 0, 0, 0]]))
+    assert_close(plan.weight_C_G, tensor([[share] * 3 + [0] * 4 for share in (0.3, 0.1, 0.6)]))
     assert plan.metrics == {"experts_important_to_nobody": 2}
     assert plan.state == {}
 

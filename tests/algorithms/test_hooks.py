@@ -20,6 +20,7 @@ from fedalign.maths.rounding import pack
 from fedalign.protocol import (
     KINDS,
     SHARED,
+    WHOLE,
     Broadcast,
     Evaluation,
     Layout,
@@ -37,7 +38,7 @@ from tests.algorithms.test_rounds import federation, one_round
 
 EXPERT = ParameterGroup("expert", 0, 0)
 CELLS = [ParameterGroup(kind, 0, e) for kind in ("gate", "expert") for e in range(2)]
-LAYOUT = Layout(1, 2, {SHARED: 1, **dict.fromkeys(CELLS, 2)})
+LAYOUT = Layout(1, 2, {**dict.fromkeys(WHOLE, 1), **dict.fromkeys(CELLS, 2)})
 
 
 def report(client: str, examples: int, experts: list[list[float]], steps: int = 2) -> Statistics:
@@ -58,7 +59,7 @@ def report(client: str, examples: int, experts: list[list[float]], steps: int = 
         centroid_L_E_D=torch.zeros(1, 2, 2, dtype=torch.float16),
         centroid_scale_L=torch.ones(1),
         update_L_E_S=torch.nn.functional.normalize(update_E_S, dim=1).half()[None],
-        norm_G=torch.cat([torch.ones(3), norm_E]),
+        norm_G=torch.cat([torch.ones(5), norm_E]),
         token_count_M_V=torch.zeros(0, 0),
         token_met_M_B=torch.zeros(0, 0, dtype=torch.uint8),
     )
@@ -81,7 +82,7 @@ def test_scaffold_by_hand() -> None:
     reports = [report("a", 1, [[1, 0], [1, 0]], steps=2), report("b", 3, [[1, 0], [1, 0]], steps=4)]
     plan = Scaffold().plan(Reports(reports, LAYOUT, members=4), {})
     assert_close(plan.weight_C_G[:, 0], tensor([0.25, 0.75]))
-    total = StreamingSum(LAYOUT, plan, {r.client: torch.full((5,), 9.0) for r in reports}, "float32")
+    total = StreamingSum(LAYOUT, plan, {r.client: torch.full((7,), 9.0) for r in reports}, "float32")
     for client, move in (("a", 3.0), ("b", 1.0)):
         groups = {group: Packed(torch.full((LAYOUT.sizes[group],), move)) for group in LAYOUT.groups}
         assert total.add(Update(client, 1, groups)) is None
@@ -90,11 +91,11 @@ def test_scaffold_by_hand() -> None:
     assert plan.then is not None
     state = plan.then(total.streams())
     # mean of 3 / (2 * .5) = 3 and 1 / (4 * .5) = .5 is 1.75; c = 0 - 2/4 * (0 + 1.75)
-    assert_close(state[CONTROL], torch.full((9,), -0.875))
+    assert_close(state[CONTROL], torch.full((11,), -0.875))
     again = Scaffold().plan(Reports(reports, LAYOUT, members=4), state)
     assert again.then is not None
-    assert_close(again.then(total.streams())[CONTROL], torch.full((9,), -0.875 - 0.5 * (-0.875 + 1.75)))
-    assert_close(state[CONTROL], torch.full((9,), -0.875))  # what was handed over stays as it was
+    assert_close(again.then(total.streams())[CONTROL], torch.full((11,), -0.875 - 0.5 * (-0.875 + 1.75)))
+    assert_close(state[CONTROL], torch.full((11,), -0.875))  # what was handed over stays as it was
     arrived = {group: value for group, value in total.streams()[CONTROL].items() if group != SHARED}
     partly = split(again.then({CONTROL: arrived})[CONTROL], LAYOUT.sizes)
     assert_close(partly[SHARED], tensor([-0.875]))  # what did not arrive keeps its control

@@ -146,7 +146,7 @@ def test_an_algorithm_of_another_package(package: Package, layout: Layout, repor
     algorithm = make("largest", {"count": 1})
     nothing = ([0.5, 0.5], [0.0, 0.0], [0.0, 0.0], [[0.0], [0.0]], [[0.0], [0.0]])
     plan = planned(algorithm, [report("a", 30, *nothing), report("b", 10, *nothing)], layout)
-    assert_close(plan.weight_C_G, tensor([[1.0] * 5, [0.0] * 5]))
+    assert_close(plan.weight_C_G, tensor([[1.0] * 7, [0.0] * 7]))
 
     config = load_config(None, ["algorithm.name=largest", "algorithm.count=2"])
     assert config.algorithm.build() == make("largest", {"count": 2})

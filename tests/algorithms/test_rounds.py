@@ -58,6 +58,7 @@ def one_round(
         assert check_statistics(report, layout, shapes, number) is None
         reports.append(report)
     plan = planned(algorithm, Reports(reports, layout, len(engine.members())), state)
+    plan = plan.without({report.client: report.frozen for report in reports}, layout)
     total = StreamingSum(layout, plan, {report.client: report.norm_G for report in reports}, "float32")
     assert engine.collect([r for r in plan.requests(number, layout) if r.groups], total) == []
     assert total.unchanged(1.0) == []

@@ -12,6 +12,7 @@ import pytest
 
 from fedalign.cli import doctor as doctor_cli
 from fedalign.cli.terminal import out
+from fedalign.doctor.what_leaves import NEVER, REFUSED, ROWS
 from fedalign.federation.flower.keys import make_certificates
 from tests.conftest import SUBJECTS, Command
 from tests.doctor.server import serving
@@ -61,6 +62,9 @@ def test_init_says_what_to_send_and_what_to_run(fedalign: Command, texts: Path, 
     assert tomllib.loads(options["--node-config"]) == {"site": str(folder / "site.toml")}
     assert (folder / "key").read_text() not in text
     assert not any(secret in text for secret in secrets_of(texts))
+    assert "embeddings and head stay frozen here" in " ".join(text.split())
+    written = tomllib.loads((folder / "site.toml").read_text())
+    assert written.get("consent", {}) == {"token_counts": False, "embeddings": False}
 
 
 def test_init_never_proposes_plaintext_over_a_network(fedalign: Command, texts: Path, tmp_path: Path) -> None:
@@ -85,6 +89,7 @@ def test_doctor_on_a_site(fedalign: Command, federation: Path, texts: Path, olmo
         fedalign("site", "init", "a", *data, "--dir", folder, "--superlink", address)
         code, text, errors = fedalign("doctor", "--site", folder, federation)
         assert code == 0, text + errors
+        assert " ".join(REFUSED.split()) in " ".join(text.split())
         assert text.rstrip().endswith("Ready.")
         assert re.search(r'model\.weights_hash = "[0-9a-f]{64}"\n', text)
         assert "failed" not in text
@@ -157,7 +162,9 @@ def test_what_leaves(fedalign: Command, federation: Path, texts: Path, tmp_path:
             assert words in text
         flowing = " ".join(text.split())
         assert "fewer than 32 tokens or 4 examples" in flowing
-        assert "Raw text, tokens, labels and values of single examples never leave" in flowing
+        assert NEVER in flowing
+        told = REFUSED if "--site" in where else f"If the site consents: {ROWS}"
+        assert told in flowing
         assert not any(subject in text for texts in SUBJECTS.values() for subject in texts)
     code, _, errors = fedalign("doctor", "--site", tmp_path / "b", "--what-leaves")
     assert code == 2

@@ -18,7 +18,7 @@ from fedalign.federation.messages import MESSAGES, Parcel, decode, encode
 from fedalign.federation.service import Service
 from fedalign.maths.rounding import pack
 from fedalign.moe.model import MoEModel
-from fedalign.protocol import PROTOCOL, Broadcast, Request, Statistics, Update
+from fedalign.protocol import DEALT, PROTOCOL, Broadcast, Consent, Request, Statistics, Update
 from tests.federation.test_messages import travel
 
 TO_SITES = {Broadcast, Request}
@@ -29,10 +29,24 @@ def config(request: pytest.FixtureRequest, settings: list[str]) -> Config:
     return load_config(None, [*settings, "federation.engine=flower", f"wire.dtype={request.param}"])
 
 
-def service(config: Config, folder: Path) -> Service:
+@pytest.fixture(
+    scope="module", params=[DEALT, Consent(False, False), Consent(False, True)], ids=["both", "neither", "rows"]
+)
+def consent(request: pytest.FixtureRequest) -> Consent:
+    given: Consent = request.param
+    return given
+
+
+def service(config: Config, folder: Path, consent: Consent = DEALT) -> Service:
     limits = {"min_tokens": config.statistics.min_tokens}
     model = {"path": config.model.path}
-    tables = {"name": "ward", "data": {"train": config.data.train}, "model": model, "limits": limits}
+    tables = {
+        "name": "ward",
+        "data": {"train": config.data.train},
+        "model": model,
+        "limits": limits,
+        "consent": vars(consent),
+    }
     here = SiteFolder(folder, SiteConfig.model_validate(tables))
     return Service("ward", here.memory("run"), lambda: open_site(here, config, "run"))
 
@@ -44,12 +58,14 @@ def broadcast(moe: MoEModel) -> Parcel:
 
 
 @pytest.fixture(scope="module")
-def real(config: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Parcel]:
+def real(config: Config, consent: Consent, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Parcel]:
     """What a site really answers in its first round, by kind of message."""
-    site = service(config, tmp_path_factory.mktemp("site"))
+    site = service(config, tmp_path_factory.mktemp("site"), consent)
     nothing = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
     moe = site.client.trainer.moe
-    weights, trained = broadcast(moe), tuple(group for group, size in moe.layout.sizes.items() if size)
+    frozen = consent.frozen(moe.layout)
+    trained = tuple(group for group, size in moe.layout.sizes.items() if size and group not in frozen)
+    weights = broadcast(moe)
     answers = [
         site.answer("hello", nothing),
         site.answer("start", nothing),
@@ -73,8 +89,8 @@ def test_every_message_and_every_field_is_listed() -> None:
         assert list(meanings) == [field.name for field in dataclasses.fields(kind)]
 
 
-def test_the_list_is_complete_for_a_model(config: Config) -> None:
-    sent = what_leaves("ward", skeleton(config), config)
+def test_the_list_is_complete_for_a_model(config: Config, consent: Consent) -> None:
+    sent = what_leaves("ward", skeleton(config), config, consent)
     assert {one.name for one in sent} == {kind.__name__ for kind in MEANINGS}
     for one in sent:
         assert all(field.meaning and field.shape and field.nbytes for field in one.fields)
@@ -84,9 +100,10 @@ def test_the_list_is_complete_for_a_model(config: Config) -> None:
         assert 0 < names < 40 + 25 * len(one.fields)  # what the fields do not take is their names
 
 
-def test_a_real_round_sends_what_is_listed(config: Config, real: dict[str, Parcel]) -> None:
-    listed = {encode(message).head["kind"]: message for message in empty_messages("ward", skeleton(config), config)}
-    sizes = {one.name.lower(): one.nbytes for one in what_leaves("ward", skeleton(config), config)}
+def test_a_real_round_sends_what_is_listed(config: Config, consent: Consent, real: dict[str, Parcel]) -> None:
+    every = empty_messages("ward", skeleton(config), config, consent)
+    listed = {encode(message).head["kind"]: message for message in every}
+    sizes = {one.name.lower(): one.nbytes for one in what_leaves("ward", skeleton(config), config, consent)}
     assert set(real) == set(listed)
     for kind, answer in real.items():
         assert parts(answer) == parts(encode(listed[kind])), kind

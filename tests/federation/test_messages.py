@@ -62,6 +62,8 @@ def hello(client: str = "ward", **changes: Any) -> Hello:
         "experts": 3,
         "examples": 40,
         "held_out": 4,
+        "token_counts": True,
+        "embeddings": False,
     }
     return Hello(client=client, **hashes | about | changes)
 
@@ -84,7 +86,7 @@ def statistics(client: str = "ward", round: int = 3) -> Statistics:
         centroid_L_E_D=sketch,
         centroid_scale_L=torch.ones(2),
         update_L_E_S=sketch + 1,
-        norm_G=torch.arange(13.0),
+        norm_G=torch.arange(15.0),
         token_count_M_V=torch.arange(14.0).view(2, 7),
         token_met_M_B=torch.tensor([[126], [127]], dtype=torch.uint8),
         frozen=(GROUPS[8],),
@@ -144,6 +146,7 @@ def test_all_that_the_protocol_says_may_travel_does() -> None:
         protocol.Packed,
         protocol.Plan,
         protocol.TokenRows,
+        protocol.Consent,
     }  # of a message, or the server's
     parts |= {protocol.LayerRouting, protocol.Step, protocol.LocalRound, protocol.Reports}  # what algorithms see
     assert classes - parts == set(MESSAGES.values())
@@ -168,14 +171,14 @@ def test_bytes_of_a_parcel_are_those_of_the_message_and_its_head(dtype: WireDtyp
     update = Update("ward", 1, packed(dict.fromkeys(GROUPS, 300), dtype))
     parcel = encode(update)
     assert parcel.nbytes == update.nbytes + len(parcel.text)
-    assert update.nbytes == 13 * {"float32": 1200, "bfloat16": 600, "int8": 300 + 8}[dtype]
+    assert update.nbytes == 15 * {"float32": 1200, "bfloat16": 600, "int8": 300 + 8}[dtype]
     report = statistics()
     assert sum(piece.nbytes for (piece,) in encode(report).arrays.values()) == report.nbytes - 40 - 8 * 2
 
 
 @given(
     dtype=st.sampled_from(DTYPES),
-    sizes=st.dictionaries(st.sampled_from(GROUPS), st.integers(0, 600), max_size=13),
+    sizes=st.dictionaries(st.sampled_from(GROUPS), st.integers(0, 600), max_size=15),
     slab=st.integers(1, 3000),
 )
 @settings(deadline=None, max_examples=60)
@@ -250,6 +253,8 @@ def test_a_missing_or_additional_field_is_refused(message: Message) -> None:
         (hello(), "examples", "4"),
         (hello(), "examples", None),
         (hello(), "examples", 1 << 63),
+        (hello(), "embeddings", 1),
+        (hello(), "token_counts", "false"),
         (hello(), "client", 4),
         (hello(), "client", None),
         (hello(), "client", ["ward"]),
@@ -323,7 +328,7 @@ def test_an_array_that_is_not_as_announced_is_refused(array: tuple[Tensor, ...])
         decode(Parcel(parcel.head, without), Statistics)
 
 
-NAMES = ["shared", "gate[0,0]"]
+NAMES = ["shared", "embeddings"]
 
 
 @pytest.mark.parametrize(
@@ -344,7 +349,7 @@ NAMES = ["shared", "gate[0,0]"]
         {"dtype": "float32", "groups": NAMES},
         {"dtype": "float32", "groups": ["shared", "shared"], "sizes": [3, 3]},
         {"dtype": "float32", "groups": "shared", "sizes": [1] * 6},
-        {"dtype": "float32", "groups": {"shared": 0, "gate[0,0]": 0}, "sizes": [3, 3]},
+        {"dtype": "float32", "groups": {"shared": 0, "embeddings": 0}, "sizes": [3, 3]},
         {"dtype": "float32", "groups": ["shared", 3], "sizes": [3, 3]},
         {"dtype": "float32", "groups": ["shared", None], "sizes": [3, 3]},
         {"dtype": "bfloat16", "groups": NAMES, "sizes": [3, 3]},
@@ -378,6 +383,9 @@ def test_scales_that_do_not_fit_are_refused(scale: tuple[Tensor, ...]) -> None:
     [
         "",
         "shared[0,0]",
+        "embeddings[0,0]",
+        "head[0,0]",
+        "words",
         "gate",
         "gate[0]",
         "gate[0,0",

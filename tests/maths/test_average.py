@@ -13,10 +13,21 @@ from torch.testing import assert_close
 from fedalign.maths import average as module
 from fedalign.maths.average import StreamingSum
 from fedalign.maths.rounding import pack, unpack
-from fedalign.protocol import SHARED, Layout, Packed, ParameterGroup, Plan, TokenRows, Update, WireDtype
+from fedalign.protocol import (
+    EMBEDDINGS,
+    HEAD,
+    SHARED,
+    Layout,
+    Packed,
+    ParameterGroup,
+    Plan,
+    TokenRows,
+    Update,
+    WireDtype,
+)
 
 GATE, EXPERT = ParameterGroup("gate"), ParameterGroup("expert")
-LAYOUT = Layout(1, 1, {SHARED: 600, GATE: 0, EXPERT: 300})  # the router is frozen
+LAYOUT = Layout(1, 1, {SHARED: 600, EMBEDDINGS: 0, HEAD: 0, GATE: 0, EXPERT: 300})  # the rest is frozen
 
 
 def normal(size: int, seed: int) -> Tensor:
@@ -24,7 +35,13 @@ def normal(size: int, seed: int) -> Tensor:
 
 
 def plan_of(*rows: Sequence[float], clip: Tensor | None = None) -> Plan:
-    return Plan(tuple("abcdefgh"[: len(rows)]), tensor(rows), clip)
+    """Of each client, its weight in shared, gate and expert."""
+    return Plan(tuple("abcdefgh"[: len(rows)]), table(tensor(rows)), clip)
+
+
+def table(weight_C_3: Tensor) -> Tensor:
+    shared_C, gate_C, expert_C = weight_C_3.unbind(1)
+    return LAYOUT.table(shared_C, gate_C[:, None, None], expert_C[:, None, None])
 
 
 def update_of(client: str, seed: int, dtype: WireDtype = "float32", expert: bool = True) -> Update:
@@ -42,7 +59,7 @@ def norms_of(updates: Sequence[Update]) -> dict[str, Tensor]:
 
 
 def old_weights() -> dict[ParameterGroup, Tensor]:
-    return {SHARED: normal(600, 50), GATE: torch.empty(0), EXPERT: normal(300, 51)}
+    return {group: torch.empty(0) for group in LAYOUT.groups} | {SHARED: normal(600, 50), EXPERT: normal(300, 51)}
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +108,7 @@ def test_exactly_half_is_enough_and_nothing_never_is() -> None:
 
 def test_clip_factors_shorten_and_never_enter_the_normaliser() -> None:
     updates = [update_of("a", 0), update_of("b", 1)]
-    clip = tensor([[1.0, 1.0, 0.1], [1.0, 1.0, 1.0]])
+    clip = table(tensor([[1.0, 1.0, 0.1], [1.0, 1.0, 1.0]]))
     plan = plan_of([0.5, 0.0, 0.5], [0.5, 0.0, 0.5], clip=clip)
     old = old_weights()
     total = StreamingSum(LAYOUT, plan, norms_of(updates), "float32")
@@ -186,7 +203,7 @@ def test_a_second_update_of_a_client_is_refused() -> None:
 
 @pytest.mark.parametrize("claimed", [torch.nan, torch.inf, 0.0])
 def test_a_claim_that_is_no_length_covers_nothing(claimed: float) -> None:
-    total = StreamingSum(LAYOUT, plan_of([1.0, 1.0, 1.0]), {"a": torch.full((3,), claimed)}, "float32")
+    total = StreamingSum(LAYOUT, plan_of([1.0, 1.0, 1.0]), {"a": torch.full((5,), claimed)}, "float32")
     assert total.add(update_of("a", 0)) is not None
 
 
@@ -196,7 +213,7 @@ def test_wire_rounding_does_not_make_a_liar(dtype: WireDtype) -> None:
         values = normal(300, seed) ** 3
         values[7] = 50 * (seed % 2)  # now and then one value dwarfs its block
         update = Update("a", 1, {EXPERT: pack(values, dtype, seed)})
-        norm = {"a": tensor([0.0, 0.0, float(values.norm())])}
+        norm = {"a": tensor([0.0] * 4 + [float(values.norm())])}
         assert StreamingSum(LAYOUT, plan_of([0.0, 0.0, 1.0]), norm, dtype).add(update) is None
 
 
@@ -216,7 +233,7 @@ def test_int8_must_bring_its_scales() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_packed_values_that_are_not_finite_are_seen(dtype: WireDtype) -> None:
     update = Update("a", 1, {EXPERT: pack(spoilt(300, torch.nan), dtype, 0)})
-    total = StreamingSum(LAYOUT, plan_of([0.0, 0.0, 1.0]), {"a": torch.full((3,), 1e9)}, dtype)
+    total = StreamingSum(LAYOUT, plan_of([0.0, 0.0, 1.0]), {"a": torch.full((5,), 1e9)}, dtype)
     failure = total.add(update)
     assert failure is not None
     assert failure.reason == "expert[0,0]: not finite"
@@ -224,56 +241,93 @@ def test_packed_values_that_are_not_finite_are_seen(dtype: WireDtype) -> None:
     assert total.result(old)[EXPERT] is old[EXPERT]
 
 
-READ, ANSWERED = TokenRows(100, tokens=10, width=30), TokenRows(450, tokens=10, width=5, answers=True)
-BY_TOKEN = replace(LAYOUT, token_rows=(READ, ANSWERED))
+READ, ANSWERED = TokenRows(30, tokens=10, width=30), TokenRows(0, tokens=9, width=5, answers=True)
+WORDS = {EMBEDDINGS: 400, HEAD: 47}  # with values before and after the rows
+BY_TOKEN = Layout(1, 1, {**LAYOUT.sizes, **WORDS}, token_rows=(READ, ANSWERED))
 
 
-def token_plan(weight_C_M_V: Tensor) -> Plan:
-    return replace(plan_of([0.5, 0, 0.5], [0.5, 0, 0.5]), token_weight_C_M_V=weight_C_M_V)
+def words_of(client: str, seed: int, dtype: WireDtype = "float32") -> Update:
+    update = update_of(client, seed, dtype)
+    words = {group: pack(normal(size, seed + 200), dtype, seed) for group, size in WORDS.items()}
+    return replace(update, groups={**update.groups, **words})
+
+
+def old_words() -> dict[ParameterGroup, Tensor]:
+    return old_weights() | {group: normal(size, 52) for group, size in WORDS.items()}
+
+
+def token_plan(weight_C_M_V: Tensor, clip: Tensor | None = None) -> Plan:
+    return replace(plan_of([0.5, 0, 0.5], [0.5, 0, 0.5], clip=clip), token_weight_C_M_V=weight_C_M_V)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_token_rows_have_weights_of_their_own(dtype: WireDtype) -> None:
-    updates = [update_of("a", 0, dtype), update_of("b", 1, dtype)]
+    updates = [words_of("a", 0, dtype), words_of("b", 1, dtype)]
     share_M_V = torch.linspace(0, 1, 20).view(2, 10)
     plan = token_plan(torch.stack([share_M_V, 1 - share_M_V]))
     total = StreamingSum(BY_TOKEN, plan, norms_of(updates), dtype)
     assert [total.add(update) for update in updates] == [None, None]
-    weight_N = torch.full((600,), 0.5)
-    weight_N[100:400] = share_M_V[0].repeat_interleave(30)
-    weight_N[450:500] = share_M_V[1].repeat_interleave(5)
-    old = old_weights()
-    a, b = (unpack(update.groups[SHARED]) for update in updates)
-    assert_close(total.result(old)[SHARED], old[SHARED] + weight_N * a + (1 - weight_N) * b)
-    assert_close(total.result(old)[EXPERT], old[EXPERT] + 0.5 * sum(unpack(u.groups[EXPERT]) for u in updates))
+    weight = {group: torch.full((size,), 0.5) for group, size in BY_TOKEN.sizes.items()}
+    weight[EMBEDDINGS][30:330] = share_M_V[0].repeat_interleave(30)
+    weight[HEAD][:45] = share_M_V[1, :9].repeat_interleave(5)
+    old = old_words()
+    new = total.result(old)
+    for group in (SHARED, EMBEDDINGS, HEAD, EXPERT):
+        a, b = (unpack(update.groups[group]) for update in updates)
+        assert_close(new[group], old[group] + weight[group] * a + (1 - weight[group]) * b)
 
 
 def test_rows_of_a_lost_client_stay_and_those_it_shared_are_made_up_for() -> None:
-    updates = [update_of("a", 0), update_of("b", 1)]
+    updates = [words_of("a", 0), words_of("b", 1)]
     of_a_M_V = torch.full((2, 10), 0.5)
     of_a_M_V[0, 3], of_a_M_V[0, 4], of_a_M_V[0, 5] = 0.0, 1.0, 0.4
     total = StreamingSum(BY_TOKEN, token_plan(torch.stack([of_a_M_V, 1 - of_a_M_V])), norms_of(updates), "float32")
     total.add(updates[0])
-    old = old_weights()
-    change_V_H = (total.result(old)[SHARED] - old[SHARED])[100:400].view(10, 30)
-    rows_V_H = normal(600, 0)[100:400].view(10, 30)
+    old = old_words()
+    change_V_H = (total.result(old)[EMBEDDINGS] - old[EMBEDDINGS])[30:330].view(10, 30)
+    rows_V_H = normal(400, 200)[30:330].view(10, 30)
     for stays in (3, 5):  # nothing arrived, or less than half
         assert not change_V_H[stays].any()
     others = [row for row in range(10) if row not in (3, 5)]
     assert_close(change_V_H[others], rows_V_H[others])
-    assert_close(total.result(old, 0.4)[SHARED][250:280], old[SHARED][250:280] + rows_V_H[5])
+    assert_close(total.result(old, 0.4)[EMBEDDINGS][180:210], old[EMBEDDINGS][180:210] + rows_V_H[5])
 
 
 def test_a_stream_keeps_the_weight_of_the_group() -> None:
-    updates = [update_of("a", 0), update_of("b", 1)]
-    plan = replace(token_plan(torch.full((2, 2, 10), 0.5)), streams={"twice": torch.full((2, 3), 2.0)})
+    updates = [words_of("a", 0), words_of("b", 1)]
+    plan = replace(token_plan(torch.full((2, 2, 10), 0.5)), streams={"twice": torch.full((2, 5), 2.0)})
     plan.token_weight_C_M_V[0] = 1.0  # type: ignore[index] # token_plan has set it
     plan.token_weight_C_M_V[1] = 0.0  # type: ignore[index] # token_plan has set it
     total = StreamingSum(BY_TOKEN, plan, norms_of(updates), "float32")
     for update in updates:
         total.add(update)
-    assert_close(total.streams()["twice"][SHARED], normal(600, 0) + normal(600, 1))
-    assert_close(total.result(old_weights())[SHARED][100:400], (old_weights()[SHARED] + normal(600, 0))[100:400])
+    assert_close(total.streams()["twice"][EMBEDDINGS], normal(400, 200) + normal(400, 201))
+    assert_close(total.result(old_words())[EMBEDDINGS][30:330], (old_words()[EMBEDDINGS] + normal(400, 200))[30:330])
+
+
+def test_a_clip_shortens_token_rows_too() -> None:
+    updates = [words_of("a", 0), words_of("b", 1)]
+    clip = torch.ones(2, 5)
+    clip[0, 1] = 0.1  # a's embeddings
+    plan = token_plan(torch.tensor([1.0, 0.0])[:, None, None].expand(2, 2, 10), clip)
+    total = StreamingSum(BY_TOKEN, plan, norms_of(updates), "float32")
+    assert [total.add(update) for update in updates] == [None, None]
+    change = total.result(old_words())[EMBEDDINGS] - old_words()[EMBEDDINGS]
+    assert_close(change[30:330], 0.1 * normal(400, 200)[30:330], atol=1e-6, rtol=1e-5)
+
+
+def test_a_client_that_froze_its_words_counts_for_nothing_in_their_rows() -> None:
+    weight_C_M_V = torch.tensor([0.2, 0.8])[:, None, None].expand(2, 2, 10).clone()
+    weight_C_M_V[:, 0, 3] = torch.tensor([0.0, 1.0])  # a row that b alone met
+    plan = token_plan(weight_C_M_V).without({"b": (EMBEDDINGS,)}, BY_TOKEN)
+    assert plan.token_weight_C_M_V is not None
+    alone = torch.ones(10)
+    alone[3] = 0
+    assert_close(plan.token_weight_C_M_V[:, 0], torch.stack([alone, torch.zeros(10)]))
+    assert_close(plan.token_weight_C_M_V[:, 1], weight_C_M_V[:, 1])  # of the head, which it trains
+    assert_close(plan.weight_C_G[:, 1:3], tensor([[1.0, 0.5], [0.0, 0.5]]))
+    asked = {request.client: set(request.groups) for request in plan.requests(1, BY_TOKEN)}
+    assert asked == {"a": {SHARED, EMBEDDINGS, HEAD, EXPERT}, "b": {SHARED, HEAD, EXPERT}}
 
 
 # ------------------------------------------------------------------------------------------------------- centred rows
@@ -321,7 +375,7 @@ def centred_by_hand(client: str, row: ParameterGroup, dtype: WireDtype = "float3
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_each_clients_rows_are_centred_before_they_are_summed(dtype: WireDtype) -> None:
     gate = tensor([[0.25, 1.0, 0.5, 0.25, 1.0, 0.5], [0.75, 0.0, 0.5, 0.75, 0.0, 0.5]])
-    plan = routers_plan(torch.cat([HALF[:, :1], gate, HALF[:, 7:]], 1))
+    plan = routers_plan(torch.cat([HALF[:, :3], gate, HALF[:, 9:]], 1))
     total = routers_sum(plan, dtype)
     assert [total.add(update) for update in sent(plan, dtype)] == [None, None]
     new = moved(total)
@@ -338,7 +392,7 @@ def test_each_clients_rows_are_centred_before_they_are_summed(dtype: WireDtype) 
 
 def test_whoever_counts_in_one_row_is_asked_for_all_of_that_softmax_router() -> None:
     weight_C_G = HALF.clone()
-    weight_C_G[:, 1:7] = tensor([[0.0, 1.0, 0.0, 0.0, 1.0, 0.0], [0.0] * 6])
+    weight_C_G[:, 3:9] = tensor([[0.0, 1.0, 0.0, 0.0, 1.0, 0.0], [0.0] * 6])
     plan = routers_plan(weight_C_G)
     first, second = sent(plan)
     assert [group for group in first.groups if group in ROWS] == [*ROWS[:3], ROWS[4]]

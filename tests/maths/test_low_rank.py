@@ -395,10 +395,10 @@ def test_a_second_round_goes_on_from_the_first() -> None:
 
 
 def test_streams_have_no_exact_average() -> None:
-    plan = Plan(("a",), torch.ones(1, 7), streams={"control": torch.ones(1, 7)})
+    plan = Plan(("a",), torch.ones(1, 9), streams={"control": torch.ones(1, 9)})
     with pytest.raises(ValueError, match='streams control: average = "exact" has none'):
-        StreamingSum(LAYOUT, plan, {"a": torch.ones(7)}, "float32", average="exact")
-    StreamingSum(LAYOUT, plan, {"a": torch.ones(7)}, "float32")
+        StreamingSum(LAYOUT, plan, {"a": torch.ones(9)}, "float32", average="exact")
+    StreamingSum(LAYOUT, plan, {"a": torch.ones(9)}, "float32")
 
 
 def test_bad_updates_are_refused_as_ever() -> None:

@@ -13,7 +13,7 @@ from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
 from fedalign.moe.families import router_outputs
 from fedalign.moe.model import MoEModel
-from fedalign.protocol import SHARED, ParameterGroup
+from fedalign.protocol import EMBEDDINGS, HEAD, SHARED, ParameterGroup
 from tests.moe import tiny
 
 Tiny = Callable[[str], MoEModel]
@@ -100,9 +100,24 @@ def test_gate_row_is_the_experts_router_row(tiny_moe: Tiny) -> None:
     torch.testing.assert_close(moe.read([ParameterGroup("gate", 1, 2)])[ParameterGroup("gate", 1, 2)], expected)
 
 
-def test_tied_embeddings_are_shared_once() -> None:
+def test_tied_embeddings_are_there_once() -> None:
     tied, untied = (MoEModel.wrap(tiny.build("granitemoe", tie_word_embeddings=tie)) for tie in (True, False))
-    assert untied.layout.sizes[SHARED] - tied.layout.sizes[SHARED] == tiny.VOCABULARY * tiny.HIDDEN
+    rows = tiny.VOCABULARY * tiny.HIDDEN
+    assert (tied.layout.sizes[EMBEDDINGS], untied.layout.sizes[EMBEDDINGS]) == (rows, rows)
+    assert (tied.layout.sizes[HEAD], untied.layout.sizes[HEAD]) == (0, rows)
+    assert tied.layout.sizes[SHARED] == untied.layout.sizes[SHARED]
+
+
+@pytest.mark.parametrize("family", tiny.ALL)
+def test_no_table_of_tokens_is_outside_of_its_group(family: str) -> None:
+    """Whoever freezes embeddings and head must have frozen every matrix with a row for each token."""
+    moe = MoEModel.wrap(tiny.build(family, vocab_size=71))  # the size of nothing else
+    rows = moe.model.get_input_embeddings().weight.shape[0]
+    of_words = [slot for slot in moe.slots if slot.groups[0] in (EMBEDDINGS, HEAD)]
+    assert of_words
+    assert all(len(slot.groups) == 1 for slot in of_words)
+    others = [slot.name for slot in moe.slots if slot not in of_words and rows in slot.parameter.shape]
+    assert others == []
 
 
 def test_token_rows_lie_where_the_layout_says() -> None:
@@ -111,9 +126,10 @@ def test_token_rows_lie_where_the_layout_says() -> None:
         found = {rows.answers: rows for rows in moe.layout.token_rows}
         assert list(found) == ([False] if tie else [False, True])
         embeddings = {False: moe.model.get_input_embeddings(), True: moe.model.get_output_embeddings()}
-        shared = moe.read([SHARED])[SHARED]
         for answers, rows in found.items():
-            matrix = shared[rows.start : rows.stop].view(rows.tokens, rows.width)
+            assert rows.group == (HEAD if answers else EMBEDDINGS)
+            values = moe.read([rows.group])[rows.group]
+            matrix = values[rows.start : rows.stop].view(rows.tokens, rows.width)
             torch.testing.assert_close(matrix, embeddings[answers].weight.detach())
         assert moe.layout.token_cells == (len(found), tiny.VOCABULARY)
 
@@ -121,7 +137,7 @@ def test_token_rows_lie_where_the_layout_says() -> None:
 def test_an_encoder_and_a_decoder_share_their_token_rows() -> None:
     moe = MoEModel.wrap(tiny.build("switch_transformers"))
     rows = moe.layout.token_rows[0]
-    matrix = moe.read([SHARED])[SHARED][rows.start : rows.stop].view(rows.tokens, rows.width)
+    matrix = moe.read([EMBEDDINGS])[EMBEDDINGS][rows.start : rows.stop].view(rows.tokens, rows.width)
     torch.testing.assert_close(matrix, moe.model.get_input_embeddings().weight.detach())
 
 
@@ -220,7 +236,10 @@ def test_describe(tiny_moe: Tiny) -> None:
     assert (olmoe.moe_layers, olmoe.dense_layers, deepseek.moe_layers, deepseek.dense_layers) == (2, 0, 2, 1)
     assert olmoe.parameters - olmoe.active_parameters == 2 * 2 * 3 * 16 * 32  # 2 layers, 2 idle experts each
     assert olmoe.trainable_megabytes == pytest.approx(olmoe.parameters * 4e-6)
-    assert olmoe.group_parameters == {"shared": olmoe.parameters - 8 * (1536 + 32), "gate": 32, "expert": 1536}
+    rows = 64 * 32
+    shared = olmoe.parameters - 2 * rows - 8 * (1536 + 32)
+    each = {"shared": shared, "embeddings": rows, "head": rows, "gate": 32, "expert": 1536}
+    assert olmoe.group_parameters == each
     assert olmoe.shared_experts == ()
     assert deepseek.shared_experts[0] == "model.layers.1.mlp.shared_experts (DeepseekV3MLP)"
     assert deepseek.scoring == ("sigmoid",)

@@ -47,7 +47,7 @@ def plain(base: Path, adapter: Path) -> Any:
 @pytest.mark.parametrize(
     ("kind", "kinds"),
     [
-        ("full", {"shared", "gate", "expert"}),
+        ("full", {"shared", "embeddings", "head", "gate", "expert"}),
         ("moe", {"gate", "expert"}),
         ("experts", {"expert"}),
         ("router", {"gate"}),

@@ -5,7 +5,7 @@ import torch
 
 from fedalign.errors import UserError
 from fedalign.files import SUMS, replacing
-from fedalign.protocol import SHARED, ParameterGroup, parse_group
+from fedalign.protocol import EMBEDDINGS, HEAD, SHARED, ParameterGroup, parse_group
 from fedalign.server.checkpoint import Checkpoints, ServerState
 
 EXPERT = ParameterGroup("expert", 1, 2)
@@ -17,7 +17,7 @@ def state(round: int) -> ServerState:
     return ServerState(round, weights, {"target_L_E": torch.ones(1, 2)}, ({"round": round, "accuracy": 0.25},))
 
 
-@pytest.mark.parametrize("group", [SHARED, EXPERT, ParameterGroup("gate", 0, 11)])
+@pytest.mark.parametrize("group", [SHARED, EMBEDDINGS, HEAD, EXPERT, ParameterGroup("gate", 0, 11)])
 def test_group_names_round_trip(group: ParameterGroup) -> None:
     assert parse_group(str(group)) == group
 

@@ -15,6 +15,7 @@ from fedalign.config.toml import load_config
 from fedalign.errors import UserError
 from fedalign.protocol import (
     SHARED,
+    WHOLE,
     Accumulator,
     Broadcast,
     Evaluation,
@@ -35,7 +36,7 @@ from fedalign.server.rounds import Server, select
 from fedalign.server.scores import Traffic, describe_scores, merit, routing_divergence
 
 CELLS = [ParameterGroup(kind, 0, e) for kind in ("gate", "expert") for e in range(2)]
-LAYOUT = Layout(1, 2, {SHARED: 2, **dict.fromkeys(CELLS, 1)})
+LAYOUT = Layout(1, 2, {**dict.fromkeys(WHOLE, 1), SHARED: 2, **dict.fromkeys(CELLS, 1)})
 
 
 def report(client: str, round: int, examples: int, update: Weights) -> Statistics:
@@ -144,10 +145,10 @@ def test_a_round_of_fedavg_by_hand(tmp_path: Path) -> None:
     assert line["clients"] == ["a", "b"]
     assert line["failures"] == []
     assert line["uploaded_share"] == 1.0
-    updates = 2 * 6 * 4  # clients, values, bytes
+    updates = 2 * 8 * 4  # clients, values, bytes
     assert line["bytes_up"] == line["bytes_up_statistics"] + updates
     assert sum(line["bytes_up_by_client"].values()) == line["bytes_up"]
-    assert line["bytes_down"] == 2 * 2 * 6 * 4  # to train and to evaluate
+    assert line["bytes_down"] == 2 * 2 * 8 * 4  # to train and to evaluate
     assert line["client_accuracies"] == {"a": 0.15, "b": 0.15}
 
 
@@ -172,7 +173,7 @@ def test_arrival_order_does_not_matter(tmp_path: Path) -> None:
         ({"metrics": {"train_seconds": float("nan")}}, "its metrics {'train_seconds': nan}: must be possible numbers"),
         ({"round": 7}, "of round 7, not 1"),
         ({"prob_L_E": torch.tensor([[float("nan"), 1.0]])}, "prob_L_E is not finite"),
-        ({"norm_G": torch.full((5,), torch.inf)}, "norm_G is not finite"),
+        ({"norm_G": torch.full((7,), torch.inf)}, "norm_G is not finite"),
         ({"norm_G": torch.ones(3)}, "norm_G is torch.float32"),
         ({"load_L_E": torch.ones(2, 2)}, "load_L_E is torch.float32"),
     ],
@@ -496,7 +497,7 @@ def test_bytes_are_told_by_client_both_ways(tmp_path: Path) -> None:
     members = [f"c{i}" for i in range(4)]
     state, _ = run(tmp_path, Scripted(dict.fromkeys(members, (10, 1.0))), "clients.sample=0.5")
     line = state.history[-1]
-    chosen, model = line["clients"], 6 * 4
+    chosen, model = line["clients"], 8 * 4
     assert len(chosen) == 2
     assert line["bytes_down_by_client"] == {member: model * (1 + (member in chosen)) for member in members}
     assert sum(line["bytes_down_by_client"].values()) == line["bytes_down"]

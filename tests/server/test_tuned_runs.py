@@ -104,7 +104,9 @@ def test_the_exact_average_is_that_of_the_products(tmp_path: Path) -> None:
     for name in ("a", "b"):
         report, data = trained(step, tmp_path / name, name)
         reports.append(report)
-        updates.append(data.memory.hand_over(name, Request(name, 1, layout.groups)))
+        updates.append(
+            data.memory.hand_over(name, Request(name, 1, tuple(group for group, size in layout.sizes.items() if size)))
+        )
         step.moe.write(start)
     weights = torch.full((2, len(layout.groups)), 0.5)
     plan = Plan(("a", "b"), weights)

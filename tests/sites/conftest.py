@@ -201,6 +201,7 @@ class Deployment:
             "data": {"train": "data.jsonl"},
             "model": {"path": str(model or self.settings["model"]["path"])},
             "limits": {"min_tokens": 4, "min_examples": 1, "threads": 1, **OPEN, **(limits or {})},
+            "consent": {"token_counts": True, "embeddings": True},
             "coordinator": {"superlink": self.loopback.address},
         }
         if self.loopback.certificates:

@@ -70,6 +70,9 @@ class FedAlignMoE(FedAvg):
     vocabulary: Literal["tokens", "clients", "average"] = option(
         "tokens", "rows of trained embeddings: by how often a client met the token, by whether it did, or FedAvg [O]"
     )
+    vocabulary_holders: int = option(
+        1, "rows whose token fewer clients met go on as under FedAvg, so that no single client owns a word [O]"
+    )
     min_holders: int = option(2, "with fewer, an expert's update is clipped to its layer's median norm [O]")
 
     def __post_init__(self) -> None:
@@ -79,6 +82,7 @@ class FedAlignMoE(FedAvg):
             ("target_momentum", 0, 1),
             ("beta", -100, 100),
             ("min_agreement", 0, 1),
+            ("vocabulary_holders", 1, 1e9),
             ("min_holders", 1, 1e9),
         ]:
             if not low <= getattr(self, name) <= high:
@@ -207,22 +211,25 @@ class FedAlignMoE(FedAvg):
         return reports.layout.table(ones_C_L_E[:, 0, 0], ones_C_L_E, factor_C_L_E)
 
     def _token_weights(self, reports: Reports) -> Tensor | None:
-        """k, [C, M, V], normalised over clients; None: FedAvg's. Rows of tokens that nobody met: n_c / Σ n [O].
+        """k, [C, M, V], normalised over clients; None, also if nobody said what it met: FedAvg's.
+
+        Rows of tokens that fewer than `vocabulary_holders` met: n_c / Σ n [O].
 
         By counts, n_c times the token's share of the tokens that c met: it is what RegMean (arXiv 2212.09849) makes of
         an embedding, as the Gram matrix of its one-hot inputs is diagonal and holds the counts. By clients, n_c of
         those who met it.
         """
-        if self.vocabulary == "average" or not reports.layout.token_rows:
+        field = {"tokens": "token_count_M_V", "clients": "token_met_M_B"}.get(self.vocabulary)
+        if field is None or not any(getattr(report, field).numel() for report in reports.of):
             return None
         size_C_M_V = reports.examples_C[:, None, None].float()
         if self.vocabulary == "tokens":
-            count_C_M_V = reports.stack("token_count_M_V")
+            count_C_M_V = reports.stack(field)
             size_C_M_V = size_C_M_V * count_C_M_V / count_C_M_V.sum(dim=-1, keepdim=True).clamp_min(1)
         else:
-            size_C_M_V = size_C_M_V * unpacked(reports.stack("token_met_M_B").byte(), reports.layout.token_cells[1])
-        met_1_M_V = size_C_M_V.sum(0, keepdim=True) > 0
-        return torch.where(met_1_M_V, column_shares(size_C_M_V), reports.share_C[:, None, None])
+            size_C_M_V = size_C_M_V * unpacked(reports.stack(field).byte(), reports.layout.token_cells[1])
+        enough_1_M_V = (size_C_M_V > 0).sum(0, keepdim=True) >= self.vocabulary_holders
+        return torch.where(enough_1_M_V, column_shares(size_C_M_V), reports.share_C[:, None, None])
 
     def _stack_penalty(
         self, routing: Sequence[LayerRouting], target_L_E: Tensor, prob_L_E: Tensor | None, layers: list[int]

@@ -126,18 +126,20 @@ def _print_verdict(found: Examination) -> None:
 def _what_leaves(folder: SiteFolder | None, settings: Config | None) -> None:
     from fedalign.config.run import Config
     from fedalign.doctor.model import skeleton_bench
-    from fedalign.doctor.what_leaves import BESIDES, NEVER, what_leaves
+    from fedalign.doctor.what_leaves import BESIDES, NEVER, tokens_told, what_leaves
+    from fedalign.protocol import DEALT
 
     if settings is None and (folder is None or folder.config.model.path is None):
         raise UserError("fedalign doctor --what-leaves: no model to say it for. Give the coordinator's CONFIG.toml.")
     local = settings or Config()
-    name = "SITE"
+    name, consent = "SITE", DEALT  # of a site that nobody has named: what it may consent to
     if folder is not None:
-        local, name = folder.localise(local), folder.config.name
+        local, name, consent = folder.localise(local), folder.config.name, folder.consent
     with out.status("Reading the model's configuration ..."):
         moe = skeleton_bench(local).moe
     say(f"What leaves {name} when it trains {local.model.path} ({moe.family}). {NEVER}\n")
-    for sent in what_leaves(name, moe, local):
+    say(tokens_told(moe.layout, local, consent, if_it_consents=folder is None) + "\n")
+    for sent in what_leaves(name, moe, local, consent):
         _print_sent(sent)
     say(BESIDES)
 

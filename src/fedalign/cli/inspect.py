@@ -48,7 +48,10 @@ def _description_rows(about: Description) -> list[tuple[str, str]]:
         ("shared experts", _folded(about.shared_experts) or "none"),
         ("selection biases", _folded(about.selection_biases) or "none"),
         ("longest sequence", f"{about.max_length:,} tokens" if about.max_length else "no limit"),
-        ("parameter groups", f"shared, {len(about.routers) * about.experts} gate rows, as many experts"),
+        (
+            "parameter groups",
+            f"shared, embeddings, head, {len(about.routers) * about.experts} gate rows, as many experts",
+        ),
         ("size of one", "; ".join(groups)),
         ("on the wire", f"{about.trainable_parameters:,} trainable, {about.trainable_megabytes:.1f} MB in float32"),
     ]

@@ -184,7 +184,13 @@ def _on_flower(
         launch.check_plaintext(options.superlink, options.root_certificates, insecure_anywhere)
         reached = f"SuperLink {options.superlink}, at least {options.min_sites} sites"
     say(f"{settings.algorithm.name}: sites behind Flower, {reached}; {settings.guard}", console)
-    return _watched(settings, folder, console, how, lambda table: launch.run(settings, folder, table))
+    return _watched(
+        settings,
+        folder,
+        console,
+        how,
+        lambda table: launch.run(settings, folder, table, lambda note: say(note, console)),
+    )
 
 
 def _watched(

@@ -109,6 +109,7 @@ def _print_site(site: SiteFolder) -> None:
             ("columns", f"a coordinator can have these read, no others: {', '.join(readable_columns(site.config))}"),
         ],
     )
+    say(f"What tells this site's words, [consent] in site.toml: {site.config.consent.told}.\n")
     say("Send the coordinator this name and this public key, nothing else:\n")
     say(f"  {site.config.name}")
     say(f"  {public.read_text(encoding='utf-8').strip()}\n")

@@ -53,7 +53,7 @@ class LocalFit:
         device = moe.device
         self.state = {name: value.to(device) for name, value in local.state.items()}
         self.prob_L_E = None if kept.prob_L_E is None else kept.prob_L_E.to(device)
-        asks = config.asks
+        asks = client.consent.granted(config.asks)
         hidden = self.moe.hidden if "centroids" in asks else 0
         self.statistics = RoutingStatistics(len(self.moe.layers), self.moe.experts, hidden, device, "margins" in asks)
         self.tokens = TokenCounts(self.moe.layout.token_rows if asks & {"tokens", "met"} else ())
@@ -64,8 +64,10 @@ class LocalFit:
             self.moe.write(local.start, self.masters)
         self.stepped = [self.masters.get(p, p) for p in self.parameters]
         self.optimizer = make_optimizer(self.stepped, self.options)
+        trained = [index for index, p in enumerate(self.moe.model.parameters()) if p.requires_grad]
+        self.numbered = dict(zip(map(str, trained), self.stepped, strict=True))  # the same whatever else is frozen
         if self.options.keep_optimizer:
-            restore_optimizer(self.optimizer, self.stepped, kept.optimizer)
+            restore_optimizer(self.optimizer, self.numbered, kept.optimizer)
         self.frozen_L_E = torch.zeros(len(self.moe.layers), self.moe.experts, dtype=torch.bool, device=device)
         self.still = self.moe.weaker_components(client.limits.rank) if client.limits.rank else []
         self.steps = 0
@@ -117,7 +119,7 @@ class LocalFit:
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """What the client's next round needs, if the optimizer is kept."""
-        return dump_optimizer(self.optimizer, self.stepped) if self.options.keep_optimizer else {}
+        return dump_optimizer(self.optimizer, self.numbered) if self.options.keep_optimizer else {}
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
         options = self.options
@@ -222,22 +224,23 @@ def make_optimizer(parameters: Sequence[Tensor], options: TrainingConfig) -> Opt
     return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
 
 
-def dump_optimizer(optimizer: Optimizer, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The optimizer's tensors, named by parameter index, a dot, and its own name."""
+def dump_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The optimizer's tensors, named by the parameter's number, a dot, and its own name."""
     return {
-        f"{index}.{name}": parallel.whole(value.detach()).cpu()
-        for index, parameter in enumerate(parameters)
+        f"{number}.{name}": parallel.whole(value.detach()).cpu()
+        for number, parameter in parameters.items()
         for name, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
 
 
-def restore_optimizer(optimizer: Optimizer, parameters: Sequence[Tensor], kept: Mapping[str, Tensor]) -> None:
-    """The inverse of `dump_optimizer`; nothing kept leaves the optimizer fresh."""
+def restore_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
+    """The inverse of `dump_optimizer`; nothing kept leaves the optimizer fresh, and so does what is frozen by now."""
     for key, value in kept.items():
-        index, _, name = key.partition(".")
-        parameter = parameters[int(index)]
-        optimizer.state[parameter][name] = parallel.like(value.clone(), parameter)
+        number, _, name = key.partition(".")
+        if number in parameters:
+            parameter = parameters[number]
+            optimizer.state[parameter][name] = parallel.like(value.clone(), parameter)
 
 
 def make_autocast(device: torch.device, precision: str) -> Any:

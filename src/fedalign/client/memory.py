@@ -15,7 +15,7 @@ from fedalign import parallel
 from fedalign.config.run import ClientLimits
 from fedalign.errors import TrainingFailedError, UserError
 from fedalign.files import KEPT_BY_CLIENTS, damage, forget_old, replacing, rounds_in
-from fedalign.protocol import Packed, ParameterGroup, Request, Update, Weights, parse_group
+from fedalign.protocol import DEALT, Consent, Packed, ParameterGroup, Request, Update, Weights, parse_group
 
 if TYPE_CHECKING:  # handing over an update needs neither a model nor data
     from fedalign.client.evaluation import TestSet
@@ -152,6 +152,7 @@ class ClientData:
     limits: ClientLimits = field(default_factory=ClientLimits)
     seed: int | None = None  # of every draw on these examples; None: the run's
     most_steps: int = 0  # of a round; 0: any number
+    consent: Consent = DEALT
 
     @property
     def examples(self) -> int:

@@ -87,7 +87,7 @@ def site_client(folder: SiteFolder, bench: Workbench, config: Config, run: str) 
     if client.examples < least.train or (held and len(client.held_out or ()) < least.held_out):
         raise UserError(TOO_FEW)
     _tell_difference(config, limits.held_out, len(trained))
-    return replace(client, seed=seed, most_steps=limits.steps), parts
+    return replace(client, seed=seed, most_steps=limits.steps, consent=folder.consent), parts
 
 
 def _tell_difference(config: Config, share: float, trained: int) -> None:
@@ -158,4 +158,6 @@ def describe(bench: Workbench, client: ClientData, weights: str) -> Hello:
         experts=bench.moe.layout.experts,
         examples=client.examples,
         held_out=len(client.held_out) if client.held_out else 0,
+        token_counts=client.consent.token_counts,
+        embeddings=client.consent.embeddings,
     )

@@ -57,14 +57,17 @@ class Trainer:
         before = client.memory.before(broadcast.round)
         local = self._local_round(client, broadcast, before)
         self.algorithm.begin(local)
+        frozen = client.consent.frozen(self.moe.layout)
+        local.start |= {group: local.received[group] for group in frozen if group in local.received}
+        local.shift = {group: shift for group, shift in local.shift.items() if group not in frozen}
         self.moe.write(local.start)
         seed = derive_seed(self.config.run.seed if client.seed is None else client.seed, broadcast.round, client.name)
         started = time.perf_counter()
-        fit = LocalFit(self.moe, self.algorithm, self.config, client, local, broadcast.round, before)
         drawn = seed + parallel.rank()  # other rows want other dropout
-        with self._random(drawn), self.moe.sending_to(client.limits.top_k):
+        with self.moe.freezing(frozen), self._random(drawn), self.moe.sending_to(client.limits.top_k):
+            fit = LocalFit(self.moe, self.algorithm, self.config, client, local, broadcast.round, before)
             fit.run()
-        trained = fit.trained()
+        trained = fit.trained() | {group: local.start[group].clone() for group in frozen}
         private = {g: value.cpu().clone() for g, value in trained.items() if g.kind in self.algorithm.private}
         update = {g: value.sub_(local.start[g].to(value.device)) for g, value in trained.items()}
         norm_G = torch.stack([update[group].norm() for group in self.moe.layout.groups]).cpu()
@@ -74,7 +77,11 @@ class Trainer:
         seconds = time.perf_counter() - started
         statistics = parallel.agreed(self._report(client, broadcast.round, fit, local, update, norm_G, seconds))
         wire = self.config.wire.dtype
-        packed = {group: pack(delta.cpu(), wire, derive_seed(seed, group)) for group, delta in update.items()}
+        packed = {
+            group: pack(delta.cpu(), wire, derive_seed(seed, group))
+            for group, delta in update.items()
+            if group not in frozen
+        }
         local.steps = fit.steps
         kept = Kept(statistics.prob_L_E, fit.optimizer_state(), private, self.algorithm.keep(local, update))
         if self.algorithm.mix:
@@ -120,7 +127,9 @@ class Trainer:
         norm_G: Tensor,
         seconds: float,
     ) -> Statistics:
-        options, layout, seed, asks = self.config.statistics, self.moe.layout, self.config.run.seed, self.config.asks
+        options, layout, seed = self.config.statistics, self.moe.layout, self.config.run.seed
+        asks = client.consent.granted(self.config.asks)
+        idle = (ParameterGroup("expert", *cell) for cell in fit.frozen_L_E.nonzero().tolist())
         routing = fit.statistics.finish(options.min_tokens, options.min_examples).without(fit.frozen_L_E)
         count_M_V = fit.tokens.finish(options.min_examples)
         centroid_L_E_D, scale_L = torch.zeros(0, 0, 0).half(), torch.zeros(0)
@@ -147,7 +156,7 @@ class Trainer:
             update_L_E_S=update_L_E_S,
             token_count_M_V=count_M_V if "tokens" in asks else torch.zeros(0, 0),
             token_met_M_B=packed_bits(count_M_V > 0) if "met" in asks else torch.zeros(0, 0, dtype=torch.uint8),
-            frozen=tuple(ParameterGroup("expert", *cell) for cell in fit.frozen_L_E.nonzero().tolist()),
+            frozen=(*client.consent.frozen(layout), *idle),
             metrics={"train_seconds": seconds},
         )
 

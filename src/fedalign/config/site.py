@@ -36,7 +36,7 @@ from fedalign.config.run import (
 from fedalign.config.toml import checked, explained, read_tables
 from fedalign.errors import UserError
 from fedalign.files import folder_name, write_private
-from fedalign.protocol import is_name
+from fedalign.protocol import Consent, is_name
 
 FILE = "site.toml"
 HUB_ID = re.compile(r"(?!.*(\.\.|--))\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
@@ -98,6 +98,33 @@ class SiteLimits(ClientLimits):
     all_evaluations: Positive = key(1000, "and of scores")
 
 
+class SiteConsent(Section):
+    """What tells which words stand in this site's texts. Without a true here it never leaves."""
+
+    token_counts: bool = key(
+        False, "send how often each token stands here, those of fewer than min_examples examples left out"
+    )
+    embeddings: bool = key(
+        False,
+        "train rows of embeddings and head, and send them: which rows moved shows nearly every token of this site, "
+        "rare names too; without it they stay frozen here, the rest is trained, and no counts are sent",
+    )
+
+    @property
+    def told(self) -> str:
+        """What this means, whatever the coordinator asks for."""
+        if not self.embeddings:
+            return (
+                "embeddings and head stay frozen here, so no row of them and no count of tokens leaves; the other "
+                "weights that do can tell of texts, too"
+            )
+        return (
+            "embeddings and head are trained here if the coordinator has them trained: which of their rows moved shows "
+            f"nearly every token of this site, rare names too; how often each stands here is "
+            f"{'sent if asked for' if self.token_counts else 'never sent'}"
+        )
+
+
 class SiteLink(Section):
     """How this site reaches it."""
 
@@ -113,6 +140,7 @@ class SiteConfig(Section):
     data: SiteData
     model: SiteModel = SiteModel()
     limits: SiteLimits = SiteLimits()
+    consent: SiteConsent = SiteConsent()
     coordinator: SiteLink = SiteLink()
 
     def to_toml(self) -> str:
@@ -173,6 +201,11 @@ class SiteFolder:
             *(["--port", str(port)] if port else []),
             *("--node-config", f"site={json.dumps(str(self.path / FILE))}"),
         ]
+
+    @property
+    def consent(self) -> Consent:
+        """What this site lets leave of its tokens."""
+        return Consent(self.config.consent.token_counts, self.config.consent.embeddings)
 
     def client_limits(self, config: Config) -> ClientLimits:
         """How much of a round this site can do; its own rank where the run lets ranks differ."""

@@ -23,6 +23,7 @@ from fedalign.doctor.machine import (
 )
 from fedalign.doctor.model import check_model, check_time, check_traffic, check_weights, measured
 from fedalign.doctor.report import Examination
+from fedalign.doctor.what_leaves import tokens_told
 from fedalign.files import KEPT_ROUNDS
 from fedalign.units import clock
 
@@ -37,6 +38,7 @@ def examine_site(folder: SiteFolder, config: Config | None) -> Examination:
     found, link = Examination(), folder.config.coordinator
     check_versions(found, "flower")
     check_key(found, folder)
+    found.add("consent", "ok", folder.config.consent.told)
     certificates = Path(folder.resolve(link.root_certificates)) if link.root_certificates else None
     check_superlink(found, link.superlink, certificates, is_server=False)
     local = found.attempt("limits", lambda: folder.localise(config or Config()))
@@ -71,10 +73,11 @@ def _examine_training(
     device: str | None,
 ) -> None:
     """What depends on model, data and machine together; the weights are loaded only if they fit."""
-    expected, config = estimate_site(bench), bench.config
+    expected, config = estimate_site(bench, folder.consent), bench.config
     fits = bool(examples) and check_lengths(found, bench, examples)
     client = check_parts(found, bench, asked, folder) if fits else None
     check_traffic(found, expected)
+    found.add("tokens", "ok", tokens_told(bench.moe.layout, config, folder.consent))
     check_disk(found, folder.path, expected.disk, "kept rounds")
     if device is None:
         return

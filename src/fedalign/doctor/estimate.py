@@ -23,7 +23,7 @@ from fedalign.data.encode import Encoded
 from fedalign.federation.in_process import Prepared
 from fedalign.files import KEPT_BY_CLIENTS
 from fedalign.maths.rounding import broadcast_dtype, packed_nbytes
-from fedalign.protocol import KEEPS_ALL, Layout, asked_shapes
+from fedalign.protocol import DEALT, KEEPS_ALL, Consent, Layout, asked_shapes
 from fedalign.server.rounds import select
 
 CARRIER = 4  # bytes that Flower's process at a site holds at its peak for each byte of a message (flwr 1.41, measured)
@@ -100,12 +100,12 @@ def estimate_run(
     )
 
 
-def estimate_site(bench: Workbench) -> SiteEstimate:
+def estimate_site(bench: Workbench, consent: Consent) -> SiteEstimate:
     """What a site needs for this model; a skeleton of it is enough."""
     config, layout = bench.config, bench.moe.layout
     _, trained = parameter_counts(bench)
-    weights, update = weights_nbytes(config, layout), update_nbytes(config, layout)
-    statistics = statistics_nbytes(config, layout)
+    weights, update = weights_nbytes(config, layout), update_nbytes(config, layout, consent)
+    statistics = statistics_nbytes(config, layout, consent)
     broadcasts = 2 if config.evaluation.clients and config.clients.held_out else 1  # to train on, and to be scored
     remembered = 4 * layout.layers * layout.experts + (4 * trained * moments(config) * config.training.keep_optimizer)
     return SiteEstimate(
@@ -131,15 +131,16 @@ def weights_nbytes(config: Config, layout: Layout) -> int:
     return sum(packed_nbytes(size, dtype) for size in layout.sizes.values())
 
 
-def update_nbytes(config: Config, layout: Layout) -> int:
+def update_nbytes(config: Config, layout: Layout, consent: Consent = DEALT) -> int:
     """Bytes of a whole update on its way to the server."""
-    return sum(packed_nbytes(size, config.wire.dtype) for size in layout.sizes.values())
+    kept = consent.frozen(layout)
+    return sum(packed_nbytes(size, config.wire.dtype) for group, size in layout.sizes.items() if group not in kept)
 
 
-def statistics_nbytes(config: Config, layout: Layout) -> int:
+def statistics_nbytes(config: Config, layout: Layout, consent: Consent = DEALT) -> int:
     """Bytes of one client's statistics on the wire."""
     options = config.statistics
-    shapes = asked_shapes(layout, config.asks, options.centroid_width, options.update_width)
+    shapes = asked_shapes(layout, consent.granted(config.asks), options.centroid_width, options.update_width)
     widths = {"float32": 4, "float16": 2, "uint8": 1}
     return 48 + sum(math.prod(shape) * widths[dtype] for shape, dtype in shapes.values())
 

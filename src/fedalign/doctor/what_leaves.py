@@ -22,7 +22,12 @@ from fedalign.federation.messages import Parcel, encode
 from fedalign.maths.rounding import BLOCK, TORCH_DTYPE
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import (
+    DEALT,
     PROTOCOL,
+    TELLING,
+    WORDS,
+    Ask,
+    Consent,
     Evaluation,
     Failure,
     Hello,
@@ -37,7 +42,20 @@ from fedalign.protocol import (
 )
 
 Leaving = Hello | Start | Statistics | Update | Evaluation | Failure
-NEVER = "Raw text, tokens, labels and values of single examples never leave."
+NEVER = "Texts and labels are never sent as they stand; what is sent is made of them, and tells of them."
+FROZEN = "Embeddings and head are not trained, so neither their rows nor counts of tokens leave."
+REFUSED = (
+    "Embeddings and head would be trained, but stay frozen at this site, which does not consent ([consent] in its "
+    "site.toml): no row of them leaves, and no count of tokens."
+)
+ROWS = (
+    "Rows of embeddings leave: which of them moved shows nearly every token of this site's texts, those that no count "
+    "names too, whatever algorithm.vocabulary is."
+)
+COUNTED: dict[Ask, str] = {
+    "tokens": "how often each token stands in them",
+    "met": "whether each token stands in them",
+}
 BESIDES = (
     "Flower itself shows the coordinator this site's public key, its network address and when it answers. Unless "
     "FLWR_TELEMETRY_ENABLED=0, it also tells its makers that it was started."
@@ -63,8 +81,9 @@ TELLS: dict[type[Leaving], str] = {
     Hello: "How many examples there are; nothing of what is in them.",
     Start: "The model as it is before this run; what a copy tuned here earlier has learnt is in it.",
     Statistics: "Sums and means over all tokens of a round: they tell what kinds of text the site holds, and how much.",
-    Update: "The most telling message: with effort, pieces of the text can be guessed from changed weights, most "
-    "of all where examples are few. No noise is added, and the coordinator sees each site's update by itself.",
+    Update: "The most telling message: rows of embeddings that moved name the tokens, where they are trained; with "
+    "effort, pieces of the text can be guessed from changed weights, most of all where examples are few. No noise is "
+    "added, and the coordinator sees each site's update by itself.",
     Evaluation: "Two means over the held-out part, which is never smaller than the site says (limits.min_held_out).",
     Failure: "A sentence that never quotes the data and names no folder of the site; it may name a setting.",
 }
@@ -81,6 +100,8 @@ MEANINGS: dict[type[Leaving], dict[str, str]] = {
         "experts": "experts of a layer",
         "examples": "how many examples it trains on",
         "held_out": "how many it keeps to be scored on",
+        "token_counts": "whether it consents to send counts of tokens",
+        "embeddings": "whether it consents to train embeddings and head",
     },
     Start: {
         "client": "the site's name",
@@ -104,7 +125,7 @@ MEANINGS: dict[type[Leaving], dict[str, str]] = {
         "update_L_E_S": "random projection of the direction of each expert's update",
         "token_count_M_V": "how often it met each token of the vocabulary",
         "token_met_M_B": "whether it met each token of the vocabulary",
-        "frozen": "the experts that its limits kept it from training",
+        "frozen": "what its limits, or want of consent, kept it from training",
         "metrics": "seconds of training",
     },
     Update: {
@@ -147,35 +168,63 @@ class Sent:
     nbytes: int  # of the whole, the names of its fields included
 
 
-def what_leaves(name: str, moe: MoEModel, config: Config) -> list[Sent]:
+def what_leaves(name: str, moe: MoEModel, config: Config, consent: Consent = DEALT) -> list[Sent]:
     """Every message that a site called `name` may send when it trains this model; a skeleton of it is enough."""
     limits = config.statistics
     withheld = WITHHELD.format(tokens=limits.min_tokens, examples=limits.min_examples)
-    return [_sent(message, withheld) for message in empty_messages(name, moe, config)]
+    return [_sent(message, withheld) for message in empty_messages(name, moe, config, consent)]
 
 
-def empty_messages(name: str, moe: MoEModel, config: Config) -> list[Leaving]:
+def tokens_told(layout: Layout, config: Config, consent: Consent, *, if_it_consents: bool = False) -> str:
+    """What the coordinator learns of the tokens in a site's texts.
+
+    Args:
+        layout: of the model, tuned as configured.
+        config: the run's, with the site's own limits.
+        consent: the site's.
+        if_it_consents: no site in particular; `consent` is what one may consent to.
+    """
+    if not any(layout.sizes[group] for group in WORDS):
+        return FROZEN
+    if not consent.embeddings:
+        return REFUSED
+    asked = [COUNTED[ask] for ask in sorted(config.asks & TELLING)]
+    if not asked:
+        counted = "Counts of tokens are not asked for."
+    elif consent.token_counts:
+        counted = f"So does {asked[0]}, tokens of fewer than {config.statistics.min_examples} examples left out."
+    else:
+        counted = f"Asked for and not sent, for want of consent: {asked[0]}."
+    return f"{'If the site consents: ' if if_it_consents else ''}{ROWS} {counted}"
+
+
+def empty_messages(name: str, moe: MoEModel, config: Config, consent: Consent = DEALT) -> list[Leaving]:
     """One message of each kind, its tensors without values."""
-    layout, wire = moe.layout, config.wire.dtype
+    layout, wire, frozen = moe.layout, config.wire.dtype, consent.frozen(moe.layout)
+    said = consent.token_counts, consent.embeddings
     constants = {key: value.to("meta") for key, value in moe.constants().items()}
     version = metadata.version("fedalign-moe")
     return [
-        Hello(name, PROTOCOL, version, HASH, HASH, HASH, HASH, layout.layers, layout.experts, NUMBER, NUMBER),
+        Hello(name, PROTOCOL, version, HASH, HASH, HASH, HASH, layout.layers, layout.experts, NUMBER, NUMBER, *said),
         Start(name, _groups(layout.sizes, "float32"), constants),
-        _statistics(name, layout, config),
-        Update(name, 1, _groups({group: size for group, size in layout.sizes.items() if size}, wire)),
+        _statistics(name, layout, config, consent),
+        Update(
+            name,
+            1,
+            _groups({group: size for group, size in layout.sizes.items() if size and group not in frozen}, wire),
+        ),
         Evaluation(name, NUMBER, MEAN, MEAN),
         Failure(name, "train", REASON),
     ]
 
 
-def _statistics(name: str, layout: Layout, config: Config) -> Statistics:
+def _statistics(name: str, layout: Layout, config: Config, consent: Consent) -> Statistics:
     widths = config.statistics.centroid_width, config.statistics.update_width
-    shapes = asked_shapes(layout, config.asks, *widths)
+    shapes = asked_shapes(layout, consent.granted(config.asks), *widths)
     fields: dict[str, Any] = {"client": name, "round": 1, "learning_rate": MEAN, "loss": MEAN}
     fields |= dict.fromkeys(("examples", "tokens", "steps"), NUMBER)
     fields |= {field: _empty(*shape, dtype=getattr(torch, dtype)) for field, (shape, dtype) in shapes.items()}
-    return Statistics(**fields, metrics={"train_seconds": MEAN})
+    return Statistics(**fields, frozen=consent.frozen(layout), metrics={"train_seconds": MEAN})
 
 
 def _groups(sizes: Mapping[ParameterGroup, int], dtype: WireDtype) -> dict[ParameterGroup, Packed]:
@@ -217,9 +266,11 @@ def _shape(value: Any) -> str:
     ('float32 [2, 3]', '1 number', 'a number')
     """
     if isinstance(value, Tensor):
-        return f"{_dtype(value)} {list(value.shape)}" if value.numel() else "not asked for"
+        return f"{_dtype(value)} {list(value.shape)}" if value.numel() else "not sent"
     if isinstance(value, Mapping):
         return _mapping_shape(list(value.values()))
+    if isinstance(value, tuple):
+        return f"{len(value)} groups" if value else "none"
     return "text" if isinstance(value, str) else "a number"
 
 

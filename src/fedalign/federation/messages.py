@@ -171,6 +171,12 @@ def _integer(value: Any) -> int:
     return value
 
 
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, float | int):
         raise TypeError
@@ -192,6 +198,7 @@ def _stage(value: Any) -> Any:
 SCALARS: dict[str, Callable[[Any], Any]] = {
     "str": _words,
     "int": _integer,
+    "bool": _truth,
     "float": _number,
     "str | None": lambda value: None if value is None else _words(value),
     "float | None": lambda value: None if value is None else _number(value),

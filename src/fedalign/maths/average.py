@@ -7,7 +7,7 @@ number of clients: nothing that was added is kept. A client lost on the way cost
 
 Of a softmax router that the plan wants centred, each client's mean over experts is taken off its rows first.
 
-Rows that belong to tokens may have weights of their own in place of b, normalised row by row in the same way.
+Rows of embeddings and head may have weights of their own in place of b, normalised row by row in the same way.
 
 What an update weighs in the sum is bounded before it is added, so no update can make the new weights overflow.
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fedalign.maths.low_rank import Stack
 from fedalign.maths.rounding import BLOCK, TORCH_DTYPE, scale_into
-from fedalign.protocol import SHARED, Failure, Layout, Packed, ParameterGroup, Plan, Update, Weights, WireDtype
+from fedalign.protocol import Failure, Layout, Packed, ParameterGroup, Plan, TokenRows, Update, Weights, WireDtype
 
 Average = Literal["sum", "exact"]
 Chunk = tuple[int, Tensor]  # where it begins, its values
@@ -35,6 +35,49 @@ Chunk = tuple[int, Tensor]  # where it begins, its values
 CHUNK = 1 << 20  # values worked on at a time, most groups whole; a multiple of BLOCK
 MOST = 1e15  # length that factors may give an update
 NORM_SLACK = 0.02  # wire rounding may lengthen an update: bfloat16 by 0.4 %, int8 by about 0.2 %
+
+
+class Words:
+    """The weights of one group's token rows, and how much of them has arrived.
+
+    Args:
+        rows: where they lie in the group.
+        weight_C_V: each client's weight in each row.
+    """
+
+    def __init__(self, rows: TokenRows, weight_C_V: Tensor) -> None:
+        self.rows, self._weight_C_V = rows, weight_C_V[:, : rows.tokens]
+        self._arrived_V = torch.zeros(rows.tokens, dtype=torch.float64)
+
+    def weight_V(self, client: int) -> Tensor:
+        """A client's weights, float32 [V]."""
+        return self._weight_C_V[client]
+
+    def arrive(self, client: int) -> None:
+        """Count a client's weights as there."""
+        self._arrived_V += self._weight_C_V[client]
+
+    def stretch_V(self, min_arrived: float) -> Tensor:
+        """Planned over arrived weight of each row, float32 [V]; 0 where too little arrived to change it."""
+        planned_V = self._weight_C_V.double().sum(0)
+        enough_V = (self._arrived_V > 0) & (self._arrived_V >= min_arrived * planned_V * (1 - 1e-6))
+        return torch.where(enough_V, planned_V / self._arrived_V, 0).float()
+
+    def spread(self, weight_V: Tensor, other: float, start: int, length: int) -> Tensor:
+        """The weight of each value from `start` on, [length]: its row's; `other` where it is in none."""
+        rows, weights = self.rows, torch.full((length,), other)
+        begin, end = max(start, rows.start), min(start + length, rows.stop)
+        if begin < end:
+            first, last = (begin - rows.start) // rows.width, (end - 1 - rows.start) // rows.width
+            skipped = begin - rows.start - first * rows.width
+            spread = weight_V[first : last + 1].repeat_interleave(rows.width)
+            weights[begin - start : end - start] = spread[skipped : skipped + end - begin]
+        return weights
+
+
+def _words(layout: Layout, weight_C_M_V: Tensor) -> Iterator[tuple[ParameterGroup, Words]]:
+    for matrix, rows in enumerate(layout.token_rows):
+        yield rows.group, Words(rows, weight_C_M_V[:, matrix])
 
 
 class StreamingSum:
@@ -87,9 +130,7 @@ class StreamingSum:
         weighed = [plan.weight_C_G * stream_C_G for stream_C_G in plan.streams.values()]
         largest_C_G = torch.stack([factor_C_G, *weighed]).abs().amax(0)
         self._largest = dict(zip(plan.clients, largest_C_G.tolist(), strict=True))
-        self._token_rows = layout.token_rows if plan.token_weight_C_M_V is not None else ()
-        self._token_weight_C_M_V = plan.token_weight_C_M_V
-        self._token_arrived_M_V = torch.zeros(layout.token_cells, dtype=torch.float64)
+        self._words = {} if plan.token_weight_C_M_V is None else dict(_words(layout, plan.token_weight_C_M_V))
         self._norm = {client: norms[client].tolist() for client in plan.clients}
         self._centred = {layer for layer, softmax in enumerate(layout.softmax_L) if softmax and plan.centred}
         self._planned = dict(zip(layout.groups, plan.weight_C_G.double().sum(dim=0).tolist(), strict=True))
@@ -156,21 +197,12 @@ class StreamingSum:
         if group in self._stacks:
             return self._stacks[group].result(old, stretch)
         new = torch.add(old, self._sums[group], alpha=stretch)
-        for matrix, rows in enumerate(self._token_rows if group == SHARED else ()):
-            part = slice(rows.start, rows.stop)
-            ratio_V_1 = self._token_stretch(matrix, min_arrived)[: rows.tokens].unsqueeze(1)
-            change_V_H = self._sums[group][part].view(rows.tokens, rows.width) * ratio_V_1
-            new[part] = old[part] + change_V_H.flatten()
+        if words := self._words.get(group):
+            part = slice(words.rows.start, words.rows.stop)
+            change_V_H = self._sums[group][part].view(words.rows.tokens, words.rows.width)
+            least = 0.0 if self._by_sites else min_arrived  # clients were counted for the group
+            new[part] = old[part] + (change_V_H * words.stretch_V(least).unsqueeze(1)).flatten()
         return new
-
-    def _token_stretch(self, matrix: int, min_arrived: float) -> Tensor:
-        """Planned over arrived weight of each row, float32 [V]; 0 where too little arrived to change it."""
-        assert self._token_weight_C_M_V is not None
-        planned_V = self._token_weight_C_M_V[:, matrix].double().sum(0)
-        arrived_V = self._token_arrived_M_V[matrix]
-        least_V = 0 if self._by_sites else min_arrived * planned_V * (1 - 1e-6)  # clients were counted for the group
-        enough_V = (arrived_V > 0) & (arrived_V >= least_V)
-        return torch.where(enough_V, planned_V / arrived_V, 0).float()
 
     def _wanted(self, group: ParameterGroup) -> bool:
         return self._planned[group] > 0 and self._sizes[group] > 0
@@ -239,9 +271,8 @@ class StreamingSum:
             return flaw
         self._arrived[group] += self._weight[client][column]
         self._came[group] += self._weight[client][column] > 0
-        if self._token_rows and group == SHARED:
-            assert self._token_weight_C_M_V is not None
-            self._token_arrived_M_V += self._token_weight_C_M_V[self._turn[client]]
+        if words := self._words.get(group):
+            words.arrive(self._turn[client])
         self._take(client, group, packed, common, chunks or ())
         return None
 
@@ -253,7 +284,8 @@ class StreamingSum:
         if group in self._stacks:
             self._stacks[group].add(self._turn[client], self._factor[client][column], packed)
             return
-        by_row = bool(self._token_rows) and group == SHARED
+        words = self._words.get(group)
+        weight_V = words.weight_V(self._turn[client]) * self._stretch[client][column] if words else None
         targets = [(self._sums, self._factor[client][column])]
         targets += [(sums, self._streams[name][client][column]) for name, sums in self._stream_sums.items()]
         for sums, _ in targets:
@@ -263,24 +295,10 @@ class StreamingSum:
             values = chunk if common is None else chunk - common[start : start + len(chunk)]
             for sums, factor in targets:
                 target = sums[group][start : start + len(chunk)]
-                if by_row and sums is self._sums:
-                    target.addcmul_(values, self._value_weights(client, factor, start, len(chunk)))
+                if words and weight_V is not None and sums is self._sums:
+                    target.addcmul_(values, words.spread(weight_V, factor, start, len(chunk)))
                 else:
                     target.add_(values, alpha=factor)
-
-    def _value_weights(self, client: str, factor: float, start: int, length: int) -> Tensor:
-        """A client's weight in each of some shared values, [length]: its token's; `factor` where no token owns it."""
-        assert self._token_weight_C_M_V is not None
-        weights = torch.full((length,), factor)
-        for matrix, rows in enumerate(self._token_rows):
-            begin, end = max(start, rows.start), min(start + length, rows.stop)
-            if begin < end:
-                first, last = (begin - rows.start) // rows.width, (end - 1 - rows.start) // rows.width
-                row_weights = self._token_weight_C_M_V[self._turn[client], matrix, first : last + 1]
-                skipped = begin - rows.start - first * rows.width
-                spread = row_weights.repeat_interleave(rows.width)[skipped : skipped + end - begin]
-                weights[begin - start : end - start] = spread * self._stretch[client][self._column[SHARED]]
-        return weights
 
     def _chunks(self, packed: Packed) -> Iterator[Chunk]:
         """Start and float32 values of each chunk; one buffer serves them all."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fedalign.maths.average import Chunk, StreamingSum
 from fedalign.maths.routing import cap_weights
-from fedalign.protocol import SHARED, Layout, Packed, ParameterGroup, Plan, Robust, Weights
+from fedalign.protocol import Layout, Packed, ParameterGroup, Plan, Robust, Weights
 
 FEW = 3  # holders: of fewer, a liar is half or all, and a median of their norms tells nothing
 
@@ -217,12 +217,10 @@ class HolderSum(StreamingSum):
 
     def _held(self, client: str, group: ParameterGroup) -> Tensor | None:
         """Boolean [N]: which of its values a client holds, token by token; None: all of them."""
-        if not (self._token_rows and group == SHARED):
+        if (words := self._words.get(group)) is None:
             return None
-        assert self._token_weight_C_M_V is not None
-        held_N = torch.ones(self._sizes[group], dtype=torch.bool)
-        for rows, weight_V in zip(self._token_rows, self._token_weight_C_M_V[self._turn[client]], strict=True):
-            held_N[rows.start : rows.stop] = (weight_V[: rows.tokens] > 0).repeat_interleave(rows.width)
+        rows, held_N = words.rows, torch.ones(self._sizes[group], dtype=torch.bool)
+        held_N[rows.start : rows.stop] = (words.weight_V(self._turn[client]) > 0).repeat_interleave(rows.width)
         return held_N
 
 

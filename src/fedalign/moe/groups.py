@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fedalign import parallel
 from fedalign.moe.families import MoELayer
-from fedalign.protocol import SHARED, Kind, ParameterGroup
+from fedalign.protocol import EMBEDDINGS, HEAD, SHARED, Kind, ParameterGroup
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,20 @@ def flat(pieces: Sequence[Tensor], device: torch.device) -> Tensor:
 
 def find_slots(model: PreTrainedModel, layers: Iterable[MoELayer]) -> Iterator[Slot]:
     """Every parameter of the model, with the groups that own its values."""
-    owned: dict[nn.Parameter, Owners] = {}
+    owned = _words(model)
     for index, layer in enumerate(layers):
         owned |= _gate_rows(model.get_submodule(layer.router), index, layer.size)
         owned |= _expert_slices(model.get_submodule(layer.experts), index, layer.size)
     for name, parameter in model.named_parameters():
         yield Slot(name, parameter, owned.get(parameter, Owners()))
+
+
+def _words(model: PreTrainedModel) -> dict[nn.Parameter, Owners]:
+    """Embeddings, all tables that are looked up among them, and what there is of a head of its own."""
+    read, answered = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = [read, *(module for module in model.modules() if isinstance(module, nn.Embedding))]
+    head = {parameter: Owners((HEAD,)) for parameter in answered.parameters()} if answered is not None else {}
+    return head | {parameter: Owners((EMBEDDINGS,)) for table in tables for parameter in table.parameters()}
 
 
 def _gate_rows(router: nn.Module, layer: int, size: int) -> dict[nn.Parameter, Owners]:

@@ -1,8 +1,9 @@
 """A loaded Mixture-of-Experts model, and its parameter groups: above this file there are no parameter names.
 
-Row e of a router (with its biases) is `gate[l, e]`, the slice of expert e (with its biases) is `expert[l, e]`, all
-else is `shared` (ALGORITHM.md, "Plan, then sum"). Groups are cut from `named_parameters()`, in which tied weights
-appear once, never from checkpoint files, whose names differ from those in memory.
+Row e of a router (with its biases) is `gate[l, e]`, the slice of expert e (with its biases) is `expert[l, e]`, tables
+that tokens are looked up in are `embeddings`, a head of its own is `head`, all else is `shared` (ALGORITHM.md, "Plan,
+then sum"). Groups are cut from `named_parameters()`, in which tied weights appear once, never from checkpoint files,
+whose names differ from those in memory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,7 @@ from fedalign.moe.load import (
     resolved_source,
 )
 from fedalign.moe.tuning import SELECTION_BIAS, beside_text, choosers, freeze, freeze_unreached
-from fedalign.protocol import SHARED, Factors, Layout, ParameterGroup, TokenRows, Weights
+from fedalign.protocol import HEAD, WHOLE, WORDS, Factors, Layout, ParameterGroup, TokenRows, Weights
 
 if TYPE_CHECKING:
     from fedalign.moe.four_bit import Saved
@@ -75,7 +76,7 @@ class Description:
     active_parameters: int  # used for one token
     trainable_parameters: int
     trainable_megabytes: float  # on the wire, in float32
-    group_parameters: Mapping[str, int]  # trainable ones: all of `shared`, one `gate` row, one `expert`
+    group_parameters: Mapping[str, int]  # trainable ones: all of those without a place, one `gate` row, one `expert`
 
 
 class MoEModel:
@@ -401,6 +402,19 @@ class MoEModel:
         return found
 
     @contextlib.contextmanager
+    def freezing(self, groups: Collection[ParameterGroup]) -> Iterator[None]:
+        """Meanwhile nothing of these groups, whole parameters, is trained; the layout stays."""
+        slots = [slot for group in groups for slot in self._owners.get(group, ())]
+        parameters = [slot.parameter for slot in slots if slot.parameter.requires_grad]
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
+    @contextlib.contextmanager
     def sending_to(self, top_k: int) -> Iterator[None]:
         """Meanwhile routers choose so many experts for a token; 0: as many as ever.
 
@@ -609,9 +623,8 @@ class MoEModel:
             trainable_parameters=trainable,
             trainable_megabytes=trainable * 4 / 1e6,
             group_parameters={
-                "shared": self.layout.sizes[SHARED],
-                "gate": self.layout.sizes[ParameterGroup("gate")],
-                "expert": self.layout.sizes[ParameterGroup("expert")],
+                group.kind: self.layout.sizes[group]
+                for group in (*WHOLE, ParameterGroup("gate"), ParameterGroup("expert"))
             },
         )
 
@@ -625,15 +638,15 @@ class MoEModel:
         return Layout(names.layers, names.experts, sizes, factors, rows, softmax_L, top_k_L, self.is_seq2seq)
 
     def _token_rows(self) -> Iterator[TokenRows]:
-        """Embeddings and head, if they are trained whole: where their rows lie among the shared values."""
-        read, answered = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        start = 0
-        for slot in self._owners.get(SHARED, ()):
-            if slot.parameter is getattr(read, "weight", None):
-                yield TokenRows(start, slot.parameter.shape[0], slot.parameter.shape[1])
-            elif slot.parameter is getattr(answered, "weight", None):
-                yield TokenRows(start, slot.parameter.shape[0], slot.parameter.shape[1], answers=True)
-            start += slot.size
+        """Embeddings and head, if they are trained whole: where their rows lie in their groups."""
+        modules = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        for group, module in zip(WORDS, modules, strict=True):
+            start = 0
+            for slot in self._owners.get(group, ()):
+                if slot.parameter is getattr(module, "weight", None):
+                    tokens, width = slot.parameter.shape
+                    yield TokenRows(start, tokens, width, answers=group is HEAD)
+                start += slot.size
 
     def _factors(self, group: ParameterGroup) -> Iterator[Factors]:
         """Where in the group's flat vector its pairs of factors lie. Of a pair with one frozen factor there is none."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
 from fedalign.moe.families import is_encoder_decoder
-from fedalign.protocol import Kind
+from fedalign.protocol import KINDS, Kind
 
 UNREACHED = "no gradient reaches it: it only chooses"
 SELECTION_BIAS = ("e_score_correction_bias", "expert_bias")  # added to scores only to choose
@@ -21,8 +21,8 @@ SELECTION_BIAS = ("e_score_correction_bias", "expert_bias")  # added to scores o
 # peft imports bitsandbytes where it is, and that advises at every start to install a package that is of no use here
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-KINDS: dict[str, tuple[Kind, ...]] = {
-    "full": ("shared", "gate", "expert"),
+TRAINED: dict[str, tuple[Kind, ...]] = {
+    "full": KINDS,
     "moe": ("gate", "expert"),
     "experts": ("expert",),
     "router": ("gate",),
@@ -83,7 +83,7 @@ def freeze(slots: Sequence[Named], options: TuningConfig) -> None:
     Raises:
         UserError: A pattern matches nothing, or nothing is left to train.
     """
-    of_kind = {s.name: s.parameter for s in slots if s.parameter.requires_grad and s.kind in KINDS[options.kind]}
+    of_kind = {s.name: s.parameter for s in slots if s.parameter.requires_grad and s.kind in TRAINED[options.kind]}
     kept = {of_kind[name] for name in chosen(list(of_kind), options)}
     for slot in slots:
         if slot.parameter not in kept:

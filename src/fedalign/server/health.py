@@ -1,9 +1,10 @@
 """MoE health: what a round's statistics and plan say of routers and experts, kept for people to look at.
 
 One safetensors file a round: prob_C_L_E, load_C_L_E; the plan's gate_weight_C_L_E, expert_weight_C_L_E,
-shared_weight_C; the norms of the updates, gate_norm_C_L_E, expert_norm_C_L_E, shared_norm_C; and, for federations small
-enough to look at pair by pair, similarity_L_E_C_C (cosines of centred centroids) and consensus_L_E_C_C (of the experts'
-updates, by their sketches), NaN where one of the two does not hold the expert. The clients' names are in its metadata.
+shared_weight_C; the norms of the updates, gate_norm_C_L_E, expert_norm_C_L_E, shared_norm_C (embeddings and head
+included); and, for federations small enough to look at pair by pair, similarity_L_E_C_C (cosines of centred centroids)
+and consensus_L_E_C_C (of the experts' updates, by their sketches), NaN where one of the two does not hold the expert.
+The clients' names are in its metadata.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from fedalign.files import replacing_file
 from fedalign.maths.experts import centred_directions, cosines, direction_consensus
-from fedalign.protocol import Layout, Plan, Statistics
+from fedalign.protocol import WHOLE, Layout, Plan, Statistics
 
 PAIRWISE = 32  # clients up to which similarities are kept
 
@@ -38,7 +39,8 @@ class Health:
 def write_health(folder: Path, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
     """Keep a round's file; one of the same round is replaced."""
     shared_C, gate_C_L_E, expert_C_L_E = layout.split(plan.weight_C_G)
-    shared_norm_C, gate_norm_C_L_E, expert_norm_C_L_E = layout.split(torch.stack([r.norm_G for r in reports]))
+    norm_C_G = torch.stack([report.norm_G for report in reports])
+    _, gate_norm_C_L_E, expert_norm_C_L_E = layout.split(norm_C_G)
     tensors = {
         "prob_C_L_E": torch.stack([report.prob_L_E for report in reports]).half(),
         "load_C_L_E": torch.stack([report.load_L_E for report in reports]),
@@ -47,7 +49,7 @@ def write_health(folder: Path, round: int, reports: Sequence[Statistics], plan: 
         "shared_weight_C": shared_C.contiguous(),
         "gate_norm_C_L_E": gate_norm_C_L_E.contiguous(),
         "expert_norm_C_L_E": expert_norm_C_L_E.contiguous(),
-        "shared_norm_C": shared_norm_C.contiguous(),
+        "shared_norm_C": norm_C_G[:, : len(WHOLE)].norm(dim=1),
     }
     if len(reports) <= PAIRWISE and reports[0].centroid_L_E_D.numel():
         tensors["similarity_L_E_C_C"] = similarity(reports).half()

@@ -22,7 +22,7 @@ from fedalign.federation.in_process import prepare
 from fedalign.federation.messages import MESSAGES, Parcel, decode, encode
 from fedalign.federation.service import Service
 from fedalign.moe.model import MoEModel
-from fedalign.protocol import PROTOCOL, SHARED, Packed, ParameterGroup, Start, Update
+from fedalign.protocol import PROTOCOL, SHARED, WORDS, Packed, ParameterGroup, Start, Update
 from fedalign.server.results import RunFolder
 from fedalign.server.run import execute
 from tests.conftest import SUBJECTS, changed, make_site, rows, write_jsonl
@@ -104,8 +104,11 @@ def coordinated(olmoe: Path, house: Path) -> Callable[..., Config]:
     return make
 
 
-def sites(folder: Path, house: Path, config: Config) -> dict[str, Answers]:
-    """A service for each site; each with its own copy of nothing but its own data."""
+ALL = "token_counts = true\nembeddings = true\n"
+
+
+def sites(folder: Path, house: Path, config: Config, consents: Mapping[str, str] | None = None) -> dict[str, Answers]:
+    """A service for each site; each with its own copy of nothing but its own data. All consent, unless said."""
     services: dict[str, Answers] = {}
     for name in SITES:
         data = house / "train" / f"{name}.jsonl"
@@ -114,6 +117,7 @@ def sites(folder: Path, house: Path, config: Config) -> dict[str, Answers]:
             f'name = "{name}"\n[data]\ntrain = "{data}"\n[model]\npath = "{config.model.path}"\n'
             f"[limits]\nmin_tokens = 4\nmin_examples = 4\n{limits}\n"
         )
+        toml += f"[consent]\n{ALL if consents is None else consents.get(name, '')}"
         site = make_site(folder / name, toml)
         services[name] = Service(name, site.memory("run"), lambda site=site: open_site(site, config, "run"))  # type: ignore[misc] # mypy infers no lambda with defaults
     return services
@@ -124,6 +128,54 @@ def run(out: Path, link: Direct, config: Config, resume: bool = False) -> dict[s
     if not resume:
         folder.begin(config)
     return execute(Coordinator.connect(link, config, folder), folder, Silent())
+
+
+@pytest.mark.parametrize(
+    ("consents", "more", "told"),
+    [
+        (
+            {},
+            (),
+            "of 3 sites 0 consent to train embeddings and head, which stay as they were, 0 to send counts of tokens: ",
+        ),
+        (
+            {"lab": "embeddings = true\n", "ward": "token_counts = true\n"},
+            (),
+            "of 3 sites 1 consent to train embeddings and head, 0 to send counts of tokens: rows are averaged as under "
+            'algorithm.vocabulary = "average"',
+        ),
+        (
+            {"lab": ALL, "ward": "embeddings = true\n"},
+            (),
+            "of 3 sites 2 consent to train embeddings and head, 1 to send counts of tokens",
+        ),
+        ({"lab": ALL}, ("algorithm.name=fedavg",), "of 3 sites 1 consent to train embeddings and head"),
+        ({"lab": ALL}, ("tuning.kind=moe",), ""),
+    ],
+)
+def test_a_run_goes_on_with_those_who_consent_and_says_how_many(
+    tmp_path: Path,
+    house: Path,
+    coordinated: Callable[..., Config],
+    consents: dict[str, str],
+    more: tuple[str, ...],
+    told: str,
+) -> None:
+    config = coordinated("run.rounds=1", *more)
+    link, folder = Direct(sites(tmp_path, house, config, consents)), RunFolder(tmp_path / "run")
+    folder.begin(config)
+    coordinator = Coordinator.connect(link, config, folder)
+    said = coordinator.consents()
+    assert said.startswith(told)
+    assert said.endswith('"average"') == (": rows" in said)
+    summary = execute(coordinator, folder, Silent())
+    assert summary["failures"] == []
+    start = MoEModel.load(config.model.path).read(WORDS)
+    new = MoEModel.load(folder.path / "model").read(WORDS)
+    trained = any("embeddings" in consent for consent in consents.values()) and "tuning.kind=moe" not in more
+    assert all(torch.equal(new[group], start[group]) != trained for group in WORDS)
+    sent = metrics(folder.path)[-1]["bytes_up_by_client"]
+    assert (max(sent.values()) > 1.2 * min(sent.values())) == trained  # who does not consent sends less
 
 
 def in_process(out: Path, house: Path, config: Config) -> dict[str, Any]:

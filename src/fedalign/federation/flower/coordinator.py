@@ -24,7 +24,7 @@ from fedalign.files import damage, replacing
 from fedalign.maths.rounding import unpack_weights
 from fedalign.moe.load import model_path
 from fedalign.moe.model import MoEModel
-from fedalign.protocol import Evaluation, Layout, Weights
+from fedalign.protocol import TELLING, WORDS, Evaluation, Layout, Weights
 from fedalign.server.results import RunFolder
 from fedalign.server.run import Holdings, identity
 
@@ -116,6 +116,20 @@ class Coordinator:
             name: {"examples": site.hello.examples, "labels": {}}
             for name, site in sorted(self.federation.sites.items())
         }
+
+    def consents(self) -> str:
+        """How many of the sites that are there let leave what tells their tokens; empty where nothing does."""
+        if self.config.federation.engine != "flower" or not any(self.layout.sizes[group] for group in WORDS):
+            return ""
+        members = [self.federation.sites[name].hello for name in self.federation.members()]
+        rows = sum(hello.embeddings for hello in members)
+        said = f"of {len(members)} sites {rows} consent to train embeddings and head"
+        said += ", which stay as they were" if not rows else ""
+        if not self.config.asks & TELLING:
+            return said
+        counts = sum(hello.embeddings and hello.token_counts for hello in members)
+        said += f", {counts} to send counts of tokens"
+        return said if counts else f'{said}: rows are averaged as under algorithm.vocabulary = "average"'
 
     def finish(self) -> None:
         """Sites forget their updates."""

@@ -15,7 +15,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,8 @@ class Flower:
         return ask_flwr(self.environment, self.address, *arguments)
 
 
-def run(config: Config, folder: RunFolder, watch: Observer) -> dict[str, Any]:
-    """Run, or resume, what `folder` holds on Flower; returns the summary.
+def run(config: Config, folder: RunFolder, watch: Observer, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Run, or resume, what `folder` holds on Flower; returns the summary. `tell` says what a person should know.
 
     Raises:
         UserError: The SuperLink cannot be reached, or the run failed; the reason is the coordinator's.
@@ -97,18 +97,20 @@ def run(config: Config, folder: RunFolder, watch: Observer) -> dict[str, Any]:
     home = folder.path.absolute() / "flower"
     with superlink(config, home) as flower:
         if is_running(folder.path):  # the one that watched was ended, the coordinator was not
-            return watch_run(folder, watch, flower, (home / "run-id").read_text(encoding="utf-8"))
+            return watch_run(folder, watch, tell, flower, (home / "run-id").read_text(encoding="utf-8"))
         with contextlib.suppress(FileNotFoundError):  # else sites stay busy with what a dead coordinator asked
             flower.stop((home / "run-id").read_text(encoding="utf-8"))
         folder.path.joinpath("status.json").unlink(missing_ok=True)
         run_id = flower.submit(folder, config)
         write_text(home / "run-id", run_id)
-        return watch_run(folder, watch, flower, run_id)
+        return watch_run(folder, watch, tell, flower, run_id)
 
 
-def watch_run(folder: RunFolder, watch: Observer, flower: Flower, run_id: str) -> dict[str, Any]:
+def watch_run(
+    folder: RunFolder, watch: Observer, tell: Callable[[str], None], flower: Flower, run_id: str
+) -> dict[str, Any]:
     """Show how the run goes until it ends."""
-    shown, heard, last = 0, time.monotonic(), read_status(folder.path)
+    shown, heard, last, noted = 0, time.monotonic(), read_status(folder.path), ""
     try:
         while True:
             status = read_status(folder.path)
@@ -116,6 +118,8 @@ def watch_run(folder: RunFolder, watch: Observer, flower: Flower, run_id: str) -
             for index in range(shown, len(history)):
                 past = tuple(history[: index + 1])
                 watch.completed(ServerState(int(past[-1]["round"]), {}, {}, past), improved=False)
+            if status.note and status.note != noted:
+                tell(noted := status.note)
             if status != last or len(history) != shown:
                 heard, last, shown = time.monotonic(), status, len(history)
                 watch.progress(status.round, status.stage, status.done, status.total)

@@ -36,6 +36,7 @@ def serve_site(folder: SiteFolder, *, supernode: bool, insecure_anywhere: bool, 
     log_to_stderr()
     quiet()
     refuse_second(folder)
+    tell(f"{folder.config.name}, [consent]: {folder.config.consent.told}")
     with _terminated_as_interrupted():
         if supernode:
             link = folder.config.coordinator

@@ -51,7 +51,10 @@ def _go(grid: Grid, source: Path, folder: RunFolder, beacon: Beacon) -> None:
         beacon.begin()
         about = RunAbout(config.to_toml(), run_key(folder), str(folder.path))
         link = GridLink(grid, about, expiry=2.0 * config.federation.timeout_seconds + 60)
-        execute(Coordinator.connect(link, config, folder), folder, beacon)
+        coordinator = Coordinator.connect(link, config, folder)
+        beacon.note = coordinator.consents()
+        beacon.begin()
+        execute(coordinator, folder, beacon)
         beacon.end()
     except UserError as error:
         beacon.fail(str(error))

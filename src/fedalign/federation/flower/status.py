@@ -25,6 +25,7 @@ class Status:
     done: int = 0
     total: int = 1
     error: str = ""
+    note: str = ""  # what a person should know of the run's sites
 
 
 class Beacon:
@@ -32,14 +33,15 @@ class Beacon:
 
     def __init__(self, folder: Path) -> None:
         self.path = status_file(folder)
+        self.note = ""
 
     def begin(self) -> None:
         """The run is on."""
-        self._write(Status("running", os.getpid()))
+        self._write(Status("running", os.getpid(), note=self.note))
 
     def progress(self, round: int, stage: str, done: int, total: int) -> None:
         """Say so at once: who watches waits for the last of them, and wants to know how many are missing."""
-        self._write(Status("running", os.getpid(), round, stage, done, total))
+        self._write(Status("running", os.getpid(), round, stage, done, total, note=self.note))
 
     def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
         """Nothing: the health files have it."""
@@ -49,7 +51,7 @@ class Beacon:
 
     def end(self) -> None:
         """The run is complete."""
-        self._write(Status("complete", os.getpid()))
+        self._write(Status("complete", os.getpid(), note=self.note))
 
     def fail(self, error: str) -> None:
         """The run has ended before its time."""

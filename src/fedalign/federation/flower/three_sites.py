@@ -86,7 +86,8 @@ def deal_data(folder: Path) -> list[str]:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / site / "data.jsonl").write_text(lines, encoding="utf-8")
         limits = {"threads": 1, "held_out": 0.2, "seed": 0}
-        settings = {"name": site, "data": {"train": "data.jsonl"}, "limits": limits}
+        settings: dict[str, object] = {"name": site, "data": {"train": "data.jsonl"}, "limits": limits}
+        settings["consent"] = {"token_counts": True, "embeddings": True}  # the texts of this demo are public
         (folder / site / "site.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
         most = ", ".join(f"{label} {count}" for label, count in Counter(r["label"] for r in rows).most_common(3))
         say(f"{site}: {len(rows)} examples ({most}, ...)")
