@@ -17,6 +17,8 @@ from torch.testing import assert_close
 from fedalign.maths.average import StreamingSum
 from fedalign.maths.robust import capped, guarded, holders, krum, make_sum, median, trimmed_mean, typical_norms
 from fedalign.protocol import (
+    EMBEDDINGS,
+    HEAD,
     SHARED,
     Layout,
     Packed,
@@ -29,8 +31,9 @@ from fedalign.protocol import (
 )
 
 EXPERTS = [ParameterGroup("expert", 0, expert) for expert in range(3)]
-SIZES = {group: 4 if group == SHARED else 2 for group in Layout(1, 3, {}).groups}
+SIZES = dict.fromkeys(Layout(1, 3, {}).groups, 2) | {SHARED: 4, EMBEDDINGS: 4, HEAD: 0}
 LAYOUT = Layout(1, 3, SIZES)
+GROUPS = len(SIZES)
 NAMES = "abcdefghij"
 
 
@@ -116,7 +119,7 @@ def test_with_nothing_to_compare_nothing_is_clipped() -> None:
     typical_G = typical_norms(norm_1_G, norm_1_G > 0, LAYOUT)
     assert typical_G[0] == torch.inf
     assert typical_G[4] == torch.inf  # the only expert that anybody holds
-    plan = guarded(Plan(("a",), torch.ones(1, 7)), norm_1_G, LAYOUT, 0.5, 3.0)
+    plan = guarded(Plan(("a",), torch.ones(1, GROUPS)), norm_1_G, LAYOUT, 0.5, 3.0)
     assert plan.factor_C_G is not None
     assert plan.factor_C_G.tolist() == [[1.0] * 7]
     assert plan.weight_C_G.tolist() == [[1.0] * 7]
@@ -233,18 +236,18 @@ def test_a_token_is_voted_on_by_those_who_met_it(rule: Robust, met: float) -> No
     layout = replace(LAYOUT, token_rows=(TokenRows(0, 3, 1),))
     rows_C_M_V = tensor([[[0.5, 0.0, 1.0]], [[0.5, 0.0, 0.0]], [[0.0, 0.0, 0.0]]])
     updates: dict[str, Weights] = {
-        "a": {SHARED: tensor([1.0, 1, 5, 1])},
-        "b": {SHARED: tensor([3.0, 1, 1, 1])},
-        "c": {SHARED: tensor([9.0, 1, 1, 1])},
+        "a": {EMBEDDINGS: tensor([1.0, 1, 5, 1])},
+        "b": {EMBEDDINGS: tensor([3.0, 1, 1, 1])},
+        "c": {EMBEDDINGS: tensor([9.0, 1, 1, 1])},
     }
     change = run(rule, updates, layout, rows=rows_C_M_V, radius=10.0)
-    assert_close(change[SHARED], tensor([met, 0.0, 5.0, 1.0]))  # met by two, by none, by one, and no token's
+    assert_close(change[EMBEDDINGS], tensor([met, 0.0, 5.0, 1.0]))  # met by two, by none, by one, and no token's
 
 
 def test_streams_need_a_weighted_sum() -> None:
-    plan = Plan(("a",), torch.ones(1, 7), streams={"control": torch.ones(1, 7)})
+    plan = Plan(("a",), torch.ones(1, GROUPS), streams={"control": torch.ones(1, GROUPS)})
     with pytest.raises(ValueError, match=r'streams control: server.robust = "median" has none; use "clip"'):
-        make_sum("median", LAYOUT, plan, {"a": torch.ones(7)}, "float32", hostile=0.3, radius=1.0, center={})
+        make_sum("median", LAYOUT, plan, {"a": torch.ones(GROUPS)}, "float32", hostile=0.3, radius=1.0, center={})
 
 
 # ---------------------------------------------------------------------------------------------- the streaming sum
@@ -252,15 +255,15 @@ def test_streams_need_a_weighted_sum() -> None:
 
 def test_a_clipped_update_is_clipped_in_its_token_rows_too() -> None:
     layout = replace(LAYOUT, token_rows=(TokenRows(0, 3, 1),))
-    plan = Plan(("a",), torch.ones(1, 7), torch.full((1, 7), 0.25), token_weight_C_M_V=torch.ones(1, 1, 3))
-    total = StreamingSum(layout, plan, {"a": torch.full((7,), 99.0)}, "float32")
+    plan = Plan(("a",), torch.ones(1, GROUPS), torch.full((1, GROUPS), 0.25), token_weight_C_M_V=torch.ones(1, 1, 3))
+    total = StreamingSum(layout, plan, {"a": torch.full((GROUPS,), 99.0)}, "float32")
     assert total.add(Update("a", 1, {g: Packed(v) for g, v in everywhere(4.0).items()})) is None
-    assert total.result({SHARED: torch.zeros(4)})[SHARED].tolist() == [1.0] * 4
+    assert total.result({EMBEDDINGS: torch.zeros(4)})[EMBEDDINGS].tolist() == [1.0] * 4
 
 
 def test_what_must_arrive_is_counted_in_sites_where_their_word_is_not_trusted() -> None:
-    plan = Plan(("liar", "b", "c"), tensor([[0.998] * 7, [0.001] * 7, [0.001] * 7]))
-    norms = dict.fromkeys(plan.clients, torch.full((7,), 9.0))
+    plan = Plan(("liar", "b", "c"), tensor([[0.998] * GROUPS, [0.001] * GROUPS, [0.001] * GROUPS]))
+    norms = dict.fromkeys(plan.clients, torch.full((GROUPS,), 9.0))
     for by_sites, moved in ((False, 0.0), (True, 2.0)):
         total = StreamingSum(LAYOUT, plan, norms, "float32", by_sites=by_sites)
         for client, value in (("b", 1.0), ("c", 3.0)):
@@ -269,12 +272,12 @@ def test_what_must_arrive_is_counted_in_sites_where_their_word_is_not_trusted() 
     total.add(Update("liar", 1, {g: Packed(v) for g, v in everywhere(2.0).items()}))
     alone = StreamingSum(LAYOUT, plan, norms, "float32", by_sites=True)
     alone.add(Update("b", 1, {g: Packed(v) for g, v in everywhere(1.0).items()}))
-    assert alone.unchanged() == list(LAYOUT.groups)  # one of three
+    assert alone.unchanged() == [group for group in LAYOUT.groups if SIZES[group]]  # one of three
 
 
 def test_an_update_that_the_plan_would_blow_up_is_refused_and_the_sum_stays_finite() -> None:
-    plan = Plan(("a", "b"), torch.full((2, 7), 0.5), tensor([[1.0] * 7, [3e38] * 7]))
-    total = StreamingSum(LAYOUT, plan, dict.fromkeys("ab", torch.full((7,), 1e15)), "float32")
+    plan = Plan(("a", "b"), torch.full((2, GROUPS), 0.5), tensor([[1.0] * GROUPS, [3e38] * GROUPS]))
+    total = StreamingSum(LAYOUT, plan, dict.fromkeys("ab", torch.full((GROUPS,), 1e15)), "float32")
     for client in "ab":
         failure = total.add(Update(client, 1, {g: Packed(v) for g, v in everywhere(1e14).items()}))
         assert (failure is None) == (client == "a")
