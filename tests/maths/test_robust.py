@@ -18,7 +18,6 @@ from fedalign.maths.average import StreamingSum
 from fedalign.maths.robust import capped, guarded, holders, krum, make_sum, median, trimmed_mean, typical_norms
 from fedalign.protocol import (
     EMBEDDINGS,
-    HEAD,
     SHARED,
     Layout,
     Packed,
@@ -31,7 +30,7 @@ from fedalign.protocol import (
 )
 
 EXPERTS = [ParameterGroup("expert", 0, expert) for expert in range(3)]
-SIZES = dict.fromkeys(Layout(1, 3, {}).groups, 2) | {SHARED: 4, EMBEDDINGS: 4, HEAD: 0}
+SIZES = dict.fromkeys(Layout(1, 3, {}).groups, 2) | {SHARED: 4, EMBEDDINGS: 4}
 LAYOUT = Layout(1, 3, SIZES)
 GROUPS = len(SIZES)
 NAMES = "abcdefghij"
@@ -95,7 +94,7 @@ def test_no_share_is_above_the_cap_and_none_is_lost(scores: list[float], most: f
 
 
 def by_group(*, shared: float, gate: float, experts: Sequence[float]) -> list[float]:
-    return [float(norm) for norm in (shared, gate, gate, gate, *experts)]
+    return [float(norm) for norm in (shared, 0, 0, gate, gate, gate, *experts)]  # nobody trains embeddings
 
 
 def test_norms_are_compared_among_holders_and_those_of_few_with_their_layer() -> None:
@@ -109,20 +108,20 @@ def test_norms_are_compared_among_holders_and_those_of_few_with_their_layer() ->
     )
     typical_G = typical_norms(norm_C_G, norm_C_G > 0, LAYOUT)
     assert typical_G[0] == 2  # the lower one of the middle two
-    assert typical_G[4] == 4
-    assert typical_G[6] == 4  # two holders: of the layer's other experts, 2, 4, 6 and 900
-    assert typical_G[5].isfinite()  # nobody holds it
+    assert typical_G[6] == 4
+    assert typical_G[8] == 4  # two holders: of the layer's other experts, 2, 4, 6 and 900
+    assert typical_G[7].isfinite()  # nobody holds it
 
 
 def test_with_nothing_to_compare_nothing_is_clipped() -> None:
     norm_1_G = tensor([by_group(shared=1e6, gate=0, experts=[3.0, 0, 0])])
     typical_G = typical_norms(norm_1_G, norm_1_G > 0, LAYOUT)
     assert typical_G[0] == torch.inf
-    assert typical_G[4] == torch.inf  # the only expert that anybody holds
+    assert typical_G[6] == torch.inf  # the only expert that anybody holds
     plan = guarded(Plan(("a",), torch.ones(1, GROUPS)), norm_1_G, LAYOUT, 0.5, 3.0)
     assert plan.factor_C_G is not None
-    assert plan.factor_C_G.tolist() == [[1.0] * 7]
-    assert plan.weight_C_G.tolist() == [[1.0] * 7]
+    assert plan.factor_C_G.tolist() == [[1.0] * GROUPS]
+    assert plan.weight_C_G.tolist() == [[1.0] * GROUPS]
 
 
 def test_of_two_the_shorter_one_is_the_measure() -> None:
@@ -131,15 +130,15 @@ def test_of_two_the_shorter_one_is_the_measure() -> None:
 
 
 def test_a_guarded_plan_by_hand() -> None:
-    weight_C_G = tensor([[0.9] * 7, [0.06] * 7, [0.04] * 7])
-    norm_C_G = tensor([[30.0] * 7, [1.0] * 7, [2.0] * 7])
+    weight_C_G = tensor([[0.9] * GROUPS, [0.06] * GROUPS, [0.04] * GROUPS])
+    norm_C_G = tensor([[30.0] * GROUPS, [1.0] * GROUPS, [2.0] * GROUPS])
     rows = torch.tensor([[[0.9, 1.0, 0.0]], [[0.06, 0.0, 0.0]], [[0.04, 0.0, 1.0]]])
     plan = Plan(
         ("liar", "b", "c"),
         weight_C_G,
-        factor_C_G=torch.full((3, 7), 0.5),
+        factor_C_G=torch.full((3, GROUPS), 0.5),
         token_weight_C_M_V=rows,
-        streams={"s": torch.full((3, 7), 4.0)},
+        streams={"s": torch.full((3, GROUPS), 4.0)},
     )
     new = guarded(plan, norm_C_G, LAYOUT, 0.5, 3.0)
     assert_close(new.weight_C_G[:, 0], tensor([0.5, 0.3, 0.2]))
@@ -154,8 +153,8 @@ def test_a_guarded_plan_by_hand() -> None:
 
 
 def test_who_sends_zeros_holds_nothing() -> None:
-    plan = Plan(("a", "b"), tensor([[0.5] * 7, [0.5] * 7]))
-    assert holders(plan, tensor([[1.0] * 7, [0.0] * 7])).sum(1).tolist() == [7, 0]
+    plan = Plan(("a", "b"), tensor([[0.5] * GROUPS, [0.5] * GROUPS]))
+    assert holders(plan, tensor([[1.0] * GROUPS, [0.0] * GROUPS])).sum(1).tolist() == [GROUPS, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------- the sums
@@ -272,7 +271,7 @@ def test_what_must_arrive_is_counted_in_sites_where_their_word_is_not_trusted() 
     total.add(Update("liar", 1, {g: Packed(v) for g, v in everywhere(2.0).items()}))
     alone = StreamingSum(LAYOUT, plan, norms, "float32", by_sites=True)
     alone.add(Update("b", 1, {g: Packed(v) for g, v in everywhere(1.0).items()}))
-    assert alone.unchanged() == [group for group in LAYOUT.groups if SIZES[group]]  # one of three
+    assert alone.unchanged() == list(LAYOUT.groups)  # one of three
 
 
 def test_an_update_that_the_plan_would_blow_up_is_refused_and_the_sum_stays_finite() -> None:
