@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -55,7 +56,7 @@ from fedalign.moe.load import quiet
 from fedalign.moe.model import MoEModel
 from fedalign.moe.probe import RoutingProbe, RoutingStatistics
 from fedalign.protocol import (
-    SHARED,
+    WHOLE,
     Algorithm,
     Broadcast,
     Plan,
@@ -256,8 +257,8 @@ def attention_by_gram(seen: Round, merged: Weights) -> None:
         gram_out = [w * passed.attention_out_L_N_N[layer] for w, passed in passes]
         inward = (attention.q_proj, attention.k_proj, attention.v_proj)
         for linear, grams in (*((linear, gram_in) for linear in inward), (attention.o_proj, gram_out)):
-            old, new = (part(moe, linear.weight, weights[SHARED]) for weights in (seen.start, merged))
-            changes = [part(moe, linear.weight, seen.updates[client][SHARED]) for client in seen.passed]
+            old, new = (part(moe, linear.weight, weights) for weights in (seen.start, merged))
+            changes = [part(moe, linear.weight, seen.updates[client]) for client in seen.passed]
             new.copy_(old + regression_mean(grams, changes, share, OFF_DIAGONAL))
 
 
@@ -314,15 +315,16 @@ def calibrated_gate(seen: Round, merged: Weights, ridge: float = RIDGE) -> None:
         merged |= {row: old_H + new_H for row, old_H, new_H in zip(rows, start_E_H, solved_E_H, strict=True)}
 
 
-def part(moe: MoEModel, parameter: Tensor, shared_N: Tensor) -> Tensor:
-    """What of the shared group's values belongs to this parameter, as a view in its shape."""
-    start = 0
+def part(moe: MoEModel, parameter: Tensor, weights: Weights) -> Tensor:
+    """What of its group's values belongs to a parameter that is no router and no expert, as a view in its shape."""
+    starts: Counter[object] = Counter()
     for slot in moe.slots:
-        if slot.groups == (SHARED,) and slot.parameter.requires_grad:
+        if len(slot.groups) == 1 and slot.groups[0] in WHOLE and slot.parameter.requires_grad:
+            (group,) = slot.groups
             if slot.parameter is parameter:
-                return shared_N[start : start + slot.size].view(parameter.shape)
-            start += slot.size
-    raise ValueError("this parameter is not trained, or not shared")
+                return weights[group][starts[group] : starts[group] + slot.size].view(parameter.shape)
+            starts[group] += slot.size
+    raise ValueError("this parameter is not trained, or belongs to a router or an expert")
 
 
 def aligned(label: str, about: str = "", **options: Any) -> Alternative:

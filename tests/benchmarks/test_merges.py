@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from fedalign.config.toml import load_config
 from fedalign.data.encode import IGNORED
 from fedalign.federation.in_process import Prepared, prepare
-from fedalign.protocol import SHARED, ParameterGroup, Weights
+from fedalign.protocol import ParameterGroup, Weights
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "evidence"))
 import merges
@@ -103,7 +103,7 @@ def test_regmean_of_one_client_returns_its_own_update(seen: merges.Round) -> Non
     moe = only.prepared.bench.moe
     for name, parameter in moe.model.named_parameters():
         if parameter.shape and not name.endswith(("gate.weight", "gate_up_proj", "down_proj")):
-            old, new, change = (merges.part(moe, parameter, w[SHARED]) for w in (only.start, merged, update))
+            old, new, change = (merges.part(moe, parameter, w) for w in (only.start, merged, update))
             moved = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"))
             assert_close(new, old + change if moved else old)
 
@@ -152,7 +152,7 @@ def test_token_rows_of_two_clients_by_hand(
     by_row = merges.Alternative("", "fedavg", weigh=weigh)
     merged = by_row.merged(seen, by_row.plan(seen, {}))
     table = moe.model.get_input_embeddings().weight
-    old, mean, new = (merges.part(moe, table, weights[SHARED]) for weights in (seen.start, average, merged))
+    old, mean, new = (merges.part(moe, table, weights) for weights in (seen.start, average, merged))
     encoded = {client: seen.prepared.clients[client].train for client in seen.updates}
     answers = {label for train in encoded.values() for one in train for label in one.labels} - {IGNORED}
     moved = 0
@@ -163,7 +163,7 @@ def test_token_rows_of_two_clients_by_hand(
             count = Counter(i for one in train for i in one.input_ids)
             share = count[token] / count.total() if counted else 1
             weight[client] = len(train) * share * (examples >= (1 if rare else 4))
-        change = {client: merges.part(moe, table, update[SHARED])[token] for client, update in seen.updates.items()}
+        change = {client: merges.part(moe, table, update)[token] for client, update in seen.updates.items()}
         held = sum(w > 0 for w in weight.values())
         if held < holders or (words != "all" and (token in answers) != (words == "answers")):
             assert_close(new[token], mean[token])
@@ -173,7 +173,7 @@ def test_token_rows_of_two_clients_by_hand(
             moved += not torch.allclose(new[token], mean[token])
     assert moved > 0 or words == "answers" or (holders == 2 and not counted)  # both met it: FedAvg
     rest = moe.model.model.norm.weight
-    assert torch.equal(merges.part(moe, rest, merged[SHARED]), merges.part(moe, rest, average[SHARED]))
+    assert torch.equal(merges.part(moe, rest, merged), merges.part(moe, rest, average))
 
 
 @pytest.mark.parametrize(("label", "power"), [("experts by load", 1), ("experts by load^2", 2)])
