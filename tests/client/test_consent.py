@@ -155,7 +155,13 @@ def test_who_sends_no_counts_does_not_count_for_rows_that_others_met(tmp_path: P
 
 
 def site(config: Config, folder: Path, consent: Consent) -> Service:
-    about = {"name": "ward", "data": {"train": config.data.train}, "consent": vars(consent)}
+    about = {
+        "name": "ward",
+        "data": {"train": config.data.train},
+        "model": {"path": config.model.path},
+        "limits": {"min_train": 4, "min_held_out": 1, "min_tokens": 4, "min_examples": 4},
+        "consent": vars(consent),
+    }
     here = SiteFolder(folder, SiteConfig.model_validate(about))
     return Service("ward", here.memory("run"), lambda: open_site(here, config, "run"))
 
@@ -170,9 +176,8 @@ def ask(service: Service, verb: str, message: Message, expected: type) -> Messag
 def test_tokens_can_be_read_off_rows_where_it_is_said_and_nowhere_else(
     settings: list[str], tmp_path: Path, vocabulary: str, consent: Consent
 ) -> None:
-    config = load_config(
-        None, [*settings, f"algorithm.vocabulary={vocabulary}", "data.max_train=12", "statistics.min_examples=4"]
-    )
+    more = ["federation.engine=flower", "data.max_train=12", "statistics.min_examples=4"]
+    config = load_config(None, [*settings, f"algorithm.vocabulary={vocabulary}", *more])
     service = site(config, tmp_path, consent)
     moe, trained = service.client.trainer.moe, service.client.data.train
     weights = {group: pack(value.clone(), "float32", 0) for group, value in moe.read().items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,14 @@ def at_hand(source: str, name: str, revision: str | None = None) -> Path | None:
 
 
 def stored(source: str, revision: str | None = None) -> dict[str, Path]:
-    """Where each tensor lies, as far as it is at hand and in safetensors."""
+    """Where each tensor lies, as far as it is at hand and in safetensors.
+
+    Raises:
+        UserError: A file is damaged.
+    """
     if single := at_hand(source, WEIGHTS, revision):
-        with safe_open(single, framework="pt") as opened:
-            return dict.fromkeys(opened.keys(), single)
+        with _opened(single) as file:
+            return dict.fromkeys(file.keys(), single)
     if (index := at_hand(source, INDEX, revision)) is None:
         return {}
     places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -46,13 +51,19 @@ def read(tensors: Mapping[str, Path], names: Iterable[str] | None = None) -> Ite
     Raises:
         UserError: A file is gone, or damaged.
     """
-    for file, those in groupby(tensors if names is None else names, key=tensors.__getitem__):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in those:
-                    yield name, opened.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{str(file)!r}: cannot be read: {error}. Put it back as it was.") from None
+    for path, those in groupby(tensors if names is None else names, key=tensors.__getitem__):
+        with _opened(path) as file:
+            for name in those:
+                yield name, file.get_tensor(name)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{str(path)!r}: cannot be read: {error}. Put it back as it was.") from None
 
 
 class Loading:
