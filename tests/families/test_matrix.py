@@ -100,7 +100,7 @@ def test_routing_is_captured(family: str, kind: str, train: bool, base: Folder) 
 @pytest.mark.parametrize(("family", "kind"), CASES)
 def test_groups_hold_every_trained_value_once(family: str, kind: str, base: Folder) -> None:
     moe = load(base(family), kind)
-    assert all(moe.layout.sizes[group] for group in moe.layout.groups if group.kind != "shared")
+    assert all(moe.layout.sizes[group] for group in moe.layout.groups if group.kind in ("gate", "expert"))
     tiny.assert_views_hold_every_trained_value_once(moe)
 
 
@@ -172,7 +172,7 @@ def test_a_round_gives_a_model_that_plain_libraries_load(
     family: str, kind: str, base: Folder, settings: list[str], tmp_path: Path
 ) -> None:
     moved = one_round(family, kind, base, settings, tmp_path / "run")
-    assert moved == {"shared", "gate", "expert"}
+    assert moved - {"head"} == {"shared", "gate", "expert"} | ({"embeddings"} if kind == "full" else set())
 
 
 @pytest.mark.parametrize("family", sorted(FAILS_UPSTREAM))
@@ -221,7 +221,7 @@ def test_of_a_multimodal_checkpoint_the_text_is_tuned_and_the_rest_kept(
     folder, plainly = model_folder(family, reads_pictures=True), AutoModelForImageTextToText.from_pretrained
     (folder / "preprocessor_config.json").write_text('{"image_processor_type": "AnyImageProcessor"}')
     moved = one_round(family, kind, lambda _: folder, settings, tmp_path / "run", plainly)
-    assert moved == {"shared", "gate", "expert"}
+    assert moved - {"head"} == {"shared", "gate", "expert"} | ({"embeddings"} if kind == "full" else set())
     before, moe = plainly(folder), load(folder, kind)
     towers = beside_text(before)
     assert towers
