@@ -16,8 +16,10 @@ from fedalign.config.site import SiteFolder
 from fedalign.config.toml import load_config
 from tests.moe.tiny import build, composite
 
-# a shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that
+# a shell that starts the tests in the background has them ignore Ctrl-C, nohup a terminal that is gone, and what they
+# start would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 Command = Callable[..., tuple[int, str, str]]
 
