@@ -34,6 +34,7 @@ from fedalign.protocol import (
     Weights,
 )
 from fedalign.server.checkpoint import Checkpoints, ServerState
+from fedalign.server.checks import WITHHELD
 from fedalign.server.rounds import Server
 from fedalign.testing import EVERYTHING, WIDTH, layout, reports
 
@@ -145,7 +146,7 @@ def numbers(name: str) -> Iterator[tuple[Any, bool]]:
 def tensors(name: str, honest: Tensor) -> Iterator[tuple[Tensor, bool]]:
     """A field's tensor with one entry and with all entries spoilt, and whether that is impossible."""
     least = torch.finfo(honest.dtype).smallest_normal if honest.is_floating_point() else 1
-    yield honest.new_zeros((0,) * honest.ndim), True
+    yield honest.new_zeros((0,) * honest.ndim), name not in WITHHELD  # whoever does not consent sends none
     yield honest[..., :-1], True
     for value, impossible in [
         *(((math.nan, True), (math.inf, True), (-math.inf, True)) if honest.is_floating_point() else ()),
@@ -213,8 +214,8 @@ def with_entry(table: Tensor, value: float) -> Tensor:
 
 TOKEN_C_M_V = torch.full((CLIENTS, *LAYOUT.token_cells), 1 / CLIENTS)
 BAD_PLANS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
-    "nan": (lambda p: replace(p, weight_C_G=with_entry(p.weight_C_G, math.nan)), "has weights [4, 7] that are not"),
-    "infinite": (lambda p: replace(p, weight_C_G=with_entry(p.weight_C_G, math.inf)), "has weights [4, 7] that are"),
+    "nan": (lambda p: replace(p, weight_C_G=with_entry(p.weight_C_G, math.nan)), "has weights [4, 9] that are not"),
+    "infinite": (lambda p: replace(p, weight_C_G=with_entry(p.weight_C_G, math.inf)), "has weights [4, 9] that are"),
     "negative": (
         lambda p: replace(p, weight_C_G=torch.stack([-p.weight_C_G[0], *(p.weight_C_G[1:] + p.weight_C_G[0] * 2 / 3)])),
         "has weights that are negative, or sum",
@@ -222,16 +223,16 @@ BAD_PLANS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
     "half": (lambda p: replace(p, weight_C_G=p.weight_C_G / 2), "sum over clients to neither 0 nor 1"),
     "double": (lambda p: replace(p, weight_C_G=p.weight_C_G * 2), "sum over clients to neither 0 nor 1"),
     "one column": (lambda p: replace(p, weight_C_G=with_entry(p.weight_C_G, 0)), "sum over clients to neither 0 nor 1"),
-    "groups": (lambda p: replace(p, weight_C_G=p.weight_C_G[:, :-1]), "has weights [4, 6] that are not finite, or"),
-    "rows": (lambda p: replace(p, weight_C_G=p.weight_C_G[:-1]), "or not [4, 7]"),
-    "transposed": (lambda p: replace(p, weight_C_G=p.weight_C_G.T), "has weights [7, 4]"),
+    "groups": (lambda p: replace(p, weight_C_G=p.weight_C_G[:, :-1]), "has weights [4, 8] that are not finite, or"),
+    "rows": (lambda p: replace(p, weight_C_G=p.weight_C_G[:-1]), "or not [4, 9]"),
+    "transposed": (lambda p: replace(p, weight_C_G=p.weight_C_G.T), "has weights [9, 4]"),
     "fewer clients": (lambda p: replace(p, clients=p.clients[:-1]), "has clients ('client-0', 'client-1', 'client-2')"),
     "other clients": (lambda p: replace(p, clients=(*p.clients[:-1], "who")), "'who'), asked were ('client-0',"),
     "another order": (lambda p: replace(p, clients=p.clients[::-1]), "has clients ('client-3',"),
-    "factor": (lambda p: replace(p, factor_C_G=p.weight_C_G / 0 * 0), "has factors [4, 7] that are not finite"),
-    "factor shape": (lambda p: replace(p, factor_C_G=torch.ones(7)), "has factors [7] that are not finite, or not"),
-    "stream": (lambda p: replace(p, streams={"a": p.weight_C_G * math.inf}), "has stream a [4, 7] that are not"),
-    "stream shape": (lambda p: replace(p, streams={"a": p.weight_C_G[:1]}), "has stream a [1, 7]"),
+    "factor": (lambda p: replace(p, factor_C_G=p.weight_C_G / 0 * 0), "has factors [4, 9] that are not finite"),
+    "factor shape": (lambda p: replace(p, factor_C_G=torch.ones(9)), "has factors [9] that are not finite, or not"),
+    "stream": (lambda p: replace(p, streams={"a": p.weight_C_G * math.inf}), "has stream a [4, 9] that are not"),
+    "stream shape": (lambda p: replace(p, streams={"a": p.weight_C_G[:1]}), "has stream a [1, 9]"),
     "tokens": (lambda p: replace(p, token_weight_C_M_V=TOKEN_C_M_V * 2), "has token weights that are negative, or sum"),
     "tokens nan": (lambda p: replace(p, token_weight_C_M_V=TOKEN_C_M_V * math.nan), "has token weights [4, 1, 50]"),
     "state": (lambda p: replace(p, state={"a": torch.full((2,), math.nan)}), "has a state that is not finite: a"),

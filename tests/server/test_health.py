@@ -41,7 +41,7 @@ def test_a_round_is_read_back(tmp_path: Path) -> None:
     assert kept.tensors["similarity_L_E_C_C"].shape == kept.tensors["consensus_L_E_C_C"].shape == (1, 2, 3, 3)
     assert_close(kept.tensors["expert_norm_C_L_E"], torch.ones(3, 1, 2))
     assert_close(kept.tensors["gate_norm_C_L_E"], torch.ones(3, 1, 2))
-    assert_close(kept.tensors["shared_norm_C"], torch.ones(3))
+    assert_close(kept.tensors["shared_norm_C"], torch.full((3,), 3**0.5))  # with embeddings and head
 
 
 def test_similarities_are_cosines_of_centred_centroids_among_holders() -> None:
