@@ -331,11 +331,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 ways.append((name, partial(act, at_random=at_random)))
         ways += [("full", ground.run_on_full_disk)] * asked.full
         counted: Counter[str] = Counter()
+        failed: list[str] = []
         for number, (name, way) in enumerate(ways):
             try:
                 counted[name] += way(number)
             except AssertionError as error:
-                sys.exit(f"{number} ({name}): {error}")
+                failed.append(f"{number} ({name}): {error}")
+    if failed:
+        sys.exit("\n".join([*failed, f"{len(failed)} of {len(ways)} attempts left something that was not whole."]))
     told = ", ".join(f"{name} {count}" for name, count in counted.items())
     print(f"{len(ways)} attempts, of which did not end by themselves: {told}. What they left was whole in all.")
 

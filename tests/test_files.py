@@ -261,6 +261,12 @@ def test_neighbours_that_only_look_like_ours_are_left_alone(tmp_path: Path) -> N
 
 
 def test_a_folder_that_was_cut_off_before_its_mark_is_ours(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / f".{MARK}.new").touch()
+    check_free(tmp_path / "run", "run", overwrite=False)
+    take(tmp_path / "run", "run", WRITTEN)
+    assert names(tmp_path / "run") == [MARK]
+    (tmp_path / "run" / MARK).unlink()
     (tmp_path / ".model.new").mkdir()
     (tmp_path / ".model.new" / f".{MARK}.new").touch()
     fill(tmp_path / "model", "new")

@@ -481,7 +481,7 @@ def _refuse_strangers(path: Path, kind: str, option: str) -> None:
 
 def _strangers(folder: Path) -> Iterator[str]:
     """What is in a folder and not listed by its mark: paths below it."""
-    listed = [LOCK, WATCH, *_marks(folder)]
+    listed = [LOCK, WATCH, MARK, *_marks(folder)]  # a kill may have come before the mark was whole
 
     def is_listed(path: str) -> bool:
         return any(fnmatchcase(path, line) for line in listed)
