@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from fedalign.files import replacing_file
@@ -57,7 +57,9 @@ def write_health(folder: Path, round: int, reports: Sequence[Statistics], plan: 
         tensors["consensus_L_E_C_C"] = consensus(reports).half()
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(folder / f"round-{round:05d}.safetensors") as file:
-        save_file(tensors, file, metadata={"clients": json.dumps(plan.clients)})
+        # not `save_file`, which writes beside the file, where a kill would leave it
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        file.write_bytes(save(whole, metadata={"clients": json.dumps(plan.clients)}))
 
 
 def similarity(reports: Sequence[Statistics]) -> Tensor:
