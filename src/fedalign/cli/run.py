@@ -222,10 +222,13 @@ def _watched(
 @contextmanager
 def _held(folder: RunFolder, settings: Config, how: Beginning) -> Iterator[None]:
     """Lock the run's folder, and begin a new run; on Flower the coordinator locks it for the rounds."""
+    from fedalign import parallel
+
     with folder.watched():
         if how.fresh:
             with folder.worked():
-                folder.check_free(how.overwrite)  # once more: somebody may have been faster
+                if parallel.is_first():
+                    folder.check_free(how.overwrite)  # once more: somebody may have been faster
                 folder.begin(settings)
         with folder.worked() if settings.federation.engine == "in_process" else nullcontext():
             yield
