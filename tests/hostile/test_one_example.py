@@ -97,6 +97,11 @@ def test_a_length_cannot_choose_among_examples(attack: Attack) -> None:
         assert 'data.too_long = "drop"' in attack().refused(verb, too_long="drop", max_length=8)
 
 
+@pytest.mark.parametrize("verb", ["hello", "start", "train", "evaluate"])
+def test_labels_cannot_choose_among_examples(attack: Attack, verb: str) -> None:
+    assert 'data.on_bad_row = "skip"' in attack().refused(verb, on_bad_row="skip", labels=("food",))
+
+
 def test_new_rows_leave_the_others_where_they_are_and_come_in_many_at_a_time(attack: Attack) -> None:
     new = [{"text": f"a new text {i}", "label": "food"} for i in range(40)]
     site = attack(rows()[:90], "held_out = 0.3\nmin_held_out = 16")  # so that one may be missed on either side

@@ -26,6 +26,7 @@ from fedalign.cli.catalog import (
     formats,
 )
 from fedalign.cli.compare import COMPARE_EXAMPLES, compare
+from fedalign.cli.data import DATA_EXAMPLES, data
 from fedalign.cli.doctor import DOCTOR_EXAMPLES, doctor
 from fedalign.cli.export import EXPORT_EXAMPLES, export
 from fedalign.cli.inference import CHAT_EXAMPLES, EVALUATE_EXAMPLES, GENERATE_EXAMPLES, chat, evaluate, generate
@@ -63,6 +64,7 @@ def _main(
 
 COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (run, RUN_EXAMPLES),
+    (data, DATA_EXAMPLES),
     (inspect, INSPECT_EXAMPLES),
     (compare, COMPARE_EXAMPLES),
     (doctor, DOCTOR_EXAMPLES),

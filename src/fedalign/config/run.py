@@ -160,6 +160,7 @@ class DataConfig(Section):
     validation: Part = key(0.0, "share of the training examples that nobody trains on: `compare --tune` chooses by it")
     max_length: Count = key(0, "tokens of one example; 0: what the model allows")
     too_long: Literal["error", "truncate", "drop"] = key("error", "longer ones (truncate: the prompt, from its start)")
+    on_bad_row: Literal["error", "skip"] = key("error", "rows that cannot be read (skip: left out, and told)")
     columns: Columns = Columns()
 
 

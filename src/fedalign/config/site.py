@@ -269,6 +269,10 @@ class SiteFolder:
                 f"data.max_train = {data.max_train}: this site trains on {limits.min_train} examples or more. "
                 "Choose 0 for all."
             )
+        if data.on_bad_row == "skip":
+            raise UserError(
+                'data.on_bad_row = "skip": data.labels would choose among the examples of this site. Choose: error.'
+            )
         if data.too_long == "drop":
             raise UserError(
                 'data.too_long = "drop": data.max_length would choose among the examples of this site. Choose one of: '

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fedalign.data.sources import WHOLE, Row, Split, is_missing, names_in, read_rows, say, shortened
+from fedalign.data.sources import WHOLE, BadRowError, Row, Split, is_missing, names_in, read_rows, say, shortened
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LETTER = re.compile("[A-Za-z]")
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SHOWN = 5  # rows that a notice names
+SHOWN, SKIPPED = 5, 10  # rows that a notice names; that cannot be read
 
 
 @dataclass(frozen=True)
@@ -88,18 +88,68 @@ def load_examples(source: str, data: DataConfig, split: Split, seed: int) -> lis
         return []
     told = f"data.{split} = {source!r}"
     _check_named_columns(rows[0], data)
-    examples = list(_with_owners(list(FORMATS[data.kind].read(rows, data, split)), rows, data))
-    _name_unread_columns(rows, data, told)
+    if data.on_bad_row == "skip":
+        rows, broken = sift(rows, data, split)
+        if broken:
+            first = "; ".join(broken[:SKIPPED])
+            say(f"{told}: {len(broken):,} rows that cannot be read are left out: {first}")
+        if not rows:
+            raise UserError(f"{told}: no row can be read. Look at them with: fedalign data")
+    examples = examples_of(rows, data, split)
+    if unread := unread_columns(rows, data):
+        say(
+            f"{told}: filled columns that data.kind = {data.kind!r} does not read: {', '.join(unread)}. To use one, "
+            "write it into data.template as {column}, or name it under [data.columns]"
+        )
     if empty := [example.where for example in examples if not example.answer]:
         say(f"{told}: {name_some(empty)} with nothing to learn from, left out")
         examples = [example for example in examples if example.answer]
     if not examples:
         raise UserError(f"{told}: no row has an answer to learn from.")
+    return drawn(examples, data, split, seed)
+
+
+def drawn(examples: Sequence[Example], data: DataConfig, split: Split, seed: int) -> list[Example]:
+    """All of them, or as many as the configuration asks for, in their order."""
     limit = data.max_train if split == "train" else data.max_test
     if not limit or limit >= len(examples):
-        return examples
+        return list(examples)
     chosen = random.Random(f"{seed} {split}").sample(range(len(examples)), limit)
     return [examples[i] for i in sorted(chosen)]
+
+
+def examples_of(rows: Sequence[Row], data: DataConfig, split: Split) -> list[Example]:
+    """An example of each row, those with nothing to learn from too; what rows mean is settled by all of them.
+
+    Raises:
+        UserError: A row, or all together, cannot be read.
+    """
+    return list(_with_owners(list(FORMATS[data.kind].read(rows, data, split)), rows, data))
+
+
+def sift(rows: Sequence[Row], data: DataConfig, split: Split) -> tuple[list[Row], list[str]]:
+    """The rows that can be read, and of each other one why not. Each is tried alone, then all that are left together.
+
+    Raises:
+        UserError: Something is wrong with all of them together.
+    """
+
+    def flaw(those: Sequence[Row], as_split: Split) -> BadRowError | None:
+        try:
+            examples_of(those, data, as_split)
+        except BadRowError as error:
+            return error
+        return None
+
+    if flaw(rows, split) is None:
+        return list(rows), []
+    alone = [flaw([row], "train") for row in rows]  # where labels mean what the row itself says
+    kept = [row for row, problem in zip(rows, alone, strict=True) if problem is None]
+    broken = [str(problem) for problem in alone if problem is not None]
+    while kept and (problem := flaw(kept, split)) is not None:
+        broken.append(str(problem))
+        kept = [row for row in kept if row is not problem.row]
+    return kept, broken
 
 
 def name_some(where: Sequence[str]) -> str:
@@ -429,17 +479,14 @@ def _check_named_columns(row: Row, data: DataConfig) -> None:
             row.get(column)
 
 
-def _name_unread_columns(rows: Sequence[Row], data: DataConfig, told: str) -> None:
-    """Say which columns hold something and are not read."""
+def unread_columns(rows: Sequence[Row], data: DataConfig) -> list[str]:
+    """Columns that hold something and are not read."""
     read = FORMATS[data.kind].columns(data)
-    unread = dict.fromkeys(
-        str(column)
-        for row in rows
-        for column, value in row.values.items()
-        if column not in read and not is_missing(value) and value not in ("", [], {})
-    )
-    if unread:
-        say(
-            f"{told}: filled columns that data.kind = {data.kind!r} does not read: {', '.join(unread)}. To use one, "
-            "write it into data.template as {column}, or name it under [data.columns]"
+    return list(
+        dict.fromkeys(
+            str(column)
+            for row in rows
+            for column, value in row.values.items()
+            if column not in read and not is_missing(value) and value not in ("", [], {})
         )
+    )

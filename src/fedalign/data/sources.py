@@ -43,6 +43,14 @@ def say(line: str) -> None:
     log.warning(line)
 
 
+class BadRowError(UserError):
+    """A row that cannot be read as its kind asks; the message names it."""
+
+    def __init__(self, row: Row, problem: str) -> None:
+        super().__init__(f"{row.where}: {problem}")
+        self.row = row
+
+
 @dataclass(frozen=True)
 class Row:
     """One row, and where it stands, so that an error can say so."""
@@ -59,7 +67,7 @@ class Row:
 
     def fail(self, problem: str) -> NoReturn:
         """Raise a `UserError` that names this row."""
-        raise UserError(f"{self.where}: {problem}")
+        raise BadRowError(self, problem)
 
     def get(self, column: str) -> Any:
         """A column's value; an error lists the columns that are there."""

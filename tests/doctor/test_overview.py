@@ -1,0 +1,113 @@
+"""`fedalign data`: what is read and what is not, of files as people have them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedalign.config.toml import load_config
+from fedalign.data.formats import load_examples, sift
+from fedalign.data.sources import read_rows
+from fedalign.doctor.overview import Lengths, overview
+from fedalign.errors import UserError
+from tests.conftest import SUBJECTS, Command, rows
+
+ALPACA: list[dict[str, Any]] = [
+    {"instruction": "Summarise.", "input": "Pat has fever.", "output": "Fever."},
+    {"instruction": "Summarise.", "input": "Pat is well.", "output": 7},
+    {"instruction": "", "input": "Pat coughs.", "output": "Cough."},
+    {"instruction": "Translate.", "input": "chat", "output": "cat"},
+    {"instruction": "Translate.", "input": "chien", "output": ""},
+]
+COLUMNS = ["data.kind=instruction", "data.columns.prompt=instruction", "data.columns.response=output"]
+TWO = ["clients.partition=iid", "clients.count=2", "clients.min_examples=1"]
+
+
+@pytest.fixture
+def alpaca(tmp_path: Path) -> Path:
+    file = tmp_path / "notes.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ALPACA))
+    return file
+
+
+def test_every_broken_row_is_told_and_the_rest_is_shown(alpaca: Path, olmoe: Path) -> None:
+    config = load_config(None, [f"data.train={alpaca}", f"model.path={olmoe}", *COLUMNS, *TWO])
+    found = overview(config)
+    assert found.files == {str(alpaca): 5}
+    assert [line.partition("row ")[2][0] for line in found.broken] == ["2", "3"]
+    assert (found.examples, found.empty) == (2, (f"{alpaca}, row 5",))
+    assert found.unread == ["input"]
+    assert found.columns["output"].is_read
+    assert found.columns["output"].filled == 4
+    assert sum(found.clients.values()) == 2
+    assert found.lengths is not None
+    assert len(found.lengths.tokens) == 2
+    assert [[piece for piece, learnt in pieces if learnt] for pieces in found.shown] == [
+        [" Fever.</s>"],
+        [" cat</s>"],
+    ]
+
+
+def test_lengths_name_what_is_too_long(alpaca: Path, olmoe: Path) -> None:
+    config = load_config(None, [f"data.train={alpaca}", f"model.path={olmoe}", *COLUMNS, *TWO, "data.max_length=25"])
+    lengths = overview(config).lengths
+    assert lengths is not None
+    assert lengths.limit == 25
+    assert lengths.too_long == tuple(
+        f"{alpaca}, row {number}" for number, tokens in zip((1, 4), lengths.tokens, strict=True) if tokens > 25
+    )
+    assert lengths.too_long
+    bars = Lengths((3, 4, 4, 9, 30), 0, ()).histogram(4)
+    assert sum(count for _, _, count in bars) == 5
+    assert (bars[0][0], bars[-1][1]) == (3, 30)
+
+
+def test_broken_rows_are_skipped_where_that_is_asked_for(alpaca: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = load_config(None, [f"data.train={alpaca}", *COLUMNS])
+    with pytest.raises(UserError, match="row 2"):
+        load_examples(str(alpaca), config.data, "train", 0)
+    skipping = load_config(None, [f"data.train={alpaca}", *COLUMNS, "data.on_bad_row=skip"])
+    examples = load_examples(str(alpaca), skipping.data, "train", 0)
+    assert [example.answer.strip() for example in examples] == ["Fever.", "cat"]
+    assert "2 rows that cannot be read are left out" in caplog.text
+    alpaca.write_text(json.dumps(ALPACA[1]) + "\n")
+    with pytest.raises(UserError, match="no row can be read"):
+        load_examples(str(alpaca), skipping.data, "train", 0)
+
+
+def test_what_is_wrong_with_all_rows_together_is_no_broken_row(tmp_path: Path) -> None:
+    file = tmp_path / "labels.jsonl"
+    file.write_text("".join(json.dumps({"text": "a", "label": label}) + "\n" for label in ("x", "y", "zz")))
+    config = load_config(None, [f"data.train={file}", 'data.labels=["x","y"]'])
+    kept, broken = sift(list(read_rows(str(file), config.data, "train")), config.data, "train")
+    assert len(kept) == 2
+    assert len(broken) == 1
+    assert "row 3" in broken[0]
+
+
+def test_the_command_guesses_the_kind_and_shows_what_nothing_uses(fedalign: Command, alpaca: Path, olmoe: Path) -> None:
+    sets = [word for setting in [*COLUMNS, *TWO] for word in ("--set", setting)]
+    code, out, errors = fedalign("data", str(alpaca), "--model", str(olmoe), *sets)
+    assert code == 1, errors
+    assert "nothing uses input" in out
+    assert "2 rows cannot be read:" in out
+    assert "Fever.</s>" in out
+    plain = alpaca.with_name("plain.jsonl")
+    plain.write_text("".join(json.dumps({"text": row["text"], "label": row["label"]}) + "\n" for row in rows()))
+    code, out, errors = fedalign("data", str(plain), "--set", "clients.count=2", "--set", "clients.partition=iid")
+    assert code == 0, errors
+    assert "classification: 120 examples" in out
+    assert all(f"{subject} " in out for subject in SUBJECTS)
+    code, _, errors = fedalign("data", str(plain.with_name("none.jsonl")))
+    assert (code, "no such file" in errors) == (2, True)
+
+
+def test_a_configuration_is_looked_at_with_its_own_model(fedalign: Command, settings: list[str]) -> None:
+    sets = [word for setting in settings for word in ("--set", setting)]
+    code, out, errors = fedalign("data", "demo", *sets, "--set", "data.max_train=30")
+    assert code == 0, errors
+    assert "30 of them (data.max_train)" in out
+    assert "3 clients" in out
