@@ -53,7 +53,8 @@ def test_a_run_at_work_is_shown_but_not_in_the_tables_of_finished_ones(tmp_path:
     done = run(tmp_path / "done", "algorithm.name=fedavg")
     begun = run(tmp_path / "begun", "algorithm.name=fedprox", rounds=2)
     material = read_material([done, begun])
-    assert material.missing == ["Still at work: fedprox, seed 0: round 2 of 4."]
+    (missing,) = material.missing
+    assert missing.startswith("Broken off: fedprox, seed 0: round 2 of 4. Go on with it: fedalign run --resume ")
     assert [finished.cell.choice.label for finished in material.tabled] == ["fedavg"]
     alone = read_material([begun])
     assert [finished.cell.choice.label for finished in alone.tabled] == ["fedprox"]

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from fedalign.cli.main import app
 from fedalign.config.toml import load_config
+from fedalign.files import LOCK, locked
 from fedalign.report import write_report
 from tests.report.made import Shape, make_comparison, make_run
 
@@ -90,5 +91,7 @@ def test_the_command_writes_beside_the_run(tmp_path: Path) -> None:
     made = make_run(tmp_path / "run", load_config(None, ["run.rounds=4"]), rounds=2)
     result = CliRunner().invoke(app, ["report", str(made)])
     assert result.exit_code == 0, result.output
-    assert "Still at work" in result.output
+    assert "Broken off" in result.output
+    with locked(made / LOCK, "a run"):
+        assert "Still at work" in CliRunner().invoke(app, ["report", str(made)]).output
     assert (made / "report.html").exists()

@@ -18,6 +18,7 @@ from fedalign.compare.tune import Choices
 from fedalign.config.run import Config
 from fedalign.config.toml import flat, read_config
 from fedalign.errors import UserError
+from fedalign.files import LOCK, held_by
 from fedalign.protocol import Metrics
 from fedalign.server.health import DamagedError
 from fedalign.server.results import RunFolder, read_history
@@ -202,7 +203,10 @@ def _read_cells(planned: Sequence[tuple[Cell, Path]]) -> tuple[list[Run], list[s
             missing.append(f"Missing: {cell.name}: no round is complete yet.")
             continue
         if not run.finished:
-            missing.append(f"Still at work: {cell.name}: round {run.round} of {cell.config.run.rounds}.")
+            is_held = held_by(path / LOCK) is not None
+            state = "Still at work" if is_held else "Broken off"
+            go_on = "" if is_held else f" Go on with it: fedalign run --resume {shlex.quote(str(path))}"
+            missing.append(f"{state}: {cell.name}: round {run.round} of {cell.config.run.rounds}.{go_on}")
         runs.append(run)
     return runs, missing
 
