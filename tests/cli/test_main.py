@@ -383,3 +383,16 @@ def test_ctrl_c_anywhere_is_130(fedalign: Command, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("fedalign.config.toml.load_config", interrupted)
     assert fedalign("run", "demo")[0] == 130
+
+
+def test_an_extended_run_is_told_and_kept_as_it_is(fedalign: Command, settings: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert fedalign("run", "--out", str(out), *sets(settings, "run.rounds=1"))[0] == 0
+    code, text, _ = fedalign("run", "--resume", str(out))
+    assert code == 0
+    assert f"All 1 rounds are complete. For more: fedalign run --resume {out} --set run.rounds=2" in text
+    code, text, _ = fedalign("run", "--resume", str(out), "--set", "run.rounds=2")
+    assert code == 0
+    assert "complete. For more" not in text
+    assert RunFolder(out).read_config("test").run.rounds == 2
+    assert json.loads((out / "summary.json").read_text())["rounds"] == 2

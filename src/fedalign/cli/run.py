@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,6 +71,8 @@ def run(
         _rehearse(settings, folder)
         return
     how = Beginning(fresh=resume is None, overwrite=overwrite)
+    if resume is not None and (done := folder.finished()) >= settings.run.rounds:
+        say(f"All {done} rounds are complete. For more: fedalign run --resume {resume} --set run.rounds={2 * done}")
     try:
         summary = carry_out(settings, folder, out, how, insecure_anywhere=insecure_anywhere)
     except KeyboardInterrupt:
@@ -230,7 +232,12 @@ def _held(folder: RunFolder, settings: Config, how: Beginning) -> Iterator[None]
                 if parallel.is_first():
                     folder.check_free(how.overwrite)  # once more: somebody may have been faster
                 folder.begin(settings)
-        with folder.worked() if settings.federation.engine == "in_process" else nullcontext():
+        if settings.federation.engine != "in_process":
+            yield
+            return
+        with folder.worked():
+            if not how.fresh:
+                folder.amend(settings)
             yield
 
 

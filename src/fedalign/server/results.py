@@ -121,6 +121,19 @@ class RunFolder:
         take(self.path, "run", WRITTEN)
         write_text(self.config, config.to_toml())
 
+    def finished(self) -> int:
+        """Rounds of the finished run that is here; 0 if none is."""
+        try:
+            return int(json.loads(self.summary.read_text(encoding="utf-8"))["rounds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
+    @parallel.by_the_first
+    def amend(self, config: Config) -> None:
+        """Keep what a resumed run was given anew, such as more rounds; call it while the folder is locked."""
+        if config.to_toml() != self.config.read_text(encoding="utf-8"):
+            write_text(self.config, config.to_toml())
+
     def read_config(self, said: str) -> Config:
         """The run's configuration.
 
