@@ -150,9 +150,9 @@ class Column:
 FEDAVG = "algorithm.name=fedavg"
 COLUMNS: dict[str, Column] = {
     "default": Column("default, none", ()),
-    "default, clip": Column("default, clip", ("server.robust=clip",)),
+    "default, clip": Column("default, clip", ("server.robust=clip",), revision=1),
     "fedavg": Column("FedAvg, none", (FEDAVG,)),
-    "fedavg, clip": Column("FedAvg, clip", (FEDAVG, "server.robust=clip")),
+    "fedavg, clip": Column("FedAvg, clip", (FEDAVG, "server.robust=clip"), revision=1),
     **{f"default, {rule}": Column(f"default, {rule}", (f"server.robust={rule}",)) for rule in RULES},
 }
 
