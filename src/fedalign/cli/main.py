@@ -30,6 +30,7 @@ from fedalign.cli.data import DATA_EXAMPLES, data
 from fedalign.cli.doctor import DOCTOR_EXAMPLES, doctor
 from fedalign.cli.export import EXPORT_EXAMPLES, export
 from fedalign.cli.inference import CHAT_EXAMPLES, EVALUATE_EXAMPLES, GENERATE_EXAMPLES, chat, evaluate, generate
+from fedalign.cli.init import INIT_EXAMPLES, init
 from fedalign.cli.inspect import INSPECT_EXAMPLES, inspect
 from fedalign.cli.report import REPORT_EXAMPLES, report
 from fedalign.cli.run import RUN_EXAMPLES, run
@@ -64,6 +65,7 @@ def _main(
 
 COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (run, RUN_EXAMPLES),
+    (init, INIT_EXAMPLES),
     (data, DATA_EXAMPLES),
     (inspect, INSPECT_EXAMPLES),
     (compare, COMPARE_EXAMPLES),
