@@ -81,7 +81,7 @@ REFUSED = {
 REASONS = {
     "enormous": "server.max_norm_ratio = 100",
     "statistics-nan": "prob_L_E is not finite",
-    "statistics-shape": "norm_G is torch.float32 [16], expected torch.float32 [17]",
+    "statistics-shape": "norm_G is torch.float32 [18], expected torch.float32 [19]",
     "update-shape": "shape [",
     "update-lacks": "requested but missing",
     "update-nan": "not finite",
