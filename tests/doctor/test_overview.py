@@ -111,3 +111,11 @@ def test_a_configuration_is_looked_at_with_its_own_model(fedalign: Command, sett
     assert code == 0, errors
     assert "30 of them (data.max_train)" in out
     assert "3 clients" in out
+
+
+def test_a_name_with_quotes_is_a_name(fedalign: Command, alpaca: Path) -> None:
+    odd = alpaca.rename(alpaca.with_name('no"tes\\.jsonl'))
+    sets = [word for setting in [*COLUMNS, *TWO] for word in ("--set", setting)]
+    code, out, errors = fedalign("data", str(odd), *sets)
+    assert code == 1, errors
+    assert "2 rows cannot be read:" in out

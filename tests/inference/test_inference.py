@@ -120,6 +120,9 @@ def test_a_file_of_prompts_is_answered_row_by_row(
     assert [json.loads(line)["generated"] for line in out.splitlines()] == [line["generated"] for line in lines]
     code, _, errors = fedalign(*argv, "--to", str(tmp_path / "out.jsonl"))
     assert (code, "is there already" in errors) == (2, True)
+    write_jsonl(prompts, [{"prompt": "rain falls", "generated": "before"}])
+    code, _, errors = fedalign(*argv)
+    assert (code, "has a column 'generated'" in errors) == (2, True)
     write_jsonl(prompts, [{"question": "rain falls"}])
     code, _, errors = fedalign(*argv)
     assert (code, "no column 'prompt'" in errors) == (2, True)

@@ -60,13 +60,13 @@ def data(
 
 def _settings(source: str, model: str | None, overrides: list[str]) -> tuple[Config, bool]:
     """The configuration to read with, and whether a model was named."""
-    from fedalign.config.toml import load_config
+    from fedalign.config.toml import as_texts, load_config
     from fedalign.doctor.data import guess_kind
 
-    more = [*([f'model.path="{model}"'] if model else []), *overrides]
+    more = [*as_texts({"model.path": model} if model else {}), *overrides]
     if source == "demo" or Path(source).suffix == ".toml":
         return load_config(source, more), True
-    named = [f'data.train="{source}"', *more]
+    named = [*as_texts({"data.train": source}), *more]
     settings = load_config(None, named)
     if not any(override.startswith("data.kind") for override in overrides):
         settings = load_config(None, [*named, f"data.kind={guess_kind(settings.data)}"])

@@ -123,6 +123,8 @@ def generate(
         rows = [{"": line} for line in prompts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not rows:
         raise UserError(f"--prompts {str(prompts)!r}: holds no prompt, or is not there.")
+    if any("generated" in row for row in rows):
+        raise UserError(f"--prompts {str(prompts)!r}: has a column 'generated', where the answers go. Rename it.")
     talk = Talk(_loaded(model, best, start, device, set_), Sampling(max_new_tokens, temperature))
     asked = [{talk.role: row[""]} for row in rows] if is_text else rows
     lines = []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
-from fedalign.config.toml import overridden, read_config
+from fedalign.config.toml import as_texts, overridden, read_config
 from fedalign.data.formats import FORMATS
 from fedalign.errors import UserError
 from fedalign.export.card import CARD, settings_of
@@ -78,5 +78,5 @@ def _with_classes(config: Config, folder: RunFolder) -> Config:
 def _config(config: Config, source: Source, path: str) -> Config:
     """The configuration to answer with: on the wanted device, of the model at `path`."""
     tables = config.model_dump(mode="json", exclude_none=True)
-    settings = [f'model.path="{path}"', f'run.device="{source.device}"', *source.settings]
-    return overridden(tables, settings)
+    own = as_texts({"model.path": path, "run.device": source.device})
+    return overridden(tables, [*own, *source.settings])
