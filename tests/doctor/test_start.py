@@ -48,6 +48,12 @@ def test_a_file_is_recognised_and_its_configuration_reads_it(name: str, tmp_path
     assert set(made.reasons) == set(made.tables)
 
 
+def test_rows_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
+    lines = [{"prompt": "Sum up.", "response": "ill"}] * 40 + [{"prompt": "Sum up.", "response": 7}] * 3
+    made = start(str(write(tmp_path / "a.jsonl", lines)), None)
+    assert made.reasons["data"].endswith("; 3 of 43 rows cannot be read: fedalign data lists them")
+
+
 def test_owners_are_found_by_column_or_file(tmp_path: Path) -> None:
     mine = [row | {"client": row["owner"]} for row in rows()]
     assert start(str(write(tmp_path / "all.jsonl", mine)), None).tables["clients"] == {"partition": "natural"}

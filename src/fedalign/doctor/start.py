@@ -84,12 +84,13 @@ def start(source: str, model: str | None) -> Start:
         UserError: No kind fits the columns, nothing can be read, or no tuning of the model fits into memory.
     """
     rows = list(read_rows(source, Config().data, "train"))
-    spelling, tables = _data(source, rows)
-    clients, count, dealt = _clients(source, rows, tables)
+    spelling, tables, kept = _data(source, rows)
+    clients, count, dealt = _clients(source, kept, tables)
+    unread = f"; {len(rows) - len(kept):,} of {len(rows):,} rows cannot be read: fedalign data lists them"
     tuning, learning_rate, tuned = _tuning(model, count)
     reasons = {
         "model": "a hub id or a folder" if model else "the demo's small model: give your own with --model",
-        "data": f"recognised by its columns: {spelling.told}",
+        "data": f"recognised by its columns: {spelling.told}{unread if len(kept) < len(rows) else ''}",
         "clients": f"{dealt}: {count} clients",
         "tuning": tuned,
         "training": "a rate for this kind of tuning; compare --tune chooses a better one",
@@ -105,8 +106,8 @@ def start(source: str, model: str | None) -> Start:
     return Start(found, reasons)
 
 
-def _data(source: str, rows: list[Row]) -> tuple[Spelling, dict[str, Any]]:
-    """The first spelling whose columns are there and that reads something."""
+def _data(source: str, rows: list[Row]) -> tuple[Spelling, dict[str, Any], list[Row]]:
+    """The first spelling whose columns are there and that reads something, and the rows that it reads."""
     there = {str(name) for row in rows for name in row.values}
     for spelling in SPELLINGS:
         if not spelling.needs <= there:
@@ -119,7 +120,7 @@ def _data(source: str, rows: list[Row]) -> tuple[Spelling, dict[str, Any]]:
         kept, broken = sift(rows, load_config({"data": tables}).data, "train")
         if not kept:
             raise UserError(f"{source!r}: looks like {spelling.told}, but no row can be read: {broken[0]}")
-        return spelling, tables
+        return spelling, tables, kept
     known = "; ".join(", ".join(sorted(one.needs)) for one in SPELLINGS)
     raise UserError(
         f"{source!r}: has columns {', '.join(sorted(there))}, of which no kind of data is made. Known are: {known}. "
@@ -130,8 +131,7 @@ def _data(source: str, rows: list[Row]) -> tuple[Spelling, dict[str, Any]]:
 def _clients(source: str, rows: list[Row], tables: Mapping[str, Any]) -> tuple[dict[str, Any], int, str]:
     """How the rows are dealt out, to how many, and why."""
     config = load_config({"data": tables})
-    kept, _ = sift(rows, config.data, "train")
-    examples = [one for one in examples_of(kept, config.data, "train") if one.answer]
+    examples = [one for one in examples_of(rows, config.data, "train") if one.answer]
     for keys, reason in _ways(source, examples, FORMATS[config.data.kind].classes):
         tried = load_config({"data": tables, "clients": keys})
         try:
