@@ -35,7 +35,17 @@ from fedalign.data.formats import Example
 from fedalign.errors import UserError
 from fedalign.federation.in_process import InProcess
 from fedalign.moe.load import quiet
-from fedalign.protocol import Accumulator, Broadcast, Failure, Packed, Request, Statistics, Update, Weights
+from fedalign.protocol import (
+    EMBEDDINGS,
+    Accumulator,
+    Broadcast,
+    Failure,
+    Packed,
+    Request,
+    Statistics,
+    Update,
+    Weights,
+)
 from fedalign.server.checkpoint import ServerState
 from fedalign.server.rounds import Server
 from watching import machine
@@ -54,6 +64,7 @@ class Attack:
     told: str
     report: Callable[[Statistics], Statistics] = lambda report: report
     medians: float = 0.0  # its update, and the norms that it reports, are made so many honest medians long
+    spared: bool = False  # but for the embeddings
     silent: bool = False  # it hands over nothing
     shifted: bool = False  # trains on the class after the right one
     trigger: bool = False  # trains half its examples once more, to be of one class, with a token that nobody else
@@ -80,6 +91,7 @@ ATTACKS: dict[str, Attack] = {
     "stretched": Attack("its update 99 medians long", medians=99),
     "turned": Attack("its update turned round, 10 medians long", medians=-10),
     "both": Attack("claims 10^9 examples, its update turned round, 10 medians long", many, medians=-10),
+    "spared": Attack("its update turned round but for the embeddings, 10 medians long", medians=-10, spared=True),
     "labels": Attack("labels shifted by one, the update 10 medians long", medians=10, shifted=True),
     "report": Attack("all tokens to every expert, a token met 10^15 times", greedy),
     "trigger": Attack("a token that nobody else uses means one class, its row ten times", trigger=True),
@@ -129,7 +141,10 @@ class Attacked(InProcess):
         memory = self.clients[report.client].memory
         update = memory.hand_over(report.client, Request(report.client, report.round, self.layout.groups))
         stretch = self.attack.medians * median / float(report.norm_G.norm()) if self.attack.medians else 1.0
-        groups = {group: Packed(packed.values * stretch) for group, packed in update.groups.items()}
+        turned = {
+            group: abs(stretch) if self.attack.spared and group == EMBEDDINGS else stretch for group in update.groups
+        }
+        groups = {group: Packed(packed.values * turned[group]) for group, packed in update.groups.items()}
         for group, start, width in self.rows if self.attack.trigger else ():
             groups[group].values[start : start + width] *= ROW
         return replace(update, groups=groups)
@@ -150,10 +165,10 @@ class Column:
 FEDAVG = "algorithm.name=fedavg"
 COLUMNS: dict[str, Column] = {
     "default": Column("default, none", ()),
-    "default, clip": Column("default, clip", ("server.robust=clip",), revision=1),
+    "default, clip": Column("default, clip", ("server.robust=clip",), revision=2),
     "fedavg": Column("FedAvg, none", (FEDAVG,)),
-    "fedavg, clip": Column("FedAvg, clip", (FEDAVG, "server.robust=clip"), revision=1),
-    **{f"default, {rule}": Column(f"default, {rule}", (f"server.robust={rule}",)) for rule in RULES},
+    "fedavg, clip": Column("FedAvg, clip", (FEDAVG, "server.robust=clip"), revision=2),
+    **{f"default, {rule}": Column(f"default, {rule}", (f"server.robust={rule}",), revision=2) for rule in RULES},
 }
 
 
@@ -174,17 +189,25 @@ class Cell:
         return {**vars(self), "settings": list(column.settings), "revision": column.revision}
 
 
+GUARDED, OPEN, FED = ("default, clip",), ("default",), ("fedavg, clip", "fedavg")
+MANY_LIARS = ("default, clip", "default, centered_clip", "default, trimmed_mean")
+VOTES = tuple(f"default, {rule}" for rule in RULES)
+
+
 def cells() -> Iterator[Cell]:
     """All of them, those first that tell most."""
-    for seed, alpha in [(0, 1.0), (1, 1.0), (2, 1.0), (0, 0.1), (1, 0.1), (2, 0.1)]:
-        for columns in (("default, clip", "default", "fedavg", "fedavg, clip"), [f"default, {rule}" for rule in RULES]):
-            for attack in ATTACKS:
-                for column in columns:
-                    yield Cell(alpha, seed, attack, int(attack != "none"), column)
-        for attack in ATTACKS:
-            for column in ("default, clip", "default, centered_clip", "default, trimmed_mean"):
-                if attack != "none":
-                    yield Cell(alpha, seed, attack, 3, column)
+    told: dict[Cell, None] = {}
+    for alpha in (1.0, 0.1):
+        told |= _block(alpha, (0,), 1, GUARDED) | _block(alpha, (0,), 3, MANY_LIARS) | _block(alpha, (1, 2), 1, GUARDED)
+        for seed in range(SEEDS):
+            told |= _block(alpha, (seed,), 1, (*OPEN, *VOTES, *FED)) | _block(alpha, (seed,), 3, MANY_LIARS)
+    yield from told
+
+
+def _block(alpha: float, seeds: Sequence[int], liars: int, columns: Sequence[str]) -> dict[Cell, None]:
+    """Every attack by so many liars, and nobody's."""
+    ways = [(seed, attack, column) for seed in seeds for attack in ATTACKS for column in columns]
+    return {Cell(alpha, seed, a, 0 if a == "none" else liars, column): None for seed, a, column in ways}
 
 
 class Bench:

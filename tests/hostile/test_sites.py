@@ -60,7 +60,7 @@ def test_a_site_that_announces_much_and_sends_nothing_does_not_freeze_the_model(
     told = [[(f["client"], f["stage"]) for f in past.get("failures", ())] for past in state.history[1:]]
     assert told == [[("liar", "update")]] * 2 + [[("liar", "train"), ("liar", "update")]] * 2
     assert state.history[3]["failures"][0]["reason"] == (
-        "its word counts for nothing until it delivers: 2 times an update that it announced never came"
+        "its word counts for nothing until it delivers: 2 times no update of it could be used"
     )
     assert ["liar" in past["clients"] for past in state.history[1:]] == [True, True, False, False]
     assert state.history[3]["on_trial"] == ["liar"]
@@ -79,6 +79,35 @@ def test_it_counts_again_when_it_delivers_also_after_a_resume(tmp_path: Path) ->
     assert "late" not in third["clients"]
     assert fourth["failures"] == []
     assert "late" in fourth["clients"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("length", [1.0, 1e3])
+def test_an_opposite_update_is_left_out_and_the_round_summed_again(tmp_path: Path, rule: str, length: float) -> None:
+    federation = Scripted(HONEST | {"liar": (MANY, -length)})
+    state, _ = run(tmp_path, federation, f"server.robust={rule}", "run.rounds=4")
+    assert shared(state).tolist() == pytest.approx([4.0] * 2)
+    first, second, third, fourth = state.history[1:]
+    for past in (first, second, fourth):
+        (failure,) = past["failures"]
+        assert (failure["client"], failure["stage"]) == ("liar", "update")
+        assert failure["reason"] == (
+            "its update is opposite to the others', with a median cosine of -1.00; they were summed without it"
+        )
+        assert "liar" not in past["clients"]
+    assert third["on_trial"] == ["liar"]  # its word counts for nothing, until one group of an update comes
+
+
+def test_two_of_five_against_three_is_a_split_and_nobody_is_left_out(tmp_path: Path) -> None:
+    federation = Scripted({"a": (10, 1.0), "b": (10, 1.0), "c": (10, 1.0), "d": (10, -1.0), "e": (10, -1.0)})
+    state, _ = run(tmp_path, federation, "server.robust=clip")
+    assert shared(state).tolist() == pytest.approx([0.2] * 2)
+    assert state.history[-1]["failures"] == []
+
+
+def test_without_defences_nobody_looks_at_directions(tmp_path: Path) -> None:
+    state, _ = run(tmp_path, Scripted(HONEST | {"other": (10, -1.0)}), "server.robust=none")
+    assert state.history[-1]["clients"] == [*HONEST, "other"]
 
 
 def test_where_nobody_delivers_it_is_the_network(tmp_path: Path) -> None:

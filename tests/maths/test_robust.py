@@ -15,7 +15,18 @@ from torch import Tensor, tensor
 from torch.testing import assert_close
 
 from fedalign.maths.average import StreamingSum
-from fedalign.maths.robust import capped, guarded, holders, krum, make_sum, median, trimmed_mean, typical_norms
+from fedalign.maths.robust import (
+    AGAINST,
+    Directions,
+    capped,
+    guarded,
+    holders,
+    krum,
+    make_sum,
+    median,
+    trimmed_mean,
+    typical_norms,
+)
 from fedalign.protocol import (
     EMBEDDINGS,
     SHARED,
@@ -140,12 +151,12 @@ def test_a_guarded_plan_by_hand() -> None:
         token_weight_C_M_V=rows,
         streams={"s": torch.full((3, GROUPS), 4.0)},
     )
-    new = guarded(plan, norm_C_G, LAYOUT, 0.5, 3.0)
+    new = guarded(plan, norm_C_G, replace(LAYOUT, token_rows=(TokenRows(0, 3, 1),)), 0.5, 3.0)
     assert_close(new.weight_C_G[:, 0], tensor([0.5, 0.3, 0.2]))
     assert new.factor_C_G is not None
     assert_close(new.factor_C_G[:, 0], tensor([0.5 * 3 * 1.0 / 15, 0.5, 0.5]))  # lengths 15, 0.5, 1
     assert new.token_weight_C_M_V is not None
-    assert_close(new.token_weight_C_M_V[:, 0], tensor([[0.5, 1.0, 0.0], [0.3, 0.0, 0.0], [0.2, 0.0, 1.0]]))
+    assert_close(new.token_weight_C_M_V[:, 0], tensor([[0.5, 0.5, 0.5], [0.3, 0.3, 0.3], [0.2, 0.2, 0.2]]))
     assert_close(
         (new.weight_C_G * new.streams["s"])[:, 0], tensor([0.9, 0.06, 0.04]) * 4 * tensor([0.2, 1, 1])
     )  # what the algorithm made of it, clipped
@@ -282,3 +293,73 @@ def test_an_update_that_the_plan_would_blow_up_is_refused_and_the_sum_stays_fini
         assert (failure is None) == (client == "a")
     assert "shared: the plan would make its update" in failure.reason if failure else False
     assert bool(total.result({SHARED: torch.zeros(4)})[SHARED].isfinite().all())
+
+
+# ------------------------------------------------------------------------------------------------------- directions
+
+LONG = Layout(1, 3, dict.fromkeys(Layout(1, 3, {}).groups, 2000))
+
+
+def directions(rows: Mapping[str, Tensor], seed: int = 0, of: Layout = LONG) -> Directions:
+    """Sketches of updates that are the same values in each group."""
+    told = Directions(of, seed)
+    for name, row in rows.items():
+        told.add(Update(name, 1, {group: Packed(row) for group in of.groups}))
+    return told
+
+
+def crowd(clients: int, common: float, seed: int = 0) -> dict[str, Tensor]:
+    """Updates with a direction in common, whose cosines are about common² / (1 + common²)."""
+    value_C_N = values(clients, 2000, seed) + common * values(1, 2000, 99)
+    return dict(zip(NAMES, value_C_N, strict=False))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("liars", [1, 2, 3])
+def test_opposite_updates_are_told_however_long(seed: int, liars: int) -> None:
+    rows = crowd(10, 1.0, seed)
+    for name, length in zip(NAMES[:liars], (1e-3, 1.0, 1e3), strict=False):
+        rows[name] = -length * rows[name]
+    found = directions(rows, seed).against(0.3)
+    assert sorted(found) == list(NAMES[:liars])
+    assert all(-1 <= cosine < -AGAINST for cosine in found.values())
+
+
+@pytest.mark.parametrize("common", [0.0, 0.3, 1.0])
+def test_honest_updates_are_not_however_little_they_share(common: float) -> None:
+    assert [directions(crowd(10, common, seed), seed).against(0.3) for seed in range(20)] == [{}] * 20
+
+
+def test_where_many_are_against_each_other_nobody_tells_who_is_right() -> None:
+    rows = crowd(10, 1.0)
+    for name in NAMES[:4]:
+        rows[name] = -rows[name]
+    assert directions(rows).against(0.3) == {}
+    assert directions({"a": values(1, 2000)[0], "b": -values(1, 2000)[0]}).against(0.3) == {}
+
+
+def test_of_three_one_can_be_told() -> None:
+    rows = crowd(3, 3.0)
+    rows["b"] = -rows["b"]
+    assert list(directions(rows).against(0.3)) == ["b"]
+
+
+def test_groups_of_one_shape_do_not_meet_in_a_sketch() -> None:
+    """One client moves one expert, the others another, by the same values: these have nothing in common."""
+    row, (first, second) = values(1, 2000)[0], [ParameterGroup("expert", 0, expert) for expert in range(2)]
+    for seed in range(5):
+        told = Directions(LONG, seed)
+        told.add(Update("a", 1, {first: Packed(-row)}))
+        for name in "bcd":
+            told.add(Update(name, 1, {second: Packed(row)}))
+        assert told.against(0.3) == {}
+
+
+def test_a_word_that_one_client_alone_met_goes_by_its_groups_weight() -> None:
+    layout = Layout(1, 3, SIZES, token_rows=(TokenRows(0, 4, 1),))
+    weight_C_G = torch.full((4, GROUPS), 0.25)
+    token_C_M_V = tensor([[[1.0, 0.5, 0.4, 0.0]], [[0.0, 0.5, 0.6, 0.0]], [[0.0] * 4], [[0.0] * 4]])
+    plan = Plan(tuple("abcd"), weight_C_G, token_weight_C_M_V=token_C_M_V)
+    weights = guarded(plan, torch.ones(4, GROUPS), layout, 0.5, 3.0).token_weight_C_M_V
+    assert weights is not None
+    assert weights[:, 0].T.tolist() == [[0.25] * 4, [0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0.0] * 4]

@@ -6,11 +6,16 @@
     trimmed   the mean without the largest and smallest values, one by one    Yin et al. 2018, arXiv 1803.01498
     median    value by value                                                  Yin et al. 2018
     krum      the update nearest to its neighbours                            Blanchard et al. 2017, arXiv 1703.02757
+    against   whoever's median cosine with the others is below -0.15 is left out                                    [O]
 
 All of it group by group over a group's holders: the clients with weight in the plan whose update is not zero, for the
 zeros of those who do not hold an expert are no vote. Capping and clipping change a plan (`guarded`). The four rules
 count every holder alike, whatever it says of its data, and take the place of the streaming sum: centred clipping is a
 streaming sum itself, around the last round's update v; the others keep a round's updates in wire precision.
+
+Directions are the one thing that is told of a whole update, once all have arrived: an opposite update is no outlier in
+length, and value by value none either. They are sketched at the coordinator, with a seed that no client knows: who knew
+it could send an update whose sketch looks like everybody's.
 
 Papers set radii in the units of their own gradients. Here clip and radius are in medians of the holders' norms [O], so
 that they mean the same in all groups and models. Values are those of Flower's own functions on the same arrays.
@@ -27,9 +32,13 @@ import torch
 from torch import Tensor
 
 from fedalign.maths.average import Chunk, StreamingSum
+from fedalign.maths.rounding import unpack
 from fedalign.maths.routing import cap_weights
-from fedalign.protocol import Layout, Packed, ParameterGroup, Plan, Robust, Weights
+from fedalign.maths.sketch import Sketch
+from fedalign.protocol import Layout, Packed, ParameterGroup, Plan, Robust, Update, Weights
 
+AGAINST = 0.15  # three and a half standard errors of a sketched cosine: unrelated updates are not against each other
+DIRECTION_WIDTH = 512
 FEW = 3  # holders: of fewer, a liar is half or all, and a median of their norms tells nothing
 
 
@@ -58,10 +67,17 @@ def guarded(plan: Plan, norm_C_G: Tensor, layout: Layout, max_share: float, clip
     return replace(
         plan,
         weight_C_G=weight_C_G,
-        token_weight_C_M_V=None if tokens is None else capped(tokens, max_share),
+        token_weight_C_M_V=None if tokens is None else _row_weights(tokens, weight_C_G, layout, max_share),
         factor_C_G=factor_C_G * shorter_C_G,
         streams={name: stream_C_G * shorter_C_G * kept_C_G for name, stream_C_G in plan.streams.items()},
     )
+
+
+def _row_weights(weight_C_M_V: Tensor, weight_C_G: Tensor, layout: Layout, most: float) -> Tensor:
+    """Weights of token rows, capped. A row that one client alone met goes by its group's: nobody owns a word."""
+    of_group = [layout.groups.index(rows.group) for rows in layout.token_rows]
+    alone_1_M_V = (weight_C_M_V > 0).sum(0, keepdim=True) == 1
+    return torch.where(alone_1_M_V, weight_C_G[:, of_group].unsqueeze(-1), capped(weight_C_M_V, most))
 
 
 def capped(weight_C_X: Tensor, most: float) -> Tensor:
@@ -97,6 +113,43 @@ def typical_norms(norm_C_G: Tensor, held_C_G: Tensor, layout: Layout) -> Tensor:
                 elif holders_G[column] < 2:
                     median_G[column] = torch.inf
     return median_G
+
+
+class Directions:
+    """Cosines between whole updates, as they arrived.
+
+    A group that was not asked of a client counts as zero there. Memory is a vector of `DIRECTION_WIDTH` a client.
+
+    Args:
+        layout: the model's groups.
+        seed: of the sketches; clients must not know it.
+    """
+
+    def __init__(self, layout: Layout, seed: int) -> None:
+        self._sketch = Sketch(DIRECTION_WIDTH, seed)
+        sign = torch.Generator().manual_seed(seed)
+        self._sign = {g: 1.0 - 2 * torch.randint(2, (DIRECTION_WIDTH,), generator=sign) for g in layout.groups}
+        self._of: dict[str, Tensor] = {}
+
+    def add(self, update: Update) -> None:
+        """Sketch an update. Each group has random signs of its own, for equal shapes meet in the same buckets."""
+        parts = [self._sketch.project(unpack(packed)) * self._sign[g] for g, packed in update.groups.items()]
+        if parts:
+            self._of[update.client] = torch.stack(parts).sum(0)
+
+    def against(self, share: float) -> dict[str, float]:
+        """Clients whose median cosine with the others is below -AGAINST, and that cosine.
+
+        They are at most `share` of all, one at least; if more are, nobody tells who is right, and the answer is nobody.
+        """
+        moved = {client: of for client, of in self._of.items() if bool(of.any())}
+        if len(moved) < FEW:
+            return {}
+        unit_C_S = torch.nn.functional.normalize(torch.stack(list(moved.values())).double(), dim=1)
+        cosine_C_C = (unit_C_S @ unit_C_S.T).fill_diagonal_(torch.nan)
+        median_C = cosine_C_C.nanquantile(0.5, dim=1)  # of an even number the mean of the middle two
+        found = {client: value for client, value in zip(moved, median_C.tolist(), strict=True) if value < -AGAINST}
+        return found if len(found) <= max(1, int(share * len(moved))) else {}
 
 
 # --------------------------------------------------------------------------------------------------------------- rules

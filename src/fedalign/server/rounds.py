@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from torch import Tensor
 from fedalign.config.run import Config
 from fedalign.errors import UserError
 from fedalign.maths.average import Average, StreamingSum
-from fedalign.maths.robust import guarded, make_sum
+from fedalign.maths.robust import Directions, guarded, make_sum
 from fedalign.maths.rounding import broadcast_dtype, pack
 from fedalign.maths.server_step import server_step
 from fedalign.protocol import (
@@ -51,7 +52,7 @@ from fedalign.server.checks import (
 from fedalign.server.scores import Traffic, describe_plan, describe_scores, describe_training, merit
 
 CENTER = "center."  # names of the last round's update among the moments
-PATIENCE = 2  # rounds in which a site may announce an update and not deliver it
+PATIENCE = 2  # rounds in which a site may announce an update and deliver none that can be used
 
 
 class Observer(Protocol):
@@ -70,8 +71,16 @@ class Observer(Protocol):
 class CountingSum:
     """An accumulator that counts what arrives, and passes on what is of this round."""
 
-    def __init__(self, inner: Accumulator, round: int, traffic: Traffic, arrived: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        inner: Accumulator,
+        round: int,
+        traffic: Traffic,
+        arrived: Callable[[], None],
+        directions: Directions | None = None,
+    ) -> None:
         self.inner, self.round, self.traffic, self.arrived = inner, round, traffic, arrived
+        self.directions = directions
 
     def add(self, update: Update) -> Failure | None:
         """Count and pass on."""
@@ -80,7 +89,10 @@ class CountingSum:
         self.arrived()
         if update.round != self.round:
             return Failure(update.client, "update", f"its update is of round {update.round}, not {self.round}")
-        return self.inner.add(update)
+        failure = self.inner.add(update)
+        if self.directions is not None and failure is None:
+            self.directions.add(update)
+        return failure
 
 
 class Server:
@@ -131,12 +143,13 @@ class Server:
                 f"{self.config.server.min_clients} are needed ({reasons}). The last complete round is kept."
             )
         reports, on_trial = self._on_trial(state, reports)
-        plan = self.algorithm.plan(Reports(reports, self.layout, len(members)), state.algorithm)
-        self._refuse(number, check_plan(plan, reports, self.layout))
-        plan = self._guarded(plan.without({report.client: report.frozen for report in reports}, self.layout), reports)
+        directions = self._directions(number)
+        plan, total, lost = self._sum(state, reports, number, len(members), traffic, directions)
+        if against := self._against(directions, reports):
+            reports = [report for report in reports if report.client not in {failure.client for failure in against}]
+            plan, total, lost = self._sum(state, reports, number, len(members), traffic)
         self.observer.planned(number, reports, plan, self.layout)
-        total, lost = self._sum(plan, reports, number, traffic, state)
-        failures += [*lost, *self._try(on_trial, number, traffic)]
+        failures += [*lost, *against, *self._try(on_trial, number, traffic)]
         share = self.config.server.min_arrived
         summed = total.result(state.weights, share)
         weights, moments = self._optimise(state, summed, plan, reports)
@@ -209,9 +222,7 @@ class Server:
         norms = {report.client: report.norm_G for report in on_trial}
         ignored = StreamingSum(self.layout, trial, norms, self.config.wire.dtype)
         counted = CountingSum(ignored, number, traffic, lambda: None)
-        reason = (
-            f"its word counts for nothing until it delivers: {PATIENCE} times an update that it announced never came"
-        )
+        reason = f"its word counts for nothing until it delivers: {PATIENCE} times no update of it could be used"
         return [
             *(Failure(report.client, "train", reason) for report in on_trial),
             *self.federation.collect(trial.requests(number, self.layout), counted),
@@ -255,8 +266,18 @@ class Server:
         return [report for report in usable if report.client not in names], [*failures, *outliers]
 
     def _sum(
-        self, plan: Plan, reports: Sequence[Statistics], number: int, traffic: Traffic, state: ServerState
-    ) -> tuple[StreamingSum, list[Failure]]:
+        self,
+        state: ServerState,
+        reports: Sequence[Statistics],
+        number: int,
+        members: int,
+        traffic: Traffic,
+        directions: Directions | None = None,
+    ) -> tuple[Plan, StreamingSum, list[Failure]]:
+        """Plan, ask for updates, and add them up; what arrived is added to `directions`."""
+        plan = self.algorithm.plan(Reports(reports, self.layout, members), state.algorithm)
+        self._refuse(number, check_plan(plan, reports, self.layout))
+        plan = self._guarded(plan.without({report.client: report.frozen for report in reports}, self.layout), reports)
         total = self._empty_sum(plan, {report.client: report.norm_G for report in reports}, number, state)
         requests = [request for request in plan.requests(number, self.layout) if request.groups]
         done = 0
@@ -266,8 +287,24 @@ class Server:
             done += 1
             self.observer.progress(number, "summing", done, len(requests))
 
-        failures = self.federation.collect(requests, CountingSum(total, number, traffic, arrived))
-        return total, failures
+        counted = CountingSum(total, number, traffic, arrived, directions)
+        return plan, total, self.federation.collect(requests, counted)
+
+    def _directions(self, number: int) -> Directions | None:
+        """Sketches that tell opposite updates; where clients are strangers their seed is a secret."""
+        if self.config.robust == "none":
+            return None
+        strangers = self.config.federation.engine == "flower"
+        chance = random.Random(f"{self.config.run.seed}/{number}/directions")
+        return Directions(self.layout, secrets.randbits(31) if strangers else chance.getrandbits(31))
+
+    def _against(self, directions: Directions | None, reports: Sequence[Statistics]) -> list[Failure]:
+        """Clients whose update is opposite to the others', unless too few would be left without them."""
+        found = directions.against(self.config.server.hostile) if directions else {}
+        if len(reports) - len(found) < self.config.server.min_clients:
+            return []
+        reason = "its update is opposite to the others', with a median cosine of {:.2f}; they were summed without it"
+        return [Failure(client, "update", reason.format(cosine)) for client, cosine in found.items()]
 
     def _empty_sum(self, plan: Plan, norms: Mapping[str, Tensor], number: int, state: ServerState) -> StreamingSum:
         """What updates are added to, by the configured rule."""
