@@ -50,6 +50,15 @@ def test_of_a_site_with_few_examples_nothing_leaves_and_not_their_number(attack:
     assert reasons.pop().startswith(TOO_FEW)
 
 
+def test_of_a_site_whose_rows_were_taken_away_nothing_leaves(attack: Attack) -> None:
+    """What is held out was drawn when there were more, and stays drawn."""
+    site = attack()
+    assert isinstance(site.ask("hello"), Hello)
+    write_jsonl(site.site.path / "data.jsonl", rows()[:20])
+    for verb in ("hello", "start", "train", "evaluate"):
+        assert site.refused(verb).startswith(TOO_FEW)
+
+
 def test_a_held_out_part_takes_at_least_what_may_be_scored(attack: Attack) -> None:
     hello = attack().ask("hello")
     assert isinstance(hello, Hello)

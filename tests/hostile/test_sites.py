@@ -92,7 +92,7 @@ def test_an_opposite_update_is_left_out_and_the_round_summed_again(tmp_path: Pat
         (failure,) = past["failures"]
         assert (failure["client"], failure["stage"]) == ("liar", "update")
         assert failure["reason"] == (
-            "its update is opposite to the others', with a median cosine of -1.00; they were summed without it"
+            "a part of its update is opposite to the others', by a median cosine of -1.00: summed again without it"
         )
         assert "liar" not in past["clients"]
     assert third["on_trial"] == ["liar"]  # its word counts for nothing, until one group of an update comes

@@ -330,6 +330,16 @@ def test_honest_updates_are_not_however_little_they_share(common: float) -> None
     assert [directions(crowd(10, common, seed), seed).against(0.3) for seed in range(20)] == [{}] * 20
 
 
+@pytest.mark.parametrize("kinds", [("embeddings", "head"), ("shared",), ("expert", "gate")])
+def test_a_part_that_is_opposite_is_told_however_long_the_rest_is(kinds: tuple[str, ...]) -> None:
+    for seed in range(5):
+        told = Directions(LONG, seed)
+        for name, row in crowd(10, 1.0, seed).items():
+            turned = {group: Packed(-row if group.kind in kinds else 100 * row) for group in LONG.groups}
+            told.add(Update(name, 1, turned if name == "d" else {group: Packed(row) for group in LONG.groups}))
+        assert list(told.against(0.3)) == ["d"]
+
+
 def test_where_many_are_against_each_other_nobody_tells_who_is_right() -> None:
     rows = crowd(10, 1.0)
     for name in NAMES[:4]:

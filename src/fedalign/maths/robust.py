@@ -6,15 +6,15 @@
     trimmed   the mean without the largest and smallest values, one by one    Yin et al. 2018, arXiv 1803.01498
     median    value by value                                                  Yin et al. 2018
     krum      the update nearest to its neighbours                            Blanchard et al. 2017, arXiv 1703.02757
-    against   whoever's median cosine with the others is below -0.15 is left out                                    [O]
+    against   a client of which a part's median cosine with the others is below -0.15 is left out                   [O]
 
 All of it group by group over a group's holders: the clients with weight in the plan whose update is not zero, for the
 zeros of those who do not hold an expert are no vote. Capping and clipping change a plan (`guarded`). The four rules
 count every holder alike, whatever it says of its data, and take the place of the streaming sum: centred clipping is a
 streaming sum itself, around the last round's update v; the others keep a round's updates in wire precision.
 
-Directions are the one thing that is told of a whole update, once all have arrived: an opposite update is no outlier in
-length, and value by value none either. They are sketched at the coordinator, with a seed that no client knows: who knew
+Directions are told of whole parts of an update, once all have arrived: an opposite update is no outlier in length, and
+value by value none either. They are sketched at the coordinator, with a seed that no client knows: who knew
 it could send an update whose sketch looks like everybody's.
 
 Papers set radii in the units of their own gradients. Here clip and radius are in medians of the holders' norms [O], so
@@ -39,6 +39,7 @@ from fedalign.protocol import Layout, Packed, ParameterGroup, Plan, Robust, Upda
 
 AGAINST = 0.15  # three and a half standard errors of a sketched cosine: unrelated updates are not against each other
 DIRECTION_WIDTH = 512
+PARTS = (("embeddings", "head"), ("shared",), ("expert", "gate"))  # kinds whose directions are compared together
 FEW = 3  # holders: of fewer, a liar is half or all, and a median of their norms tells nothing
 
 
@@ -116,9 +117,9 @@ def typical_norms(norm_C_G: Tensor, held_C_G: Tensor, layout: Layout) -> Tensor:
 
 
 class Directions:
-    """Cosines between whole updates, as they arrived.
+    """Cosines between updates as they arrived: of token rows, of shared layers, of experts with their routers.
 
-    A group that was not asked of a client counts as zero there. Memory is a vector of `DIRECTION_WIDTH` a client.
+    A group that was not asked of a client counts as zero there. Memory is three vectors of `DIRECTION_WIDTH` a client.
 
     Args:
         layout: the model's groups.
@@ -133,23 +134,29 @@ class Directions:
 
     def add(self, update: Update) -> None:
         """Sketch an update. Each group has random signs of its own, for equal shapes meet in the same buckets."""
-        parts = [self._sketch.project(unpack(packed)) * self._sign[g] for g, packed in update.groups.items()]
-        if parts:
-            self._of[update.client] = torch.stack(parts).sum(0)
+        part_P_S = torch.zeros(len(PARTS), DIRECTION_WIDTH)
+        for group, packed in update.groups.items():
+            part = next(part for part, kinds in enumerate(PARTS) if group.kind in kinds)
+            part_P_S[part] += self._sketch.project(unpack(packed)) * self._sign[group]
+        self._of[update.client] = part_P_S
 
     def against(self, share: float) -> dict[str, float]:
-        """Clients whose median cosine with the others is below -AGAINST, and that cosine.
+        """Clients of which a part's median cosine with the others is below -AGAINST, and the least such cosine.
 
         They are at most `share` of all, one at least; if more are, nobody tells who is right, and the answer is nobody.
         """
-        moved = {client: of for client, of in self._of.items() if bool(of.any())}
-        if len(moved) < FEW:
-            return {}
-        unit_C_S = torch.nn.functional.normalize(torch.stack(list(moved.values())).double(), dim=1)
-        cosine_C_C = (unit_C_S @ unit_C_S.T).fill_diagonal_(torch.nan)
-        median_C = cosine_C_C.nanquantile(0.5, dim=1)  # of an even number the mean of the middle two
-        found = {client: value for client, value in zip(moved, median_C.tolist(), strict=True) if value < -AGAINST}
-        return found if len(found) <= max(1, int(share * len(moved))) else {}
+        found: dict[str, float] = {}
+        for part in range(len(PARTS)):
+            moved = {client: of[part] for client, of in self._of.items() if bool(of[part].any())}
+            if len(moved) < FEW:
+                continue
+            unit_C_S = torch.nn.functional.normalize(torch.stack(list(moved.values())).double(), dim=1)
+            cosine_C_C = (unit_C_S @ unit_C_S.T).fill_diagonal_(torch.nan)
+            median_C = cosine_C_C.nanquantile(0.5, dim=1)  # of an even number the mean of the middle two
+            opposite = {client: cos for client, cos in zip(moved, median_C.tolist(), strict=True) if cos < -AGAINST}
+            if len(opposite) <= max(1, int(share * len(moved))):
+                found |= {client: min(cos, found.get(client, cos)) for client, cos in opposite.items()}
+        return found
 
 
 # --------------------------------------------------------------------------------------------------------------- rules

@@ -303,7 +303,9 @@ class Server:
         found = directions.against(self.config.server.hostile) if directions else {}
         if len(reports) - len(found) < self.config.server.min_clients:
             return []
-        reason = "its update is opposite to the others', with a median cosine of {:.2f}; they were summed without it"
+        reason = (
+            "a part of its update is opposite to the others', by a median cosine of {:.2f}: summed again without it"
+        )
         return [Failure(client, "update", reason.format(cosine)) for client, cosine in found.items()]
 
     def _empty_sum(self, plan: Plan, norms: Mapping[str, Tensor], number: int, state: ServerState) -> StreamingSum:
