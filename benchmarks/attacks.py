@@ -165,10 +165,10 @@ class Column:
 FEDAVG = "algorithm.name=fedavg"
 COLUMNS: dict[str, Column] = {
     "default": Column("default, none", ()),
-    "default, clip": Column("default, clip", ("server.robust=clip",), revision=2),
+    "default, clip": Column("default, clip", ("server.robust=clip",), revision=3),
     "fedavg": Column("FedAvg, none", (FEDAVG,)),
-    "fedavg, clip": Column("FedAvg, clip", (FEDAVG, "server.robust=clip"), revision=2),
-    **{f"default, {rule}": Column(f"default, {rule}", (f"server.robust={rule}",), revision=2) for rule in RULES},
+    "fedavg, clip": Column("FedAvg, clip", (FEDAVG, "server.robust=clip"), revision=3),
+    **{f"default, {rule}": Column(f"default, {rule}", (f"server.robust={rule}",), revision=3) for rule in RULES},
 }
 
 

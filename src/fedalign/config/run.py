@@ -320,7 +320,7 @@ class ServerConfig(Section):
         "auto", "what one site can do to a group (auto: clip across sites, none elsewhere); docs/security.md"
     )
     max_share: Share = key(0.5, "but for robust none: no site counts for more in a group of two or more")
-    clip: float = key(3.0, "and no update of a group is longer than so many medians of its holders", gt=0)
+    clip: float = key(2.0, "and no update of a group is longer than so many medians of its holders", gt=0)
     hostile: float = key(0.3, "share of a group's holders that trimmed_mean and krum reckon with", ge=0, lt=0.5)
     radius: float = key(1.0, "of centered_clip, in medians of the holders' norms", gt=0)
 
