@@ -141,7 +141,7 @@ def _stoppable() -> Iterator[None]:
 
 @contextmanager
 def _threads_in_a_line() -> Iterator[None]:
-    """What a disk has against a thread of a library, as TensorBoard's writer, is told without a traceback."""
+    """Errors of the disk in a library's thread, such as TensorBoard's writer, are one line without a traceback."""
 
     def tell(about: threading.ExceptHookArgs) -> None:
         told = about.exc_value and trouble(about.exc_value)
