@@ -6,7 +6,7 @@ COMPARED := fedavg,fedprox,fedmoe,pfl_moe,by_use,fedalign_paper,fedalign_moe
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-sites compare test test-browser test-families test-kills test-sites models examples docs check format bench clean
+.PHONY: help venv demo demo-sites compare test test-browser test-families test-installed test-kills test-sites models examples docs check format bench clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -54,6 +54,9 @@ check: ## what `make test` checks, in the environment that is there
 
 test-browser: $(VENV)/.tools ## the report in headless Chromium (apt-get install chromium chromium-driver)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m browser
+
+test-installed: $(VENV)/.tools ## what a newcomer has: the wheel alone, a new algorithm, the notebooks
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m installed
 
 test-sites: $(VENV)/.simulation ## real Flower processes on loopback: keys, kills, faults, equal engines
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m sites

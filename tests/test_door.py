@@ -22,7 +22,7 @@ from fedalign.cli.live import LiveTable
 from fedalign.compare import comparison as comparing
 from fedalign.server.checkpoint import ServerState
 from tests.compare.test_compare import in_this_process
-from tests.conftest import Command
+from tests.conftest import SUBJECTS, Command
 
 README = Path(__file__).parents[1] / "README.md"
 Tables = dict[str, dict[str, Any]]
@@ -66,6 +66,8 @@ def test_the_readme_runs(tables: Tables, tmp_path: Path, monkeypatch: pytest.Mon
     saved = load_file("runs/a/model/model.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in names["model"].state_dict().items() if name in saved)
     assert names["tokenizer"]("the dog").input_ids
+    classes = names["run"].talk().classes({"text": "the dog runs"})
+    assert (classes.keys(), sum(classes.values())) == (SUBJECTS.keys(), pytest.approx(1))
     rows = names["found"].rows
     assert [(row["algorithm"], row["seed"]) for row in rows[:3]] == [("fedavg", 0), ("fedalign_moe", 0), ("fedavg", 1)]
     assert [door.Run(row["folder"]).summary["final_accuracy"] for row in rows] == [
@@ -98,6 +100,7 @@ def test_a_run_leaves_the_process_as_it_was(
     with pytest.raises(door.UserError, match="already holds a run"):
         door.run(tables, out=tmp_path / "run")
     again = door.run(tables, out=str(tmp_path / "run"), overwrite=True, progress=False)
+    assert again.talk().answer({"text": "the dog runs"}) in SUBJECTS
     assert found() == before
     assert without_clocks(first.history) == without_clocks(again.history)
     assert capfd.readouterr() == ("", "")

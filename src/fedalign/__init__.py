@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from fedalign.compare.comparison import Outcome
     from fedalign.config.run import Config
     from fedalign.config.toml import Overrides, Source, load_config
+    from fedalign.inference.talk import Talk
     from fedalign.server.results import RunFolder
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Config", "Run", "UserError", "__version__", "compare_runs", "load_config", "run"]
 
 _LATER = {"Config": "fedalign.config.run", "load_config": "fedalign.config.toml"}  # an import of ours loads no library
@@ -91,6 +92,19 @@ class Run:
 
         trusted = toml.load_config(self._files.config).model.trust_remote_code
         return load_tokenizer(self._files.model, trust_remote_code=trusted)
+
+    def talk(self, *, best: bool = False) -> Talk:
+        """The model to ask, as `fedalign chat` does: `.answer({"text": "..."})`; of a classifier `.classes(...)`, too.
+
+        Raises:
+            UserError: It is not there, or the base of its adapters is not there or another one than it was.
+        """
+        from fedalign.inference.load import Source, load
+        from fedalign.inference.talk import Sampling, Talk
+        from fedalign.moe.load import quietly
+
+        with quietly():
+            return Talk(load(Source(str(self.folder), best)), Sampling())
 
 
 def run(

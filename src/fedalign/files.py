@@ -186,7 +186,7 @@ def _flush(file: Path) -> None:
 
 
 def trouble(error: BaseException) -> str | None:
-    """What a disk or a folder has against being written to, in a few words; None: the error is of another kind."""
+    """The reason why a disk or folder cannot be written, in a few words; None: the error is of another kind."""
     found = _of_disk(error)
     if found is None:
         return None
@@ -227,7 +227,7 @@ def _write_sums(folder: Path, files: Iterable[Path]) -> None:
 
 
 def damage(folder: Path, *names: str) -> str:
-    """What is no longer as it was written, in a few words; empty: all is.
+    """The files that are no longer as they were written, in a few words; empty: there are none.
 
     Args:
         folder: what `replacing` made.
@@ -480,7 +480,7 @@ def _refuse_strangers(path: Path, kind: str, option: str) -> None:
 
 
 def _strangers(folder: Path) -> Iterator[str]:
-    """What is in a folder and not listed by its mark: paths below it."""
+    """Paths in a folder that its mark does not list."""
     listed = [LOCK, WATCH, MARK, *_marks(folder)]  # a kill may have come before the mark was whole
 
     def is_listed(path: str) -> bool:
@@ -502,7 +502,7 @@ def _strangers(folder: Path) -> Iterator[str]:
 
 
 def _finished(name: str) -> str:
-    """What a file or folder would be called now, had a kill not come between."""
+    """The name that a file or folder would have now, had a kill not come between."""
     return name[1:-4] if name.startswith(".") and name.endswith((".new", ".old")) else name
 
 

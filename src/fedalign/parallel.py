@@ -107,7 +107,7 @@ def by_the_first(act: Callable[P, None]) -> Callable[P, None]:
 
 
 def agreed(value: T) -> T:
-    """What the first process says; sums on GPUs may differ in their last bits."""
+    """The first process's value; sums on GPUs may differ in their last bits."""
     if world() == 1:
         return value
     said = [value]

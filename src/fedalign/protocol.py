@@ -1,4 +1,4 @@
-"""What travels between the server and its clients in one round, and nothing else.
+"""Messages between the server and its clients in one round: these travel, and nothing else.
 
 A round is *plan, then sum*::
 
@@ -168,7 +168,7 @@ class Consent:
         return () if self.embeddings else tuple(group for group in WORDS if layout.sizes[group])
 
     def granted(self, asks: Set[Ask]) -> Set[Ask]:
-        """What of it is answered; counts of rows that are frozen would be of no use."""
+        """The part of `asks` that is answered; counts of rows that are frozen would be of no use."""
         return asks if self.token_counts and self.embeddings else asks - TELLING
 
 
@@ -345,7 +345,7 @@ class Plan:
         return wanted_C_G & trains_G
 
     def requests(self, round: int, layout: Layout) -> list[Request]:
-        """What to ask of each client."""
+        """The request to each client."""
         return [
             Request(client, round, tuple(layout.groups[i] for i in wanted.nonzero().flatten().tolist()))
             for client, wanted in zip(self.clients, self.wanted(layout), strict=True)
@@ -412,7 +412,7 @@ class LayerRouting:
 
 @dataclass(frozen=True)
 class Step:
-    """What a penalty may see of one training step."""
+    """One training step, as far as a penalty may see it."""
 
     routing: Sequence[LayerRouting]  # L entries
     drift: Callable[[], Tensor]  # ‖w − w_received‖² over all that is trained, differentiable scalar
@@ -490,7 +490,7 @@ class Algorithm(Protocol):
 
     @property
     def asks(self) -> Set[Ask]:
-        """What leaves a client for the plan's sake, beside its data size, loss, mean routing, loads and norms.
+        """Statistics that leave a client for the plan, beside its data size, loss, mean routing, loads and norms.
 
         "margins", "centroids", "directions" (of experts' updates), "tokens" (counts), "met" (a bit a token): fields of
         `Statistics`; the last two only of clients that consent. "probabilities": nothing more, but routers must show
@@ -541,7 +541,7 @@ class Federation(Protocol):
         """Score the broadcast weights on each client's own held-out part."""
 
     def faults(self) -> list[Failure]:
-        """What went wrong outside of these calls since this was last asked: clients refused, gone, or late."""
+        """Faults outside of these calls since this was last asked: clients refused, gone, or late."""
 
 
 Metrics = dict[str, Any]

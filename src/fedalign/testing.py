@@ -56,10 +56,23 @@ def reports(
     min_tokens: int = 16,
     token_rows: bool = True,
 ) -> Reports:
-    """What clients would say of random tokens: the same seed, the same reports. Each trained all groups.
+    """Reports as clients would make them of random tokens; the same seed gives the same reports.
 
-    Routers and updates differ from client to client about something common. Experts that fewer than `min_tokens` of
-    a client's 128 tokens reached are withheld.
+    Each client trained all groups. Routers and updates differ from client to client about something common. All reports
+    pass the server's checks.
+
+    Args:
+        clients: C, called client-0, client-1 and so on, with 20, 30, 40 ... examples.
+        layers: L, each with a router.
+        experts: E of each layer; a token is sent to 2 of them.
+        asks: what `Algorithm.asks` says; fields that nobody asks for are empty.
+        seed: of the random numbers.
+        min_tokens: experts that fewer of a client's 128 tokens reached are withheld: their load is 0.
+        token_rows: whether embeddings of 50 tokens are trained.
+
+    >>> seen = reports(clients=3, layers=2, experts=4)
+    >>> seen.stack("load_L_E").shape, seen.share_C
+    (torch.Size([3, 2, 4]), tensor([0.2222, 0.3333, 0.4444]))
     """
     model = layout(layers, experts, token_rows)
     return Reports([_report(c, model, asks, seed, min_tokens) for c in range(clients)], model, clients)

@@ -70,14 +70,14 @@ def test_every_key_of_a_site_is_in_its_file_and_can_be_woken() -> None:
     text = SiteConfig.model_validate(SITE).to_toml()
     assert SiteConfig.model_validate(tomllib.loads(text)) == SiteConfig.model_validate(SITE)
     assert set(flat(tomllib.loads(awake(text)))) == {name for name, _ in keys(SiteConfig)}
-    assert text.startswith("# A site: what this house decides itself.")
+    assert text.startswith("# A site: what this organisation decides itself.")
 
 
 def test_meanings_stand_in_a_column_and_are_folded() -> None:
     lines = every_key().splitlines()
     assert all(len(line) <= 120 for line in lines)
     assert "seed = 0                         # of partition, client sampling, order of batches, rounding" in lines
-    assert "# [clients.limits.client-00]     # What a small client can do; 0: as everybody." in lines
+    assert "# [clients.limits.client-00]     # Limits of a small client; 0: as everybody." in lines
     begins = {line.index("# ", 2) for line in lines[2:] if "# " in line[2:] and not line.startswith("targets")}
     assert begins == {33}
     long = "x" * 200

@@ -42,7 +42,7 @@ class FCMoE(FedAvg):
 
     @property
     def asks(self) -> Set[Ask]:
-        """What the consensus is made of."""
+        """Directions of the experts' updates, of which the consensus is made."""
         return frozenset({"directions"})
 
     def plan(self, reports: Reports, state: State) -> Plan:
@@ -86,7 +86,7 @@ class FCMoE(FedAvg):
                     local.start[group] = local.received[group] + self.residual * against / square * consensus
 
     def keep(self, local: LocalRound, update: Weights) -> Mapping[str, Tensor]:
-        """What was received of the experts: beside what comes next, it shows where the others went."""
+        """The experts as received: the next ones, held against them, show where the other clients went."""
         if not self.residual:
             return {}
         return {f"{RECEIVED}{group}": value for group, value in local.received.items() if group.kind == "expert"}

@@ -68,7 +68,7 @@ class FedAlignMoE(FedAvg):
     consensus: Consensus = option("half", "of cosines D of updates: (1 + D) / 2, or max(0, D) [O]")
     min_agreement: float = option(0.0, "clients with less of the largest agreement are left out of an expert [O]")
     vocabulary: Literal["tokens", "clients", "average"] = option(
-        "tokens", "rows of trained embeddings: by how often a client met the token, by whether it did, or FedAvg [O]"
+        "tokens", "trained token embeddings: by how often a client met the token, by whether it did, or FedAvg [O]"
     )
     vocabulary_holders: int = option(
         1, "rows whose token fewer clients met go on as under FedAvg, so that no single client owns a word [O]"
@@ -95,7 +95,7 @@ class FedAlignMoE(FedAvg):
 
     @property
     def asks(self) -> Set[Ask]:
-        """What these options need."""
+        """The statistics that these options read."""
         wanted: dict[Ask, bool] = {
             "probabilities": self.aligns,
             "margins": self.aligns and self.gate_weights == "consistency",

@@ -80,7 +80,7 @@ def compare(
         typer.Option("--out", metavar="DIR", help="Where results go; without it: runs/compare-NAME or ablation-NAME."),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option("--resume", metavar="DIR", help="Go on with the comparison in that folder.")
+        Path | None, typer.Option("--resume", metavar="DIR", help="Resume the comparison in that folder.")
     ] = None,
     jobs: Annotated[
         int | None,
@@ -133,7 +133,7 @@ def asked(
     jobs: int | None,
     console: Console,
 ) -> Comparison:
-    """What to compare, and where; nothing is made or written yet.
+    """The comparison and its folder; nothing is made or written yet.
 
     Raises:
         UserError: It does not go together, or there is nothing to go on with.

@@ -49,7 +49,7 @@ def doctor(
         bool, typer.Option("--what-leaves", help="List every field that leaves a site, and its size; check nothing.")
     ] = False,
 ) -> None:
-    """Look whether all is well before anything is trained: at a site, or at the coordinator (CONFIG.toml alone).
+    """Check a site, or the coordinator (CONFIG.toml alone), before anything is trained.
 
     Exit code 1: something would not work.
     """

@@ -59,7 +59,7 @@ def export(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that --to holds.")] = False,
 ) -> None:
-    """Make of a run what plain transformers or plain peft load: a checkpoint or an adapter, with a model card.
+    """Export a run as a checkpoint or an adapter that plain transformers or peft load, with a model card.
 
     Without --merge and --dtype, weights are copied as they are, and what was scored is what is loaded.
     """

@@ -22,7 +22,7 @@ def inspect(
     trust_remote_code: Annotated[bool, typer.Option(help="Run the code that comes with the model.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
 ) -> None:
-    """What a model's MoE layers are: router, experts, K, shared experts, parameter groups and sizes."""
+    """Show a model's MoE layers: router, experts, top-k, shared experts, parameter groups and sizes."""
     from fedalign.moe.load import quiet
     from fedalign.moe.model import load_model
 

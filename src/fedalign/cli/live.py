@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a table with a line a round, and what is happening now."""
+"""The live view of a run: a table with a line a round, and a bar for the step at work."""
 
 from __future__ import annotations
 

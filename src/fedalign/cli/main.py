@@ -32,6 +32,7 @@ from fedalign.cli.export import EXPORT_EXAMPLES, export
 from fedalign.cli.inference import CHAT_EXAMPLES, EVALUATE_EXAMPLES, GENERATE_EXAMPLES, chat, evaluate, generate
 from fedalign.cli.init import INIT_EXAMPLES, init
 from fedalign.cli.inspect import INSPECT_EXAMPLES, inspect
+from fedalign.cli.new import new_app
 from fedalign.cli.report import REPORT_EXAMPLES, report
 from fedalign.cli.run import RUN_EXAMPLES, run
 from fedalign.cli.site import site_app
@@ -49,6 +50,7 @@ app = typer.Typer(
     help="Federated fine-tuning of Mixture-of-Experts language models: align routing, average experts that agree.",
 )
 app.add_typer(site_app, name="site")
+app.add_typer(new_app, name="new")
 
 
 @app.callback(invoke_without_command=True)
@@ -139,7 +141,7 @@ def _stoppable() -> Iterator[None]:
 
 @contextmanager
 def _threads_in_a_line() -> Iterator[None]:
-    """What a disk has against a thread of a library, as TensorBoard's writer, is told without a traceback."""
+    """Errors of the disk in a library's thread, such as TensorBoard's writer, are one line without a traceback."""
 
     def tell(about: threading.ExceptHookArgs) -> None:
         told = about.exc_value and trouble(about.exc_value)

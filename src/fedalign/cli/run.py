@@ -51,12 +51,12 @@ def run(
         typer.Option("--out", metavar="DIR", help="Where results go; without it: runs/NAME-ALGORITHM-SEED."),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option("--resume", metavar="DIR", help="Go on after the last complete round of that run.")
+        Path | None, typer.Option("--resume", metavar="DIR", help="Resume that run after its last complete round.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that --out holds.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run would take; train nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate memory, time and bytes; train nothing.")] = False,
     no_check: Annotated[
-        bool, typer.Option("--no-check", help="Do not hold model/ against plain transformers and peft at the end.")
+        bool, typer.Option("--no-check", help="Do not check model/ against plain transformers and peft at the end.")
     ] = False,
     insecure_anywhere: InsecureAnywhere = False,
 ) -> None:
@@ -92,7 +92,7 @@ def asked(
     overwrite: bool,
     dry_run: bool = False,
 ) -> tuple[Config, RunFolder]:
-    """What to run, and where; nothing is loaded or written yet.
+    """The configuration and the folder of a run; nothing is loaded or written yet.
 
     Raises:
         UserError: It does not go together, something would be lost, or torchrun cannot run it.
@@ -242,7 +242,7 @@ def _held(folder: RunFolder, settings: Config, how: Beginning) -> Iterator[None]
 
 
 def _left(settings: Config) -> str:
-    """What becomes of a run whose process was asked to end."""
+    """A line on the state of a run whose process was asked to end."""
     on_its_own = settings.federation.engine == "flower"
     return "The run goes on at the SuperLink" if on_its_own else "Complete rounds are kept"
 
@@ -303,7 +303,7 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
 
 
 def _with_baseline(name: str) -> str:
-    """What a comparison of this algorithm would take."""
+    """Algorithms for a comparison with this one."""
     from fedalign.algorithms import BASELINE
     from fedalign.config.run import AlgorithmConfig
 

@@ -25,7 +25,7 @@ site_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="A site: one house that keeps its data and takes part in runs.",
+    help="A site: one organisation that keeps its data and takes part in runs.",
 )
 INIT_EXAMPLES = """
 [bold]Examples[/bold]

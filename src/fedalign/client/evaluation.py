@@ -71,7 +71,7 @@ class TestSet:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model answered to the examples of a test set, one by one."""
+    """A model's answers to the examples of a test set, one by one."""
 
     nll_sum: float  # of the right answers, nats
     tokens: int  # of the right answers

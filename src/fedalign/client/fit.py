@@ -118,7 +118,7 @@ class LocalFit:
         answer_logits(self.moe, own_share(next(self._batches(0))).to(self.moe.device))
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """What the client's next round needs, if the optimizer is kept."""
+        """The optimizer's state for the client's next round, if it is kept."""
         return dump_optimizer(self.optimizer, self.numbered) if self.options.keep_optimizer else {}
 
     def _batches(self, epoch: int) -> Iterator[Batch]:

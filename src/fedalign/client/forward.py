@@ -37,7 +37,7 @@ class AnswerLogits:
 
 
 def own_share(batch: Batch) -> Batch:
-    """What this process runs of a batch that several share: all of it where it is alone."""
+    """This process's share of a batch that several run together; all of it where it is alone."""
     return batch.share(parallel.own_rows(batch.examples))
 
 

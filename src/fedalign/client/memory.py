@@ -1,4 +1,4 @@
-"""What one client keeps on its own disk: the update it has not handed over, and its state between rounds."""
+"""A client's memory on its own disk: the update that was not yet handed over, and the state between rounds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UPDATE, KEPT = "update.safetensors", "kept.safetensors"
 
 @dataclass(frozen=True)
 class Kept:
-    """What a client goes on from when it next takes part; empty before its first round."""
+    """A client's state from its last round, to resume from; empty before its first."""
 
     prob_L_E: Tensor | None = None  # its own routing distribution
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)  # `fit.dump_optimizer`'s
@@ -58,7 +58,7 @@ class Kept:
 
 
 class ClientMemory:
-    """What one client keeps on its own disk: the update it has not handed over, and its state between rounds."""
+    """A client's memory on its own disk: the update that was not yet handed over, and the state between rounds."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -103,7 +103,7 @@ class ClientMemory:
         return {} if folder is None else _read(folder / UPDATE)
 
     def before(self, round: int) -> Kept:
-        """What the client kept from the latest round before `round`; empty if it has not taken part yet.
+        """The client's state from the latest round before `round`; empty if it has not taken part yet.
 
         Raises:
             UserError: All that it kept is damaged; of one damaged round it is told, and the one before it is used.
@@ -143,7 +143,7 @@ def _read(update: Path) -> dict[ParameterGroup, Packed]:
 
 @dataclass(frozen=True)
 class ClientData:
-    """What one client holds, and how much of a round it can do. It never leaves."""
+    """One client's data and limits. They never leave it."""
 
     name: str
     train: Sequence[Encoded]

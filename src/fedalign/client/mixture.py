@@ -50,7 +50,7 @@ class Mixture:
         return replace(kept, own=own, mixer=mixer)
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """The trained parameters."""
         return [*(p for p in self.own.model.parameters() if p.requires_grad), *self.mixer.parameters()]
 
     def answer(self, batch: Batch) -> AnswerLogits:

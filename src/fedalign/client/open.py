@@ -57,7 +57,7 @@ def parts_file(folder: SiteFolder) -> Path:
 
 
 def site_client(folder: SiteFolder, bench: Workbench, config: Config, run: str) -> tuple[ClientData, Parts]:
-    """What the site trains on and is scored on in this run, and the parts that it was taken from.
+    """The site's training and evaluation data in this run, and the parts that it was taken from.
 
     Raises:
         UserError: There are too few examples; the message does not say how many.
@@ -145,7 +145,7 @@ class DealtClients:
 
 
 def describe(bench: Workbench, client: ClientData, weights: str) -> Hello:
-    """What must agree before a site may take part."""
+    """Versions and hashes that must agree before a site may take part."""
     return Hello(
         client=client.name,
         protocol=PROTOCOL,

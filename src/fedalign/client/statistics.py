@@ -1,4 +1,4 @@
-"""What a client works out of its update and routing for its report."""
+"""A client's statistics for its report, from its update and its routing."""
 
 from __future__ import annotations
 

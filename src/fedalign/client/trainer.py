@@ -111,7 +111,7 @@ class Trainer:
         )
 
     def _mixture(self, kept: Kept, received: Weights) -> Mixture:
-        """What a client kept of its mixture, beside the weights that it received."""
+        """A client's mixture as kept, beside the weights that it received."""
         assert self.algorithm.mix is not None
         self._spare = self._spare or Mixture(self.moe, self.algorithm.mix)
         self._spare.load(kept, received)

@@ -48,11 +48,11 @@ class ComparisonFolder:
         return RunFolder(self.path / part / cell.path)
 
     def log(self, cell: Cell, part: Part) -> Path:
-        """What a run prints."""
+        """The file that holds a run's output."""
         return self.path / "logs" / part / f"{cell.path}.log"
 
     def read(self) -> Design:
-        """What was asked for.
+        """The comparison's design, as it was asked for.
 
         Raises:
             UserError: The folder holds no comparison.

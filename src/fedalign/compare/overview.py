@@ -1,4 +1,4 @@
-"""What a person sees while a comparison goes on: a line an algorithm, a column a seed, and the time left."""
+"""The live view of a comparison: a line an algorithm, a column a seed, and the time left."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What a person calls it."""
+        """Its name for people."""
         return ", ".join([line_name(self.choice.label, self.point), f"seed {self.seed}", *self.tried])
 
     @property

@@ -42,7 +42,7 @@ class Task:
 
     @property
     def rounds_left(self) -> int:
-        """What is still to do."""
+        """Rounds that are still to do."""
         done = int(self.history[-1]["round"]) if self.history else 0
         return self.cell.config.run.rounds - done
 
@@ -168,7 +168,7 @@ def reason_of(code: int, log: Path) -> str:
 
 @contextlib.contextmanager
 def _ending(running: dict[subprocess.Popen[bytes], tuple[Task, Slot]]) -> Iterator[None]:
-    """Whatever ends the block ends the children; complete rounds are on disk."""
+    """The children end with the block, however it ends; complete rounds are on disk."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -30,7 +30,7 @@ RATES = (1.0, 1 / 3, 3.0)  # times the configured learning rate; the first wins 
 
 
 class Tuned(Section):
-    """What was chosen for one algorithm at one grid point."""
+    """The choice for one algorithm at one grid point."""
 
     algorithm: str  # its label
     point: dict[str, str]
@@ -52,7 +52,7 @@ class Choices(Section):
 
     @classmethod
     def load(cls, path: Path) -> Choices:
-        """What has been chosen so far.
+        """The choices so far.
 
         Raises:
             UserError: The file is damaged.

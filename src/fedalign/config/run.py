@@ -128,7 +128,7 @@ class ModelConfig(Section):
 
 
 class Columns(Section):
-    """What the columns of your files are called."""
+    """Names of the columns in your files."""
 
     text: str = key("text", "classification, text")
     label: str = key("label", "classification")
@@ -143,7 +143,7 @@ class Columns(Section):
 
 
 class DataConfig(Section):
-    """What is learnt from, and how rows become examples."""
+    """The data, and how rows become examples."""
 
     train: Place = key("docstrings", 'a hub id, a .jsonl, .csv or .parquet file, a folder of them, or "docstrings"')
     test: Place | None = key(None, "without it: the source's own test split if it has one", examples=["test.jsonl"])
@@ -165,7 +165,7 @@ class DataConfig(Section):
 
 
 class ClientLimits(Section):
-    """What a small client can do; 0: as everybody."""
+    """Limits of a small client; 0: as everybody."""
 
     top_k: Count = key(0, "experts that a token is sent to in training; 0: the model's own number")
     max_experts: Count = key(0, "experts of a layer that are trained, those that its own data uses most; 0: all")
@@ -241,7 +241,7 @@ class TuningConfig(Section):
 
     @property
     def loaded_dtype(self) -> str:
-        """What the weights are loaded in; a base in 4 bits is computed with in bfloat16."""
+        """The dtype in which weights are loaded; a base in 4 bits is computed with in bfloat16."""
         return "bfloat16" if self.kind == "qlora" else self.dtype
 
     @model_validator(mode="after")
@@ -260,7 +260,7 @@ class TuningConfig(Section):
 
 
 class StatisticsConfig(Section):
-    """What a client reports before its update is asked for."""
+    """Statistics that a client reports before its update is asked for."""
 
     update_width: Width = key(64, "numbers that stand for an expert's update")
     centroid_width: Width = key(64, "numbers that stand for an expert's mean input")
@@ -402,7 +402,7 @@ class Config(Section):
 
     @property
     def asks(self) -> Set[Ask]:
-        """What leaves a client beside what always does: for the algorithm's plan, and for pictures if wanted."""
+        """Statistics that leave a client beside those that always do: for the plan, and for pictures if wanted."""
         return self.algorithm.build().asks | (SKETCHES if self.tracking.health == "full" else frozenset())
 
     @property
@@ -414,7 +414,7 @@ class Config(Section):
 
     @property
     def guard(self) -> str:
-        """What holds a hostile site, for the first line of a run."""
+        """The guard against hostile sites, for the first line of a run."""
         options = self.server
         if self.robust == "none":
             return 'server.robust = "none": a site counts for what it says'
@@ -425,7 +425,7 @@ class Config(Section):
         return f"{self.robust} of what sites send{kept}, each {bound}"
 
     def _check_engine(self) -> None:
-        """What cannot be asked of sites."""
+        """Refuse settings that cannot be asked of sites."""
         engine = self.federation.engine
         if engine == "flower" and self.tracking.health == "full":
             raise UserError(

@@ -1,4 +1,4 @@
-"""A site: one house that keeps its data, and what it lets the coordinator's configuration decide.
+"""A site: one organisation that keeps its data, and what it lets the coordinator's configuration decide.
 
 The coordinator decides how to train (algorithm, learning rate, task, template, wire); the site decides what is its own:
 where its data and its copy of the model lie, what its columns are called, which device it uses, and its limits.
@@ -41,8 +41,8 @@ from fedalign.protocol import Consent, is_name
 FILE = "site.toml"
 HUB_ID = re.compile(r"(?!.*(\.\.|--))\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
 HEAD = """\
-# A site: what this house decides itself. How to train is the coordinator's to say.
-# Look whether all is well, from this folder: fedalign doctor --site .
+# A site: what this organisation decides itself. The coordinator decides how to train.
+# Check it, from this folder: fedalign doctor --site .
 
 """
 
@@ -54,11 +54,11 @@ def _name(text: str) -> str:
 
 
 class SiteColumns(Columns):
-    """What the columns of your files are called. Nobody can have any other column read, and `client` is never."""
+    """Names of the columns in your files. Nobody can have any other column read, and `client` is never."""
 
 
 class SiteData(Section):
-    """It never leaves this house."""
+    """It never leaves this organisation."""
 
     train: str = Field(description="a .jsonl, .json, .csv or .parquet file, a folder of them, or a hub id")
     subset: str | None = key(None, "the configuration of a hub data set", examples=["main"])
@@ -68,7 +68,7 @@ class SiteData(Section):
 
 
 class SiteModel(Section):
-    """What the coordinator names on the hub, unless this site has its own."""
+    """The model: the one that the coordinator names on the hub, unless this site has its own."""
 
     path: str | None = key(None, "this site's own copy", examples=["/models/OLMoE-1B-7B"])
     trust_remote_code: bool = key(False, "run the code that comes with the model; the coordinator cannot set this")
@@ -99,20 +99,20 @@ class SiteLimits(ClientLimits):
 
 
 class SiteConsent(Section):
-    """What tells which words stand in this site's texts. Without a true here it never leaves."""
+    """Consent to statistics that tell which words stand in this site's texts. Without a true they never leave."""
 
     token_counts: bool = key(
         False, "send how often each token stands here, those of fewer than min_examples examples left out"
     )
     embeddings: bool = key(
         False,
-        "train rows of embeddings and head, and send them: which rows moved shows nearly every token of this site, "
+        "train token embeddings and head, and send them: which rows moved shows nearly every token of this site, "
         "rare names too; without it they stay frozen here, the rest is trained, and no counts are sent",
     )
 
     @property
     def told(self) -> str:
-        """What this means, whatever the coordinator asks for."""
+        """The meaning of this consent, whatever the coordinator asks for."""
         if not self.embeddings:
             return (
                 "embeddings and head stay frozen here, so no row of them and no count of tokens leaves; the other "
@@ -169,7 +169,7 @@ class SiteFolder:
 
     @property
     def seed(self) -> int:
-        """What every draw at this site begins with; drawn now if nobody has said one."""
+        """The seed of every draw at this site; drawn now if nobody has given one."""
         if self.config.limits.seed is not None:
             return self.config.limits.seed
         file = self.path / "seed"
@@ -187,7 +187,7 @@ class SiteFolder:
         return str(here) if here.exists() else path
 
     def supernode_command(self, port: int | None = None) -> list[str]:
-        """What starts Flower's SuperNode for this site; `port`: of its own interface, on loopback."""
+        """The command that starts Flower's SuperNode for this site; `port`: of its own interface, on loopback."""
         link = self.config.coordinator
         security = (
             ["--root-certificates", self.resolve(link.root_certificates)] if link.root_certificates else ["--insecure"]
@@ -204,7 +204,7 @@ class SiteFolder:
 
     @property
     def consent(self) -> Consent:
-        """What this site lets leave of its tokens."""
+        """The statistics of its tokens that this site lets leave."""
         return Consent(self.config.consent.token_counts, self.config.consent.embeddings)
 
     def client_limits(self, config: Config) -> ClientLimits:
@@ -256,7 +256,7 @@ class SiteFolder:
         )
 
     def _refuse(self, config: Config) -> None:
-        """What is asked for in vain."""
+        """Refuse settings that this site does not allow."""
         limits, data = self.config.limits, config.data
         if self.config.model.path is None and not is_hub_id(config.model.path):
             raise UserError(NO_MODEL)

@@ -47,7 +47,7 @@ def load_config(source: Source | None = None, overrides: Overrides = ()) -> Conf
 
 
 def stem(source: Source) -> str:
-    """What runs of it are called."""
+    """The name of its runs."""
     return Path(source).stem if isinstance(source, str | os.PathLike) else "run"
 
 

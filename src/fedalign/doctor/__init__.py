@@ -72,7 +72,7 @@ def _examine_training(
     examples: Sequence[Example],
     device: str | None,
 ) -> None:
-    """What depends on model, data and machine together; the weights are loaded only if they fit."""
+    """Checks of model, data and machine together; the weights are loaded only if they fit."""
     expected, config = estimate_site(bench, folder.consent), bench.config
     fits = bool(examples) and check_lengths(found, bench, examples)
     client = check_parts(found, bench, asked, folder) if fits else None

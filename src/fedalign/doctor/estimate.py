@@ -1,4 +1,4 @@
-"""What training would take: sizes are counted, time is extrapolated from one forward and backward pass."""
+"""Estimates of training: sizes are counted, time is extrapolated from one forward and backward pass."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CARRIER = 4  # bytes that Flower's process at a site holds at its peak for each 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run in one process would take. Bytes and seconds; memory is that of all clients in turn."""
+    """Bytes and seconds that a run in one process would take; memory is that of all clients in turn."""
 
     parameters: int
     trained: int
@@ -48,7 +48,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class SiteEstimate:
-    """What one site's part of a run takes before anything is measured: bytes."""
+    """Bytes that one site's part of a run takes, before anything is measured."""
 
     training: int  # of the device that trains: weights, gradients, optimizer; activations come on top
     loading: int  # of RAM: the weights on their way to another device
@@ -101,7 +101,7 @@ def estimate_run(
 
 
 def estimate_site(bench: Workbench, consent: Consent) -> SiteEstimate:
-    """What a site needs for this model; a skeleton of it is enough."""
+    """A site's needs for this model; a skeleton of it is enough."""
     config, layout = bench.config, bench.moe.layout
     _, trained = parameter_counts(bench)
     weights, update = weights_nbytes(config, layout), update_nbytes(config, layout, consent)
@@ -222,7 +222,7 @@ class Kept:
 
 
 def estimate(prepared: Prepared) -> Estimate:
-    """What to expect, without training."""
+    """The run's bytes and seconds, without training."""
     config = prepared.config
     asked = select(list(prepared.clients), config.clients.sample, config.run.seed, 1)
     return estimate_run(prepared.bench, prepared.clients, prepared.test, len(asked))

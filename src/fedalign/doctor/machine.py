@@ -86,7 +86,7 @@ def free_memory(device: str = "cpu") -> int | None:
 
 
 def available_in(meminfo: Path) -> int | None:
-    """What Linux says that is available."""
+    """Bytes of memory that Linux calls available."""
     try:
         lines = meminfo.read_text(encoding="ascii").splitlines()
     except OSError:
@@ -95,7 +95,7 @@ def available_in(meminfo: Path) -> int | None:
 
 
 def left_in_group(group: Path) -> int | None:
-    """What a container's own limit leaves; its file cache can be given back."""
+    """Bytes of memory that a container's own limit leaves; its file cache can be given back."""
     try:
         limit = (group / "memory.max").read_text(encoding="ascii").strip()
         used = int((group / "memory.current").read_text(encoding="ascii"))

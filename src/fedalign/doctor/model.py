@@ -92,7 +92,7 @@ def measured(found: Examination, bench: Workbench, client: ClientData) -> StepCo
 
 
 def check_traffic(found: Examination, expected: SiteEstimate) -> None:
-    """What a round sends and receives."""
+    """Bytes that a round sends and receives."""
     found.add(
         "traffic",
         "ok",

@@ -176,7 +176,7 @@ def what_leaves(name: str, moe: MoEModel, config: Config, consent: Consent = DEA
 
 
 def tokens_told(layout: Layout, config: Config, consent: Consent, *, if_it_consents: bool = False) -> str:
-    """What the coordinator learns of the tokens in a site's texts.
+    """A sentence on what the coordinator learns of the tokens in a site's texts.
 
     Args:
         layout: of the model, tuned as configured.
@@ -260,7 +260,7 @@ def _nbytes(name: str, parcel: Parcel) -> int:
 
 
 def _shape(value: Any) -> str:
-    """What a field holds, in a few words.
+    """A field's content, in a few words.
 
     >>> _shape(torch.zeros(2, 3)), _shape({"steps": 1.0}), _shape(7)
     ('float32 [2, 3]', '1 number', 'a number')

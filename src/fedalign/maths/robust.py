@@ -258,7 +258,7 @@ def make_sum(
 
 
 class HolderSum(StreamingSum):
-    """What the rules share: who holds which value, and that all holders count alike."""
+    """The rules' common part: who holds which value, and that all holders count alike."""
 
     def __init__(self, layout: Layout, plan: Plan, norms: Mapping[str, Tensor], dtype: Any) -> None:
         super().__init__(layout, plan, norms, dtype, by_sites=True)

@@ -24,7 +24,7 @@ TORCH_DTYPE: dict[WireDtype, torch.dtype] = {"float32": torch.float32, "bfloat16
 
 
 def broadcast_dtype(dtype: WireDtype) -> WireDtype:
-    """What weights travel in when updates travel in `dtype`.
+    """The dtype of weights on the wire when updates travel in `dtype`.
 
     Eight bits a block are enough for an update, whose errors average out over clients, not for the weights that all
     of them start from: int8 runs broadcast bfloat16.

@@ -20,7 +20,7 @@ from fedalign.protocol import ServerOptimizer, State, Weights
 
 
 class ServerOptions(Protocol):
-    """What `server_step` reads; `[server]` of the configuration."""
+    """Options of `server_step`; `[server]` of the configuration."""
 
     @property
     def optimizer(self) -> ServerOptimizer:

@@ -114,7 +114,7 @@ class Sketch:
 
 
 def _precision(flat: Tensor) -> torch.dtype:
-    """What sums are taken in: float32 on the CPU, float64 on accelerators, where their order is not fixed."""
+    """The dtype of sums: float32 on the CPU, float64 on accelerators, where their order is not fixed."""
     return torch.float64 if flat.dtype == torch.float64 or flat.is_cuda else torch.float32
 
 

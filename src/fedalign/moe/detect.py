@@ -406,7 +406,7 @@ def _dense_weights(layer: MoELayer, outputs: tuple[Any, ...], tokens: int) -> It
 
 
 def _weights(layer: MoELayer, outputs: tuple[Any, ...], topk_T_K: Tensor, calls: Sequence[_Call]) -> Tensor | None:
-    """What the chosen experts' outputs are multiplied by, [T, K]; None: it cannot be seen."""
+    """The factors of the chosen experts' outputs, [T, K]; None: they cannot be seen."""
     values = [output for index, output in enumerate(outputs) if index != layer.logits]
     values += [value for call in calls for value in call.given]
     fitting = (v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.shape == topk_T_K.shape)

@@ -116,7 +116,7 @@ def router_weight(router: nn.Module) -> Tensor:
 
 
 def router_outputs(layer: MoELayer, router: nn.Module, hidden: Tensor, output: Any) -> tuple[Any, ...]:
-    """What a router returned, as several values; where it returns no logits, they come last."""
+    """A router's output as several values; where it returns no logits, they come last."""
     outputs = output if isinstance(output, tuple) else (output,)
     return outputs if layer.logits is not None else (*outputs, computed_logits(router, hidden))
 

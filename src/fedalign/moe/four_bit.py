@@ -36,14 +36,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Saved:
-    """What a model's parameters and buffers take, in bytes, and what they take with a 4-bit base."""
+    """Bytes of a model's parameters and buffers: as they are, and with a 4-bit base."""
 
     before: int
     after: int
 
     @property
     def share(self) -> float:
-        """What is saved, as a share of `before`."""
+        """The saving as a share of `before`."""
         return 1 - self.after / self.before
 
     def __str__(self) -> str:
@@ -114,7 +114,7 @@ class FourBit(Tensor):
         return f"FourBit({list(self.shape)}, {self.dtype}, device={str(self.device)!r})"
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Sequence[int], torch.dtype]]:
-        """What torch swaps when a module is moved."""
+        """The inner tensors, which torch swaps when a module is moved."""
         return ["codes", "scales"], (self.shape, self.dtype)
 
     @classmethod
@@ -228,7 +228,7 @@ def quantise(model: PreTrainedModel, layers: Iterable[MoELayer], device: str | t
 
 
 def forecast(model: PreTrainedModel, layers: Iterable[MoELayer]) -> Saved:
-    """What `quantise` would save, from shapes alone: a model on the meta device is enough.
+    """The saving of `quantise`, from shapes alone: a model on the meta device is enough.
 
     Raises:
         UserError: It would save less than half, or the experts are of an odd size.
@@ -273,7 +273,7 @@ def _recomputed(experts: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _weights(model: PreTrainedModel, layers: Sequence[MoELayer]) -> Iterator[tuple[str, nn.Module, str]]:
-    """What is packed: its path, its module, and its name there."""
+    """The packed tensors: path, module, and name there."""
     head = model.get_output_embeddings()
     routers = tuple(f"{layer.router}." for layer in layers)
     outside = tuple(f"{path}." for path in beside_text(model))

@@ -57,7 +57,7 @@ class Slot:
         return whole if owners.axis is None else whole.select(owners.axis, group.expert)
 
     def held(self, sharded: Tensor, group: ParameterGroup) -> tuple[Tensor, int]:
-        """What is here of that part, in place and flat in its first axes, and where in the flat part it begins."""
+        """This process's piece of that part, in place, flat in its first axes, and its start in the flat part."""
         local, first = parallel.held(sharded)
         if self.owners.axis and self.owners.shape is None:
             row = self.size // len(sharded)
@@ -123,7 +123,7 @@ def _expert_slices(experts: nn.Module, layer: int, size: int) -> dict[nn.Paramet
 
 
 def _fused(experts: nn.Module, size: int) -> list[nn.Module]:
-    """What holds tensors of E experts, adapters around them or not: the module, or those in it with a part of each."""
+    """Modules with tensors of E experts, adapters around them or not: this one, or those in it with a part of each."""
 
     def holds(module: nn.Module) -> bool:
         fused = any(p.dim() == 3 and len(p) == size for p in unwrapped(module).parameters(recurse=False))

@@ -1,4 +1,4 @@
-"""What of a checkpoint takes no part in training, and is kept as it was beside what is saved.
+"""Parts of a checkpoint that take no part in training, and are kept as they were beside the saved model.
 
 Layers that predict several tokens at once have no place in the model that transformers loads, so saving it would lose
 them. They are copied byte by byte. Where they are not at hand, or are quantised and the model no longer is, what is
@@ -30,7 +30,7 @@ COUNTS = re.compile(r"num_(nextn_predict|mtp)_\w+|mtp_num_\w+")  # of such layer
 
 @dataclass(frozen=True)
 class Kept:
-    """What a checkpoint holds besides the model.
+    """A checkpoint's content besides the model.
 
     Attributes:
         tensors: where each tensor lies that the model has no place for, by its name in the checkpoint.
@@ -44,7 +44,7 @@ class Kept:
 
     @classmethod
     def of(cls, model: PreTrainedModel, source: str, revision: str | None, dequantised: bool = False) -> Kept:
-        """What the checkpoint of a model that was loaded, or of a skeleton, holds besides.
+        """The other content of a checkpoint, whose model was loaded or made as a skeleton.
 
         Args:
             model: as transformers loaded it; its weights may be on the meta device.
@@ -61,7 +61,7 @@ class Kept:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know, a line each."""
+        """Notes for people, a line each."""
         said = []
         if self.tensors:
             said.append(f"kept as in the checkpoint, and not tuned: {', '.join(_folded(self.tensors))}")
@@ -103,7 +103,7 @@ def save_with_kept(model: Any, folder: str | Path, **options: Any) -> None:
 
 
 def kept_of(model: Any) -> Kept:
-    """What was found where the model was loaded; nothing of one that was made anew."""
+    """Parts that were found where the model was loaded; none of a model that was made anew."""
     found = getattr(model, "kept", None)
     return found if isinstance(found, Kept) else Kept()
 

@@ -58,7 +58,7 @@ def configuration_of(source: str, options: Mapping[str, Any]) -> tuple[Any, Any]
 
 
 def _beside_text(config: Any) -> list[str]:
-    """What a configuration has besides that of a language model: towers for pictures and sound."""
+    """Parts of a configuration besides the language model: towers for pictures and sound."""
     return (
         sorted({*getattr(config, "sub_configs", ())} - {"text_config"})
         if config.get_text_config() is not config
@@ -67,7 +67,7 @@ def _beside_text(config: Any) -> list[str]:
 
 
 def _check_sizes(source: str, config: Any) -> None:
-    """What no model has, before the attempt to make one takes hours or all memory."""
+    """Refuse sizes that no model has, before the attempt to make one takes hours or all memory."""
     for name, most in (("hidden_size", 10**6), ("num_hidden_layers", 10**4), ("vocab_size", 10**8)):
         value = getattr(config, name, 1)
         if not isinstance(value, int) or not 1 <= value <= most:
@@ -183,7 +183,7 @@ def _check_complete(source: str, model: PreTrainedModel, report: Mapping[str, An
 
 
 def in_one_line(error: Exception) -> str:
-    """What another library had to say, on one line."""
+    """Another library's error on one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

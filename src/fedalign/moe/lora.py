@@ -49,7 +49,7 @@ Role = Literal["A", "B"]
 
 @dataclass(frozen=True)
 class Adapters:
-    """What was put into a model."""
+    """The adapters that were put into a model."""
 
     config: LoraConfig  # peft's own description
     names: Mapping[str, str]  # of every factor in memory -> in a file that peft reads
@@ -124,7 +124,7 @@ def save(adapters: Adapters, values: Mapping[str, Tensor], folder: Path, base_di
 
 
 def read(adapters: Adapters, folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """What `save` wrote, by parameter name.
+    """Tensors that `save` wrote, by parameter name.
 
     Raises:
         UserError: There is no adapter, it is damaged, or it does not hold exactly parameters of these `shapes`.
@@ -253,7 +253,7 @@ def _refuse_experts(model: PreTrainedModel, layers: Sequence[MoELayer], options:
 
 
 def _parts(model: PreTrainedModel, layers: Sequence[MoELayer]) -> dict[str, str]:
-    """What each linear layer belongs to: one of `targets`, or "router", or "gate of shared experts"."""
+    """The part that each linear layer belongs to: one of `targets`, "router", or "gate of shared experts"."""
     head, attending, outside = model.get_output_embeddings(), set[str](), tuple(f"{p}." for p in beside_text(model))
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
     linears = [path for path in linears if not f"{path}.".startswith(outside)]
@@ -283,7 +283,7 @@ def _fused(model: PreTrainedModel, layer: MoELayer) -> list[str]:
 
 
 def _as_suffixes(names: Collection[str], every: Collection[str]) -> list[str]:
-    """What follows the layer's number, where that says the same as the list of names."""
+    """Names without all up to the layer's number, where that says the same as the list of names."""
     suffixes = sorted({re.split(r"\.\d+\.", name)[-1] for name in names})
     alike = {name for name in every if any(name.endswith(f".{suffix}") for suffix in suffixes)} == set(names)
     return suffixes if alike else sorted(names)

@@ -56,7 +56,7 @@ BASE_DIGEST = "base.sha256"  # in the constants of adapters
 
 @dataclass(frozen=True)
 class Description:
-    """What `fedalign inspect` shows of a model. Numbers of parameters count every parameter once, trained or not."""
+    """The model as `fedalign inspect` shows it. Numbers of parameters count every parameter once, trained or not."""
 
     family: str
     found: str  # "table", or how it was autodetected and how sure that is
@@ -243,7 +243,7 @@ class MoEModel:
         return moe
 
     def constants(self) -> dict[str, Tensor]:
-        """What is saved with the model but never trained, by name: frozen parameters and persistent buffers.
+        """Tensors that are saved but never trained, by name: frozen parameters and persistent buffers.
 
         Adapters are saved without their base: of it there is a digest alone.
         """
@@ -263,7 +263,7 @@ class MoEModel:
         return str(_digest(self.fingerprint(), values).hexdigest())
 
     def _adapter_slots(self) -> dict[str, Slot]:
-        """What an adapter's file holds: all factors, and routers trained whole, with what is frozen in them."""
+        """The content of an adapter's file: all factors, and routers trained whole, with what is frozen in them."""
         trained = {s.name for s in self.slots if s.parameter.requires_grad and ".lora_" not in s.name}
         routers = [f"{layer.router}." for layer in self.layers]
         whole = tuple(path for path in routers if any(name.startswith(path) for name in trained))
@@ -334,7 +334,7 @@ class MoEModel:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know of how this model is trained, a line each."""
+        """Notes on how this model is trained, a line each."""
         said = [f"not adapted: {layers}" for layers in _by_reason(self.adapter.left_out if self.adapter else {})]
         if self.equal_lengths:
             said.append("sparse attention depends on padding: batches are of equal lengths")
@@ -378,7 +378,7 @@ class MoEModel:
         return {group: tuple(view for view, _ in self._places(group, stand_ins)) for group in self.layout.groups}
 
     def _places(self, group: ParameterGroup, stand_ins: Mapping[nn.Parameter, Tensor]) -> Iterator[tuple[Tensor, int]]:
-        """What is here of a group, and where in its flat vector each piece begins."""
+        """This process's pieces of a group, and where in its flat vector each begins."""
         start = 0
         for slot in self._owners.get(group, ()):
             values = stand_ins.get(slot.parameter, slot.parameter.detach())
@@ -596,7 +596,7 @@ class MoEModel:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def describe(self) -> Description:
-        """What this model's MoE layers are, for people."""
+        """This model's MoE layers, for people."""
         total = sum(slot.parameter.numel() for slot in self.slots)
         routed = sum(slot.parameter.numel() for slot in self.slots if slot.kind == "expert")
         trainable = sum(self.layout.sizes.values())

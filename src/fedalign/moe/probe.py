@@ -1,4 +1,4 @@
-"""What the routers did in a forward pass: captured by hooks, summed into a client's routing statistics.
+"""Routing in a forward pass: captured by hooks, summed into a client's routing statistics.
 
 The statistics are those of ALGORITHM.md, "What a client measures": mean routing distribution, load, decision margin and
 centroid of each expert, streamed over the training passes themselves, padding left out.
@@ -81,7 +81,7 @@ class Captured:
     @cached_property
     @torch.enable_grad()  # what is first asked for where gradients are off must still carry them
     def routing(self) -> list[LayerRouting]:
-        """What a penalty may see of each layer: non-padding tokens only, differentiable."""
+        """Each layer's routing, as a penalty may see it: non-padding tokens only, differentiable."""
         return [
             LayerRouting(logits_T_E, topk_T_K, stack.scoring)
             for stack in self.stacks
@@ -89,7 +89,7 @@ class Captured:
         ]
 
     def hidden_T_H(self, index: int) -> Tensor:
-        """What entered the router of layer `index`, for the same tokens as `routing`; detached."""
+        """Inputs of the router of layer `index`, for the same tokens as `routing`; detached."""
         hidden, _ = self._entry(index)
         hidden = hidden.to(self._masks[0].device)
         return self._select(hidden.reshape(-1, self._layers[index].hidden), 0, index)

@@ -35,7 +35,7 @@ def choosers(model: nn.Module) -> tuple[str, ...]:
 
 
 def freeze_unreached(model: PreTrainedModel) -> None:
-    """What no gradient of text reaches is neither trained nor sent."""
+    """Freeze parameters that no gradient of text reaches: they are neither trained nor sent."""
     for path in choosers(model):
         model.get_submodule(path.rstrip(".")).requires_grad_(False)
     for path in beside_text(model):

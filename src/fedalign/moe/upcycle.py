@@ -32,7 +32,7 @@ from fedalign.moe.families import FAMILIES, family_of
 
 @dataclass(frozen=True)
 class Target:
-    """What one dense family becomes."""
+    """The MoE family that one dense family becomes."""
 
     all_layers: str  # the MoE family if every layer gets experts
     some_layers: str  # and if some stay dense
@@ -51,7 +51,7 @@ PROBE_TOKENS = 32
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `fedalign upcycle` is told.
+    """Options of `fedalign upcycle`.
 
     Raises:
         UserError: A value is out of range.
@@ -202,7 +202,7 @@ def moe_config(dense: Any, recipe: Recipe) -> Any:
 
 
 def _own(family: str, dense: Any, recipe: Recipe, layers: tuple[int, ...]) -> dict[str, Any]:
-    """What the MoE family's configuration says in its own words."""
+    """The keys of the configuration that only this MoE family has."""
     own: dict[str, Any] = {"num_experts_per_tok": recipe.top_k, "head_dim": _head_dim(dense)}
     if family == "mixtral":
         return own | {"num_local_experts": recipe.experts}

@@ -1,4 +1,4 @@
-"""What survives a crash: the server's state after each round, and what each client keeps for itself.
+"""Checkpoints: the server's state after each round, and the state that each client keeps for itself.
 
 Everything is written beside its place and renamed into it, so a kill at any moment leaves the old state or the new
 one, never half of either. The last two rounds stay, each with digests of its files: if the last one is damaged, a run

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, and what each file in it holds.
+"""A run's results: its folder, and the content of each file in it.
 
 config.toml     as resolved           metrics.jsonl   one line a round, all numbers
 summary.json    how it went           checkpoint/     to resume from
@@ -292,7 +292,7 @@ def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers were made with."""
+    """Versions of the software that made the numbers."""
     packages = ("fedalign-moe", "torch", "transformers", "peft", "tokenizers", "safetensors", "flwr-datasets", "numpy")
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 

@@ -62,7 +62,7 @@ class Observer(Protocol):
         """`done` of `total` clients have finished a stage."""
 
     def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
-        """What the clients reported, and who is to count for how much."""
+        """The clients' reports, and the plan: who is to count for how much."""
 
     def completed(self, state: ServerState, improved: bool) -> None:
         """A round is complete (round 0 is the evaluation before training); `improved`: its score is the best yet."""
@@ -197,7 +197,7 @@ class Server:
         return guarded(plan, norm_C_G, self.layout, self.config.server.max_share, self.config.server.clip)
 
     def _center(self, old: Weights, summed: Weights) -> State:
-        """What the next round clips updates around: the summed update of each group that changed."""
+        """The centre around which the next round clips: the summed update of each group that changed."""
         if self.config.robust != "centered_clip":
             return {}
         return {f"{CENTER}{group}": summed[group] - old[group] for group in old if summed[group] is not old[group]}
@@ -309,7 +309,7 @@ class Server:
         return [Failure(client, "update", reason.format(cosine)) for client, cosine in found.items()]
 
     def _empty_sum(self, plan: Plan, norms: Mapping[str, Tensor], number: int, state: ServerState) -> StreamingSum:
-        """What updates are added to, by the configured rule."""
+        """The empty sum to which updates are added, by the configured rule."""
         rule, options, dtype = self.config.robust, self.config.server, self.config.wire.dtype
         if rule in ("none", "clip"):
             exact: Average = "exact" if self.config.tuning.averages_products else "sum"

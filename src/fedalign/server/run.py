@@ -47,7 +47,7 @@ class Centre(Protocol):
         """The clients behind the configured engine."""
 
     def initial_weights(self) -> Weights:
-        """What the first round starts from."""
+        """Weights that the first round starts from."""
 
     def evaluate(self, weights: Weights) -> Evaluation | None:
         """Score weights on the global test set, if there is one."""
@@ -62,7 +62,7 @@ class Centre(Protocol):
         """Fingerprints that a checkpoint must share with what resumes it."""
 
     def holdings(self) -> Holdings:
-        """What is known of the clients' data: numbers of examples, and of labels where the data was dealt out here."""
+        """Numbers of the clients' examples, and of labels where the data was dealt out here."""
 
     def finish(self) -> None:
         """The run is complete: clients may forget its updates."""

@@ -1,4 +1,4 @@
-"""What a round is worth: merit, accuracy, loss, and what it cost."""
+"""Scores of a round: merit, accuracy, loss, and costs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def loss_of(metrics: Mapping[str, Any]) -> float | None:
 
 
 def merit(metrics: Mapping[str, Any]) -> float | None:
-    """What "best" means: accuracy, where there is none minus the loss; None for a round without evaluation."""
+    """The merit by which rounds are "best": accuracy, else minus the loss; None for a round without evaluation."""
     accuracy, loss = accuracy_of(metrics), loss_of(metrics)
     return accuracy if accuracy is not None or loss is None else -loss
 
@@ -88,7 +88,7 @@ def describe_scores(overall: Evaluation | None, scores: Sequence[Evaluation]) ->
 
 
 def describe_training(reports: Sequence[Statistics]) -> Metrics:
-    """What the statistics tell about the round."""
+    """Metrics of a round's training, from the statistics."""
     examples = sum(report.examples for report in reports)
     return {
         "train_loss_nats": sum(report.loss * report.examples for report in reports) / examples,
