@@ -19,7 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 from fedalign.algorithms import from_package, offered
 from fedalign.config.run import FORMATS as PLUG_INS
-from fedalign.data.sources import WHOLE, BadRowError, Row, Split, is_missing, names_in, read_rows, say, shortened
+from fedalign.data.sources import (
+    WHOLE,
+    BadRowError,
+    Row,
+    Split,
+    check_names,
+    is_missing,
+    names_in,
+    read_rows,
+    say,
+    shortened,
+)
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -101,6 +112,8 @@ def load_examples(source: str, data: DataConfig, split: Split, seed: int) -> lis
     Raises:
         UserError: whatever is wrong with the source or a row of it.
     """
+    if split == "train":
+        check_names(data)
     rows = list(read_rows(source, data, split))
     if not rows:
         return []
@@ -208,13 +221,7 @@ def instruction(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator
 def chat(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator[Example]:
     """Messages with a role and content each, or from and value; every assistant's turn is an answer."""
     for row in rows:
-        read = _turns(row, data.columns.messages)
-        if not any(message["role"] == "assistant" for message, _ in read):
-            row.fail(f"{data.columns.messages} has no message of role 'assistant'; there is nothing to learn from it.")
-        if data.columns.history:
-            read = [(message, False) for message, _ in _turns(row, data.columns.history)] + read
-        if (system := row.values.get(data.columns.system)) and not is_missing(system):
-            read = [({"role": "system", "content": row.text(data.columns.system)}, False), *read]
+        read = _conversation(row, data)
         answers = tuple(i for i, (_, is_trained) in enumerate(read) if is_trained)
         messages = tuple(message for message, _ in read)
         last = str(messages[answers[-1]].get("content") or messages[answers[-1]]) if answers else ""
@@ -307,6 +314,11 @@ def prompt_of(row: Row, data: DataConfig) -> str:
         parts = _fields(FORMATS[data.kind].prompt or "")
         return "".join(before + (role and row.text(getattr(data.columns, role))) for role, before in parts)
     return "".join(before + _cell(row, column, data.columns.input) for column, before in _fields(template))
+
+
+def first_field(template: str) -> str:
+    """The first column that a template names."""
+    return next(column for column, _ in _fields(template) if column)
 
 
 def _cell(row: Row, column: str, optional: str) -> str:
@@ -511,6 +523,28 @@ def _number(answer: Any, counts: bool) -> int | None:
 
 
 # ----------------------------------------------------------------------------------------------------------- chats
+
+
+def asked(row: Row, data: DataConfig) -> Chat:
+    """A chat up to its last question, however a row spells it."""
+    read = [message for message, _ in _conversation(row, data, is_answered=False)]
+    while read and read[-1]["role"] == "assistant":
+        read.pop()
+    if not read:
+        row.fail(f"{data.columns.messages} asks for nothing.")
+    return Chat(tuple(read), (), _tools(row, data.columns.tools))
+
+
+def _conversation(row: Row, data: DataConfig, is_answered: bool = True) -> list[tuple[dict[str, Any], bool]]:
+    """The messages of a row, what stands before them too, each with whether it is trained."""
+    read = _turns(row, data.columns.messages)
+    if is_answered and not any(message["role"] == "assistant" for message, _ in read):
+        row.fail(f"{data.columns.messages} has no message of role 'assistant'; there is nothing to learn from it.")
+    if data.columns.history:
+        read = [(message, False) for message, _ in _turns(row, data.columns.history)] + read
+    if (system := row.values.get(data.columns.system)) and not is_missing(system):
+        read = [({"role": "system", "content": row.text(data.columns.system)}, False), *read]
+    return read
 
 
 def _turns(row: Row, column: str) -> list[tuple[dict[str, Any], bool]]:

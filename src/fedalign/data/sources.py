@@ -137,7 +137,6 @@ def shortened(value: object, limit: int = 120) -> str:
 def read_rows(source: str, data: DataConfig, split: Split) -> Iterator[Row]:
     """The raw rows of one split."""
     path = Path(source).expanduser()
-    _check_names(data)
     if source == "docstrings":
         for i, row in enumerate(docstrings.load(split), 1):
             yield Row({"text": row.text, "label": row.label, "client": row.client}, source, i)
@@ -155,8 +154,12 @@ def read_rows(source: str, data: DataConfig, split: Split) -> Iterator[Row]:
         yield from read_hub(source, data, split)
 
 
-def _check_names(data: DataConfig) -> None:
-    """Each file that [data.files] names is there."""
+def check_names(data: DataConfig) -> None:
+    """Each file that [data.files] names is one of the training or the test data.
+
+    Raises:
+        UserError: One is not.
+    """
     for name in data.files:
         if name not in (there := {file.name for source in (data.train, data.test) for file in _every_file(source)}):
             raise unknown("data.files", name, there)

@@ -11,7 +11,7 @@ from fedalign.config.run import Config
 from fedalign.data.encode import Encoder
 from fedalign.data.formats import FORMATS, Example, columns_read, drawn, examples_of, sift, unread_columns
 from fedalign.data.partition import partition
-from fedalign.data.sources import Row, is_missing, read_rows
+from fedalign.data.sources import Row, check_names, is_missing, read_rows
 from fedalign.doctor.data import preview
 from fedalign.doctor.model import skeleton_bench
 from fedalign.errors import UserError
@@ -80,6 +80,7 @@ def overview(config: Config, with_model: bool = True) -> Overview:
         UserError: A file cannot be read at all, or the model is not there.
     """
     data = config.data.model_copy(update={"on_bad_row": "error"})
+    check_names(data)
     rows = list(read_rows(data.train, data, "train"))
     if not rows:
         raise UserError(f"data.train = {data.train!r}: holds no rows.")

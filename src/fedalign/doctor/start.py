@@ -30,6 +30,12 @@ TUNINGS: tuple[tuple[dict[str, Any], float], ...] = (  # the first that fits thi
     ({"kind": "lora", "dtype": "bfloat16"}, 2e-4),
 )
 
+LEAST: tuple[dict[str, Any], ...] = (  # examples of a client: with fewer than two nothing can be held out
+    {},
+    {"min_examples": 2},
+    {"min_examples": 1, "held_out": 0.0},
+)
+
 
 @dataclass(frozen=True)
 class Start:
@@ -58,9 +64,12 @@ def start(source: str, model: str | None) -> Start:
     clients, count, dealt = _clients(source, kept, tables)
     unread = f"; {len(rows) - len(kept):,} of {len(rows):,} rows cannot be read: fedalign data lists them"
     tuning, learning_rate, tuned = _tuning(model, count)
+    lacks = _lacks_chat_template(model, tables)
+    if lacks:
+        tables["chat_template"] = "chatml"
     reasons = {
         "model": "a hub id or a folder" if model else "the demo's small model: give your own with --model",
-        "data": f"recognised by its columns: {known.told}{unread if len(kept) < len(rows) else ''}",
+        "data": f"recognised by its columns: {known.told}{unread if len(kept) < len(rows) else ''}{lacks}",
         "clients": f"{dealt}: {count} clients",
         "tuning": tuned,
         "training": "a rate for this kind of tuning; compare --tune chooses a better one",
@@ -74,6 +83,14 @@ def start(source: str, model: str | None) -> Start:
     }
     parse_config(found)
     return Start(found, reasons)
+
+
+def _lacks_chat_template(model: str | None, tables: Mapping[str, Any]) -> str:
+    """That the data are chats and the model has no template for them; else empty."""
+    config = load_config({"model": {"path": model or "demo"}, "data": tables})
+    if not config.data.has_chats or skeleton_bench(config).tokenizer.chat_template:
+        return ""
+    return "; the model has no chat template, so chats are written as ChatML"
 
 
 def _clients(source: str, rows: Sequence[Row], tables: Mapping[str, Any]) -> tuple[dict[str, Any], int, str]:
@@ -91,13 +108,13 @@ def _clients(source: str, rows: Sequence[Row], tables: Mapping[str, Any]) -> tup
 
 
 def _ways(source: str, examples: list[Any], has_classes: bool) -> Iterator[tuple[dict[str, Any], str]]:
-    for least in ({}, {"min_examples": 1}):
+    for least in LEAST:
         if len({example.client for example in examples if example.client}) > 1:
             yield {"partition": "natural", **least}, "the column `client` says whose a row is"
         if Path(source).expanduser().is_dir() and len({example.file for example in examples}) > 1:
             yield {"partition": "files", **least}, "a file each"
-    for count in (10, 5, 2):
-        for least in ({}, {"min_examples": 1}):
+    for least in LEAST:
+        for count in (10, 5, 2):
             if has_classes:
                 yield (
                     {"partition": "dirichlet", "count": count, "alpha": 1.0, **least},
