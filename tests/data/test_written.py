@@ -15,6 +15,7 @@ from fedalign.config.toml import load_config
 from fedalign.data.formats import Example, load_examples
 from fedalign.data.sources import Written, written_as
 from fedalign.errors import UserError
+from tests.conftest import make_site
 
 CELLS = [["text", "label"], ["Käse; 2, größer", "süß"], ['er sagt "ja"\nund geht', "groß"]]
 
@@ -204,6 +205,21 @@ def test_files_of_the_test_set_may_be_named(apart: Path) -> None:
     data = load_config(None, [*keys(apart), *more]).data
     [proof] = load_examples(str(test), data, "test", 0)
     assert (proof.prompt, proof.choices) == ("snow\nLabel:", (" food", " weather"))
+
+
+def test_a_site_reads_its_own_files_as_its_site_file_says(tmp_path: Path) -> None:
+    (tmp_path / "north.csv").write_bytes("secret;note;label\nx;Käse;food\n".encode("utf-16-le"))
+    own = 'delimiter = ";"\nencoding = "utf-16-le"\ncolumns = {text = "note"}\n'
+    site = make_site(tmp_path, f'name = "ward"\n[data]\ntrain = "north.csv"\n[data.files."north.csv"]\n{own}')
+    theirs = ['data.labels=["food"]', "data.encoding=cp1252", 'data.files."north.csv".columns.text=secret']
+    data = site.localise(load_config(None, theirs)).data
+    [one] = load_examples(data.train, data, "train", 0)
+    assert (one.prompt, one.answer) == ("Käse\nLabel:", " food")
+
+
+def test_files_of_chats_are_several_sequences_an_example() -> None:
+    assert not load_config(None, ["data.kind=instruction", 'data.files."a.csv".kind=text']).data.has_chats
+    assert load_config(None, ["data.kind=instruction", 'data.files."a.csv".kind=sharegpt']).data.has_chats
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ Names = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_once)]
 Place = Annotated[str, AfterValidator(_place)]
 Template = Annotated[str, AfterValidator(_template)]
 
-FORMATS = "fedalign.formats"  # entry points of other packages: a name for data.kind, and a function of a row
+FORMAT_GROUP = "fedalign.formats"  # entry points of other packages: a name for data.kind, and a function of a row
 KINDS = ("chat", "multiple_choice", "instruction", "classification", "text")
 SPELLINGS: dict[str, dict[str, Any]] = {  # what data.kind may say instead: a kind with the columns of a known spelling
     "alpaca": {
@@ -100,7 +100,7 @@ SPELLINGS: dict[str, dict[str, Any]] = {  # what data.kind may say instead: a ki
 
 
 def _kind(name: str) -> str:
-    if name not in KINDS and name not in (theirs := offered(FORMATS)):
+    if name not in KINDS and name not in (theirs := offered(FORMAT_GROUP)):
         choices = ", ".join((*KINDS, *SPELLINGS, *theirs))
         raise PydanticCustomError("literal_error", "must be one of {expected}", {"expected": choices})
     return name

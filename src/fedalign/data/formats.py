@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fedalign.algorithms import from_package, offered
-from fedalign.config.run import FORMATS as PLUG_INS
+from fedalign.config.run import FORMAT_GROUP
 from fedalign.data.sources import (
     WHOLE,
     BadRowError,
@@ -279,13 +279,13 @@ FORMATS = _Formats(OURS)
 
 def every_kind() -> list[str]:
     """Names that `data.kind` takes: ours, then those that installed packages offer."""
-    return [*OURS, *(name for name in offered(PLUG_INS) if name not in OURS)]
+    return [*OURS, *(name for name in offered(FORMAT_GROUP) if name not in OURS)]
 
 
 def _of_package(kind: str) -> Format:
     """The format that another package's function of a row makes."""
     function: Callable[[Row], Example] = from_package(
-        PLUG_INS, "data.kind", kind, OURS, lambda found: None if callable(found) else "is no function of a row"
+        FORMAT_GROUP, "data.kind", kind, OURS, lambda found: None if callable(found) else "is no function of a row"
     )
 
     def read(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator[Example]:
