@@ -243,6 +243,16 @@ class FileConfig(Section):
     spell_out = model_validator(mode="before")(_spelt_out)
 
 
+def choice_columns(name: str) -> list[str]:
+    """Columns that hold a choice each, where [data.columns] names several; empty where one column holds all.
+
+    >>> choice_columns("A, B,C"), choice_columns("choices")
+    (['A', 'B', 'C'], [])
+    """
+    names = [part.strip() for part in name.split(",")]
+    return names if len(names) > 1 and all(names) else []
+
+
 class DataConfig(Section):
     """What is learnt from, and how rows become examples."""
 

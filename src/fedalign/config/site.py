@@ -12,7 +12,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
@@ -83,6 +83,20 @@ class SiteData(Section):
     test_split: str = key("test", "the one that is never read")
     columns: SiteColumns = SiteColumns()
     files: dict[str, SiteFile] = key({}, "", examples=[{"north.csv": SiteFile()}])
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """Keys of a run's [data] that this site alone decides, but for where its files lie."""
+        return {
+            "test": None,
+            "subset": self.subset,
+            "train_split": self.train_split,
+            "test_split": self.test_split,
+            "columns": self.columns,
+            "delimiter": self.delimiter,
+            "encoding": self.encoding,
+            "files": {name: FileConfig(**vars(file)) for name, file in self.files.items()},
+        }
 
 
 class SiteModel(Section):
@@ -252,15 +266,8 @@ class SiteFolder:
                 "data": config.data.model_copy(
                     update={
                         "train": self.resolve(site.data.train),
-                        "test": None,
-                        "subset": site.data.subset,
-                        "train_split": site.data.train_split,
-                        "test_split": site.data.test_split,
                         "template": self._template(config.data),
-                        "columns": site.data.columns,
-                        "delimiter": site.data.delimiter,
-                        "encoding": site.data.encoding,
-                        "files": {name: FileConfig(**vars(file)) for name, file in site.data.files.items()},
+                        **site.data.own,
                     }
                 ),
                 "clients": config.clients.model_copy(update={"held_out": limits.held_out}),

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fedalign.algorithms import from_package, offered
-from fedalign.config.run import FORMAT_GROUP
+from fedalign.config.run import FORMAT_GROUP, choice_columns
 from fedalign.data.sources import (
     WHOLE,
     BadRowError,
@@ -93,7 +93,7 @@ class Format:
         of_prompt = [getattr(data.columns, role) for role, _ in _fields(self.prompt or "") if role]
         named = of_prompt if template is None else [column for column, _ in _fields(template)]
         of_roles = [getattr(data.columns, role) for role in (*self.roles, "label", "client")]
-        several = _listed(data.columns.choices) if "choices" in self.roles else []
+        several = choice_columns(data.columns.choices) if "choices" in self.roles else []
         return {*named, *of_roles, *several} - {""}
 
 
@@ -402,15 +402,9 @@ class _Choices(list[str]):
     names: tuple[str, ...] = ()
 
 
-def _listed(column: str) -> list[str]:
-    """Columns that hold a choice each, where [data.columns] names several."""
-    names = [name.strip() for name in column.split(",")]
-    return names if len(names) > 1 and all(names) else []
-
-
 def _offered(row: Row, column: str) -> _Choices:
     """The choices of a row: a list, an object of names and texts, lists of both, or a column for each."""
-    several = [] if column in row.values else _listed(column)
+    several = [] if column in row.values else choice_columns(column)
     given: Any = _side_by_side(row, several) if several else row.get(column)
     if isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):
         given = _parsed(row, column, given)
