@@ -47,7 +47,7 @@ def say(line: str) -> None:
 
 
 def _open_zstd(path: Path, mode: str) -> IO[bytes]:
-    """What a .zst file holds. It is kept whole in memory: Python's own libraries read none before 3.14."""
+    """The content of a .zst file, whole in memory. Python's own libraries read none before 3.14."""
     import pyarrow
 
     assert mode == "rb"
@@ -320,7 +320,7 @@ CHUNK = 2**20  # bytes
 
 
 def _encoding(content: IO[bytes], said: str, path: Path) -> str:
-    """What a text file is encoded in: as the user says, or by its byte order mark, or the first that fits, and told."""
+    """The encoding of a text file: as the user says, or by its byte order mark, or the first that fits, and told."""
     first = content.read(4)
     content.seek(0)
     marked = next((encoding for mark, encoding in MARKS if first.startswith(mark)), "")
@@ -421,7 +421,7 @@ def _header(lines: Iterator[str]) -> list[str]:
 
 
 def _delimiter(head: list[str], written: Written) -> str:
-    """What parts the cells: as the user says, or what makes most cells of the header, and told if it is no comma."""
+    """The delimiter of a csv: as the user says, or that of most cells in the header, and told if it is no comma."""
     if written.delimiter != AUTO:
         return written.delimiter
     if _type(written.path)[0] == ".tsv":

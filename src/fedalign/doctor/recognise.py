@@ -1,4 +1,4 @@
-"""What a file of people's own is: its kind and columns, and how it is written."""
+"""Recognition of people's own files: their kind and columns, and how they are written."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ SPELLINGS = (  # the most particular first
 
 @dataclass(frozen=True)
 class Recognised:
-    """What the rows of a source are taken for."""
+    """The kind that the rows of a source are taken for."""
 
     told: str
     tables: Tables
@@ -128,7 +128,7 @@ def _with_choices(there: set[str]) -> Iterator[Spelling]:
 
 
 def _difference(one: Spelling, base: Spelling) -> Tables:
-    """What [data.files] must say of a file, where [data] says what its base is."""
+    """The keys of [data.files] for a file, where [data] says what its base is."""
     if one == base:
         return {}
     mine, theirs = (DataConfig.model_validate(spelling.tables) for spelling in (one, base))
