@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedalign.config.run import ClientLimits, Config
+from fedalign.config.run import ClientLimits, Config, DataConfig, FileConfig
 from fedalign.config.site import SiteFolder
 from fedalign.config.toml import load_config
 from fedalign.errors import UserError
@@ -153,6 +153,52 @@ def test_what_is_the_sites_own_is_not_the_coordinators_to_say(tmp_path: Path) ->
     assert here.clients.held_out == 0.1
     assert here.training.batch_tokens == 1024
     assert (here.statistics.min_tokens, here.statistics.min_examples) == (64, 9)
+
+
+def test_how_a_sites_files_are_written_is_its_own_to_say(tmp_path: Path) -> None:
+    theirs = [
+        "data.encoding=utf-7",
+        "data.delimiter=x",
+        'data.files."mine.jsonl".columns.text=secret',
+        'data.files."mine.jsonl".template={secret}',
+    ]
+    assert localised(tmp_path / "a", LEAST, *theirs)[1].data.files == {}
+    own = 'encoding = "cp1252"\ndelimiter = ";"\n[data.files."north.csv"]\ndelimiter = "|"\ncolumns = {text = "note"}\n'
+    here = localised(tmp_path / "b", LEAST + own, *theirs)[1].data
+    assert (here.encoding, here.delimiter) == ("cp1252", ";")
+    assert here.files == {"north.csv": FileConfig(delimiter="|", columns={"text": "note"})}
+    plain = localised(tmp_path / "c", LEAST, *theirs)[1].data
+    assert (plain.encoding, plain.delimiter) == ("auto", "auto")
+
+
+def test_a_site_maps_no_kind_or_template_of_a_file(tmp_path: Path) -> None:
+    for line in ('kind = "text"', 'template = "{note}"'):
+        with pytest.raises(UserError, match=r"site\.toml: key = 'data\.files\.a\.csv\.(kind|template)': unknown"):
+            localised(tmp_path / line[:4], f'{LEAST}[data.files."a.csv"]\n{line}\n')
+
+
+def test_no_program_of_the_coordinators_runs_over_a_sites_data(tmp_path: Path) -> None:
+    site = make_site(tmp_path, LEAST)
+    for more in ("{{ messages[0].content }}", "/etc/passwd", "chat.jinja"):
+        theirs = Config().model_copy(update={"data": DataConfig(chat_template=more)})
+        with pytest.raises(
+            UserError, match=r"could choose among the examples of this site. Choose one of: model, chat"
+        ):
+            site.localise(theirs)
+        if "{" in more:
+            with pytest.raises(UserError, match="sites run no template of another's over their data"):
+                load_config(None, [f"data.chat_template={more}", "federation.engine=flower"])
+    packaged = DataConfig().model_copy(update={"kind": "ward"})
+    with pytest.raises(UserError, match=r"may read any column, and this site reads those of its site.toml"):
+        site.localise(Config().model_copy(update={"data": packaged}))
+    chatml = Config().model_copy(update={"data": DataConfig(chat_template="chatml")})
+    assert site.localise(chatml).data.chat_template == "chatml"
+
+
+def test_alpaca_across_sites_reads_the_columns_that_a_site_names(tmp_path: Path) -> None:
+    site = make_site(tmp_path, LEAST + '[data.columns]\nprompt = "task"\ninput = "note"\n')
+    here = site.localise(load_config(None, ["data.kind=alpaca"])).data
+    assert here.template == "{task}\n{note}\nResponse:"
 
 
 def test_all_else_is_as_the_coordinator_says(tmp_path: Path) -> None:

@@ -15,13 +15,17 @@ from pydantic import BaseModel
 from fedalign import algorithms
 from fedalign.algorithms.fedalign_moe import FedAlignMoE
 from fedalign.algorithms.fedavg import FedAvg
-from fedalign.config.run import AlgorithmConfig, ClientLimits, ClientsConfig, Config, ModelConfig
-from fedalign.config.site import SiteConfig, SiteFolder
+from fedalign.config.run import AlgorithmConfig, ClientLimits, ClientsConfig, Config, FileConfig, ModelConfig
+from fedalign.config.site import SiteConfig, SiteFile, SiteFolder
 from fedalign.config.toml import every_key, explained, load_config
 from fedalign.errors import UserError
 
 EVERY_KEY = Path(__file__).parents[2] / "examples" / "every_key.toml"
 SITE = {"name": "ward", "data": {"train": "notes.jsonl"}}
+TABLES: dict[str, tuple[type[BaseModel], str]] = {
+    str(dict[str, kind]): (kind, f"{name}.")  # type: ignore[valid-type] # a type is a value here
+    for kind, name in ((ClientLimits, "client-00"), (FileConfig, "north.csv"), (SiteFile, "north.csv"))
+}
 
 
 def awake(text: str) -> str:
@@ -32,11 +36,11 @@ def awake(text: str) -> str:
 def keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str | None]]:
     """Each key in full, with its meaning."""
     for name, about in section.model_fields.items():
-        kind = ClientLimits if about.annotation == dict[str, ClientLimits] else about.annotation
+        kind, key = TABLES.get(str(about.annotation), (about.annotation, ""))
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from keys(kind, f"{prefix}{name}." if kind is about.annotation else f"{prefix}{name}.client-00.")
+            yield from keys(kind, f"{prefix}{name}.{key}")
         else:
-            yield prefix + name, about.description
+            yield f"{prefix}{name}{'.text' if about.annotation == dict[str, str] else ''}", about.description
 
 
 def flat(tables: dict[str, object], prefix: str = "") -> dict[str, object]:

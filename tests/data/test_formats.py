@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedalign.config.run import Columns, DataConfig
-from fedalign.data.formats import FORMATS, Chat, Example, load_examples
+from fedalign.config.run import KINDS, SPELLINGS, Columns, DataConfig
+from fedalign.data.formats import OURS, Chat, Example, load_examples
 from fedalign.errors import UserError
 
 Rows = list[dict[str, Any]]
@@ -92,7 +92,7 @@ def test_text(tmp_path: Path) -> None:
 
 
 def test_every_kind_has_a_fixture_above() -> None:
-    assert sorted(FORMATS) == ["chat", "classification", "instruction", "multiple_choice", "text"]
+    assert sorted(OURS) == ["chat", "classification", "instruction", "multiple_choice", "text"]
 
 
 # Sources.
@@ -258,7 +258,7 @@ def test_a_template_with_an_unknown_column(tmp_path: Path) -> None:
         ("a.json", '{"text": "x"}', "must hold one list"),
         ("a.csv", "text\nx,y\n", "more cells than the header"),
         ("a.parquet", "no parquet", "not readable as parquet"),
-        ("a.txt", "x", "files of type '.txt' are not read. Choose one of: .jsonl, .json, .csv, .parquet"),
+        ("a.txt", "x", "files of type '.txt' are not read. Choose one of: .jsonl, .json, .csv, .tsv, .parquet"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: str, said: str) -> None:
@@ -570,9 +570,12 @@ def test_messages_that_no_template_takes(tmp_path: Path, turn: dict[str, Any], r
 
 
 def test_a_kind_of_data_is_one_line() -> None:
-    assert set(FORMATS) == set(get_args(DataConfig.model_fields["kind"].annotation))
-    roles = {role for form in FORMATS.values() for role in form.roles}
+    assert set(OURS) == set(KINDS)
+    roles = {role for form in OURS.values() for role in form.roles}
     assert roles <= set(Columns.model_fields)
+    for spelling in SPELLINGS.values():
+        assert spelling["kind"] in KINDS
+        assert set(spelling["columns"]) <= set(Columns.model_fields)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ import pytest
 import typer
 
 from fedalign.cli.main import app
-from fedalign.config.run import Config
+from fedalign.config.run import SPELLINGS, Config
 from fedalign.config.site import SiteConfig
-from fedalign.config.toml import parse_config
+from fedalign.config.toml import load_config, parse_config
+from fedalign.data.formats import load_examples
+from fedalign.data.sources import Row
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("benchmarks/**/*.md")])
@@ -76,6 +78,29 @@ def test_an_algorithm_in_twenty_lines_runs(capsys: pytest.CaptureFixture[str]) -
     exec(tried, names)
     assert "tensor" in capsys.readouterr().out
     assert float(names["plan"].weight_C_G.sum(0).max()) == pytest.approx(1)
+
+
+def test_a_format_of_your_own_reads_a_row() -> None:
+    [function] = blocks(ROOT / "docs" / "data.md", "python")
+    names: dict[str, Any] = {"__name__": "my_package"}
+    exec(function, names)
+    example = names["ward_note"](Row({"note": "Fever.", "outcome": "rest"}, "a.csv", 1))
+    assert (example.prompt, example.answer) == ("Fever.\nNext:", " rest")
+
+
+def test_rows_on_the_page_of_data_are_read_as_it_says(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `(\{.*?\})`[,|. ]", page, re.MULTILINE)
+    assert [kind for kind, _ in rows] == [
+        *("chat", "multiple_choice", "instruction", "classification", "text"),
+        *SPELLINGS,
+    ]
+    for kind, row in rows:
+        file = tmp_path / f"{kind}.jsonl"
+        file.write_text(row.replace("[...]", "[]") + "\n", encoding="utf-8")
+        config = load_config({"data": {"train": str(file), "kind": kind}})
+        [example] = load_examples(str(file), config.data, "train", 0)
+        assert example.answer.strip() in row
 
 
 def test_the_readme_stays_a_first_screen() -> None:

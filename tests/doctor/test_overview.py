@@ -39,7 +39,7 @@ def test_every_broken_row_is_told_and_the_rest_is_shown(alpaca: Path, olmoe: Pat
     assert found.files == {str(alpaca): 5}
     assert [line.partition("row ")[2][0] for line in found.broken] == ["2", "3"]
     assert (found.examples, found.empty) == (2, (f"{alpaca}, row 5",))
-    assert found.unread == ["input"]
+    assert found.unread == ("input",)
     assert found.columns["output"].is_read
     assert found.columns["output"].filled == 4
     assert sum(found.clients.values()) == 2

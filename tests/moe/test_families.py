@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from fedalign.errors import UserError
 from fedalign.moe.detect import detect, expert_count, module_tree
-from fedalign.moe.families import FAMILIES, REFUSED, refuse, router_weight
+from fedalign.moe.families import FAMILIES, REFUSED, every_family, family_row, refuse, router_weight
 from fedalign.moe.model import MoEModel
+from tests.conftest import Command
 from tests.moe import tiny
 
 
@@ -46,6 +49,62 @@ def test_the_search_finds_what_the_table_says(family: str, monkeypatch: pytest.M
     else:
         assert found.endswith("choice and scoring seen in a trial run")
         assert layers == expected
+
+
+PACKAGE = """
+from fedalign.moe.families import Family
+
+JET = Family(router="router", experts="", logits=4, dispatch="logits")
+ROUTER = "router"
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """`package(points)`: an installed package that offers families, as pip would leave it."""
+
+    def install(points: str) -> None:
+        info = tmp_path / "jets-1.0.dist-info"
+        info.mkdir()
+        (tmp_path / "jets.py").write_text(PACKAGE)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: jets\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[fedalign.families]\n{points}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield install
+    sys.modules.pop("jets", None)
+
+
+def test_a_family_of_another_package(package: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("jetmoe")
+    by_table = detect(model)
+    monkeypatch.delitem(FAMILIES, "jetmoe")
+    assert detect(model) != by_table
+    package("jetmoe = jets:JET\nolmoe = jets:ROUTER")
+    assert detect(model) == by_table
+    assert every_family() == [*FAMILIES, "jetmoe"]
+    assert family_row("olmoe") is FAMILIES["olmoe"]  # ours cannot be replaced
+
+
+@pytest.mark.parametrize(
+    ("point", "told"),
+    [
+        ("jets:ROUTER", "jets:ROUTER of package jets is no fedalign.moe.families.Family"),
+        ("jets:MISSING", "does not load (AttributeError"),
+    ],
+)
+def test_a_broken_package_of_families_is_one_line(
+    package: Callable[[str], None], point: str, told: str, monkeypatch: pytest.MonkeyPatch, fedalign: Command
+) -> None:
+    monkeypatch.delitem(FAMILIES, "jetmoe")
+    package(f"jetmoe = {point}")
+    with pytest.raises(UserError) as caught:
+        detect(tiny.build("jetmoe"))
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+    code, out, _ = fedalign("families")  # the others are still listed
+    assert code == 0
+    assert all(family in out for family in FAMILIES)
 
 
 # inkling2's router wants float32, and loading keeps it so

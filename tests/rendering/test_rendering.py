@@ -6,14 +6,17 @@ against two rules: the tokens are those of the template's own text, and what is 
 
 from __future__ import annotations
 
+import copy
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedalign.config.toml import load_config, read_config
 from fedalign.data.batches import batches
-from fedalign.data.encode import IGNORED, Encoded, Encoder
+from fedalign.data.chat import choose_template
+from fedalign.data.encode import IGNORED, Encoded, Encoder, load_tokenizer
 from fedalign.data.formats import Chat, Example
 from fedalign.errors import UserError
 from tests.rendering.kinds import KINDS, LOSSLESS, build, sentence_piece
@@ -571,3 +574,53 @@ def test_a_chat_that_ends_on_a_user_is_read_to_its_last_answer() -> None:
     messages = [*TWO[:2], {"role": "user", "content": "hi " * 100}]
     [one] = Encoder(tokenizer, 32, too_long="truncate").encode([chat(messages)])
     assert shown(tokenizer, one) == ("<|im_start|> user Ċ hi <|im_end|> Ċ <|im_start|> assistant Ċ [no] [<|im_end|>] Ċ")
+
+
+# A template that the configuration chooses.
+
+
+def test_a_base_model_learns_chats_as_chatml_and_stops_at_its_own_end() -> None:
+    tokenizer = copy.deepcopy(build("bytes", Family("", ("<|endoftext|>", ""))))
+    choose_template(tokenizer, "chatml")
+    [one] = Encoder(tokenizer).encode(
+        [chat(turns("system: yes", "user: hi", "assistant: no", "user: hi", "assistant: yes"))]
+    )
+    text = "<|im_start|>system\nyes<|endoftext|>\n<|im_start|>user\nhi<|endoftext|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(one.input_ids).startswith(text + "no<|endoftext|>\n")
+    trained = [token for token, label in zip(one.input_ids, one.labels, strict=True) if label != IGNORED]
+    assert tokenizer.decode(trained) == "no<|endoftext|>yes<|endoftext|>"
+
+
+def test_a_template_of_a_file_is_used_and_saved_with_the_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text("\ufeff" + PLAIN, encoding="utf-8")
+    config = load_config(None, [f"data.chat_template={tmp_path / 'mine.jinja'}"])
+    assert config.data.chat_template == PLAIN  # a run keeps the text, whatever becomes of the file
+    assert read_config(config.to_toml()) == config
+    tokenizer = copy.deepcopy(build("bytes", FAMILIES["chatml"]))
+    choose_template(tokenizer, config.data.chat_template)
+    assert tokenizer.decode(Encoder(tokenizer).encode([chat(TWO)])[0].input_ids).startswith("user: hi\nassistant: no")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").chat_template == PLAIN
+
+
+@pytest.mark.parametrize("content", [None, "no braces"])
+def test_a_file_that_holds_no_template_is_one_line(tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "mine.jinja"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(
+        UserError, match=r"data.chat_template = '.*mine.jinja': (no file that can be read|holds no Jinja)"
+    ):
+        load_config(None, [f"data.chat_template={file}"])
+    with pytest.raises(
+        UserError, match=r"data.chat_template = 'mine.jinja': no template. Choose one of: model, chatml"
+    ):
+        choose_template(
+            copy.deepcopy(build("bytes", FAMILIES["chatml"])), "mine.jinja"
+        )  # as a configuration from elsewhere says
+
+
+def test_the_models_own_template_stays() -> None:
+    tokenizer = copy.deepcopy(build("bytes", FAMILIES["chatml"]))
+    choose_template(tokenizer, "model")
+    assert tokenizer.chat_template == CHATML

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -82,7 +82,7 @@ def make(name: str, given: Mapping[str, Any]) -> Algorithm:
     >>> make("fedprox", {"mu": 0.1})
     FedProx(mu=0.1)
     """
-    kind = ALGORITHMS.get(name) or _from_package(name)
+    kind: type[Algorithm] = ALGORITHMS.get(name) or from_package(GROUP, "algorithm.name", name, ALGORITHMS, _flaw)
     known, hints = _options(kind), _hints(kind)
     for key, value in given.items():
         if key not in known:
@@ -96,7 +96,7 @@ def make(name: str, given: Mapping[str, Any]) -> Algorithm:
 
 def every_name() -> list[str]:
     """Names that `make` takes: ours, then those that installed packages offer."""
-    return sorted(ALGORITHMS) + sorted({entry.name for entry in entry_points(group=GROUP)} - {*ALGORITHMS})
+    return sorted(ALGORITHMS) + sorted({*offered(GROUP)} - {*ALGORITHMS})
 
 
 def summary(name: str) -> str:
@@ -148,28 +148,44 @@ def spans_rounds(algorithm: Algorithm) -> bool:
     return any(getattr(type(algorithm), hook) is not getattr(FedAvg, hook) for hook in ("begin", "keep"))
 
 
-def _from_package(name: str) -> type[Algorithm]:
-    """The class behind another package's entry point."""
+def offered(group: str) -> list[str]:
+    """Names of another package's entry points of a group."""
+    return sorted({entry.name for entry in entry_points(group=group)})
+
+
+def from_package(group: str, key: str, name: str, ours: Iterable[str], flaw_of: Callable[[Any], str | None]) -> Any:
+    """The object behind another package's entry point.
+
+    Args:
+        group: of entry points.
+        key: the name stands under it, for the user.
+        name: of the entry point.
+        ours: names that need no package.
+        flaw_of: why an object cannot be used, or None.
+
+    Raises:
+        UserError: No package offers the name, or several do, or the package is broken.
+    """
     found: defaultdict[str, list[EntryPoint]] = defaultdict(list)
-    for entry in entry_points(group=GROUP):
+    for entry in entry_points(group=group):
         found[entry.name].append(entry)
     if name not in found:
-        raise unknown("algorithm.name", name, {*ALGORITHMS, *found})
+        raise unknown(key, name, {*ours, *found})
     packages = _packages(found[name])
     if len(found[name]) > 1:
-        raise UserError(f"algorithm.name = {name!r}: offered by several packages: {packages}. Uninstall all but one.")
+        raise UserError(f"{key} = {name!r}: offered by several packages: {packages}. Uninstall all but one.")
     entry = found[name][0]
     try:
-        kind: type[Algorithm] = entry.load()
-        flaw = _flaw(kind)
+        loaded = entry.load()
+        flaw = flaw_of(loaded)
     except Exception as error:  # whatever another package's module does on import
         flaw = f"does not load ({type(error).__name__}: {' '.join(str(error).split())})"
     if flaw:
         raise UserError(
-            f"algorithm.name = {name!r}: {entry.value} of package {packages} {flaw}. Mend or uninstall the package, "
-            f"or choose one of: {', '.join(sorted(ALGORITHMS))}."
+            f"{key} = {name!r}: {entry.value} of package {packages} {flaw}. Mend or uninstall the package, "
+            f"or choose one of: {', '.join(sorted(ours))}."
         )
-    return kind
+    return loaded
 
 
 def _packages(entries: Sequence[EntryPoint]) -> str:

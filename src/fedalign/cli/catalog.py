@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedalign.cli.terminal import out, say
+from fedalign.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -96,26 +97,37 @@ def algorithms(
 
 def formats() -> None:
     """List the kinds of data that data.kind takes, with the columns that each reads."""
-    from fedalign.config.run import DataConfig
-    from fedalign.data.formats import FORMATS
+    from fedalign.config.run import SPELLINGS, DataConfig
+    from fedalign.data.formats import FORMATS, every_kind
 
-    rows = [
-        (
-            kind,
-            form.told,
-            ", ".join(sorted(form.columns(DataConfig.model_validate({"kind": kind})))),
-            "the model's chat template" if form.prompt is None else form.prompt.replace("\n", "\\n"),
-        )
-        for kind, form in FORMATS.items()
-    ]
+    rows = []
+    for name in [*every_kind(), *SPELLINGS]:
+        try:
+            data = DataConfig.model_validate({"kind": name})
+            form = FORMATS[data.kind]
+        except UserError as error:  # a package that is broken is no reason to hide the others
+            rows.append((name, str(error), "", ""))
+            continue
+        told = form.told if name == data.kind else f"{form.told}, spelt another way"
+        columns = "any" if form.reads_all else ", ".join(sorted(form.columns(data, data.template)))
+        prompt = "the model's chat template" if form.prompt is None else data.template or form.prompt
+        rows.append((name, told, columns, prompt.replace("\n", "\\n")))
     print_columns(("data.kind", "rows", "columns", "default prompt"), rows)
 
 
 def families() -> None:
     """List the model families known by name; all others are found by search."""
-    from fedalign.moe.families import FAMILIES, REFUSED
+    from fedalign.moe.families import REFUSED, every_family, family_row
 
-    rows = [(name, row.router, row.experts or "the router's block", row.scoring) for name, row in FAMILIES.items()]
+    rows = []
+    for name in every_family():
+        try:
+            row = family_row(name)
+        except UserError as error:
+            rows.append((name, str(error), "", ""))
+            continue
+        assert row is not None
+        rows.append((name, row.router, row.experts or "the router's block", row.scoring))
     print_columns(("family", "router", "experts", "scoring"), rows)
     print_columns(("refused family", "reason"), REFUSED.items())
     say("Other families are searched for routers and experts: fedalign inspect MODEL tells what is found.")

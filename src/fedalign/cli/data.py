@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedalign.cli.terminal import busy, out, print_table, say
+from fedalign.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,11 +47,11 @@ def data(
 
     Exit code 1: some rows cannot be read, or are longer than the model allows.
     """
+    settings, with_model = _settings(source, model, set_ or [])  # a wrong word is told before torch loads
     from fedalign.doctor.overview import overview
     from fedalign.moe.load import quiet
 
     quiet()
-    settings, with_model = _settings(source, model, set_ or [])
     with busy("Reading ..."):
         found = overview(settings, with_model)
     _print(found, settings, every)
@@ -61,16 +62,29 @@ def data(
 def _settings(source: str, model: str | None, overrides: list[str]) -> tuple[Config, bool]:
     """The configuration to read with, and whether a model was named."""
     from fedalign.config.toml import as_texts, load_config
-    from fedalign.doctor.data import guess_kind
 
     more = [*as_texts({"model.path": model} if model else {}), *overrides]
     if source == "demo" or Path(source).suffix == ".toml":
         return load_config(source, more), True
     named = [*as_texts({"data.train": source}), *more]
     settings = load_config(None, named)
-    if not any(override.startswith("data.kind") for override in overrides):
-        settings = load_config(None, [*named, f"data.kind={guess_kind(settings.data)}"])
-    return settings, model is not None
+    if any(override.startswith("data.kind") for override in overrides):
+        return settings, model is not None
+    from fedalign.data.sources import read_rows
+
+    rows = list(read_rows(source, settings.data, "train"))
+    from fedalign.doctor.data import guess_kind
+    from fedalign.doctor.recognise import recognise
+
+    if not any(override.startswith(("data.columns", "data.template")) for override in overrides):
+        try:
+            known = recognise(source, rows)
+        except UserError:  # no spelling that is known: as what its first rows could be
+            pass
+        else:
+            say(f"recognised by its columns: {known.told}")
+            return load_config({"data": known.tables}, named), model is not None
+    return load_config(None, [*named, f"data.kind={guess_kind(settings.data)}"]), model is not None
 
 
 def _print(found: Overview, settings: Config, every: bool) -> None:

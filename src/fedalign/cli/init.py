@@ -30,14 +30,18 @@ def init(
     ] = None,
 ) -> None:
     """Write a configuration that fits your data, the model and this machine, each choice with its reason."""
-    from fedalign.doctor.start import start
+    from fedalign.config.run import DataConfig
+    from fedalign.data.sources import read_rows
     from fedalign.files import write_text
-    from fedalign.moe.load import quiet
 
-    quiet()
     place = to or Path(f"{Path(source).expanduser().resolve().stem}.toml")
     if place.exists():
         raise UserError(f"--to {str(place)!r}: is there already, and nothing is overwritten. Give another name.")
+    next(read_rows(source, DataConfig(), "train"), None)  # a wrong word is told before torch loads
+    from fedalign.doctor.start import start
+    from fedalign.moe.load import quiet
+
+    quiet()
     with busy("Reading ..."):
         made = start(source, model)
     write_text(place, made.to_toml())

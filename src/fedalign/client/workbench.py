@@ -14,6 +14,7 @@ from fedalign.client.evaluation import TestSet, evaluate
 from fedalign.client.memory import ClientData, ClientMemory
 from fedalign.client.trainer import Trainer
 from fedalign.config.run import ClientLimits, Config
+from fedalign.data.chat import choose_template
 from fedalign.data.deal import set_aside
 from fedalign.data.encode import Encoder, load_tokenizer
 from fedalign.data.formats import Example, load_examples
@@ -76,6 +77,7 @@ class Workbench:
             trust_remote_code=config.model.trust_remote_code,
             revision=config.model.revision,
         )
+        choose_template(tokenizer, config.data.chat_template)
         check_tokenizer(tokenizer, moe.model.get_input_embeddings().weight.shape[0], config.model.path)
         encoder = Encoder(
             tokenizer,

@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from fedalign.algorithms import ALGORITHMS, make, options, spans_rounds
+from fedalign.algorithms import ALGORITHMS, make, offered, options, spans_rounds
 from fedalign.errors import UserError
 from fedalign.protocol import KEEPS_ALL, SKETCHES, Algorithm, Ask, Robust, ServerOptimizer, WireDtype
 
@@ -84,6 +85,79 @@ Names = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_once)]
 Place = Annotated[str, AfterValidator(_place)]
 Template = Annotated[str, AfterValidator(_template)]
 
+FORMAT_GROUP = "fedalign.formats"  # entry points of other packages: a name for data.kind, and a function of a row
+KINDS = ("chat", "multiple_choice", "instruction", "classification", "text")
+SPELLINGS: dict[str, dict[str, Any]] = {  # what data.kind may say instead: a kind with the columns of a known spelling
+    "alpaca": {
+        "kind": "instruction",
+        "template": "{instruction}\n{input}\nResponse:",
+        "columns": {"prompt": "instruction", "response": "output"},
+    },
+    "sharegpt": {"kind": "chat", "columns": {"messages": "conversations"}},
+    "preference": {"kind": "instruction", "columns": {"response": "chosen"}},
+    "preference_chat": {"kind": "chat", "columns": {"messages": "chosen"}},
+}
+
+
+def _kind(name: str) -> str:
+    if name not in KINDS and name not in (theirs := offered(FORMAT_GROUP)):
+        choices = ", ".join((*KINDS, *SPELLINGS, *theirs))
+        raise PydanticCustomError("literal_error", "must be one of {expected}", {"expected": choices})
+    return name
+
+
+def _spelt_out(values: Any) -> Any:
+    """A kind with its columns and template, in place of the name of a spelling; what is given goes first."""
+    if not isinstance(values, Mapping) or not isinstance(values.get("kind"), str):
+        return values
+    spelling = SPELLINGS.get(values["kind"])
+    if spelling is None:
+        return values
+    given = values.get("columns", {})
+    if isinstance(given, BaseModel):
+        given = given.model_dump(exclude_unset=True)
+    columns = {**spelling["columns"], **given} if isinstance(given, Mapping) else given
+    return {**spelling, **values, "kind": spelling["kind"], "columns": columns}
+
+
+def _delimiter(text: str) -> str:
+    if text != AUTO and (len(text) != 1 or text in '"\r\n'):
+        raise ValueError('must be "auto", or one character that is neither a quote nor a line break.')
+    return text
+
+
+def _encoding(name: str) -> str:
+    if name != AUTO:
+        try:
+            "a".encode(name)
+        except (LookupError, ValueError):
+            raise ValueError(
+                "no such encoding. Choose one of: auto, utf-8, utf-16, cp1252, or another of Python's."
+            ) from None
+    return name
+
+
+CHAT_TEMPLATES = ("model", "chatml")
+
+
+def is_template(text: str) -> bool:
+    """Whether this is the text of a chat template, and no name of one."""
+    return "{{" in text or "{%" in text
+
+
+AUTO = "auto"
+Kind = Annotated[str, AfterValidator(_kind)]
+Delimiter = Annotated[
+    str,
+    AfterValidator(_delimiter),
+    Field(description='csv: what parts the cells, such as ";" (auto: the header tells; of .tsv a tab)'),
+]
+Encoding = Annotated[
+    str,
+    AfterValidator(_encoding),
+    Field(description="of text files, such as cp1252 (auto: by byte order mark, else UTF-8, else Windows-1252, told)"),
+]
+
 # Keys of two sections, here or in site.toml, that mean the same.
 Device = Annotated[str, Field(description="auto (a GPU if there is one) | cpu | cuda | cuda:1 ... | split (all GPUs)")]
 Threads = Annotated[int, Field(ge=0, le=1024, description="CPU threads; 0: torch's own choice")]
@@ -134,27 +208,71 @@ class Columns(Section):
     label: str = key("label", "classification")
     prompt: str = key("prompt", "instruction")
     response: str = key("response", "instruction")
-    messages: str = key("messages", "chat: a list of {role, content}")
+    input: str = key("input", "instruction: what it is about, where data.template names it; a row may have none")
+    messages: str = key("messages", "chat: a list of {role, content} or {from, value}")
+    system: str = key("system", "chat: what the system says before them; a chat may have none")
+    history: str = key("", 'chat: messages that stand before them and are not trained; "": there is no such column')
     tools: str = key("tools", "chat: the tools that it may call; a chat may have none")
     question: str = key("question", "multiple_choice")
-    choices: str = key("choices", "multiple_choice: a list")
+    choices: str = key("choices", 'multiple_choice: a list; or a column for each choice, such as "A,B,C,D"')
     answer: str = key("answer", "multiple_choice: index, letter or text of the right choice")
     client: str = key("client", 'who owns the row, for clients.partition = "natural"; not used at a site')
+
+
+def _roles(columns: dict[str, str]) -> dict[str, str]:
+    for role in columns:
+        if role not in Columns.model_fields:
+            raise ValueError(
+                f"{role!r} is nothing that a column is read as. Choose of: {', '.join(Columns.model_fields)}."
+            )
+    return columns
+
+
+OwnColumns = Annotated[dict[str, str], AfterValidator(_roles)]
+
+
+class FileConfig(Section):
+    """One file, by its name: where it differs from [data]. Its columns keep the names of [data.columns] elsewhere."""
+
+    kind: Kind | None = key(None, "what a row of it is", examples=["instruction"])
+    delimiter: Delimiter | None = key(None, "csv: what parts its cells", examples=[";"])
+    encoding: Encoding | None = key(None, "of its text", examples=["cp1252"])
+    template: Template | None = key(None, "the prompt over its own columns", examples=["{note}\nLabel:"])
+    columns: OwnColumns = key({}, "what is called otherwise in it", examples=[{"text": "note"}])
+
+    spell_out = model_validator(mode="before")(_spelt_out)
+
+
+def choice_columns(name: str) -> list[str]:
+    """Columns that hold a choice each, where [data.columns] names several; empty where one column holds all.
+
+    >>> choice_columns("A, B,C"), choice_columns("choices")
+    (['A', 'B', 'C'], [])
+    """
+    names = [part.strip() for part in name.split(",")]
+    return names if len(names) > 1 and all(names) else []
 
 
 class DataConfig(Section):
     """The data, and how rows become examples."""
 
-    train: Place = key("docstrings", 'a hub id, a .jsonl, .csv or .parquet file, a folder of them, or "docstrings"')
-    test: Place | None = key(None, "without it: the source's own test split if it has one", examples=["test.jsonl"])
-    kind: Literal["classification", "instruction", "chat", "multiple_choice", "text"] = key(
-        "classification", "what a row is"
+    train: Place = key(
+        "docstrings", 'a hub id, a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, or "docstrings"'
     )
+    test: Place | None = key(None, "without it: the source's own test split if it has one", examples=["test.jsonl"])
+    kind: Kind = key(
+        "classification",
+        f"what a row is: {' | '.join(KINDS)}; or how it is spelt: {' | '.join(SPELLINGS)}; or a format of an "
+        "installed package",
+    )
+    delimiter: Delimiter = AUTO
+    encoding: Encoding = AUTO
     subset: str | None = key(None, "the configuration of a hub data set", examples=["main"])
     train_split: str = key("train", "of a hub data set")
     test_split: str = key("test", "of a hub data set")
     labels: Names[str] = key((), "names of the classes; needed where labels are integers, and at sites")
     template: Template | None = key(None, "the prompt, in which {column} is that column", examples=["{text}\nLabel:"])
+    chat_template: str = key("model", "of chats: the model's own | chatml | a file that holds one (Jinja)")
     max_train: Count = key(0, "examples drawn at random; 0: all")
     max_test: Count = key(0, "the same of the test set")
     validation: Part = key(0.0, "share of the training examples that nobody trains on: `compare --tune` chooses by it")
@@ -162,6 +280,15 @@ class DataConfig(Section):
     too_long: Literal["error", "truncate", "drop"] = key("error", "longer ones (truncate: the prompt, from its start)")
     on_bad_row: Literal["error", "skip"] = key("error", "rows that cannot be read (skip: left out, and told)")
     columns: Columns = Columns()
+    files: dict[str, FileConfig] = key({}, "", examples=[{"north.csv": FileConfig()}])
+
+    spell_out = model_validator(mode="before")(_spelt_out)
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether an example may be a chat, and so several sequences."""
+        kinds = {self.kind, *(file.kind for file in self.files.values() if file.kind)}
+        return "chat" in kinds or not kinds <= {*KINDS}
 
 
 class ClientLimits(Section):
@@ -430,6 +557,16 @@ class Config(Section):
         if engine == "flower" and self.tracking.health == "full":
             raise UserError(
                 'tracking.health = "full": sites send what the algorithm asks for. Choose one of: asked, off.'
+            )
+        if engine == "flower" and self.data.chat_template not in CHAT_TEMPLATES:
+            raise UserError(
+                "data.chat_template: sites run no template of another's over their data. Choose one of: "
+                f"{', '.join(CHAT_TEMPLATES)}."
+            )
+        if engine == "flower" and self.data.kind not in KINDS:
+            raise UserError(
+                f"data.kind = {self.data.kind!r}: a format of a package may read any column, which sites do not let "
+                f"it. Choose one of: {', '.join(KINDS)}."
             )
         if engine != "in_process" and "data" in self.asks:
             raise UserError(

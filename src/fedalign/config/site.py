@@ -12,11 +12,14 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
 from fedalign.config.run import (
+    AUTO,
+    CHAT_TEMPLATES,
+    KINDS,
     Address,
     Certificates,
     ClientLimits,
@@ -24,9 +27,13 @@ from fedalign.config.run import (
     Config,
     Count,
     DataConfig,
+    Delimiter,
     Device,
+    Encoding,
+    FileConfig,
     MinExamples,
     MinTokens,
+    OwnColumns,
     Part,
     Positive,
     Section,
@@ -57,14 +64,39 @@ class SiteColumns(Columns):
     """Names of the columns in your files. Nobody can have any other column read, and `client` is never."""
 
 
+class SiteFile(Section):
+    """One of your files, by its name: where it differs from [data]."""
+
+    delimiter: Delimiter | None = key(None, "csv: what parts its cells", examples=[";"])
+    encoding: Encoding | None = key(None, "of its text", examples=["cp1252"])
+    columns: OwnColumns = key({}, "what is called otherwise in it", examples=[{"text": "note"}])
+
+
 class SiteData(Section):
     """It never leaves this organisation."""
 
-    train: str = Field(description="a .jsonl, .json, .csv or .parquet file, a folder of them, or a hub id")
+    train: str = Field(description="a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, or a hub id")
+    delimiter: Delimiter = AUTO
+    encoding: Encoding = AUTO
     subset: str | None = key(None, "the configuration of a hub data set", examples=["main"])
     train_split: str = key("train", "of a hub data set, or of a folder: the file or subfolder to train on")
     test_split: str = key("test", "the one that is never read")
     columns: SiteColumns = SiteColumns()
+    files: dict[str, SiteFile] = key({}, "", examples=[{"north.csv": SiteFile()}])
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """Keys of a run's [data] that this site alone decides, but for where its files lie."""
+        return {
+            "test": None,
+            "subset": self.subset,
+            "train_split": self.train_split,
+            "test_split": self.test_split,
+            "columns": self.columns,
+            "delimiter": self.delimiter,
+            "encoding": self.encoding,
+            "files": {name: FileConfig(**vars(file)) for name, file in self.files.items()},
+        }
 
 
 class SiteModel(Section):
@@ -234,12 +266,8 @@ class SiteFolder:
                 "data": config.data.model_copy(
                     update={
                         "train": self.resolve(site.data.train),
-                        "test": None,
-                        "subset": site.data.subset,
-                        "train_split": site.data.train_split,
-                        "test_split": site.data.test_split,
                         "template": self._template(config.data),
-                        "columns": site.data.columns,
+                        **site.data.own,
                     }
                 ),
                 "clients": config.clients.model_copy(update={"held_out": limits.held_out}),
@@ -272,6 +300,16 @@ class SiteFolder:
         if data.on_bad_row == "skip":
             raise UserError(
                 'data.on_bad_row = "skip": data.labels would choose among the examples of this site. Choose: error.'
+            )
+        if data.kind not in KINDS:
+            raise UserError(
+                f"data.kind = {data.kind!r}: a format of a package may read any column, and this site reads those of "
+                f"its site.toml. Choose one of: {', '.join(KINDS)}."
+            )
+        if data.chat_template not in CHAT_TEMPLATES:
+            raise UserError(
+                "data.chat_template: a template is a program, and could choose among the examples of this site. Choose "
+                f"one of: {', '.join(CHAT_TEMPLATES)}."
             )
         if data.too_long == "drop":
             raise UserError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import textwrap
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from fedalign.algorithms import ALGORITHMS, described, make
-from fedalign.config.run import AlgorithmConfig, Config, Section
+from fedalign.config.run import CHAT_TEMPLATES, AlgorithmConfig, Config, Section, is_template
 from fedalign.demo import DEMO
 from fedalign.errors import UserError, unknown
 
@@ -81,7 +82,24 @@ def overridden(tables: dict[str, Any], overrides: Overrides) -> Config:
         tables["algorithm"] = {}
     for keys, value, override in parsed:
         _place(tables, keys, value, override)
-    return parse_config(tables)
+    return _with_chat_template(parse_config(tables))
+
+
+def _with_chat_template(config: Config) -> Config:
+    """With the text of the file that data.chat_template names: a run keeps it, and sites read no file of another's."""
+    named = config.data.chat_template
+    if named in CHAT_TEMPLATES or is_template(named):
+        return config
+    try:
+        text = Path(named).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, ValueError):
+        raise UserError(
+            f"data.chat_template = {named!r}: no file that can be read. Choose one of: {', '.join(CHAT_TEMPLATES)}, or "
+            "a file that holds a template."
+        ) from None
+    if not is_template(text):
+        raise UserError(f"data.chat_template = {named!r}: holds no Jinja template: nothing in it stands in braces.")
+    return config.model_copy(update={"data": config.data.model_copy(update={"chat_template": text})})
 
 
 def parse_config(tables: Mapping[str, Any]) -> Config:
@@ -160,16 +178,44 @@ def _parse(text: str) -> dict[str, Any]:
 
 def _parse_override(override: str) -> tuple[list[str], Any]:
     key, equals, text = override.partition("=")
-    keys = [part.strip() for part in key.split(".")]
+    keys = _parts(key)
     if not equals or len(keys) < 2 or not all(keys):
         raise UserError(f"--set {override!r}: write section.key=value, for example training.learning_rate=2e-5")
     try:
         parsed = _parse(f"value = {text}")
     except ValueError:
-        return keys, text.strip()
+        return keys, _unescaped(text.strip()) if keys[-1] == "template" else text.strip()
     if len(parsed) > 1:
         raise UserError(f"--set {override!r}: sets more than one key. Write --set section.key=value for each.")
     return keys, parsed["value"]
+
+
+def _parts(key: str) -> list[str]:
+    """The names of a dotted key; one in quotes may hold dots, as that of a file.
+
+    >>> _parts('data.files."north.csv".encoding')
+    ['data', 'files', 'north.csv', 'encoding']
+    """
+    if '"' not in key:
+        return [part.strip() for part in key.split(".")]
+    try:
+        table: Any = _parse(f"{key} = 0")
+    except ValueError:
+        return []
+    parts = []
+    while isinstance(table, dict) and len(table) == 1:
+        [(name, table)] = table.items()
+        parts.append(name)
+    return parts if table == 0 else []
+
+
+def _unescaped(text: str) -> str:
+    r"""A template as it is typed on a command line: \n is a line break, \t a tab, \\ a backslash.
+
+    >>> _unescaped(r"{text}\nLabel:")
+    '{text}\nLabel:'
+    """
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t"}.get(found[1], "\\"), text)
 
 
 def _place(tables: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
@@ -236,7 +282,7 @@ def _lines(section: Section, path: str = "", asleep: bool = False) -> Iterator[s
         shown, sleeps = field.examples[0] if unset and field.examples else value, asleep or unset
         if isinstance(shown, Section):
             tables.append((f"{path}{name}", shown, sleeps))
-        elif isinstance(shown, dict):
+        elif isinstance(shown, dict) and all(isinstance(table, Section) for table in shown.values()):
             tables += [(f"{path}{name}.{tomli_w.dumps({k: {}})[1:-2]}", table, sleeps) for k, table in shown.items()]
         else:
             yield _line(name, shown, field.annotation, field.description or "", sleeps)
@@ -275,6 +321,8 @@ def _toml(value: Any) -> str:
     """A value on one line, which tomli_w does not write of an array."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{tomli_w.dumps({k: 0})[:-5]} = {_toml(one)}' for k, one in value.items())} }}"
     return tomli_w.dumps({"": value}).removeprefix('"" = ').rstrip()
 
 

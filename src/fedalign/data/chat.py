@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from fedalign.config.run import CHAT_TEMPLATES, is_template
 from fedalign.data.bounded import bounded
 from fedalign.data.formats import Example
 from fedalign.data.sources import say, shortened
@@ -32,6 +33,26 @@ SURE = 30  # characters of a text that stands in a rendering for no other reason
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 SECONDS, MEMORY, LONGEST = 10.0, 2**29, 2**24  # of one rendering: beside what is in use; characters
 NAMES = ("name", "tool_call_id")  # they say who speaks: many templates have no place for them, and no text is lost
+CHATML = (  # a base model knows one token that ends a text, and generation stops at it
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ eos_token or '<|im_end|>' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def choose_template(tokenizer: Any, name: str) -> None:
+    """Give a tokenizer the chat template that data.chat_template says; it is saved with it.
+
+    Raises:
+        UserError: It is neither "model", "chatml" nor the text of a template.
+    """
+    if name == "model":
+        return
+    if name != "chatml" and not is_template(name):
+        raise UserError(
+            f"data.chat_template = {shortened(name)}: no template. Choose one of: {', '.join(CHAT_TEMPLATES)}, or a "
+            "file that holds one."
+        )
+    tokenizer.chat_template = CHATML if name == "chatml" else name
 
 
 @dataclass(frozen=True)
@@ -55,8 +76,8 @@ class ChatTemplate:
         """The template's own text, and whether it marks what the assistant says."""
         if not self.tokenizer.chat_template:
             raise UserError(
-                'data.kind = "chat": the model\'s tokenizer has no chat template. Use a model tuned for chat, or '
-                "data.kind = one of: instruction, text."
+                'data.kind = "chat": the model\'s tokenizer has no chat template. Use a model tuned for chat, '
+                'data.chat_template = "chatml", or data.kind = one of: instruction, text.'
             )
         source = self.tokenizer.get_chat_template(tools=tools)
         if _takes_powers(source):

@@ -17,7 +17,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fedalign.data.sources import WHOLE, BadRowError, Row, Split, is_missing, names_in, read_rows, say, shortened
+from fedalign.algorithms import from_package, offered
+from fedalign.config.run import FORMAT_GROUP, choice_columns
+from fedalign.data.sources import (
+    WHOLE,
+    BadRowError,
+    Row,
+    Split,
+    check_names,
+    is_missing,
+    names_in,
+    read_rows,
+    say,
+    shortened,
+)
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +38,19 @@ if TYPE_CHECKING:
 
 LETTER = re.compile("[A-Za-z]")
 ROLES = ("system", "developer", "user", "assistant", "tool")
+SPEAKERS = {  # of ShareGPT
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
 SHOWN, SKIPPED = 5, 10  # rows that a notice names; that cannot be read
 
 
@@ -60,12 +86,15 @@ class Format:
     prompt: str | None = ""  # the default template over roles of [data.columns]; None: the tokenizer's chat template
     roles: tuple[str, ...] = ()  # of [data.columns] that it reads beside those of the prompt
     classes: bool = False  # whether all examples choose among one set of answers
+    reads_all: bool = False  # any column
 
-    def columns(self, data: DataConfig) -> set[str]:
-        """The columns that it reads."""
+    def columns(self, data: DataConfig, template: str | None = None) -> set[str]:
+        """The columns that it reads; `template` in place of its default prompt."""
         of_prompt = [getattr(data.columns, role) for role, _ in _fields(self.prompt or "") if role]
-        named = of_prompt if data.template is None else [column for column, _ in _fields(data.template)]
-        return {*named, *(getattr(data.columns, role) for role in (*self.roles, "label", "client"))} - {""}
+        named = of_prompt if template is None else [column for column, _ in _fields(template)]
+        of_roles = [getattr(data.columns, role) for role in (*self.roles, "label", "client")]
+        several = choice_columns(data.columns.choices) if "choices" in self.roles else []
+        return {*named, *of_roles, *several} - {""}
 
 
 def load_examples(source: str, data: DataConfig, split: Split, seed: int) -> list[Example]:
@@ -83,6 +112,8 @@ def load_examples(source: str, data: DataConfig, split: Split, seed: int) -> lis
     Raises:
         UserError: whatever is wrong with the source or a row of it.
     """
+    if split == "train":
+        check_names(data)
     rows = list(read_rows(source, data, split))
     if not rows:
         return []
@@ -96,6 +127,8 @@ def load_examples(source: str, data: DataConfig, split: Split, seed: int) -> lis
         if not rows:
             raise UserError(f"{told}: no row can be read. Look at them with: fedalign data")
     examples = examples_of(rows, data, split)
+    if "rejected" in rows[0].values and "chosen" in columns_read(rows[:1], data):
+        say(f"{told}: pairs of answers: what stands in 'chosen' is trained, 'rejected' is not used")
     if unread := unread_columns(rows, data):
         say(
             f"{told}: filled columns that data.kind = {data.kind!r} does not read: {', '.join(unread)}. To use one, "
@@ -124,7 +157,15 @@ def examples_of(rows: Sequence[Row], data: DataConfig, split: Split) -> list[Exa
     Raises:
         UserError: A row, or all together, cannot be read.
     """
-    return list(_with_owners(list(FORMATS[data.kind].read(rows, data, split)), rows, data))
+    by_kind: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        by_kind.setdefault(row.kind or data.kind, []).append(i)
+    found: dict[int, Example] = {}
+    for kind, indices in by_kind.items():
+        own = data.model_copy(update={"kind": kind, "template": data.template if kind == data.kind else None})
+        read = FORMATS[kind].read([rows[i] for i in indices], own, split)
+        found |= dict(zip(indices, read, strict=True))
+    return list(_with_owners([found[i] for i in range(len(rows))], rows, data))
 
 
 def sift(rows: Sequence[Row], data: DataConfig, split: Split) -> tuple[list[Row], list[str]]:
@@ -178,17 +219,9 @@ def instruction(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator
 
 
 def chat(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator[Example]:
-    """Messages with a role and content each; every assistant's turn is an answer."""
+    """Messages with a role and content each, or from and value; every assistant's turn is an answer."""
     for row in rows:
-        turns = row.get(data.columns.messages)
-        if not isinstance(turns, list) or not turns:
-            row.fail(
-                f"{data.columns.messages} = {shortened(turns)}: must be a list of messages, each with 'role' and "
-                "'content'."
-            )
-        read = [_message(row, f"{data.columns.messages}[{i}]", turn) for i, turn in enumerate(turns)]
-        if not any(message["role"] == "assistant" for message, _ in read):
-            row.fail(f"{data.columns.messages} has no message of role 'assistant'; there is nothing to learn from it.")
+        read = _conversation(row, data)
         answers = tuple(i for i, (_, is_trained) in enumerate(read) if is_trained)
         messages = tuple(message for message, _ in read)
         last = str(messages[answers[-1]].get("content") or messages[answers[-1]]) if answers else ""
@@ -207,12 +240,13 @@ def multiple_choice(rows: Sequence[Row], data: DataConfig, split: Split) -> Iter
 def text(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator[Example]:
     """Plain text to model: all of it is answer."""
     for row in rows:
-        whole = row.text(data.columns.text, may_be_empty=True) if data.template is None else prompt_of(row, data)
+        template = data.template if row.template is None else row.template
+        whole = row.text(data.columns.text, may_be_empty=True) if template is None else prompt_of(row, data)
         yield Example("", whole if whole.strip() else "")
 
 
-FORMATS = {  # the most particular first: the first that fits some rows is what they are taken for
-    "chat": Format(chat, "conversations", prompt=None, roles=("messages", "tools")),
+OURS = {
+    "chat": Format(chat, "conversations", prompt=None, roles=("messages", "system", "history", "tools")),
     "multiple_choice": Format(
         multiple_choice,
         "questions with choices, one of them right",
@@ -232,19 +266,63 @@ FORMATS = {  # the most particular first: the first that fits some rows is what 
 }
 
 
+class _Formats(dict[str, Format]):
+    """Ours; another name is loaded from the package that offers it."""
+
+    def __missing__(self, kind: str) -> Format:
+        self[kind] = _of_package(kind)
+        return self[kind]
+
+
+FORMATS = _Formats(OURS)
+
+
+def every_kind() -> list[str]:
+    """Names that `data.kind` takes: ours, then those that installed packages offer."""
+    return [*OURS, *(name for name in offered(FORMAT_GROUP) if name not in OURS)]
+
+
+def _of_package(kind: str) -> Format:
+    """The format that another package's function of a row makes."""
+    function: Callable[[Row], Example] = from_package(
+        FORMAT_GROUP, "data.kind", kind, OURS, lambda found: None if callable(found) else "is no function of a row"
+    )
+
+    def read(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator[Example]:
+        for row in rows:
+            try:
+                example = function(row)
+            except UserError:
+                raise
+            except Exception as error:  # whatever another package's function does with a row
+                row.fail(f"data.kind = {kind!r} cannot read it ({type(error).__name__}: {shortened(str(error))}).")
+            if not isinstance(example, Example):
+                row.fail(f"data.kind = {kind!r} gave {shortened(example)}: must be a fedalign.data.formats.Example.")
+            yield example
+
+    told = " ".join((function.__doc__ or kind).split())
+    return Format(read, told.partition(". ")[0].rstrip("."), reads_all=True)
+
+
 # --------------------------------------------------------------------------------------------------------- prompts
 
 
 def prompt_of(row: Row, data: DataConfig) -> str:
     """The kind's default template over its own roles, or the user's over the columns of the row."""
-    if data.template is None:
+    template = data.template if row.template is None else row.template
+    if template is None:
         parts = _fields(FORMATS[data.kind].prompt or "")
         return "".join(before + (role and row.text(getattr(data.columns, role))) for role, before in parts)
-    return "".join(before + _cell(row, column) for column, before in _fields(data.template))
+    return "".join(before + _cell(row, column, data.columns.input) for column, before in _fields(template))
 
 
-def _cell(row: Row, column: str) -> str:
-    if column and column not in row.values:
+def first_field(template: str) -> str:
+    """The first column that a template names."""
+    return next(column for column, _ in _fields(template) if column)
+
+
+def _cell(row: Row, column: str, optional: str) -> str:
+    if column and column not in row.values and column != optional:
         row.fail(f"no column {column!r}, which data.template names. There are: {', '.join(row.values) or 'none'}.")
     value = row.values.get(column)
     return "" if is_missing(value) else str(value)  # an optional column of the template, say a context, may be empty
@@ -277,7 +355,7 @@ def _labels(rows: Sequence[Row], data: DataConfig, split: Split) -> tuple[tuple[
         if len(set(names)) < len(names) or "" in names:
             raise UserError(f"data.labels = {shortened(list(data.labels))}: each class needs a name of its own.")
         return tuple(names), [_named(row, word, names, column) for row, word in zip(rows, words, strict=True)]
-    known = words if split == "train" else names_in(list(read_rows(data.train, data, "train")), column)
+    known = words if split == "train" else names_in(_training_rows(data), column)
     names = sorted({word for word in known if word})
     for row, word in zip(rows, words, strict=True):
         if WHOLE.fullmatch(word):
@@ -291,6 +369,11 @@ def _labels(rows: Sequence[Row], data: DataConfig, split: Split) -> tuple[tuple[
                 f"It has: {shortened(names)}. Leave the row out or name all classes in data.labels."
             )
     return tuple(names), words
+
+
+def _training_rows(data: DataConfig) -> list[Row]:
+    """Those of its kind."""
+    return [row for row in read_rows(data.train, data, "train") if row.kind in ("", data.kind)]
 
 
 def _as_number(name: str) -> tuple[float, str]:
@@ -313,11 +396,53 @@ def _named(row: Row, word: str, names: Sequence[str], column: str) -> str:
 # ------------------------------------------------------------------------------------------------- multiple choice
 
 
-def _offered(row: Row, column: str) -> list[str]:
-    choices = row.get(column)
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
-        row.fail(f"{column} = {shortened(choices)}: must be a list of two or more texts.")
-    return [choice.strip() for choice in choices]
+class _Choices(list[str]):
+    """Texts to choose among; `names`: what a row calls each, where it does."""
+
+    names: tuple[str, ...] = ()
+
+
+def _offered(row: Row, column: str) -> _Choices:
+    """The choices of a row: a list, an object of names and texts, lists of both, or a column for each."""
+    several = [] if column in row.values else choice_columns(column)
+    given: Any = _side_by_side(row, several) if several else row.get(column)
+    if isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):
+        given = _parsed(row, column, given)
+    names: tuple[str, ...] = ()
+    if isinstance(given, dict) and given.keys() == {"label", "text"}:
+        names, given = tuple(map(str, given["label"])), given["text"]
+    elif isinstance(given, dict):
+        given = {name: text for name, text in given.items() if not is_missing(text)}
+        names, given = tuple(map(str, given)), list(given.values())
+    if several and isinstance(given, list):
+        given = [str(text) for text in given]  # a table may hold numbers
+    if not isinstance(given, list) or len(given) < 2 or not all(isinstance(c, str) and c.strip() for c in given):
+        row.fail(f"{column} = {shortened(given)}: must be a list of two or more texts.")
+    found = _Choices(text.strip() for text in given)
+    if names and len(names) != len(found):
+        row.fail(f"{column} = {shortened(row.get(column))}: must have a label for each text.")
+    found.names = names
+    return found
+
+
+def _side_by_side(row: Row, columns: Sequence[str]) -> dict[str, Any]:
+    """A choice of each column; the last ones may be empty."""
+    values = {name: row.values[name] if name in row.values else row.get(name) for name in columns}
+    filled = {name: value for name, value in values.items() if not is_missing(value)}
+    for name in columns[: len(filled)]:
+        row.get(name)  # says that it is empty, though those after it are not
+    return filled
+
+
+def _by_name(row: Row, answer: Any, offered: _Choices) -> Any:
+    """The text of the choice that an answer calls by its name; else the answer."""
+    name = str(answer)
+    if name not in offered.names:
+        return answer
+    text = offered[offered.names.index(name)]
+    if name in offered and text != name:
+        row.fail(f"the answer {name!r} may be the name of the choice {text!r}, or the text of another. Rename one.")
+    return text
 
 
 @dataclass(frozen=True)
@@ -325,19 +450,19 @@ class _Right:
     """The right answers of rows as they are written, and as numbers where they are such."""
 
     rows: Sequence[Row]
-    offered: Sequence[Sequence[str]]
+    offered: Sequence[_Choices]
     answers: Sequence[Any]
     numbers: Sequence[int | None]
     spells: bool  # whether letters count choices
 
     @classmethod
-    def read(cls, rows: Sequence[Row], offered: Sequence[Sequence[str]], column: str) -> _Right:
+    def read(cls, rows: Sequence[Row], offered: Sequence[_Choices], column: str) -> _Right:
         """Read the column of answers.
 
         A text that is one of its row's choices is that choice, unless another row has a text of its kind (a number, a
         letter) that is none: then all of that kind count choices.
         """
-        answers = [_plain(row.get(column)) for row in rows]
+        answers = [_by_name(row, _plain(row.get(column)), texts) for row, texts in zip(rows, offered, strict=True)]
         unlike = [a for a, texts in zip(answers, offered, strict=True) if isinstance(a, str) and a not in texts]
         counts, spells = (any(kind.fullmatch(a) for a in unlike) for kind in (WHOLE, LETTER))
         return cls(rows, offered, answers, [_number(answer, counts) for answer in answers], spells)
@@ -354,13 +479,13 @@ class _Right:
         return None if first is last else int(last is not None)
 
 
-def _indices(rows: Sequence[Row], offered: Sequence[Sequence[str]], data: DataConfig, split: Split) -> Iterator[int]:
+def _indices(rows: Sequence[Row], offered: Sequence[_Choices], data: DataConfig, split: Split) -> Iterator[int]:
     """Which choice is right in each row; what letters and numbers stand for is settled by all rows."""
     column = data.columns.answer
     right = _Right.read(rows, offered, column)
     base = right.base(column)
     if base is None and split == "test" and data.train != "docstrings":  # a coordinator of sites has no other
-        train = list(read_rows(data.train, data, "train"))
+        train = _training_rows(data)
         base = _Right.read(train, [_offered(row, data.columns.choices) for row in train], column).base(column)
     if base != 0 and any(number is not None for number in right.numbers):
         why = "one is the number of its choices" if base else "none is 0 and none is the number of its choices"
@@ -394,8 +519,54 @@ def _number(answer: Any, counts: bool) -> int | None:
 # ----------------------------------------------------------------------------------------------------------- chats
 
 
+def asked(row: Row, data: DataConfig) -> Chat:
+    """A chat up to its last question, however a row spells it."""
+    read = [message for message, _ in _conversation(row, data, is_answered=False)]
+    while read and read[-1]["role"] == "assistant":
+        read.pop()
+    if not read:
+        row.fail(f"{data.columns.messages} asks for nothing.")
+    return Chat(tuple(read), (), _tools(row, data.columns.tools))
+
+
+def _conversation(row: Row, data: DataConfig, is_answered: bool = True) -> list[tuple[dict[str, Any], bool]]:
+    """The messages of a row, what stands before them too, each with whether it is trained."""
+    read = _turns(row, data.columns.messages)
+    if is_answered and not any(message["role"] == "assistant" for message, _ in read):
+        row.fail(f"{data.columns.messages} has no message of role 'assistant'; there is nothing to learn from it.")
+    if data.columns.history:
+        read = [(message, False) for message, _ in _turns(row, data.columns.history)] + read
+    if (system := row.values.get(data.columns.system)) and not is_missing(system):
+        read = [({"role": "system", "content": row.text(data.columns.system)}, False), *read]
+    return read
+
+
+def _turns(row: Row, column: str) -> list[tuple[dict[str, Any], bool]]:
+    """The messages of a column, each with whether it is an answer with something to learn."""
+    turns = row.get(column)
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # as tables without lists hold one
+        turns = _parsed(row, column, turns)
+    if not isinstance(turns, list) or not turns:
+        row.fail(f"{column} = {shortened(turns)}: must be a list of messages, each with 'role' and 'content'.")
+    return [_message(row, f"{column}[{i}]", turn) for i, turn in enumerate(turns)]
+
+
+def _respelt(row: Row, where: str, turn: dict[str, Any]) -> dict[str, Any]:
+    """A ShareGPT turn, which is `from` somebody and has a `value`, as a message."""
+    speaker, value = str(turn["from"]), turn.get("value")
+    rest = {key: one for key, one in turn.items() if key not in ("from", "value")}
+    if speaker == "function_call":
+        calls = _parsed(row, f"{where}, value", value) if isinstance(value, str) else value
+        return rest | {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    if speaker not in SPEAKERS:
+        row.fail(f"{where} is from {speaker!r}: unknown. Choose one of: {', '.join((*SPEAKERS, 'function_call'))}.")
+    return rest | {"role": SPEAKERS[speaker], "content": value}
+
+
 def _message(row: Row, where: str, turn: Any) -> tuple[dict[str, Any], bool]:
     """A message as templates take it, and whether it is an answer with something to learn."""
+    if isinstance(turn, dict) and "from" in turn and is_missing(turn.get("role")):
+        turn = _respelt(row, where, turn)
     if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
         row.fail(f"{where} = {shortened(turn)}: each message must have a text 'role' and a text 'content'.")
     if turn["role"] not in ROLES:
@@ -479,14 +650,32 @@ def _check_named_columns(row: Row, data: DataConfig) -> None:
             row.get(column)
 
 
+def columns_read(rows: Sequence[Row], data: DataConfig) -> set[str]:
+    """The columns that are read in some of them."""
+    return {column for _, read in _read_alike(rows, data) for column in read}
+
+
 def unread_columns(rows: Sequence[Row], data: DataConfig) -> list[str]:
-    """Columns that hold something and are not read."""
-    read = FORMATS[data.kind].columns(data)
+    """Columns that hold something and are not read; an answer that was rejected is left out on purpose."""
     return list(
         dict.fromkeys(
             str(column)
-            for row in rows
+            for alike, read in _read_alike(rows, data)
+            for row in alike
             for column, value in row.values.items()
-            if column not in read and not is_missing(value) and value not in ("", [], {})
+            if column not in read | ({"rejected"} if "chosen" in read else set())
+            and not is_missing(value)
+            and value not in ("", [], {})
         )
     )
+
+
+def _read_alike(rows: Sequence[Row], data: DataConfig) -> Iterator[tuple[list[Row], set[str]]]:
+    """Rows that are read in one way, and the columns that are read of them."""
+    ways: dict[tuple[str, str | None], list[Row]] = {}
+    for row in rows:
+        ways.setdefault((row.kind or data.kind, row.template), []).append(row)
+    for (kind, own), alike in ways.items():
+        template = data.template if own is None and kind == data.kind else own
+        form = FORMATS[kind]
+        yield alike, {str(c) for row in alike for c in row.values} if form.reads_all else form.columns(data, template)

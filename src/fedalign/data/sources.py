@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import functools
 import gzip
 import io
+import itertools
 import json
 import logging
 import lzma
 import math
 import re
+import string
 import unicodedata
 import zlib
 from collections import Counter
@@ -20,16 +23,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn
 
+from fedalign.config.run import AUTO, FileConfig
 from fedalign.data import docstrings
-from fedalign.errors import UserError
+from fedalign.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from fedalign.config.run import DataConfig
 
 
 Split = Literal["train", "test"]
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 LONGEST_CELL = 2**31 - 1  # characters; Python's csv allows 131,072 unless told otherwise
 DAMAGED = (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, lzma.LZMAError)
 WHOLE = re.compile(r"(-?[0-9]+)(?:\.0*)?")
@@ -41,6 +44,18 @@ log = logging.getLogger("fedalign")
 def say(line: str) -> None:
     """Tell the user, once, what is left out and what was settled."""
     log.warning(line)
+
+
+def _open_zstd(path: Path, mode: str) -> IO[bytes]:
+    """The content of a .zst file, whole in memory. Python's own libraries read none before 3.14."""
+    import pyarrow
+
+    assert mode == "rb"
+    with pyarrow.input_stream(path, compression="zstd") as stream:
+        return io.BytesIO(stream.read())
+
+
+PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
 
 
 class BadRowError(UserError):
@@ -59,6 +74,8 @@ class Row:
     source: str
     number: int
     file: str = ""
+    kind: str = ""  # what [data.files] says of its file; "": data.kind
+    template: str | None = None  # the same; None: data.template, for rows of data.kind
 
     @property
     def where(self) -> str:
@@ -137,6 +154,24 @@ def read_rows(source: str, data: DataConfig, split: Split) -> Iterator[Row]:
         yield from read_hub(source, data, split)
 
 
+def check_names(data: DataConfig) -> None:
+    """Each file that [data.files] names is one of the training or the test data.
+
+    Raises:
+        UserError: One is not.
+    """
+    for name in data.files:
+        if name not in (there := {file.name for source in (data.train, data.test) for file in _every_file(source)}):
+            raise unknown("data.files", name, there)
+
+
+def _every_file(source: str | None) -> list[Path]:
+    """The data files of a source, in all its splits."""
+    path = Path(source or "docstrings").expanduser()
+    folders = [path, *path.iterdir()] if path.is_dir() else []
+    return [path] if path.is_file() else [file for folder in folders for file in _data_files(folder)]
+
+
 def stem(path: Path) -> str:
     """The name of a file without what tells its type.
 
@@ -203,22 +238,127 @@ def read_file(path: Path, data: DataConfig, name: str) -> Iterator[Row]:
     kind, packed = _type(path)
     if kind not in READERS:
         raise UserError(f"{path}: files of type {kind!r} are not read. Choose one of: {', '.join(SUFFIXES)}.")
+    own = data.files.get(path.name, FileConfig())
+    renamed = _renamed(own.columns, data)
+    template = own.template and _over(own.template, renamed)
     number = 0
     try:
         with PACKED.get(packed, open)(path, "rb") as content:
             classes = _settled(_classes_of_parquet(content, path) if kind == ".parquet" else {}, data)
-            for number, values in enumerate(READERS[kind](content), 1):
+            encoding = "" if kind == ".parquet" else _encoding(content, own.encoding or data.encoding, path)
+            written = Written(path, encoding, own.delimiter or data.delimiter)
+            for number, values in enumerate(READERS[kind](content, written), 1):
                 if not isinstance(values, Mapping):
                     raise UserError(f"{path}, row {number}: {shortened(values)}: must be an object with named columns.")
-                yield _named(Row(values, str(path), number, name), classes)
+                named = _with_names(values, renamed) if renamed else values
+                yield _named(Row(named, str(path), number, name, own.kind or "", template), classes)
     except DAMAGED as error:
         raise UserError(f"{path}, after row {number}: not readable as {kind[1:]}{packed}: {error}") from None
     if not number:
         raise UserError(f"{path}: the file holds no rows. Give a file with at least one.")
 
 
-def _text(content: IO[bytes], newline: str | None = None) -> io.TextIOWrapper:
-    return io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline)  # with or without a byte order mark
+# ---------------------------------------------------------------------------------------- columns called otherwise
+
+
+def _renamed(own: Mapping[str, str], data: DataConfig) -> dict[str, str]:
+    """Columns of a file -> what they are called everywhere else.
+
+    A column that bears the name of another role's steps aside: nothing is read as what it is not.
+    """
+    names = {column: getattr(data.columns, role) or role for role, column in own.items()}
+    aside = {taken: f"{taken} (other)" for taken in names.values() if taken not in names}
+    return {column: new for column, new in {**aside, **names}.items() if column != new}
+
+
+def _with_names(values: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    return {renamed.get(column, column): value for column, value in values.items()}
+
+
+def _over(template: str, renamed: Mapping[str, str]) -> str:
+    """A template over a file's own columns, over the names that they are given."""
+    parts = []
+    for before, column, _, _ in string.Formatter().parse(template):
+        parts.append(before.replace("{", "{{").replace("}", "}}"))
+        parts.append("" if column is None else f"{{{renamed.get(column, column)}}}")
+    return "".join(parts)
+
+
+# ----------------------------------------------------------------------------------------------------- text of files
+
+
+@dataclass(frozen=True)
+class Written:
+    """How a file is written."""
+
+    path: Path
+    encoding: str  # "": it holds no text
+    delimiter: str  # of a csv
+
+
+def written_as(path: Path) -> Written:
+    """How a file is written, as it is guessed where nobody says it; what holds no text or cells has no such thing."""
+    kind, packed = _type(path)
+    if kind not in READERS or kind == ".parquet":
+        return Written(path, "", "")
+    with PACKED.get(packed, open)(path, "rb") as content:
+        found = Written(path, _encoding(content, AUTO, path), AUTO if READERS[kind] is _read_csv else "")
+        if not found.delimiter:
+            return found
+        with _text(content, found, newline="") as lines:
+            return replace(found, delimiter=_delimiter(_header(lines), found))
+
+
+MARKS = (  # the longer before those that they begin with
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+CHUNK = 2**20  # bytes
+
+
+def _encoding(content: IO[bytes], said: str, path: Path) -> str:
+    """The encoding of a text file: as the user says, or by its byte order mark, or the first that fits, and told."""
+    first = content.read(4)
+    content.seek(0)
+    marked = next((encoding for mark, encoding in MARKS if first.startswith(mark)), "")
+    if said != AUTO:
+        return "utf-8-sig" if codecs.lookup(said).name == "utf-8" else said
+    if marked:
+        return marked
+    encoding = next((name for name in ("utf-8", "cp1252") if _fits(content, name)), "")
+    if not encoding:
+        raise UserError(
+            f"{path}: neither UTF-8 nor Windows-1252. Name its encoding in data.encoding, such as utf-16, cp1250, "
+            "shift_jis."
+        )
+    if encoding == "cp1252":
+        say(
+            f"{path}: is not UTF-8 and is read as Windows-1252. If letters look wrong in `fedalign data`, name another "
+            "encoding in data.encoding"
+        )
+    return encoding
+
+
+def _fits(content: IO[bytes], encoding: str) -> bool:
+    """Whether all of it decodes, to text without the character 0: UTF-16 without its mark is full of them."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    try:
+        for chunk in iter(lambda: content.read(CHUNK), b""):
+            if "\0" in decoder.decode(chunk):
+                return False
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    finally:
+        content.seek(0)
+    return True
+
+
+def _text(content: IO[bytes], written: Written, newline: str | None = None) -> io.TextIOWrapper:
+    return io.TextIOWrapper(content, encoding=written.encoding, newline=newline)
 
 
 def _loads(text: str) -> Any:
@@ -242,32 +382,65 @@ def _twice(names: Sequence[str]) -> str:
     return next((name for name, count in Counter(names).items() if count > 1), "")
 
 
-def _read_jsonl(content: IO[bytes]) -> Iterator[Any]:
-    with _text(content) as lines:
+def _read_jsonl(content: IO[bytes], written: Written) -> Iterator[Any]:
+    with _text(content, written) as lines:
         yield from (_loads(line) for line in lines if line.strip())
 
 
-def _read_json(content: IO[bytes]) -> Iterator[Any]:
-    with _text(content) as text:
+def _read_json(content: IO[bytes], written: Written) -> Iterator[Any]:
+    with _text(content, written) as text:
         values = _loads(text.read() or "[]")
     if not isinstance(values, list):
         raise ValueError("the file must hold one list of objects; for one object a line, call it .jsonl")
     yield from values
 
 
-def _read_csv(content: IO[bytes]) -> Iterator[Any]:
+def _read_csv(content: IO[bytes], written: Written) -> Iterator[Any]:
     csv.field_size_limit(LONGEST_CELL)
-    with _text(content, newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
+    with _text(content, written, newline="") as lines:
+        head = _header(lines)
+        delimiter = _delimiter(head, written)
+        reader = csv.DictReader(itertools.chain(head, lines), delimiter=delimiter, strict=True)
         if name := _twice(reader.fieldnames or []):
             raise ValueError(f"the header has {name!r} twice")
         for values in reader:
             if None in values:  # more cells than the header names
-                raise ValueError(f"line {reader.line_num} has more cells than the header")
+                raise ValueError(f"line {reader.line_num} has more cells than the header, parted by {delimiter!r}")
             yield {name: value or None for name, value in values.items()}
 
 
-def _read_parquet(content: IO[bytes]) -> Iterator[Any]:
+def _header(lines: Iterator[str]) -> list[str]:
+    """The lines of a csv's header: a name in quotes may hold line breaks."""
+    head: list[str] = []
+    for line in lines:
+        if line.strip() or head:
+            head.append(line)
+        if head and "".join(head).count('"') % 2 == 0:
+            break
+    return head
+
+
+def _delimiter(head: list[str], written: Written) -> str:
+    """The delimiter of a csv: as the user says, or that of most cells in the header, and told if it is no comma."""
+    if written.delimiter != AUTO:
+        return written.delimiter
+    if _type(written.path)[0] == ".tsv":
+        return "\t"
+    cells = {delimiter: _cells(head, delimiter) for delimiter in ",;\t|"}
+    most = max(cells, key=cells.__getitem__)  # of equals the first
+    if most != ",":
+        say(f"{written.path}: cells are parted by {most!r}, as the header has it (data.delimiter)")
+    return most
+
+
+def _cells(head: list[str], delimiter: str) -> int:
+    try:
+        return len(next(csv.reader(head, delimiter=delimiter, strict=True), []))
+    except csv.Error:  # quotes end where no cell does
+        return 0
+
+
+def _read_parquet(content: IO[bytes], written: Written) -> Iterator[Any]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(content) as file:
@@ -277,10 +450,11 @@ def _read_parquet(content: IO[bytes]) -> Iterator[Any]:
             yield from batch.to_pylist()
 
 
-READERS: dict[str, Callable[[IO[bytes]], Iterator[Any]]] = {
+READERS: dict[str, Callable[[IO[bytes], Written], Iterator[Any]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }
 

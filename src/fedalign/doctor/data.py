@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,7 +13,7 @@ from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config, DataConfig
 from fedalign.config.site import SiteFolder
 from fedalign.data.encode import IGNORED, Encoded, Encoder
-from fedalign.data.formats import FORMATS, Example, load_examples
+from fedalign.data.formats import FORMATS, OURS, Example, load_examples
 from fedalign.data.sources import read_rows
 from fedalign.doctor.report import Examination
 from fedalign.errors import DataError, UserError
@@ -93,14 +93,14 @@ def preview(tokenizer: Any, one: Encoded) -> list[tuple[str, bool]]:
 
 def guess_kind(data: DataConfig) -> str:
     """What the first rows could be, for want of a configuration that says it."""
-    return next(_possible_kinds(data), "text")
-
-
-def _possible_kinds(data: DataConfig) -> Iterator[str]:
-    for kind, form in FORMATS.items():
+    try:
+        rows = list(islice(read_rows(data.train, data, "train"), GUESS_ROWS))
+    except UserError:  # whoever reads it for a purpose says what is wrong
+        return "text"
+    for kind, form in OURS.items():
         try:
-            rows = list(islice(read_rows(data.train, data, "train"), GUESS_ROWS))
             list(form.read(rows, data.model_copy(update={"kind": kind}), "train"))
         except UserError:
             continue
-        yield kind
+        return kind
+    return "text"

@@ -60,7 +60,7 @@ def check_model(found: Examination, config: Config) -> Workbench | None:
         "failed" if lacks else "ok",
         f"{len(bench.tokenizer):,} tokens, {'a' if template else 'no'} chat template"
         + (f", and data.kind = {config.data.kind!r} needs one" if lacks else ""),
-        "Use a model tuned for chat, or data.kind = one of: instruction, text.",
+        'Use a model tuned for chat, data.chat_template = "chatml", or data.kind = one of: instruction, text.',
     )
     return bench
 

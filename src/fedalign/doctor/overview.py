@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
 from fedalign.data.encode import Encoder
-from fedalign.data.formats import FORMATS, Example, drawn, examples_of, sift, unread_columns
+from fedalign.data.formats import FORMATS, Example, columns_read, drawn, examples_of, sift, unread_columns
 from fedalign.data.partition import partition
-from fedalign.data.sources import Row, is_missing, read_rows
+from fedalign.data.sources import Row, check_names, is_missing, read_rows
 from fedalign.doctor.data import preview
 from fedalign.doctor.model import skeleton_bench
 from fedalign.errors import UserError
@@ -57,6 +57,7 @@ class Overview:
     kind: str
     files: Mapping[str, int]  # rows of each
     columns: Mapping[str, Column]
+    unread: tuple[str, ...]  # columns that hold something and that nothing uses
     broken: tuple[str, ...]  # rows that cannot be read, and why
     examples: int
     taken: int  # of them, as data.max_train says
@@ -66,11 +67,6 @@ class Overview:
     undealt: str  # why not
     lengths: Lengths | None  # None: no model was named
     shown: tuple[Pieces, ...]  # the first examples as the model reads them
-
-    @property
-    def unread(self) -> list[str]:
-        """Columns that hold something and that nothing uses."""
-        return [name for name, column in self.columns.items() if column.filled and not column.is_read]
 
 
 def overview(config: Config, with_model: bool = True) -> Overview:
@@ -84,6 +80,7 @@ def overview(config: Config, with_model: bool = True) -> Overview:
         UserError: A file cannot be read at all, or the model is not there.
     """
     data = config.data.model_copy(update={"on_bad_row": "error"})
+    check_names(data)
     rows = list(read_rows(data.train, data, "train"))
     if not rows:
         raise UserError(f"data.train = {data.train!r}: holds no rows.")
@@ -99,6 +96,7 @@ def overview(config: Config, with_model: bool = True) -> Overview:
         kind=data.kind,
         files=Counter(row.source for row in rows),
         columns=_columns(rows, config),
+        unread=tuple(unread_columns(rows, data)),
         broken=tuple(broken),
         examples=len(learnt),
         taken=len(taken),
@@ -117,7 +115,7 @@ def _columns(rows: Sequence[Row], config: Config) -> dict[str, Column]:
     for row in rows:
         filled.update({str(name): int(not is_missing(value) and value != "") for name, value in row.values.items()})
     unread = set(unread_columns(rows, config.data))
-    read = FORMATS[config.data.kind].columns(config.data)
+    read = columns_read(rows, config.data)
     return {name: Column(count, name in read and name not in unread) for name, count in filled.items()}
 
 

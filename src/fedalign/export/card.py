@@ -78,7 +78,7 @@ def log_probabilities(**inputs):
 UNTOLD = {  # of the configuration: paths, names of clients and classes, what the machines were
     "run": ("device", "threads"),
     "model": ("path", "revision"),
-    "data": ("train", "test", "subset", "train_split", "test_split", "columns", "labels"),
+    "data": ("train", "test", "subset", "train_split", "test_split", "columns", "labels", "files"),
     "clients": ("limits",),
 }
 

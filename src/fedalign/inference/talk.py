@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from fedalign.client.evaluation import TestSet, answers, generated, stops
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import DataConfig
 from fedalign.data.chat import Message
-from fedalign.data.formats import FORMATS, Example, prompt_of
+from fedalign.data.formats import FORMATS, Chat, Example, asked, first_field, prompt_of
 from fedalign.data.sources import Row
 from fedalign.errors import UserError
 
@@ -49,7 +49,9 @@ class Talk:
     def role(self) -> str:
         """The column that a typed line stands for."""
         columns, roles = self._data.columns, {"instruction": "prompt", "multiple_choice": "question"}
-        return str(getattr(columns, roles.get(self._data.kind, "text")))
+        column = str(getattr(columns, roles.get(self._data.kind, "text")))
+        template = self._data.template
+        return column if template is None or f"{{{column}}}" in template else first_field(template)
 
     def answer(self, row: Mapping[str, Any], say: Say | None = None) -> str:
         """What the model says to a row, which needs no answer of its own; `say` hears it piece by piece.
@@ -60,14 +62,23 @@ class Talk:
         if (classes := self.classes(row)) is not None:
             return next(iter(classes))
         if self._data.kind == "chat":
-            turns = row.get(self._data.columns.messages)
-            messages = list(turns) if isinstance(turns, list) else [{"role": "user", "content": row[self.role]}]
-            return self._generate(self._asked([*self.messages, *messages]), say)
+            if self._data.columns.messages in row:
+                chat = asked(Row(row, "prompt", 1), self._data)
+            else:
+                chat = Chat(({"role": "user", "content": row[self.role]},), ())
+            return self._generate(self._asked([*self.messages, *chat.messages], chat.tools), say)
         if self._data.kind == "text":
             return self._generate(self.bench.tokenizer(str(row[self.role]))["input_ids"], say)
-        prompt = prompt_of(Row(row, "prompt", 1), self._data)
-        (ids,) = self.bench.encoder.encode_prompts([Example(prompt, "")])
+        (ids,) = self.bench.encoder.encode_prompts([self._example(Row(row, "prompt", 1))])
         return self._generate(ids, say)
+
+    def _example(self, row: Row) -> Example:
+        """A row without its answer; a package's format is given the whole row."""
+        form = FORMATS[self._data.kind]
+        if not form.reads_all:
+            return Example(prompt_of(row, self._data), "")
+        (example,) = form.read([row], self._data, "test")
+        return example
 
     def remember(self, said: str, answer: str) -> None:
         """Go on from here; only chats do."""
@@ -90,9 +101,10 @@ class Talk:
         shares = torch.softmax(scores, 0).tolist()
         return dict(sorted(zip(names, shares, strict=True), key=lambda pair: -pair[1]))
 
-    def _asked(self, messages: list[Message]) -> list[int]:
+    def _asked(self, messages: list[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         template = self.bench.tokenizer.apply_chat_template
-        return list(template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+        given = {"tools": list(tools) or None, "add_generation_prompt": True, "return_dict": True}
+        return list(template(messages, **given)["input_ids"])
 
     @torch.no_grad()
     def _generate(self, ids: list[int], say: Say | None) -> str:

@@ -23,6 +23,7 @@ from fedalign.moe.families import (
     MoELayer,
     computed_logits,
     family_of,
+    family_row,
     is_encoder_decoder,
     read_logits,
     refuse,
@@ -61,7 +62,8 @@ def detect(model: PreTrainedModel) -> tuple[str, tuple[MoELayer, ...]]:
 def _row(model: PreTrainedModel) -> Family | None:
     """The table's row, if the model's code is that of transformers: a checkpoint may bring its own under the name."""
     own = type(model).__module__.startswith("transformers.")
-    return FAMILIES.get(family_of(model.config).removesuffix("_text")) if own else None
+    name = family_of(model.config).removesuffix("_text")
+    return family_row(name) if own or name not in FAMILIES else None
 
 
 def _from_table(model: PreTrainedModel, row: Family) -> Iterator[MoELayer]:

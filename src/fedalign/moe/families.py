@@ -2,7 +2,11 @@
 
 A row says where a family deviates from the usual spelling: router `<block>.gate` with `weight` [E, H] that returns
 (logits [T, E], weights [T, K], experts [T, K]), experts fused beside it with a leading axis E. Adding a family is one
-row here and one tiny config in the tests.
+row here and one tiny config in the tests; or, in a package of your own, an entry point of the group
+"fedalign.families", under the model_type, with underscores::
+
+    [project.entry-points."fedalign.families"]
+    my_moe = "my_package:MY_MOE"  # a Family
 
 Most families need no row: where transformers, or the shapes of weights, show a router beside experts, one run over a
 few tokens shows the rest, checked against what the experts were really given.
@@ -17,10 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedalign.algorithms import from_package, offered
 from fedalign.errors import UserError
 from fedalign.protocol import Scoring
 
 Dispatch = Literal["index", "one_hot", "logits"]
+GROUP = "fedalign.families"  # entry points of other packages: a model_type, and a row
 TOP_K = (  # how routers, blocks, experts and configurations say to how many experts a token goes
     "top_k",
     "num_experts_per_tok",
@@ -69,6 +75,27 @@ REFUSED = {
     "nllb_moe": "its code in transformers is broken: only experts 0 and 1 ever run",
     "zaya": "its router may skip all experts, and what it returns then names expert 0",
 }
+
+
+def family_row(name: str) -> Family | None:
+    """The row of a family: ours, or one that an installed package offers; None: it is searched for.
+
+    Raises:
+        UserError: Several packages offer it, or the package is broken.
+    """
+    if name in FAMILIES or name not in offered(GROUP):
+        return FAMILIES.get(name)
+    row: Family = from_package(GROUP, "model", name, FAMILIES, _flaw)
+    return row
+
+
+def every_family() -> list[str]:
+    """Families with a row: ours, then those that installed packages offer."""
+    return [*FAMILIES, *(name for name in offered(GROUP) if name not in FAMILIES)]
+
+
+def _flaw(row: Any) -> str | None:
+    return None if isinstance(row, Family) else "is no fedalign.moe.families.Family"
 
 
 @dataclass(frozen=True)

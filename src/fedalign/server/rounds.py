@@ -245,7 +245,7 @@ class Server:
         failures: list[Failure] = []
         widths = self.config.statistics.centroid_width, self.config.statistics.update_width
         shapes = asked_shapes(self.layout, self.config.asks, *widths)
-        training, chats = self.config.training, self.config.data.kind == "chat"
+        training, chats = self.config.training, self.config.data.has_chats
         self.observer.progress(number, "training", 0, len(chosen))
         for reply in self.federation.train(broadcast, chosen):
             if isinstance(reply, Statistics):

@@ -12,7 +12,7 @@ from fedalign.doctor.link import check_key
 from fedalign.doctor.report import Examination
 from fedalign.errors import UserError
 from fedalign.federation.flower.keys import make_certificates
-from fedalign.federation.flower.new_site import Wishes, init_site, parse_columns
+from fedalign.federation.flower.new_site import Wishes, init_site, parse_columns, readable_columns
 
 
 @pytest.fixture
@@ -93,6 +93,14 @@ def test_rows_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("text")
     with pytest.raises(UserError, match=r"type '.txt' are not read"):
         init_site("a", tmp_path / "a", Wishes(tmp_path / "notes.txt"))
+
+
+def test_a_column_for_each_choice_is_named_as_readable(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question;A;B;answer;secret\nGrass?;red;green;B;x\n", encoding="utf-16")
+    folder = init_site("a", tmp_path / "a", Wishes(tmp_path / "a.csv", columns={"choices": "A,B"}))
+    assert readable_columns(folder.config) == ["question", "answer", "A", "B"]
+    with pytest.raises(UserError, match="no column 'C'"):
+        init_site("b", tmp_path / "b", Wishes(tmp_path / "a.csv", columns={"choices": "A,B,C"}))
 
 
 @pytest.mark.parametrize("name", ["", "  ", "a\nb", "\x1b[31mred", "right\u202eleft", "w" * 65])

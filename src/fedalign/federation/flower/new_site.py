@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fedalign.config.run import Columns, DataConfig
+from fedalign.config.run import Columns, DataConfig, choice_columns
 from fedalign.config.site import FILE, SiteConfig, SiteFolder
 from fedalign.config.toml import checked
 from fedalign.data.sources import read_rows
@@ -100,8 +100,9 @@ def parse_columns(pairs: list[str]) -> dict[str, str]:
 
 def readable_columns(config: SiteConfig) -> list[str]:
     """The columns of the first rows that a coordinator can have read."""
-    named = config.data.columns.model_dump(exclude={"client"}).values()
-    data = DataConfig(train=config.data.train)
+    columns = config.data.columns
+    named = [*columns.model_dump(exclude={"client"}).values(), *choice_columns(columns.choices)]
+    data = DataConfig(train=config.data.train, **config.data.own)
     there = {column for row in islice(read_rows(data.train, data, "train"), FIRST_ROWS) for column in row.values}
     return [column for column in named if column in there]
 
@@ -112,10 +113,12 @@ def check_first_rows(config: SiteConfig) -> None:
     Raises:
         UserError: They cannot, or do not.
     """
-    data = DataConfig(train=config.data.train, columns=config.data.columns)
+    data = DataConfig(train=config.data.train, **config.data.own)
     for row in islice(read_rows(data.train, data, "train"), FIRST_ROWS):
         for role in config.data.columns.model_fields_set:
-            row.get(getattr(data.columns, role))
+            name = getattr(data.columns, role)
+            for column in choice_columns(name) if role == "choices" and name not in row.values else [name]:
+                row.get(column)
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
