@@ -15,7 +15,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from fedalign.config.toml import load_config
 from fedalign.report import write_report
-from tests.browser.conftest import CLIENTS, EVIL, Browser
+from tests.browser.conftest import CLIENTS, EVIL, KINDS, Browser
 from tests.report.made import Shape, make_comparison, make_run
 
 pytestmark = pytest.mark.browser
@@ -206,3 +206,18 @@ def test_without_what_is_optional_it_says_so(browser: Browser, tmp_path: Path) -
     assert browser.console() == []
     assert "What clients hold was not recorded" in browser.one("#figure-clients figcaption").text
     assert "was not recorded in these runs" in browser.one("#experts").text
+
+
+# ------------------------------------------------------------------------------------------------- five kinds of run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [1400, 800])
+@pytest.mark.parametrize("dark", [False, True])
+def test_real_runs_are_shown_whole(browser: Browser, kinds: dict[str, Path], kind: str, width: int, dark: bool) -> None:
+    browser.console()
+    browser.open(kinds[kind], width, dark=dark)
+    browser.settle()
+    keep(browser, f"{kind}-{width}-{'dark' if dark else 'light'}")
+    assert browser.console() == []
+    assert browser.evaluate("document.documentElement.scrollWidth") == width

@@ -64,7 +64,7 @@ def test_headings_are_in_order_and_figures_are_described(page: str) -> None:
     assert levels.count(1) == 1
     assert all(below - above <= 1 for above, below in pairwise(levels))
     figures = sum(tag == "figure" for tag, _ in tags)
-    assert figures == sum(tag == "figcaption" for tag, _ in tags) == 9
+    assert figures == sum(tag == "figcaption" for tag, _ in tags) == 10
     ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
     assert len(ids) == len(set(ids))
 

@@ -24,7 +24,16 @@ from fedalign.server.health import DamagedError
 from fedalign.server.results import RunFolder, read_history
 from fedalign.server.scores import merit
 
-UNTOLD = ("run.seed", "run.device", "run.threads", "tracking.", "federation.", "server.min_clients")
+UNTOLD = (
+    "run.seed",
+    "run.device",
+    "run.threads",
+    "run.check",
+    "evaluation.answers",
+    "tracking.",
+    "federation.",
+    "server.min_clients",
+)
 NUMBERS = (  # that tables and figures are made of
     "accuracy",
     "bytes_up",

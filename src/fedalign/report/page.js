@@ -391,6 +391,39 @@
   });
   seed.addEventListener("change", () => redraw("figure-clients"));
 
+  // ------------------------------------------------------------------ confusion of classes
+
+  const confusion = by("confusion");
+  const confusions = () => data.confusions.filter((one) => one.point === state.point);
+  const fillConfusions = () => {
+    if (!confusion) return;
+    fill(confusion, confusions().map((one) => [one.label, data.labels[one.label]]));
+    by("confusion-choice").hidden = confusions().length < 2;
+  };
+  figure("figure-confusion", (width) => {
+    const about = confusions().find((one) => String(one.label) === confusion.value);
+    if (!about) return "Not recorded for this setting.";
+    const { names, tables } = about;
+    const each = columns(width, tables.length, 300);
+    const value = (counts) => (y, x) => counts[y][x];
+    const colors = { type: "sqrt", scheme: "viridis", domain: [0, Math.max(1, ...tables.flatMap(({ counts }) => counts.flat()))] };
+    const title = (round) => (round === 0 ? "At the start" : `After round ${round}`);
+    const nodes = tables.map(({ round, counts }) => {
+      const right = d3.sum(names, (_, i) => counts[i][i]);
+      const of = d3.sum(counts.flat());
+      const svg = heat({ rows: names, cols: names, value: value(counts), width: Math.min(each, 160 + names.length * 44), colors, xLabel: "answered", yLabel: "class", format: (v) => `${v} rows` });
+      return panel(`${title(round)}: ${right} of ${of} right`, svg, `Heat map of ${names.length} classes by what was answered, ${title(round).toLowerCase()}: ${right} of ${of} test rows right.`);
+    });
+    const thinned = names.length < about.of ? ` The ${names.length} most frequent of ${about.of} classes are shown.` : "";
+    return {
+      nodes: [...nodes, ramp(colors, "test rows (square root scale)", "~s", 4)],
+      caption: `${data.labels[about.label]}, seed ${about.seed}${where()}, n = ${about.examples} rows of the global test set.${thinned}`,
+      head: ["when", "class", ...names.map((name) => `answered ${name}`)],
+      rows: () => tables.flatMap(({ round, counts }) => names.map((name, y) => [title(round), name, ...counts[y]])),
+    };
+  });
+  confusion?.addEventListener("change", () => redraw("figure-confusion"));
+
   // ------------------------------------------------------------------ experts
 
   const unpacked = once((run) => ({
@@ -612,12 +645,14 @@
   point.addEventListener("change", () => {
     state.point = Number(point.value);
     fillSeeds();
+    fillConfusions();
     fillExperts();
     redraw();
   });
   for (const form of document.forms) form.addEventListener("submit", (event) => event.preventDefault());
 
   fillSeeds();
+  fillConfusions();
   fillExperts();
   let drawn = 0;
   new ResizeObserver(() => {

@@ -16,10 +16,12 @@ from fedalign.compare.plan import line_name, point_title
 from fedalign.compare.statistics import FEW
 from fedalign.compare.tables import MARK, final_scores, paired_differences
 from fedalign.report import figures, findings
+from fedalign.report.answers import Sheets, sheets
 from fedalign.report.figures import Json
 from fedalign.report.health import ExpertFigures, budget_text, health
 from fedalign.report.material import Material
 from fedalign.server.health import DEAD, OVERLOADED
+from fedalign.units import percent
 
 GENERATOR = "fedalign report"
 LIBRARIES = ("d3-7.9.0.min.js", "plot-0.6.17.min.js")
@@ -27,7 +29,7 @@ LIBRARIES = ("d3-7.9.0.min.js", "plot-0.6.17.min.js")
 
 def render(material: Material) -> str:
     """The whole page. Whatever comes from a run is data: escaped in HTML, and JSON to the script."""
-    experts = health(material)
+    experts, answered = health(material), sheets(material)
     environment = Environment(
         loader=PackageLoader("fedalign.report", "."),
         autoescape=True,
@@ -54,17 +56,19 @@ def render(material: Material) -> str:
         config=_config_text(material),
         runs=[_about(material, i) for i in range(len(material.runs))],
         problems=experts.problems,
+        answers=answered,
+        percent=percent,
         health_note=budget_text(experts.runs) if experts.runs else "",
         dead=f"{100 * DEAD:g} %",
         overloaded=f"{OVERLOADED:g}",
-        data=page_data(material, experts),
+        data=page_data(material, experts, answered),
         style=_own("page.css"),
         script=_own("page.js"),
         libraries=[_own(f"vendor/{name}") for name in LIBRARIES],
     )
 
 
-def page_data(material: Material, experts: ExpertFigures) -> Json:
+def page_data(material: Material, experts: ExpertFigures, answered: Sheets) -> Json:
     """Everything that the script draws."""
     design = material.design
     groups = [figures.curves(material, group) for group in figures.GROUPS]
@@ -75,6 +79,7 @@ def page_data(material: Material, experts: ExpertFigures) -> Json:
         "divergence": figures.curves(material, figures.DIVERGENCE),
         "uploads": figures.uploads(material),
         "clients": figures.clients(material),
+        "confusions": [sheet.figure for sheet in answered.shown if sheet.figure is not None],
         "health": experts.runs,
         "few": FEW,
         "bounds": {"dead": DEAD, "overloaded": OVERLOADED},
