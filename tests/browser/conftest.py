@@ -148,7 +148,7 @@ def _chat(folder: Path, olmoe: Path) -> None:
         turns = [[("user", f"What is this about: {row['text']}?"), ("assistant", row["label"])] for row in chosen]
         lines = [{"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns]
         (folder / f"{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    chosen = [f"model.path={folder / 'chatty'}", f"data.train={folder / 'train.jsonl'}"]
-    chosen += [f"data.test={folder / 'test.jsonl'}", "data.kind=chat", "clients.partition=iid", "clients.count=3"]
-    chosen += ["run.rounds=2", "statistics.min_tokens=4", "evaluation.max_new_tokens=12"]
-    fedalign.run(load_config(None, chosen), out=folder / "chat", progress=False)
+    asked = [f"model.path={folder / 'chatty'}", f"data.train={folder / 'train.jsonl'}"]
+    asked += [f"data.test={folder / 'test.jsonl'}", "data.kind=chat", "clients.partition=iid", "clients.count=3"]
+    asked += ["run.rounds=2", "statistics.min_tokens=4", "evaluation.max_new_tokens=12"]
+    fedalign.run(load_config(None, asked), out=folder / "chat", progress=False)

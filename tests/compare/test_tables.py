@@ -87,7 +87,9 @@ def test_scores_say_on_how_many_rows(ask: Ask) -> None:
         for seed in (0, 1)
     ]
     (told,) = [note for note in notes(design, runs=runs) if "Scored on" in note]
-    assert told == ("Scored on 500 rows of the global test set and 33 to 34 held-out rows of all clients together.")
+    assert told == (
+        "Scored on 500 rows of the global test set and 33 to 34 held-out rows of all clients together, 13 to 20 each."
+    )
     assert not any("Scored on" in note for note in notes(design, runs=[finished(cell["fedavg", 0], 0.1, 0.5)]))
 
 

@@ -63,7 +63,8 @@ def test_clients_show_their_last_accuracies_and_what_they_hold(tmp_path: Path) -
     (one,) = clients(read_material([tmp_path / "fedavg_0", tmp_path / "fedprox_0"]))
     assert one["names"] == ["a", "b"]
     assert (one["labels"], one["counts"], one["examples"]) == (["x", "y"], [[2, 3], [0, 1]], [5, 1])
-    assert one["accuracies"] == [{"label": 0, "values": [50, 25]}, {"label": 1, "values": [75, None]}]
+    assert one["score"] == "accuracy"
+    assert one["scores"] == [{"label": 0, "values": [50, 25]}, {"label": 1, "values": [75, None]}]
     assert material.runs[0].held.keys() == {f"client-{i:02d}" for i in range(6)}
 
 
@@ -119,7 +120,7 @@ def test_facts_tell_what_varies(tmp_path: Path) -> None:
     folder = make_comparison(tmp_path / "a", "fedavg", seeds=[0], grid={"clients.alpha": ["0.1", "1.0"]})
     told = dict(facts(read_material([folder])))
     assert told["clients"] == "6, dirichlet, alpha: 0.1, 1.0"
-    assert (told["rounds"], told["seeds"], told["algorithms"]) == ("4", "0", "fedavg")
+    assert (told["rounds"], told["seed"], told["algorithm"]) == ("4", "0", "fedavg")
 
 
 def test_thinning_keeps_both_ends() -> None:

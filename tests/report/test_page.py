@@ -83,7 +83,8 @@ def test_a_page_of_losses_speaks_of_lower(tmp_path: Path) -> None:
     write_report([made], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text().split("<script")[0]
     assert "Loss against bytes uploaded" in text
-    assert "which curve is lower" in text
+    assert "how early a curve gets low" in text
+    assert re.search(r"loss \d\.\d+.nats at the start, \d\.\d+.nats after round 4, one seed, n.=.400.rows", text)
     assert "higher" not in text.partition("<section")[2].partition("Experts</h2>")[0]
 
 

@@ -287,10 +287,11 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     from fedalign.units import clock, nats, percent, size
 
     rows = [
-        ("accuracy", f"{percent(summary['initial_accuracy'])} -> {percent(summary['final_accuracy'])}"),
+        ("accuracy", _from_to(summary["initial_accuracy"], summary["final_accuracy"], percent)),
+        ("loss, nats a token", _from_to(summary["initial_loss"], summary["final_loss"], nats)),
         ("best", _best(summary)),
-        ("loss", f"{nats(summary['initial_loss'])} -> {nats(summary['final_loss'])} nats a token"),
-        ("by client", _by_client(summary["client_accuracies"])),
+        ("scored on", _scored_on(summary)),
+        ("by client", _by_client(summary["client_accuracies"], summary["client_examples"])),
         ("sent up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),
         ("faults", _counted(summary["failures"])),
         ("time", clock(summary["seconds"])),
@@ -310,19 +311,40 @@ def _with_baseline(name: str) -> str:
     return f"{BASELINE},{name if name != BASELINE else AlgorithmConfig().name}"
 
 
+def _from_to(first: float | None, last: float | None, told: Callable[[float | None], str]) -> str:
+    """The start beside the end; empty where nothing was scored."""
+    return "" if first is None and last is None else f"{told(first)} -> {told(last)}"
+
+
 def _best(summary: Mapping[str, Any]) -> str:
-    """The best round, if any was scored."""
+    """The best round, if any was scored, and which way is better."""
+    from fedalign.units import nats, percent
+
+    number, accuracy = summary["best_round"], summary["best_accuracy"]
+    if number is None:
+        return ""
+    said = (
+        f"lowest loss, {nats(summary['best_loss'])}" if accuracy is None else f"highest accuracy, {percent(accuracy)}"
+    )
+    return f"{said}, {f'in round {number}' if number else 'at the start: no round was better'}"
+
+
+def _scored_on(summary: Mapping[str, Any]) -> str:
+    """What scores are of, with the number of rows."""
+    count = summary["scored_rows"]
+    if summary["final_loss"] is None:
+        return "nothing: there is no test set, and no held-out rows were scored"
+    return f"{summary['accuracy_of']}{f', n = {count:,}' if count else ''}"
+
+
+def _by_client(accuracies: Mapping[str, float], rows: Mapping[str, int], most: int = 12) -> str:
+    """Accuracy of each client and of how many rows, of the first few if there are many."""
     from fedalign.units import percent
 
-    number = summary["best_round"]
-    return "" if number is None else f"{percent(summary['best_accuracy'])} in round {number}"
-
-
-def _by_client(accuracies: Mapping[str, float], most: int = 12) -> str:
-    """Accuracy of each client, of the first few if there are many."""
-    from fedalign.units import percent
-
-    shown = [f"{name} {percent(accuracy)}" for name, accuracy in list(accuracies.items())[:most]]
+    shown = [
+        f"{name} {percent(accuracy)}" + (f" of {rows[name]}" if name in rows else "")
+        for name, accuracy in list(accuracies.items())[:most]
+    ]
     return ", ".join(shown) + (f", and {len(accuracies) - most} more" if len(accuracies) > most else "")
 
 

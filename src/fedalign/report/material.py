@@ -96,8 +96,7 @@ class Material:
     @property
     def tabled(self) -> list[Finished]:
         """The runs that the tables are made of: the finished ones; if none is, all as they stand."""
-        finished = [run for run in self.runs if run.finished]
-        return [Finished(run.cell, _until_scored(run.history)) for run in finished or self.runs]
+        return _tabled(self.runs)
 
 
 def read_material(folders: Sequence[Path]) -> Material:
@@ -144,9 +143,10 @@ def _of_runs(folders: Sequence[Path]) -> Material:
 
 def _said(design: Design, runs: Sequence[Run]) -> list[str]:
     """The notes of a comparison, as far as they hold for these runs."""
-    first, *others = notes(design)
+    first, *others = notes(design, runs=_tabled(runs))
     if not any(run.finished for run in runs):
-        first = "No run is finished yet: the tables hold the last scored round of each."
+        rounds = " to ".join(str(n) for n in sorted({min(r.round for r in runs), max(r.round for r in runs)}))
+        first = f"No run is finished: these are scores after round {rounds} of {design.base.run.rounds}."
     elif "run.rounds" in design.grid:
         first = "Runs of one seed share start, partition and order of batches if nothing but the algorithm differs."
     return [first, *others]
@@ -264,6 +264,11 @@ def _check_history(history: Sequence[Metrics]) -> None:
         for name, value in values:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"{name} in line {number + 1} of metrics.jsonl is {value!r}")
+
+
+def _tabled(runs: Sequence[Run]) -> list[Finished]:
+    finished = [run for run in runs if run.finished]
+    return [Finished(run.cell, _until_scored(run.history)) for run in finished or runs]
 
 
 def _until_scored(history: Sequence[Metrics]) -> Sequence[Metrics]:

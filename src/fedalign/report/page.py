@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from importlib import resources
 from importlib.metadata import version
@@ -14,7 +16,7 @@ from markupsafe import Markup
 
 from fedalign.compare.plan import line_name, point_title
 from fedalign.compare.statistics import FEW
-from fedalign.compare.tables import MARK, final_scores, paired_differences
+from fedalign.compare.tables import MARK, final_scores, paired_differences, rows_scored, start_line
 from fedalign.report import figures, findings
 from fedalign.report.answers import Sheets, sheets
 from fedalign.report.figures import Json
@@ -48,7 +50,8 @@ def render(material: Material) -> str:
         facts=findings.facts(material),
         score=findings.score(material)[0],
         better=findings.score(material)[1],
-        few=any(0 < count < FEW for count in figures.seed_counts(material)),
+        bands=_bands(figures.seed_counts(material)),
+        several=len(material.design.choices) > 1,
         verdicts=findings.verdicts(material),
         tables=_tables(material),
         ablations=findings.ablations(material),
@@ -82,6 +85,7 @@ def page_data(material: Material, experts: ExpertFigures, answered: Sheets) -> J
         "confusions": [sheet.figure for sheet in answered.shown if sheet.figure is not None],
         "health": experts.runs,
         "few": FEW,
+        "scored": rows_scored(material.tabled),
         "bounds": {"dead": DEAD, "overloaded": OVERLOADED},
     }
 
@@ -93,8 +97,28 @@ def _title(material: Material) -> str:
 
 
 def _tables(material: Material) -> list[Any]:
-    tables = (final_scores(material.design, material.tabled), paired_differences(material.design, material.tabled))
+    design, runs = material.design, material.tabled
+    scores, differences = final_scores(design, runs), paired_differences(design, runs)
+    sections = [
+        (title, tuple(line for line in (start_line(design, runs, point), *lines) if line) if lines else ())
+        for point, (title, lines) in zip(design.points, scores.sections, strict=True)
+    ]
+    title = scores.title if any(run.finished for run in material.runs) else "Scores so far"
+    tables = (replace(scores, title=title, sections=tuple(sections)), differences)
     return [table for table in tables if any(lines for _, lines in table.sections)]
+
+
+def _bands(counts: Sequence[int]) -> str:
+    """What the bands of curves are, by the seeds of each line that has several."""
+    few = "reach from the lowest to the highest run, since fewer than four seeds are too few for an interval"
+    whole = "are 95 % Student-t intervals"
+    if not counts:
+        return "Each line is a single run: nothing tells skill from chance."
+    if max(counts) < FEW:
+        return f"Lines are means over seeds. Bands {few}."
+    if min(counts) >= FEW:
+        return f"Lines are means over seeds. Bands {whole}; bands that overlap widely are no difference."
+    return f"Lines are means over seeds. Bands of {FEW} seeds and more {whole}; the others {few}."
 
 
 def _config_text(material: Material) -> str:

@@ -31,7 +31,7 @@ from fedalign.files import LOCK, WATCH, check_free, damage, locked, refuse_held,
 from fedalign.protocol import Evaluation, Layout, Metrics, Plan, Statistics, Weights
 from fedalign.server.checkpoint import ServerState
 from fedalign.server.health import write_health
-from fedalign.server.scores import accuracy_of, best_of, loss_of, merit
+from fedalign.server.scores import accuracy_of, best_of, loss_of, merit, rows_of
 from fedalign.server.trackers import TrackedRun, open_trackers
 
 logger = logging.getLogger(__name__)
@@ -316,6 +316,9 @@ def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
         else "clients' held-out parts, weighted by examples",
         "initial_loss": loss_of(first),
         "final_loss": loss_of(last),
+        "best_loss": loss_of(best),
+        "scored_rows": rows_of(last),
+        "client_examples": last.get("client_examples", {}),
         "client_accuracies": last.get("client_accuracies", {}),
         "bytes_up": sum(line.get("bytes_up", 0) for line in history),
         "bytes_down": sum(line.get("bytes_down", 0) for line in history),

@@ -48,6 +48,16 @@ def loss_of(metrics: Mapping[str, Any]) -> float | None:
     return loss
 
 
+def rows_of(metrics: Mapping[str, Any]) -> int | None:
+    """The examples that accuracy and loss of a round are of; None: it does not say.
+
+    >>> rows_of({"test_examples": 30}), rows_of({"client_examples": {"a": 2, "b": 3}}), rows_of({})
+    (30, 5, None)
+    """
+    overall: int | None = metrics.get("test_examples")
+    return overall or sum(metrics.get("client_examples", {}).values()) or None
+
+
 def merit(metrics: Mapping[str, Any]) -> float | None:
     """What "best" means: accuracy, where there is none minus the loss; None for a round without evaluation."""
     accuracy, loss = accuracy_of(metrics), loss_of(metrics)
