@@ -46,6 +46,7 @@ def test_a_terminal_sees_a_table_that_stays() -> None:
 
 def test_a_file_gets_a_line_a_round() -> None:
     lines = show(terminal=False).splitlines()
+    assert lines.pop(0) == "accuracy and loss: global test set"
     assert lines[0].startswith("round 0 | accuracy 12.5 % | worst client 0.0 %")
     assert lines[1].startswith("round 1 | accuracy 50.0 % | worst client 25.0 % | loss 1.500")
     assert lines[2] == "round 1: site [b], train: its loss is nan at step 3"

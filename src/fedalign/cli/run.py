@@ -204,7 +204,7 @@ def _watched(
 
     again = f"go on with: fedalign run --resume {shlex.quote(str(folder.path))}"
     try:
-        with _held(folder, settings, how), LiveTable(console, settings.run.rounds) as table:
+        with _held(folder, settings, how), LiveTable(console, settings.run.rounds, settings.evaluation.part) as table:
             return rounds(table)
     except KeyboardInterrupt:
         say(f"\nInterrupted. Complete rounds are kept; {again}", console)
@@ -251,8 +251,10 @@ def _print_headline(prepared: Prepared, console: Console) -> None:
     moe, config = prepared.bench.moe, prepared.config
     examples = [client.examples for client in prepared.clients.values()]
     parameters = sum(p.numel() for p in moe.model.parameters())
+    held = " to ".join(str(count) for count in sorted({min(examples), max(examples)}))
+    clients = f"{len(examples)} client{'s' if len(examples) > 1 else ''}"
     say(
-        f"{config.algorithm.name}: {len(examples)} clients with {min(examples)} to {max(examples)} examples, "
+        f"{config.algorithm.name}: {clients} with {held} examples, "
         f"{moe.family} with {parameters / 1e6:.1f}M parameters "
         f"({moe.layout.layers} MoE layers x {moe.experts} experts, top-{moe.top_k})",
         console,
@@ -290,7 +292,7 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
         ("accuracy", _from_to(summary["initial_accuracy"], summary["final_accuracy"], percent)),
         ("loss, nats a token", _from_to(summary["initial_loss"], summary["final_loss"], nats)),
         ("best", _best(summary)),
-        ("scored on", _scored_on(summary)),
+        ("scored on", summary["scored_on"] or "nothing: no test set, and no client's held-out rows"),
         ("by client", _by_client(summary["client_accuracies"], summary["client_examples"])),
         ("sent up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),
         ("faults", _counted(summary["failures"])),
@@ -298,7 +300,8 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
         ("model/ checked", summary["checked"] or "not at all"),
     ]
     rows = [(name, value) for name, value in rows if value]
-    print_table(f"{summary['algorithm']} after {summary['rounds']} rounds", rows)
+    rounds = summary["rounds"]
+    print_table(f"{summary['algorithm']} after {rounds} round{'s' if rounds > 1 else ''}", rows)
     say(f"Results   {folder.path}: model/ and best/ (load them with transformers), summary.json, metrics.jsonl")
     say(f"Look      tensorboard --logdir {folder.path}")
 
@@ -327,14 +330,6 @@ def _best(summary: Mapping[str, Any]) -> str:
         f"lowest loss, {nats(summary['best_loss'])}" if accuracy is None else f"highest accuracy, {percent(accuracy)}"
     )
     return f"{said}, {f'in round {number}' if number else 'at the start: no round was better'}"
-
-
-def _scored_on(summary: Mapping[str, Any]) -> str:
-    """What scores are of, with the number of rows."""
-    count = summary["scored_rows"]
-    if summary["final_loss"] is None:
-        return "nothing: there is no test set, and no held-out rows were scored"
-    return f"{summary['accuracy_of']}{f', n = {count:,}' if count else ''}"
 
 
 def _by_client(accuracies: Mapping[str, float], rows: Mapping[str, int], most: int = 12) -> str:

@@ -144,7 +144,7 @@ def start_line(design: Design, runs: Sequence[Finished], point: Point) -> tuple[
     """The line of `final_scores` that all algorithms begin with, before any training; empty without scores of it."""
     begun = {run.cell.seed: Finished(run.cell, run.history[:1]) for run in reversed(runs) if run.cell.point == point}
     values = [[v for run in begun.values() if (v := column.of(run)) is not None] for column in qualities(runs)]
-    if not any(values):
+    if not any(values) or all(len(run.history) == 1 for run in runs):
         return ()
     cells = [
         TableCell(interval_text(mean_interval(each), column.format) if each else "-")
@@ -162,7 +162,8 @@ def rows_scored(runs: Sequence[Finished]) -> str:
     parts = [f"{_from_to(tests)} rows of the global test set"] if tests else []
     if held:
         each = _from_to([count for counts in held for count in counts])
-        parts.append(f"{_from_to([sum(counts) for counts in held])} held-out rows of all clients together, {each} each")
+        whose = f"all clients together, {each} each" if any(len(counts) > 1 for counts in held) else "the one client"
+        parts.append(f"{_from_to([sum(counts) for counts in held])} held-out rows of {whose}")
     return " and ".join(parts)
 
 
@@ -187,7 +188,13 @@ def notes(
     said = [f"After {rounds} round{'s' if rounds > 1 else ''}, {seeds}."]
     if several:
         said[0] += " Runs of one seed share start, partition and order of batches."
-        said.append("Bold: the best mean, unless all are the same. Differences are taken seed by seed.")
+        said.append(
+            "Bold: the best mean (highest accuracy, lowest loss, least sent up), unless all are the same. Differences "
+            "are taken seed by seed."
+        )
+        points = [by_label(runs, point).values() for point in design.points]
+        if not all(len({frozenset(group) for group in groups}) <= 1 for groups in points):
+            said.append("Not every algorithm has every seed: means are of different seeds, so none of them is bold.")
     if spread == "std" and len(design.seeds) > 1:
         said.append("m ± s: mean and sample standard deviation over seeds, which is no interval of the mean.")
     elif len(design.seeds) >= FEW:
@@ -214,6 +221,8 @@ def notes(
     explained = [told for column in qualities(runs) if (told := MEANINGS.get(column.title))]
     if explained:
         said.append(f"{'. '.join(explained)}.")
+    if design.base.evaluation.generate and explained and "accuracy, %" in [c.title for c in qualities(runs)]:
+        said.append("Accuracy: the share of answers that were generated word for word, where there are no choices.")
     if scored := rows_scored(runs):
         said.append(f"Scored on {scored}.")
     if design.tune:
@@ -266,7 +275,8 @@ def _with_intervals(column: Column, lines: Sequence[BySeed], baseline: BySeed, s
     intervals = [mean_interval(list(values.values())) if values else None for values in lines]
     means = [interval.mean for interval in intervals if interval is not None]
     shown = {column.format(mean) for mean in means}
-    best = column.format((max if column.higher_is_better else min)(means)) if len(shown) > 1 else None
+    comparable = len(shown) > 1 and same_seeds(lines)
+    best = column.format((max if column.higher_is_better else min)(means)) if comparable else None
     cells = []
     for values, interval in zip(lines, intervals, strict=True):
         if interval is None:
@@ -277,6 +287,11 @@ def _with_intervals(column: Column, lines: Sequence[BySeed], baseline: BySeed, s
         text = interval_text(interval, column.format, spread)
         cells.append(TableCell(text, column.format(interval.mean) == best, differs))
     return cells
+
+
+def same_seeds(lines: Iterable[BySeed]) -> bool:
+    """Whether means over these are of the same seeds; of other seeds they would not say what is better."""
+    return len({frozenset(values) for values in lines if values}) <= 1
 
 
 def interval_text(interval: Interval, format: Format, spread: Spread = "ci") -> str:

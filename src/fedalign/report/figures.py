@@ -56,8 +56,8 @@ GROUPS = (
         100,
         (
             Panel("Global test set", _plain("accuracy")),
+            Panel("All held-out examples", _weighted),
             Panel("Mean client (each alike)", _plain("client_accuracy_mean")),
-            Panel("All held-out rows", _weighted),
             Panel("Worst client", _plain("client_accuracy_worst")),
         ),
     ),
@@ -67,7 +67,7 @@ GROUPS = (
         1,
         (
             Panel("Global test set", _plain("loss_nats")),
-            Panel("All held-out rows", _plain("client_loss_mean_nats")),
+            Panel("All held-out examples", _plain("client_loss_mean_nats")),
             Panel("Worst client", _largest("client_losses_nats")),
         ),
     ),

@@ -17,6 +17,7 @@ from fedalign.compare.tables import (
     interval_text,
     qualities,
     rows_scored,
+    same_seeds,
     values_by_seed,
 )
 from fedalign.report.material import Material
@@ -69,6 +70,8 @@ def _verdict(design: Design, runs: Sequence[Finished], column: Column, point: Po
     intervals = {label: mean_interval(list(by_seed.values())) for label, by_seed in values.items()}
     best = (max if column.higher_is_better else min)(intervals, key=lambda label: intervals[label].mean)
     name, _, unit = column.title.partition(", ")
+    if name.startswith("all held-out"):
+        name = f"accuracy on {name}"
     shown, count = interval_text(intervals[best], column.format), intervals[best].count
     rows = _rows(runs, column)
     score = f"{name} {shown}\N{NO-BREAK SPACE}{unit}, {_seeds(count)}{rows}"
@@ -80,6 +83,12 @@ def _verdict(design: Design, runs: Sequence[Finished], column: Column, point: Po
         start = f"{before} at the start, " if before and rounds != "0" else ""
         end = f"{shown}\N{NO-BREAK SPACE}{unit} {'at the start' if rounds == '0' else f'after round {rounds}'}"
         return f"{where}{best}: {name} {start}{end}, {_seeds(count)}{rows}."
+    if not same_seeds(values.values()):
+        each = "; ".join(
+            f"{label} {interval_text(interval, column.format)}\N{NO-BREAK SPACE}{unit}, {_seeds(interval.count)}"
+            for label, interval in intervals.items()
+        )
+        return f"{where}Not every algorithm has every seed, so no best is named: {name} {each}{rows}."
     level = sorted(
         label for label in values if column.format(intervals[label].mean) == column.format(intervals[best].mean)
     )

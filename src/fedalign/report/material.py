@@ -216,8 +216,18 @@ def _read_cells(planned: Sequence[tuple[Cell, Path]]) -> tuple[list[Run], list[s
             state = "Still at work" if is_held else "Broken off"
             go_on = "" if is_held else f" Go on with it: fedalign run --resume {shlex.quote(str(path))}"
             missing.append(f"{state}: {cell.name}: round {run.round} of {cell.config.run.rounds}.{go_on}")
+        if faults := _faults(run):
+            missing.append(f"Faults: {cell.name}: {faults}. The reasons are in its metrics.jsonl.")
         runs.append(run)
     return runs, missing
+
+
+def _faults(run: Run, most: int = 5) -> str:
+    """Which clients failed, and in how many rounds."""
+    failed = [{str(one["client"]) for one in line.get("failures", ())} for line in run.history]
+    counts = Counter(name for names in failed for name in names)
+    told = [f"{name} in {count} round{'s' if count > 1 else ''}" for name, count in counts.most_common(most)]
+    return ", ".join(told) + (f", and {len(counts) - most} more" if len(counts) > most else "")
 
 
 def _read_run(cell: Cell, path: Path) -> Run | None:
@@ -261,6 +271,8 @@ def _check_history(history: Sequence[Metrics]) -> None:
         values = [(name, line[name]) for name in NUMBERS if name in line]
         for table in TABLES:
             values += [(f"{table} of {client}", value) for client, value in line.get(table, {}).items()]
+        if not all(isinstance(failure, dict) and "client" in failure for failure in line.get("failures", ())):
+            raise ValueError(f"failures in line {number + 1} of metrics.jsonl name no client")
         for name, value in values:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"{name} in line {number + 1} of metrics.jsonl is {value!r}")

@@ -298,16 +298,22 @@
 
   const metric = by("metric");
   fill(metric, data.curves.map((group, i) => [i, group.title]));
-  figure("figure-convergence", (width) => (data.curves.length ? lineFigure(data.curves[Number(metric.value)], width, 290) : "No round has been scored yet."));
+  figure("figure-convergence", (width) => (data.curves.length ? lineFigure(data.curves[Number(metric.value)], width, 290) : "No round was scored."));
   metric.addEventListener("change", () => redraw("figure-convergence"));
-  figure("figure-divergence", (width) => (data.divergence ? lineFigure(data.divergence, width, 290) : "No run recorded it."));
+  figure("figure-divergence", (width) => {
+    if (!data.divergence) return "No run recorded it.";
+    const rows = data.divergence.panels.flatMap(({ series }) => series.filter(visible).flatMap((one) => one.rows));
+    if (rows.length && rows.every(([, mean]) => mean === 0)) return "Zero in every round: one client alone took part, or all routed alike.";
+    return lineFigure(data.divergence, width, 290);
+  });
 
   const quality = data.curves.find((group) => group.title === "Accuracy") ?? data.curves.find((group) => group.title === "Loss");
   const bytesPanel = by("bytes-panel");
   const bytesAxis = by("bytes-axis");
   fill(bytesPanel, (quality?.panels ?? []).map((one, i) => [i, one.title.toLowerCase()]));
   figure("figure-bytes", (width) => {
-    if (!quality) return "No round has been scored yet.";
+    by("bytes-controls").hidden = !quality;
+    if (!quality) return "No round was scored.";
     const chosen = quality.panels[Number(bytesPanel.value)];
     const log = bytesAxis.value === "log";
     const series = chosen.series.filter(visible).map((one) => {
@@ -315,7 +321,7 @@
       const points = asPoints(one.rows).map((p) => ({ ...p, x: sent.get(p.round) }));
       return { label: one.label, points: log ? points.filter((p) => p.x > 0) : points };
     }).filter((one) => one.points.length);
-    if (!series.length) return "Nothing to show: no algorithm is chosen, or nothing has been uploaded.";
+    if (!series.some(({ points }) => points.some((p) => p.x > 0))) return "Nothing to show: no algorithm is chosen, or nothing has been uploaded.";
     const title = `${quality.title}, ${chosen.title.toLowerCase()}`;
     return {
       nodes: [panel("", lines({ series, width: Math.min(width, 820), xLabel: "megabytes uploaded", yLabel: axis(quality), xType: bytesAxis.value, domain: framed(series.flatMap(({ points }) => points), quality.unit) }),
@@ -591,10 +597,11 @@
     const experts = expertNames(run);
     const colors = { type: "linear", scheme: "viridis", domain: [0, run[name].largest[layer] || 1] };
     const most = extreme(run.clients, experts, value);
+    if (!most) return `No client's ${what} were averaged in round ${run.rounds[round]}, layer ${run.layers[layer]}.`;
     const svg = heat({ rows: run.clients, cols: experts, value, width: Math.min(width, 150 + run.experts * 40), colors, xLabel: "expert", format: shown });
     return {
       nodes: [
-        panel("", svg, `Heat map of the plan's weights of ${what} in round ${run.rounds[round]}, layer ${run.layers[layer]}: ${run.clients.length} clients by ${run.experts} experts.${most ? ` Largest: ${most.row}, expert ${most.col}, ${shown(most.v)}.` : " All are zero."}`),
+        panel("", svg, `Heat map of the plan's weights of ${what} in round ${run.rounds[round]}, layer ${run.layers[layer]}: ${run.clients.length} clients by ${run.experts} experts. Largest: ${most.row}, expert ${most.col}, ${shown(most.v)}.`),
         ramp(colors, "weight", ".2~f"),
       ],
       caption: story(run, what, `layer ${run.layers[layer]}`, `round ${run.rounds[round]}`) + ` Grey: weight zero or not there, nothing uploaded. Everybody alike would be ${shown(1 / run.clients.length)}.`,

@@ -51,6 +51,7 @@ def render(material: Material) -> str:
         score=findings.score(material)[0],
         better=findings.score(material)[1],
         bands=_bands(figures.seed_counts(material)),
+        trained=any(run.round > 0 for run in material.runs),
         several=len(material.design.choices) > 1,
         verdicts=findings.verdicts(material),
         tables=_tables(material),

@@ -31,7 +31,7 @@ from fedalign.files import LOCK, WATCH, check_free, damage, locked, refuse_held,
 from fedalign.protocol import Evaluation, Layout, Metrics, Plan, Statistics, Weights
 from fedalign.server.checkpoint import ServerState
 from fedalign.server.health import write_health
-from fedalign.server.scores import accuracy_of, best_of, loss_of, merit, rows_of
+from fedalign.server.scores import accuracy_of, best_of, loss_of, merit, scored_on
 from fedalign.server.trackers import TrackedRun, open_trackers
 
 logger = logging.getLogger(__name__)
@@ -317,7 +317,7 @@ def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
         "initial_loss": loss_of(first),
         "final_loss": loss_of(last),
         "best_loss": loss_of(best),
-        "scored_rows": rows_of(last),
+        "scored_on": scored_on(last, config.evaluation.part),
         "client_examples": last.get("client_examples", {}),
         "client_accuracies": last.get("client_accuracies", {}),
         "bytes_up": sum(line.get("bytes_up", 0) for line in history),

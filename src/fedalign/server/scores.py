@@ -58,6 +58,19 @@ def rows_of(metrics: Mapping[str, Any]) -> int | None:
     return overall or sum(metrics.get("client_examples", {}).values()) or None
 
 
+def scored_on(metrics: Mapping[str, Any], part: str) -> str:
+    """Whose accuracy and loss those of a round are, and of how many rows; empty for a round without evaluation.
+
+    >>> scored_on({"loss_nats": 1.0, "test_examples": 30}, "test"), scored_on({}, "test")
+    ('global test set, n = 30', '')
+    """
+    if loss_of(metrics) is None:
+        return ""
+    whose = f"global {part} set" if "loss_nats" in metrics else "clients' held-out parts, weighted by examples"
+    count = rows_of(metrics)
+    return f"{whose}, n = {count:,}" if count else whose
+
+
 def merit(metrics: Mapping[str, Any]) -> float | None:
     """What "best" means: accuracy, where there is none minus the loss; None for a round without evaluation."""
     accuracy, loss = accuracy_of(metrics), loss_of(metrics)
