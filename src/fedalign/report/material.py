@@ -226,7 +226,8 @@ def _faults(run: Run, most: int = 5) -> str:
     """Which clients failed, and in how many rounds."""
     failed = [{str(one["client"]) for one in line.get("failures", ())} for line in run.history]
     counts = Counter(name for names in failed for name in names)
-    told = [f"{name} in {count} round{'s' if count > 1 else ''}" for name, count in counts.most_common(most)]
+    worst = sorted(counts.items(), key=lambda one: (-one[1], one[0]))[:most]
+    told = [f"{name} in {count} round{'s' if count > 1 else ''}" for name, count in worst]
     return ", ".join(told) + (f", and {len(counts) - most} more" if len(counts) > most else "")
 
 
