@@ -20,7 +20,18 @@ from tests.browser.conftest import CLIENTS, EVIL, KINDS, Browser
 from tests.report.made import Shape, make_comparison, make_run
 
 pytestmark = pytest.mark.browser
-FIGURES = ("convergence", "bytes", "clients", "routing", "divergence", "similarity", "weights", "balance", "load")
+FIGURES = (
+    "convergence",
+    "bytes",
+    "clients",
+    "confusion",
+    "routing",
+    "divergence",
+    "similarity",
+    "weights",
+    "balance",
+    "load",
+)
 
 
 def keep(browser: Browser, name: str) -> None:
