@@ -252,7 +252,7 @@ class Bench:
         quietly: Any = Nobody()
         algorithm = config.algorithm.build()
         server = Server(
-            federation, algorithm, bench.moe.layout, config, quietly, lambda w: bench.score(w, self.test), quietly
+            federation, algorithm, bench.moe.layout, config, quietly, lambda _, w: bench.score(w, self.test), quietly
         )
         started, answer = time.perf_counter(), dict[str, Any]()
         try:

@@ -456,7 +456,7 @@ def run(part: Part, seed: int, data: Path, start: str, rounds: int, follow: str 
                     merged |= {g: torch.lerp(weights[g], v, ratio) for g, v in merged.items() if g.kind == "expert"}
                     change = norm_of_change(merged, weights)
                 length[alternative.label] = change
-                score = prepared.evaluate(merged)
+                score = prepared.bench.score(merged, prepared.test)
                 assert score is not None
                 sent = ((plan.weight_C_G > 0).double() @ size_G).sum() / (len(plan.clients) * size_G.sum())
                 lines.append(

@@ -1,4 +1,4 @@
-"""A headless Chromium that notes every design and every line of its console."""
+"""A headless Chromium that notes every design and every line of its console, and pages of five kinds of run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
+import fedalign
+from fedalign.compare.folder import ComparisonFolder
+from fedalign.compare.plan import cells, make_design, parse_algorithms
+from fedalign.config.toml import load_config
 from fedalign.report import write_report
+from tests.conftest import rows
+from tests.rendering.templates import CHATML
 from tests.report.made import Shape, make_comparison
+from tests.server.test_run import Silent, start
 
 EVIL = '<img src="http://127.0.0.1:9/x" onerror="alert(1)">'
 CLIENTS = ("St. Mary's hospital, ward 4", EVIL, *(f"client-{i:02d}" for i in range(8)))
@@ -106,3 +113,42 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     grid = {"clients.alpha": ["0.1", "1.0"]}
     write_report([make_comparison(folder / "runs", shape=shape, grid=grid)], folder / "report.html")
     return folder / "report.html"
+
+
+KINDS = ("classification", "chat", "compare", "extended", "interrupted")
+
+
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory: pytest.TempPathFactory, settings: list[str], olmoe: Path) -> dict[str, Path]:
+    """Pages of real runs of a tiny model."""
+    folder = tmp_path_factory.mktemp("kinds")
+    three, two = (load_config(None, [*settings, f"run.rounds={rounds}"]) for rounds in (3, 2))
+    fedalign.run(three, out=folder / "classification", progress=False)
+    shutil.copytree(folder / "classification", folder / "extended")
+    fedalign.run(resume=folder / "extended", overrides={"run.rounds": 5}, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        start(folder / "interrupted", [*settings, "run.rounds=6"], watch=Silent(lambda *at: at == (3, "training", 1)))
+    _chat(folder, olmoe)
+    design = make_design(two, parse_algorithms(["fedavg,fedalign_moe"]), {}, [0, 1], tune=False)
+    comparison = ComparisonFolder(folder / "compare")
+    (folder / "compare").mkdir()
+    comparison.design.write_text(design.to_toml())
+    for cell in cells(design):
+        fedalign.run(cell.config, out=comparison.run(cell, "runs").path, progress=False)
+    for kind in KINDS:
+        write_report([folder / kind], folder / f"{kind}.html")
+    return {kind: folder / f"{kind}.html" for kind in KINDS}
+
+
+def _chat(folder: Path, olmoe: Path) -> None:
+    """A run on conversations, which has no accuracy."""
+    shutil.copytree(olmoe, folder / "chatty")
+    (folder / "chatty" / "chat_template.jinja").write_text(CHATML)
+    for part, chosen in (("train", rows()[1::2]), ("test", rows()[::8])):
+        turns = [[("user", f"What is this about: {row['text']}?"), ("assistant", row["label"])] for row in chosen]
+        lines = [{"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns]
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = [f"model.path={folder / 'chatty'}", f"data.train={folder / 'train.jsonl'}"]
+    asked += [f"data.test={folder / 'test.jsonl'}", "data.kind=chat", "clients.partition=iid", "clients.count=3"]
+    asked += ["run.rounds=2", "statistics.min_tokens=4", "evaluation.max_new_tokens=12"]
+    fedalign.run(load_config(None, asked), out=folder / "chat", progress=False)

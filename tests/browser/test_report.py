@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,11 +16,22 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from fedalign.config.toml import load_config
 from fedalign.report import write_report
-from tests.browser.conftest import CLIENTS, EVIL, Browser
+from tests.browser.conftest import CLIENTS, EVIL, KINDS, Browser
 from tests.report.made import Shape, make_comparison, make_run
 
 pytestmark = pytest.mark.browser
-FIGURES = ("convergence", "bytes", "clients", "routing", "divergence", "similarity", "weights", "balance", "load")
+FIGURES = (
+    "convergence",
+    "bytes",
+    "clients",
+    "confusion",
+    "routing",
+    "divergence",
+    "similarity",
+    "weights",
+    "balance",
+    "load",
+)
 
 
 def keep(browser: Browser, name: str) -> None:
@@ -206,3 +218,121 @@ def test_without_what_is_optional_it_says_so(browser: Browser, tmp_path: Path) -
     assert browser.console() == []
     assert "What clients hold was not recorded" in browser.one("#figure-clients figcaption").text
     assert "was not recorded in these runs" in browser.one("#experts").text
+
+
+# ------------------------------------------------------------------------------------------------- five kinds of run
+
+FAINT = """
+const number = (text) => text.match(/[\\d.]+/g).map(Number);
+const light = ([r, g, b]) => {
+  const [x, y, z] = [r, g, b].map((v) => v / 255).map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * x + 0.7152 * y + 0.0722 * z;
+};
+const behind = (one) => {
+  for (let at = one; at; at = at.parentElement) {
+    const color = number(getComputedStyle(at).backgroundColor);
+    if (color.length < 4 || color[3] > 0) return color;
+  }
+  return [255, 255, 255];
+};
+const found = [];
+const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walker.nextNode()) {
+  const text = walker.currentNode.data.trim(), one = walker.currentNode.parentElement;
+  const box = one.getBoundingClientRect(), style = getComputedStyle(one);
+  if (!text || !box.width || style.clipPath !== "none" || one.closest("script, style, noscript, option")) continue;
+  const drawn = one.closest("svg") !== null;
+  if (drawn && style.stroke !== "none") continue; // numbers in cells have a rim
+  const [front, back] = [number(drawn ? style.fill : style.color), behind(one)].map(light);
+  const contrast = (Math.max(front, back) + 0.05) / (Math.min(front, back) + 0.05);
+  if (contrast < 4.5) found.push(`${text}: ${contrast.toFixed(2)}`);
+}
+return found;
+"""
+EMPTY = """
+const all = (selector) => [...document.querySelectorAll(selector)];
+const seen = (one) => one.getBoundingClientRect().width > 0;
+const marks = "[aria-label=dot] > *, [aria-label=line] > *, [aria-label=cell] > *, [aria-label=bar] > *";
+const texts = all("figure .empty, p, li, dd, caption, summary, td.text");
+const found = [
+  ...all("figure").filter((one) => !one.querySelector(".drawing svg, .empty")),
+  ...all("figure .panel > svg").filter((one) => !one.querySelector(marks)),
+  ...texts.filter((one) => seen(one) && !one.querySelector("button, select") && !one.textContent.trim()),
+  ...all("select").filter((one) => seen(one) && one.options.length === 0),
+  ...all("#run, #confusion, #seed, #point").filter((one) => seen(one) && one.options.length < 2),
+];
+return found.map((one) => one.outerHTML.slice(0, 200));
+"""
+CLIPPED = """
+return [...document.querySelectorAll("#results .scroll, #answers .scroll")]
+  .filter((one) => one.closest("details:not([open])") === null && !one.closest("figure"))
+  .filter((one) => one.scrollWidth > one.clientWidth + 1 || one.scrollHeight > one.clientHeight + 1)
+  .map((one) => one.getAttribute("aria-label") || one.getAttribute("aria-labelledby"));
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [1400, 800])
+@pytest.mark.parametrize("dark", [False, True])
+def test_real_runs_are_shown_whole(browser: Browser, kinds: dict[str, Path], kind: str, width: int, dark: bool) -> None:
+    browser.console()
+    browser.open(kinds[kind], width, dark=dark)
+    browser.settle()
+    keep(browser, f"{kind}-{width}-{'dark' if dark else 'light'}")
+    assert browser.console() == []
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    assert browser.driver.execute_script(EMPTY) == []
+    assert browser.driver.execute_script(CLIPPED) == []
+    assert browser.driver.execute_script(FAINT) == []
+
+
+def test_what_is_faint_or_empty_or_cut_is_found(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    browser.settle()
+    assert [browser.driver.execute_script(script) for script in (FAINT, EMPTY, CLIPPED)] == [[], [], []]
+    faint = '<p style="color: #999">faint</p><p></p><figure></figure><select></select>'
+    cut = (
+        '<div id="results"><div class="scroll" aria-label="cut" style="width: 9px"><pre>far too long</pre></div></div>'
+    )
+    browser.driver.execute_script(f"document.querySelector('main').innerHTML = {json.dumps(faint + cut)}")
+    assert browser.driver.execute_script(FAINT) == ["faint: 2.85"]
+    assert len(browser.driver.execute_script(EMPTY)) == 3
+    assert browser.driver.execute_script(CLIPPED) == ["cut"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_real_runs_say_of_how_many_rows_and_seeds(browser: Browser, kinds: dict[str, Path], kind: str) -> None:
+    browser.open(kinds[kind])
+    rows = 15 if kind == "chat" else 30
+    verdict = browser.all(".verdict")[0].text.replace("\N{NO-BREAK SPACE}", " ")
+    assert f"n = {rows} rows" in verdict
+    assert ("2 seeds" if kind == "compare" else "one seed") in verdict
+    for figure in ("convergence", "bytes"):
+        assert f"{rows} rows of the global test set" in browser.one(f"#figure-{figure} figcaption").text
+    tested = [text.text for text in browser.all("#figure-clients svg text") if "n = " in text.text]
+    assert len(tested) == 3
+    summaries = [one.text for one in browser.all("#answers > details > summary")]
+    assert len(summaries) == (2 if kind == "compare" else 1)
+    assert all(f"10 of n = {rows} test rows" in text for text in summaries)
+    assert len(browser.all("#answers > details[open] table.answers tbody tr")) == 10
+    body = browser.one("main").text
+    assert ("Bands" in body) == (kind == "compare")
+    assert ("Bold" in body) == (kind == "compare")
+    assert ("lowest loss" in body or "higher" not in body.partition("Experts")[0]) or kind != "chat"
+
+
+def test_each_kind_is_told_as_what_it_is(browser: Browser, kinds: dict[str, Path]) -> None:
+    said = {}
+    for kind in KINDS:
+        browser.open(kinds[kind])
+        said[kind] = browser.one("body").text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "Final scores" in said["classification"]
+    assert "Broken off: fedalign_moe, seed 0: round 2 of 6" in said["interrupted"]
+    assert "Scores so far" in said["interrupted"]
+    assert "Final scores" not in said["interrupted"]
+    assert "given after round 2" in said["interrupted"]
+    assert "given after round 5" in said["extended"]
+    assert "After 5 rounds, seed 0." in said["extended"]
+    assert "Loss against bytes uploaded" in said["chat"]
+    assert "accuracy" not in said["chat"].partition("Experts\n")[0].partition("Results")[2].lower()
+    assert "2 seeds are too few for an interval" in said["compare"]

@@ -46,6 +46,7 @@ def test_a_terminal_sees_a_table_that_stays() -> None:
 
 def test_a_file_gets_a_line_a_round() -> None:
     lines = show(terminal=False).splitlines()
+    assert lines.pop(0) == "accuracy and loss: global test set"
     assert lines[0].startswith("round 0 | accuracy 12.5 % | worst client 0.0 %")
     assert lines[1].startswith("round 1 | accuracy 50.0 % | worst client 25.0 % | loss 1.500")
     assert lines[2] == "round 1: site [b], train: its loss is nan at step 3"
@@ -89,3 +90,25 @@ def test_a_quiet_console_sees_nothing(capfd: pytest.CaptureFixture[str]) -> None
         table.completed(ServerState(1, {}, {}, HISTORY), improved=True)
         print("still heard")
     assert capfd.readouterr().out == "still heard\n"
+
+
+def test_a_summary_says_which_way_is_better_and_of_how_many_rows() -> None:
+    from fedalign.cli.run import _best, _by_client, _from_to  # noqa: PLC0415 - of this test alone
+    from fedalign.units import percent  # noqa: PLC0415 - the same
+
+    assert _best({"best_round": 2, "best_accuracy": 0.5, "best_loss": 1.0}) == "highest accuracy, 50.0 %, in round 2"
+    assert _best({"best_round": 0, "best_accuracy": None, "best_loss": 1.0}) == (
+        "lowest loss, 1.000, at the start: no round was better"
+    )
+    assert _best({"best_round": None, "best_accuracy": None, "best_loss": None}) == ""
+    assert _by_client({"a": 1.0, "b": 0.25}, {"a": 1, "b": 4}) == "a 100.0 % of 1, b 25.0 % of 4"
+    assert _from_to(None, None, percent) == ""
+    assert _from_to(0.1, 0.2, percent) == "10.0 % -> 20.0 %"
+
+
+def test_the_table_says_what_accuracy_is_of() -> None:
+    table = LiveTable(Console(width=120), rounds=1)
+    table.history = ({"round": 0, "accuracy": 0.5, "loss_nats": 1.0, "test_examples": 1234}, {"round": 1})
+    with table.console.capture() as shown:
+        table.console.print(table)
+    assert "accuracy and loss: global test set, n = 1,234" in shown.get()

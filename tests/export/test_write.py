@@ -113,7 +113,7 @@ def test_the_round_trip_is_exact(made: Made, tmp_path: Path, more: tuple[str, ..
     bench = prepared(run, tmp_path / "scratch")
     state = Checkpoints(run / "checkpoint", {}).load()
     assert state is not None
-    before = bench.evaluate(state.weights)
+    before = bench.bench.score(state.weights, bench.test)
     exported(run, out)
     after = scored(bench, out, bench.test)
     assert after == before
@@ -185,7 +185,7 @@ def test_of_an_interrupted_run_it_is_the_last_complete_round(
     assert result.snapshot.round == 2
     assert "after round 2 of 3" in result.notes[0]
     bench = prepared(run, tmp_path / "scratch")
-    assert scored(bench, tmp_path / "out", bench.test) == bench.evaluate(state.weights)
+    assert scored(bench, tmp_path / "out", bench.test) == bench.bench.score(state.weights, bench.test)
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("the dog").input_ids
 
 

@@ -17,6 +17,7 @@ from fedalign.config.run import Config
 from fedalign.config.toml import load_config
 
 LABELS = ("business", "science", "sport", "world")
+TESTED = 400  # rows of the global test set
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def make_run(
     ease_C = random.normal(0, 0.06, len(shape.clients))
     history = [_line(number, shape, ease_C, skill, random) for number in range(rounds + 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
+    kept = {line["round"]: make_answers(line["accuracy"]) for line in (history[0], *history[1:][-2:])}
+    (folder / "answers.json").write_text(json.dumps(kept))
     if rounds >= config.run.rounds:
         versions = {"python": "3.12.1", "fedalign-moe": "0.1.0", "torch": "2.13.0"}
         (folder / "summary.json").write_text(json.dumps({"versions": versions}))
@@ -79,6 +82,22 @@ def make_run(
     return folder
 
 
+def make_answers(accuracy: float, rows: int = 10) -> dict[str, Any]:
+    """What a run keeps of one round: what is wrong is taken for the class that follows, whose rows are fewer."""
+    sizes = {"business": 160, "science": 120, "sport": 80, "world": 40}
+    wrong = TESTED - round(accuracy * TESTED)
+    confusion = {}
+    for i, (name, size) in enumerate(sizes.items()):
+        missed = min(wrong, size)
+        wrong -= missed
+        confusion[name] = {name: size - missed, LABELS[(i + 1) % 4]: missed}
+    answered = [
+        {"prompt": f"text {i}\nLabel:", "expected": LABELS[i % 4], "given": "sport", "right": i % 4 == 2}
+        for i in range(rows)
+    ]
+    return {"examples": TESTED, "answered": answered, "confusion": confusion}
+
+
 def _line(number: int, shape: Shape, ease_C: Any, skill: int, random: Any) -> dict[str, Any]:
     level = 0.3 + (0.3 + 0.03 * skill) * (1 - np.exp(-number / 3))
     scored = {
@@ -89,7 +108,8 @@ def _line(number: int, shape: Shape, ease_C: Any, skill: int, random: Any) -> di
     values = list(scored.values())
     line: dict[str, Any] = {
         "round": number,
-        "accuracy": float(np.clip(level + random.normal(0, 0.01), 0, 1)),
+        "accuracy": round(TESTED * float(np.clip(level + random.normal(0, 0.01), 0, 1))) / TESTED,
+        "test_examples": TESTED,
         "loss_nats": 2.0 - 1.5 * level,
         "client_accuracies": scored,
         "client_accuracy_mean": float(np.mean(values)),

@@ -20,7 +20,7 @@ def made(folder: Path, **lines: list[dict[str, Any]]) -> Material:
     paths = []
     for name, history in lines.items():
         algorithm, _, seed = name.rpartition("_")
-        overrides = [f"algorithm.name={algorithm}", f"run.seed={seed}", f"run.rounds={len(history) - 1}"]
+        overrides = [f"algorithm.name={algorithm}", f"run.seed={seed}", f"run.rounds={max(1, len(history) - 1)}"]
         path = make_run(folder / name, load_config(None, overrides), rounds=len(history) - 1)
         text = "".join(json.dumps({"round": i, **line}) + "\n" for i, line in enumerate(history))
         (path / "metrics.jsonl").write_text(text)
@@ -63,7 +63,8 @@ def test_clients_show_their_last_accuracies_and_what_they_hold(tmp_path: Path) -
     (one,) = clients(read_material([tmp_path / "fedavg_0", tmp_path / "fedprox_0"]))
     assert one["names"] == ["a", "b"]
     assert (one["labels"], one["counts"], one["examples"]) == (["x", "y"], [[2, 3], [0, 1]], [5, 1])
-    assert one["accuracies"] == [{"label": 0, "values": [50, 25]}, {"label": 1, "values": [75, None]}]
+    assert one["score"] == "accuracy"
+    assert one["scores"] == [{"label": 0, "values": [50, 25]}, {"label": 1, "values": [75, None]}]
     assert material.runs[0].held.keys() == {f"client-{i:02d}" for i in range(6)}
 
 
@@ -94,6 +95,51 @@ def test_verdicts_say_how_sure_they_are(tmp_path: Path) -> None:
     assert told("c", 1, fedavg=base, fedprox=better).endswith("no ground for saying which algorithm is better.")
 
 
+def test_no_best_is_named_of_other_seeds(tmp_path: Path) -> None:
+    low, high = [{"accuracy": 0.1}, {"accuracy": 0.5}], [{"accuracy": 0.1}, {"accuracy": 0.9}]
+    (sentence,) = verdicts(made(tmp_path, fedavg_0=low, fedavg_1=low, fedprox_1=high))
+    assert sentence.startswith("Not every algorithm has every seed, so no best is named: accuracy fedavg 50.0")
+    assert "best on average" not in sentence
+
+
+def test_a_single_line_has_its_start_beside_its_end(tmp_path: Path) -> None:
+    rows: dict[str, Any] = {"client_examples": {"a": 4, "b": 1}, "client_loss_mean_nats": 1.0}
+    own = [{"client_accuracy_weighted": value, **rows} for value in (0.2, 0.6)]
+    told: dict[str, list[dict[str, Any]]] = {
+        "start": [{"accuracy": 0.125, "test_examples": 8}],
+        "end": [{"accuracy": 0.125, "test_examples": 8}, {"accuracy": 0.5, "test_examples": 8}],
+        "own": own,
+        "none": [{}, {}],
+    }
+    said = {name: verdicts(made(tmp_path / name, fedavg_0=lines))[0] for name, lines in told.items()}
+    assert {name: text.replace("\N{NO-BREAK SPACE}", " ") for name, text in said.items()} == {
+        "start": "fedavg: accuracy 12.5 % at the start, one seed, n = 8 rows.",
+        "end": "fedavg: accuracy 12.5 % at the start, 50.0 % after round 1, one seed, n = 8 rows.",
+        "own": "fedavg: accuracy on all held-out examples 20.0 % at the start, 60.0 % after round 1, one seed, n = 5 "
+        "rows.",
+        "none": "No score: these runs have no test set, and no client's held-out rows were scored.",
+    }
+
+
+def test_clients_without_accuracy_show_their_loss_and_of_how_many_rows(tmp_path: Path) -> None:
+    lines = [{"client_losses_nats": {"a": 2.0, "b": 1.5}, "client_examples": {"a": 3, "b": 7}}]
+    made(tmp_path, fedavg_0=lines)
+    held = {"a": {"examples": 5, "labels": {"": 5}}, "b": {"examples": 1, "labels": {"": 1}}}
+    (tmp_path / "fedavg_0" / "clients.json").write_text(json.dumps(held))
+    (one,) = clients(read_material([tmp_path / "fedavg_0"]))
+    assert (one["score"], one["scores"]) == ("loss", [{"label": 0, "values": [2.0, 1.5]}])
+    assert (one["tested"], one["examples"], one["labels"]) == ([3, 7], [5, 1], [])  # a class without a name is none
+
+
+def test_who_failed_is_named(tmp_path: Path) -> None:
+    failures = [{"client": "a", "stage": "train", "reason": "x"}, {"client": "a", "stage": "update", "reason": "y"}]
+    others = [{"client": f"c{i}", "stage": "train", "reason": "z"} for i in range(6)]
+    lines: list[dict[str, Any]] = [{"accuracy": 0.1}, {"failures": failures}, {"failures": [*failures, *others]}]
+    (told,) = made(tmp_path, fedavg_0=lines).missing
+    assert told.startswith("Faults: fedavg, seed 0: a in 2 rounds, c0 in 1 round, ")
+    assert told.endswith(", and 2 more. The reasons are in its metrics.jsonl.")
+
+
 def test_an_ablation_tells_the_gain_of_each_step(tmp_path: Path) -> None:
     folder = make_comparison(tmp_path / "a", None, seeds=[0, 1, 2, 3])
     levels = {"parameter-average": 0.5, "gate-alignment": 0.55, "consistency-weights": 0.55}
@@ -119,7 +165,7 @@ def test_facts_tell_what_varies(tmp_path: Path) -> None:
     folder = make_comparison(tmp_path / "a", "fedavg", seeds=[0], grid={"clients.alpha": ["0.1", "1.0"]})
     told = dict(facts(read_material([folder])))
     assert told["clients"] == "6, dirichlet, alpha: 0.1, 1.0"
-    assert (told["rounds"], told["seeds"], told["algorithms"]) == ("4", "0", "fedavg")
+    assert (told["rounds"], told["seed"], told["algorithm"]) == ("4", "0", "fedavg")
 
 
 def test_thinning_keeps_both_ends() -> None:

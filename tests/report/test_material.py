@@ -58,7 +58,7 @@ def test_a_run_at_work_is_shown_but_not_in_the_tables_of_finished_ones(tmp_path:
     assert [finished.cell.choice.label for finished in material.tabled] == ["fedavg"]
     alone = read_material([begun])
     assert [finished.cell.choice.label for finished in alone.tabled] == ["fedprox"]
-    assert alone.said[0].startswith("No run is finished yet")
+    assert alone.said[0] == "No run is finished: these are scores after round 2 of 4."
 
 
 def test_a_damaged_run_in_the_middle_is_named_and_the_others_are_shown(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from fedalign.cli.main import app
 from fedalign.config.toml import load_config
 from fedalign.files import LOCK, locked
 from fedalign.report import write_report
+from fedalign.report.page import _bands
 from tests.report.made import Shape, make_comparison, make_run
 
 EVIL = '</script><img src="http://127.0.0.1:9/x" onerror="alert(1)">'
@@ -64,7 +65,7 @@ def test_headings_are_in_order_and_figures_are_described(page: str) -> None:
     assert levels.count(1) == 1
     assert all(below - above <= 1 for above, below in pairwise(levels))
     figures = sum(tag == "figure" for tag, _ in tags)
-    assert figures == sum(tag == "figcaption" for tag, _ in tags) == 9
+    assert figures == sum(tag == "figcaption" for tag, _ in tags) == 10
     ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
     assert len(ids) == len(set(ids))
 
@@ -83,7 +84,8 @@ def test_a_page_of_losses_speaks_of_lower(tmp_path: Path) -> None:
     write_report([made], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text().split("<script")[0]
     assert "Loss against bytes uploaded" in text
-    assert "which curve is lower" in text
+    assert "how early a curve gets low" in text
+    assert re.search(r"loss \d\.\d+.nats at the start, \d\.\d+.nats after round 4, one seed, n.=.400.rows", text)
     assert "higher" not in text.partition("<section")[2].partition("Experts</h2>")[0]
 
 
@@ -95,3 +97,25 @@ def test_the_command_writes_beside_the_run(tmp_path: Path) -> None:
     with locked(made / LOCK, "a run"):
         assert "Still at work" in CliRunner().invoke(app, ["report", str(made)]).output
     assert (made / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ([], "Each line is a single run"),
+        ([2, 3], "lowest to the highest run"),
+        ([4, 9], "95 % Student-t intervals; bands that overlap"),
+        ([2, 5], "Bands of 4 seeds and more are 95 % Student-t intervals; the others reach from the lowest"),
+    ],
+)
+def test_what_bands_are_is_said_of_those_that_there_are(counts: list[int], said: str) -> None:
+    assert said in _bands(counts)
+
+
+def test_one_run_is_not_spoken_of_as_several(tmp_path: Path) -> None:
+    write_report([make_run(tmp_path / "run", load_config(None, ["run.rounds=4"]))], tmp_path / "one.html")
+    text = (tmp_path / "one.html").read_text().split("<script")[0]
+    for word in ("means over seeds", "Student-t", "Bold", "Runs of one seed", "fedalign_moe&#39;s end", "seeds 0"):
+        assert word not in text, word
+    for word in ("start, before training", "After 4 rounds, seed 0.", "Mean client: each client counts alike"):
+        assert word in text, word

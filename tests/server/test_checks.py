@@ -101,7 +101,7 @@ def serve(*overrides: str, algorithm: Algorithm | None = None, checkpoints: Chec
     honest = said(config.asks)
     made = algorithm or config.algorithm.build()
     nobody: Any = Nobody()
-    return Server(InMemory(honest), made, LAYOUT, config, checkpoints or nobody, lambda weights: None, nobody)
+    return Server(InMemory(honest), made, LAYOUT, config, checkpoints or nobody, lambda number, weights: None, nobody)
 
 
 def begin() -> ServerState:

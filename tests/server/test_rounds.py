@@ -127,7 +127,7 @@ def run(
     )
     log = Log()
     server = Server(
-        federation, FedAvg(), LAYOUT, config, Checkpoints(tmp_path, {}), lambda w: Evaluation(None, 5, 1.0, 0.5), log
+        federation, FedAvg(), LAYOUT, config, Checkpoints(tmp_path, {}), lambda n, w: Evaluation(None, 5, 1.0, 0.5), log
     )
     zeros = {group: torch.zeros(LAYOUT.sizes[group]) for group in LAYOUT.groups}
     return server.run(state or ServerState(0, zeros, {}, ())), log

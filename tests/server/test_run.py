@@ -424,3 +424,85 @@ def test_the_estimate_agrees_with_the_run(finished: Path, settings: list[str], t
     assert expected.memory > 4 * 4 * expected.trained
     assert expected.seconds_a_round > 0
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------- answers.json
+
+
+def answers(out: Path) -> dict[str, Any]:
+    kept: dict[str, Any] = json.loads((out / "answers.json").read_text())
+    return kept
+
+
+def test_start_and_end_are_kept_row_by_row_and_class_by_class(finished: Path, texts: Path) -> None:
+    kept, lines = answers(finished), metrics(finished)
+    assert list(kept) == ["0", "2", "3"]
+    test = [json.loads(line) for line in (texts / "test.jsonl").read_text().splitlines()]
+    for number, told in kept.items():
+        assert told["examples"] == len(test) == lines[int(number)]["test_examples"]
+        right = sum(row.get(name, 0) for name, row in told["confusion"].items())
+        assert right / len(test) == lines[int(number)]["accuracy"]
+        for name, row in told["confusion"].items():
+            assert sum(row.values()) == sum(one["label"] == name for one in test)
+        assert len(told["answered"]) == 10
+        assert {row["expected"] for row in told["answered"]} == {"animals", "weather", "food"}  # not the first alone
+        assert all(row["right"] == (row["given"] == row["expected"]) for row in told["answered"])
+    asked = [[(row["prompt"], row["expected"]) for row in told["answered"]] for told in kept.values()]
+    assert asked[0] == asked[1] == asked[2]
+    assert asked[0][0] == (f"{test[0]['text']}\nLabel:", test[0]["label"])
+
+
+def test_no_kill_parts_a_round_from_its_answers(finished: Path, settings: list[str], tmp_path: Path) -> None:
+    for at in ((0, "completed", 1), (3, "training", 0), (3, "evaluating", 0), (3, "completed", 1)):
+        out = tmp_path / "-".join(map(str, at))
+        with pytest.raises(KeyboardInterrupt):
+            start(out, settings, watch=Silent(lambda *where, at=at: where == at))
+        assert set(answers(out)) >= {"0", *(str(line["round"]) for line in metrics(out)[-1:])}
+        resume(out)
+        assert answers(out) == answers(finished)
+
+
+def test_answers_that_are_not_there_are_made_at_the_end(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for content in (None, "{", "[]"):  # of an older version, or damaged
+        out = tmp_path / f"run-{content}"
+        shutil.copytree(finished, out)
+        (out / "answers.json").unlink()
+        if content is not None:
+            (out / "answers.json").write_text(content)
+        resume(out)
+        assert answers(out) == {"3": answers(finished)["3"]}
+    assert caplog.text.count("answers.json: damaged") == 2
+
+
+def test_rows_can_be_left_out(settings: list[str], tmp_path: Path) -> None:
+    start(tmp_path / "run", settings, "evaluation.answers=0", "run.rounds=1")
+    assert [told["answered"] for told in answers(tmp_path / "run").values()] == [[], []]
+    assert "the dog" not in (tmp_path / "run" / "answers.json").read_text()
+
+
+def test_free_text_is_answered_at_the_start_and_at_the_end_alone(
+    settings: list[str], texts: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in (texts / "test.jsonl").read_text().splitlines()]
+    lines = [json.dumps({"prompt": row["text"] * 90, "response": row["label"]}) + "\n" for row in rows]
+    (tmp_path / "asked.jsonl").write_text("".join(lines))
+    data = [f"data.{part}={tmp_path / 'asked.jsonl'}" for part in ("train", "test")]
+    more = ["data.kind=instruction", "clients.partition=iid", "data.too_long=truncate", "evaluation.max_new_tokens=3"]
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        start(out, settings, *data, *more, watch=Silent(lambda *where: where == (3, "training", 0)))
+    assert {number: len(told["answered"]) for number, told in answers(out).items()} == {"0": 10, "1": 0, "2": 0}
+    resume(out)
+    kept = answers(out)
+    assert {number: len(told["answered"]) for number, told in kept.items()} == {"0": 10, "2": 0, "3": 10}
+    assert "confusion" not in kept["3"]
+    assert " characters left out] " in kept["3"]["answered"][0]["prompt"]
+    assert all(row["right"] is None for row in kept["3"]["answered"])  # nothing was scored by them
+
+
+def test_without_a_test_set_of_its_own_no_row_is_kept(settings: list[str], tmp_path: Path) -> None:
+    own = [setting for setting in settings if not setting.startswith("data.test")]
+    start(tmp_path / "run", own, "run.rounds=1")
+    assert not (tmp_path / "run" / "answers.json").exists()

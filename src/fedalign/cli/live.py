@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fedalign.protocol import Layout, Metrics, Plan, Statistics
 from fedalign.server.checkpoint import ServerState
-from fedalign.server.scores import accuracy_of, loss_of
+from fedalign.server.scores import accuracy_of, loss_of, scored_on
 from fedalign.units import clock, nats, percent, size
 
 ROWS = 25  # of the live table; older rounds are in metrics.jsonl
@@ -25,8 +25,8 @@ REFRESH = 0.25  # seconds between two looks of the live table
 class LiveTable(JupyterMixin):
     """A `server.rounds.Observer` for a terminal or a notebook; where output goes to a file it prints a line a round."""
 
-    def __init__(self, console: Console, rounds: int) -> None:
-        self.console, self.rounds = console, rounds
+    def __init__(self, console: Console, rounds: int, part: str = "test") -> None:
+        self.console, self.rounds, self.part = console, rounds, part
         self.history: Sequence[Metrics] = ()
         self._started, self._done = time.monotonic(), 0  # rounds of this process
         self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
@@ -67,6 +67,8 @@ class LiveTable(JupyterMixin):
         self._refresh(at_once=True)
         if not (self.console.is_terminal or self._cell):
             cells = zip(COLUMNS, row(self.history, len(self.history) - 1, self.time_left()), strict=True)
+            if state.round == 0 and (of := scored_on(self.history[-1], self.part)):
+                self.console.print(f"accuracy and loss: {of}", soft_wrap=True)
             self.console.print(" | ".join(f"{name} {value}" for name, value in cells), soft_wrap=True)
         for failure in state.history[-1].get("failures", ()):
             text = f"round {state.round}: {failure['client']}, {failure['stage']}: {failure['reason']}"
@@ -92,6 +94,8 @@ class LiveTable(JupyterMixin):
         newest = len(self.history) - 1
         for index in range(max(0, newest + 1 - ROWS), newest + 1):
             table.add_row(*row(self.history, index, self.time_left() if index == newest else ""))
+        told = [of for line in self.history if (of := scored_on(line, self.part))]
+        table.caption = f"accuracy and loss: {told[-1]}" if told else None
         return Group(table, self._bar)
 
 

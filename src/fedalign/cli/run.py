@@ -204,7 +204,7 @@ def _watched(
 
     again = f"go on with: fedalign run --resume {shlex.quote(str(folder.path))}"
     try:
-        with _held(folder, settings, how), LiveTable(console, settings.run.rounds) as table:
+        with _held(folder, settings, how), LiveTable(console, settings.run.rounds, settings.evaluation.part) as table:
             return rounds(table)
     except KeyboardInterrupt:
         say(f"\nInterrupted. Complete rounds are kept; {again}", console)
@@ -251,8 +251,10 @@ def _print_headline(prepared: Prepared, console: Console) -> None:
     moe, config = prepared.bench.moe, prepared.config
     examples = [client.examples for client in prepared.clients.values()]
     parameters = sum(p.numel() for p in moe.model.parameters())
+    held = " to ".join(str(count) for count in sorted({min(examples), max(examples)}))
+    clients = f"{len(examples)} client{'s' if len(examples) > 1 else ''}"
     say(
-        f"{config.algorithm.name}: {len(examples)} clients with {min(examples)} to {max(examples)} examples, "
+        f"{config.algorithm.name}: {clients} with {held} examples, "
         f"{moe.family} with {parameters / 1e6:.1f}M parameters "
         f"({moe.layout.layers} MoE layers x {moe.experts} experts, top-{moe.top_k})",
         console,
@@ -287,17 +289,19 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     from fedalign.units import clock, nats, percent, size
 
     rows = [
-        ("accuracy", f"{percent(summary['initial_accuracy'])} -> {percent(summary['final_accuracy'])}"),
+        ("accuracy", _from_to(summary["initial_accuracy"], summary["final_accuracy"], percent)),
+        ("loss, nats a token", _from_to(summary["initial_loss"], summary["final_loss"], nats)),
         ("best", _best(summary)),
-        ("loss", f"{nats(summary['initial_loss'])} -> {nats(summary['final_loss'])} nats a token"),
-        ("by client", _by_client(summary["client_accuracies"])),
+        ("scored on", summary["scored_on"] or "nothing: no test set, and no client's held-out rows"),
+        ("by client", _by_client(summary["client_accuracies"], summary["client_examples"])),
         ("sent up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),
         ("faults", _counted(summary["failures"])),
         ("time", clock(summary["seconds"])),
         ("model/ checked", summary["checked"] or "not at all"),
     ]
     rows = [(name, value) for name, value in rows if value]
-    print_table(f"{summary['algorithm']} after {summary['rounds']} rounds", rows)
+    rounds = summary["rounds"]
+    print_table(f"{summary['algorithm']} after {rounds} round{'s' if rounds > 1 else ''}", rows)
     say(f"Results   {folder.path}: model/ and best/ (load them with transformers), summary.json, metrics.jsonl")
     say(f"Look      tensorboard --logdir {folder.path}")
 
@@ -310,19 +314,32 @@ def _with_baseline(name: str) -> str:
     return f"{BASELINE},{name if name != BASELINE else AlgorithmConfig().name}"
 
 
+def _from_to(first: float | None, last: float | None, told: Callable[[float | None], str]) -> str:
+    """The start beside the end; empty where nothing was scored."""
+    return "" if first is None and last is None else f"{told(first)} -> {told(last)}"
+
+
 def _best(summary: Mapping[str, Any]) -> str:
-    """The best round, if any was scored."""
+    """The best round, if any was scored, and which way is better."""
+    from fedalign.units import nats, percent
+
+    number, accuracy = summary["best_round"], summary["best_accuracy"]
+    if number is None:
+        return ""
+    said = (
+        f"lowest loss, {nats(summary['best_loss'])}" if accuracy is None else f"highest accuracy, {percent(accuracy)}"
+    )
+    return f"{said}, {f'in round {number}' if number else 'at the start: no round was better'}"
+
+
+def _by_client(accuracies: Mapping[str, float], rows: Mapping[str, int], most: int = 12) -> str:
+    """Accuracy of each client and of how many rows, of the first few if there are many."""
     from fedalign.units import percent
 
-    number = summary["best_round"]
-    return "" if number is None else f"{percent(summary['best_accuracy'])} in round {number}"
-
-
-def _by_client(accuracies: Mapping[str, float], most: int = 12) -> str:
-    """Accuracy of each client, of the first few if there are many."""
-    from fedalign.units import percent
-
-    shown = [f"{name} {percent(accuracy)}" for name, accuracy in list(accuracies.items())[:most]]
+    shown = [
+        f"{name} {percent(accuracy)}" + (f" of {rows[name]}" if name in rows else "")
+        for name, accuracy in list(accuracies.items())[:most]
+    ]
     return ", ".join(shown) + (f", and {len(accuracies) - most} more" if len(accuracies) > most else "")
 
 

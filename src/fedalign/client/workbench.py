@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from fedalign import parallel
-from fedalign.client.evaluation import TestSet, evaluate
+from fedalign.client.answers import sheet
+from fedalign.client.evaluation import TestSet, answers
 from fedalign.client.memory import ClientData, ClientMemory
 from fedalign.client.trainer import Trainer
 from fedalign.config.run import ClientLimits, Config
@@ -153,8 +154,14 @@ class Workbench:
         """Score weights on a test set, if there is one."""
         if tests is None:
             return None
+        return self.marked(weights, tests)[0]
+
+    def marked(self, weights: Weights, tests: TestSet, *, generate: bool = False) -> tuple[Evaluation, dict[str, Any]]:
+        """The score of weights on a test set, and the `client.answers.sheet` of what they answered."""
         self.moe.write(weights)
-        return evaluate(self.moe, tests, self.config.evaluation, self.tokenizer, client=None)
+        found = answers(self.moe, tests, self.config.evaluation, self.tokenizer)
+        record = sheet(self.moe, tests, found, self.config, self.tokenizer, generate=generate)
+        return found.score(None, len(tests)), record
 
     def check(self, folder: Path, skeleton: MoEModel | None = None) -> str:
         """Hold what was saved of this model, or of a filled skeleton, against plain libraries; how far was looked.

@@ -88,6 +88,12 @@ LOSSES = (
     Column("loss, nats", _last("loss_nats"), nats, False),
     Column("clients' loss, nats", _last("client_loss_mean_nats"), nats, False),
 )
+MEANINGS = {
+    "all held-out examples, %": "All held-out examples: each counts alike, of whichever client",
+    "mean client, %": "Mean client: each client counts alike, however few its rows",
+    "worst client, %": "Worst client: the lowest, which with few rows may be chance",
+    "clients' loss, nats": "Clients' loss: each held-out row counts alike, of whichever client",
+}
 SENT = Column("sent up", lambda run: float(sum(line.get("bytes_up", 0) for line in run.history)), size, False)
 
 
@@ -95,7 +101,9 @@ def final_scores(design: Design, runs: Sequence[Finished], spread: Spread = "ci"
     """Final scores, bytes and speed of every algorithm at every grid point."""
     columns = qualities(runs)
     baseline = design.baseline
-    header = ("algorithm", "seeds", *(column.title for column in (*columns, SENT)), f"rounds to {baseline}'s end")
+    several = len(design.choices) > 1
+    speeds = (f"rounds to {baseline}'s end",) if several else ()
+    header = ("algorithm", "seeds", *(column.title for column in (*columns, SENT)), *speeds)
     sections = []
     for point in design.points:
         grouped = by_label(runs, point)
@@ -106,7 +114,7 @@ def final_scores(design: Design, runs: Sequence[Finished], spread: Spread = "ci"
         ]
         speed = [_rounds(grouped[label], grouped.get(baseline, {})) for label in grouped]
         lines = tuple(
-            (TableCell(label), TableCell(str(len(grouped[label]))), *(cells[i] for cells in shown), speed[i])
+            (TableCell(label), TableCell(str(len(grouped[label]))), *(c[i] for c in shown), *speed[i : i + several])
             for i, label in enumerate(grouped)
         )
         sections.append((point_title(point), lines))
@@ -132,16 +140,40 @@ def paired_differences(design: Design, runs: Sequence[Finished], spread: Spread 
     return Table(f"Differences to {baseline}, seed by seed", header, tuple(sections))
 
 
+def start_line(design: Design, runs: Sequence[Finished], point: Point) -> tuple[TableCell, ...]:
+    """The line of `final_scores` that all algorithms begin with, before any training; empty without scores of it."""
+    begun = {run.cell.seed: Finished(run.cell, run.history[:1]) for run in reversed(runs) if run.cell.point == point}
+    values = [[v for run in begun.values() if (v := column.of(run)) is not None] for column in qualities(runs)]
+    if not any(values) or all(len(run.history) == 1 for run in runs):
+        return ()
+    cells = [
+        TableCell(interval_text(mean_interval(each), column.format) if each else "-")
+        for each, column in zip(values, qualities(runs), strict=True)
+    ]
+    empty = (TableCell("-"),) * (2 if len(design.choices) > 1 else 1)
+    return (TableCell("start, before training"), TableCell(str(len(begun))), *cells, *empty)
+
+
 def rows_scored(runs: Sequence[Finished]) -> str:
     """How many examples stand behind the scores, as far as runs say so."""
     scored = [next((line for line in reversed(run.history) if merit(line) is not None), {}) for run in runs]
-    tests = sorted({line["test_examples"] for line in scored if "test_examples" in line})
-    held = sorted({sum(line["client_examples"].values()) for line in scored if line.get("client_examples")})
-    told = [(tests, "rows of the global test set"), (held, "held-out rows of all clients together")]
-    parts = [
-        f"{counts[0]:,}{f' to {counts[-1]:,}' if len(counts) > 1 else ''} {what}" for counts, what in told if counts
-    ]
+    tests = [line["test_examples"] for line in scored if "test_examples" in line]
+    held = [line["client_examples"].values() for line in scored if line.get("client_examples")]
+    parts = [f"{_from_to(tests)} rows of the global test set"] if tests else []
+    if held:
+        each = _from_to([count for counts in held for count in counts])
+        whose = f"all clients together, {each} each" if any(len(counts) > 1 for counts in held) else "the one client"
+        parts.append(f"{_from_to([sum(counts) for counts in held])} held-out rows of {whose}")
     return " and ".join(parts)
+
+
+def _from_to(counts: Sequence[int]) -> str:
+    """The least and the largest.
+
+    >>> _from_to([30, 30]), _from_to([1, 1500])
+    ('30', '1 to 1,500')
+    """
+    return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
 
 
 def notes(
@@ -151,12 +183,18 @@ def notes(
     spread: Spread = "ci",
 ) -> list[str]:
     """What a reader has to know to read the tables."""
-    seeds = ", ".join(map(str, design.seeds))
-    said = [
-        f"After {design.base.run.rounds} rounds, seeds {seeds}. Runs of one seed share start, partition and order of "
-        "batches.",
-        "Bold: the best mean, unless all are the same. Differences are taken seed by seed.",
-    ]
+    several, rounds = len(design.choices) > 1, design.base.run.rounds
+    seeds = f"seed{'s' if len(design.seeds) > 1 else ''} {', '.join(map(str, design.seeds))}"
+    said = [f"After {rounds} round{'s' if rounds > 1 else ''}, {seeds}."]
+    if several:
+        said[0] += " Runs of one seed share start, partition and order of batches."
+        said.append(
+            "Bold: the best mean (highest accuracy, lowest loss, least sent up), unless all are the same. Differences "
+            "are taken seed by seed."
+        )
+        points = [by_label(runs, point).values() for point in design.points]
+        if not all(len({frozenset(group) for group in groups}) <= 1 for groups in points):
+            said.append("Not every algorithm has every seed: means are of different seeds, so none of them is bold.")
     if spread == "std" and len(design.seeds) > 1:
         said.append("m ± s: mean and sample standard deviation over seeds, which is no interval of the mean.")
     elif len(design.seeds) >= FEW:
@@ -169,14 +207,22 @@ def notes(
             f"m (a, b): mean and single runs, seed by seed: {len(design.seeds)} seeds are too few for an interval, and "
             "hardly a ground for saying what is better."
         )
-    else:
+    elif several:
         said.append(
             "One seed: no interval can be given. These are single runs, and no ground for saying what is better."
         )
-    said.append(
-        f"Rounds to {design.baseline}'s end: the first round of a seed that scores at least what {design.baseline} "
-        "scores after its last round with that seed."
-    )
+    else:
+        said.append("One seed: a single run, and no interval can be given.")
+    if several:
+        said.append(
+            f"Rounds to {design.baseline}'s end: the first round of a seed that scores at least what {design.baseline} "
+            "scores after its last round with that seed; 0: the start does."
+        )
+    explained = [told for column in qualities(runs) if (told := MEANINGS.get(column.title))]
+    if explained:
+        said.append(f"{'. '.join(explained)}.")
+    if design.base.evaluation.generate and explained and "accuracy, %" in [c.title for c in qualities(runs)]:
+        said.append("Accuracy: the share of answers that were generated word for word, where there are no choices.")
     if scored := rows_scored(runs):
         said.append(f"Scored on {scored}.")
     if design.tune:
@@ -229,7 +275,8 @@ def _with_intervals(column: Column, lines: Sequence[BySeed], baseline: BySeed, s
     intervals = [mean_interval(list(values.values())) if values else None for values in lines]
     means = [interval.mean for interval in intervals if interval is not None]
     shown = {column.format(mean) for mean in means}
-    best = column.format((max if column.higher_is_better else min)(means)) if len(shown) > 1 else None
+    comparable = len(shown) > 1 and same_seeds(lines)
+    best = column.format((max if column.higher_is_better else min)(means)) if comparable else None
     cells = []
     for values, interval in zip(lines, intervals, strict=True):
         if interval is None:
@@ -240,6 +287,11 @@ def _with_intervals(column: Column, lines: Sequence[BySeed], baseline: BySeed, s
         text = interval_text(interval, column.format, spread)
         cells.append(TableCell(text, column.format(interval.mean) == best, differs))
     return cells
+
+
+def same_seeds(lines: Iterable[BySeed]) -> bool:
+    """Whether means over these are of the same seeds; of other seeds they would not say what is better."""
+    return len({frozenset(values) for values in lines if values}) <= 1
 
 
 def interval_text(interval: Interval, format: Format, spread: Spread = "ci") -> str:

@@ -462,6 +462,9 @@ class EvaluationConfig(Section):
     length_normalise: bool = key(False, "choices by mean instead of summed log-likelihood")
     generate: bool = key(False, "instruction and chat: exact match by greedy generation")
     max_new_tokens: Positive = key(64, "of which at most so many tokens are generated")
+    answers: Count = key(
+        10, "rows of the global test set whose text and answers the run's folder keeps, for the report"
+    )
 
 
 class FederationConfig(Section):

@@ -17,7 +17,7 @@ from fedalign.errors import TrainingFailedError
 from fedalign.files import folder_name
 from fedalign.maths.rounding import unpack_weights
 from fedalign.protocol import Accumulator, Broadcast, Evaluation, Failure, Layout, Request, Statistics, Weights
-from fedalign.server.run import Holdings, digest, identity
+from fedalign.server.run import Holdings, Marked, digest, identity
 from fedalign.server.trackers import require_trackers
 
 POOLED = "pooled"
@@ -96,9 +96,9 @@ class Prepared:
         """Those that the model was loaded with."""
         return {group: value.cpu() for group, value in self.bench.moe.read().items()}
 
-    def evaluate(self, weights: Weights) -> Evaluation | None:
+    def evaluate(self, weights: Weights, *, generate: bool = False) -> Marked | None:
         """Score weights on the global test set, if there is one."""
-        return self.bench.score(weights, self.test)
+        return None if self.test is None else self.bench.marked(weights, self.test, generate=generate)
 
     def save_model(self, weights: Weights, folder: Path) -> None:
         """Write weights as an ordinary Hugging Face folder, with the tokenizer."""

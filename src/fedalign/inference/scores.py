@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedalign.client.evaluation import Answers, TestSet, answers
+from fedalign.client.answers import confusion as confusion_of
+from fedalign.client.answers import given_answers, question
+from fedalign.client.evaluation import TestSet, answers
 from fedalign.client.workbench import Workbench
 from fedalign.data.formats import FORMATS, Example
 from fedalign.errors import UserError
@@ -61,38 +62,15 @@ def score(bench: Workbench, examples: Sequence[Example], shown: int = 10) -> Sco
     config = bench.config.evaluation
     found = answers(bench.moe, tests, config, bench.tokenizer)
     whole = found.score(None, len(tests))
-    given = _given(tests, found)
+    given = given_answers(tests, found)
     classes: tuple[ClassScore, ...] = ()
     confusion = None
     if FORMATS[bench.config.data.kind].classes and given:
-        confusion = _confusion(tests.examples, given)
+        confusion = confusion_of(tests.examples, given)
         classes = tuple(_class(name, confusion) for name in confusion)
     rows = zip(tests.examples, given, strict=True) if given else ()
-    kept = [Answered(_prompt(one), one.answer.strip(), said) for one, said in list(rows)[:shown]]
+    kept = [Answered(question(one), one.answer.strip(), said) for one, said in list(rows)[:shown]]
     return Scores(whole.examples, whole.loss, whole.accuracy, classes, confusion, tuple(kept))
-
-
-def _given(tests: TestSet, found: Answers) -> list[str]:
-    """What the model chose or said; empty where it did neither."""
-    if found.scores:
-        chosen = (int(score_K.argmax()) for score_K in found.scores)
-        return [one.choices[i].strip() for one, i in zip(tests.examples, chosen, strict=True)]
-    return list(found.said)
-
-
-def _prompt(example: Example) -> str:
-    """What a person would call its question."""
-    if example.chat is None:
-        return example.prompt
-    before = example.chat.messages[: example.chat.answers[-1]]
-    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in before)
-
-
-def _confusion(examples: Sequence[Example], given: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Counts by true and by given class, all of both in one order."""
-    counts = Counter(zip((one.answer.strip() for one in examples), given, strict=True))
-    names = list(dict.fromkeys(choice.strip() for one in examples for choice in one.choices))
-    return {true: {said: counts[true, said] for said in names} for true in names}
 
 
 def _class(name: str, confusion: Mapping[str, Mapping[str, int]]) -> ClassScore:

@@ -44,6 +44,11 @@ def _largest(key: str) -> Callable[[Metrics], float | None]:
     return lambda line: max(line.get(key, {}).values(), default=None)
 
 
+def _weighted(line: Metrics) -> float | None:
+    """What stands for a global test set where there is none."""
+    return None if "loss_nats" in line else line.get("client_accuracy_weighted")
+
+
 GROUPS = (
     Group(
         "Accuracy",
@@ -51,7 +56,8 @@ GROUPS = (
         100,
         (
             Panel("Global test set", _plain("accuracy")),
-            Panel("Mean client", _plain("client_accuracy_mean")),
+            Panel("All held-out examples", _weighted),
+            Panel("Mean client (each alike)", _plain("client_accuracy_mean")),
             Panel("Worst client", _plain("client_accuracy_worst")),
         ),
     ),
@@ -61,7 +67,7 @@ GROUPS = (
         1,
         (
             Panel("Global test set", _plain("loss_nats")),
-            Panel("Mean over clients' examples", _plain("client_loss_mean_nats")),
+            Panel("All held-out examples", _plain("client_loss_mean_nats")),
             Panel("Worst client", _largest("client_losses_nats")),
         ),
     ),
@@ -142,36 +148,42 @@ def clients(material: Material) -> list[Json]:
 
 
 def _clients(material: Material, point: Point, seed: int, runs: Sequence[Run]) -> Json | None:
-    scores = {run.label: _last_accuracies(run) for run in runs}
+    accuracies = {run.label: _last(run, "client_accuracies") for run in runs}
+    has_accuracy = any(accuracies.values())
+    scores = accuracies if has_accuracy else {run.label: _last(run, "client_losses_nats") for run in runs}
     held = next((run.held for run in runs if run.held), {})
+    tested = next((found for run in runs if (found := _last(run, "client_examples"))), {})
     everyone = sorted({*held, *(name for scored in scores.values() for name in scored)})
     if not everyone:
         return None
     names = thinned(everyone, CLIENTS)
-    labels = sorted({label for name in names if name in held for label in held[name].labels})
+    labels = sorted({label for name in names if name in held for label in held[name].labels} - {""})
+    factor = 100 if has_accuracy else 1
     return {
         "point": point_index(material, point),
         "seed": seed,
         "names": names,
         "of": len(everyone),
         "examples": [held[name].examples if name in held else None for name in names],
+        "tested": [tested.get(name) for name in names],
         "labels": labels,
         "counts": [[held[name].labels.get(label, 0) if name in held else None for label in labels] for name in names],
-        "accuracies": [
-            {"label": label_index(material, label), "values": [_percent(scored, name) for name in names]}
+        "score": "accuracy" if has_accuracy else "loss",
+        "scores": [
+            {
+                "label": label_index(material, label),
+                "values": [short(factor * scored[name]) if name in scored else None for name in names],
+            }
             for label, scored in scores.items()
             if scored
         ],
     }
 
 
-def _last_accuracies(run: Run) -> Mapping[str, float]:
-    scored = [line["client_accuracies"] for line in run.history if line.get("client_accuracies")]
-    return scored[-1] if scored else {}
-
-
-def _percent(scored: Mapping[str, float], name: str) -> float | None:
-    return short(100 * scored[name]) if name in scored else None
+def _last(run: Run, table: str) -> Mapping[str, float]:
+    """Numbers by client as they were last told."""
+    told = [line[table] for line in run.history if line.get(table)]
+    return told[-1] if told else {}
 
 
 def thinned(values: Sequence[T], most: int) -> list[T]:

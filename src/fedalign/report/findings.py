@@ -17,6 +17,7 @@ from fedalign.compare.tables import (
     interval_text,
     qualities,
     rows_scored,
+    same_seeds,
     values_by_seed,
 )
 from fedalign.report.material import Material
@@ -54,7 +55,8 @@ def verdicts(material: Material) -> list[str]:
     runs, design = material.tabled, material.design
     columns = qualities(runs)
     if not columns:
-        return ["No run has been scored yet."]
+        scored = "No score: these runs have no test set, and no client's held-out rows were scored."
+        return [scored if any(run.finished for run in material.runs) else "No round is scored yet."]
     said = [_verdict(design, runs, columns[0], point) for point in design.points]
     return [sentence for sentence in said if sentence]
 
@@ -68,10 +70,25 @@ def _verdict(design: Design, runs: Sequence[Finished], column: Column, point: Po
     intervals = {label: mean_interval(list(by_seed.values())) for label, by_seed in values.items()}
     best = (max if column.higher_is_better else min)(intervals, key=lambda label: intervals[label].mean)
     name, _, unit = column.title.partition(", ")
+    if name.startswith("all held-out"):
+        name = f"accuracy on {name}"
     shown, count = interval_text(intervals[best], column.format), intervals[best].count
-    score = f"{name} {shown}\N{NO-BREAK SPACE}{unit}, {_seeds(count)}"
+    rows = _rows(runs, column)
+    score = f"{name} {shown}\N{NO-BREAK SPACE}{unit}, {_seeds(count)}{rows}"
     if len(values) == 1:
-        return f"{where}{best}: {score}."
+        group = by_label(runs, point)[best].values()
+        begun = [value for run in group if (value := column.of(Finished(run.cell, run.history[:1]))) is not None]
+        before = f"{interval_text(mean_interval(begun), column.format)}\N{NO-BREAK SPACE}{unit}" if begun else ""
+        rounds = " or ".join(str(number) for number in sorted({run.history[-1]["round"] for run in group}))
+        start = f"{before} at the start, " if before and rounds != "0" else ""
+        end = f"{shown}\N{NO-BREAK SPACE}{unit} {'at the start' if rounds == '0' else f'after round {rounds}'}"
+        return f"{where}{best}: {name} {start}{end}, {_seeds(count)}{rows}."
+    if not same_seeds(values.values()):
+        each = "; ".join(
+            f"{label} {interval_text(interval, column.format)}\N{NO-BREAK SPACE}{unit}, {_seeds(interval.count)}"
+            for label, interval in intervals.items()
+        )
+        return f"{where}Not every algorithm has every seed, so no best is named: {name} {each}{rows}."
     level = sorted(
         label for label in values if column.format(intervals[label].mean) == column.format(intervals[best].mean)
     )
@@ -139,15 +156,23 @@ def facts(material: Material) -> list[tuple[str, str]]:
         "model": config.model.path,
         "data": config.data.train,
         "clients": f"{_client_count(material)}, {held_by}",
-        "rounds": str(config.run.rounds),
-        "seeds": ", ".join(map(str, design.seeds)),
+        "rounds": _rounds(material),
+        "seed" if len(design.seeds) == 1 else "seeds": ", ".join(map(str, design.seeds)),
     }
+    if len(design.choices) == 1:
+        shown = {"algorithm" if name == "algorithms" else name: value for name, value in shown.items()}
     if scored := rows_scored(material.tabled):
         shown["scored on"] = scored
     own = {"clients.alpha": "clients", "run.rounds": "rounds", "model.path": "model", "data.train": "data"}
     for key, values in varied.items():
         shown[own.get(key, key)] = f"{shown['clients']}: {values}" if key == "clients.alpha" else values
     return list(shown.items())
+
+
+def _rounds(material: Material) -> str:
+    """How many were asked for; of a single run also how many are complete."""
+    asked, one = material.design.base.run.rounds, material.runs[0]
+    return f"{one.round} of {asked}" if len(material.runs) == 1 and not one.finished else str(asked)
 
 
 def versions(material: Material) -> list[tuple[str, str]]:
@@ -166,6 +191,15 @@ def _client_count(material: Material) -> str:
     return " to ".join(dict.fromkeys(str(count) for count in counts[:: max(1, len(counts) - 1)])) or str(
         material.design.base.clients.count
     )
+
+
+def _rows(runs: Sequence[Finished], column: Column) -> str:
+    """Of how many rows a score is, where all runs have as many."""
+    lines = [run.history[-1] for run in runs]
+    overall = column.title.startswith(("accuracy", "loss"))
+    counts = {line.get("test_examples") if overall else sum(line.get("client_examples", {}).values()) for line in lines}
+    (count,) = counts if len(counts) == 1 else (None,)
+    return f", n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{count:,} rows" if count else ""
 
 
 def _seeds(count: int) -> str:

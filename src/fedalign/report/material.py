@@ -24,7 +24,16 @@ from fedalign.server.health import DamagedError
 from fedalign.server.results import RunFolder, read_history
 from fedalign.server.scores import merit
 
-UNTOLD = ("run.seed", "run.device", "run.threads", "tracking.", "federation.", "server.min_clients")
+UNTOLD = (
+    "run.seed",
+    "run.device",
+    "run.threads",
+    "run.check",
+    "evaluation.answers",
+    "tracking.",
+    "federation.",
+    "server.min_clients",
+)
 NUMBERS = (  # that tables and figures are made of
     "accuracy",
     "bytes_up",
@@ -87,8 +96,7 @@ class Material:
     @property
     def tabled(self) -> list[Finished]:
         """The runs that the tables are made of: the finished ones; if none is, all as they stand."""
-        finished = [run for run in self.runs if run.finished]
-        return [Finished(run.cell, _until_scored(run.history)) for run in finished or self.runs]
+        return _tabled(self.runs)
 
 
 def read_material(folders: Sequence[Path]) -> Material:
@@ -135,9 +143,10 @@ def _of_runs(folders: Sequence[Path]) -> Material:
 
 def _said(design: Design, runs: Sequence[Run]) -> list[str]:
     """The notes of a comparison, as far as they hold for these runs."""
-    first, *others = notes(design)
+    first, *others = notes(design, runs=_tabled(runs))
     if not any(run.finished for run in runs):
-        first = "No run is finished yet: the tables hold the last scored round of each."
+        rounds = " to ".join(str(n) for n in sorted({min(r.round for r in runs), max(r.round for r in runs)}))
+        first = f"No run is finished: these are scores after round {rounds} of {design.base.run.rounds}."
     elif "run.rounds" in design.grid:
         first = "Runs of one seed share start, partition and order of batches if nothing but the algorithm differs."
     return [first, *others]
@@ -207,8 +216,19 @@ def _read_cells(planned: Sequence[tuple[Cell, Path]]) -> tuple[list[Run], list[s
             state = "Still at work" if is_held else "Broken off"
             go_on = "" if is_held else f" Go on with it: fedalign run --resume {shlex.quote(str(path))}"
             missing.append(f"{state}: {cell.name}: round {run.round} of {cell.config.run.rounds}.{go_on}")
+        if faults := _faults(run):
+            missing.append(f"Faults: {cell.name}: {faults}. The reasons are in its metrics.jsonl.")
         runs.append(run)
     return runs, missing
+
+
+def _faults(run: Run, most: int = 5) -> str:
+    """Which clients failed, and in how many rounds."""
+    failed = [{str(one["client"]) for one in line.get("failures", ())} for line in run.history]
+    counts = Counter(name for names in failed for name in names)
+    worst = sorted(counts.items(), key=lambda one: (-one[1], one[0]))[:most]
+    told = [f"{name} in {count} round{'s' if count > 1 else ''}" for name, count in worst]
+    return ", ".join(told) + (f", and {len(counts) - most} more" if len(counts) > most else "")
 
 
 def _read_run(cell: Cell, path: Path) -> Run | None:
@@ -252,9 +272,16 @@ def _check_history(history: Sequence[Metrics]) -> None:
         values = [(name, line[name]) for name in NUMBERS if name in line]
         for table in TABLES:
             values += [(f"{table} of {client}", value) for client, value in line.get(table, {}).items()]
+        if not all(isinstance(failure, dict) and "client" in failure for failure in line.get("failures", ())):
+            raise ValueError(f"failures in line {number + 1} of metrics.jsonl name no client")
         for name, value in values:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"{name} in line {number + 1} of metrics.jsonl is {value!r}")
+
+
+def _tabled(runs: Sequence[Run]) -> list[Finished]:
+    finished = [run for run in runs if run.finished]
+    return [Finished(run.cell, _until_scored(run.history)) for run in finished or runs]
 
 
 def _until_scored(history: Sequence[Metrics]) -> Sequence[Metrics]:

@@ -213,7 +213,8 @@
       .filter(({ series }) => series.length);
     if (!panels.length) return "Nothing to show: no algorithm is chosen, or no round has been scored.";
     const each = columns(width, panels.length, least);
-    const domain = framed(panels.flatMap(({ series }) => series.flatMap(({ points }) => points)), group.unit);
+    const found = framed(panels.flatMap(({ series }) => series.flatMap(({ points }) => points)), group.unit);
+    const domain = group === data.divergence ? [0, found[1]] : found; // small changes of it look like changes only if they are
     return {
       nodes: panels.map(({ title, series }) =>
         panel(
@@ -222,7 +223,7 @@
           `Line chart of ${group.title.toLowerCase()}, ${title.toLowerCase()}, by round. ${lastValues(series, group.unit)}.`,
         ),
       ),
-      caption: `${group.title} in ${group.unit}${where()}.`,
+      caption: `${group.title} in ${group.unit}${where()}.${["Accuracy", "Loss"].includes(group.title) ? scoredOn : ""}`,
       head: ["algorithm", "of", "round", `mean, ${group.unit}`, "low", "high", "seeds"],
       rows: () =>
         panels.flatMap(({ title, series }) =>
@@ -230,13 +231,14 @@
         ),
     };
   };
+  const scoredOn = data.scored ? ` Scored on ${data.scored}.` : "";
   const axis = ({ title, unit }) => `${(width() < 600 ? title.split(" ")[0] : title).toLowerCase()}, ${unit}`;
   const where = () => (data.points.length > 1 ? `, ${data.points[state.point]}` : "");
 
   const longestName = (width) => (width < 420 ? 14 : 20);
 
   /* Heat map: value(row, column) is a number, or null where there is none. */
-  const heat = ({ rows, cols, value, width, colors, xLabel, yLabel, format, marks = () => "", tallest = 26, square = false }) => {
+  const heat = ({ rows, cols, value, width, colors, xLabel, yLabel, format, marks = () => "", tallest = 26, square = false, most = longestName(width) }) => {
     const cells = [];
     for (let y = 0; y < rows.length; y++) {
       for (let x = 0; x < cols.length; x++) {
@@ -245,7 +247,6 @@
       }
     }
     const longest = Math.max(...rows.map((name) => name.length));
-    const most = longestName(width);
     const marginLeft = 18 + Math.ceil(Math.min(longest, most) * FONT * 0.58) + (yLabel ? 14 : 0);
     const longestColumn = Math.min(18, Math.max(...cols.map((name) => name.length)));
     const wide = (width - marginLeft - 12) / cols.length;
@@ -297,16 +298,22 @@
 
   const metric = by("metric");
   fill(metric, data.curves.map((group, i) => [i, group.title]));
-  figure("figure-convergence", (width) => (data.curves.length ? lineFigure(data.curves[Number(metric.value)], width, 290) : "No round has been scored yet."));
+  figure("figure-convergence", (width) => (data.curves.length ? lineFigure(data.curves[Number(metric.value)], width, 290) : "No round was scored."));
   metric.addEventListener("change", () => redraw("figure-convergence"));
-  figure("figure-divergence", (width) => (data.divergence ? lineFigure(data.divergence, width, 290) : "No run recorded it."));
+  figure("figure-divergence", (width) => {
+    if (!data.divergence) return "No run recorded it.";
+    const rows = data.divergence.panels.flatMap(({ series }) => series.filter(visible).flatMap((one) => one.rows));
+    if (rows.length && rows.every(([, mean]) => mean === 0)) return "Zero in every round: one client alone took part, or all routed alike.";
+    return lineFigure(data.divergence, width, 290);
+  });
 
   const quality = data.curves.find((group) => group.title === "Accuracy") ?? data.curves.find((group) => group.title === "Loss");
   const bytesPanel = by("bytes-panel");
   const bytesAxis = by("bytes-axis");
   fill(bytesPanel, (quality?.panels ?? []).map((one, i) => [i, one.title.toLowerCase()]));
   figure("figure-bytes", (width) => {
-    if (!quality) return "No round has been scored yet.";
+    by("bytes-controls").hidden = !quality;
+    if (!quality) return "No round was scored.";
     const chosen = quality.panels[Number(bytesPanel.value)];
     const log = bytesAxis.value === "log";
     const series = chosen.series.filter(visible).map((one) => {
@@ -314,12 +321,12 @@
       const points = asPoints(one.rows).map((p) => ({ ...p, x: sent.get(p.round) }));
       return { label: one.label, points: log ? points.filter((p) => p.x > 0) : points };
     }).filter((one) => one.points.length);
-    if (!series.length) return "Nothing to show: no algorithm is chosen, or nothing has been uploaded.";
+    if (!series.some(({ points }) => points.some((p) => p.x > 0))) return "Nothing to show: no algorithm is chosen, or nothing has been uploaded.";
     const title = `${quality.title}, ${chosen.title.toLowerCase()}`;
     return {
       nodes: [panel("", lines({ series, width: Math.min(width, 820), xLabel: "megabytes uploaded", yLabel: axis(quality), xType: bytesAxis.value, domain: framed(series.flatMap(({ points }) => points), quality.unit) }),
         `Line chart of ${title.toLowerCase()} by megabytes uploaded. ${lastValues(series, quality.unit)}.`)],
-      caption: `${title}, in ${quality.unit}, by megabytes that all clients together have uploaded${where()}.`,
+      caption: `${title}, in ${quality.unit}, by megabytes that all clients together have uploaded${where()}.${scoredOn}`,
       head: ["algorithm", "round", "MB uploaded", `mean, ${quality.unit}`, "low", "high", "seeds"],
       rows: () => series.flatMap(({ label, points }) => points.map((p) => [data.labels[label], p.round, p.x, p.mean, p.low, p.high, p.count])),
     };
@@ -329,67 +336,130 @@
   // ------------------------------------------------------------------ clients
 
   const seed = by("seed");
-  const fillSeeds = () => fill(seed, data.clients.filter((one) => one.point === state.point).map((one) => [one.seed, one.seed]));
-  const accuracyDots = (about, shownAlgorithms, width, marginLeft, tall) => {
+  const fillSeeds = () => {
+    const seeds = data.clients.filter((one) => one.point === state.point).map((one) => [one.seed, one.seed]);
+    fill(seed, seeds);
+    by("seed-choice").hidden = seeds.length < 2;
+  };
+  const scoreDots = (about, shownAlgorithms, names, width, marginLeft, tall) => {
     const dots = shownAlgorithms.flatMap(({ label, values }) => values.map((v, y) => ({ label, y, v })).filter((d) => d.v !== null));
     const every = Math.ceil(14 / tall);
+    const percent = about.score === "accuracy";
     const [least, most] = d3.extent(dots, (d) => d.v);
-    const domain = least === most ? [Math.max(0, least - 5), Math.min(100, least + 5)] : undefined; // all alike: a point needs room
+    const room = percent ? 5 : 0.05 * Math.abs(least) || 0.05;
+    const domain = least === most ? [Math.max(0, least - room), percent ? Math.min(100, least + room) : least + room] : undefined; // all alike: a point needs room
     return Plot.plot({
       width,
-      height: Math.round(about.names.length * tall + 22 + 50),
+      height: Math.round(names.length * tall + 22 + 50),
       marginLeft, marginBottom: 50, marginTop: 22, marginRight: 16,
       style: { fontSize: `${FONT}px`, background: "none" },
-      x: { label: "accuracy on the client's held-out part, %", labelAnchor: "center", labelArrow: "none", labelOffset: 42, domain, nice: true, grid: true, ticks: Math.max(3, Math.floor(width / 90)) },
-      y: { type: "band", domain: d3.range(about.names.length), label: null, axis: null },
+      x: { label: percent ? "accuracy on the client's held-out part, %" : "loss on the client's held-out part, nats per answer token", labelAnchor: "center", labelArrow: "none", labelOffset: 42, domain, nice: true, grid: true, ticks: Math.max(3, Math.floor(width / 90)) },
+      y: { type: "band", domain: d3.range(names.length), label: null, axis: null },
       marks: [
-        Plot.axisY(d3.range(0, about.names.length, every), { tickFormat: (i) => cut(about.names[i], longestName(width)), tickSize: 0 }),
+        Plot.axisY(d3.range(0, names.length, every), { tickFormat: (i) => names[i], tickSize: 0 }),
         Plot.ruleY(dots, Plot.groupY({ x1: "min", x2: "max" }, { y: "y", x: "v", stroke: "var(--line)", strokeWidth: 2 })),
         ...shownAlgorithms.map(({ label }, i) => Plot.dot(dots.filter((d) => d.label === label), { x: "v", y: "y", dy: (i - (shownAlgorithms.length - 1) / 2) * Math.min(5, tall / (shownAlgorithms.length + 1)), fill: color(label), fillOpacity: 0.9, symbol: symbol(label), r: 5 })),
-        Plot.tip(dots, Plot.pointer({ x: "v", y: "y", title: (d) => `${about.names[d.y]}\n${data.labels[d.label]}\n${shown(d.v)} %`, fontSize: FONT, fill: "var(--page)", stroke: "var(--soft)" })),
+        Plot.tip(dots, Plot.pointer({ x: "v", y: "y", title: (d) => `${about.names[d.y]}\n${data.labels[d.label]}\n${shown(d.v)}${percent ? " %" : " nats"}${about.tested[d.y] === null ? "" : `, n = ${about.tested[d.y]}`}`, fontSize: FONT, fill: "var(--page)", stroke: "var(--soft)" })),
       ],
     });
   };
+  const exampleBars = (names, examples, width, marginLeft, tall) =>
+    Plot.plot({
+      width,
+      height: Math.round(names.length * tall + 22 + 50),
+      marginLeft, marginBottom: 50, marginTop: 22, marginRight: 16,
+      style: { fontSize: `${FONT}px`, background: "none" },
+      x: { label: "examples to train on", labelAnchor: "center", labelArrow: "none", labelOffset: 42, nice: true, grid: true, ticks: Math.max(3, Math.floor(width / 90)) },
+      y: { type: "band", domain: d3.range(names.length), label: null, axis: null, padding: 0.25 },
+      marks: [
+        Plot.axisY(d3.range(0, names.length, Math.ceil(14 / tall)), { tickFormat: (i) => names[i], tickSize: 0 }),
+        Plot.barX(examples.map((v, y) => ({ v, y })).filter((d) => d.v !== null), { x: "v", y: "y", fill: "var(--soft)" }),
+      ],
+    });
   figure("figure-clients", (width) => {
     const about = data.clients.find((one) => one.point === state.point && String(one.seed) === seed.value);
     if (!about) return "No client of these runs was scored, and what clients hold was not recorded.";
-    const algorithms = about.accuracies.filter(({ label }) => !state.hidden.has(label));
+    const algorithms = about.scores.filter(({ label }) => !state.hidden.has(label));
+    const held = about.examples.some((count) => count !== null);
     const counted = about.labels.length > 0;
-    const parts = (counted ? 1 : 0) + (algorithms.length ? 1 : 0);
+    const parts = (held ? 1 : 0) + (algorithms.length ? 1 : 0);
     if (!parts) return "Nothing to show: no algorithm is chosen.";
     const each = columns(width, parts, 380);
     const nodes = [];
-    const bracketed = each >= 420;
-    const names = about.names.map((name, y) => (about.examples[y] === null || !bracketed ? name : `${cut(name, longestName(each) - 3 - String(about.examples[y]).length)} (${about.examples[y]})`));
+    const bracketed = each >= 380;
+    const most = longestName(each);
+    const named = (numbers, before) => about.names.map((name, y) => {
+      const bracket = numbers[y] === null || !bracketed ? "" : ` (${before}${numbers[y]})`;
+      return cut(name, most - (bracket ? 3 : 0)) + bracket;
+    });
+    const names = named(about.examples, "");
     const tall = Math.min(26, Math.max(11, 900 / names.length));
+    const margin = (texts) => 18 + Math.ceil(Math.max(...texts.map((text) => text.length)) * FONT * 0.58);
     const count = (y, x) => about.counts[y][x];
     if (counted) {
       const largest = extreme(names, about.labels, count);
       const colors = { type: "sqrt", scheme: "viridis", domain: [0, Math.max(1, largest?.v ?? 1)] };
-      const svg = heat({ rows: names, cols: about.labels, value: count, width: each, colors, xLabel: "class", format: (v) => `${v} examples`, tallest: tall });
+      const svg = heat({ rows: names, cols: about.labels, value: count, width: each, colors, xLabel: "class", format: (v) => `${v} examples`, tallest: tall, most: most + 8 });
       const box = panel("Examples of each class", svg, `Heat map of class counts: ${names.length} clients by ${about.labels.length} classes.${largest ? ` Largest: ${largest.row}, ${largest.col}, ${largest.v}.` : ""}`);
       box.append(ramp(colors, "examples (square root scale)", "~s", 4));
       nodes.push(box);
+    } else if (held) {
+      nodes.push(panel("Examples", exampleBars(names, about.examples, each, margin(names), tall), `Bar chart of examples to train on, of ${names.length} clients: ${d3.min(about.examples)} to ${d3.max(about.examples)}.`));
     }
+    const unit = about.score === "accuracy" ? "%" : "nats";
     if (algorithms.length) {
-      const marginLeft = 18 + Math.ceil(Math.min(Math.max(...about.names.map((n) => n.length)), longestName(each)) * FONT * 0.58);
       const worst = algorithms.map(({ label, values }) => {
         const there = values.map((v, y) => ({ v, y })).filter((d) => d.v !== null);
-        const low = d3.least(there, (d) => d.v);
-        return low ? `${data.labels[label]}: lowest ${about.names[low.y]} with ${shown(low.v)} %` : "";
+        const [word, found] = unit === "%" ? ["lowest", d3.least(there, (d) => d.v)] : ["highest", d3.greatest(there, (d) => d.v)];
+        return found ? `${data.labels[label]}: ${word} ${about.names[found.y]} with ${shown(found.v)} ${unit}` : "";
       }).filter(Boolean).join("; ");
-      nodes.push(panel("Accuracy after the last scored round", accuracyDots(about, algorithms, each, marginLeft, tall), `Dot plot of each client's accuracy. ${worst}.`));
+      const tested = named(about.tested, "n = ");
+      nodes.push(panel(`${about.score === "accuracy" ? "Accuracy" : "Loss"} after the last scored round`, scoreDots(about, algorithms, tested, each, margin(tested), tall), `Dot plot of each client's ${about.score}. ${worst}.`));
     }
     const thinned = about.names.length < about.of ? ` ${about.names.length} of ${about.of} clients are shown.` : "";
-    const recorded = counted ? (bracketed ? "In brackets: examples that the client holds. " : "") : "What clients hold was not recorded in these runs. ";
+    const brackets = [held && "examples that the client holds", algorithms.length && about.tested.some((n) => n !== null) && "n, held-out rows that it is scored on"].filter(Boolean).join("; ");
+    const recorded = (held ? "" : "What clients hold was not recorded in these runs. ") + (bracketed && brackets ? `In brackets: ${brackets}. ` : "");
     return {
       nodes,
       caption: `${recorded}Seed ${about.seed}${where()}.${thinned}`,
-      head: ["client", "examples", ...about.labels, ...algorithms.map(({ label }) => `${data.labels[label]}, %`)],
-      rows: () => about.names.map((name, y) => [name, about.examples[y], ...about.counts[y], ...algorithms.map(({ values }) => values[y])]),
+      head: ["client", "examples", ...about.labels, "held-out rows", ...algorithms.map(({ label }) => `${data.labels[label]}, ${about.score}, ${unit}`)],
+      rows: () => about.names.map((name, y) => [name, about.examples[y], ...about.counts[y], about.tested[y], ...algorithms.map(({ values }) => values[y])]),
     };
   });
   seed.addEventListener("change", () => redraw("figure-clients"));
+
+  // ------------------------------------------------------------------ confusion of classes
+
+  const confusion = by("confusion");
+  const confusions = () => data.confusions.filter((one) => one.point === state.point);
+  const fillConfusions = () => {
+    if (!confusion) return;
+    fill(confusion, confusions().map((one) => [one.label, data.labels[one.label]]));
+    by("confusion-choice").hidden = confusions().length < 2;
+  };
+  figure("figure-confusion", (width) => {
+    const about = confusions().find((one) => String(one.label) === confusion.value);
+    if (!about) return "Not recorded for this setting.";
+    const { names, tables } = about;
+    const each = columns(width, tables.length, 300);
+    const value = (counts) => (y, x) => counts[y][x];
+    const colors = { type: "sqrt", scheme: "viridis", domain: [0, Math.max(1, ...tables.flatMap(({ counts }) => counts.flat()))] };
+    const title = (round) => (round === 0 ? "At the start" : `After round ${round}`);
+    const nodes = tables.map(({ round, counts }) => {
+      const right = d3.sum(names, (_, i) => counts[i][i]);
+      const of = d3.sum(counts.flat());
+      const svg = heat({ rows: names, cols: names, value: value(counts), width: Math.min(each, 160 + names.length * 44), colors, xLabel: "answered", yLabel: "class", format: (v) => `${v} rows`, marks: (v) => (v && names.length <= 12 ? String(v) : "") });
+      return panel(`${title(round)}: ${right} of ${of} right`, svg, `Heat map of ${names.length} classes by what was answered, ${title(round).toLowerCase()}: ${right} of ${of} test rows right.`);
+    });
+    const thinned = names.length < about.of ? ` The ${names.length} most frequent of ${about.of} classes are shown.` : "";
+    return {
+      nodes: [...nodes, ramp(colors, "test rows (square root scale)", "~s", 4)],
+      caption: `${data.labels[about.label]}, seed ${about.seed}${where()}, n = ${about.examples} rows of the global test set.${thinned}`,
+      head: ["when", "class", ...names.map((name) => `answered ${name}`)],
+      rows: () => tables.flatMap(({ round, counts }) => names.map((name, y) => [title(round), name, ...counts[y]])),
+    };
+  });
+  confusion?.addEventListener("change", () => redraw("figure-confusion"));
 
   // ------------------------------------------------------------------ experts
 
@@ -492,6 +562,7 @@
 
   expertsFigure("figure-similarity", (run, width, round, layer) => {
     const table = unpacked(run).similarity;
+    if (run.clients.length < 2) return "One client alone: there is nobody to compare it with.";
     if (table === null) return "Not recorded: similarities need at most 32 clients, and an algorithm that asks for sketches or tracking.health = \"full\".";
     const expert = Number(inputs.expert.value);
     const count = run.clients.length;
@@ -526,10 +597,11 @@
     const experts = expertNames(run);
     const colors = { type: "linear", scheme: "viridis", domain: [0, run[name].largest[layer] || 1] };
     const most = extreme(run.clients, experts, value);
+    if (!most) return `No client's ${what} were averaged in round ${run.rounds[round]}, layer ${run.layers[layer]}.`;
     const svg = heat({ rows: run.clients, cols: experts, value, width: Math.min(width, 150 + run.experts * 40), colors, xLabel: "expert", format: shown });
     return {
       nodes: [
-        panel("", svg, `Heat map of the plan's weights of ${what} in round ${run.rounds[round]}, layer ${run.layers[layer]}: ${run.clients.length} clients by ${run.experts} experts.${most ? ` Largest: ${most.row}, expert ${most.col}, ${shown(most.v)}.` : " All are zero."}`),
+        panel("", svg, `Heat map of the plan's weights of ${what} in round ${run.rounds[round]}, layer ${run.layers[layer]}: ${run.clients.length} clients by ${run.experts} experts. Largest: ${most.row}, expert ${most.col}, ${shown(most.v)}.`),
         ramp(colors, "weight", ".2~f"),
       ],
       caption: story(run, what, `layer ${run.layers[layer]}`, `round ${run.rounds[round]}`) + ` Grey: weight zero or not there, nothing uploaded. Everybody alike would be ${shown(1 / run.clients.length)}.`,
@@ -542,16 +614,19 @@
   figure("figure-balance", (width) => {
     const runs = healthRuns().filter((run) => !state.hidden.has(run.label));
     if (!runs.length) return "Nothing to show: no algorithm is chosen, or none recorded it.";
-    const panels = [["Dead experts", 1], ["Overloaded experts", 2]].map(([title, place]) => ({
+    const kinds = [["Dead experts", 1], ["Overloaded experts", 2]].filter(([, place]) => runs.some((run) => run.balance.some((row) => row[place] > 0)));
+    if (!kinds.length) return `No expert was dead or overloaded in any round, of ${runs[0].of_layers * runs[0].experts} in ${runs[0].of_layers} layers.`;
+    const never = kinds.length === 2 ? "" : kinds[0][1] === 1 ? " None was ever overloaded." : " None was ever dead.";
+    const panels = kinds.map(([title, place]) => ({
       title,
       series: runs.map((run) => ({ label: run.label, points: run.balance.map((row) => ({ x: row[0], round: row[0], mean: row[place], low: null, high: null, count: 1 })) })),
     }));
-    const each = columns(width, 2, 290);
+    const each = columns(width, panels.length, 290);
     const cells = (run) => run.of_layers * run.experts;
     const highest = Math.max(4, ...runs.flatMap((run) => run.balance.flatMap((row) => row.slice(1))));
     return {
       nodes: panels.map(({ title, series }) => panel(title, lines({ series, width: Math.min(each, 560), xLabel: "round", yLabel: "experts", domain: [0, highest] }), `Line chart of ${title.toLowerCase()} by round. ${lastValues(series, "experts")}.`)),
-      caption: `Counts over all ${runs[0].of_layers} layers, of ${cells(runs[0])} experts in all${where()}.`,
+      caption: `Counts over all ${runs[0].of_layers} layers, of ${cells(runs[0])} experts in all${where()}.${never}`,
       head: ["algorithm", "round", "dead", "overloaded", "of"],
       rows: () => runs.flatMap((run) => run.balance.map(([round, dead, over]) => [data.labels[run.label], round, dead, over, cells(run)])),
     };
@@ -609,15 +684,18 @@
   const point = by("point");
   fill(point, data.points.map((name, i) => [i, name]));
   by("setting").hidden = data.points.length < 2;
+  by("bar").hidden = data.points.length < 2 && data.labels.length < 2;
   point.addEventListener("change", () => {
     state.point = Number(point.value);
     fillSeeds();
+    fillConfusions();
     fillExperts();
     redraw();
   });
   for (const form of document.forms) form.addEventListener("submit", (event) => event.preventDefault());
 
   fillSeeds();
+  fillConfusions();
   fillExperts();
   let drawn = 0;
   new ResizeObserver(() => {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from importlib import resources
 from importlib.metadata import version
@@ -14,12 +16,14 @@ from markupsafe import Markup
 
 from fedalign.compare.plan import line_name, point_title
 from fedalign.compare.statistics import FEW
-from fedalign.compare.tables import MARK, final_scores, paired_differences
+from fedalign.compare.tables import MARK, final_scores, paired_differences, rows_scored, start_line
 from fedalign.report import figures, findings
+from fedalign.report.answers import Sheets, sheets
 from fedalign.report.figures import Json
 from fedalign.report.health import ExpertFigures, budget_text, health
 from fedalign.report.material import Material
 from fedalign.server.health import DEAD, OVERLOADED
+from fedalign.units import percent
 
 GENERATOR = "fedalign report"
 LIBRARIES = ("d3-7.9.0.min.js", "plot-0.6.17.min.js")
@@ -27,7 +31,7 @@ LIBRARIES = ("d3-7.9.0.min.js", "plot-0.6.17.min.js")
 
 def render(material: Material) -> str:
     """The whole page. Whatever comes from a run is data: escaped in HTML, and JSON to the script."""
-    experts = health(material)
+    experts, answered = health(material), sheets(material)
     environment = Environment(
         loader=PackageLoader("fedalign.report", "."),
         autoescape=True,
@@ -46,7 +50,9 @@ def render(material: Material) -> str:
         facts=findings.facts(material),
         score=findings.score(material)[0],
         better=findings.score(material)[1],
-        few=any(0 < count < FEW for count in figures.seed_counts(material)),
+        bands=_bands(figures.seed_counts(material)),
+        trained=any(run.round > 0 for run in material.runs),
+        several=len(material.design.choices) > 1,
         verdicts=findings.verdicts(material),
         tables=_tables(material),
         ablations=findings.ablations(material),
@@ -54,17 +60,19 @@ def render(material: Material) -> str:
         config=_config_text(material),
         runs=[_about(material, i) for i in range(len(material.runs))],
         problems=experts.problems,
+        answers=answered,
+        percent=percent,
         health_note=budget_text(experts.runs) if experts.runs else "",
         dead=f"{100 * DEAD:g} %",
         overloaded=f"{OVERLOADED:g}",
-        data=page_data(material, experts),
+        data=page_data(material, experts, answered),
         style=_own("page.css"),
         script=_own("page.js"),
         libraries=[_own(f"vendor/{name}") for name in LIBRARIES],
     )
 
 
-def page_data(material: Material, experts: ExpertFigures) -> Json:
+def page_data(material: Material, experts: ExpertFigures, answered: Sheets) -> Json:
     """Everything that the script draws."""
     design = material.design
     groups = [figures.curves(material, group) for group in figures.GROUPS]
@@ -75,8 +83,10 @@ def page_data(material: Material, experts: ExpertFigures) -> Json:
         "divergence": figures.curves(material, figures.DIVERGENCE),
         "uploads": figures.uploads(material),
         "clients": figures.clients(material),
+        "confusions": [sheet.figure for sheet in answered.shown if sheet.figure is not None],
         "health": experts.runs,
         "few": FEW,
+        "scored": rows_scored(material.tabled),
         "bounds": {"dead": DEAD, "overloaded": OVERLOADED},
     }
 
@@ -88,8 +98,28 @@ def _title(material: Material) -> str:
 
 
 def _tables(material: Material) -> list[Any]:
-    tables = (final_scores(material.design, material.tabled), paired_differences(material.design, material.tabled))
+    design, runs = material.design, material.tabled
+    scores, differences = final_scores(design, runs), paired_differences(design, runs)
+    sections = [
+        (title, tuple(line for line in (start_line(design, runs, point), *lines) if line) if lines else ())
+        for point, (title, lines) in zip(design.points, scores.sections, strict=True)
+    ]
+    title = scores.title if any(run.finished for run in material.runs) else "Scores so far"
+    tables = (replace(scores, title=title, sections=tuple(sections)), differences)
     return [table for table in tables if any(lines for _, lines in table.sections)]
+
+
+def _bands(counts: Sequence[int]) -> str:
+    """What the bands of curves are, by the seeds of each line that has several."""
+    few = "reach from the lowest to the highest run, since fewer than four seeds are too few for an interval"
+    whole = "are 95 % Student-t intervals"
+    if not counts:
+        return "Each line is a single run: nothing tells skill from chance."
+    if max(counts) < FEW:
+        return f"Lines are means over seeds. Bands {few}."
+    if min(counts) >= FEW:
+        return f"Lines are means over seeds. Bands {whole}; bands that overlap widely are no difference."
+    return f"Lines are means over seeds. Bands of {FEW} seeds and more {whole}; the others {few}."
 
 
 def _config_text(material: Material) -> str:

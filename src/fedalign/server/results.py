@@ -4,6 +4,7 @@ config.toml     as resolved           metrics.jsonl   one line a round, all numb
 summary.json    how it went           checkpoint/     to resume from
 model/  best/   Hugging Face folders  clients/        what each client keeps for itself
 clients.json    what is known of their data
+answers.json    to some rows of the global test set, and the confusion of classes: at the start, after two rounds
 health/         routing, similarities and weights of each round
 events.*        for TensorBoard       trackers.json   ids of this run at MLflow and W&B
 .fedalign       what may be removed when the run is replaced
@@ -16,7 +17,7 @@ import json
 import logging
 import platform
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -27,16 +28,17 @@ from fedalign.config.run import Config
 from fedalign.config.toml import flat, read_config
 from fedalign.errors import UserError
 from fedalign.files import LOCK, WATCH, check_free, damage, locked, refuse_held, replacing, take, tidy, write_text
-from fedalign.protocol import Layout, Metrics, Plan, Statistics, Weights
+from fedalign.protocol import Evaluation, Layout, Metrics, Plan, Statistics, Weights
 from fedalign.server.checkpoint import ServerState
 from fedalign.server.health import write_health
-from fedalign.server.scores import accuracy_of, best_of, loss_of, merit
+from fedalign.server.scores import accuracy_of, best_of, loss_of, merit, scored_on
 from fedalign.server.trackers import TrackedRun, open_trackers
 
 logger = logging.getLogger(__name__)
 ROUND = "round.json"  # in model/ and best/: which round it is, and how that scored
 WRITTEN = (  # to a run's folder, by whoever takes part in the run; model/ and best/ are marked themselves
-    *("config.toml", "metrics.jsonl", "summary.json", "clients.json", "trackers.json", "report.html"),
+    *("config.toml", "metrics.jsonl", "summary.json", "clients.json", "answers.json"),
+    *("trackers.json", "report.html"),
     *(
         "checkpoint/round-*",
         "checkpoint/constants",
@@ -58,6 +60,9 @@ class Saves(Protocol):
     def check_model(self, folder: Path) -> str:
         """Hold what was last saved against plain libraries; how far was looked."""
 
+    def evaluate(self, weights: Weights, *, generate: bool = False) -> tuple[Evaluation, Mapping[str, Any]] | None:
+        """Score weights on the global test set, and tell what was answered."""
+
 
 class RunFolder:
     """One run's output folder."""
@@ -73,6 +78,7 @@ class RunFolder:
         self.best = path / "best"
         self.health = path / "health"
         self.holdings = path / "clients.json"
+        self.answers = path / "answers.json"
 
     def check_free(self, overwrite: bool) -> None:
         """Refuse a place where anything would be lost but a run that `overwrite` replaces.
@@ -160,6 +166,7 @@ class Recorder:
         if parallel.is_first():
             tidy(folder.path)
         self._write_metrics(resumed.history)  # lines of a round that was cut off are dropped
+        self._answers = self._kept_answers(resumed.round) if parallel.is_first() else {}
         followed = TrackedRun(folder.path, flat(config.model_dump(mode="json"), "."), resumed.round)
         self._trackers = open_trackers(config.tracking.loggers if parallel.is_first() else (), followed)
 
@@ -179,6 +186,17 @@ class Recorder:
             tracker.log(state.round, scalars)
         if improved:
             self._save(state.weights, self.folder.best, state.history[-1])
+
+    def evaluate(self, round: int, weights: Weights, *, last: bool = False) -> Evaluation | None:
+        """The score after a round; what was answered is kept before the round counts, so that no kill parts them."""
+        marked = self.centre.evaluate(weights, generate=last or round in (0, self.config.run.rounds))
+        if marked is None:
+            return None
+        score, told = marked
+        later = sorted(self._answers.keys() - {0, round})[-1:]  # what a report shows while this round is not complete
+        self._answers = {n: self._answers[n] for n in (0, *later) if n in self._answers} | {round: told}
+        self._write_answers()
+        return score
 
     def mend_best(self, history: Sequence[Metrics], weights_after: Callable[[int], Weights | None]) -> None:
         """Make `best/` that of the best round again, if a kill or a damage came between.
@@ -206,6 +224,10 @@ class Recorder:
         """Write the final model and the summary; return the summary."""
         for tracker in self._trackers:
             tracker.close()
+        early = state.round != self.config.run.rounds and not self._answers.get(state.round, {}).get("answered")
+        lacking = self.config.evaluation.answers > 0 and (early or state.round not in self._answers)
+        if "test_examples" in state.history[-1] and parallel.agreed(lacking):  # as of a run that an older version did
+            self.evaluate(state.round, state.weights, last=True)
         self._save(state.weights, self.folder.model, state.history[-1])
         checked = self.centre.check_model(self.folder.model) if self.config.run.check and parallel.is_first() else None
         summary = summarise(self.config, state.history) | {"checked": checked}
@@ -219,6 +241,18 @@ class Recorder:
             self.centre.save_model(weights, folder)
             if parallel.is_first():
                 (folder / ROUND).write_text(json.dumps(_described(line), indent=1) + "\n", encoding="utf-8")
+
+    def _kept_answers(self, round: int) -> dict[int, Mapping[str, Any]]:
+        """Those of complete rounds; a damaged file is told, and written anew."""
+        try:
+            return {number: told for number, told in read_answers(self.folder.path).items() if number <= round}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            logger.warning("%s: damaged (%s), and begun anew.", self.folder.answers, error)
+            return {}
+
+    @parallel.by_the_first
+    def _write_answers(self) -> None:
+        write_text(self.folder.answers, json.dumps(self._answers, indent=1) + "\n")
 
     @parallel.by_the_first
     def _write_metrics(self, history: Sequence[Metrics]) -> None:
@@ -282,6 +316,9 @@ def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
         else "clients' held-out parts, weighted by examples",
         "initial_loss": loss_of(first),
         "final_loss": loss_of(last),
+        "best_loss": loss_of(best),
+        "scored_on": scored_on(last, config.evaluation.part),
+        "client_examples": last.get("client_examples", {}),
         "client_accuracies": last.get("client_accuracies", {}),
         "bytes_up": sum(line.get("bytes_up", 0) for line in history),
         "bytes_down": sum(line.get("bytes_down", 0) for line in history),
@@ -301,6 +338,18 @@ def _scalars(line: Metrics) -> dict[str, float]:
     """All numbers of a round, nested ones by path."""
     values = flat(line, "/")
     return {name: value for name, value in values.items() if isinstance(value, int | float) and name != "round"}
+
+
+def read_answers(run: Path) -> dict[int, Mapping[str, Any]]:
+    """What was answered after which round, as `client.answers.sheet` tells it; empty where it was not kept.
+
+    Raises:
+        ValueError, TypeError, AttributeError, OSError: The file is damaged.
+    """
+    path = RunFolder(run).answers
+    if not path.exists():
+        return {}
+    return {int(number): dict(told) for number, told in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
 def read_history(folder: RunFolder, *, strict: bool = False) -> list[Metrics]:

@@ -105,7 +105,7 @@ class Server:
         layout: Layout,
         config: Config,
         checkpoints: Checkpoints,
-        evaluate: Callable[[Weights], Evaluation | None],
+        evaluate: Callable[[int, Weights], Evaluation | None],  # after a round, on the global test set
         observer: Observer,
     ) -> None:
         self.federation = federation
@@ -331,7 +331,7 @@ class Server:
             return metrics, []
         self.observer.progress(number, "evaluating", 0, 1)
         everyone_alone = self.algorithm.private >= set(KINDS)
-        overall = None if everyone_alone else self.evaluate(weights)
+        overall = None if everyone_alone else self.evaluate(number, weights)
         scores: list[Evaluation] = []
         failures: list[Failure] = []
         if self.config.evaluation.clients and self.config.clients.held_out:

@@ -24,11 +24,13 @@ RESUMABLE = (  # may change on resume
     "run.device",
     "run.threads",
     "run.check",
+    "evaluation.answers",
     "tracking.loggers",
     "server.min_clients",
     *(f"federation.{key}" for key in FederationConfig.model_fields if key != "engine"),
 )
 Holdings = Mapping[str, Mapping[str, Any]]
+Marked = tuple[Evaluation, Mapping[str, Any]]  # a score, and for JSON what was answered
 
 
 class Centre(Protocol):
@@ -49,8 +51,11 @@ class Centre(Protocol):
     def initial_weights(self) -> Weights:
         """Weights that the first round starts from."""
 
-    def evaluate(self, weights: Weights) -> Evaluation | None:
-        """Score weights on the global test set, if there is one."""
+    def evaluate(self, weights: Weights, *, generate: bool = False) -> Marked | None:
+        """Score weights on the global test set, if there is one; no client's row is in it.
+
+        With `generate`, answers to some rows are generated where scoring alone generates none.
+        """
 
     def save_model(self, weights: Weights, folder: Path) -> None:
         """Write weights as an ordinary Hugging Face folder, with the tokenizer."""
@@ -115,7 +120,7 @@ def execute(centre: Centre, folder: RunFolder, watch: Observer) -> dict[str, Any
         layout=centre.layout,
         config=config,
         checkpoints=checkpoints,
-        evaluate=centre.evaluate,
+        evaluate=recorder.evaluate,
         observer=Both(recorder, watch),
     )
     summary = recorder.finish(server.run(state))

@@ -48,6 +48,29 @@ def loss_of(metrics: Mapping[str, Any]) -> float | None:
     return loss
 
 
+def rows_of(metrics: Mapping[str, Any]) -> int | None:
+    """The examples that accuracy and loss of a round are of; None: it does not say.
+
+    >>> rows_of({"test_examples": 30}), rows_of({"client_examples": {"a": 2, "b": 3}}), rows_of({})
+    (30, 5, None)
+    """
+    overall: int | None = metrics.get("test_examples")
+    return overall or sum(metrics.get("client_examples", {}).values()) or None
+
+
+def scored_on(metrics: Mapping[str, Any], part: str) -> str:
+    """Whose accuracy and loss those of a round are, and of how many rows; empty for a round without evaluation.
+
+    >>> scored_on({"loss_nats": 1.0, "test_examples": 30}, "test"), scored_on({}, "test")
+    ('global test set, n = 30', '')
+    """
+    if loss_of(metrics) is None:
+        return ""
+    whose = f"global {part} set" if "loss_nats" in metrics else "clients' held-out parts, weighted by examples"
+    count = rows_of(metrics)
+    return f"{whose}, n = {count:,}" if count else whose
+
+
 def merit(metrics: Mapping[str, Any]) -> float | None:
     """The merit by which rounds are "best": accuracy, else minus the loss; None for a round without evaluation."""
     accuracy, loss = accuracy_of(metrics), loss_of(metrics)

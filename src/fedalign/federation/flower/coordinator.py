@@ -24,9 +24,9 @@ from fedalign.files import damage, replacing
 from fedalign.maths.rounding import unpack_weights
 from fedalign.moe.load import model_path
 from fedalign.moe.model import MoEModel
-from fedalign.protocol import TELLING, WORDS, Evaluation, Layout, Weights
+from fedalign.protocol import TELLING, WORDS, Layout, Weights
 from fedalign.server.results import RunFolder
-from fedalign.server.run import Holdings, identity
+from fedalign.server.run import Holdings, Marked, identity
 
 CONSTANTS = "constants.safetensors"
 
@@ -89,9 +89,9 @@ class Coordinator:
             save_file(constants, folder / CONSTANTS)
         return weights
 
-    def evaluate(self, weights: Weights) -> Evaluation | None:
+    def evaluate(self, weights: Weights, *, generate: bool = False) -> Marked | None:
         """Score weights on the coordinator's own test set, if it has one."""
-        return self.bench.score(weights, self.test)
+        return None if self.test is None else self.bench.marked(weights, self.test, generate=generate)
 
     def check_model(self, folder: Path) -> str:
         """Hold what was last saved against plain libraries; how far was looked."""
