@@ -133,6 +133,10 @@ def test_the_chosen_of_two_chats_is_trained(tmp_path: Path, caplog: pytest.LogCa
     assert messages(two) == [*before, SAID]
     assert two.chat is not None
     assert two.chat.answers == (3,)  # what stood before is not trained
+    empty: list[Any] = [None, [], ""]
+    for nothing in empty:
+        [three] = load(tmp_path, {"messages": [ASKED, SAID], "history": nothing}, kind="chat")
+        assert messages(three) == [ASKED, SAID]
 
 
 # Choices.

@@ -47,6 +47,8 @@ def test_a_csv_is_parted_by_what_its_header_is_parted_by(
 def test_a_header_without_quotes_and_a_tsv(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.csv").write_text("\nid;text;label, short\n1;a, b;x\n")
     assert [one.answer for one in load(tmp_path / "a.csv", kind="text")] == ["a, b"]
+    (tmp_path / "c.csv").write_text('5" pipe;text\n1;a\n2;b "quoted"\n')
+    assert [one.answer for one in load(tmp_path / "c.csv", kind="text")] == ["a", 'b "quoted"']
     (tmp_path / "b.tsv").write_text("text,note\tlabel\na, b\tx\n")
     assert [one.label for one in load(tmp_path / "b.tsv", kind="text", columns={"text": "text,note"})] == ["x"]
     assert "b.tsv: cells" not in caplog.text
@@ -95,7 +97,9 @@ def test_utf_8_that_is_named_needs_no_mark_and_may_have_one(tmp_path: Path) -> N
 @pytest.mark.parametrize("content", ["text\nä\n".encode("utf-16-le"), b"text\n\x81\xff\n"])
 def test_what_fits_nothing_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.csv").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.csv: neither UTF-8 nor Windows-1252. Name its encoding in data.encoding"):
+    with pytest.raises(
+        UserError, match=r"a\.csv: neither UTF-8 nor Windows-1252, or with zero bytes in it.* Name its enc"
+    ):
         load(tmp_path / "a.csv", kind="text")
 
 
@@ -227,6 +231,8 @@ def test_files_of_chats_are_several_sequences_an_example() -> None:
     [
         ('data.files."a.csv".kind=poem', "data.files.a.csv.kind = 'poem': unknown. Choose one of: alpaca, chat,"),
         ('data.files."a.csv".columns.tekst=a', "'tekst' is nothing that a column is read as. Choose of: text, label"),
+        ('data.files."a.csv".columns={text="a", label="a"}', "a column of its own, and 'a' is named 2 times"),
+        ('data.files."a.csv".columns.text=', "a column of its own, and '' is named 1 times"),
         ('data.files."a.csv".colums=a', "data.files.a.csv.colums': unknown. Choose one of: data.files.a.csv.columns"),
         ('data.files."a.csv.kind=text', "write section.key=value"),
     ],

@@ -96,6 +96,14 @@ def test_files_that_differ_are_mapped_each(tmp_path: Path) -> None:
     assert (read[5].prompt, read[5].choices) == ("Käse\nLabel:", (" süß",))
 
 
+def test_a_file_of_pairs_of_chats_beside_others(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", *[{"prompt": "Well?", "response": "yes"}] * 2)
+    write(tmp_path / "b.jsonl", {"prompt": [ASKED], "chosen": [SAID], "rejected": [SAID]})
+    pair = examples(tmp_path)[-1]
+    assert pair.chat is not None
+    assert pair.chat.messages == (ASKED, SAID)  # the prompt stands before
+
+
 def test_files_of_one_kind_with_other_delimiters(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\nx,one\n")
     (tmp_path / "b.csv").write_text("text;label\ny;two\n")

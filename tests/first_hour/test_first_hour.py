@@ -175,6 +175,29 @@ def test_a_folder_whose_files_differ(
     assert errors == ""
 
 
+PACKAGE = """
+from fedalign.data.formats import Example
+
+def triage(row):
+    return Example(f"{row.text('note')}\\n", str(row.values.get("outcome", "")))
+"""
+
+
+def test_a_format_of_a_package(here: Path, fedalign: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "triage_notes-1.0.dist-info").mkdir()
+    (here / "triage_notes.py").write_text(PACKAGE)
+    (here / "triage_notes-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: triage\nVersion: 1.0\n")
+    (here / "triage_notes-1.0.dist-info" / "entry_points.txt").write_text("[fedalign.formats]\ntriage = triage_notes:triage\n")
+    monkeypatch.syspath_prepend(here)
+    Path("notes.jsonl").write_bytes(lines([{"note": text, "outcome": "rest"} for text in TWICE]))
+    data = 'train = "notes.jsonl"\nkind = "triage"'
+    Path("my.toml").write_text(f'[model]\npath = "{model}"\n[data]\n{data}\n[clients]\npartition = "iid"\ncount = 2\n')
+    asked_for(fedalign, "run", "my.toml", "--out", "run", *SHORT)
+    Path("prompts.jsonl").write_bytes(lines([{"note": "rain falls"}]))
+    out, _ = asked_for(fedalign, "generate", "run", "--prompts", "prompts.jsonl", "--max-new-tokens", 2)
+    assert json.loads(out)["note"] == "rain falls"
+
+
 WRONG = [  # what is typed, what is answered
     (["run", "my.toml", "--set", "data.kind=alpacca"], "Did you mean 'alpaca'?"),
     (["run", "my.toml", "--set", "data.encoding=utf-99"], "no such encoding. Choose one of: auto, utf-8"),

@@ -211,7 +211,7 @@ class Columns(Section):
     input: str = key("input", "instruction: what it is about, where data.template names it; a row may have none")
     messages: str = key("messages", "chat: a list of {role, content} or {from, value}")
     system: str = key("system", "chat: what the system says before them; a chat may have none")
-    history: str = key("", 'chat: messages that stand before them and are not trained; "": there is no such column')
+    history: str = key("history", "chat: messages that stand before them and are not trained; a chat may have none")
     tools: str = key("tools", "chat: the tools that it may call; a chat may have none")
     question: str = key("question", "multiple_choice")
     choices: str = key("choices", 'multiple_choice: a list; or a column for each choice, such as "A,B,C,D"')
@@ -225,6 +225,9 @@ def _roles(columns: dict[str, str]) -> dict[str, str]:
             raise ValueError(
                 f"{role!r} is nothing that a column is read as. Choose of: {', '.join(Columns.model_fields)}."
             )
+    for column, times in Counter(columns.values()).items():
+        if times > 1 or not column:
+            raise ValueError(f"each must name a column of its own, and {column!r} is named {times} times.")
     return columns
 
 

@@ -534,7 +534,7 @@ def _conversation(row: Row, data: DataConfig, is_answered: bool = True) -> list[
     read = _turns(row, data.columns.messages)
     if is_answered and not any(message["role"] == "assistant" for message, _ in read):
         row.fail(f"{data.columns.messages} has no message of role 'assistant'; there is nothing to learn from it.")
-    if data.columns.history:
+    if (before := row.values.get(data.columns.history)) not in ("", []) and not is_missing(before):
         read = [(message, False) for message, _ in _turns(row, data.columns.history)] + read
     if (system := row.values.get(data.columns.system)) and not is_missing(system):
         read = [({"role": "system", "content": row.text(data.columns.system)}, False), *read]

@@ -331,8 +331,8 @@ def _encoding(content: IO[bytes], said: str, path: Path) -> str:
     encoding = next((name for name in ("utf-8", "cp1252") if _fits(content, name)), "")
     if not encoding:
         raise UserError(
-            f"{path}: neither UTF-8 nor Windows-1252. Name its encoding in data.encoding, such as utf-16, cp1250, "
-            "shift_jis."
+            f"{path}: neither UTF-8 nor Windows-1252, or with zero bytes in it, as UTF-16 has. Name its encoding in "
+            "data.encoding, such as utf-16, cp1250, shift_jis."
         )
     if encoding == "cp1252":
         say(
@@ -411,11 +411,12 @@ def _read_csv(content: IO[bytes], written: Written) -> Iterator[Any]:
 
 def _header(lines: Iterator[str]) -> list[str]:
     """The lines of a csv's header: a name in quotes may hold line breaks."""
-    head: list[str] = []
+    head, quotes = list[str](), 0
     for line in lines:
+        quotes += line.count('"')
         if line.strip() or head:
             head.append(line)
-        if head and "".join(head).count('"') % 2 == 0:
+        if head and quotes % 2 == 0:
             break
     return head
 
