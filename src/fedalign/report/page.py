@@ -18,7 +18,7 @@ from fedalign.compare.tables import MARK, final_scores, paired_differences
 from fedalign.report import figures, findings
 from fedalign.report.figures import Json
 from fedalign.report.health import ExpertFigures, budget_text, health
-from fedalign.report.material import Material
+from fedalign.report.material import Material, Run
 from fedalign.server.health import DEAD, OVERLOADED
 
 GENERATOR = "fedalign report"
@@ -110,10 +110,17 @@ def _about(material: Material, index: int) -> dict[str, str]:
     return {
         "name": line_name(run.label, run.cell.point),
         "seed": str(run.cell.seed),
-        "state": "finished" if run.finished else f"round {run.round} of {run.cell.config.run.rounds}",
+        "state": _state(run),
         "folder": str(run.folder),
         "options": ", ".join(f"{key} = {value}" for key, value in options.items()) or "defaults",
     }
+
+
+def _state(run: Run) -> str:
+    rounds = f"round {run.round} of {run.cell.config.run.rounds}"
+    if not run.finished:
+        return rounds
+    return f"ended early, {rounds}: {run.stopped}" if run.stopped else "finished"
 
 
 def _own(name: str) -> Markup:
