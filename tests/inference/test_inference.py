@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedalign.errors import UserError
 from fedalign.export.write import Wanted, export
@@ -192,3 +193,17 @@ def test_what_is_not_there_is_one_line(fedalign: Command, argv: list[str], said:
     assert code == 2
     assert said in errors
     assert "Traceback" not in errors
+
+
+def test_an_exported_classifier_stops_after_its_label(settings: list[str], tmp_path: Path) -> None:
+    run, place = tmp_path / "run", tmp_path / "model"
+    start(run, settings, "clients.partition=iid", "run.rounds=4")
+    export(Wanted(run, place), lambda _: None)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(place), AutoTokenizer.from_pretrained(place)
+    said = []
+    for row in rows()[::8]:
+        ids = tokenizer(f"{row['text']}\nLabel:", return_tensors="pt").input_ids
+        new = model.generate(input_ids=ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
+        assert int(new[-1]) == tokenizer.eos_token_id
+        said.append(tokenizer.decode(new, skip_special_tokens=True).strip())
+    assert set(said) <= set(SUBJECTS)
