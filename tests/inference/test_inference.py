@@ -207,3 +207,53 @@ def test_an_exported_classifier_stops_after_its_label(settings: list[str], tmp_p
         assert int(new[-1]) == tokenizer.eos_token_id
         said.append(tokenizer.decode(new, skip_special_tokens=True).strip())
     assert set(said) <= set(SUBJECTS)
+
+
+def test_answers_are_kept_as_they_come(
+    fedalign: Command, made: Made, questions: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, to, part = made(*questions), tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"{words} falls"} for words in ("rain", "snow", "the dog")])
+    argv = ["generate", str(run), "--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "4", "--to"]
+    assert fedalign(*argv, str(tmp_path / "whole.jsonl"))[0] == 0
+    asked, answer = list[Any](), Talk.answer
+
+    def answer_two(talk: Talk, row: Any, say: Any = None) -> str:
+        asked.append(row)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return answer(talk, row, say)
+
+    monkeypatch.setattr(Talk, "answer", answer_two)
+    code, _, errors = fedalign(*argv, str(to))
+    assert (code, to.exists(), len(part.read_text().splitlines())) == (130, False, 1 + 2)
+    assert "2 of 3 answers are kept; go on with --resume" in errors
+    code, _, errors = fedalign(*argv, str(to))
+    assert (code, "Go on with --resume, or remove it" in errors) == (2, True)
+    with part.open("a") as file:
+        file.write('{"prompt": "the dog fa')  # a kill in the middle of a line
+    code, _, errors = fedalign(*argv, str(to), "--resume", "--max-new-tokens", "5")
+    assert (code, "are of another configuration" in errors) == (2, True)
+    code, _, errors = fedalign(*argv, str(to), "--resume", "--start")
+    assert (code, "are of another model" in errors) == (2, True)
+    code, out, errors = fedalign(*argv, str(to), "--resume")
+    assert code == 0, errors
+    assert "2 of 3 answers were there already" in out
+    assert (len(asked), part.exists()) == (4, False)
+    assert to.read_text() == (tmp_path / "whole.jsonl").read_text()
+    code, _, errors = fedalign(*argv, str(to), "--resume")
+    assert (code, "is there already" in errors) == (2, True)
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "whole.jsonl", "prompts.jsonl"}
+
+
+def test_a_run_that_answers_nothing_leaves_nothing(
+    fedalign: Command, made: Made, questions: list[str], tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "prompts.jsonl", [{"question": "rain falls"}])
+    argv = ["generate", str(made(*questions)), "--prompts", str(tmp_path / "prompts.jsonl"), "--to"]
+    code, _, errors = fedalign(*argv, str(tmp_path / "out.jsonl"))
+    assert (code, "no column 'prompt'" in errors) == (2, True)
+    (tmp_path / "other.jsonl.part").write_text("my notes\n")
+    code, _, errors = fedalign(*argv, str(tmp_path / "other.jsonl"), "--resume")
+    assert (code, "was not written by us" in errors) == (2, True)
+    assert {path.name for path in tmp_path.iterdir()} == {"other.jsonl.part", "prompts.jsonl"}
