@@ -257,3 +257,58 @@ def test_a_run_that_answers_nothing_leaves_nothing(
     code, _, errors = fedalign(*argv, str(tmp_path / "other.jsonl"), "--resume")
     assert (code, "was not written by us" in errors) == (2, True)
     assert {path.name for path in tmp_path.iterdir()} == {"other.jsonl.part", "prompts.jsonl"}
+
+
+TASK = """\
+task: subjects
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}\\nLabel:"
+doc_to_choice: [animals, food, weather]
+doc_to_target: label
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.mark.parametrize("more", [(), ("tuning.kind=lora",)])
+def test_a_task_of_the_harness_scores_as_the_run_did(
+    fedalign: Command, made: Made, texts: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    run = made(*more)
+    (tmp_path / "subjects.yaml").write_text(TASK.format(data=texts / "test.jsonl", cache=tmp_path / "cache"))
+    argv = ["evaluate", str(run), "--harness", "subjects", "--tasks-in", str(tmp_path)]
+    code, out, errors = fedalign(*argv, "--json")
+    assert code == 0, errors
+    found = {name: results["subjects"]["acc,none"] for name, results in json.loads(out).items()}
+    lines = history(run)
+    assert found == {"start": lines[0]["accuracy"], "tuned": lines[-1]["accuracy"]}
+    code, out, errors = fedalign(*argv, "--alone", "--limit", "5")
+    assert code == 0, errors
+    assert "subjects, acc" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--harness", "no_such_task"], "'no_such_task': unknown among the"),
+        (["--harness", "broken", "--tasks-in", "."], "broken: cannot be loaded"),
+        (["--harness", "x", "--tasks-in", "nowhere"], "'nowhere': is no folder"),
+        (["--harness", "x", "--data", "y.jsonl"], "not with --harness"),
+        (["--limit", "3"], "--limit: goes with --harness"),
+    ],
+)
+def test_what_the_harness_cannot_do_is_one_line(
+    fedalign: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.yaml").write_text(TASK.format(data="no.jsonl", cache="cache").replace("subjects", "broken"))
+    code, _, errors = fedalign("evaluate", "runs/x", *argv)
+    assert (code, said in errors, "Traceback" in errors) == (2, True, False)
+
+
+def test_without_the_harness_a_line_says_how_to_get_it(fedalign: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedalign.inference.harness.find_spec", lambda name: None)
+    code, _, errors = fedalign("evaluate", "runs/x", "--harness", "arc_easy")
+    assert (code, "pip install 'fedalign-moe[harness]'" in errors) == (2, True)

@@ -16,7 +16,7 @@ from fedalign.cli.terminal import at_home, busy, err, out, print_table, say
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from fedalign.client.workbench import Workbench
     from fedalign.inference.scores import Scores
@@ -48,6 +48,8 @@ EVALUATE_EXAMPLES = """
   fedalign evaluate runs/a --data my-site.jsonl       another file, of the same columns
 
   fedalign evaluate models/a --data test.csv --set data.kind=instruction --set evaluation.generate=true --json
+
+  fedalign evaluate runs/a --harness arc_easy,piqa    tasks of lm-evaluation-harness; your own: --tasks-in DIR
 """
 Place = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an exported folder, any model, or a hub id.")]
 Best = Annotated[bool, typer.Option("--best", help="Of a run: the best round instead of the last.")]
@@ -198,6 +200,16 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option("--data", metavar="FILE", help="What to score on; without it: the run's own test set.")
     ] = None,
+    harness: Annotated[
+        str | None,
+        typer.Option("--harness", metavar="TASKS", help="Instead: tasks of lm-evaluation-harness (extra `harness`)."),
+    ] = None,
+    tasks_in: Annotated[
+        Path | None, typer.Option("--tasks-in", metavar="DIR", help="With --harness: your own tasks, YAML files.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="With --harness: so many examples of each task alone.")
+    ] = None,
     best: Best = False,
     alone: Annotated[bool, typer.Option("--alone", help="Of a run: not beside its start.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="All numbers as JSON.")] = False,
@@ -207,20 +219,54 @@ def evaluate(
     """Score a model on a file: accuracy by class, confusion, exact match, perplexity; a run beside its start."""
     from dataclasses import asdict
 
+    if harness is None and (tasks_in is not None or limit is not None):
+        raise UserError(f"{'--limit' if tasks_in is None else '--tasks-in'}: goes with --harness TASKS.")
+    if harness is not None and data is not None:
+        raise UserError("--data: not with --harness, whose tasks have data of their own. Leave one out.")
+    both = not alone and (Path(model).expanduser() / "config.toml").is_file()
+
+    def scored(by: Callable[[Workbench], Any]) -> dict[str, Any]:
+        tuned = {"tuned": by(_loaded(model, best, False, device, set_))}
+        return {"start": by(_loaded(model, False, True, device, set_)), **tuned} if both else tuned
+
+    if harness is not None:
+        _evaluate_on_tasks(scored, harness, at_home(tasks_in), limit, as_json=as_json)
+        return
     from fedalign.inference.scores import score
 
-    bench = _loaded(model, best, False, device, set_)
-    examples = _examples(bench, data)
-    scores = {"tuned": score(bench, examples)}
-    if not alone and (Path(model).expanduser() / "config.toml").is_file():
-        del bench
-        before = _loaded(model, False, True, device, set_)
-        scores = {"start": score(before, examples), **scores}
+    scores = scored(lambda bench: score(bench, _examples(bench, data)))
     if as_json:
         numbers = {name: asdict(one) | {"perplexity": one.perplexity} for name, one in scores.items()}
         out.print_json(json.dumps(numbers))
         return
     _print_scores(scores)
+
+
+def _evaluate_on_tasks(
+    scored: Callable[[Callable[[Workbench], Any]], dict[str, Any]],
+    names: str,
+    folder: Path | None,
+    limit: int | None,
+    *,
+    as_json: bool,
+) -> None:
+    from fedalign.inference.harness import Tasks, numbers
+
+    asked = Tasks([name.strip() for name in names.split(",")], folder, limit)
+    asked.check()
+    with busy("Loading tasks ..."):
+        tasks = asked.load()
+    results = scored(tasks.score)
+    if as_json:
+        out.print_json(json.dumps(results, default=str))
+        return
+    table = Table("lm-evaluation-harness", box=box.SIMPLE_HEAD)
+    for name in results:
+        table.add_column(name, justify="right")
+    columns = [numbers(found) for found in results.values()]
+    for name in columns[-1]:
+        table.add_row(Text(name), *(f"{column[name]:.4f}" for column in columns))
+    out.print(table)
 
 
 def _loaded(model: str, best: bool, start: bool, device: str, set_: list[str] | None) -> Workbench:
