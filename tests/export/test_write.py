@@ -681,7 +681,8 @@ def test_a_snippet_asks_as_it_was_trained_and_runs(
     (out / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     (out / "README.md").write_text(card)
     monkeypatch.chdir(out)
-    exec(code_of(out), defined := {})
+    defined: dict[str, Any] = {}
+    exec(code_of(out), defined)
     prompt = {"text": "...", "my note": "..."}
     ids = AutoTokenizer.from_pretrained(out)(defined.get("prompt", "..."), return_tensors="pt").input_ids
     assert torch.equal(defined["input_ids"], ids)

@@ -25,6 +25,7 @@ from fedalign.export.write import find_snapshot
 from fedalign.federation.in_process import Prepared, prepare
 from fedalign.files import MARK
 from fedalign.protocol import Broadcast, Statistics, Weights
+from fedalign.report import write_report
 from fedalign.report.material import read_material
 from fedalign.server.checkpoint import Checkpoints, ServerState
 from fedalign.server.results import ROUND, Recorder, RunFolder, _described, read_history, saved_round
@@ -444,6 +445,8 @@ def test_a_run_without_patience_left_says_so_and_can_go_on(
     assert find_snapshot(run, best=False).round == 1
     (material,) = read_material([run]).runs
     assert (material.finished, material.stopped) == (True, told)
+    write_report([run], tmp_path / "report.html")
+    assert f"ended early, round 1 of 3: {told}" in (tmp_path / "report.html").read_text()
     code, out, errors = fedalign("run", "--resume", str(run))
     assert code == 0, errors
     assert f"{told}. To go on: fedalign run --resume {run} --set run.patience=0" in out

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import tomli_w
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from yaml import YAMLError
 
 from fedalign.config.run import Config, DataConfig
 from fedalign.data.formats import FORMATS
@@ -169,9 +168,10 @@ def base_license(config: Config, place: str) -> str | None:
     if not isinstance(card, str | Path) or not Path(card).is_file():
         return None
     try:
-        named = ModelCard.load(card).data.get("license_name") or ModelCard.load(card).data.get("license")
-    except (OSError, ValueError, YAMLError):
+        about = ModelCard.load(card).data
+    except Exception:  # of the file, of its text, of its YAML: nothing is known of it then
         return None
+    named = about.get("license_name") or about.get("license")
     return str(named) if named else None
 
 
