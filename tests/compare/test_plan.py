@@ -208,3 +208,9 @@ def test_tuning_belongs_to_the_comparison(ask: Ask) -> None:
     tuned = ask("fedavg", tune=True)
     assert "it was made without --tune" in differences(ask("fedavg"), tuned)
     assert differences(tuned, ask("fedavg", "1,0", tune=True)) == ["it was tuned on seed 0, asked for is 1"]
+
+
+def test_compared_runs_take_the_same_rounds() -> None:
+    base = load_config(None, ["run.patience=2"])
+    with pytest.raises(UserError, match=r"run.patience = 2: runs that are compared take the same rounds"):
+        make_design(base, parse_algorithms(["fedavg"]), {}, [0], tune=False)

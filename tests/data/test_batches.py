@@ -42,14 +42,9 @@ TURNS = (("user", "oil"), ("assistant", "hi"), ("user", "cup"), ("assistant", "t
 TALK = Example("", "hi", chat=Chat(tuple({"role": role, "content": said} for role, said in TURNS), (1, 3)))
 
 
-def test_loss_on_the_answer_alone_and_no_end_after_a_choice() -> None:
-    [encoded] = Encoder(tokenizer()).encode([NEWS])
-    assert encoded.input_ids == [THE, CUP, LABEL, CUP]
-    assert encoded.labels == [IGNORED, IGNORED, IGNORED, CUP]
-
-
-def test_a_free_answer_ends() -> None:
-    [encoded] = Encoder(tokenizer()).encode([Example("oil Label:", " the cup")])
+@pytest.mark.parametrize("choices", [(), (" the cup", " oil")])  # free, or one of several
+def test_an_answer_is_trained_with_its_end(choices: tuple[str, ...]) -> None:
+    [encoded] = Encoder(tokenizer()).encode([Example("oil Label:", " the cup", choices)])
     assert encoded.input_ids == [OIL, LABEL, THE, CUP, EOS]
     assert encoded.labels == [IGNORED, IGNORED, THE, CUP, EOS]
 
@@ -63,10 +58,10 @@ def test_text_is_all_answer() -> None:
 def test_special_tokens_as_the_tokenizer_puts_them() -> None:
     # A causal model reads on after the prompt: what the tokenizer puts at the end would come in between.
     [encoded] = Encoder(tokenizer(bos=True, end_by_itself=True)).encode([NEWS])
-    assert encoded.input_ids == [BOS, THE, CUP, LABEL, CUP]
+    assert encoded.input_ids == [BOS, THE, CUP, LABEL, CUP, EOS]
 
 
-def test_choices_share_the_prompt() -> None:
+def test_choices_share_the_prompt_and_are_scored_without_their_end() -> None:
     cup, oil = Encoder(tokenizer()).encode_choices([NEWS])
     assert (cup.input_ids, oil.input_ids) == ([THE, CUP, LABEL, CUP], [THE, CUP, LABEL, OIL])
     assert (cup.example, cup.choice, oil.example, oil.choice) == (0, 0, 0, 1)
@@ -121,7 +116,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_each_answer_the_history_it
 def test_too_long_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(
         UserError,
-        match=r"a\.csv, row 2 \('the cup Label: cup'\.\.\.\): 4 tokens, more than the limit of 3 .*drop, truncate",
+        match=r"a\.csv, row 2 \('the cup Label: cup'\.\.\.\): 5 tokens, more than the limit of 3 .*drop, truncate",
     ):
         Encoder(tokenizer(), max_length=3).encode(
             [Example("the", " cup", (" cup", " oil")), replace(NEWS, where="a.csv, row 2")]
@@ -129,8 +124,8 @@ def test_too_long_is_an_error_that_says_what_to_do() -> None:
 
 
 def test_too_long_truncated_from_the_left() -> None:
-    [encoded] = Encoder(tokenizer(bos=True), 3, too_long="truncate").encode([NEWS])
-    assert encoded.input_ids == [BOS, LABEL, CUP]
+    [encoded] = Encoder(tokenizer(bos=True), 4, too_long="truncate").encode([NEWS])
+    assert encoded.input_ids == [BOS, LABEL, CUP, EOS]
     [encoded] = Encoder(tokenizer(), 2, too_long="truncate").encode([Example("", "the cup oil")])
     assert encoded.input_ids == encoded.labels == [THE, CUP]  # text has no prompt to cut
 
@@ -143,7 +138,7 @@ def test_choices_are_truncated_to_one_prompt() -> None:
 
 def test_too_long_dropped() -> None:
     kept = Encoder(tokenizer(), 3, too_long="drop").encode([NEWS, Example("the", " cup", (" cup", " oil")), NEWS])
-    assert [(one.example, one.input_ids) for one in kept] == [(1, [THE, CUP])]
+    assert [(one.example, one.input_ids) for one in kept] == [(1, [THE, CUP, EOS])]
 
 
 def test_too_long_for_an_encoder_or_a_decoder() -> None:

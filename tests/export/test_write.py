@@ -37,7 +37,7 @@ from fedalign.server.checkpoint import Checkpoints
 from fedalign.server.results import ROUND, RunFolder, _described
 from fedalign.server.run import execute
 from fedalign.units import percent
-from tests.conftest import SUBJECTS
+from tests.conftest import SUBJECTS, changed
 from tests.moe.tiny import build
 from tests.server.test_checkpoint import flip
 from tests.server.test_run import Silent, model_bytes, start
@@ -157,7 +157,7 @@ def test_a_merged_adapter_needs_no_peft_and_scores_the_same(made: Made, tmp_path
 
 
 def test_the_best_round_is_not_the_last(made: Made, tmp_path: Path) -> None:
-    run = made("run.rounds=3", "algorithm.name=fedavg")
+    run = made("run.rounds=3", "algorithm.name=fedavg", "run.seed=1")
     best, last = json.loads((run / "summary.json").read_text())["best_round"], tmp_path / "last"
     assert 0 < best < 3
     exported(run, last)
@@ -656,3 +656,66 @@ def test_an_adapter_names_its_base_so_that_it_is_found_from_anywhere(
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(olmoe)
     monkeypatch.chdir(tmp_path)
     plain(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("data", "asked"),
+    [
+        ({}, 'prompt = \'{text}\\nLabel:\'.format_map({"text": "..."})'),
+        (
+            {"template": "{my note}|{text}"},
+            'prompt = \'{my note}|{text}\'.format_map({"my note": "...", "text": "..."})',
+        ),
+        ({"kind": "text"}, 'prompt = "..."'),
+        ({"kind": "chat"}, 'messages = [{"role": "user", "content": "..."}]'),
+    ],
+)
+def test_a_snippet_asks_as_it_was_trained_and_runs(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, str], asked: str
+) -> None:
+    out = tmp_path / "out"
+    result = exported(made(), out)
+    config = changed(result.trained.config, "data", **data)
+    card = render(result.made, replace(result.trained, config=config))
+    assert asked in card
+    (out / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (out / "README.md").write_text(card)
+    monkeypatch.chdir(out)
+    defined: dict[str, Any] = {}
+    exec(code_of(out), defined)
+    prompt = {"text": "...", "my note": "..."}
+    ids = AutoTokenizer.from_pretrained(out)(defined.get("prompt", "..."), return_tensors="pt").input_ids
+    assert torch.equal(defined["input_ids"], ids)
+    if "template" in data:
+        assert defined["prompt"] == data["template"].format_map(prompt)
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        (None, "Licence of the base: unknown."),
+        ("---\nlicense: mit\n---\n", "Licence of the base: mit."),
+        ("---\nlicense: other\nlicense_name: my-terms\n---\n", "Licence of the base: my-terms."),
+        ("---\nlicense: [\n---\n", "Licence of the base: unknown."),
+    ],
+)
+def test_a_card_names_licences_or_says_that_they_are_unknown(
+    made: Made, olmoe: Path, tmp_path: Path, card: str | None, said: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(olmoe, base)
+    if card is not None:
+        (base / "README.md").write_text(card)
+    out = tmp_path / "out"
+    exported(made(LORA), out, base=str(base), data_license="CC-BY-4.0" if card else None)
+    text = (out / "README.md").read_text()
+    assert said in text
+    assert f"Licence of the data: {'CC-BY-4.0' if card else 'unknown'}." in text
+
+
+def test_a_card_tells_which_loaders_were_tried(made: Made, tmp_path: Path) -> None:
+    checked = json.loads((made(LORA) / "summary.json").read_text())["checked"]
+    exported(made(LORA), tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert f"with plain peft, and compared: {checked}." in text
+    assert "No other loader was tried (vLLM, llama.cpp, ollama)." in text

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedalign.errors import UserError
 from fedalign.export.write import Wanted, export
@@ -192,3 +193,122 @@ def test_what_is_not_there_is_one_line(fedalign: Command, argv: list[str], said:
     assert code == 2
     assert said in errors
     assert "Traceback" not in errors
+
+
+def test_an_exported_classifier_stops_after_its_label(settings: list[str], tmp_path: Path) -> None:
+    run, place = tmp_path / "run", tmp_path / "model"
+    start(run, settings, "clients.partition=iid", "run.rounds=4")
+    export(Wanted(run, place), lambda _: None)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(place), AutoTokenizer.from_pretrained(place)
+    said = []
+    for row in rows()[::8]:
+        ids = tokenizer(f"{row['text']}\nLabel:", return_tensors="pt").input_ids
+        new = model.generate(input_ids=ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
+        assert int(new[-1]) == tokenizer.eos_token_id
+        said.append(tokenizer.decode(new, skip_special_tokens=True).strip())
+    assert set(said) <= set(SUBJECTS)
+
+
+def test_answers_are_kept_as_they_come(
+    fedalign: Command, made: Made, questions: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, to, part = made(*questions), tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"{words} falls"} for words in ("rain", "snow", "the dog")])
+    argv = ["generate", str(run), "--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "4", "--to"]
+    assert fedalign(*argv, str(tmp_path / "whole.jsonl"))[0] == 0
+    asked, answer = list[Any](), Talk.answer
+
+    def answer_two(talk: Talk, row: Any, say: Any = None) -> str:
+        asked.append(row)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return answer(talk, row, say)
+
+    monkeypatch.setattr(Talk, "answer", answer_two)
+    code, _, errors = fedalign(*argv, str(to))
+    assert (code, to.exists(), len(part.read_text().splitlines())) == (130, False, 1 + 2)
+    assert "2 of 3 answers are kept; go on with --resume" in errors
+    code, _, errors = fedalign(*argv, str(to))
+    assert (code, "Go on with --resume, or remove it" in errors) == (2, True)
+    with part.open("a") as file:
+        file.write('{"prompt": "the dog fa')  # a kill in the middle of a line
+    code, _, errors = fedalign(*argv, str(to), "--resume", "--max-new-tokens", "5")
+    assert (code, "are of another configuration" in errors) == (2, True)
+    code, _, errors = fedalign(*argv, str(to), "--resume", "--start")
+    assert (code, "are of another model" in errors) == (2, True)
+    code, out, errors = fedalign(*argv, str(to), "--resume")
+    assert code == 0, errors
+    assert "2 of 3 answers were there already" in out
+    assert (len(asked), part.exists()) == (4, False)
+    assert to.read_text() == (tmp_path / "whole.jsonl").read_text()
+    code, _, errors = fedalign(*argv, str(to), "--resume")
+    assert (code, "is there already" in errors) == (2, True)
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "whole.jsonl", "prompts.jsonl"}
+
+
+def test_a_run_that_answers_nothing_leaves_nothing(
+    fedalign: Command, made: Made, questions: list[str], tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "prompts.jsonl", [{"question": "rain falls"}])
+    argv = ["generate", str(made(*questions)), "--prompts", str(tmp_path / "prompts.jsonl"), "--to"]
+    code, _, errors = fedalign(*argv, str(tmp_path / "out.jsonl"))
+    assert (code, "no column 'prompt'" in errors) == (2, True)
+    (tmp_path / "other.jsonl.part").write_text("my notes\n")
+    code, _, errors = fedalign(*argv, str(tmp_path / "other.jsonl"), "--resume")
+    assert (code, "was not written by us" in errors) == (2, True)
+    assert {path.name for path in tmp_path.iterdir()} == {"other.jsonl.part", "prompts.jsonl"}
+
+
+TASK = """\
+task: subjects
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}\\nLabel:"
+doc_to_choice: [animals, food, weather]
+doc_to_target: label
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.mark.parametrize("more", [(), ("tuning.kind=lora",)])
+def test_a_task_of_the_harness_scores_as_the_run_did(
+    fedalign: Command, made: Made, texts: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    run = made(*more)
+    (tmp_path / "subjects.yaml").write_text(TASK.format(data=texts / "test.jsonl", cache=tmp_path / "cache"))
+    argv = ["evaluate", str(run), "--harness", "subjects", "--tasks-in", str(tmp_path)]
+    code, out, errors = fedalign(*argv, "--json")
+    assert code == 0, errors
+    found = {name: results["subjects"]["acc,none"] for name, results in json.loads(out).items()}
+    lines = history(run)
+    assert found == {"start": lines[0]["accuracy"], "tuned": lines[-1]["accuracy"]}
+    code, out, errors = fedalign(*argv, "--alone", "--limit", "5")
+    assert code == 0, errors
+    assert "subjects, acc" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--harness", "no_such_task"], "'no_such_task': unknown among the"),
+        (["--harness", "broken", "--tasks-in", "."], "broken: cannot be loaded"),
+        (["--harness", "x", "--tasks-in", "nowhere"], "'nowhere': is no folder"),
+        (["--harness", "x", "--data", "y.jsonl"], "not with --harness"),
+        (["--limit", "3"], "--limit: goes with --harness"),
+    ],
+)
+def test_what_the_harness_cannot_do_is_one_line(
+    fedalign: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.yaml").write_text(TASK.format(data="no.jsonl", cache="cache").replace("subjects", "broken"))
+    code, _, errors = fedalign("evaluate", "runs/x", *argv)
+    assert (code, said in errors, "Traceback" in errors) == (2, True, False)
+
+
+def test_without_the_harness_a_line_says_how_to_get_it(fedalign: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedalign.inference.harness.find_spec", lambda name: None)
+    code, _, errors = fedalign("evaluate", "runs/x", "--harness", "arc_easy")
+    assert (code, "pip install 'fedalign-moe[harness]'" in errors) == (2, True)

@@ -32,6 +32,7 @@ from fedalign.protocol import (
 )
 from fedalign.server.checkpoint import Checkpoints, ServerState
 from fedalign.server.checks import check_evaluation, check_statistics, find_outliers
+from fedalign.server.results import summarise
 from fedalign.server.rounds import Server, select
 from fedalign.server.scores import Traffic, describe_scores, merit, routing_divergence
 
@@ -119,16 +120,18 @@ class Log:
 
 
 def run(
-    tmp_path: Path, federation: Scripted, *overrides: str, state: ServerState | None = None
+    tmp_path: Path,
+    federation: Scripted,
+    *overrides: str,
+    state: ServerState | None = None,
+    scores: Callable[[int, Weights], Evaluation | None] = lambda n, w: Evaluation(None, 5, 1.0, 0.5),
 ) -> tuple[ServerState, Log]:
     widths = ("statistics.centroid_width=4", "statistics.update_width=4")
     config: Config = load_config(
         None, ["algorithm.name=fedavg", "run.rounds=1", "training.learning_rate=0.1", *widths, *overrides]
     )
     log = Log()
-    server = Server(
-        federation, FedAvg(), LAYOUT, config, Checkpoints(tmp_path, {}), lambda n, w: Evaluation(None, 5, 1.0, 0.5), log
-    )
+    server = Server(federation, FedAvg(), LAYOUT, config, Checkpoints(tmp_path, {}), scores, log)
     zeros = {group: torch.zeros(LAYOUT.sizes[group]) for group in LAYOUT.groups}
     return server.run(state or ServerState(0, zeros, {}, ())), log
 
@@ -523,3 +526,34 @@ def test_what_a_client_sends_in_vain_is_counted_all_the_same(tmp_path: Path) -> 
     line = state.history[-1]
     assert line["clients"] == ["a"]
     assert line["bytes_up_by_client"]["b"] == line["bytes_up_statistics"] / 2
+
+
+@pytest.mark.parametrize(("every", "last"), [(1, 4), (2, 6)])  # the best is of round 2, and two scored rounds follow
+def test_a_run_ends_when_its_patience_is_spent(tmp_path: Path, every: int, last: int) -> None:
+    patient = ["run.rounds=9", "run.patience=2", f"evaluation.every={every}"]
+    rising = iter([0.1, 0.2, 0.3]) if every == 1 else iter([0.1, 0.3])
+    federation, config = Scripted({"a": (30, 1.0)}), load_config(None, ["run.rounds=9"])
+    scores = lambda n, w: Evaluation(None, 5, 1.0, next(rising, 0.3))  # noqa: E731 - a score a call
+    state, _ = run(tmp_path, federation, *patient, scores=scores)
+    assert state.round == last
+    told = "run.patience = 2: the best score is of round 2, rounds scored since: 2"
+    assert [line.get("stopped") for line in state.history] == [None] * last + [told]
+    again, log = run(tmp_path, federation, *patient, state=state)
+    assert (again.round, log.improved) == (last, [])
+    on, _ = run(tmp_path, federation, "run.rounds=9", state=state)
+    assert (on.round, on.history[: last + 1]) == (9, state.history)
+    assert summarise(load_config(None, patient), state.history)["stopped"] == told
+    assert summarise(config, on.history)["stopped"] is None
+
+
+def test_patience_ends_no_run_in_its_last_round(tmp_path: Path) -> None:
+    state, _ = run(tmp_path, Scripted({"a": (30, 0.0)}), "run.rounds=2", "run.patience=2")
+    assert (state.round, "stopped" in state.history[-1]) == (2, False)
+    state, _ = run(tmp_path, Scripted({"a": (30, 0.0)}), "run.rounds=3", "run.patience=2", state=state)
+    assert state.round == 2  # asked for more, it has no patience left
+
+
+def test_patience_without_a_score_is_refused(tmp_path: Path) -> None:
+    lost = Scripted({"a": (30, 1.0)}, grade=lambda e: Failure(str(e.client), "evaluate", "gone"))
+    with pytest.raises(UserError, match=r"run.patience = 2: round 0 was not scored"):
+        run(tmp_path, lost, "run.patience=2", scores=lambda n, w: None)

@@ -25,9 +25,12 @@ from fedalign.export.write import find_snapshot
 from fedalign.federation.in_process import Prepared, prepare
 from fedalign.files import MARK
 from fedalign.protocol import Broadcast, Statistics, Weights
+from fedalign.report import write_report
+from fedalign.report.material import read_material
 from fedalign.server.checkpoint import Checkpoints, ServerState
 from fedalign.server.results import ROUND, Recorder, RunFolder, _described, read_history, saved_round
 from fedalign.server.run import execute, resumed_config
+from tests.conftest import Command
 from tests.server.test_checkpoint import flip
 
 SUMMARY = {
@@ -506,3 +509,33 @@ def test_without_a_test_set_of_its_own_no_row_is_kept(settings: list[str], tmp_p
     own = [setting for setting in settings if not setting.startswith("data.test")]
     start(tmp_path / "run", own, "run.rounds=1")
     assert not (tmp_path / "run" / "answers.json").exists()
+
+
+def test_a_run_without_patience_left_says_so_and_can_go_on(
+    fedalign: Command, settings: list[str], tmp_path: Path
+) -> None:
+    flat = ["training.learning_rate=1e-9", "run.rounds=3"]  # too small a step to change an answer
+    start(tmp_path / "all", settings, *flat)
+    given = [word for setting in (*settings, *flat, "run.patience=1") for word in ("--set", setting)]
+    (tmp_path / "run.toml").write_text("")
+    run = tmp_path / "run"
+    code, out, errors = fedalign("run", str(tmp_path / "run.toml"), *given, "--out", str(run))
+    assert code == 0, errors
+    told = "run.patience = 1: the best score is of round 0, rounds scored since: 1"
+    assert f"round 1 is the last: {told}" in out
+    assert json.loads((run / "summary.json").read_text())["stopped"] == told
+    assert find_snapshot(run, best=False).round == 1
+    (material,) = read_material([run]).runs
+    assert (material.finished, material.stopped) == (True, told)
+    write_report([run], tmp_path / "report.html")
+    assert f"ended early, round 1 of 3: {told}" in (tmp_path / "report.html").read_text()
+    code, out, errors = fedalign("run", "--resume", str(run))
+    assert code == 0, errors
+    assert f"{told}. To go on: fedalign run --resume {run} --set run.patience=0" in out
+    code, out, errors = fedalign("run", "--resume", str(run), "--set", "run.patience=0")
+    assert code == 0, errors
+    assert json.loads((run / "summary.json").read_text())["stopped"] is None
+    stopped, whole = metrics(run), metrics(tmp_path / "all")
+    assert stopped[1].pop("stopped") == told
+    assert stopped == whole
+    assert model_bytes(run / "model") == model_bytes(tmp_path / "all" / "model")

@@ -70,6 +70,7 @@ def test_parts_of_a_model(kind: str, settings: list[str], tmp_path: Path) -> Non
 @pytest.mark.parametrize("average", ["factors", "freeze_a", "exact"])
 def test_lora(average: str, settings: list[str], tmp_path: Path) -> None:
     whole = ["tuning.kind=lora", "tuning.rank=4", f"tuning.average={average}", "training.learning_rate=3e-2"]
+    whole += ["training.epochs=3"]
     summary = run(tmp_path / "run", settings, *whole)
     assert summary["final_loss"] < summary["initial_loss"] - 0.1
     base = load_config(None, settings).model.path

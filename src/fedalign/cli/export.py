@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedalign.cli.terminal import out, print_table, say
+from fedalign.cli.terminal import busy, out, print_table, say
+from fedalign.errors import UserError
 
 if TYPE_CHECKING:
+    from fedalign.export.push import Push
     from fedalign.export.write import Exported
 
 EXPORT_EXAMPLES = """
@@ -24,6 +26,8 @@ EXPORT_EXAMPLES = """
   fedalign export runs/a --to models/a --dtype bfloat16      half the size
 
   fedalign export runs/a --to models/a --clients             and a model for each client, with its personal parts
+
+  fedalign export runs/a --to models/a --push me/model       and to the Hugging Face Hub, as a private repository
 """
 
 
@@ -57,7 +61,17 @@ def export(
             "adapter was trained on.",
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that --to holds.")] = False,
+    data_license: Annotated[
+        str | None, typer.Option("--data-license", metavar="TEXT", help="Of what was trained on, for the card.")
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option("--push", metavar="OWNER/NAME", help="Also a repository of the Hugging Face Hub; a private one."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: all may read it.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the model that --to holds; with --push, the repository's too.")
+    ] = False,
 ) -> None:
     """Export a run as a checkpoint or an adapter that plain transformers or peft load, with a model card.
 
@@ -69,10 +83,30 @@ def export(
 
     quiet()
     run, to = run.expanduser(), to.expanduser()
-    wanted = Wanted(run, to, merge, dtype, best, clients, base, overwrite)
+    wanted = Wanted(run, to, merge, dtype, best, clients, base, overwrite, data_license)
+    hub = _hub(push, public=public, overwrite=overwrite, clients=clients)
     with out.status("Looking at the run ...") as status:
         exported = write(wanted, status.update)
     _print(exported, to)
+    if hub is not None:
+        with busy(f"Pushing to {hub.repo} ..."):
+            address = hub.send(to, exported.made)
+        say(f"Pushed    {address}, {'public' if public else 'private'}")
+
+
+def _hub(push: str | None, *, public: bool, overwrite: bool, clients: bool) -> Push | None:
+    """Where to push, after a look at whether that is possible."""
+    from fedalign.export.push import Push
+
+    if push is None:
+        if public:
+            raise UserError("--public: goes with --push OWNER/NAME.")
+        return None
+    if clients:
+        raise UserError("--clients: models of single clients are theirs to give away. Not with --push: leave one out.")
+    hub = Push(push, public, overwrite)
+    hub.check()
+    return hub
 
 
 def _print(exported: Exported, to: Path) -> None:

@@ -12,12 +12,15 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedalign.cli.terminal import busy, err, out, print_table, say
+from fedalign.cli.terminal import at_home, busy, err, out, print_table, say
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from fedalign.client.workbench import Workbench
     from fedalign.inference.scores import Scores
+    from fedalign.inference.talk import Talk
 
 CHAT_EXAMPLES = """
 [bold]Examples[/bold]
@@ -34,6 +37,8 @@ GENERATE_EXAMPLES = """
   fedalign generate runs/a --prompts questions.jsonl --to answers.jsonl
 
   fedalign generate runs/a --prompts questions.txt       a prompt a line
+
+  fedalign generate runs/a --prompts questions.jsonl --to answers.jsonl --resume      after Ctrl-C or a crash
 """
 EVALUATE_EXAMPLES = """
 [bold]Examples[/bold]
@@ -43,6 +48,8 @@ EVALUATE_EXAMPLES = """
   fedalign evaluate runs/a --data my-site.jsonl       another file, of the same columns
 
   fedalign evaluate models/a --data test.csv --set data.kind=instruction --set evaluation.generate=true --json
+
+  fedalign evaluate runs/a --harness arc_easy,piqa    tasks of lm-evaluation-harness; your own: --tasks-in DIR
 """
 Place = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an exported folder, any model, or a hub id.")]
 Best = Annotated[bool, typer.Option("--best", help="Of a run: the best round instead of the last.")]
@@ -101,6 +108,7 @@ def generate(
     to: Annotated[
         Path | None, typer.Option("--to", metavar="FILE", help="A .jsonl to write; without it: the terminal.")
     ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the answers that a run left that broke off.")] = False,
     best: Best = False,
     start: Start = False,
     max_new_tokens: Most = MOST,
@@ -108,13 +116,45 @@ def generate(
     device: DeviceOption = "auto",
     set_: SetOption = None,
 ) -> None:
-    """Answer every prompt of a file: each row as it is, with `generated` added."""
-    from fedalign.config.run import DataConfig
-    from fedalign.data.sources import read_file
+    """Answer every prompt of a file: each row as it is, with `generated` added.
+
+    Answers are kept in FILE.part as they come. Once all are there, they are FILE.
+    """
+    from fedalign.inference.answers import AnswerFile, made_of
     from fedalign.inference.talk import Sampling, Talk
 
-    if to is not None and to.exists():
-        raise UserError(f"--to {str(to)!r}: is there already, and nothing is overwritten. Give another name.")
+    if resume and to is None:
+        raise UserError("--resume: nothing is kept without --to. Give the --to of the run that broke off.")
+    to = at_home(to)
+    kept = AnswerFile(to) if to is not None else None
+    if kept is not None:
+        kept.check(resume=resume)
+    rows, is_text = _prompts(prompts)
+    talk = Talk(_loaded(model, best, start, device, set_), Sampling(max_new_tokens, temperature))
+    asked = [{talk.role: row[""]} for row in rows] if is_text else rows
+    if kept is None:
+        for line in _answered(talk, asked, prompts, kept=False):
+            say(json.dumps(line, ensure_ascii=False))
+        return
+    with kept.writing(made_of(talk.bench, talk.sampling, asked), resume=resume) as answers:
+        if done := len(answers.lines):
+            say(f"{done:,} of {len(asked):,} answers were there already.")
+        try:
+            for line in _answered(talk, asked, prompts, done, kept=True):
+                answers.add(line)
+        except BaseException:  # whatever ends it, Ctrl-C too
+            if answers.lines:
+                err.print(f"{len(answers.lines):,} of {len(asked):,} answers are kept; go on with --resume.")
+            raise
+    say(f"{len(asked):,} answers in {to}")
+
+
+def _prompts(prompts: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The rows of a file, and whether they are bare lines of text, under the name of no column."""
+    from fedalign.config.run import DataConfig
+    from fedalign.data.sources import read_file
+    from fedalign.inference.answers import GENERATED
+
     rows: list[dict[str, Any]] = []
     is_text = prompts.suffix.lower() == ".txt"
     if not is_text:
@@ -123,35 +163,52 @@ def generate(
         rows = [{"": line} for line in prompts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not rows:
         raise UserError(f"--prompts {str(prompts)!r}: holds no prompt, or is not there.")
-    if any("generated" in row for row in rows):
-        raise UserError(f"--prompts {str(prompts)!r}: has a column 'generated', where the answers go. Rename it.")
-    talk = Talk(_loaded(model, best, start, device, set_), Sampling(max_new_tokens, temperature))
-    asked = [{talk.role: row[""]} for row in rows] if is_text else rows
-    lines = []
-    with busy("Answering ..."):
-        for number, row in enumerate(asked, 1):
-            try:
-                answer = talk.answer(row)
-            except KeyError as error:
-                raise UserError(
-                    f"{prompts}, row {number}: no column {error}. There are: {', '.join(row)}. Say which one to read "
-                    "with --set data.columns.NAME=COLUMN."
-                ) from None
-            lines.append(json.dumps(row | {"generated": answer}, ensure_ascii=False))
-    if to is None:
-        for line in lines:
-            say(line)
-        return
-    from fedalign.files import write_text
+    if any(GENERATED in row for row in rows):
+        raise UserError(f"--prompts {str(prompts)!r}: has a column {GENERATED!r}, where the answers go. Rename it.")
+    return rows, is_text
 
-    write_text(to, "\n".join(lines) + "\n")
-    say(f"{len(lines):,} answers in {to}")
+
+def _answered(
+    talk: Talk, asked: list[dict[str, Any]], prompts: Path, done: int = 0, *, kept: bool
+) -> Iterator[dict[str, Any]]:
+    """Each row with its answer, after the first `done`; a bar shows how far it is, beside what is written."""
+    from rich.progress import track
+
+    from fedalign.inference.answers import GENERATED
+
+    left = track(
+        asked[done:],
+        "Answering",
+        total=len(asked),
+        completed=done,
+        console=err,
+        transient=True,
+        disable=not err.is_terminal or (out.is_terminal and not kept),
+    )
+    for number, row in enumerate(left, done + 1):
+        try:
+            yield row | {GENERATED: talk.answer(row)}
+        except KeyError as error:
+            raise UserError(
+                f"{prompts}, row {number}: no column {error}. There are: {', '.join(row)}. Say which one to read "
+                "with --set data.columns.NAME=COLUMN."
+            ) from None
 
 
 def evaluate(
     model: Place,
     data: Annotated[
         str | None, typer.Option("--data", metavar="FILE", help="What to score on; without it: the run's own test set.")
+    ] = None,
+    harness: Annotated[
+        str | None,
+        typer.Option("--harness", metavar="TASKS", help="Instead: tasks of lm-evaluation-harness (extra `harness`)."),
+    ] = None,
+    tasks_in: Annotated[
+        Path | None, typer.Option("--tasks-in", metavar="DIR", help="With --harness: your own tasks, YAML files.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="With --harness: so many examples of each task alone.")
     ] = None,
     best: Best = False,
     alone: Annotated[bool, typer.Option("--alone", help="Of a run: not beside its start.")] = False,
@@ -162,20 +219,54 @@ def evaluate(
     """Score a model on a file: accuracy by class, confusion, exact match, perplexity; a run beside its start."""
     from dataclasses import asdict
 
+    if harness is None and (tasks_in is not None or limit is not None):
+        raise UserError(f"{'--limit' if tasks_in is None else '--tasks-in'}: goes with --harness TASKS.")
+    if harness is not None and data is not None:
+        raise UserError("--data: not with --harness, whose tasks have data of their own. Leave one out.")
+    both = not alone and (Path(model).expanduser() / "config.toml").is_file()
+
+    def scored(by: Callable[[Workbench], Any]) -> dict[str, Any]:
+        tuned = {"tuned": by(_loaded(model, best, False, device, set_))}
+        return {"start": by(_loaded(model, False, True, device, set_)), **tuned} if both else tuned
+
+    if harness is not None:
+        _evaluate_on_tasks(scored, harness, at_home(tasks_in), limit, as_json=as_json)
+        return
     from fedalign.inference.scores import score
 
-    bench = _loaded(model, best, False, device, set_)
-    examples = _examples(bench, data)
-    scores = {"tuned": score(bench, examples)}
-    if not alone and (Path(model).expanduser() / "config.toml").is_file():
-        del bench
-        before = _loaded(model, False, True, device, set_)
-        scores = {"start": score(before, examples), **scores}
+    scores = scored(lambda bench: score(bench, _examples(bench, data)))
     if as_json:
         numbers = {name: asdict(one) | {"perplexity": one.perplexity} for name, one in scores.items()}
         out.print_json(json.dumps(numbers))
         return
     _print_scores(scores)
+
+
+def _evaluate_on_tasks(
+    scored: Callable[[Callable[[Workbench], Any]], dict[str, Any]],
+    names: str,
+    folder: Path | None,
+    limit: int | None,
+    *,
+    as_json: bool,
+) -> None:
+    from fedalign.inference.harness import Tasks, numbers
+
+    asked = Tasks([name.strip() for name in names.split(",")], folder, limit)
+    asked.check()
+    with busy("Loading tasks ..."):
+        tasks = asked.load()
+    results = scored(tasks.score)
+    if as_json:
+        out.print_json(json.dumps(results, default=str))
+        return
+    table = Table("lm-evaluation-harness", box=box.SIMPLE_HEAD)
+    for name in results:
+        table.add_column(name, justify="right")
+    columns = [numbers(found) for found in results.values()]
+    for name in columns[-1]:
+        table.add_row(Text(name), *(f"{column[name]:.4f}" for column in columns))
+    out.print(table)
 
 
 def _loaded(model: str, best: bool, start: bool, device: str, set_: list[str] | None) -> Workbench:

@@ -73,6 +73,9 @@ class LiveTable(JupyterMixin):
         for failure in state.history[-1].get("failures", ()):
             text = f"round {state.round}: {failure['client']}, {failure['stage']}: {failure['reason']}"
             self.console.print(text, style="yellow", markup=False, soft_wrap=True)
+        if "stopped" in state.history[-1] and state.round < self.rounds:
+            text = f"round {state.round} is the last: {state.history[-1]['stopped']}"
+            self.console.print(text, markup=False, soft_wrap=True)
 
     def time_left(self) -> str:
         """From the rounds that this process has run."""

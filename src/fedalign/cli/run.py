@@ -73,6 +73,8 @@ def run(
     how = Beginning(fresh=resume is None, overwrite=overwrite)
     if resume is not None and (done := folder.finished()) >= settings.run.rounds:
         say(f"All {done} rounds are complete. For more: fedalign run --resume {resume} --set run.rounds={2 * done}")
+    elif resume is not None and (why := folder.stopped(settings)):
+        say(f"{why}. To go on: fedalign run --resume {shlex.quote(str(resume))} --set run.patience=0")
     try:
         summary = carry_out(settings, folder, out, how, insecure_anywhere=insecure_anywhere)
     except KeyboardInterrupt:
@@ -292,6 +294,7 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
         ("accuracy", _from_to(summary["initial_accuracy"], summary["final_accuracy"], percent)),
         ("loss, nats a token", _from_to(summary["initial_loss"], summary["final_loss"], nats)),
         ("best", _best(summary)),
+        ("ended early", summary["stopped"] or ""),
         ("scored on", summary["scored_on"] or "nothing: no test set, and no client's held-out rows"),
         ("by client", _by_client(summary["client_accuracies"], summary["client_examples"])),
         ("sent up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),

@@ -159,7 +159,12 @@ def make_design(
         tune=tune,
     )
     for choice, point in itertools.product(design.choices, design.points):
-        configure(design, choice, point, design.seeds[0])  # wrong values are told before anything runs
+        config = configure(design, choice, point, design.seeds[0])  # wrong values are told before anything runs
+        if config.run.patience:
+            raise UserError(
+                f"run.patience = {config.run.patience}: runs that are compared take the same rounds. "
+                "Add --set run.patience=0."
+            )
     return design
 
 

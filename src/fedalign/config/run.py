@@ -187,6 +187,7 @@ class RunConfig(Section):
 
     seed: Count = key(0, "of partition, client sampling, order of batches, rounding")
     rounds: Positive = key(10, "of training, plan and sum")
+    patience: Count = key(0, "scored rounds without a better score after which the run ends early; 0: it does not")
     device: Device = "auto"
     threads: Threads = 0
     check: bool = key(True, "at the end: does model/ load in plain transformers and peft, and compute the same")

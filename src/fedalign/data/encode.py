@@ -102,17 +102,17 @@ class Encoder:
         self.chats = ChatTemplate(tokenizer)
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
-        """The sequences of each example, in order: one, or more for a chat whose template rewrites its history.
+        """The sequences to train on: one of each example, or more for a chat whose template rewrites its history.
 
+        Whatever is no chat's ends with the end token, so that a model that generates stops there.
         What trains nothing is left out and named, and so is what is too long, with "drop".
         """
         renderings = [(i, one) for i, example in enumerate(examples) for one in self._renderings(example)]
         split = self._split([one for _, one in renderings])
-        ends = self._ends(examples)
         encoded: list[Encoded] = []
         for (i, _), parts in zip(renderings, split, strict=True):
             one = (
-                self._chat(i, examples[i], *parts) if examples[i].chat else self._join(i, examples[i], *parts, ends[i])
+                self._chat(i, examples[i], *parts) if examples[i].chat else self._join(i, examples[i], *parts, self.end)
             )
             if one is not None and one.trains:
                 if encoded and encoded[-1].example == i:
@@ -122,7 +122,10 @@ class Encoder:
         return encoded
 
     def encode_choices(self, examples: Sequence[Example]) -> list[Encoded]:
-        """One sequence for each choice of each example, for scoring; choices of one example share one prompt."""
+        """One sequence for each choice of each example, for scoring; choices of one example share one prompt.
+
+        What is likely is the choice itself: its end token is scored only where it alone tells a choice from another.
+        """
         ends = self._ends(examples)
         split = iter(self._split([_rendering(e.prompt, choice) for e in examples for choice in e.choices]))
         encoded: list[Encoded] = []
@@ -153,11 +156,11 @@ class Encoder:
     def encode_answers(self, examples: Sequence[Example]) -> list[list[int]]:
         """The tokens of each last answer and of what ends it, as they are trained where nothing is cut."""
         renderings = [self.chats.last(e) if e.chat else _rendering(e.prompt, e.answer) for e in examples]
-        found, ends = [], self._ends(examples)
-        for example, (ids, trained), end in zip(examples, self._split(renderings), ends, strict=True):
+        found = []
+        for example, (ids, trained) in zip(examples, self._split(renderings), strict=True):
             first = trained.index(True) if True in trained else len(ids)
             last = len(ids) - trained[::-1].index(True) if True in trained else 0
-            found.append(ids[first:last] + ([] if example.chat else end))
+            found.append(ids[first:last] + ([] if example.chat else self.end))
         return found
 
     # ------------------------------------------------------------------------------------------------ one rendering
@@ -211,13 +214,11 @@ class Encoder:
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
 
     def _ends(self, examples: Sequence[Example]) -> list[list[int]]:
-        """What follows each answer that is not a chat's; choices have an end where one of them begins another."""
+        """What is scored after the choices of each example: an end, where one of them begins another."""
         sets = list(dict.fromkeys(example.choices for example in examples if example.choices))
         ids = iter(self._ids([choice for choices in sets for choice in choices]))
-        ended = {choices: self.is_seq2seq or _one_begins_another([next(ids) for _ in choices]) for choices in sets} | {
-            (): True
-        }
-        return [self.end if ended[example.choices] else [] for example in examples]
+        ended = {choices: self.is_seq2seq or _one_begins_another([next(ids) for _ in choices]) for choices in sets}
+        return [self.end if ended.get(example.choices) else [] for example in examples]
 
     # ------------------------------------------------------------------------------------------------------ lengths
 

@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from string import Formatter
 from types import MappingProxyType
 from typing import Any, Literal
 
 import tomli_w
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedalign.config.run import Config, DataConfig
@@ -32,6 +33,7 @@ from fedalign.units import nats, percent
 CARD = "README.md"
 Form = Literal["checkpoint", "merged", "adapter"]
 MIXER = "mixer.safetensors"
+OF_DOCSTRINGS = "that of the library that each docstring is from"
 PACKAGES = ("fedalign-moe", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 MODEL = "A Mixture-of-Experts language model"
 PARTITIONS = {
@@ -50,6 +52,11 @@ TUNINGS = {
 }
 ROUTERS = {"full": "trained whole", "lora": "LoRA too", "frozen": "frozen"}
 AVERAGES = {"factors": "the factors", "freeze_a": "B alone, A is frozen", "exact": "the products, cut back to the rank"}
+TOKENS = 'tokenizer(prompt, return_tensors="pt").input_ids'
+CHAT_TOKENS = (
+    "tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, "
+    'return_tensors="pt").input_ids'
+)
 HEAD = """\
 {imports}
 
@@ -97,6 +104,8 @@ class Made:
     clients: int = 0  # personal models beside it
     personal: str | None = None  # the client whose model it is
     mixes: bool = False  # it is mixed with the global model by a mixer
+    base_license: str | None = None  # None: unknown
+    data_license: str | None = None  # None: unknown
 
     @property
     def is_seq2seq(self) -> bool:
@@ -133,6 +142,7 @@ class Trained:
     holdings: Mapping[str, Mapping[str, Any]]
     versions: Mapping[str, str]  # empty: the run is not finished, and recorded none
     health: Round | None
+    checked: str | None = None  # how the run's own check of it with plain libraries went; None: it was not done
 
     @property
     def scored(self) -> Metrics:
@@ -144,6 +154,25 @@ class Trained:
         """The same before training."""
         first = self.history[0] if self.history else {}
         return first if merit(first) is not None else {}
+
+
+def base_license(config: Config, place: str) -> str | None:
+    """The licence of the base, as the card beside it names it; None: there is none, or it is not on this machine."""
+    if config.model.path == "demo":
+        return "apache-2.0"
+    card = (
+        Path(place) / CARD
+        if Path(place).is_dir()
+        else try_to_load_from_cache(place, CARD, revision=config.model.revision)
+    )
+    if not isinstance(card, str | Path) or not Path(card).is_file():
+        return None
+    try:
+        about = ModelCard.load(card).data
+    except Exception:  # of the file, of its text, of its YAML: nothing is known of it then
+        return None
+    named = about.get("license_name") or about.get("license")
+    return str(named) if named else None
 
 
 def write_card(folder: Path, made: Made, trained: Trained) -> None:
@@ -167,7 +196,7 @@ def render(made: Made, trained: Trained, weights: Mapping[str, str] = MappingPro
         trained=trained,
         config=config,
         lead=lead(made, trained),
-        snippet=snippet(made),
+        snippet=snippet(made, config.data),
         rows=training_rows(trained),
         scores=score_rows(made, trained),
         weights=weights,
@@ -345,9 +374,16 @@ def routing_sentences(trained: Trained) -> list[str]:
     return said
 
 
+def template_of(data: DataConfig) -> str | None:
+    """The prompt that was trained, over the columns of a row; None: chats."""
+    return (
+        FORMATS[data.kind].prompt if FORMATS[data.kind].prompt is None else data.template or FORMATS[data.kind].prompt
+    )
+
+
 def prompt_format(data: DataConfig) -> str:
     """What a prompt must look like; empty: there are no prompts."""
-    prompt = FORMATS[data.kind].prompt
+    prompt = template_of(data)
     if prompt is None:
         return "Prompts go through the tokenizer's chat template."
     if data.template is not None:
@@ -388,13 +424,15 @@ def _versions(trained: Trained) -> list[tuple[str, str, str]]:
     return [(name, trained.versions.get(name, "-"), mine.get(name, "-")) for name in {**mine, **trained.versions}]
 
 
-def snippet(made: Made) -> str:
-    """Code that loads it and lets it say something, to be run where it lies."""
+def snippet(made: Made, data: DataConfig) -> str:
+    """Code that loads it and lets it answer a prompt as it was trained, to be run where it lies."""
     first, model = made.load("folder")
     model = model.replace("'folder'", "folder")
-    start = 'input_ids = tokenizer("The", return_tensors="pt").input_ids'
+    start = f"{_asking(data)}\ninput_ids = {TOKENS if FORMATS[data.kind].prompt is not None else CHAT_TOKENS}"
     if not made.mixes:
-        body = f"{start}\nprint(tokenizer.decode(model.generate(input_ids=input_ids, max_new_tokens=20)[0]))"
+        end = "" if made.is_seq2seq else ", input_ids.shape[1] :"
+        body = f"{start}\nanswer = model.generate(input_ids=input_ids, max_new_tokens=20)[0{end}]\n"
+        body += "print(tokenizer.decode(answer, skip_special_tokens=True))"
         place = "this folder, or the model's name on the Hub"
         return HEAD.format(imports=_imports(first), place=place, model=model) + body
     server = model.replace("model =", "server =").replace("(folder", '(f"{folder}/../.."')
@@ -405,6 +443,16 @@ def snippet(made: Made) -> str:
     body = f"{start}\nprint(tokenizer.decode(log_probabilities({inputs})[0, -1].argmax()))"
     imports = f"import torch\nfrom safetensors.torch import load_file\n{_imports(first)}"
     return HEAD.format(imports=imports, place="this folder", model=model) + mixed + body
+
+
+def _asking(data: DataConfig) -> str:
+    """The line that makes a prompt of something that stands for a user's own words."""
+    prompt = template_of(data)
+    if prompt is None:
+        return 'messages = [{"role": "user", "content": "..."}]'
+    names = dict.fromkeys(name for _, name, _, _ in Formatter().parse(prompt) if name is not None)
+    values = ", ".join(f'{json.dumps(name)}: "..."' for name in names)
+    return f"prompt = {prompt!r}.format_map({{{values}}})" if prompt else 'prompt = "..."'
 
 
 def _imports(first: str) -> str:

@@ -24,7 +24,7 @@ from fedalign.client.workbench import Workbench
 from fedalign.compare.folder import ComparisonFolder
 from fedalign.config.run import Config
 from fedalign.errors import UserError, unknown
-from fedalign.export.card import MIXER, Made, Trained, write_card
+from fedalign.export.card import MIXER, OF_DOCSTRINGS, Made, Trained, base_license, write_card
 from fedalign.files import KEPT_BY_CLIENTS, MARK, SUMS, check_free, claimed, damage, folder_name, replacing, rounds_in
 from fedalign.moe.kept import save_with_kept
 from fedalign.moe.load import DTYPES, auto_class, load_plain, model_path
@@ -52,6 +52,7 @@ class Wanted:
     clients: bool = False
     base: str | None = None  # of an adapter; None: as the run's configuration has it
     overwrite: bool = False
+    data_license: str | None = None  # of what was trained on, for the card; None: unknown
 
 
 @dataclass(frozen=True)
@@ -459,6 +460,8 @@ def _made(wanted: Wanted, snapshot: Snapshot, base: Base | None, folder: Path, c
         local_base=Path(place).is_dir(),
         trust_remote_code=config.model.trust_remote_code,
         clients=clients,
+        base_license=base_license(config, place),
+        data_license=wanted.data_license or (OF_DOCSTRINGS if config.data.train == "docstrings" else None),
     )
 
 
@@ -468,9 +471,16 @@ def _trained(snapshot: Snapshot, best: bool) -> Trained:
     except DamagedError:
         health = None
     summary = snapshot.folder.summary
-    versions = json.loads(summary.read_text(encoding="utf-8")).get("versions", {}) if summary.exists() else {}
+    told = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
     return Trained(
-        snapshot.config, snapshot.round, best, snapshot.history, _holdings(snapshot.folder), versions, health
+        snapshot.config,
+        snapshot.round,
+        best,
+        snapshot.history,
+        _holdings(snapshot.folder),
+        told.get("versions", {}),
+        health,
+        None if best else told.get("checked"),
     )
 
 

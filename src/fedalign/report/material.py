@@ -22,7 +22,7 @@ from fedalign.files import LOCK, held_by
 from fedalign.protocol import Metrics
 from fedalign.server.health import DamagedError
 from fedalign.server.results import RunFolder, read_history
-from fedalign.server.scores import merit
+from fedalign.server.scores import merit, spent
 
 UNTOLD = (
     "run.seed",
@@ -79,6 +79,12 @@ class Run:
     def round(self) -> int:
         """The last complete one."""
         return int(self.history[-1]["round"])
+
+    @property
+    def stopped(self) -> str | None:
+        """Why it took fewer rounds than it might have."""
+        options = self.cell.config.run
+        return spent(self.history, options.patience) if self.round < options.rounds else None
 
 
 @dataclass(frozen=True)
@@ -250,7 +256,8 @@ def _read_run(cell: Cell, path: Path) -> Run | None:
         raise DamagedError(f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)) from None
     if not history:
         return None
-    finished = bool(summary) and history[-1]["round"] >= cell.config.run.rounds
+    options = cell.config.run
+    finished = bool(summary) and (history[-1]["round"] >= options.rounds or bool(spent(history, options.patience)))
     return Run(cell, path, history, finished, versions, held, sorted((path / "health").glob("round-*.safetensors")))
 
 

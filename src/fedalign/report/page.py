@@ -21,7 +21,7 @@ from fedalign.report import figures, findings
 from fedalign.report.answers import Sheets, sheets
 from fedalign.report.figures import Json
 from fedalign.report.health import ExpertFigures, budget_text, health
-from fedalign.report.material import Material
+from fedalign.report.material import Material, Run
 from fedalign.server.health import DEAD, OVERLOADED
 from fedalign.units import percent
 
@@ -140,10 +140,17 @@ def _about(material: Material, index: int) -> dict[str, str]:
     return {
         "name": line_name(run.label, run.cell.point),
         "seed": str(run.cell.seed),
-        "state": "finished" if run.finished else f"round {run.round} of {run.cell.config.run.rounds}",
+        "state": _state(run),
         "folder": str(run.folder),
         "options": ", ".join(f"{key} = {value}" for key, value in options.items()) or "defaults",
     }
+
+
+def _state(run: Run) -> str:
+    rounds = f"round {run.round} of {run.cell.config.run.rounds}"
+    if not run.finished:
+        return rounds
+    return f"ended early, {rounds}: {run.stopped}" if run.stopped else "finished"
 
 
 def _own(name: str) -> Markup:

@@ -31,7 +31,7 @@ from fedalign.files import LOCK, WATCH, check_free, damage, locked, refuse_held,
 from fedalign.protocol import Evaluation, Layout, Metrics, Plan, Statistics, Weights
 from fedalign.server.checkpoint import ServerState
 from fedalign.server.health import write_health
-from fedalign.server.scores import accuracy_of, best_of, loss_of, merit, scored_on
+from fedalign.server.scores import accuracy_of, best_of, loss_of, merit, scored_on, spent
 from fedalign.server.trackers import TrackedRun, open_trackers
 
 logger = logging.getLogger(__name__)
@@ -133,6 +133,10 @@ class RunFolder:
             return int(json.loads(self.summary.read_text(encoding="utf-8"))["rounds"])
         except (OSError, ValueError, KeyError, TypeError):
             return 0
+
+    def stopped(self, config: Config) -> str | None:
+        """Why the run that is here takes no more rounds of those that `config` asks for; None: it does."""
+        return spent(read_history(self), config.run.patience)
 
     @parallel.by_the_first
     def amend(self, config: Config) -> None:
@@ -303,10 +307,12 @@ def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
     """The run in one flat record. Accuracies are shares in [0, 1], losses nats per answer token; None: never scored."""
     scored: list[Metrics] = [line for line in history if merit(line) is not None] or [{}]
     first, last, best = scored[0], scored[-1], best_of(history) or {}
+    rounds = history[-1]["round"]
     return {
         "algorithm": config.algorithm.name,
         "seed": config.run.seed,
-        "rounds": history[-1]["round"],
+        "rounds": rounds,
+        "stopped": spent(history, config.run.patience) if rounds < config.run.rounds else None,
         "initial_accuracy": accuracy_of(first),
         "final_accuracy": accuracy_of(last),
         "best_accuracy": accuracy_of(best),

@@ -49,7 +49,7 @@ from fedalign.server.checks import (
     check_weights,
     find_outliers,
 )
-from fedalign.server.scores import Traffic, describe_plan, describe_scores, describe_training, merit
+from fedalign.server.scores import Traffic, best_of, describe_plan, describe_scores, describe_training, merit, spent
 
 CENTER = "center."  # names of the last round's update among the moments
 PATIENCE = 2  # rounds in which a site may announce an update and deliver none that can be used
@@ -96,7 +96,7 @@ class CountingSum:
 
 
 class Server:
-    """Runs rounds until the configured number is complete."""
+    """Runs rounds until the configured number is complete, or patience is spent."""
 
     def __init__(
         self,
@@ -120,14 +120,20 @@ class Server:
         """Continue from `state`; each complete round is checkpointed before it is announced.
 
         Raises:
-            UserError: Too few clients had anything usable to say.
+            UserError: Too few clients had anything usable to say, or there is patience and no score to be patient for.
         """
+        rounds, patience = self.config.run.rounds, self.config.run.patience
         if not state.history:
             traffic = Traffic()
             metrics, failures = self._scores(state.weights, 0, traffic)
             metrics |= {"bytes_up": 0, "bytes_down": traffic.down, "failures": self._named(failures)}
             state = self._complete(state, metrics)
-        while state.round < self.config.run.rounds:
+        if patience and best_of(state.history) is None:
+            raise UserError(
+                f"run.patience = {patience}: round {state.round} was not scored, so no later one can be called better. "
+                "Give data.test or clients.held_out, or go on with --set run.patience=0."
+            )
+        while state.round < rounds and not spent(state.history, patience):
             state = self._round(state)
         return state
 
@@ -352,7 +358,9 @@ class Server:
     def _complete(self, state: ServerState, metrics: Metrics) -> ServerState:
         earlier = [score for past in state.history if (score := merit(past)) is not None]
         score = merit(metrics)
-        state = replace(state, history=(*state.history, metrics))
+        why = spent((*state.history, metrics), self.config.run.patience)
+        stopped = {"stopped": why} if why and metrics["round"] < self.config.run.rounds else {}
+        state = replace(state, history=(*state.history, metrics | stopped))
         self.checkpoints.save(state)
         self.observer.completed(state, improved=score is not None and score > max(earlier, default=-math.inf))
         return state

@@ -21,6 +21,7 @@ from fedalign.server.rounds import Observer, Server
 
 RESUMABLE = (  # may change on resume
     "run.rounds",
+    "run.patience",
     "run.device",
     "run.threads",
     "run.check",

@@ -83,6 +83,23 @@ def best_of(history: Sequence[Metrics]) -> Metrics | None:
     return max(scored, key=itemgetter(0))[1] if scored else None
 
 
+def spent(history: Sequence[Metrics], patience: int) -> str | None:
+    """Why a run ends early: as many scored rounds as it has patience for, none of them better; None: it goes on.
+
+    >>> line = [{"round": n, "accuracy": score} for n, score in enumerate([0.1, 0.5, 0.5])]
+    >>> spent(line, 2), spent([*line, {"round": 3}], 2)  # a round that was not scored counts for nothing
+    (None, None)
+    >>> spent([*line, {"round": 3}, {"round": 4, "accuracy": 0.4}], 2)
+    'run.patience = 2: the best score is of round 1, rounds scored since: 2'
+    """
+    best = best_of(history)
+    if best is None or not patience:
+        return None
+    since = sum(merit(line) is not None for line in history if line["round"] > best["round"])
+    told = f"run.patience = {patience}: the best score is of round {best['round']}, rounds scored since: {since}"
+    return told if since >= patience else None
+
+
 def describe_scores(overall: Evaluation | None, scores: Sequence[Evaluation]) -> Metrics:
     """Scores by name: global, and over the clients' own held-out parts."""
     metrics: Metrics = {}
