@@ -187,7 +187,9 @@ def test_a_format_of_a_package(here: Path, fedalign: Command, model: Path, monke
     (here / "triage_notes-1.0.dist-info").mkdir()
     (here / "triage_notes.py").write_text(PACKAGE)
     (here / "triage_notes-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: triage\nVersion: 1.0\n")
-    (here / "triage_notes-1.0.dist-info" / "entry_points.txt").write_text("[fedalign.formats]\ntriage = triage_notes:triage\n")
+    (here / "triage_notes-1.0.dist-info" / "entry_points.txt").write_text(
+        "[fedalign.formats]\ntriage = triage_notes:triage\n"
+    )
     monkeypatch.syspath_prepend(here)
     Path("notes.jsonl").write_bytes(lines([{"note": text, "outcome": "rest"} for text in TWICE]))
     data = 'train = "notes.jsonl"\nkind = "triage"'
