@@ -270,8 +270,7 @@ class _Formats(dict[str, Format]):
     """Ours; another name is loaded from the package that offers it."""
 
     def __missing__(self, kind: str) -> Format:
-        self[kind] = _of_package(kind)
-        return self[kind]
+        return of_package(kind)
 
 
 FORMATS = _Formats(OURS)
@@ -282,8 +281,13 @@ def every_kind() -> list[str]:
     return [*OURS, *(name for name in offered(FORMAT_GROUP) if name not in OURS)]
 
 
-def _of_package(kind: str) -> Format:
-    """The format that another package's function of a row makes."""
+@functools.cache
+def of_package(kind: str) -> Format:
+    """The format that another package's function of a row makes.
+
+    Raises:
+        UserError: No package offers it, or the package is broken.
+    """
     function: Callable[[Row], Example] = from_package(
         FORMAT_GROUP, "data.kind", kind, OURS, lambda found: None if callable(found) else "is no function of a row"
     )
