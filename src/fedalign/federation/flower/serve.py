@@ -14,8 +14,8 @@ from fedalign.client.open import open_site
 from fedalign.config.site import SiteFolder
 from fedalign.config.toml import read_config
 from fedalign.errors import UserError
-from fedalign.federation.flower.launch import check_plaintext, end, require_flower
-from fedalign.federation.flower.programs import environment, free_port
+from fedalign.federation.flower.launch import end
+from fedalign.federation.flower.programs import check_plaintext, environment, free_port, require_flower
 from fedalign.federation.flower.warm import meeting_file, serve
 from fedalign.federation.service import Service, log_to_stderr
 from fedalign.moe.load import quiet

@@ -17,6 +17,7 @@ from typing import Any
 from fedalign.config.run import FederationConfig
 from fedalign.errors import UserError
 from fedalign.federation.flower.link import Link, Reply
+from fedalign.federation.flower.programs import register_command
 from fedalign.federation.messages import Message, MessageError, Parcel, decode, encode
 from fedalign.protocol import (
     PROTOCOL,
@@ -249,9 +250,7 @@ class FlowerFederation:
         """Why a site may not be called so: who holds a key has the name that the key was registered with."""
         if registered is None:
             keyless = self.policy.engine != "flower" or self.policy.root_certificates is None
-            remedy = (
-                f"it calls itself {name!r}, and its key was registered without a name: flwr supernode register --name"
-            )
+            remedy = f"it calls itself {name!r}, and its key was registered without a name: {register_command(name)}"
             return None if keyless else remedy
         return None if name == registered else f"it calls itself {name!r}, and its key was registered as {registered!r}"
 
