@@ -5,7 +5,7 @@ summary.json    how it went           checkpoint/     to resume from
 model/  best/   Hugging Face folders  clients/        what each client keeps for itself
 clients.json    what is known of their data
 health/         routing, similarities and weights of each round
-events.*        for TensorBoard       trackers.json   ids of this run at MLflow and W&B
+events.*        for TensorBoard       trackers.json   its ids at MLflow and W&B
 .fedalign       what may be removed when the run is replaced
 .lock  .watch   who does the rounds, and who started the run and looks on
 """
@@ -162,6 +162,7 @@ class Recorder:
         self._write_metrics(resumed.history)  # lines of a round that was cut off are dropped
         followed = TrackedRun(folder.path, flat(config.model_dump(mode="json"), "."), resumed.round)
         self._trackers = open_trackers(config.tracking.loggers if parallel.is_first() else (), followed)
+        self._tell_trackers(resumed.history)  # a kill may have come before they were told
 
     def progress(self, round: int, stage: str, done: int, total: int) -> None:
         """Nothing to record."""
@@ -174,11 +175,13 @@ class Recorder:
     def completed(self, state: ServerState, improved: bool) -> None:
         """Add the round's line, tell the trackers; keep the model if it is the best yet."""
         self._write_metrics(state.history)
-        scalars = _scalars(state.history[-1])
-        for tracker in self._trackers:
-            tracker.log(state.round, scalars)
+        self._tell_trackers(state.history)
         if improved:
             self._save(state.weights, self.folder.best, state.history[-1])
+
+    def _tell_trackers(self, history: Sequence[Metrics]) -> None:
+        for tracker in self._trackers:
+            tracker.follow(history)
 
     def mend_best(self, history: Sequence[Metrics], weights_after: Callable[[int], Weights | None]) -> None:
         """Make `best/` that of the best round again, if a kill or a damage came between.
@@ -295,12 +298,6 @@ def versions() -> dict[str, str]:
     """What the numbers were made with."""
     packages = ("fedalign-moe", "torch", "transformers", "peft", "tokenizers", "safetensors", "flwr-datasets", "numpy")
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
-
-
-def _scalars(line: Metrics) -> dict[str, float]:
-    """All numbers of a round, nested ones by path."""
-    values = flat(line, "/")
-    return {name: value for name, value in values.items() if isinstance(value, int | float) and name != "round"}
 
 
 def read_history(folder: RunFolder, *, strict: bool = False) -> list[Metrics]:
