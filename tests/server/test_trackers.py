@@ -97,7 +97,7 @@ def test_tensorboard_gets_what_a_kill_kept_from_it(tmp_path: Path) -> None:
 
 def test_a_resumed_run_tells_at_once_what_a_kill_kept_back(tmp_path: Path) -> None:
     state = ServerState(1, {}, {}, (line(0), line(1)))  # its checkpoint was the last that was written
-    recorder = Recorder(RunFolder(tmp_path), load_config(None), cast(Any, None), state)
+    recorder = Recorder(RunFolder(tmp_path), load_config(None), cast("Any", None), state)
     recorder._trackers[0].close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("accuracy")] == [0, 1]

@@ -47,7 +47,7 @@ def answer_at(folder: SiteFolder, run: str, verb: str, parcel: Parcel, answer: C
                 reply = encode(Failure(folder.config.name, stage_of(verb), reason))
             reply = _without_places(folder, verb, reply)
             lines.append(_entry(run, verb, parcel, reply, counted=begun))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserError) as error:
         log.error("%s: %s: nothing leaves that is not written down", lines.file, error)
         reply = encode(Failure(folder.config.name, stage_of(verb), "it cannot keep its own log"))
     if (folder.memory(run) / WITHDRAWN).exists():
