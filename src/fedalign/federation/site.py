@@ -14,8 +14,8 @@ from pathlib import Path
 from fedalign.client.log import Entry, SiteLog
 from fedalign.config.site import SiteFolder
 from fedalign.errors import UserError
-from fedalign.federation.messages import Parcel, encode
-from fedalign.federation.service import SEE_LOG, stage_of
+from fedalign.federation.messages import Parcel, encode, stage_of
+from fedalign.federation.service import SEE_LOG
 from fedalign.files import folder_name
 from fedalign.protocol import LONGEST_NAME, Failure, is_name
 from fedalign.units import shown
