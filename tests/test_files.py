@@ -21,6 +21,7 @@ from fedalign.errors import UserError
 from fedalign.files import (
     LOCK,
     MARK,
+    PATIENCE,
     SUMS,
     WATCH,
     cached,
@@ -374,6 +375,14 @@ def test_a_second_process_is_told_who_holds_a_folder_and_gets_it_when_that_is_ki
     other.wait()
     refuse_held(tmp_path / LOCK, "a run")
     with locked(tmp_path / LOCK, "a run"):
+        assert held_by(tmp_path / LOCK) == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_who_is_patient_gets_it_from_a_process_that_ends_meanwhile(
+    tmp_path: Path, other: subprocess.Popen[str]
+) -> None:
+    threading.Timer(PATIENCE + 1, other.kill).start()
+    with locked(tmp_path / LOCK, "an answer", patience=60):
         assert held_by(tmp_path / LOCK) == f"process {os.getpid()} on {socket.gethostname()}"
 
 

@@ -252,18 +252,23 @@ def damage(folder: Path, *names: str) -> str:
 
 
 @contextmanager
-def locked(file: Path, what: str) -> Iterator[int]:
+def locked(file: Path, what: str, patience: float = PATIENCE) -> Iterator[int]:
     """Hold a lock file, whose text says who does; yields its descriptor, with which a child holds it, too.
 
     The kernel keeps the lock (flock), and frees it when the last of these processes has ended. The file itself stays.
 
+    Args:
+        file: the lock.
+        what: is at work there, if somebody else holds it.
+        patience: seconds to wait for whoever does.
+
     Raises:
-        UserError: Somebody else holds it; `what` is at work there.
+        UserError: Somebody else holds it all that time.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while (lock := _lock(file)) is None:
-        refuse_held(file, what)
+        refuse_held(file, what, patience)
         if time.monotonic() > deadline:  # others who only look, one after another
             raise _held(file, what, "another process")
         time.sleep(0.02)
@@ -274,17 +279,18 @@ def locked(file: Path, what: str) -> Iterator[int]:
         yield lock.fileno()
 
 
-def refuse_held(file: Path, what: str) -> None:
+def refuse_held(file: Path, what: str, patience: float = PATIENCE) -> None:
     """Refuse a folder that somebody works in.
 
     Args:
         file: the lock.
         what: is at work there, if the lock is held.
+        patience: seconds to wait for it to be let go.
 
     Raises:
         UserError: It is, and by whom.
     """
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while (holder := held_by(file)) is not None:
         if time.monotonic() > deadline:
             raise _held(file, what, holder)

@@ -5,6 +5,7 @@ import re
 import shlex
 import socket
 import tomllib
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import pytest
 from fedalign.cli import doctor as doctor_cli
 from fedalign.cli.terminal import out
 from fedalign.doctor.what_leaves import NEVER, REFUSED, ROWS
+from fedalign.federation.flower import programs
 from fedalign.federation.flower.keys import make_certificates
+from fedalign.federation.flower.roster import Registered
 from tests.conftest import SUBJECTS, Command
 from tests.doctor.server import serving
 
@@ -51,7 +54,7 @@ def test_init_says_what_to_send_and_what_to_run(fedalign: Command, texts: Path, 
     assert code == 0, errors
     lines = [line.strip() for line in text.splitlines()]
     assert (folder / "key.pub").read_text().strip() in lines
-    assert "flwr supernode register key.pub --name 'ward 3'" in lines
+    assert "flwr supernode register ward%203.pub ours --name 'ward 3'" in lines
     assert f"fedalign doctor --site '{folder}'" in lines
     assert "a coordinator can have these read, no others: text, label" in text
     command = shlex.split(next(line for line in lines if line.startswith("flower-supernode")))
@@ -185,3 +188,26 @@ def test_usage_errors_are_exit_code_2(fedalign: Command, arguments: list[str], w
 def test_help_has_examples(fedalign: Command) -> None:
     assert "fedalign site init hospital-a --data" in fedalign("site", "init", "--help")[1]
     assert "fedalign doctor federation.toml" in fedalign("doctor", "--help")[1]
+
+
+def test_sites_names_who_is_connected(fedalign: Command, federation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [
+        Registered(1, "ward 3", "online", "2026-01-31T10:00:00", "SHA256:abc"),
+        Registered(2, "", "registered", "2026-01-31T09:00:00", "SHA256:def"),
+        Registered(3, "north", "unregistered", "2026-01-30T08:00:00", "SHA256:ghi"),
+    ]
+    monkeypatch.setattr(programs, "registered", lambda *_: [asdict(site) for site in found])
+    code, text, errors = fedalign("sites", federation)
+    assert code == 0, errors
+    rows = [re.split(r"  +", line.strip()) for line in text.splitlines()]
+    assert ["ward 3", "connected", "2026-01-31T10:00:00", "SHA256:abc", "1"] in rows
+    assert ["(no name)", "never connected", "2026-01-31T09:00:00", "SHA256:def", "2"] in rows
+    assert ["north", "revoked", "2026-01-30T08:00:00", "SHA256:ghi", "3"] in rows
+    assert "1 of 2 connected; federation.min_sites = 2." in text
+    assert json.loads(fedalign("sites", federation, "--json")[1]) == [asdict(site) for site in found]
+
+
+def test_sites_says_in_a_line_that_nobody_answers(fedalign: Command, federation: Path) -> None:
+    code, _, errors = fedalign("sites", federation)  # port 1
+    assert code == 2
+    assert re.fullmatch(r"Error: SuperLink 127.0.0.1:1: the list failed: .*refused. Is it running there\?\n", errors)

@@ -38,7 +38,7 @@ def commands() -> list[Any]:
     lines = [
         (page.relative_to(ROOT), line)
         for page in PAGES
-        for text in blocks(page, "")
+        for text in (*blocks(page, ""), *blocks(page, "sh"))
         for line in re.sub(r"\\\n\s*", " ", text).splitlines()
         if COMMAND.match(line.strip())
     ]

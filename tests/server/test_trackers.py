@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -15,6 +16,8 @@ from fedalign.config.run import TrackingConfig
 from fedalign.config.toml import load_config
 from fedalign.errors import UserError
 from fedalign.server import trackers
+from fedalign.server.checkpoint import ServerState
+from fedalign.server.results import Recorder, RunFolder
 from fedalign.server.trackers import TRACKERS, TrackedRun, open_trackers, require_trackers
 
 SETTINGS = {"run.seed": 3, "algorithm.name": "fedavg"}
@@ -27,9 +30,13 @@ def tracked(folder: Path, resumed_after: int = 0) -> TrackedRun:
 
 def log(name: str, run: TrackedRun, rounds: range, factor: float = 1.0) -> None:
     (tracker,) = open_trackers([name], run)
-    for number in rounds:
-        tracker.log(number, {"accuracy": factor * number, "client_accuracies/site (1)": 0.5})
+    tracker.follow([line(number, factor) for number in rounds])
     tracker.close()
+
+
+def line(round: int, factor: float = 1.0) -> dict[str, Any]:
+    """Of metrics.jsonl."""
+    return {"round": round, "accuracy": factor * round, "client_accuracies": {"site (1)": 0.5}, "clients": ["a"]}
 
 
 @pytest.fixture
@@ -81,6 +88,57 @@ def test_tensorboard_drops_what_a_cut_off_run_logged(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("accuracy")] == [(0, 0), (1, 1), (2, 20), (3, 30)]
 
 
+def test_tensorboard_gets_what_a_kill_kept_from_it(tmp_path: Path) -> None:
+    log("tensorboard", tracked(tmp_path), range(3))  # then rounds 3 and 4 are complete, and killed before it is told
+    log("tensorboard", tracked(tmp_path, resumed_after=4), range(6))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("accuracy")] == [(n, n) for n in range(6)]
+
+
+def test_a_resumed_run_tells_at_once_what_a_kill_kept_back(tmp_path: Path) -> None:
+    state = ServerState(1, {}, {}, (line(0), line(1)))  # its checkpoint was the last that was written
+    recorder = Recorder(RunFolder(tmp_path), load_config(None), cast("Any", None), state)
+    recorder._trackers[0].close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("accuracy")] == [0, 1]
+
+
+def test_a_tracker_that_joins_a_resumed_run_gets_all_of_it(tmp_path: Path) -> None:
+    log("tensorboard", tracked(tmp_path, resumed_after=2), range(4))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("accuracy")] == [0, 1, 2, 3]
+
+
+@pytest.mark.usefixtures("mlflow_store")
+def test_a_run_that_was_tracked_by_an_older_version_goes_on(tmp_path: Path) -> None:
+    run = tracked(tmp_path / "run-a")
+    log("mlflow", run, range(2))
+    (run.folder / "trackers.json").write_text(json.dumps({"mlflow": run.kept_id("mlflow")}))
+    log("mlflow", tracked(run.folder, resumed_after=1), range(3))
+    history = mlflow_client().get_metric_history(run.kept_id("mlflow"), "accuracy")
+    assert [metric.step for metric in history] == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("mlflow_store")
+def test_a_server_that_comes_back_gets_what_it_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tracked(tmp_path / "run-a")
+    (tracker,) = open_trackers(["mlflow"], run)
+    history = [line(number) for number in range(4)]
+    tracker.follow(history[:1])
+    with monkeypatch.context() as away, caplog.at_level(logging.WARNING, "fedalign.server.trackers"):
+        away.setattr(tracker.tracker, "log", lambda *_: 1 / 0)
+        tracker.follow(history[:2])
+        tracker.follow(history[:3])
+    assert ["did not take round 1" in record.getMessage() for record in caplog.records] == [True, True]
+    assert run.taken("mlflow") == 0
+    tracker.follow(history)
+    tracker.close()
+    taken = mlflow_client().get_metric_history(run.kept_id("mlflow"), "accuracy")
+    assert [(metric.step, metric.value) for metric in taken] == [(0, 0), (1, 1), (2, 2), (3, 3)]
+
+
 @pytest.mark.usefixtures("mlflow_store")
 def test_mlflow_keeps_one_run_over_a_resume(tmp_path: Path) -> None:
     folder = tmp_path / "run-a"
@@ -99,7 +157,7 @@ def test_mlflow_keeps_one_run_over_a_resume(tmp_path: Path) -> None:
 def test_mlflow_takes_more_numbers_than_one_call(tmp_path: Path) -> None:
     run = tracked(tmp_path / "many")
     (tracker,) = open_trackers(["mlflow"], run)
-    tracker.log(1, {f"client_accuracies/{number}": number for number in range(1001)})
+    tracker.follow([{"round": 1, "client_accuracies": {str(number): number for number in range(1001)}}])
     tracker.close()
     found = mlflow_client().get_run(run.kept_id("mlflow")).data.metrics
     assert len(found) == 1001
@@ -110,7 +168,7 @@ def test_a_server_that_is_lost_does_not_end_the_run(tmp_path: Path, caplog: pyte
     (tracker,) = open_trackers(["mlflow"], tracked(tmp_path / "run"))
     shutil.rmtree(tmp_path / "mlruns")
     with caplog.at_level(logging.WARNING, "fedalign.server.trackers"):
-        tracker.log(1, {"accuracy": 0.5})
+        tracker.follow([line(1), line(2)])
         tracker.close()
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         "mlflow did not take round 1",

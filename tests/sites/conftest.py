@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
 import pytest
 import tomli_w
 from safetensors.torch import load_file
@@ -177,6 +178,7 @@ class Deployment:
     settings: dict[str, Any]
     sites: dict[str, Path] = field(default_factory=dict)
     nodes: dict[str, int] = field(default_factory=dict)  # of those that are registered
+    _said: dict[str, int] = field(default_factory=dict)  # characters of a site's log before it was last started
 
     def prepare(
         self,
@@ -222,11 +224,13 @@ class Deployment:
         """Start, or start again, a site's SuperNode; an insecure one has neither TLS nor key."""
         folder = self.sites[name]
         key = folder / "key" if self.loopback.authenticate and not insecure else None
+        self._said[name] = len(self.loopback.log(name))
         with self._changed(folder):
             self.loopback.start_supernode(name, {"site": str(folder / "site.toml")}, key, insecure)
 
     def serve(self, name: str) -> None:
         """Start a site that keeps its model loaded, with its SuperNode."""
+        self._said[name] = len(self.loopback.log(name))
         with self._changed(self.sites[name]):
             self.loopback._start(name, [sys.executable, "-m", "fedalign", "site", "serve", str(self.sites[name])])
 
@@ -241,13 +245,13 @@ class Deployment:
             environment.pop("PYTHONPATH", None)
             environment |= {"PYTHONPATH": usual} if usual else {}
 
-    def wait_online(self, sites: int) -> None:
-        """Until the SuperLink knows of so many connected sites."""
+    def wait_online(self, *sites: str) -> None:
+        """Until these sites, or all that were started, are connected, as their SuperNodes say."""
+        for site in sites or tuple(self._said):
+            self.loopback.wait(lambda site=site: self._is_online(site), f"{site} to connect", seconds=180)  # type: ignore[misc] # mypy infers no lambda with defaults
 
-        def online() -> bool:
-            return len([node for node in self.loopback.nodes() if node["status"] == "online"]) >= sites
-
-        self.loopback.wait(online, f"{sites} sites to connect", seconds=180)
+    def _is_online(self, site: str) -> bool:
+        return "SuperNode ID" in self.loopback.log(site)[self._said[site] :]
 
     def add(self, name: str, lines: Sequence[dict[str, str]] | None = None, **options: Any) -> Path:
         """A site, prepared and started."""
@@ -257,10 +261,12 @@ class Deployment:
 
     def apps(self, site: str) -> list[int]:
         """The pids of a site's ClientApps, those that answer a message now."""
-        found = subprocess.run(["ps", "-axww", "-opid=,command="], capture_output=True, text=True, check=True).stdout
-        mine = set(self.loopback.processes(site))
-        table = [line.split(None, 1) for line in found.splitlines()]
-        return [int(pid) for pid, command in table if int(pid) in mine and "/flwr-clientapp " in command]
+        found = []
+        for pid in self.loopback.processes(site):
+            with suppress(psutil.NoSuchProcess):
+                if any(word.endswith("/flwr-clientapp") for word in psutil.Process(pid).cmdline()):
+                    found.append(pid)
+        return found
 
     @contextmanager
     def command(self, *arguments: str | Path) -> Iterator[Command]:
@@ -295,9 +301,25 @@ class Deployment:
 
 
 IN_CLIENT_APPS = """
-import sys
-if "serve" in sys.orig_argv or any("flwr-clientapp" in word for word in sys.orig_argv):
-    import changed  # the other programs stay as they are
+import importlib.abc, importlib.util, sys
+
+class Afterwards(importlib.abc.MetaPathFinder):
+    # `changed` comes once the app is there: Flower gives a ClientApp 30 s to report, and torch takes long to import
+    def find_spec(self, name, path, target=None):
+        if name not in ("fedalign.federation.flower.client_app", "fedalign.federation.flower.serve"):
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        honest = spec.loader.exec_module
+
+        def exec_module(module):
+            honest(module)
+            import changed
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Afterwards())
 """
 
 
@@ -342,10 +364,11 @@ def is_finite(weights: Mapping[str, Tensor]) -> bool:
 
 def living(mark: str) -> list[str]:
     """The processes that have this in their environment, but for those that are just ending: Ray's take their time."""
+    name, _, value = mark.partition("=")
     deadline = time.monotonic() + 60
     while True:
-        listing = subprocess.run(["ps", "axeww", "-opid=,command="], capture_output=True, text=True, check=True).stdout
-        found = [line[:200] for line in listing.splitlines() if f"{mark} " in f"{line} "]
+        listing = psutil.process_iter(["cmdline", "environ"])
+        found = [str(one.info["cmdline"])[:200] for one in listing if (one.info["environ"] or {}).get(name) == value]
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.2)

@@ -5,19 +5,31 @@ Those that come back at once have no keys: Flower refuses a key for a minute aft
 
 from __future__ import annotations
 
-import os
-import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import write_jsonl
-from tests.sites.conftest import SITES, Run, deployed, is_finite, merged, settings, share, weights_of
+from tests.sites.conftest import SITES, Deployment, Run, deployed, is_finite, merged, settings, weights_of
 
 pytestmark = pytest.mark.sites
 
+HELD = """
+import time
+from pathlib import Path
+from fedalign.federation.service import Service
+honest = Service._train
+
+def train(self, parcel):
+    while Path(__file__).with_name("hold").exists():
+        time.sleep(0.1)
+    return honest(self, parcel)
+
+Service._train = train
+"""
 GONE = ("its SuperNode is gone", "not connected", "its process ended")
 
 
@@ -38,22 +50,38 @@ def assert_named(run: Run, said: str, round: int, site: str, stage: str) -> None
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory, tables: dict[str, Any]) -> tuple[Run, str]:
+def deployment(tmp_path_factory: pytest.TempPathFactory, tables: dict[str, Any]) -> Iterator[Deployment]:
+    """Three sites, each of which can be held in training."""
+    with deployed(tmp_path_factory.mktemp("killed") / "deployed", tables, secure=False) as running:
+        for site in SITES:
+            running.add(site, change=HELD)
+        running.wait_online()
+        yield running
+
+
+@contextmanager
+def held(deployment: Deployment, site: str) -> Iterator[None]:
+    """Meanwhile the site trains on and on, its ClientApp alive: one that is stopped counts as dead after a minute."""
+    hold = deployment.sites[site] / "change" / "hold"
+    hold.touch()
+    try:
+        yield
+    finally:
+        hold.unlink()
+
+
+@pytest.fixture(scope="module")
+def killed(deployment: Deployment) -> tuple[Run, str]:
     """Two rounds; west is killed in training in the first, and started again at once."""
-    with deployed(tmp_path_factory.mktemp("killed") / "deployed", tables, secure=False) as deployment:
-        for site in SITES[:2]:
-            deployment.add(site)
-        folder = deployment.add("west", share("west") * 150, limits={"batch_tokens": 16})  # it trains for long
-        deployment.wait_online(3)
-        with deployment.started("training", run__rounds=2, federation__min_sites=2) as (run, command):
+    with deployment.started("training", run__rounds=2, federation__min_sites=2) as (run, command):
+        with held(deployment, "west"):
             command.wait(lambda: run.reached(1, "training", 2), "the other sites have trained")
-            assert deployment.apps("west")
-            assert not list(folder.glob("runs/*/round-*"))  # no update was kept: it is still in training
+            command.wait(lambda: bool(deployment.apps("west")), "west is in training")
+            assert not list(deployment.sites["west"].glob("runs/*/round-*"))  # no update was kept
             deployment.loopback.kill("west")
-            write_jsonl(folder / "data.jsonl", share("west"))
-            deployment.start("west")
-            assert command.finish() == 0, command.said
-        return run, command.said
+        deployment.start("west")
+        assert command.finish() == 0, command.said
+    return run, command.said
 
 
 def test_a_site_killed_in_training_costs_its_share_and_is_named(killed: tuple[Run, str]) -> None:
@@ -71,23 +99,16 @@ def test_a_killed_site_that_is_started_again_takes_part_in_the_next_round(killed
 
 
 def test_a_site_killed_between_its_statistics_and_its_update(
-    tables: dict[str, Any], tmp_path: Path, olmoe: Path
+    deployment: Deployment, killed: tuple[Run, str], olmoe: Path
 ) -> None:
-    with deployed(tmp_path / "deployed", tables) as deployment:
-        for site in SITES:
-            deployment.add(site)
-        deployment.wait_online(3)
-        with deployment.started("update") as (run, command):
-            command.wait(lambda: run.reached(1, "training", 0) and bool(deployment.apps("north")), "north is asked")
-            held = deployment.apps("north")
-            for pid in held:
-                os.kill(pid, signal.SIGSTOP)  # the plan must not be made before the kill
+    assert killed[0].rounds[-1] == 2  # west is back
+    with deployment.started("update") as (run, command):
+        with held(deployment, "north"):  # the plan must not be made before the kill
             command.wait(lambda: run.reached(1, "training", 2), "the others have sent their statistics")
-            assert list(deployment.sites["west"].glob("runs/*/round-00001/update.safetensors"))
+            key = (run.path / "run-key").read_text()
+            assert (deployment.sites["west"] / "runs" / key / "round-00001" / "update.safetensors").exists()
             deployment.loopback.kill("west")
-            for pid in held:
-                os.kill(pid, signal.SIGCONT)
-            assert command.finish() == 0, command.said
+        assert command.finish() == 0, command.said
     assert run.rounds == [0, 1]
     line = run.lines[1]
     assert line["clients"] == list(SITES)  # all of them are in the plan

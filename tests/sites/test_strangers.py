@@ -131,7 +131,7 @@ def refused(deployment: Deployment, olmoe: Path, tmp_path_factory: pytest.TempPa
     deployment.add("other-protocol", lines, change=NEWER_PROTOCOL)
     for site, change in IN_TRAINING.items():
         deployment.add(site, lines, change=change)
-    deployment.wait_online(9)
+    deployment.wait_online()
     done = deployment.run("refused")
     for site in deployment.sites.keys() - set(GOOD):
         deployment.loopback.terminate(site)
@@ -177,7 +177,7 @@ def harmed(deployment: Deployment, refused: tuple[Run, str], texts: Path) -> tup
     """A run to which four sites come whose statistics are good and whose updates are not."""
     for site, change in IN_UPDATE.items():
         deployment.add(site, share("west")[:12], change=change)
-    deployment.wait_online(len(GOOD) + len(IN_UPDATE))
+    deployment.wait_online(*IN_UPDATE)
     return deployment.run("harmed", data__test=str(texts / "test.jsonl"), evaluation__clients=False)
 
 

@@ -40,7 +40,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, olmoe: Path) -> Iterato
         for site in SITES:
             said = f"{site} is ready for {running.loopback.address}"
             running.loopback.wait(lambda site=site, said=said: said in running.loopback.log(site), said, needs=site)  # type: ignore[misc] # mypy infers no lambda with defaults
-        running.wait_online(len(SITES))
+        running.wait_online()
         yield running
 
 

@@ -35,7 +35,7 @@ from fedalign.cli.inspect import INSPECT_EXAMPLES, inspect
 from fedalign.cli.new import new_app
 from fedalign.cli.report import REPORT_EXAMPLES, report
 from fedalign.cli.run import RUN_EXAMPLES, run
-from fedalign.cli.site import site_app
+from fedalign.cli.site import SITES_EXAMPLES, site_app, sites
 from fedalign.cli.terminal import err, out
 from fedalign.cli.upcycle import UPCYCLE_EXAMPLES, upcycle
 from fedalign.errors import Stopped, UserError
@@ -72,6 +72,7 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (inspect, INSPECT_EXAMPLES),
     (compare, COMPARE_EXAMPLES),
     (doctor, DOCTOR_EXAMPLES),
+    (sites, SITES_EXAMPLES),
     (export, EXPORT_EXAMPLES),
     (report, REPORT_EXAMPLES),
     (upcycle, UPCYCLE_EXAMPLES),

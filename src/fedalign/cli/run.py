@@ -180,12 +180,13 @@ def _on_flower(
     settings: Config, folder: RunFolder, console: Console, how: Beginning, *, insecure_anywhere: bool
 ) -> dict[str, Any]:
     from fedalign.federation.flower import launch
+    from fedalign.federation.flower.programs import check_plaintext, require_flower
 
     options = settings.federation
-    launch.require_flower(options.engine)
+    require_flower(options.engine)
     reached = f"simulated on this machine in {options.workers} processes"
     if options.engine == "flower":
-        launch.check_plaintext(options.superlink, options.root_certificates, insecure_anywhere)
+        check_plaintext(options.superlink, options.root_certificates, insecure_anywhere)
         reached = f"SuperLink {options.superlink}, at least {options.min_sites} sites"
     say(f"{settings.algorithm.name}: sites behind Flower, {reached}; {settings.guard}", console)
     return _watched(

@@ -1,4 +1,4 @@
-"""The command line of sites: `fedalign site init`, `site serve` and `fedalign doctor`."""
+"""The command line of sites: `fedalign site ...`, and `fedalign sites` at the coordinator."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from rich.text import Text
 
 from fedalign.cli.terminal import InsecureAnywhere, out, print_table, say
 from fedalign.errors import UserError
+from fedalign.files import folder_name
 
 if TYPE_CHECKING:
     from fedalign.client.log import Entry
     from fedalign.config.site import SiteFolder
+    from fedalign.federation.flower.invitation import Invitation
 
 
 site_app = typer.Typer(
@@ -27,8 +29,24 @@ site_app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="A site: one organisation that keeps its data and takes part in runs.",
 )
+INVITE_EXAMPLES = """
+[bold]Examples[/bold]
+
+  fedalign site invite hospital-a federation.toml                  writes invite-hospital-a.toml
+
+  fedalign site invite hospital-a federation.toml --to a.toml
+"""
+SITES_EXAMPLES = """
+[bold]Examples[/bold]
+
+  fedalign sites federation.toml
+
+  fedalign sites federation.toml --json                            for other programs
+"""
 INIT_EXAMPLES = """
 [bold]Examples[/bold]
+
+  fedalign site init --invite invite-hospital-a.toml --data notes.jsonl
 
   fedalign site init hospital-a --data /srv/notes.jsonl
 
@@ -58,13 +76,83 @@ WITHDRAW_EXAMPLES = """
 Site = Annotated[Path, typer.Argument(metavar="[DIR]", help="The site's folder, or its site.toml.", show_default=".")]
 
 
+Coordinator = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The coordinator's configuration.")]
+
+
+@site_app.command(epilog=INVITE_EXAMPLES)
+def invite(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the coordinator calls the new site.")],
+    config: Coordinator,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="FILE", help="The file to write; without it: invite-NAME.toml.")
+    ] = None,
+) -> None:
+    """At the coordinator: write the one file that a new site needs. Nothing in it is secret."""
+    from fedalign.config.toml import load_config
+    from fedalign.federation.flower.invitation import invite as write
+    from fedalign.federation.flower.programs import register_command
+
+    invitation, file = write(name, load_config(config).federation, to and to.expanduser())
+    say(f"{file}: for {name}, with the address {invitation.superlink} and what to do there. Nothing in it is secret.")
+    _say_fingerprints(invitation)
+    say(f"\nWhen {name} has sent its key.pub, save it as {folder_name(name)}.pub, and register it:\n")
+    say(f"  {register_command(name)}")
+
+
+def _say_fingerprints(invitation: Invitation) -> None:
+    for fingerprint in invitation.fingerprints:
+        say(f"The coordinator's certificate, for both sides to compare by telephone (SHA-256):\n  {fingerprint}")
+
+
+def sites(
+    config: Coordinator,
+    as_json: Annotated[bool, typer.Option("--json", help="One object for each key.")] = False,
+) -> None:
+    """At the coordinator: who is registered under which name, with which key, and who of them is connected."""
+    from fedalign.config.toml import load_config
+    from fedalign.federation.flower.programs import check_plaintext, registered, require_flower
+
+    link = load_config(config).federation
+    require_flower("flower")
+    check_plaintext(link.superlink, link.root_certificates, insecure_anywhere=False)
+    found = registered(link.superlink, link.root_certificates)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("site", "", "since (UTC)", "key", "node"):
+        table.add_column(column, overflow="fold")
+    for site in found:
+        status = Text(CONNECTED.get(site["status"], site["status"]), "green" if site["status"] == "online" else "")
+        table.add_row(
+            Text(site["name"] or "(no name)"), status, site["since"], site["key"] or "(none)", str(site["node"])
+        )
+    out.print(table)
+    kept = [site["status"] for site in found if site["status"] != "unregistered"]
+    say(f"{kept.count('online')} of {len(kept)} connected; federation.min_sites = {link.min_sites}.")
+
+
+CONNECTED = {  # Flower's words
+    "online": "connected",
+    "offline": "not connected",
+    "registered": "never connected",
+    "unregistered": "revoked",
+}
+
+
 @site_app.command(epilog=INIT_EXAMPLES)
 def init(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What the coordinator calls this site.")],
     data: Annotated[
         Path,
         typer.Option("--data", metavar="FILE", help="A .jsonl, .json, .csv or .parquet file, or a folder of them."),
     ],
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="What the coordinator calls this site; --invite says it, too."),
+    ] = None,
+    invited: Annotated[
+        Path | None, typer.Option("--invite", metavar="FILE", help="The invitation that the coordinator has sent.")
+    ] = None,
     folder: Annotated[
         Path | None, typer.Option("--dir", metavar="DIR", help="The folder to make; without it: NAME.")
     ] = None,
@@ -84,20 +172,29 @@ def init(
     ] = None,
 ) -> None:
     """Make a site: a folder with site.toml and a pair of keys. Nothing is overwritten."""
+    from fedalign.federation.flower.invitation import read_invitation
     from fedalign.federation.flower.new_site import Wishes, init_site, parse_columns
-    from fedalign.files import folder_name
 
-    wishes = Wishes(data, model, device, parse_columns(column or []), superlink, root_certificates)
+    invitation = read_invitation(invited.expanduser()) if invited else None
+    if invitation is not None and name not in (None, invitation.name):
+        raise UserError(f"{name!r}: the invitation is for {invitation.name!r}. Leave the name out.")
+    name = invitation.name if invitation is not None else name
+    if name is None:
+        raise UserError("fedalign site init: no name. Give one, or the coordinator's invitation with --invite.")
+    wishes = Wishes(data, model, device, parse_columns(column or []), superlink, root_certificates, invitation)
     _print_site(init_site(name, folder.expanduser() if folder else Path(folder_name(name)), wishes))
+    if invitation is not None:
+        say("")
+        _say_fingerprints(invitation)
 
 
 def _print_site(site: SiteFolder) -> None:
     from fedalign.federation.flower.new_site import readable_columns
-    from fedalign.federation.flower.programs import QUIET
+    from fedalign.federation.flower.programs import QUIET, register_command
 
     link = site.config.coordinator
     public = site.path / f"{link.key}.pub"
-    name, folder = shlex.quote(site.config.name), shlex.quote(str(site.path))
+    folder = shlex.quote(str(site.path))
     print_table(
         f"site {site.config.name}",
         [
@@ -113,8 +210,8 @@ def _print_site(site: SiteFolder) -> None:
     say("Send the coordinator this name and this public key, nothing else:\n")
     say(f"  {site.config.name}")
     say(f"  {public.read_text(encoding='utf-8').strip()}\n")
-    say("who registers the two together:\n")
-    say(f"  flwr supernode register {public.name} --name {name}\n")
+    say(f"who saves the key as {folder_name(site.config.name)}.pub, and registers the two together:\n")
+    say(f"  {register_command(site.config.name)}\n")
     in_the_clear = not link.root_certificates and not link.superlink.startswith(("127.", "localhost:"))
     if in_the_clear:
         say("Get ca.crt from the coordinator, and name it in site.toml: coordinator.root_certificates.\n")

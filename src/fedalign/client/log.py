@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+from fedalign.files import LOCK, locked
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,13 @@ class SiteLog:
             file.flush()
             os.fsync(file.fileno())
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Meanwhile no other process holds the log."""
-        with open(self.file, "a", encoding="utf-8", opener=_privately) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def held(self) -> AbstractContextManager[object]:
+        """Meanwhile no other process holds the log.
+
+        Raises:
+            UserError: Another does, for longer than an answer takes to be written down.
+        """
+        return locked(self.file.with_name(f".{self.file.name}{LOCK}"), "an answer", patience=60)
 
 
 def _privately(path: str, flags: int) -> int:

@@ -60,6 +60,9 @@ def _name(text: str) -> str:
     return text
 
 
+SiteName = Annotated[str, AfterValidator(_name)]
+
+
 class SiteColumns(Columns):
     """Names of the columns in your files. Nobody can have any other column read, and `client` is never."""
 
@@ -168,7 +171,7 @@ class SiteLink(Section):
 class SiteConfig(Section):
     """`site.toml`."""
 
-    name: Annotated[str, AfterValidator(_name)] = Field(description="what the coordinator calls this site")
+    name: SiteName = Field(description="what the coordinator calls this site")
     data: SiteData
     model: SiteModel = SiteModel()
     limits: SiteLimits = SiteLimits()

@@ -9,7 +9,7 @@ from pathlib import Path
 from fedalign.config.site import SiteFolder
 from fedalign.doctor.reach import Reached, is_free, reach
 from fedalign.doctor.report import Examination
-from fedalign.federation.flower.launch import is_loopback
+from fedalign.federation.flower.programs import is_loopback
 
 CLOCK_SECONDS = 60
 CERTIFICATE_DAYS = 14

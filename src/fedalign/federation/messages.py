@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -53,6 +54,30 @@ DTYPES = {
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8)
 } | {"uint8": torch.uint8, "bool": torch.bool}
 WIRE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH_DTYPE.values()}
+Arrays = dict[str, tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Something that a client can be asked for."""
+
+    stage: Stage  # of a round, where a client is missing that does not answer
+    needs_model: bool
+
+
+VERBS: Mapping[str, Verb] = {
+    "hello": Verb("join", needs_model=True),
+    "start": Verb("join", needs_model=True),
+    "train": Verb("train", needs_model=True),
+    "update": Verb("update", needs_model=False),
+    "evaluate": Verb("evaluate", needs_model=True),
+    "finish": Verb("join", needs_model=False),
+}
+
+
+def stage_of(verb: str) -> Stage:
+    """Where a client is missing that does not answer this, whatever was asked for."""
+    return VERBS[verb].stage if verb in VERBS else "join"
 
 
 class MessageError(Exception):
@@ -81,21 +106,20 @@ def encode(message: Message) -> Parcel:
     """Make a parcel of any message. Tensors are not copied."""
     kind = next(kind for kind, cls in MESSAGES.items() if type(message) is cls)
     head: dict[str, Any] = {"protocol": PROTOCOL, "kind": kind}
-    arrays: dict[str, tuple[Tensor, ...]] = {}
-    for field in dataclasses.fields(message):
-        value = getattr(message, field.name)
-        if field.type == "Tensor":
-            head[field.name] = _tensor(field.name, value, arrays)
-        elif field.type == "Mapping[str, Tensor]":
-            named = sorted(value.items())
-            head[field.name] = {key: _tensor(f"{field.name}/{key}", tensor, arrays) for key, tensor in named}
-        elif field.type == "Mapping[ParameterGroup, Packed]":
-            head[field.name] = _slabs(field.name, value, arrays)
-        elif field.type == "tuple[ParameterGroup, ...]":
-            head[field.name] = [str(group) for group in value]
-        else:
-            head[field.name] = dict(value) if isinstance(value, Mapping) else value
+    arrays: Arrays = {}
+    for name, kind_of_field in FIELDS[type(message)].items():
+        write = ARRAYS[kind_of_field][0] if kind_of_field in ARRAYS else _scalar
+        head[name] = write(name, getattr(message, name), arrays)
     return Parcel(head, arrays)
+
+
+def fields_of(message: type[Any]) -> dict[str, Any]:
+    """The names and types of the fields of a message's class."""
+    types = get_type_hints(message, localns={"Tensor": Tensor})  # `protocol` does not import torch
+    return {field.name: types[field.name] for field in dataclasses.fields(message)}
+
+
+FIELDS = {cls: fields_of(cls) for cls in MESSAGES.values()}
 
 
 def decode(parcel: Parcel, expected: type[Any] | tuple[type[Any], ...]) -> Any:
@@ -112,11 +136,11 @@ def decode(parcel: Parcel, expected: type[Any] | tuple[type[Any], ...]) -> Any:
     cls = MESSAGES.get(str(head.get("kind")))
     if cls is None or not issubclass(cls, expected):
         raise MessageError(f"unexpected message {head.get('kind')!r:.40}")
-    fields = dataclasses.fields(cls)
+    fields = FIELDS[cls]
     try:
-        if extra := head.keys() - {"protocol", "kind", *(field.name for field in fields)}:
+        if extra := head.keys() - {"protocol", "kind", *fields}:
             raise ValueError(f"no field {min(extra)!r:.40}")
-        message = cls(**{field.name: _field(field, head[field.name], arrays) for field in fields})
+        message = cls(**{name: _field(name, kind, head[name], arrays) for name, kind in fields.items()})
         if arrays:
             raise ValueError(f"no array {min(arrays)!r:.40}")
         _check_name(message)
@@ -137,20 +161,19 @@ def _protocol(head: Mapping[str, Any]) -> int | None:
     return protocol if type(protocol) is int else None
 
 
-def _field(field: dataclasses.Field[Any], about: Any, arrays: dict[str, tuple[Tensor, ...]]) -> Any:
+def _field(name: str, kind: Any, about: Any, arrays: Arrays) -> Any:
     """The value of a field; the arrays that it is made of are taken."""
-    if field.type == "Tensor":
-        return _read_tensor(field.name, about, arrays)
-    if field.type == "Mapping[str, Tensor]":
-        return {_text(key): _read_tensor(f"{field.name}/{key}", entry, arrays) for key, entry in about.items()}
-    if field.type == "Mapping[ParameterGroup, Packed]":
-        return dict(_read_slabs(field.name, about, arrays))
-    if field.type == "tuple[ParameterGroup, ...]":
-        return _groups(about)
+    if kind in ARRAYS:
+        return ARRAYS[kind][1](name, about, arrays)
     try:
-        return _text(about) if field.name == "client" and about is not None else SCALARS[str(field.type)](about)
+        return _text(about) if name == "client" and about is not None else SCALARS[kind](about)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{field.name} = {about!r:.40}: must be {field.type}") from None
+        raise ValueError(f"{name} = {about!r:.40}: must be {_called(kind)}") from None
+
+
+def _called(kind: Any) -> str:
+    """A type as `protocol` writes it."""
+    return "Stage" if kind == Stage else str(getattr(kind, "__name__", kind) if isinstance(kind, type) else kind)
 
 
 def _text(value: Any) -> str:
@@ -195,16 +218,20 @@ def _stage(value: Any) -> Any:
     return value
 
 
-SCALARS: dict[str, Callable[[Any], Any]] = {
-    "str": _words,
-    "int": _integer,
-    "bool": _truth,
-    "float": _number,
-    "str | None": lambda value: None if value is None else _words(value),
-    "float | None": lambda value: None if value is None else _number(value),
-    "Stage": _stage,
-    "Mapping[str, float]": _numbers,
+SCALARS: dict[Any, Callable[[Any], Any]] = {
+    str: _words,
+    int: _integer,
+    bool: _truth,
+    float: _number,
+    str | None: lambda value: None if value is None else _words(value),
+    float | None: lambda value: None if value is None else _number(value),
+    Stage: _stage,
+    Mapping[str, float]: _numbers,
 }
+
+
+def _scalar(name: str, value: Any, arrays: Arrays) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _groups(about: Any) -> tuple[ParameterGroup, ...]:
@@ -214,12 +241,12 @@ def _groups(about: Any) -> tuple[ParameterGroup, ...]:
     return groups
 
 
-def _tensor(name: str, tensor: Tensor, arrays: dict[str, tuple[Tensor, ...]]) -> list[Any]:
+def _tensor(name: str, tensor: Tensor, arrays: Arrays) -> list[Any]:
     arrays[name] = (tensor.contiguous().reshape(-1),)
     return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
 
 
-def _read_tensor(name: str, about: Any, arrays: dict[str, tuple[Tensor, ...]]) -> Tensor:
+def _read_tensor(name: str, about: Any, arrays: Arrays) -> Tensor:
     dtype, shape = about
     flat = _take(name, DTYPES[dtype], arrays)
     if not isinstance(shape, list) or not all(type(length) is int and length >= 0 for length in shape):
@@ -227,14 +254,22 @@ def _read_tensor(name: str, about: Any, arrays: dict[str, tuple[Tensor, ...]]) -
     return flat.view(shape)
 
 
-def _take(name: str, dtype: torch.dtype, arrays: dict[str, tuple[Tensor, ...]]) -> Tensor:
+def _tensors(name: str, named: Mapping[str, Tensor], arrays: Arrays) -> Any:
+    return {key: _tensor(f"{name}/{key}", tensor, arrays) for key, tensor in sorted(named.items())}
+
+
+def _read_tensors(name: str, about: Any, arrays: Arrays) -> dict[str, Tensor]:
+    return {_text(key): _read_tensor(f"{name}/{key}", entry, arrays) for key, entry in about.items()}
+
+
+def _take(name: str, dtype: torch.dtype, arrays: Arrays) -> Tensor:
     (flat,) = arrays.pop(name)
     if flat.dtype != dtype:
         raise TypeError(f"{name} is {flat.dtype}, announced as {dtype}")
     return flat
 
 
-def _slabs(name: str, groups: Mapping[ParameterGroup, Packed], arrays: dict[str, tuple[Tensor, ...]]) -> Any:
+def _slabs(name: str, groups: Mapping[ParameterGroup, Packed], arrays: Arrays) -> Any:
     every = list(groups.values())
     sizes = [len(packed.values) for packed in every]
     (dtype,) = {str(packed.values.dtype).removeprefix("torch.") for packed in every} or {"float32"}
@@ -245,9 +280,7 @@ def _slabs(name: str, groups: Mapping[ParameterGroup, Packed], arrays: dict[str,
     return {"dtype": dtype, "groups": [str(group) for group in groups], "sizes": sizes}
 
 
-def _read_slabs(
-    name: str, about: Mapping[str, Any], arrays: dict[str, tuple[Tensor, ...]]
-) -> Iterator[tuple[ParameterGroup, Packed]]:
+def _read_slabs(name: str, about: Mapping[str, Any], arrays: Arrays) -> Iterator[tuple[ParameterGroup, Packed]]:
     groups, sizes, dtype = _groups(about["groups"]), about["sizes"], about["dtype"]
     if len(sizes) != len(groups) or not all(type(size) is int and size >= 0 for size in sizes):
         raise ValueError(f"{name}: {len(groups)} groups, {len(sizes)} sizes")
@@ -269,3 +302,49 @@ def _cut(sizes: Sequence[int], dtype: str) -> Iterator[slice]:
         if nbytes >= SLAB or index == len(sizes) - 1:
             yield slice(first, index + 1)
             first, nbytes = index + 1, 0
+
+
+ARRAYS: dict[Any, tuple[Callable[[str, Any, Arrays], Any], Callable[[str, Any, Arrays], Any]]] = {  # written, read
+    Tensor: (_tensor, _read_tensor),
+    Mapping[str, Tensor]: (_tensors, _read_tensors),
+    Mapping[ParameterGroup, Packed]: (_slabs, lambda *slabs: dict(_read_slabs(*slabs))),
+    tuple[ParameterGroup, ...]: (lambda _, groups, __: [*map(str, groups)], lambda _, about, __: _groups(about)),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ framing
+
+
+def to_wire(parcel: Parcel) -> tuple[bytes, dict[str, tuple[str, list[memoryview]]]]:
+    """The head as text, and of each array its type and the bytes of its pieces, which are not copied."""
+    return parcel.text, {
+        name: (
+            str(pieces[0].dtype).removeprefix("torch."),
+            [piece.contiguous().view(torch.uint8).numpy().data for piece in pieces],
+        )
+        for name, pieces in parcel.arrays.items()
+    }
+
+
+def from_wire(text: str | bytes, arrays: Mapping[str, tuple[str, bytes | bytearray]]) -> Parcel:
+    """The inverse, without a copy: tensors are views of the bytes that were received.
+
+    Raises:
+        MessageError: They are not a parcel.
+    """
+    try:
+        head = json.loads(text)
+        tensors = {name: (_viewed(DTYPES[dtype], data),) for name, (dtype, data) in arrays.items()}
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise MessageError(shown(f"not a message of FedAlign-MoE: {type(error).__name__}: {error!s:.200}")) from None
+    if not isinstance(head, dict):
+        raise MessageError("not a message of FedAlign-MoE: its head is no table")
+    return Parcel(head, tensors)
+
+
+def _viewed(dtype: torch.dtype, data: bytes | bytearray) -> Tensor:
+    if not data:
+        return torch.empty(0, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nobody writes to it
+        return torch.frombuffer(data, dtype=dtype)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from fedalign.client.memory import ClientMemory
 from fedalign.errors import DataError, ModelError, TrainingFailedError, UserError
-from fedalign.federation.messages import Message, MessageError, Parcel, decode, encode
+from fedalign.federation.messages import VERBS, Message, MessageError, Parcel, decode, encode, stage_of
 from fedalign.maths.rounding import unpack_weights
-from fedalign.protocol import Broadcast, Failure, Hello, Packed, Request, Stage, Start, Update
+from fedalign.protocol import Broadcast, Failure, Hello, Packed, Request, Start, Update
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and handing over an update needs none of it
     from fedalign.client.trainer import OpenClient
@@ -57,10 +57,11 @@ class Service:
         gc.collect()  # a model's modules refer to each other
 
     def answer(self, verb: str, parcel: Parcel) -> Parcel:
-        """Answer a message: "hello", "start", "train", "update", "evaluate" or "finish"; a fault becomes a Failure."""
+        """Answer a message, which asks for one of `VERBS`; a fault becomes a Failure."""
         stage = stage_of(verb)
+        answers: dict[str, Callable[[Parcel], Message]] = {one: getattr(self, f"_{one}") for one in VERBS}
         try:
-            return encode(self._verbs[verb](parcel))
+            return encode(answers[verb](parcel))
         except (TrainingFailedError, MessageError, UserError) as error:
             reason = str(error)
         except DataError as error:
@@ -73,17 +74,6 @@ class Service:
             log.exception("%s: %s failed", self.name, verb)
             reason = f"{type(error).__name__}; {SEE_LOG}"
         return encode(Failure(self.name, stage, reason))
-
-    @property
-    def _verbs(self) -> dict[str, Callable[[Parcel], Message]]:
-        return {
-            "hello": self._hello,
-            "start": self._start,
-            "train": self._train,
-            "update": self._update,
-            "evaluate": self._evaluate,
-            "finish": self._finish,
-        }
 
     def _reload(self) -> None:
         """What is said about the model is said of the one that was loaded, not of what has been written to it since."""
@@ -119,12 +109,6 @@ class Service:
     def _finish(self, _: Parcel) -> Message:
         self.memory.forget_updates()
         return Update(self.name, 0, {})
-
-
-def stage_of(verb: str) -> Stage:
-    """Where a client is missing that does not answer this."""
-    stages: dict[str, Stage] = {"train": "train", "update": "update", "evaluate": "evaluate"}
-    return stages.get(verb, "join")
 
 
 def log_to_stderr() -> None:

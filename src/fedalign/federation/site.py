@@ -14,8 +14,8 @@ from pathlib import Path
 from fedalign.client.log import Entry, SiteLog
 from fedalign.config.site import SiteFolder
 from fedalign.errors import UserError
-from fedalign.federation.messages import Parcel, encode
-from fedalign.federation.service import SEE_LOG, stage_of
+from fedalign.federation.messages import Parcel, encode, stage_of
+from fedalign.federation.service import SEE_LOG
 from fedalign.files import folder_name
 from fedalign.protocol import LONGEST_NAME, Failure, is_name
 from fedalign.units import shown
@@ -47,7 +47,7 @@ def answer_at(folder: SiteFolder, run: str, verb: str, parcel: Parcel, answer: C
                 reply = encode(Failure(folder.config.name, stage_of(verb), reason))
             reply = _without_places(folder, verb, reply)
             lines.append(_entry(run, verb, parcel, reply, counted=begun))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserError) as error:
         log.error("%s: %s: nothing leaves that is not written down", lines.file, error)
         reply = encode(Failure(folder.config.name, stage_of(verb), "it cannot keep its own log"))
     if (folder.memory(run) / WITHDRAWN).exists():

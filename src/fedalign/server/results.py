@@ -6,7 +6,7 @@ model/  best/   Hugging Face folders  clients/        what each client keeps for
 clients.json    what is known of their data
 answers.json    to some rows of the global test set, and the confusion of classes: at the start, after two rounds
 health/         routing, similarities and weights of each round
-events.*        for TensorBoard       trackers.json   ids of this run at MLflow and W&B
+events.*        for TensorBoard       trackers.json   its ids at MLflow and W&B
 .fedalign       what may be removed when the run is replaced
 .lock  .watch   who does the rounds, and who started the run and looks on
 """
@@ -173,6 +173,7 @@ class Recorder:
         self._answers = self._kept_answers(resumed.round) if parallel.is_first() else {}
         followed = TrackedRun(folder.path, flat(config.model_dump(mode="json"), "."), resumed.round)
         self._trackers = open_trackers(config.tracking.loggers if parallel.is_first() else (), followed)
+        self._tell_trackers(resumed.history)  # a kill may have come before they were told
 
     def progress(self, round: int, stage: str, done: int, total: int) -> None:
         """Nothing to record."""
@@ -185,9 +186,7 @@ class Recorder:
     def completed(self, state: ServerState, improved: bool) -> None:
         """Add the round's line, tell the trackers; keep the model if it is the best yet."""
         self._write_metrics(state.history)
-        scalars = _scalars(state.history[-1])
-        for tracker in self._trackers:
-            tracker.log(state.round, scalars)
+        self._tell_trackers(state.history)
         if improved:
             self._save(state.weights, self.folder.best, state.history[-1])
 
@@ -201,6 +200,10 @@ class Recorder:
         self._answers = {n: self._answers[n] for n in (0, *later) if n in self._answers} | {round: told}
         self._write_answers()
         return score
+
+    def _tell_trackers(self, history: Sequence[Metrics]) -> None:
+        for tracker in self._trackers:
+            tracker.follow(history)
 
     def mend_best(self, history: Sequence[Metrics], weights_after: Callable[[int], Weights | None]) -> None:
         """Make `best/` that of the best round again, if a kill or a damage came between.
@@ -338,12 +341,6 @@ def versions() -> dict[str, str]:
     """Versions of the software that made the numbers."""
     packages = ("fedalign-moe", "torch", "transformers", "peft", "tokenizers", "safetensors", "flwr-datasets", "numpy")
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
-
-
-def _scalars(line: Metrics) -> dict[str, float]:
-    """All numbers of a round, nested ones by path."""
-    values = flat(line, "/")
-    return {name: value for name, value in values.items() if isinstance(value, int | float) and name != "round"}
 
 
 def read_answers(run: Path) -> dict[int, Mapping[str, Any]]:

@@ -1,7 +1,8 @@
 """Where a run's numbers go besides its folder: TensorBoard, MLflow or Weights & Biases, each through its own library.
 
 MLflow and W&B are set up as their users know it: `MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`, `WANDB_MODE=offline`,
-`WANDB_PROJECT` ... A resumed run goes on in the same curve: `trackers.json` in the run folder keeps its id.
+`WANDB_PROJECT` ... A resumed run goes on in the same curve: `trackers.json` in the run folder keeps its id, and the
+last round that was taken. What a kill or a lost server kept from a tracker it gets with the next round.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedalign.config.toml import flat
 from fedalign.errors import UserError
 from fedalign.files import write_text
+from fedalign.protocol import Metrics
 
 logger = logging.getLogger(__name__)
 PROJECT = "fedalign"  # where the user's environment names no other
@@ -28,7 +32,7 @@ METRICS_A_CALL, PARAMETERS_A_CALL = 1000, 100  # MLflow takes no more
 
 
 class Tracker(Protocol):
-    """Takes a round's numbers by name."""
+    """A library that takes a round's numbers by name; its methods may raise anything."""
 
     def log(self, round: int, scalars: Mapping[str, float]) -> None:
         """Add one round."""
@@ -39,7 +43,7 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker may know of the run it follows."""
+    """What a tracker may know of the run it follows; what it knows of the tracker is in trackers.json."""
 
     folder: Path
     settings: Mapping[str, Any]  # the configuration, flat: section.key -> value
@@ -52,24 +56,83 @@ class TrackedRun:
 
     def kept_id(self, tracker: str) -> str | None:
         """The id under which a tracker knows this run, if it does."""
-        return self._ids().get(tracker)
+        return self._known(tracker).get("id")
 
     def keep_id(self, tracker: str, id: str) -> None:
         """Remember it for `--resume`."""
-        write_text(self._file, json.dumps(self._ids() | {tracker: id}) + "\n")
+        self._keep(tracker, {"id": id})
+
+    def taken(self, tracker: str) -> int:
+        """The last round that a tracker has taken; -1: none."""
+        return min(int(self._known(tracker).get("taken", -1)), self.resumed_after)
+
+    def keep_taken(self, tracker: str, round: int) -> None:
+        """Remember it for `--resume`."""
+        self._keep(tracker, {"taken": round})
 
     @property
     def _file(self) -> Path:
         return self.folder / "trackers.json"
 
-    def _ids(self) -> dict[str, str]:
+    def _known(self, tracker: str) -> dict[str, Any]:
+        about = self._all().get(tracker, {})
+        return about if isinstance(about, dict) else {"id": about, "taken": self.resumed_after}  # as written before
+
+    def _keep(self, tracker: str, about: Mapping[str, Any]) -> None:
+        write_text(self._file, json.dumps(self._all() | {tracker: {**self._known(tracker), **about}}) + "\n")
+
+    def _all(self) -> dict[str, Any]:
         try:
-            ids: dict[str, str] = json.loads(self._file.read_text(encoding="utf-8"))
+            known: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
         except ValueError as error:
             raise UserError(f"{str(self._file)!r}: damaged ({error}). Delete it; curves then start anew.") from None
-        return ids
+        return known
+
+
+@dataclass
+class Follower:
+    """A tracker that gets every round once, also those that it missed: what it does not take is offered again."""
+
+    name: str
+    tracker: Tracker
+    run: TrackedRun
+
+    def __post_init__(self) -> None:
+        self._taken = self.run.taken(self.name)
+
+    def follow(self, history: Sequence[Metrics]) -> None:
+        """Hand over all rounds after the last one that it took.
+
+        A run is not lost because a server for its curves is: metrics.jsonl has every number anyway.
+        """
+        for line in history:
+            round = int(line["round"])
+            if round > self._taken:
+                if not _took(self.name, f"round {round}", partial(self.tracker.log, round, _scalars(line))):
+                    return
+                self._taken = round
+                self.run.keep_taken(self.name, round)
+
+    def close(self) -> None:
+        """No more rounds will come."""
+        _took(self.name, "its end", self.tracker.close)
+
+
+def _scalars(line: Metrics) -> dict[str, float]:
+    """All numbers of a round, nested ones by path."""
+    values = flat(line, "/")
+    return {name: value for name, value in values.items() if isinstance(value, int | float) and name != "round"}
+
+
+def _took(tracker: str, what: str, call: Callable[[], None]) -> bool:
+    try:
+        call()
+    except Exception as error:  # the libraries raise anything, bare Exception too
+        logger.warning("%s did not take %s: %s", tracker, what, " ".join(str(error).split()))
+        return False
+    return True
 
 
 class TensorBoard:
@@ -78,19 +141,17 @@ class TensorBoard:
     def __init__(self, run: TrackedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run.folder), purge_step=run.resumed_after + 1)
+        self._writer = SummaryWriter(str(run.folder), purge_step=run.taken("tensorboard") + 1)
 
     def log(self, round: int, scalars: Mapping[str, float]) -> None:
         """Add and flush, so that a person sees it at once."""
-        with _going_on("tensorboard", round):
-            for name, value in scalars.items():
-                self._writer.add_scalar(name, value, round)
-            self._writer.flush()
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, round)
+        self._writer.flush()
 
     def close(self) -> None:
         """Close the file."""
-        with _going_on("tensorboard", None):
-            self._writer.close()
+        self._writer.close()
 
 
 class MLflow:
@@ -121,14 +182,12 @@ class MLflow:
 
         now = int(1000 * time.time())
         metrics = [Metric(_mlflow_name(name), float(value), now, round) for name, value in scalars.items()]
-        with _going_on("mlflow", round):
-            for first in range(0, len(metrics), METRICS_A_CALL):
-                self._client.log_batch(self._id, metrics=metrics[first : first + METRICS_A_CALL])
+        for first in range(0, len(metrics), METRICS_A_CALL):
+            self._client.log_batch(self._id, metrics=metrics[first : first + METRICS_A_CALL])
 
     def close(self) -> None:
         """Mark it as finished."""
-        with _going_on("mlflow", None):
-            self._client.set_terminated(self._id)
+        self._client.set_terminated(self._id)
 
     def _experiment(self) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
@@ -160,13 +219,11 @@ class WandB:
 
     def log(self, round: int, scalars: Mapping[str, float]) -> None:
         """Add."""
-        with _going_on("wandb", round):
-            self._run.log(dict(scalars), step=round)
+        self._run.log(dict(scalars), step=round)
 
     def close(self) -> None:
         """Send what is left."""
-        with _going_on("wandb", None):
-            self._run.finish()
+        self._run.finish()
 
 
 TRACKERS: Mapping[str, Callable[[TrackedRun], Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
@@ -187,14 +244,14 @@ def require_trackers(names: Sequence[str]) -> None:
             )
 
 
-def open_trackers(names: Sequence[str], run: TrackedRun) -> list[Tracker]:
-    """The named trackers, ready for the rounds after `run.resumed_after`.
+def open_trackers(names: Sequence[str], run: TrackedRun) -> list[Follower]:
+    """The named trackers, ready for the rounds that each has not taken yet.
 
     Raises:
         UserError: A library is missing, or its server does not want this run.
     """
     require_trackers(names)
-    return [TRACKERS[name](run) for name in names]
+    return [Follower(name, TRACKERS[name](run), run) for name in names]
 
 
 @contextlib.contextmanager
@@ -203,16 +260,6 @@ def _setting_up(tracker: str, errors: type[Exception], remedy: str) -> Iterator[
         yield
     except errors as error:
         raise UserError(f"tracking.loggers: {tracker}: {' '.join(str(error).split())} {remedy}") from None
-
-
-@contextlib.contextmanager
-def _going_on(tracker: str, round: int | None) -> Iterator[None]:
-    """A run is not lost because a server for its curves is: metrics.jsonl has every number anyway."""
-    try:
-        yield
-    except Exception as error:  # the libraries raise anything, bare Exception too
-        what = "its end" if round is None else f"round {round}"
-        logger.warning("%s did not take %s: %s", tracker, what, " ".join(str(error).split()))
 
 
 def _mlflow_name(name: str) -> str:

@@ -60,7 +60,7 @@ class Direct:
         for message in messages[::-1]:  # not in the order of asking
             if message in self._waiting:
                 kind, parcel, node = self._waiting.pop(message)
-                answer = self.services[node].answer(kind.removeprefix("query."), travel(parcel))
+                answer = self.services[node].answer(kind, travel(parcel))
                 yield Reply(message, travel(answer))
 
 
@@ -209,7 +209,7 @@ def test_a_run_over_sites_is_the_run_in_one_process(
     assert summary["failures"] == []
     assert summary["final_accuracy"] is not None
     assert summary["accuracy_of"].startswith("clients' held-out parts")
-    assert [kind for kind, _ in link.asked if kind == "query.start"] == ["query.start"]
+    assert [kind for kind, _ in link.asked if kind == "start"] == ["start"]
     assert not list((tmp_path / "sites").rglob("update.safetensors"))  # forgotten at the end
 
 
@@ -240,7 +240,7 @@ def test_with_a_test_set_the_coordinator_scores_too(
     in_process(tmp_path / "here", house, config)
     same_runs(tmp_path / "sites-run", tmp_path / "here")
     assert summary["accuracy_of"] == "global test set"
-    assert "query.start" not in {kind for kind, _ in link.asked}  # it has the weights itself
+    assert "start" not in {kind for kind, _ in link.asked}  # it has the weights itself
 
 
 def test_a_simulation_is_the_run_in_one_process(settings: list[str], tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_a_coordinator_that_breaks_off_resumes_to_the_same_bytes(
     link = Direct(services if warm else sites(tmp_path / "sites", house, config))
     run(tmp_path / "run", link, config, resume=True)
     same_runs(tmp_path / "run", finished)
-    assert "query.start" not in {kind for kind, _ in link.asked}  # what it starts from is in the checkpoint
+    assert "start" not in {kind for kind, _ in link.asked}  # what it starts from is in the checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -42,14 +42,14 @@ def site(name: str, *, delay: float = 0.0, since: float = 0.0, held_out: int = 4
         return Update(name, request.round, packed(dict.fromkeys(request.groups, 3), "float32"))
 
     answers = {
-        "query.hello": hello(name, held_out=held_out),
-        "query.start": Start(name, packed({SHARED: 3}, "float32"), {}),
-        "query.update": update,
-        "query.finish": Update(name, 0, {}),
+        "hello": hello(name, held_out=held_out),
+        "start": Start(name, packed({SHARED: 3}, "float32"), {}),
+        "update": update,
+        "finish": Update(name, 0, {}),
         "train": train,
         "evaluate": Evaluation(name, 4, 1.0, 0.5),
     }
-    answers |= {f"query.{kind}" if f"query.{kind}" in answers else kind: answer for kind, answer in script.items()}
+    answers |= script
     return Node({kind: script_of(answer) for kind, answer in answers.items()}, delay=delay, since=since)
 
 
@@ -107,7 +107,7 @@ def test_members_are_those_that_fit_by_name(clock: Clock) -> None:
     assert sites.members() == ["lab", "ward"]
     assert clock.now == 1000.0  # nothing to wait for
     assert sites.members() == ["lab", "ward"]
-    assert [kind for kind, _ in link_of(sites).order] == ["query.hello"] * 3  # each is greeted once
+    assert [kind for kind, _ in link_of(sites).order] == ["hello"] * 3  # each is greeted once
     assert sites.sites["lab"].hello.examples == 40
 
 
@@ -490,7 +490,7 @@ def test_only_a_few_updates_are_on_their_way_at_a_time(clock: Clock, in_flight: 
     total = Collected()
     sites.collect(requests(*names), total)
     assert len(total.updates) == 8
-    assert link_of(sites).most["query.update"] == min(in_flight, 8)
+    assert link_of(sites).most["update"] == min(in_flight, 8)
 
 
 def test_updates_that_do_not_come_cost_their_site_alone(clock: Clock) -> None:
@@ -553,7 +553,7 @@ def test_only_sites_that_hold_something_out_are_asked_for_scores(clock: Clock) -
     sites = federate(clock, site("a"), none, broken)
     scores = list(sites.evaluate(Broadcast(1, {}), sites.members()))
     assert scores == [Evaluation("a", 4, 1.0, 0.5), Failure("c", "evaluate", "no")]
-    assert none.asked == ["query.hello"]
+    assert none.asked == ["hello"]
     assert sites.sites["c"].missed == 0
 
 
@@ -572,5 +572,5 @@ def test_the_end_is_told_to_all_that_are_there_and_waited_for_a_little(clock: Cl
     sites.members()
     gone.until, late.known = clock.now, False
     sites.finish()
-    assert [kind for kind, _ in link_of(sites).order if kind == "query.finish"] == ["query.finish"] * 2
+    assert [kind for kind, _ in link_of(sites).order if kind == "finish"] == ["finish"] * 2
     assert clock.now <= 1032

@@ -76,7 +76,7 @@ def test_a_question_reaches_each_node_and_its_answer_comes_back_once() -> None:
     update = Update("ward", 1, packed({SHARED: 300}, "int8"))
     grid = PlayedGrid([1, 2], echo)
     link = GridLink(grid, RUN, expiry=77.0)
-    asked = link.ask("query.update", encode(update), [2, 1])
+    asked = link.ask("update", encode(update), [2, 1])
     assert list(asked.values()) == [2, 1]
     assert [one.metadata.dst_node_id for one in grid.pushed] == [2, 1]
     assert {(one.metadata.message_type, one.metadata.ttl) for one in grid.pushed} == {("query.update", 77.0)}
@@ -158,7 +158,7 @@ def test_a_parcel_is_a_reply_like_any_other() -> None:
     failure = encode(Update("ward", 0, {}))
     grid = PlayedGrid([4], lambda message: Message(to_records(failure), reply_to=message))
     link = GridLink(grid, RUN, 60)
-    (reply,) = link.replies(list(link.ask("query.finish", failure, [4])))
+    (reply,) = link.replies(list(link.ask("finish", failure, [4])))
     assert reply.content == failure
 
 

@@ -20,9 +20,12 @@ import pytest
 import torch
 
 from fedalign.config.site import SiteFolder
+from fedalign.errors import UserError
+from fedalign.federation.flower import serve as on_duty
 from fedalign.federation.flower.warm import ask, meeting_file, receive, send, serve
 from fedalign.federation.messages import Parcel, decode, encode
 from fedalign.federation.service import Service
+from fedalign.files import LOCK, locked
 from fedalign.protocol import PROTOCOL, SHARED, Broadcast, Failure, Packed, Update
 from tests.conftest import make_site
 from tests.federation.test_messages import DTYPES, every_message, same
@@ -383,5 +386,31 @@ def test_a_trainer_that_is_killed_while_it_trains_means_no_trainer_and_another_m
 def test_a_trainer_that_is_interrupted_goes_in_good_order(site: SiteFolder) -> None:
     with a_process(site) as process:
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     assert not meeting_file(site).exists()
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log stays as the tests have it."""
+    monkeypatch.setattr(on_duty, "log_to_stderr", lambda: None)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_site_is_served_once(site: SiteFolder) -> None:
+    with locked(site.path / LOCK, "a trainer"), pytest.raises(UserError, match=r"a trainer is at work there \(process"):
+        on_duty.serve_site(site, supernode=False, insecure_anywhere=False, tell=print)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_what_a_killed_trainer_has_left_is_in_nobodys_way(site: SiteFolder) -> None:
+    meeting_file(site).write_text(json.dumps({"pid": os.getpid()}))  # its number is another process's by now
+    told: list[str] = []
+
+    def tell(text: str) -> None:
+        told.append(text)
+        if "ready" in text:
+            raise KeyboardInterrupt
+
+    on_duty.serve_site(site, supernode=False, insecure_anywhere=False, tell=tell)
+    assert told[-1] == "the trainer of ward is ready; Ctrl-C ends it"

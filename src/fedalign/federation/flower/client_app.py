@@ -19,7 +19,7 @@ from fedalign.config.site import SiteFolder
 from fedalign.config.toml import read_config
 from fedalign.errors import UserError
 from fedalign.federation.flower.link import RunAbout, from_records, to_records
-from fedalign.federation.messages import MessageError, Parcel, encode
+from fedalign.federation.messages import VERBS, MessageError, Parcel, encode
 from fedalign.federation.service import SEE_LOG, Service, log_to_stderr
 from fedalign.federation.site import answer_at
 from fedalign.files import folder_name
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 app = ClientApp()
 log = logging.getLogger("fedalign")
-QUERIES = ("hello", "start", "update", "finish")  # beside what Flower has verbs for
 
 
 def _reply(verb: str, message: Message, context: Context) -> Message:
@@ -65,7 +64,7 @@ def site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: Pa
 
 def _site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel) -> Parcel:
     """From the site's warm trainer where the model is needed and the trainer is there, else from here."""
-    if verb in ("hello", "start", "train", "evaluate"):
+    if VERBS[verb].needs_model:
         from fedalign.federation.flower.warm import ask
 
         answer = ask(folder, config, run, verb, parcel)
@@ -100,7 +99,7 @@ def _dealt(config: str, folder: Path) -> DealtClients:
     return DealtClients(read_config(config), folder)
 
 
-app.train()(partial(_reply, "train"))
-app.evaluate()(partial(_reply, "evaluate"))
-for query in QUERIES:
-    app.query(query)(partial(_reply, query))
+OWN = {"train": app.train, "evaluate": app.evaluate}  # verbs that Flower has, too
+for verb in VERBS:
+    registered = OWN[verb]() if verb in OWN else app.query(verb)
+    registered(partial(_reply, verb))

@@ -7,8 +7,6 @@ coordinator's process, which goes on if the one that watches is ended by acciden
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import ipaddress
 import json
 import os
 import shutil
@@ -198,51 +196,3 @@ def end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, 9)
     process.wait()
-
-
-def check_plaintext(address: str, root_certificates: str | None, insecure_anywhere: bool) -> None:
-    """Refuse to talk in the clear beyond this machine by accident.
-
-    Args:
-        address: HOST:PORT of the SuperLink.
-        root_certificates: what its certificate is checked with; None: plaintext.
-        insecure_anywhere: the user asked for plaintext over a network, and was told what that risks.
-
-    Raises:
-        UserError: Plaintext where it was not asked for, or no such certificates.
-    """
-    if root_certificates and not Path(root_certificates).is_file():
-        raise UserError(f"root_certificates = {root_certificates!r}: no such file. Give the CA's PEM file.")
-    if not root_certificates and not is_loopback(address) and not insecure_anywhere:
-        raise UserError(
-            f"superlink = {address!r}: not on this machine, and without root_certificates weights, statistics and the "
-            "code that sites run would travel in the clear. Give the CA's PEM file (docs/many-sites.md). "
-            "--insecure-anywhere does without: whoever is on the way can then read and change all of it."
-        )
-
-
-def is_loopback(address: str) -> bool:
-    """Whether HOST:PORT is on this machine.
-
-    >>> is_loopback("127.0.0.1:8000"), is_loopback("[::1]:8000"), is_loopback("hospital.example:8000")
-    (True, True, False)
-    """
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def require_flower(engine: str) -> None:
-    """Refuse to start what is not installed.
-
-    Raises:
-        UserError: Flower, or for a simulation Ray, is missing.
-    """
-    needed = {"flwr": "flower"} | ({"ray": "simulation"} if engine == "simulation" else {})
-    for module, extra in needed.items():
-        if importlib.util.find_spec(module) is None:
-            raise UserError(
-                f"federation.engine = {engine!r}: {module} is not installed. pip install 'fedalign-moe[{extra}]'"
-            )

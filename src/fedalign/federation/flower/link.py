@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol, TypeVar
 
 import httpx
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
-from torch import Tensor
 
-from fedalign.federation.messages import DTYPES, MessageError, Parcel
+from fedalign.federation.messages import DTYPES, MessageError, Parcel, from_wire, to_wire
 from fedalign.units import shown
 
 T = TypeVar("T")
@@ -69,8 +65,8 @@ class Link(Protocol):
     def nodes(self) -> Mapping[int, str | None]:
         """The nodes that are connected now, and the name with which each one's key was registered, if it was."""
 
-    def ask(self, kind: str, parcel: Parcel, nodes: Sequence[int]) -> dict[str, int]:
-        """Send the same to each node; message id -> node, in the order of `nodes`. Nodes that are gone are left out."""
+    def ask(self, verb: str, parcel: Parcel, nodes: Sequence[int]) -> dict[str, int]:
+        """Ask each node the same; message id -> node, in the order of `nodes`. Nodes that are gone are left out."""
 
     def replies(self, messages: Sequence[str]) -> Iterator[Reply]:
         """What has come back for these messages since they were last asked for."""
@@ -95,11 +91,11 @@ class GridLink:
         found = sorted(patiently(lambda: list(self.grid.get_nodes())), key=lambda node: node.node_id)
         return {node.node_id: node.name if node.HasField("name") else None for node in found}
 
-    def ask(self, kind: str, parcel: Parcel, nodes: Sequence[int]) -> dict[str, int]:
-        """Send the same to each node; what they share is made and sent once. Nodes that are gone are left out."""
+    def ask(self, verb: str, parcel: Parcel, nodes: Sequence[int]) -> dict[str, int]:
+        """Ask each node the same; what they share is made and sent once. Nodes that are gone are left out."""
         records = to_records(parcel)
         records[RUN] = ConfigRecord({**asdict(self.run)})
-        messages = [Message(records, node, kind, ttl=self.expiry) for node in nodes]
+        messages = [Message(records, node, message_type(verb), ttl=self.expiry) for node in nodes]
         ids = list(patiently(lambda: self.grid.push_messages(messages))) if messages else []
         # Flower returns an empty id for a node that it knows no more, and no ids for what is too large for it
         return {message: node for message, node in zip(ids, nodes, strict=bool(ids)) if message}
@@ -108,6 +104,11 @@ class GridLink:
         """What has come back for these messages since they were last asked for."""
         for reply in patiently(lambda: self.grid.pull_messages(list(messages))) if messages else ():
             yield Reply(reply.metadata.reply_to_message_id, _content(reply))
+
+
+def message_type(verb: str) -> str:
+    """Flower has two verbs of its own, and calls all others queries."""
+    return verb if verb in ("train", "evaluate") else f"query.{verb}"
 
 
 def patiently(call: Callable[[], Iterable[T]]) -> Iterable[T]:
@@ -143,36 +144,23 @@ HEAD, ARRAYS = "head", "arrays"
 
 def to_records(parcel: Parcel) -> RecordDict:
     """What Flower sends; each array is copied once."""
-    arrays = ArrayRecord({name: _to_array(pieces) for name, pieces in parcel.arrays.items()})
-    return RecordDict({HEAD: ConfigRecord({"json": parcel.text.decode()}), ARRAYS: arrays})
+    text, arrays = to_wire(parcel)
+    made = {name: _to_array(dtype, b"".join(pieces)) for name, (dtype, pieces) in arrays.items()}
+    return RecordDict({HEAD: ConfigRecord({"json": text.decode()}), ARRAYS: ArrayRecord(made)})
 
 
 def from_records(records: RecordDict) -> Parcel:
-    """The inverse, without a copy: tensors are views of what Flower received.
+    """The inverse, without a copy.
 
     Raises:
         MessageError: The records are not a parcel.
     """
     try:
-        head = json.loads(str(records.config_records[HEAD]["json"]))
-        arrays = {name: (_from_array(array),) for name, array in records.array_records[ARRAYS].items()}
-    except (KeyError, ValueError, RecursionError) as error:
-        raise MessageError(shown(f"not a message of FedAlign-MoE: {type(error).__name__}: {error!s:.200}")) from None
-    if not isinstance(head, dict):
-        raise MessageError("not a message of FedAlign-MoE: its head is no table")
-    return Parcel(head, arrays)
+        text, arrays = str(records.config_records[HEAD]["json"]), records.array_records[ARRAYS]
+    except KeyError as error:
+        raise MessageError(f"not a message of FedAlign-MoE: no {error}") from None
+    return from_wire(text, {name: (array.dtype, array.data) for name, array in arrays.items()})
 
 
-def _to_array(pieces: tuple[Tensor, ...]) -> Array:
-    dtype = str(pieces[0].dtype).removeprefix("torch.")
-    data = b"".join(piece.contiguous().view(torch.uint8).numpy().data for piece in pieces)
-    return Array(dtype=dtype, shape=(sum(len(piece) for piece in pieces),), stype="raw", data=data)
-
-
-def _from_array(array: Array) -> Tensor:
-    dtype = DTYPES[array.dtype]
-    if not array.data:
-        return torch.empty(0, dtype=dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nobody writes to it
-        return torch.frombuffer(array.data, dtype=dtype)
+def _to_array(dtype: str, data: bytes) -> Array:
+    return Array(dtype=dtype, shape=(len(data) // DTYPES[dtype].itemsize,), stype="raw", data=data)

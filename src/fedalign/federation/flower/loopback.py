@@ -22,6 +22,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+import psutil
+
 from fedalign.errors import UserError, unknown
 from fedalign.federation.flower.keys import Certificates, make_certificates
 from fedalign.federation.flower.programs import HOST, ask_flwr, connect, environment, executable, flwr, free_port
@@ -324,17 +326,14 @@ def _checked(name: str) -> str:
 
 def _table() -> list[_Process]:
     """Every process of the machine that is not dead already."""
-    command = ["ps", "-axww", *(f"-o{column}=" for column in ("pid", "ppid", "pgid", "stat", "command"))]
-    try:
-        listing = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True).stdout
-    except FileNotFoundError:
-        raise UserError("ps: not found, and processes are ended with its help. Install it (Debian: procps).") from None
-    rows = [line.split(None, 4) for line in listing.splitlines()]
-    return [
-        _Process(int(row[0]), int(row[1]), int(row[2]), row[4] if len(row) > 4 else "")
-        for row in rows
-        if not row[3].startswith("Z")
-    ]
+    found = []
+    for process in psutil.process_iter(["pid", "ppid", "status", "cmdline"]):
+        about = process.info
+        if about["status"] != psutil.STATUS_ZOMBIE:
+            with suppress(ProcessLookupError, PermissionError):
+                command = " ".join(about["cmdline"] or ())  # None: another user's
+                found.append(_Process(about["pid"], about["ppid"], os.getpgid(about["pid"]), command))
+    return found
 
 
 def _signal(processes: Iterable[_Process], how: signal.Signals) -> None:

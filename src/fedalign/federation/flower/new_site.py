@@ -15,10 +15,12 @@ from fedalign.config.site import FILE, SiteConfig, SiteFolder
 from fedalign.config.toml import checked
 from fedalign.data.sources import read_rows
 from fedalign.errors import UserError, unknown
+from fedalign.federation.flower.invitation import Invitation
 from fedalign.federation.flower.keys import make_node_key
 from fedalign.files import check_new, write_text
 
 FIRST_ROWS = 10
+INVITED = "ca.crt"  # of the site's folder: the certificates that came with the invitation
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Wishes:
     columns: Mapping[str, str] | None = None
     superlink: str | None = None
     root_certificates: Path | None = None
+    invitation: Invitation | None = None  # in place of the last two
 
 
 def init_site(name: str, folder: Path, wishes: Wishes) -> SiteFolder:
@@ -40,14 +43,16 @@ def init_site(name: str, folder: Path, wishes: Wishes) -> SiteFolder:
         UserError: A value is wrong, the data cannot be read, or the folder holds a site.
     """
     config = configure(name, wishes)
-    files = [folder / file for file in (FILE, config.coordinator.key, f"{config.coordinator.key}.pub")]
-    check_new(f"site {name!r}", files, "Choose another folder with --dir.")
+    files = (FILE, config.coordinator.key, f"{config.coordinator.key}.pub", INVITED)
+    check_new(f"site {name!r}", [folder / file for file in files], "Choose another folder with --dir.")
     check_first_rows(config)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # a run's updates are kept here
     except OSError as error:
         raise UserError(f"site {name!r}: {folder} cannot be made ({error.strerror}). Choose another --dir.") from None
     make_node_key(folder / config.coordinator.key)
+    if wishes.invitation and wishes.invitation.certificates:
+        write_text(folder / INVITED, wishes.invitation.certificates)
     write_text(folder / FILE, config.to_toml())
     return SiteFolder.load(folder)
 
@@ -56,18 +61,27 @@ def configure(name: str, wishes: Wishes) -> SiteConfig:
     """The checked configuration of a new site; paths are absolute, so that the folder can be moved."""
     if not wishes.data.expanduser().exists():
         raise UserError(f"--data {str(wishes.data)!r}: no such file or folder.")
-    certificates = wishes.root_certificates
-    if certificates is not None:
-        _check_certificates(certificates)
-    coordinator = {"superlink": wishes.superlink, "root_certificates": _absolute(certificates)}
     tables = {
         "name": name,
         "data": {"train": _absolute(wishes.data), "columns": dict(wishes.columns or {})},
         "model": _given({"path": wishes.model and _model(wishes.model)}),
         "limits": _given({"device": wishes.device, "seed": secrets.randbits(62)}),
-        "coordinator": _given(coordinator),
+        "coordinator": _given(_link(wishes)),
     }
     return checked(SiteConfig, tables)
+
+
+def _link(wishes: Wishes) -> dict[str, Any]:
+    if wishes.invitation is not None:
+        if wishes.superlink or wishes.root_certificates:
+            raise UserError("--invite: says where the coordinator is. Leave out --superlink and --root-certificates.")
+        return {
+            "superlink": wishes.invitation.superlink,
+            "root_certificates": INVITED if wishes.invitation.certificates else None,
+        }
+    if wishes.root_certificates is not None:
+        _check_certificates(wishes.root_certificates)
+    return {"superlink": wishes.superlink, "root_certificates": _absolute(wishes.root_certificates)}
 
 
 def _check_certificates(path: Path) -> None:

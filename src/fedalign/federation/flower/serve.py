@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import signal
 import subprocess
 import threading
@@ -14,10 +12,11 @@ from fedalign.client.open import open_site
 from fedalign.config.site import SiteFolder
 from fedalign.config.toml import read_config
 from fedalign.errors import UserError
-from fedalign.federation.flower.launch import check_plaintext, end, require_flower
-from fedalign.federation.flower.programs import environment, free_port
-from fedalign.federation.flower.warm import meeting_file, serve
+from fedalign.federation.flower.launch import end
+from fedalign.federation.flower.programs import check_plaintext, environment, free_port, require_flower
+from fedalign.federation.flower.warm import serve
 from fedalign.federation.service import Service, log_to_stderr
+from fedalign.files import LOCK, locked
 from fedalign.moe.load import quiet
 
 
@@ -35,9 +34,8 @@ def serve_site(folder: SiteFolder, *, supernode: bool, insecure_anywhere: bool, 
     """
     log_to_stderr()
     quiet()
-    refuse_second(folder)
-    tell(f"{folder.config.name}, [consent]: {folder.config.consent.told}")
-    with _terminated_as_interrupted():
+    with locked(folder.path / LOCK, "a trainer"), _terminated_as_interrupted():  # two would load the model twice
+        tell(f"{folder.config.name}, [consent]: {folder.config.consent.told}")
         if supernode:
             link = folder.config.coordinator
             require_flower("flower")
@@ -57,19 +55,6 @@ def _serve(folder: SiteFolder, ready: Callable[[], None]) -> None:
 
     with contextlib.suppress(KeyboardInterrupt):
         serve(folder, service, ready)
-
-
-def refuse_second(folder: SiteFolder) -> None:
-    """Two trainers for one site would load its model twice.
-
-    Raises:
-        UserError: There is one already.
-    """
-    file = meeting_file(folder)
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, ProcessLookupError):
-        pid = int(json.loads(file.read_text(encoding="utf-8"))["pid"])
-        os.kill(pid, 0)
-        raise UserError(f"site {folder.config.name!r}: process {pid} serves it already. End that one first.")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,8 @@ from typing import Any
 from fedalign.config.run import FederationConfig
 from fedalign.errors import UserError
 from fedalign.federation.flower.link import Link, Reply
-from fedalign.federation.messages import Message, MessageError, Parcel, decode, encode
+from fedalign.federation.flower.programs import register_command
+from fedalign.federation.messages import VERBS, Message, MessageError, Parcel, decode, encode
 from fedalign.protocol import (
     PROTOCOL,
     Accumulator,
@@ -151,7 +152,7 @@ class FlowerFederation:
         for absent in self._absent(set(self.link.nodes())):
             if absent.client not in clients:
                 self._count_missed(absent.client)
-        for answer in self._everywhere("train", "train", broadcast, clients, Statistics):
+        for answer in self._everywhere("train", broadcast, clients, Statistics):
             reply = self._within("train", answer, self.sites[answer.client].hello.examples)
             if isinstance(reply, Statistics):
                 self.sites[reply.client].missed = 0
@@ -163,7 +164,7 @@ class FlowerFederation:
         """Scores of all sites that hold something out."""
         self._round = broadcast.round
         able = [client for client in clients if self.sites[client].hello.held_out]
-        for answer in self._everywhere("evaluate", "evaluate", broadcast, able, Evaluation):
+        for answer in self._everywhere("evaluate", broadcast, able, Evaluation):
             yield self._within("evaluate", answer, self.sites[answer.client].hello.held_out)
 
     def collect(self, requests: Sequence[Request], accumulator: Accumulator) -> list[Failure]:
@@ -172,7 +173,7 @@ class FlowerFederation:
         while waiting or asked:
             while waiting and len(asked) < self.policy.in_flight:
                 request = waiting.popleft()
-                asked.append((request, *self._ask("query.update", encode(request), request.client)))
+                asked.append((request, *self._ask("update", encode(request), request.client)))
             request, message, since = asked.popleft()
             failure = self._add(request, message, since, accumulator)
             failures += [failure] if failure else []
@@ -191,7 +192,7 @@ class FlowerFederation:
         """
         reasons = []
         for name in self.members():
-            message, since = self._ask("query.start", NOTHING, name)
+            message, since = self._ask("start", NOTHING, name)
             answer = self._read(name, "join", self._wait(message, since), Start)
             if isinstance(answer, Start):
                 return answer
@@ -201,7 +202,7 @@ class FlowerFederation:
     def finish(self) -> None:
         """Tell the sites that the run is complete, and wait a moment for them to have heard."""
         nodes = set(self.link.nodes())
-        asked = [self._ask("query.finish", NOTHING, name) for name, site in self.sites.items() if site.node in nodes]
+        asked = [self._ask("finish", NOTHING, name) for name, site in self.sites.items() if site.node in nodes]
         for message, since in asked:
             self._wait(message, since, limit=30)
 
@@ -216,9 +217,7 @@ class FlowerFederation:
         new = [node for node in nodes if node not in known and node not in self._door.refused]
         if new:
             now = time.monotonic()
-            self._door.asked |= {
-                message: (node, now) for message, node in self.link.ask("query.hello", NOTHING, new).items()
-            }
+            self._door.asked |= {message: (node, now) for message, node in self.link.ask("hello", NOTHING, new).items()}
         answers = []
         for reply in self.link.replies(list(self._door.asked)):
             node, _ = self._door.asked.pop(reply.message)
@@ -249,9 +248,7 @@ class FlowerFederation:
         """Why a site may not be called so: who holds a key has the name that the key was registered with."""
         if registered is None:
             keyless = self.policy.engine != "flower" or self.policy.root_certificates is None
-            remedy = (
-                f"it calls itself {name!r}, and its key was registered without a name: flwr supernode register --name"
-            )
+            remedy = f"it calls itself {name!r}, and its key was registered without a name: {register_command(name)}"
             return None if keyless else remedy
         return None if name == registered else f"it calls itself {name!r}, and its key was registered as {registered!r}"
 
@@ -320,18 +317,16 @@ class FlowerFederation:
 
     # ---------------------------------------------------------------------------------------------------- messages
 
-    def _ask(self, kind: str, parcel: Parcel, name: str) -> tuple[str | None, float]:
+    def _ask(self, verb: str, parcel: Parcel, name: str) -> tuple[str | None, float]:
         """Ask one site; None if it is not there to be asked."""
-        message = next(iter(self.link.ask(kind, parcel, [self.sites[name].node])), None)
+        message = next(iter(self.link.ask(verb, parcel, [self.sites[name].node])), None)
         return message, time.monotonic()
 
-    def _everywhere(
-        self, kind: str, stage: Any, content: Message, clients: Sequence[str], expected: type[Any]
-    ) -> Iterator[Any]:
+    def _everywhere(self, verb: str, content: Message, clients: Sequence[str], expected: type[Any]) -> Iterator[Any]:
         """Ask all clients the same, yield what they say as it comes, and a Failure for each that stays silent."""
-        started = time.monotonic()
+        started, stage = time.monotonic(), VERBS[verb].stage
         names = {self.sites[client].node: client for client in clients}
-        asked = {message: names[node] for message, node in self.link.ask(kind, encode(content), list(names)).items()}
+        asked = {message: names[node] for message, node in self.link.ask(verb, encode(content), list(names)).items()}
         reached = set(asked.values())
         yield from (Failure(name, stage, "not connected") for name in clients if name not in reached)
         pause = self._pause / 8

@@ -17,10 +17,8 @@ from multiprocessing import ProcessError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 
-import torch
-
 from fedalign.config.site import SiteFolder
-from fedalign.federation.messages import DTYPES, Parcel
+from fedalign.federation.messages import MessageError, Parcel, from_wire, to_wire
 from fedalign.federation.service import Service
 from fedalign.files import write_private
 
@@ -38,7 +36,7 @@ def ask(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel) ->
             connection.send_bytes(json.dumps({"config": config, "run": run, "verb": verb}).encode())
             send(connection, parcel)
             return receive(connection)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, ProcessError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, ProcessError, MessageError) as error:
         log.warning("no warm trainer (%s): loading the model for this message", type(error).__name__)
         return None
 
@@ -84,15 +82,12 @@ def meeting_file(folder: SiteFolder) -> Path:
 
 def send(connection: Connection, parcel: Parcel) -> None:
     """Write a parcel to a connection, piece by piece."""
-    index = {
-        name: [str(pieces[0].dtype).removeprefix("torch."), [piece.nbytes for piece in pieces]]
-        for name, pieces in parcel.arrays.items()
-    }
-    connection.send_bytes(json.dumps({"head": parcel.head, "arrays": index}).encode())
-    for pieces in parcel.arrays.values():
-        for piece in pieces:
-            if piece.nbytes:
-                connection.send_bytes(piece.contiguous().view(torch.uint8).numpy().data)
+    text, arrays = to_wire(parcel)
+    index = {name: [dtype, [piece.nbytes for piece in pieces]] for name, (dtype, pieces) in arrays.items()}
+    connection.send_bytes(json.dumps({"head": text.decode(), "arrays": index}).encode())
+    for _, pieces in arrays.values():
+        for piece in filter(len, pieces):
+            connection.send_bytes(piece)
 
 
 def receive(connection: Connection) -> Parcel:
@@ -100,10 +95,8 @@ def receive(connection: Connection) -> Parcel:
     about = json.loads(connection.recv_bytes())
     arrays = {}
     for name, (dtype, sizes) in about["arrays"].items():
-        flat = torch.empty(sum(sizes) // DTYPES[dtype].itemsize, dtype=DTYPES[dtype])
-        start, buffer = 0, flat.view(torch.uint8).numpy().data if len(flat) else memoryview(b"")
-        for size in sizes:
-            if size:
-                start += connection.recv_bytes_into(buffer, start)
-        arrays[name] = (flat,)
-    return Parcel(about["head"], arrays)
+        start, data = 0, bytearray(sum(sizes))
+        for _ in filter(None, sizes):
+            start += connection.recv_bytes_into(data, start)
+        arrays[name] = (dtype, data)
+    return from_wire(about["head"], arrays)
