@@ -111,7 +111,8 @@ def test_a_file_gets_a_line_a_round(tables: Tables, tmp_path: Path, capfd: pytes
     door.run(tables, out=tmp_path / "run")
     lines = capfd.readouterr().out.splitlines()
     assert "3 clients with" in lines[0]
-    assert [line.split(" | ")[0] for line in lines[1:]] == ["round 0", "round 1", "round 2"]
+    assert lines[1].startswith("accuracy and loss: ")
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["round 0", "round 1", "round 2"]
 
 
 def test_ctrl_c_leaves_what_can_be_resumed(tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
