@@ -18,7 +18,7 @@ Confusion = dict[str, dict[str, int]]  # true class -> given class -> examples
 
 
 def given_answers(tests: TestSet, found: Answers) -> list[str]:
-    """What the model chose or said; empty where it did neither."""
+    """The model's choice or words; empty where there are neither."""
     if found.scores:
         chosen = (int(score_K.argmax()) for score_K in found.scores)
         return [one.choices[i].strip() for one, i in zip(tests.examples, chosen, strict=True)]
@@ -26,7 +26,7 @@ def given_answers(tests: TestSet, found: Answers) -> list[str]:
 
 
 def question(example: Example) -> str:
-    """What a person would call an example's question."""
+    """The question of an example, as a person would call it."""
     if example.chat is None:
         return example.prompt
     before = example.chat.messages[: example.chat.answers[-1]]

@@ -73,7 +73,7 @@ def _percent(value: float) -> str:
 
 
 def _weighted(run: Finished) -> float | None:
-    """What stands for a global test set where there is none."""
+    """The stand-in for a global test set where there is none."""
     line = run.history[-1]
     return None if "loss_nats" in line else line.get("client_accuracy_weighted")
 
@@ -182,7 +182,7 @@ def notes(
     runs: Sequence[Finished] = (),
     spread: Spread = "ci",
 ) -> list[str]:
-    """What a reader has to know to read the tables."""
+    """Notes that a reader needs to read the tables."""
     several, rounds = len(design.choices) > 1, design.base.run.rounds
     seeds = f"seed{'s' if len(design.seeds) > 1 else ''} {', '.join(map(str, design.seeds))}"
     said = [f"After {rounds} round{'s' if rounds > 1 else ''}, {seeds}."]

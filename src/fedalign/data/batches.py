@@ -45,7 +45,7 @@ class Batch:
 
     @property
     def targets_B_S(self) -> Tensor:
-        """What the logits of each position should predict, -100 for nothing: labels moved to the position before."""
+        """The target of each position's logits, -100 for nothing: labels moved to the position before."""
         if self.decoder_input_ids_B_T is not None:  # its inputs are moved already
             return self.labels_B_S
         end = self.labels_B_S.new_full((self.examples, 1), IGNORED)

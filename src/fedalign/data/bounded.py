@@ -18,7 +18,7 @@ class _OverdueError(BaseException):
 
 
 def bounded(program: Callable[[], T], seconds: float, memory: int) -> T:
-    """What `program` returns; it is stopped after `seconds`, or where it asks for `memory` bytes more.
+    """The result of `program`, which is stopped after `seconds`, or where it asks for `memory` bytes more.
 
     It may run in any thread. A single operation in C is not stopped before it ends. Memory is bounded on Linux alone.
 

@@ -64,7 +64,7 @@ class Rendering:
 
 
 class ChatTemplate:
-    """What a tokenizer's chat template makes of chats."""
+    """Chats as a tokenizer's chat template renders them."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -157,7 +157,7 @@ class _Chat:
         return text
 
     def _bounded(self, render: Callable[[], T]) -> T:
-        """What it renders, in bounds.
+        """The rendered text, in bounds.
 
         Raises:
             UserError: It takes more time or memory than any chat needs.
@@ -196,7 +196,7 @@ class _Chat:
         return Rendering(text, ((begin, end),))
 
     def _marks(self, i: int) -> tuple[Span, ...]:
-        """What stands between the template's own {% generation %} marks in turn `i`."""
+        """The text between the template's own {% generation %} marks in turn `i`."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         def spans(messages: Sequence[Message]) -> list[Span]:
@@ -252,7 +252,7 @@ class _Chat:
         return text + end, len(text + end)
 
     def _marker(self, i: int, following: Message) -> str:
-        """What the template writes between the words of turn `i` and of the turn that follows, as far as it matters."""
+        """The template's own text between the words of turn `i` and of the next turn, as far as it matters."""
         both = self.attempt([*self.messages[:i], _said("assistant"), following]).split(PROBE)
         if len(both) < 3:
             return ""

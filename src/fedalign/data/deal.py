@@ -17,7 +17,7 @@ def split_among_clients(config: Config) -> tuple[list[Example], Partition]:
 
 
 def set_aside(config: Config) -> tuple[list[Example], list[Example]]:
-    """What is dealt to clients, and the validation part: a draw by the seed, so the same for every algorithm.
+    """The examples dealt to clients, and the validation part: a draw by the seed, so the same for every algorithm.
 
     Raises:
         UserError: The share leaves nothing in one of them.

@@ -139,7 +139,7 @@ class Encoder:
         return encoded
 
     def encode_prompts(self, examples: Sequence[Example]) -> list[list[int]]:
-        """What the model reads before it generates an answer; a chat up to its last answer.
+        """The tokens that the model reads before it generates an answer; of a chat those up to its last answer.
 
         A prompt that is too long is cut from the left whatever `too_long` says; room for the answer is the caller's.
         """
@@ -214,7 +214,7 @@ class Encoder:
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
 
     def _ends(self, examples: Sequence[Example]) -> list[list[int]]:
-        """What is scored after the choices of each example: an end, where one of them begins another."""
+        """The tokens scored after the choices of each example: an end, where one of them begins another."""
         sets = list(dict.fromkeys(example.choices for example in examples if example.choices))
         ids = iter(self._ids([choice for choices in sets for choice in choices]))
         ended = {choices: self.is_seq2seq or _one_begins_another([next(ids) for _ in choices]) for choices in sets}
@@ -312,7 +312,7 @@ def _one_begins_another(sequences: Sequence[list[int]]) -> bool:
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text by itself, such as a beginning-of-sequence token."""
+    """Tokens that the tokenizer puts around a text by itself, such as a beginning-of-sequence token."""
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     full = list(tokenizer("a")["input_ids"])
     for start in range(len(full) - len(plain) + 1):

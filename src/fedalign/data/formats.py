@@ -65,7 +65,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Example:
-    """What the model reads and should say. The loss is on the answer alone."""
+    """The text that the model reads, and the one it should say. The loss is on the answer alone."""
 
     prompt: str
     answer: str  # "": there is nothing to learn from it

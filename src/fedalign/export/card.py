@@ -92,7 +92,7 @@ UNTOLD = {  # of the configuration: paths, names of clients and classes, what th
 
 @dataclass(frozen=True)
 class Made:
-    """What was exported."""
+    """The exported thing."""
 
     name: str
     form: Form
@@ -114,7 +114,7 @@ class Made:
 
     @property
     def library(self) -> str:
-        """What loads it."""
+        """The class that loads it."""
         return "peft" if self.form == "adapter" else "transformers"
 
     def load(self, place: str) -> tuple[str, str]:
@@ -209,7 +209,7 @@ def render(made: Made, trained: Trained, weights: Mapping[str, str] = MappingPro
 
 
 def card_data(made: Made, trained: Trained) -> ModelCardData:
-    """What the Hub reads. A base that is a folder has no name there, and licences are not ours to say."""
+    """The metadata that the Hub reads. A base that is a folder has no name there, and licences are not ours to say."""
     config = trained.config
     as_scored = made.personal is None and config.tuning.kind != "qlora" and made.dtype == config.tuning.loaded_dtype
     results = _results(trained) if as_scored else []
@@ -250,7 +250,7 @@ def _results(trained: Trained) -> list[EvalResult]:
 
 
 def lead(made: Made, trained: Trained) -> str:
-    """What it is, in a sentence or two."""
+    """A sentence or two on the nature of the model."""
     config, clients = trained.config, len(trained.holdings)
     what = "A LoRA adapter for a Mixture-of-Experts language model" if made.form == "adapter" else MODEL
     where = (
@@ -331,7 +331,7 @@ def _tuning(config: Config) -> str:
 
 
 def score_rows(made: Made, trained: Trained) -> list[tuple[str, str, str]]:
-    """What was scored, before training and after."""
+    """Scores before training and after."""
     before, after = trained.before, trained.scored
     everyone = f"global {trained.config.evaluation.part} set, {after.get('test_examples', 0):,} examples"
     shares = [
@@ -382,7 +382,7 @@ def template_of(data: DataConfig) -> str | None:
 
 
 def prompt_format(data: DataConfig) -> str:
-    """What a prompt must look like; empty: there are no prompts."""
+    """The form of a prompt; empty: there are no prompts."""
     prompt = template_of(data)
     if prompt is None:
         return "Prompts go through the tokenizer's chat template."

@@ -71,7 +71,7 @@ class Push:
 
     @contextmanager
     def _told(self, kept: str = "") -> Iterator[None]:
-        """Whatever the Hub or the network has against it, in one line."""
+        """The objection of the Hub or the network, in one line."""
         try:
             yield
         except HfHubHTTPError as error:

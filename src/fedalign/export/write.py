@@ -42,7 +42,7 @@ OF_THE_RUN = (SUMS, ROUND)  # in a folder that a run saved; what is exported has
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to export, and how."""
+    """The thing to export, and the way."""
 
     run: Path
     to: Path
@@ -135,7 +135,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """The export as written."""
 
     made: Made
     snapshot: Snapshot
@@ -214,7 +214,7 @@ def _best(folder: RunFolder, config: Config) -> Snapshot:
 
 
 def _saved(folder: RunFolder, config: Config, model: Path, number: int) -> Snapshot:
-    """What the run wrote of a round, after a look at whether it is that."""
+    """The folder that the run wrote of a round, checked to be of that round."""
     history = _history(folder, number)
     check_round(model, history[-1] if history else {"round": number})
     return Snapshot(folder, config, number, history, model, None)
@@ -233,7 +233,7 @@ def _resume(folder: RunFolder) -> str:
 
 
 def open_kept(run: Path, best: bool) -> Any:
-    """What a run wrote, loaded on the CPU by plain transformers, or plain peft, in the type that it was tuned in.
+    """The model that a run wrote, loaded on the CPU by plain transformers or peft, in the type that it was tuned in.
 
     Raises:
         UserError: It wrote none yet, or adapters miss the base that they were trained on.
@@ -318,7 +318,7 @@ def _write(
 
 
 def _kept(snapshot: Snapshot, name: str) -> Kept:
-    """What a client kept from its last round, up to the one that is exported.
+    """The state that a client kept from its last round, up to the one that is exported.
 
     Raises:
         UserError: It has forgotten, or what it kept is damaged.
@@ -407,7 +407,7 @@ def _load(snapshot: Snapshot, dtype: str) -> MoEModel:
 
 
 def _exact(snapshot: Snapshot, moe: MoEModel) -> Weights:
-    """What the run wrote of what is trained: loading a model in bfloat16 rounds its routers before they are float32."""
+    """The trained part as the run wrote it: loading a model in bfloat16 rounds its routers before they are float32."""
     rounded = not snapshot.config.tuning.adapts and snapshot.config.tuning.loaded_dtype != "float32"
     return (_load(snapshot, "float32") if rounded else moe).read()
 
@@ -494,7 +494,7 @@ def _loader(folder: Path, trust_remote_code: bool) -> str:
 
 
 def _notes(snapshot: Snapshot, made: Made) -> list[str]:
-    """What a person has to know of it."""
+    """Notes that a person has to know."""
     rounds, notes = snapshot.config.run.rounds, []
     if snapshot.kept is None:
         notes.append(f"The run is not finished: this is its model after round {snapshot.round} of {rounds}.")

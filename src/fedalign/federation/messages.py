@@ -184,7 +184,7 @@ def _text(value: Any) -> str:
 
 
 def _words(value: Any) -> str:
-    """What another party says, as it may be shown; a name is looked at by itself."""
+    """The words of another party, as they may be shown; a name is looked at by itself."""
     return shown(_text(value))
 
 

@@ -1,4 +1,4 @@
-"""What a client answers to each message, whichever way the message came.
+"""A client's answers to messages, whichever way they came.
 
 A reason that leaves a site never quotes its data and never names its folders: what went wrong with them is told in the
 site's own log alone.
@@ -76,7 +76,7 @@ class Service:
         return encode(Failure(self.name, stage, reason))
 
     def _reload(self) -> None:
-        """What is said about the model is said of the one that was loaded, not of what has been written to it since."""
+        """Reload before describing the model: training has overwritten the loaded weights."""
         if not self._as_loaded:
             self.close()
 

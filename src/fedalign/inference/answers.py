@@ -37,7 +37,7 @@ class AnswerFile:
 
     @property
     def part(self) -> Path:
-        """What a run that was broken off leaves."""
+        """The part that a broken-off run leaves."""
         return self.place.with_name(f"{self.place.name}.part")
 
     def check(self, *, resume: bool) -> None:

@@ -54,7 +54,7 @@ class Talk:
         return column if template is None or f"{{{column}}}" in template else first_field(template)
 
     def answer(self, row: Mapping[str, Any], say: Say | None = None) -> str:
-        """What the model says to a row, which needs no answer of its own; `say` hears it piece by piece.
+        """The model's answer to a row, which needs none of its own; `say` hears it piece by piece.
 
         Raises:
             UserError: The row lacks a column that the prompt is made of, or is too long.

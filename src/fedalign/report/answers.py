@@ -1,4 +1,4 @@
-"""What models answer to rows of the global test set, and how each class fares: at the start and at the end."""
+"""Answers of models to rows of the global test set, and how each class fares: at the start and at the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Counts = Mapping[str, Mapping[str, int]]  # true class -> given class -> rows
 
 @dataclass(frozen=True)
 class Record:
-    """What was kept after one round."""
+    """The record kept after one round."""
 
     round: int
     examples: int  # of the test set

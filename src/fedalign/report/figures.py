@@ -45,7 +45,7 @@ def _largest(key: str) -> Callable[[Metrics], float | None]:
 
 
 def _weighted(line: Metrics) -> float | None:
-    """What stands for a global test set where there is none."""
+    """The stand-in for a global test set where there is none."""
     return None if "loss_nats" in line else line.get("client_accuracy_weighted")
 
 

@@ -1,4 +1,4 @@
-"""What the numbers say, in sentences and tables that need no script."""
+"""Findings in sentences and tables that need no script."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Ablation:
 
 
 def score(material: Material) -> tuple[str, str]:
-    """What runs are judged by, and which of it is better: "accuracy" and "higher", or "loss" and "lower"."""
+    """The measure that runs are judged by, and its better side: "accuracy" and "higher", or "loss" and "lower"."""
     higher = all(column.higher_is_better for column in qualities(material.tabled))
     return ("accuracy", "higher") if higher else ("loss", "lower")
 

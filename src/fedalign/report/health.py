@@ -25,7 +25,7 @@ OCTAVES = 5  # of load that are told apart, up and down from an even share
 
 @dataclass
 class ExpertFigures:
-    """What the page shows, and what it cannot show."""
+    """The part of health that the page shows, and why it cannot show the rest."""
 
     runs: list[Json] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What a report is made of: the runs of a comparison, or run folders, finished or still at work."""
+"""The material of a report: the runs of a comparison, or run folders, finished or still at work."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ TABLES = ("client_accuracies", "client_losses_nats")  # and numbers by client
 
 @dataclass(frozen=True)
 class Held:
-    """What a client holds."""
+    """The data that a client holds."""
 
     examples: int
     labels: Mapping[str, int]
@@ -159,7 +159,7 @@ def _said(design: Design, runs: Sequence[Run]) -> list[str]:
 
 
 def _as_comparison(configs: Sequence[Config]) -> tuple[Design, list[Cell]]:
-    """What differs between algorithms of one name becomes part of their label, all else a grid point."""
+    """Differences between algorithms of one name become part of their label, all else a grid point."""
     tables = [flat(config.model_dump(mode="json"), ".") for config in configs]
     own = [{key: value for key, value in table.items() if key.startswith("algorithm.")} for table in tables]
     shared = [

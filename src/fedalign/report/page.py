@@ -110,7 +110,7 @@ def _tables(material: Material) -> list[Any]:
 
 
 def _bands(counts: Sequence[int]) -> str:
-    """What the bands of curves are, by the seeds of each line that has several."""
+    """The meaning of the bands of curves, by the seeds of each line that has several."""
     few = "reach from the lowest to the highest run, since fewer than four seeds are too few for an interval"
     whole = "are 95 % Student-t intervals"
     if not counts:
@@ -123,7 +123,7 @@ def _bands(counts: Sequence[int]) -> str:
 
 
 def _config_text(material: Material) -> str:
-    """What all runs have in common: without seed and algorithm, and without what a grid varies."""
+    """Settings that all runs share: without seed and algorithm, and without what a grid varies."""
     tables = tomllib.loads(material.design.base.to_toml())
     for key in ("run.seed", *material.design.grid):
         section, *rest = key.split(".")

@@ -344,7 +344,7 @@ def versions() -> dict[str, str]:
 
 
 def read_answers(run: Path) -> dict[int, Mapping[str, Any]]:
-    """What was answered after which round, as `client.answers.sheet` tells it; empty where it was not kept.
+    """The answers after each round, as `client.answers.sheet` tells it; empty where it was not kept.
 
     Raises:
         ValueError, TypeError, AttributeError, OSError: The file is damaged.

@@ -43,7 +43,7 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker may know of the run it follows; what it knows of the tracker is in trackers.json."""
+    """The facts of a run that a tracker may know; what the run knows of the tracker is in trackers.json."""
 
     folder: Path
     settings: Mapping[str, Any]  # the configuration, flat: section.key -> value

@@ -50,7 +50,7 @@ def _certificates(text: str) -> str:
 
 
 class Invitation(Section):
-    """What a new site has to know of its coordinator."""
+    """The facts that a new site has to know of its coordinator."""
 
     name: SiteName = Field(description="what the coordinator calls the site")
     protocol: int
@@ -92,7 +92,7 @@ def _read(file: Path) -> str:
 
 
 def read_invitation(file: Path) -> Invitation:
-    """What a coordinator has sent.
+    """The invitation that a coordinator has sent.
 
     Raises:
         UserError: It is no invitation, or one of another version.

@@ -31,7 +31,7 @@ REASONS = {  # Flower's error codes, as far as they say something about a site
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back for a message."""
+    """The reply to a message."""
 
     message: str  # the id of what was asked
     content: Parcel | str  # or the reason why there is none
@@ -60,7 +60,7 @@ class RunAbout:
 
 
 class Link(Protocol):
-    """What `FlowerFederation` needs of an engine."""
+    """The part of an engine that `FlowerFederation` uses."""
 
     def nodes(self) -> Mapping[int, str | None]:
         """The nodes that are connected now, and the name with which each one's key was registered, if it was."""
@@ -69,7 +69,7 @@ class Link(Protocol):
         """Ask each node the same; message id -> node, in the order of `nodes`. Nodes that are gone are left out."""
 
     def replies(self, messages: Sequence[str]) -> Iterator[Reply]:
-        """What has come back for these messages since they were last asked for."""
+        """Replies to these messages that came since they were last asked for."""
 
 
 class GridLink:
@@ -101,7 +101,7 @@ class GridLink:
         return {message: node for message, node in zip(ids, nodes, strict=bool(ids)) if message}
 
     def replies(self, messages: Sequence[str]) -> Iterator[Reply]:
-        """What has come back for these messages since they were last asked for."""
+        """Replies to these messages that came since they were last asked for."""
         for reply in patiently(lambda: self.grid.pull_messages(list(messages))) if messages else ():
             yield Reply(reply.metadata.reply_to_message_id, _content(reply))
 
@@ -143,7 +143,7 @@ HEAD, ARRAYS = "head", "arrays"
 
 
 def to_records(parcel: Parcel) -> RecordDict:
-    """What Flower sends; each array is copied once."""
+    """The records that Flower sends; each array is copied once."""
     text, arrays = to_wire(parcel)
     made = {name: _to_array(dtype, b"".join(pieces)) for name, (dtype, pieces) in arrays.items()}
     return RecordDict({HEAD: ConfigRecord({"json": text.decode()}), ARRAYS: ArrayRecord(made)})

@@ -271,7 +271,7 @@ class Loopback:
         return True
 
     def leftovers(self) -> list[str]:
-        """What still lives of all that was started here: found by descent, and by the ports in the command lines."""
+        """Processes started here that still live: found by descent, and by the ports in the command lines."""
         found = {p.pid: f"{name}: {p.pid}" for name in self._programs for p in self._members(name)}
         marks = [f"{HOST}:{port} " for port in self._ports] + [str(self.folder / "state.db")]
         for process in _table():
@@ -310,7 +310,7 @@ def quoted(text: str) -> str:
 
 
 def node_config_text(values: Mapping[str, str | int]) -> str:
-    """What `flower-supernode --node-config` reads these values from.
+    """The text that `flower-supernode --node-config` reads these values from.
 
     >>> print(node_config_text({"site": "/srv/ward 3/site.toml", "partition-id": 0}))
     site="/srv/ward 3/site.toml" partition-id=0

@@ -25,7 +25,7 @@ INVITED = "ca.crt"  # of the site's folder: the certificates that came with the 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user says of a new site; None leaves the default."""
+    """The user's choices for a new site; None leaves the default."""
 
     data: Path
     model: str | None = None

@@ -93,7 +93,7 @@ def _finished(
 
 
 def ask_flwr(environment: Mapping[str, str], address: str, *arguments: str) -> dict[str, Any]:
-    """What the SuperLink at this address, which the home is connected to, answers to a command.
+    """The answer of the SuperLink at this address, which the home is connected to, to a command.
 
     Raises:
         UserError: It refuses, or cannot be reached.

@@ -67,7 +67,7 @@ def _go(grid: Grid, source: Path, folder: RunFolder, beacon: Beacon) -> None:
 
 
 def run_key(folder: RunFolder) -> str:
-    """What sites keep their part of this run under: the same when the run is resumed."""
+    """The key under which sites keep their part of this run: the same when the run is resumed."""
     file = folder.path / "run-key"
     if not file.exists():
         write_text(file, secrets.token_hex(8))

@@ -41,7 +41,7 @@ LONGEST_REASON = 500  # characters of what a site says in a failure
 
 @dataclass(frozen=True)
 class Agreement:
-    """What every site must have in common with the coordinator; hashes as in `Hello`."""
+    """The facts that every site must have in common with the coordinator; hashes as in `Hello`."""
 
     architecture: str
     tokenizer: str
@@ -68,7 +68,7 @@ class Agreement:
 
 @dataclass
 class Site:
-    """What is known of an accepted site."""
+    """The facts known of an accepted site."""
 
     hello: Hello
     node: int
@@ -341,7 +341,7 @@ class FlowerFederation:
             yield Failure(name, stage, f"no reply within {self.policy.timeout_seconds} s (federation.timeout_seconds)")
 
     def _within(self, stage: Stage, answer: Any, most: int) -> Any:
-        """What a site says, if it says so of no more examples than it had when it joined: they are its weight."""
+        """A site's answer, if it counts no more examples than it had when it joined: they are its weight."""
         if isinstance(answer, Failure) or answer.examples <= most:
             return answer
         return Failure(answer.client, stage, f"examples = {answer.examples}: when it joined it had {most}")

@@ -16,7 +16,7 @@ from fedalign.server.checkpoint import ServerState
 
 @dataclass(frozen=True)
 class Status:
-    """What a run is doing."""
+    """The state of a run."""
 
     state: Literal["starting", "running", "failed", "complete"] = "starting"
     pid: int = 0

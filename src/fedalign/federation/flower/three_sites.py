@@ -95,7 +95,7 @@ def deal_data(folder: Path) -> list[str]:
 
 
 def report(run: Path) -> None:
-    """What each site sent and got, and how well the model does there."""
+    """Bytes that each site sent and got, and how well the model does there."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     say(f"\n{'site':<12}{'accuracy':>22}{'sent up':>12}{'sent down':>12}   (rounds 1 to {len(lines) - 1})")
     for site in SITES:
