@@ -165,10 +165,10 @@ class Column:
 FEDAVG = "algorithm.name=fedavg"
 COLUMNS: dict[str, Column] = {
     "default": Column("default, none", ()),
-    "default, clip": Column("default, clip", ("server.robust=clip",), revision=3),
+    "default, clip": Column("default, clip", ("server.robust=clip",), revision=4),
     "fedavg": Column("FedAvg, none", (FEDAVG,)),
-    "fedavg, clip": Column("FedAvg, clip", (FEDAVG, "server.robust=clip"), revision=3),
-    **{f"default, {rule}": Column(f"default, {rule}", (f"server.robust={rule}",), revision=3) for rule in RULES},
+    "fedavg, clip": Column("FedAvg, clip", (FEDAVG, "server.robust=clip"), revision=4),
+    **{f"default, {rule}": Column(f"default, {rule}", (f"server.robust={rule}",), revision=4) for rule in RULES},
 }
 
 

@@ -156,7 +156,7 @@ def test_a_guarded_plan_by_hand() -> None:
     assert new.factor_C_G is not None
     assert_close(new.factor_C_G[:, 0], tensor([0.5 * 3 * 1.0 / 15, 0.5, 0.5]))  # lengths 15, 0.5, 1
     assert new.token_weight_C_M_V is not None
-    assert_close(new.token_weight_C_M_V[:, 0], tensor([[0.5, 0.5, 0.5], [0.3, 0.3, 0.3], [0.2, 0.2, 0.2]]))
+    assert_close(new.token_weight_C_M_V[:, 0], tensor([[0.5, 1 / 3, 1 / 3], [0.3, 1 / 3, 1 / 3], [0.2, 1 / 3, 1 / 3]]))
     assert_close(
         (new.weight_C_G * new.streams["s"])[:, 0], tensor([0.9, 0.06, 0.04]) * 4 * tensor([0.2, 1, 1])
     )  # what the algorithm made of it, clipped
@@ -365,9 +365,9 @@ def test_groups_of_one_shape_do_not_meet_in_a_sketch() -> None:
         assert told.against(0.3) == {}
 
 
-def test_a_word_that_one_client_alone_met_goes_by_its_groups_weight() -> None:
+def test_of_a_word_that_one_client_alone_met_all_holders_have_the_same_weight() -> None:
     layout = Layout(1, 3, SIZES, token_rows=(TokenRows(0, 4, 1),))
-    weight_C_G = torch.full((4, GROUPS), 0.25)
+    weight_C_G = tensor([[0.7] * GROUPS, [0.1] * GROUPS, [0.1] * GROUPS, [0.1] * GROUPS])
     token_C_M_V = tensor([[[1.0, 0.5, 0.4, 0.0]], [[0.0, 0.5, 0.6, 0.0]], [[0.0] * 4], [[0.0] * 4]])
     plan = Plan(tuple("abcd"), weight_C_G, token_weight_C_M_V=token_C_M_V)
     weights = guarded(plan, torch.ones(4, GROUPS), layout, 0.5, 3.0).token_weight_C_M_V

@@ -68,17 +68,21 @@ def guarded(plan: Plan, norm_C_G: Tensor, layout: Layout, max_share: float, clip
     return replace(
         plan,
         weight_C_G=weight_C_G,
-        token_weight_C_M_V=None if tokens is None else _row_weights(tokens, weight_C_G, layout, max_share),
+        token_weight_C_M_V=None if tokens is None else _row_weights(tokens, plan.weight_C_G > 0, layout, max_share),
         factor_C_G=factor_C_G * shorter_C_G,
         streams={name: stream_C_G * shorter_C_G * kept_C_G for name, stream_C_G in plan.streams.items()},
     )
 
 
-def _row_weights(weight_C_M_V: Tensor, weight_C_G: Tensor, layout: Layout, most: float) -> Tensor:
-    """Weights of token rows, capped. A row that one client alone met goes by its group's: nobody owns a word."""
+def _row_weights(weight_C_M_V: Tensor, held_C_G: Tensor, layout: Layout, most: float) -> Tensor:
+    """Weights of token rows, capped. Of a row that one client alone met all holders of its group have the same weight.
+
+    So nobody owns a word, and what a client claims of its data makes no word of its own count for more.
+    """
+    alike_C_G = held_C_G / held_C_G.sum(0).clamp_min(1)
     of_group = [layout.groups.index(rows.group) for rows in layout.token_rows]
     alone_1_M_V = (weight_C_M_V > 0).sum(0, keepdim=True) == 1
-    return torch.where(alone_1_M_V, weight_C_G[:, of_group].unsqueeze(-1), capped(weight_C_M_V, most))
+    return torch.where(alone_1_M_V, alike_C_G[:, of_group].unsqueeze(-1), capped(weight_C_M_V, most))
 
 
 def capped(weight_C_X: Tensor, most: float) -> Tensor:
