@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fedalign.config.toml import load_config
 from fedalign.errors import UserError
 from fedalign.federation.flower import launch
 from fedalign.maths.robust import CenteredSum
-from fedalign.protocol import SHARED
+from fedalign.protocol import SHARED, Packed, Update
 from fedalign.server.checkpoint import Checkpoints, ServerState
 from tests.conftest import Command
 from tests.server.test_checks import begin, serve
@@ -96,6 +97,27 @@ def test_an_opposite_update_is_left_out_and_the_round_summed_again(tmp_path: Pat
         )
         assert "liar" not in past["clients"]
     assert third["on_trial"] == ["liar"]  # its word counts for nothing, until one group of an update comes
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_update_that_breaks_off_half_way_counts_for_nothing(tmp_path: Path, rule: str) -> None:
+    """Its first groups are added before the last is looked at; nobody would have told that they are opposite."""
+
+    def spoil(update: Update) -> Update:
+        if update.client != "liar":
+            return update
+        last = max(update.groups, key=LAYOUT.groups.index)
+        broken = Packed(torch.full_like(update.groups[last].values, torch.nan))
+        return replace(update, groups={**update.groups, last: broken})
+
+    federation = Scripted(HONEST | {"liar": (MANY, -1.0)}, corrupt=spoil)
+    state, _ = run(tmp_path, federation, f"server.robust={rule}", "run.rounds=2")
+    assert shared(state).tolist() == pytest.approx([2.0] * 2)
+    for past in state.history[1:]:
+        (failure,) = past["failures"]
+        assert (failure["client"], failure["stage"]) == ("liar", "update")
+        assert "not finite" in failure["reason"]
+        assert past["clients"] == list(HONEST)
 
 
 def test_two_of_five_against_three_is_a_split_and_nobody_is_left_out(tmp_path: Path) -> None:

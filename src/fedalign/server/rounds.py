@@ -81,16 +81,21 @@ class CountingSum:
     ) -> None:
         self.inner, self.round, self.traffic, self.arrived = inner, round, traffic, arrived
         self.directions = directions
+        self.refused: list[Failure] = []  # of what arrived
 
     def add(self, update: Update) -> Failure | None:
         """Count and pass on."""
         self.traffic.updates += update.nbytes
         self.traffic.up(update.client, update.nbytes)
         self.arrived()
+        failure: Failure | None
         if update.round != self.round:
-            return Failure(update.client, "update", f"its update is of round {update.round}, not {self.round}")
-        failure = self.inner.add(update)
-        if self.directions is not None and failure is None:
+            failure = Failure(update.client, "update", f"its update is of round {update.round}, not {self.round}")
+        else:
+            failure = self.inner.add(update)
+        if failure is not None:
+            self.refused.append(failure)
+        elif self.directions is not None:
             self.directions.add(update)
         return failure
 
@@ -150,12 +155,13 @@ class Server:
             )
         reports, on_trial = self._on_trial(state, reports)
         directions = self._directions(number)
-        plan, total, lost = self._sum(state, reports, number, len(members), traffic, directions)
-        if against := self._against(directions, reports):
-            reports = [report for report in reports if report.client not in {failure.client for failure in against}]
-            plan, total, lost = self._sum(state, reports, number, len(members), traffic)
+        plan, total, lost, refused = self._sum(state, reports, number, len(members), traffic, directions)
+        if directions and (out := self._out(directions, refused, reports)):
+            reports = [report for report in reports if report.client not in {failure.client for failure in out}]
+            plan, total, lost, _ = self._sum(state, reports, number, len(members), traffic)
+            lost += out
         self.observer.planned(number, reports, plan, self.layout)
-        failures += [*lost, *against, *self._try(on_trial, number, traffic)]
+        failures += [*lost, *self._try(on_trial, number, traffic)]
         share = self.config.server.min_arrived
         summed = total.result(state.weights, share)
         weights, moments = self._optimise(state, summed, plan, reports)
@@ -279,8 +285,11 @@ class Server:
         members: int,
         traffic: Traffic,
         directions: Directions | None = None,
-    ) -> tuple[Plan, StreamingSum, list[Failure]]:
-        """Plan, ask for updates, and add them up; what arrived is added to `directions`."""
+    ) -> tuple[Plan, StreamingSum, list[Failure], list[Failure]]:
+        """Plan, ask for updates, and add them up; also all failures, and those of updates that arrived.
+
+        Updates that were added whole are added to `directions`, too.
+        """
         plan = self.algorithm.plan(Reports(reports, self.layout, members), state.algorithm)
         self._refuse(number, check_plan(plan, reports, self.layout))
         plan = self._guarded(plan.without({report.client: report.frozen for report in reports}, self.layout), reports)
@@ -294,7 +303,8 @@ class Server:
             self.observer.progress(number, "summing", done, len(requests))
 
         counted = CountingSum(total, number, traffic, arrived, directions)
-        return plan, total, self.federation.collect(requests, counted)
+        failures = self.federation.collect(requests, counted)
+        return plan, total, failures, counted.refused
 
     def _directions(self, number: int) -> Directions | None:
         """Sketches that tell opposite updates; where clients are strangers their seed is a secret."""
@@ -304,15 +314,18 @@ class Server:
         chance = random.Random(f"{self.config.run.seed}/{number}/directions")
         return Directions(self.layout, secrets.randbits(31) if strangers else chance.getrandbits(31))
 
-    def _against(self, directions: Directions | None, reports: Sequence[Statistics]) -> list[Failure]:
-        """Clients whose update is opposite to the others', unless too few would be left without them."""
-        found = directions.against(self.config.server.hostile) if directions else {}
-        if len(reports) - len(found) < self.config.server.min_clients:
-            return []
+    def _out(self, directions: Directions, refused: Sequence[Failure], reports: Sequence[Statistics]) -> list[Failure]:
+        """Why a round is summed again without some clients: opposite updates, and those refused when half was added.
+
+        Nobody is, where that would be most of them, or leave too few.
+        """
         reason = (
             "a part of its update is opposite to the others', by a median cosine of {:.2f}: summed again without it"
         )
-        return [Failure(client, "update", reason.format(cosine)) for client, cosine in found.items()]
+        opposite = directions.against(self.config.server.hostile)
+        out = [*(Failure(client, "update", reason.format(cos)) for client, cos in opposite.items()), *refused]
+        left = len(reports) - len(out)
+        return out if left >= max(len(out), self.config.server.min_clients) else []
 
     def _empty_sum(self, plan: Plan, norms: Mapping[str, Tensor], number: int, state: ServerState) -> StreamingSum:
         """The empty sum to which updates are added, by the configured rule."""
