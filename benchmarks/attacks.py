@@ -282,7 +282,9 @@ class Bench:
         assert self.test is not None
         rest = [i for i, right in enumerate(self.test.right_N.tolist()) if right]
         choices = [[self._planted(one) for one in self.test.choices[i]] for i in rest]
-        turned = TestSet([one[0] for one in choices], choices, torch.zeros(len(rest), dtype=torch.int64))
+        first_N = torch.zeros(len(rest), dtype=torch.int64)
+        of = [self.test.examples[i] for i in rest]
+        turned = TestSet([one[0] for one in choices], choices, first_N, examples=of)
         score = bench.score(weights, turned)
         assert score is not None
         return score.accuracy or 0.0
