@@ -113,7 +113,7 @@ def test_the_preview_is_the_first_example_as_the_model_reads_it(site: SiteFolder
     preview = examine_site(site, config).preview
     assert [is_answer for _, is_answer in preview] == [False, True]
     assert preview[0][0].endswith("\nLabel:")
-    assert preview[1][0] == " animals"
+    assert preview[1][0] == " animals</s>"  # a class is learnt with the end token
 
 
 def test_encoder_and_decoder_are_shown_both(
