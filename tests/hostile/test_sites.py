@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,23 @@ def test_an_update_that_breaks_off_half_way_counts_for_nothing(tmp_path: Path, r
         assert (failure["client"], failure["stage"]) == ("liar", "update")
         assert "not finite" in failure["reason"]
         assert past["clients"] == list(HONEST)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_who_sends_another_update_when_asked_again_is_looked_at_again(tmp_path: Path, rule: str) -> None:
+    asked: Counter[str] = Counter()
+
+    def turn(update: Update) -> Update:
+        asked[update.client] += 1
+        if update.client != "sleeper" or asked["sleeper"] == 1:
+            return update
+        return replace(update, groups={group: Packed(-packed.values) for group, packed in update.groups.items()})
+
+    federation = Scripted(HONEST | {"liar": (10, -1.0), "sleeper": (MANY, 1.0)}, corrupt=turn)
+    state, _ = run(tmp_path, federation, f"server.robust={rule}")
+    assert shared(state).tolist() == pytest.approx([1.0] * 2)
+    assert state.history[-1]["clients"] == list(HONEST)
+    assert [failure["client"] for failure in state.history[-1]["failures"]] == ["liar", "sleeper"]
 
 
 def test_two_of_five_against_three_is_a_split_and_nobody_is_left_out(tmp_path: Path) -> None:

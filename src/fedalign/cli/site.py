@@ -190,7 +190,7 @@ def init(
 
 def _print_site(site: SiteFolder) -> None:
     from fedalign.federation.flower.new_site import readable_columns
-    from fedalign.federation.flower.programs import QUIET, register_command
+    from fedalign.federation.flower.programs import QUIET, is_loopback, register_command
 
     link = site.config.coordinator
     public = site.path / f"{link.key}.pub"
@@ -212,7 +212,7 @@ def _print_site(site: SiteFolder) -> None:
     say(f"  {public.read_text(encoding='utf-8').strip()}\n")
     say(f"who saves the key as {folder_name(site.config.name)}.pub, and registers the two together:\n")
     say(f"  {register_command(site.config.name)}\n")
-    in_the_clear = not link.root_certificates and not link.superlink.startswith(("127.", "localhost:"))
+    in_the_clear = not link.root_certificates and not is_loopback(link.superlink)
     if in_the_clear:
         say("Get ca.crt from the coordinator, and name it in site.toml: coordinator.root_certificates.\n")
     say("Then look whether all is well, with the coordinator's configuration if you have it:\n")

@@ -154,14 +154,18 @@ class Server:
                 f"{self.config.server.min_clients} are needed ({reasons}). The last complete round is kept."
             )
         reports, on_trial = self._on_trial(state, reports)
-        directions = self._directions(number)
-        plan, total, lost, refused = self._sum(state, reports, number, len(members), traffic, directions)
-        if directions and (out := self._out(directions, refused, reports)):
-            reports = [report for report in reports if report.client not in {failure.client for failure in out}]
-            plan, total, lost, _ = self._sum(state, reports, number, len(members), traffic)
-            lost += out
+        left_out: list[Failure] = []
+        while True:
+            directions = self._directions(number, len(reports))
+            plan, total, lost, refused = self._sum(state, reports, number, len(members), traffic, directions)
+            out = self._out(directions, refused, reports) if directions else []
+            if not out:
+                break
+            left_out += out
+            names = {failure.client for failure in out}
+            reports = [report for report in reports if report.client not in names]
         self.observer.planned(number, reports, plan, self.layout)
-        failures += [*lost, *self._try(on_trial, number, traffic)]
+        failures += [*lost, *left_out, *self._try(on_trial, number, traffic)]
         share = self.config.server.min_arrived
         summed = total.result(state.weights, share)
         weights, moments = self._optimise(state, summed, plan, reports)
@@ -284,7 +288,7 @@ class Server:
         number: int,
         members: int,
         traffic: Traffic,
-        directions: Directions | None = None,
+        directions: Directions | None,
     ) -> tuple[Plan, StreamingSum, list[Failure], list[Failure]]:
         """Plan, ask for updates, and add them up; also all failures, and those of updates that arrived.
 
@@ -306,12 +310,12 @@ class Server:
         failures = self.federation.collect(requests, counted)
         return plan, total, failures, counted.refused
 
-    def _directions(self, number: int) -> Directions | None:
+    def _directions(self, number: int, clients: int) -> Directions | None:
         """Sketches that tell opposite updates; where clients are strangers their seed is a secret."""
         if self.config.robust == "none":
             return None
         strangers = self.config.federation.engine == "flower"
-        chance = random.Random(f"{self.config.run.seed}/{number}/directions")
+        chance = random.Random(f"{self.config.run.seed}/{number}/{clients}/directions")
         return Directions(self.layout, secrets.randbits(31) if strangers else chance.getrandbits(31))
 
     def _out(self, directions: Directions, refused: Sequence[Failure], reports: Sequence[Statistics]) -> list[Failure]:
