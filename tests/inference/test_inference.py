@@ -74,13 +74,36 @@ def test_scores_are_those_of_the_run_and_add_up(fedalign: Command, made: Made) -
 def test_an_exported_model_scores_as_its_run(made: Made, tmp_path: Path, texts: Path, more: tuple[str, ...]) -> None:
     run = made(*more)
     export(Wanted(run, tmp_path / "out"), lambda _: None)
-    classes = f"data.labels={json.dumps(sorted(SUBJECTS))}"  # which a card does not tell
-    bench = load(Source(str(tmp_path / "out"), settings=(classes,)))
+    bench = load(Source(str(tmp_path / "out")))
     of_run = load(Source(str(run)))
     from fedalign.data.formats import load_examples  # noqa: PLC0415 - of this test alone
 
     examples = load_examples(str(texts / "test.jsonl"), of_run.config.data, "test", 0)
     assert score(bench, examples).accuracy == score(of_run, examples).accuracy == history(run)[-1]["accuracy"]
+
+
+@pytest.mark.parametrize("more", [(), ('data.labels=["weather", "food", "animals"]',)])
+def test_a_file_of_one_class_is_scored_among_all_that_the_model_knows(
+    fedalign: Command, made: Made, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    run, place = made(*more), tmp_path / "out"
+    export(Wanted(run, place), lambda _: None)
+    own = load(Source(str(run))).config.data.labels
+    assert load(Source(str(place))).config.data.labels == own
+    assert own == (("weather", "food", "animals") if more else tuple(sorted(SUBJECTS)))
+    found = []
+    for subject in SUBJECTS:
+        write_jsonl(tmp_path / "one.jsonl", [row for row in rows() if row["label"] == subject])
+        for model in (run, place):
+            argv = ["evaluate", str(model), "--data", str(tmp_path / "one.jsonl"), "--json"]
+            code, out, errors = fedalign(*argv, *(["--alone"] if model == run else []))
+            assert code == 0, errors
+            found.append(json.loads(out)["tuned"])
+    assert found[::2] == found[1::2]
+    assert any(scores["accuracy"] < 1 for scores in found)  # else any set of classes would do
+    (place / "README.md").unlink()  # any model: nothing names its classes
+    code, _, errors = fedalign("evaluate", str(place), "--data", str(tmp_path / "one.jsonl"))
+    assert (code, "data.labels = []: which classes there are is not known" in errors) == (2, True)
 
 
 def test_the_best_round_and_the_start_can_be_asked(made: Made) -> None:

@@ -280,8 +280,10 @@ def _loaded(model: str, best: bool, start: bool, device: str, set_: list[str] | 
 
 def _examples(bench: Workbench, data: str | None) -> Any:
     from fedalign.data.formats import load_examples
+    from fedalign.inference.talk import check_classes
 
     config = bench.config
+    check_classes(config.data)
     if data is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"test": data, "train": data})})
     source = data or config.data.test or config.data.train
