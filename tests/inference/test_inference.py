@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedalign.data.sources import Row
 from fedalign.errors import UserError
 from fedalign.export.write import Wanted, export
 from fedalign.inference.load import Source, load
@@ -150,6 +151,43 @@ def test_a_file_of_prompts_is_answered_row_by_row(
     write_jsonl(prompts, [{"question": "rain falls"}])
     code, _, errors = fedalign(*argv)
     assert (code, "no column 'prompt'" in errors) == (2, True)
+
+
+def test_a_file_of_prompts_is_read_as_the_run_reads_its_data(
+    fedalign: Command, made: Made, questions: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, asked = made(*questions), list[str]()
+
+    def prompt_of(talk: Talk, row: Any, say: Any = None) -> str:
+        asked.append(talk._example(Row(row, "prompt", 1)).prompt)
+        return "yes"
+
+    monkeypatch.setattr(Talk, "answer", prompt_of)
+
+    def answered(name: str, text: str, *settings: str) -> list[dict[str, Any]]:
+        (tmp_path / name).write_bytes(text.encode("cp1250"))
+        given = [word for setting in settings for word in ("--set", setting)]
+        code, out, errors = fedalign("generate", str(run), "--prompts", str(tmp_path / name), *given)
+        assert code == 0, errors
+        assert "Windows-1252" not in out + errors
+        return [json.loads(line) for line in out.splitlines()]
+
+    words = "Łódź; źle | dobrze"
+    cell = f'id|prompt\n1|"{words}"\n'
+    (line,) = answered("a.csv", cell, "data.encoding=cp1250", "data.delimiter=|")
+    assert line == {"id": "1", "prompt": words, "generated": "yes"}
+    (line,) = answered("a.txt", words, "data.encoding=cp1250")
+    assert line["prompt"] == words
+    own = '{encoding = "cp1250", delimiter = "|", columns = {prompt = "pytanie"}, template = "Q: {pytanie}"}'
+    files = f'data.files={{"b.csv" = {own}}}'
+    (line,) = answered("b.csv", cell.replace("prompt", "pytanie"), files)
+    assert line == {"id": "1", "pytanie": words, "generated": "yes"}  # each row as it is
+    assert [words in prompt for prompt in asked] == [True, True, True]
+    assert asked[-1] == f"Q: {words}"
+    code, _, errors = fedalign(
+        "generate", str(run), "--prompts", str(tmp_path / "a.csv"), "--set", "data.encoding=ascii"
+    )
+    assert (code, "a.csv" in errors, "Traceback" in errors) == (2, True, False)
 
 
 def test_exact_matches_are_scored_where_answers_are_generated(
