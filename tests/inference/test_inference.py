@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedalign.data.sources import Row
 from fedalign.errors import UserError
 from fedalign.export.write import Wanted, export
 from fedalign.inference.load import Source, load
@@ -74,13 +75,36 @@ def test_scores_are_those_of_the_run_and_add_up(fedalign: Command, made: Made) -
 def test_an_exported_model_scores_as_its_run(made: Made, tmp_path: Path, texts: Path, more: tuple[str, ...]) -> None:
     run = made(*more)
     export(Wanted(run, tmp_path / "out"), lambda _: None)
-    classes = f"data.labels={json.dumps(sorted(SUBJECTS))}"  # which a card does not tell
-    bench = load(Source(str(tmp_path / "out"), settings=(classes,)))
+    bench = load(Source(str(tmp_path / "out")))
     of_run = load(Source(str(run)))
     from fedalign.data.formats import load_examples  # noqa: PLC0415 - of this test alone
 
     examples = load_examples(str(texts / "test.jsonl"), of_run.config.data, "test", 0)
     assert score(bench, examples).accuracy == score(of_run, examples).accuracy == history(run)[-1]["accuracy"]
+
+
+@pytest.mark.parametrize("more", [(), ('data.labels=["weather", "food", "animals"]',)])
+def test_a_file_of_one_class_is_scored_among_all_that_the_model_knows(
+    fedalign: Command, made: Made, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    run, place = made(*more), tmp_path / "out"
+    export(Wanted(run, place), lambda _: None)
+    own = load(Source(str(run))).config.data.labels
+    assert load(Source(str(place))).config.data.labels == own
+    assert own == (("weather", "food", "animals") if more else tuple(sorted(SUBJECTS)))
+    found = []
+    for subject in SUBJECTS:
+        write_jsonl(tmp_path / "one.jsonl", [row for row in rows() if row["label"] == subject])
+        for model in (run, place):
+            argv = ["evaluate", str(model), "--data", str(tmp_path / "one.jsonl"), "--json"]
+            code, out, errors = fedalign(*argv, *(["--alone"] if model == run else []))
+            assert code == 0, errors
+            found.append(json.loads(out)["tuned"])
+    assert found[::2] == found[1::2]
+    assert any(scores["accuracy"] < 1 for scores in found)  # else any set of classes would do
+    (place / "README.md").unlink()  # any model: nothing names its classes
+    code, _, errors = fedalign("evaluate", str(place), "--data", str(tmp_path / "one.jsonl"))
+    assert (code, "data.labels = []: which classes there are is not known" in errors) == (2, True)
 
 
 def test_the_best_round_and_the_start_can_be_asked(made: Made) -> None:
@@ -127,6 +151,43 @@ def test_a_file_of_prompts_is_answered_row_by_row(
     write_jsonl(prompts, [{"question": "rain falls"}])
     code, _, errors = fedalign(*argv)
     assert (code, "no column 'prompt'" in errors) == (2, True)
+
+
+def test_a_file_of_prompts_is_read_as_the_run_reads_its_data(
+    fedalign: Command, made: Made, questions: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, asked = made(*questions), list[str]()
+
+    def prompt_of(talk: Talk, row: Any, say: Any = None) -> str:
+        asked.append(talk._example(Row(row, "prompt", 1)).prompt)
+        return "yes"
+
+    monkeypatch.setattr(Talk, "answer", prompt_of)
+
+    def answered(name: str, text: str, *settings: str) -> list[dict[str, Any]]:
+        (tmp_path / name).write_bytes(text.encode("cp1250"))
+        given = [word for setting in settings for word in ("--set", setting)]
+        code, out, errors = fedalign("generate", str(run), "--prompts", str(tmp_path / name), *given)
+        assert code == 0, errors
+        assert "Windows-1252" not in out + errors
+        return [json.loads(line) for line in out.splitlines()]
+
+    words = "Łódź; źle | dobrze"
+    cell = f'id|prompt\n1|"{words}"\n'
+    (line,) = answered("a.csv", cell, "data.encoding=cp1250", "data.delimiter=|")
+    assert line == {"id": "1", "prompt": words, "generated": "yes"}
+    (line,) = answered("a.txt", words, "data.encoding=cp1250")
+    assert line["prompt"] == words
+    own = '{encoding = "cp1250", delimiter = "|", columns = {prompt = "pytanie"}, template = "Q: {pytanie}"}'
+    files = f'data.files={{"b.csv" = {own}}}'
+    (line,) = answered("b.csv", cell.replace("prompt", "pytanie"), files)
+    assert line == {"id": "1", "pytanie": words, "generated": "yes"}  # each row as it is
+    assert [words in prompt for prompt in asked] == [True, True, True]
+    assert asked[-1] == f"Q: {words}"
+    code, _, errors = fedalign(
+        "generate", str(run), "--prompts", str(tmp_path / "a.csv"), "--set", "data.encoding=ascii"
+    )
+    assert (code, "a.csv" in errors, "Traceback" in errors) == (2, True, False)
 
 
 def test_exact_matches_are_scored_where_answers_are_generated(

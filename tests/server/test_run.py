@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from fedalign.federation.in_process import Prepared, prepare
 from fedalign.files import MARK
 from fedalign.protocol import Broadcast, Statistics, Weights
 from fedalign.report import write_report
+from fedalign.report.findings import facts
 from fedalign.report.material import read_material
 from fedalign.server.checkpoint import Checkpoints, ServerState
 from fedalign.server.results import ROUND, Recorder, RunFolder, _described, read_history, saved_round
@@ -528,7 +530,16 @@ def test_a_run_without_patience_left_says_so_and_can_go_on(
     (material,) = read_material([run]).runs
     assert (material.finished, material.stopped) == (True, told)
     write_report([run], tmp_path / "report.html")
-    assert f"ended early, round 1 of 3: {told}" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert f"ended early, round 1 of 3: {told}" in page
+    assert "After 1 round, seed 0." in page
+    assert "After 3 rounds" not in page
+    assert dict(facts(read_material([run])))["rounds"] == "1 of 3"
+    (line,) = [line for line in out.splitlines() if line.startswith("Compare ")]
+    assert line.endswith(" --set run.patience=0")
+    words = [*shlex.split(line)[2:], "--set", "run.rounds=1", "--seeds", "1", "--out", str(tmp_path / "compared")]
+    code, _, errors = fedalign(*words)
+    assert code == 0, errors
     code, out, errors = fedalign("run", "--resume", str(run))
     assert code == 0, errors
     assert f"{told}. To go on: fedalign run --resume {run} --set run.patience=0" in out

@@ -18,7 +18,7 @@ from fedalign.errors import UserError
 from fedalign.server import trackers
 from fedalign.server.checkpoint import ServerState
 from fedalign.server.results import Recorder, RunFolder
-from fedalign.server.trackers import TRACKERS, TrackedRun, open_trackers, require_trackers
+from fedalign.server.trackers import TRACKERS, Follower, TrackedRun, open_trackers, require_trackers
 
 SETTINGS = {"run.seed": 3, "algorithm.name": "fedavg"}
 
@@ -131,12 +131,62 @@ def test_a_server_that_comes_back_gets_what_it_missed(
         away.setattr(tracker.tracker, "log", lambda *_: 1 / 0)
         tracker.follow(history[:2])
         tracker.follow(history[:3])
-    assert ["did not take round 1" in record.getMessage() for record in caplog.records] == [True, True]
+    said = [record.getMessage().split(":")[0] for record in caplog.records]
+    assert said == ["mlflow did not take round 1", "mlflow did not take round 2"]
     assert run.taken("mlflow") == 0
     tracker.follow(history)
     tracker.close()
     taken = mlflow_client().get_metric_history(run.kept_id("mlflow"), "accuracy")
     assert [(metric.step, metric.value) for metric in taken] == [(0, 0), (1, 1), (2, 2), (3, 3)]
+
+
+def test_rounds_that_are_never_taken_hold_up_no_later_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    calls, taken = list[int](), list[int]()
+
+    class Picky:
+        def log(self, round: int, scalars: Any) -> None:
+            calls.append(round)
+            if round in (1, 2, 4):
+                raise ValueError("NaN")
+            taken.append(round)
+
+        def close(self) -> None:
+            pass
+
+    run = tracked(tmp_path)
+    follower = Follower("picky", Picky(), run)
+    with caplog.at_level(logging.WARNING, "fedalign.server.trackers"):
+        for last in range(7):
+            follower.follow([line(number) for number in range(last + 1)])
+    assert taken == [0, 3, 5, 6]
+    assert run.taken("picky") == 0  # as the run was resumed after round 0
+    assert json.loads((tmp_path / "trackers.json").read_text())["picky"]["taken"] == 6
+    assert [record.getMessage() for record in caplog.records] == [
+        f"picky did not take round {number}: NaN" for number in (1, 2, 4)
+    ]
+    assert len(calls) <= 7 + 2 * 3 + 2
+
+
+def test_a_lost_server_is_asked_twice_a_round_and_gets_all_in_order(tmp_path: Path) -> None:
+    calls, lost = list[int](), [True]
+
+    class Lost:
+        def log(self, round: int, scalars: Any) -> None:
+            calls.append(round)
+            if lost[0]:
+                raise ConnectionError
+
+        def close(self) -> None:
+            pass
+
+    follower = Follower("lost", Lost(), tracked(tmp_path))
+    for last in range(5):
+        follower.follow([line(number) for number in range(last + 1)])
+    assert calls == [0, 0, 1, 0, 2, 0, 3, 0, 4]
+    lost[0] = False
+    calls.clear()
+    follower.follow([line(number) for number in range(6)])
+    assert calls == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.usefixtures("mlflow_store")
@@ -172,6 +222,7 @@ def test_a_server_that_is_lost_does_not_end_the_run(tmp_path: Path, caplog: pyte
         tracker.close()
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         "mlflow did not take round 1",
+        "mlflow did not take round 2",
         "mlflow did not take its end",
     ]
 

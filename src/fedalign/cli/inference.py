@@ -16,9 +16,10 @@ from fedalign.cli.terminal import at_home, busy, err, out, print_table, say
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from fedalign.client.workbench import Workbench
+    from fedalign.config.run import DataConfig
     from fedalign.inference.scores import Scores
     from fedalign.inference.talk import Talk
 
@@ -120,7 +121,11 @@ def generate(
 
     Answers are kept in FILE.part as they come. Once all are there, they are FILE.
     """
+    from dataclasses import replace
+
+    from fedalign.data.sources import own_names
     from fedalign.inference.answers import AnswerFile, made_of
+    from fedalign.inference.load import Source, configured
     from fedalign.inference.talk import Sampling, Talk
 
     if resume and to is None:
@@ -129,18 +134,21 @@ def generate(
     kept = AnswerFile(to) if to is not None else None
     if kept is not None:
         kept.check(resume=resume)
-    rows, is_text = _prompts(prompts)
-    talk = Talk(_loaded(model, best, start, device, set_), Sampling(max_new_tokens, temperature))
-    asked = [{talk.role: row[""]} for row in rows] if is_text else rows
+    config = configured(Source(model, best, start, device, set_ or ()))  # a wrong file is told before a model is loaded
+    rows, data = _prompts(prompts, config.data)
+    bench = replace(_loaded(model, best, start, device, set_), config=config.model_copy(update={"data": data}))
+    talk = Talk(bench, Sampling(max_new_tokens, temperature))
+    asked = [{talk.role: row[""]} for row in rows] if prompts.suffix.lower() == ".txt" else rows
+    names = own_names(prompts, config.data)
     if kept is None:
-        for line in _answered(talk, asked, prompts, kept=False):
+        for line in _answered(talk, asked, prompts, names, kept=False):
             say(json.dumps(line, ensure_ascii=False))
         return
     with kept.writing(made_of(talk.bench, talk.sampling, asked), resume=resume) as answers:
         if done := len(answers.lines):
             say(f"{done:,} of {len(asked):,} answers were there already.")
         try:
-            for line in _answered(talk, asked, prompts, done, kept=True):
+            for line in _answered(talk, asked, prompts, names, done, kept=True):
                 answers.add(line)
         except BaseException:  # whatever ends it, Ctrl-C too
             if answers.lines:
@@ -149,29 +157,35 @@ def generate(
     say(f"{len(asked):,} answers in {to}")
 
 
-def _prompts(prompts: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The rows of a file, and whether they are bare lines of text, under the name of no column."""
-    from fedalign.config.run import DataConfig
-    from fedalign.data.sources import read_file
+def _prompts(prompts: Path, data: DataConfig) -> tuple[list[dict[str, Any]], DataConfig]:
+    """The rows of a file, bare lines of text under the name of no column, and how their prompts are made."""
+    from fedalign.data.sources import own_names, read_file, read_lines
     from fedalign.inference.answers import GENERATED
 
     rows: list[dict[str, Any]] = []
-    is_text = prompts.suffix.lower() == ".txt"
-    if not is_text:
-        rows = [dict(row.values) for row in read_file(prompts, DataConfig(), prompts.stem)]
+    if prompts.suffix.lower() != ".txt":
+        read = list(read_file(prompts, data, prompts.stem))
+        rows = [dict(row.values) for row in read]
+        kind, template = read[0].kind or data.kind, read[0].template  # alike for all rows of a file
+        shared = data.template if kind == data.kind else None
+        data = data.model_copy(update={"kind": kind, "template": shared if template is None else template})
     elif prompts.is_file():
-        rows = [{"": line} for line in prompts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        rows = [{"": line} for line in read_lines(prompts, data)]
     if not rows:
         raise UserError(f"--prompts {str(prompts)!r}: holds no prompt, or is not there.")
-    if any(GENERATED in row for row in rows):
+    names = own_names(prompts, data)
+    if any(names.get(column, column) == GENERATED for row in rows for column in row):
         raise UserError(f"--prompts {str(prompts)!r}: has a column {GENERATED!r}, where the answers go. Rename it.")
-    return rows, is_text
+    return rows, data
 
 
 def _answered(
-    talk: Talk, asked: list[dict[str, Any]], prompts: Path, done: int = 0, *, kept: bool
+    talk: Talk, asked: list[dict[str, Any]], prompts: Path, names: Mapping[str, str], done: int = 0, *, kept: bool
 ) -> Iterator[dict[str, Any]]:
-    """Each row with its answer, after the first `done`; a bar shows how far it is, beside what is written."""
+    """Each row with its answer, after the first `done`; a bar shows how far it is, beside what is written.
+
+    `names`: of columns that the file calls otherwise than they are read.
+    """
     from rich.progress import track
 
     from fedalign.inference.answers import GENERATED
@@ -187,7 +201,7 @@ def _answered(
     )
     for number, row in enumerate(left, done + 1):
         try:
-            yield row | {GENERATED: talk.answer(row)}
+            yield {names.get(column, column): value for column, value in row.items()} | {GENERATED: talk.answer(row)}
         except KeyError as error:
             raise UserError(
                 f"{prompts}, row {number}: no column {error}. There are: {', '.join(row)}. Say which one to read "
@@ -280,8 +294,10 @@ def _loaded(model: str, best: bool, start: bool, device: str, set_: list[str] | 
 
 def _examples(bench: Workbench, data: str | None) -> Any:
     from fedalign.data.formats import load_examples
+    from fedalign.inference.talk import check_classes
 
     config = bench.config
+    check_classes(config.data)
     if data is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"test": data, "train": data})})
     source = data or config.data.test or config.data.train

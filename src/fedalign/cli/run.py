@@ -83,7 +83,9 @@ def run(
         raise typer.Exit(stop.code) from None
     _print_summary(summary, folder)
     if settings.federation.engine == "in_process":  # the others are not for comparing
-        say(f"Compare   fedalign compare {folder.config} --algorithms {_with_baseline(summary['algorithm'])}")
+        whole = " --set run.patience=0" if settings.run.patience else ""  # runs that are compared take the same rounds
+        lines = _with_baseline(summary["algorithm"])
+        say(f"Compare   fedalign compare {shlex.quote(str(folder.config))} --algorithms {lines}{whole}")
 
 
 def asked(

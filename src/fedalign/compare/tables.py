@@ -183,9 +183,10 @@ def notes(
     spread: Spread = "ci",
 ) -> list[str]:
     """Notes that a reader needs to read the tables."""
-    several, rounds = len(design.choices) > 1, design.base.run.rounds
+    several = len(design.choices) > 1
+    rounds = _from_to([run.history[-1]["round"] for run in runs] or [design.base.run.rounds])
     seeds = f"seed{'s' if len(design.seeds) > 1 else ''} {', '.join(map(str, design.seeds))}"
-    said = [f"After {rounds} round{'s' if rounds > 1 else ''}, {seeds}."]
+    said = [f"After {rounds} round{'' if rounds == '1' else 's'}, {seeds}."]
     if several:
         said[0] += " Runs of one seed share start, partition and order of batches."
         said.append(

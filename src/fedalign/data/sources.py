@@ -258,7 +258,26 @@ def read_file(path: Path, data: DataConfig, name: str) -> Iterator[Row]:
         raise UserError(f"{path}: the file holds no rows. Give a file with at least one.")
 
 
+def read_lines(path: Path, data: DataConfig) -> list[str]:
+    """Lines of a file of bare text, empty ones left out; one that cannot be read is an error."""
+    own = data.files.get(path.name, FileConfig())
+    try:
+        with path.open("rb") as content:
+            encoding = _encoding(content, own.encoding or data.encoding, path)
+            content.seek(0)
+            text = content.read().decode(encoding)
+    except DAMAGED as error:
+        raise UserError(f"{path}: not readable as text: {error}") from None
+    return [line for line in text.splitlines() if line.strip()]
+
+
 # ---------------------------------------------------------------------------------------- columns called otherwise
+
+
+def own_names(path: Path, data: DataConfig) -> dict[str, str]:
+    """Columns as `read_file` calls them -> what the file itself calls them, where [data.files] says so."""
+    own = data.files.get(path.name, FileConfig())
+    return {new: column for column, new in _renamed(own.columns, data).items()}
 
 
 def _renamed(own: Mapping[str, str], data: DataConfig) -> dict[str, str]:

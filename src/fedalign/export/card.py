@@ -1,7 +1,7 @@
 """The model card of what is exported: a README.md whose head the Hub reads.
 
-It tells how many clients there were, never their names, and of their data the kind and size alone: no text, no class
-names, no paths. Whoever has the run's folder finds these there.
+It tells how many clients there were, never their names, and of their data the kind, the size and the classes that the
+model chooses among: no text, no paths. Whoever has the run's folder finds these there.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ def log_probabilities(**inputs):
 
 
 """
-UNTOLD = {  # of the configuration: paths, names of clients and classes, what the machines were
+UNTOLD = {  # of the configuration: paths, names of clients, what the machines were
     "run": ("device", "threads"),
     "model": ("path", "revision"),
-    "data": ("train", "test", "subset", "train_split", "test_split", "columns", "labels", "files"),
+    "data": ("train", "test", "subset", "train_split", "test_split", "columns", "files"),
     "clients": ("limits",),
 }
 

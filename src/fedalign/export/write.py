@@ -23,6 +23,7 @@ from fedalign.client.memory import ClientMemory, Kept
 from fedalign.client.workbench import Workbench
 from fedalign.compare.folder import ComparisonFolder
 from fedalign.config.run import Config
+from fedalign.data.formats import FORMATS
 from fedalign.errors import UserError, unknown
 from fedalign.export.card import MIXER, OF_DOCSTRINGS, Made, Trained, base_license, write_card
 from fedalign.files import KEPT_BY_CLIENTS, MARK, SUMS, check_free, claimed, damage, folder_name, replacing, rounds_in
@@ -473,7 +474,7 @@ def _trained(snapshot: Snapshot, best: bool) -> Trained:
     summary = snapshot.folder.summary
     told = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
     return Trained(
-        snapshot.config,
+        with_classes(snapshot.config, snapshot.folder),
         snapshot.round,
         best,
         snapshot.history,
@@ -482,6 +483,15 @@ def _trained(snapshot: Snapshot, best: bool) -> Trained:
         health,
         None if best else told.get("checked"),
     )
+
+
+def with_classes(config: Config, folder: RunFolder) -> Config:
+    """With the classes that the clients' examples were of, where the configuration names none."""
+    if not FORMATS[config.data.kind].classes or config.data.labels or not folder.holdings.is_file():
+        return config
+    held = json.loads(folder.holdings.read_text(encoding="utf-8")).values()
+    names = tuple(sorted({name for client in held for name in client["labels"] if name}))
+    return config.model_copy(update={"data": config.data.model_copy(update={"labels": names})})
 
 
 def _loader(folder: Path, trust_remote_code: bool) -> str:

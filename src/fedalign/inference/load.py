@@ -10,10 +10,9 @@ from pathlib import Path
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
 from fedalign.config.toml import as_texts, overridden, read_config
-from fedalign.data.formats import FORMATS
 from fedalign.errors import UserError
 from fedalign.export.card import CARD, settings_of
-from fedalign.export.write import ADAPTER, Base, base_of, find_snapshot, open_model
+from fedalign.export.write import ADAPTER, Base, base_of, find_snapshot, open_model, with_classes
 from fedalign.moe.load import pick_device
 from fedalign.server.results import RunFolder
 
@@ -29,6 +28,19 @@ class Source:
     settings: Sequence[str] = ()  # section.key=value, over what the run or the card says
 
 
+def configured(source: Source) -> Config:
+    """The configuration to answer with; no model is loaded.
+
+    Raises:
+        UserError: It cannot be read, or a setting is wrong.
+    """
+    folder = RunFolder(Path(source.place).expanduser())
+    if folder.config.is_file():
+        config = with_classes(folder.read_config("fedalign"), folder)
+        return _config(config, source, config.model.path)
+    return _config(_of_card(folder.path), source, source.place)
+
+
 def load(source: Source) -> Workbench:
     """The model with its tokenizer, and the configuration that it was tuned with.
 
@@ -41,38 +53,33 @@ def load(source: Source) -> Workbench:
     if source.best or source.start:
         option = "--best" if source.best else "--start"
         raise UserError(f"{option}: {source.place!r} is no run's folder, and holds one model. Leave it out.")
-    card = folder.path / CARD
-    settings = settings_of(card.read_text(encoding="utf-8")) if card.is_file() else None
-    config = read_config(settings) if settings else Config()
     adapter = folder.path / ADAPTER
     if not adapter.is_file():
-        return Workbench.load(_config(config, source, source.place))
+        return Workbench.load(configured(source))
     about = json.loads(adapter.read_text(encoding="utf-8"))
-    base = Base(about["base_model_name_or_path"], about.get("revision"), config)
+    base = Base(about["base_model_name_or_path"], about.get("revision"), _of_card(folder.path))
     moe = base.open(folder.path)
     moe.model.to(pick_device(source.device))
-    return Workbench.around(moe, _config(config, source, source.place))
+    return Workbench.around(moe, configured(source))
 
 
 def _of_run(source: Source, folder: RunFolder) -> Workbench:
-    config = _with_classes(folder.read_config("fedalign"), folder)
+    config = configured(source)
     if source.start:
-        return Workbench.load(_config(config, source, config.model.path))
+        return Workbench.load(config)
     snapshot = find_snapshot(folder.path, source.best)
     moe = open_model(snapshot, base_of(snapshot))
     if snapshot.weights is not None:
         moe.write(snapshot.weights)
     moe.model.to(pick_device(source.device))
-    return Workbench.around(moe, _config(config, source, config.model.path))
+    return Workbench.around(moe, config)
 
 
-def _with_classes(config: Config, folder: RunFolder) -> Config:
-    """With the classes that the clients' examples were of, where the configuration names none."""
-    if not FORMATS[config.data.kind].classes or config.data.labels or not folder.holdings.is_file():
-        return config
-    held = json.loads(folder.holdings.read_text(encoding="utf-8")).values()
-    names = tuple(sorted({name for client in held for name in client["labels"] if name}))
-    return config.model_copy(update={"data": config.data.model_copy(update={"labels": names})})
+def _of_card(folder: Path) -> Config:
+    """The settings that the card of an export tells; the defaults where there is none of ours."""
+    card = folder / CARD
+    settings = settings_of(card.read_text(encoding="utf-8")) if card.is_file() else None
+    return read_config(settings) if settings else Config()
 
 
 def _config(config: Config, source: Source, path: str) -> Config:

@@ -20,6 +20,16 @@ from fedalign.errors import UserError
 Say = Callable[[str], None]
 
 
+def check_classes(data: DataConfig) -> None:
+    """Refuse a classification whose classes nobody named: those of a scored file need not be the model's.
+
+    Raises:
+        UserError: data.labels is empty.
+    """
+    if FORMATS[data.kind].classes and not data.labels:
+        raise UserError("data.labels = []: which classes there are is not known. Give --set data.labels='[...]'.")
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How an answer is drawn."""
@@ -89,9 +99,8 @@ class Talk:
         """Each class and its probability, the likeliest first; None: it is no classification."""
         if not FORMATS[self._data.kind].classes:
             return None
+        check_classes(self._data)
         names = self._data.labels
-        if not names:
-            raise UserError("data.labels = []: which classes there are is not known. Give --set data.labels='[...]'.")
         labelled = Row({**row, self._data.columns.label: names[0]}, "prompt", 1)
         found = FORMATS[self._data.kind].read([labelled], self._data, "test")
         tests = TestSet.prepare(list(found), self.bench.encoder)

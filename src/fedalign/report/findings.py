@@ -170,9 +170,11 @@ def facts(material: Material) -> list[tuple[str, str]]:
 
 
 def _rounds(material: Material) -> str:
-    """How many were asked for; of a single run also how many are complete."""
-    asked, one = material.design.base.run.rounds, material.runs[0]
-    return f"{one.round} of {asked}" if len(material.runs) == 1 and not one.finished else str(asked)
+    """How many were asked for; also how many are complete, of a single run and where runs ended early."""
+    asked, runs = material.design.base.run.rounds, [run for run in material.runs if run.finished] or material.runs
+    short = any(run.stopped for run in runs) or (len(material.runs) == 1 and not runs[0].finished)
+    done = sorted({run.round for run in runs})
+    return f"{' to '.join(map(str, dict.fromkeys((done[0], done[-1]))))} of {asked}" if short else str(asked)
 
 
 def versions(material: Material) -> list[tuple[str, str]]:

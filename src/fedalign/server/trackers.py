@@ -93,7 +93,7 @@ class TrackedRun:
 
 @dataclass
 class Follower:
-    """A tracker that gets every round once, also those that it missed: what it does not take is offered again."""
+    """A tracker that gets every round once; what it did not take is offered again until it takes a later one."""
 
     name: str
     tracker: Tracker
@@ -101,19 +101,36 @@ class Follower:
 
     def __post_init__(self) -> None:
         self._taken = self.run.taken(self.name)
+        self._refused: set[int] = set()  # rounds after it; each was told once
 
     def follow(self, history: Sequence[Metrics]) -> None:
-        """Hand over all rounds after the last one that it took.
+        """Hand over all rounds after the last one that it took; of those that it refused first the oldest alone.
 
+        Once it takes one, it gets the others that it refused once more: what it refuses then, it never takes.
         A run is not lost because a server for its curves is: metrics.jsonl has every number anyway.
         """
-        for line in history:
-            round = int(line["round"])
-            if round > self._taken:
-                if not _took(self.name, f"round {round}", partial(self.tracker.log, round, _scalars(line))):
-                    return
-                self._taken = round
-                self.run.keep_taken(self.name, round)
+        lines = {number: line for line in history if (number := int(line["round"])) > self._taken}
+        waiting = sorted(self._refused)[1:]  # each may take as long as a lost server's time limit
+        offered, answers = [number for number in lines if number not in waiting], False
+        while offered:
+            number = offered.pop(0)
+            if not self._offer(number, lines[number]):
+                continue
+            self._taken = max(number, self._taken)
+            self.run.keep_taken(self.name, self._taken)
+            if not answers:
+                answers, offered = True, sorted({*offered, *self._refused})
+        if answers:
+            self._refused = {number for number in self._refused if number > self._taken}
+
+    def _offer(self, number: int, line: Metrics) -> bool:
+        """Whether it took a round."""
+        told = number in self._refused
+        if _took(self.name, f"round {number}", partial(self.tracker.log, number, _scalars(line)), told=told):
+            self._refused.discard(number)
+            return True
+        self._refused.add(number)
+        return False
 
     def close(self) -> None:
         """No more rounds will come."""
@@ -126,11 +143,12 @@ def _scalars(line: Metrics) -> dict[str, float]:
     return {name: value for name, value in values.items() if isinstance(value, int | float) and name != "round"}
 
 
-def _took(tracker: str, what: str, call: Callable[[], None]) -> bool:
+def _took(tracker: str, what: str, call: Callable[[], None], *, told: bool = False) -> bool:
     try:
         call()
     except Exception as error:  # the libraries raise anything, bare Exception too
-        logger.warning("%s did not take %s: %s", tracker, what, " ".join(str(error).split()))
+        if not told:
+            logger.warning("%s did not take %s: %s", tracker, what, " ".join(str(error).split()))
         return False
     return True
 
