@@ -10,6 +10,7 @@ from fedalign.client.evaluation import TestSet, _generated, evaluate
 from fedalign.config.run import EvaluationConfig
 from fedalign.data.encode import Encoder, load_tokenizer
 from fedalign.data.formats import Example
+from fedalign.data.sources import say
 from fedalign.errors import UserError
 from fedalign.moe.model import MoEModel
 from tests.rendering.kinds import build
@@ -73,6 +74,23 @@ def test_examples_may_have_different_numbers_of_choices(model: MoEModel, encoder
         min(range(len(e.choices)), key=lambda i: sum(nll(model, encoder, e.prompt, e.choices[i]))) for e in examples
     ]
     assert got.accuracy == sum(e.choices[b] == e.answer for e, b in zip(examples, best, strict=True)) / 2
+
+
+def test_examples_with_choices_and_without_are_all_scored_and_that_is_said(
+    model: MoEModel, encoder: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    say.cache_clear()
+    free = [Example("the dog", " runs far"), Example("rain", " falls")]
+    mixed = [*choose(PROMPTS[:1], [("a", "b")], [1]), *free]
+    tests = prepare(mixed, encoder)
+    assert list(tests.examples) == mixed
+    got = evaluate(model, tests, CONFIG, encoder.tokenizer, None)
+    assert (got.examples, got.accuracy) == (3, None)
+    assert "1 of 3 examples to score have choices and the others none" in caplog.text
+    caplog.clear()
+    prepare(free, encoder)
+    prepare(mixed[:1], encoder)
+    assert caplog.text == ""
 
 
 def test_length_normalised_scores_are_means(model: MoEModel, encoder: Encoder) -> None:

@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedalign.config.run import KINDS, SPELLINGS, Columns, DataConfig
+from fedalign.data import formats
 from fedalign.data.formats import OURS, Chat, Example, load_examples
+from fedalign.data.sources import Row
 from fedalign.errors import UserError
 
 Rows = list[dict[str, Any]]
@@ -564,6 +566,41 @@ def test_messages_that_no_template_takes(tmp_path: Path, turn: dict[str, Any], r
     message = refused([{"messages": [USER, {**ASSISTANT, **turn}], **row}], tmp_path, kind="chat")
     assert said in message
     assert "rows.jsonl, row 1: " in message
+
+
+# Rows that are left out.
+
+
+def test_a_training_row_that_is_left_out_settles_nothing_of_the_test_split(tmp_path: Path) -> None:
+    bad = {"question": "Broken?", "choices": ["one"], "answer": 0}
+    train = [bad, {"question": "Grass?", "choices": ["red", "green"], "answer": 2}, bad]
+    test = [{"question": "Sky?", "choices": ["red", "blue", "green"], "answer": 2}, bad]
+    source, other = write(tmp_path / "train.jsonl", train), write(tmp_path / "test.jsonl", test)
+    given: Any = {"train": source, "test": other, "kind": "multiple_choice", "on_bad_row": "skip"}
+    [one] = load_examples(other, DataConfig(**given), "test", 0)
+    assert one.answer == " blue"  # numbers count from 1, as those of the row that is trained
+
+
+def test_classes_of_rows_that_are_left_out_are_no_choices(tmp_path: Path) -> None:
+    train: Rows = [{"text": "rain", "label": "weather"}, {"text": "bread", "label": "food"}, {"label": "lost"}]
+    test: Rows = [{"text": "snow", "label": "weather"}, {"text": "gone", "label": "lost"}]
+    source, other = write(tmp_path / "train.jsonl", train), write(tmp_path / "test.jsonl", test)
+    given: Any = {"train": source, "test": other, "on_bad_row": "skip"}
+    trained = load_examples(source, DataConfig(**given), "train", 0)
+    [scored] = load_examples(other, DataConfig(**given), "test", 0)
+    assert {one.choices for one in (*trained, scored)} == {(" food", " weather")}
+
+
+def test_a_training_row_that_settles_the_test_split_and_cannot_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not left out of the test rows for ever, which it is none of."""
+    row = {"question": "Grass?", "choices": ["red", "green"], "answer": 1}
+    broken = Row({"question": "Broken?", "choices": ["one"], "answer": 0}, "train.jsonl", 7)
+    monkeypatch.setattr(formats, "_training_rows", lambda *_: [broken])
+    rows = [Row(row, "test.jsonl", 1)]
+    with pytest.raises(UserError, match=r"train.jsonl, \w+ 7: choices"):
+        formats.sift(rows, DataConfig(kind="multiple_choice", train="train.jsonl", on_bad_row="skip"), "test")
 
 
 # Formats.

@@ -211,6 +211,34 @@ def test_files_of_the_test_set_may_be_named(apart: Path) -> None:
     assert (proof.prompt, proof.choices) == ("snow\nLabel:", (" food", " weather"))
 
 
+def test_of_a_test_file_of_another_kind_the_training_rows_of_that_kind_settle_what_it_means(tmp_path: Path) -> None:
+    """Rows of [data] stand beside them, and hold neither choices nor labels."""
+    for split, answer in (("train", 2), ("test", 1)):
+        folder = tmp_path / split
+        folder.mkdir()
+        (folder / "a.jsonl").write_text('{"prompt": "Hi", "response": "Hello."}\n')
+        row = {"question": "Grass?", "choices": ["red", "green"], "answer": answer}
+        (folder / f"{split}-mc.jsonl").write_text(json.dumps(row))
+        (folder / f"{split}-class.jsonl").write_text('{"text": "rain", "label": "weather"}\n')
+    kinds = {"mc": "multiple_choice", "class": "classification"}
+    files = [f'data.files."{split}-{k}.jsonl".kind={kind}' for split in ("train", "test") for k, kind in kinds.items()]
+    data = load_config(None, [f"data.train={tmp_path}", "data.kind=instruction", *files]).data
+    train, test = load_examples(str(tmp_path), data, "train", 0), load_examples(str(tmp_path), data, "test", 0)
+    for examples, right in ((train, " green"), (test, " red")):
+        found = {one.answer: one.choices for one in examples}
+        assert found == {" Hello.": (), right: (" red", " green"), " weather": (" weather",)}
+
+
+def test_the_columns_of_a_spelling_are_its_own_whatever_they_are_called_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "Why?", "context": "Fever.", "response": "Ill."}\n')
+    rows = [{"instruction": "Sum up.", "output": "ill"}, {"instruction": "Sum up.", "input": "Rain.", "output": "wet"}]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = ["data.columns.input=context", "data.template={prompt} {context}", 'data.files."b.jsonl".kind=alpaca']
+    data = load_config(None, [f"data.train={tmp_path}", "data.kind=instruction", *named]).data
+    prompts = [one.prompt for one in load_examples(str(tmp_path), data, "train", 0)]
+    assert prompts == ["Why? Fever.", "Sum up.\n\nResponse:", "Sum up.\nRain.\nResponse:"]
+
+
 def test_a_site_reads_its_own_files_as_its_site_file_says(tmp_path: Path) -> None:
     (tmp_path / "north.csv").write_bytes("secret;note;label\nx;Käse;food\n".encode("utf-16-le"))
     own = 'delimiter = ";"\nencoding = "utf-16-le"\ncolumns = {text = "note"}\n'

@@ -62,7 +62,7 @@ def sheet(
         for i, text in zip(places, texts, strict=False)
     ]
     record: dict[str, Any] = {"examples": len(tests), "answered": answered}
-    if FORMATS[config.data.kind].classes and given:
+    if FORMATS[config.data.kind].classes and found.scores:
         counts = confusion(tests.examples, given)
         record["confusion"] = {true: {name: n for name, n in row.items() if n} for true, row in counts.items()}
     return record

@@ -36,7 +36,7 @@ class TestSet:
     __test__ = False  # not a test class
 
     encoded: Sequence[Encoded]  # with the right answer
-    choices: Sequence[Sequence[Encoded]] = ()  # of each example, if it has any
+    choices: Sequence[Sequence[Encoded]] = ()  # of each example, if all have some
     right_N: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # index of the right choice
     prompts: Sequence[list[int]] = ()  # what a generated answer continues,
     answers: Sequence[list[int]] = ()  # and the tokens that it was trained to be
@@ -44,10 +44,18 @@ class TestSet:
 
     @classmethod
     def prepare(cls, examples: Sequence[Example], encoder: Encoder) -> TestSet | None:
-        """Encode right answers and, where there are any, all choices; None if nothing is left to score."""
-        tests = (
-            cls._with_choices(examples, encoder) if any(e.choices for e in examples) else cls._free(examples, encoder)
-        )
+        """Encode right answers and, where all examples have them, choices; None if nothing is left to score.
+
+        Where only some have choices, all are scored as free text is.
+        """
+        choose = sum(bool(example.choices) for example in examples)
+        if 0 < choose < len(examples):
+            say(
+                f"{choose:,} of {len(examples):,} examples to score have choices and the others none: of all of them "
+                "the loss is scored, and no choice. Score kinds apart, each with its own data.test, for accuracies"
+            )
+        every = 0 < choose == len(examples)
+        tests = cls._with_choices(examples, encoder) if every else cls._free(examples, encoder)
         return tests if len(tests) else None
 
     @classmethod

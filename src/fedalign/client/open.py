@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from fedalign.client.memory import ClientData
-from fedalign.client.parts import TOO_FEW, Least, Parts, row_keys
+from fedalign.client.parts import TOO_FEW, Least, Parts, roles_of, row_keys
 from fedalign.client.trainer import OpenClient
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
@@ -64,10 +64,10 @@ def site_client(folder: SiteFolder, bench: Workbench, config: Config, run: str) 
         DataError: The data does not fit the configuration.
     """
     name, limits, data = folder.config.name, folder.config.limits, bench.config.data.model_copy(update={"max_train": 0})
-    least, seed, columns = Least(limits.min_train, limits.min_held_out), folder.seed, folder.config.data.columns
+    least, seed = Least(limits.min_train, limits.min_held_out), folder.seed
     try:
         rows = list(read_rows(data.train, data, "train"))
-        keys = row_keys(rows, {*columns.model_dump(exclude={"client"}).values()}, seed)
+        keys = row_keys(rows, folder.config.data.columns, seed, roles_of(parts_file(folder)))
         examples = load_examples(data.train, data, "train", seed)
     except UserError as error:
         raise DataError(str(error)) from None

@@ -17,8 +17,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from fedalign.config.run import Columns, choice_columns
 from fedalign.data.partition import hold_out
-from fedalign.data.sources import Row
+from fedalign.data.sources import Row, is_missing
 from fedalign.errors import UserError
 from fedalign.files import write_private
 from fedalign.maths.hashing import derive_seed
@@ -27,6 +28,8 @@ TOO_FEW = (
     "it holds fewer examples than it takes part with (limits.min_train and limits.min_held_out in its site.toml); how "
     "many they are stays there"
 )
+FIRST = ("text", "label", "prompt", "response", "messages", "tools", "question", "choices", "answer")  # roles of a key
+LATER = ("input", "system", "history")  # roles of a key, too, where parts.json names them
 log = logging.getLogger("fedalign")
 
 
@@ -45,6 +48,7 @@ class Parts:
     share: float  # that was asked for when they were drawn
     held_out: tuple[str, ...]
     train: tuple[str, ...]  # in the order of the draw
+    roles: tuple[str, ...] = LATER  # of which keys are made beside the first ones; as at the draw, for good
 
     @classmethod
     def of(cls, file: Path, keys: Sequence[str], share: float, seed: int, name: str, least: Least) -> Parts:
@@ -55,13 +59,13 @@ class Parts:
         """
         if file.exists():
             about = json.loads(file.read_text(encoding="utf-8"))
-            known = cls(float(about["share"]), tuple(about["held_out"]), tuple(about["train"]))
+            known = cls(float(about["share"]), tuple(about["held_out"]), tuple(about["train"]), roles_of(file))
             if not {*known.held_out, *known.train}.isdisjoint(keys):
                 if share != known.share:
                     log.warning("limits.held_out was %s when %s was drawn, and stays so", known.share, file)
                 return known._grown(keys, seed, least)
             log.warning("%s: none of its rows is in the data any more: what is held out is drawn anew", file)
-        return cls._draw(keys, share, seed, name, least)
+        return replace(cls._draw(keys, share, seed, name, least), roles=roles_of(file))
 
     @classmethod
     def _draw(cls, keys: Sequence[str], share: float, seed: int, name: str, least: Least) -> Parts:
@@ -99,12 +103,23 @@ class Parts:
         return frozenset(self.train[: fitting[-1]] if fitting else self.train)
 
 
-def row_keys(rows: Iterable[Row], columns: Iterable[str], seed: int) -> list[str]:
-    """A key for each row, of what stands in these columns; it tells nothing to who does not know the seed."""
-    named, secret, seen = sorted(columns), str(seed).encode(), Counter[str]()
-    keys = []
+def roles_of(file: Path) -> tuple[str, ...]:
+    """The later roles that the keys in a file are made of: none in one of before there were such."""
+    return tuple(json.loads(file.read_text(encoding="utf-8")).get("roles", ())) if file.exists() else LATER
+
+
+def row_keys(rows: Iterable[Row], columns: Columns, seed: int, roles: Iterable[str] = LATER) -> list[str]:
+    """A key for each row, of what can be read of it; it tells nothing to who does not know the seed.
+
+    Later roles and a column for each choice count where a row has them: other keys are as they were before.
+    """
+    first = sorted({getattr(columns, role) for role in FIRST})
+    later = {*(getattr(columns, role) for role in roles), *choice_columns(columns.choices)} - {*first}
+    secret, seen, keys = str(seed).encode(), Counter[str](), list[str]()
     for row in rows:
-        content = json.dumps([row.values.get(column) for column in named], sort_keys=True, default=str)
+        more = {column: row.values[column] for column in later if not is_missing(row.values.get(column))}
+        read = [*(row.values.get(column) for column in first), *([more] if more else [])]
+        content = json.dumps(read, sort_keys=True, default=str)
         number, seen[content] = seen[content], seen[content] + 1  # of rows that are alike each is one of its own
         keys.append(hashlib.blake2b(f"{number} {content}".encode(), key=secret, digest_size=16).hexdigest())
     return keys

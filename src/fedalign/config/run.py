@@ -91,7 +91,7 @@ SPELLINGS: dict[str, dict[str, Any]] = {  # what data.kind may say instead: a ki
     "alpaca": {
         "kind": "instruction",
         "template": "{instruction}\n{input}\nResponse:",
-        "columns": {"prompt": "instruction", "response": "output"},
+        "columns": {"prompt": "instruction", "input": "input", "response": "output"},
     },
     "sharegpt": {"kind": "chat", "columns": {"messages": "conversations"}},
     "preference": {"kind": "instruction", "columns": {"response": "chosen"}},

@@ -51,6 +51,7 @@ SPEAKERS = {  # of ShareGPT
     "observation": "tool",
     "function_response": "tool",
 }
+Training = Callable[[], Sequence[Row]] | None  # training rows of the same kind; None: the rows themselves are
 SHOWN, SKIPPED = 5, 10  # rows that a notice names; that cannot be read
 
 
@@ -81,7 +82,7 @@ class Example:
 class Format:
     """One kind of data."""
 
-    read: Callable[[Sequence[Row], DataConfig, Split], Iterator[Example]]
+    read: Callable[[Sequence[Row], DataConfig, Training], Iterator[Example]]
     told: str  # what a model card says of it
     prompt: str | None = ""  # the default template over roles of [data.columns]; None: the tokenizer's chat template
     roles: tuple[str, ...] = ()  # of [data.columns] that it reads beside those of the prompt
@@ -151,8 +152,12 @@ def drawn(examples: Sequence[Example], data: DataConfig, split: Split, seed: int
     return [examples[i] for i in sorted(chosen)]
 
 
-def examples_of(rows: Sequence[Row], data: DataConfig, split: Split) -> list[Example]:
+def examples_of(
+    rows: Sequence[Row], data: DataConfig, split: Split, training: Callable[[str], Sequence[Row]] | None = None
+) -> list[Example]:
     """An example of each row, those with nothing to learn from too; what rows mean is settled by all of them.
+
+    Of a test split the training rows settle it; `training` gives those of a kind, where they need not be read again.
 
     Raises:
         UserError: A row, or all together, cannot be read.
@@ -160,10 +165,12 @@ def examples_of(rows: Sequence[Row], data: DataConfig, split: Split) -> list[Exa
     by_kind: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         by_kind.setdefault(row.kind or data.kind, []).append(i)
+    training = training or functools.partial(_training_rows, data)
     found: dict[int, Example] = {}
     for kind, indices in by_kind.items():
         own = data.model_copy(update={"kind": kind, "template": data.template if kind == data.kind else None})
-        read = FORMATS[kind].read([rows[i] for i in indices], own, split)
+        settled_by = None if split == "train" else functools.partial(training, kind)
+        read = FORMATS[kind].read([rows[i] for i in indices], own, settled_by)
         found |= dict(zip(indices, read, strict=True))
     return list(_with_owners([found[i] for i in range(len(rows))], rows, data))
 
@@ -172,12 +179,13 @@ def sift(rows: Sequence[Row], data: DataConfig, split: Split) -> tuple[list[Row]
     """The rows that can be read, and of each other one why not. Each is tried alone, then all that are left together.
 
     Raises:
-        UserError: Something is wrong with all of them together.
+        UserError: Something is wrong with all of them together, or with the training rows that settle a test split.
     """
+    training = functools.cache(functools.partial(_training_rows, data))
 
     def flaw(those: Sequence[Row], as_split: Split) -> BadRowError | None:
         try:
-            examples_of(those, data, as_split)
+            examples_of(those, data, as_split, training)
         except BadRowError as error:
             return error
         return None
@@ -188,8 +196,11 @@ def sift(rows: Sequence[Row], data: DataConfig, split: Split) -> tuple[list[Row]
     kept = [row for row, problem in zip(rows, alone, strict=True) if problem is None]
     broken = [str(problem) for problem in alone if problem is not None]
     while kept and (problem := flaw(kept, split)) is not None:
+        left = [row for row in kept if row is not problem.row]
+        if len(left) == len(kept):
+            raise problem
         broken.append(str(problem))
-        kept = [row for row in kept if row is not problem.row]
+        kept = left
     return kept, broken
 
 
@@ -201,24 +212,24 @@ def name_some(where: Sequence[str]) -> str:
 # ---------------------------------------------------------------------------------------------------------- kinds
 
 
-def classification(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator[Example]:
+def classification(rows: Sequence[Row], data: DataConfig, training: Training) -> Iterator[Example]:
     """Text and label: the answer is the label's name, and every example chooses among all names."""
     prompts = [prompt_of(row, data) for row in rows]
-    names, labels = _labels(rows, data, split)
+    names, labels = _labels(rows, data, training)
     choices = {space: tuple(space + name for name in names) for space in ("", " ")}
     for prompt, label in zip(prompts, labels, strict=True):
         answer = _answer(prompt, label)
         yield Example(prompt, answer, choices[" " if answer.startswith(" ") else ""], label)
 
 
-def instruction(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator[Example]:
+def instruction(rows: Sequence[Row], data: DataConfig, training: Training) -> Iterator[Example]:
     """Prompt and response."""
     for row in rows:
         prompt, response = prompt_of(row, data), row.text(data.columns.response, may_be_empty=True)
         yield Example(prompt, _answer(prompt, response) if response else "")
 
 
-def chat(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator[Example]:
+def chat(rows: Sequence[Row], data: DataConfig, training: Training) -> Iterator[Example]:
     """Messages with a role and content each, or from and value; every assistant's turn is an answer."""
     for row in rows:
         read = _conversation(row, data)
@@ -228,16 +239,16 @@ def chat(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator[Exampl
         yield Example("", last, chat=Chat(messages, answers, _tools(row, data.columns.tools)))
 
 
-def multiple_choice(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator[Example]:
+def multiple_choice(rows: Sequence[Row], data: DataConfig, training: Training) -> Iterator[Example]:
     """Question, choices and the right one: its number, its letter (from A) or its text."""
     offered = [_offered(row, data.columns.choices) for row in rows]
-    for row, texts, index in zip(rows, offered, _indices(rows, offered, data, split), strict=True):
+    for row, texts, index in zip(rows, offered, _indices(rows, offered, data, training), strict=True):
         prompt = prompt_of(row, data)
         answers = tuple(_answer(prompt, words) for words in texts)
         yield Example(prompt, answers[index], answers)
 
 
-def text(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator[Example]:
+def text(rows: Sequence[Row], data: DataConfig, training: Training) -> Iterator[Example]:
     """Plain text to model: all of it is answer."""
     for row in rows:
         template = data.template if row.template is None else row.template
@@ -292,7 +303,7 @@ def of_package(kind: str) -> Format:
         FORMAT_GROUP, "data.kind", kind, OURS, lambda found: None if callable(found) else "is no function of a row"
     )
 
-    def read(rows: Sequence[Row], data: DataConfig, split: Split) -> Iterator[Example]:
+    def read(rows: Sequence[Row], data: DataConfig, training: Training) -> Iterator[Example]:
         for row in rows:
             try:
                 example = function(row)
@@ -346,7 +357,7 @@ def _answer(prompt: str, words: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- labels
 
 
-def _labels(rows: Sequence[Row], data: DataConfig, split: Split) -> tuple[tuple[str, ...], list[str]]:
+def _labels(rows: Sequence[Row], data: DataConfig, training: Training) -> tuple[tuple[str, ...], list[str]]:
     """The names of all classes, and each row's."""
     column = data.columns.label
     words = names_in(rows, column)
@@ -359,7 +370,7 @@ def _labels(rows: Sequence[Row], data: DataConfig, split: Split) -> tuple[tuple[
         if len(set(names)) < len(names) or "" in names:
             raise UserError(f"data.labels = {shortened(list(data.labels))}: each class needs a name of its own.")
         return tuple(names), [_named(row, word, names, column) for row, word in zip(rows, words, strict=True)]
-    known = words if split == "train" else names_in(_training_rows(data), column)
+    known = words if training is None else names_in(training(), column)
     names = sorted({word for word in known if word})
     for row, word in zip(rows, words, strict=True):
         if WHOLE.fullmatch(word):
@@ -375,9 +386,10 @@ def _labels(rows: Sequence[Row], data: DataConfig, split: Split) -> tuple[tuple[
     return tuple(names), words
 
 
-def _training_rows(data: DataConfig) -> list[Row]:
-    """Those of its kind."""
-    return [row for row in read_rows(data.train, data, "train") if row.kind in ("", data.kind)]
+def _training_rows(data: DataConfig, kind: str) -> Sequence[Row]:
+    """The training rows of one kind: those that can be read, where the others are left out."""
+    rows = [row for row in read_rows(data.train, data, "train") if (row.kind or data.kind) == kind]
+    return sift(rows, data, "train")[0] if data.on_bad_row == "skip" else rows
 
 
 def _as_number(name: str) -> tuple[float, str]:
@@ -483,13 +495,13 @@ class _Right:
         return None if first is last else int(last is not None)
 
 
-def _indices(rows: Sequence[Row], offered: Sequence[_Choices], data: DataConfig, split: Split) -> Iterator[int]:
+def _indices(rows: Sequence[Row], offered: Sequence[_Choices], data: DataConfig, training: Training) -> Iterator[int]:
     """Which choice is right in each row; what letters and numbers stand for is settled by all rows."""
     column = data.columns.answer
     right = _Right.read(rows, offered, column)
     base = right.base(column)
-    if base is None and split == "test" and data.train != "docstrings":  # a coordinator of sites has no other
-        train = _training_rows(data)
+    if base is None and training is not None and data.train != "docstrings":  # a coordinator of sites has no other
+        train = training()
         base = _Right.read(train, [_offered(row, data.columns.choices) for row in train], column).base(column)
     if base != 0 and any(number is not None for number in right.numbers):
         why = "one is the number of its choices" if base else "none is 0 and none is the number of its choices"

@@ -99,7 +99,7 @@ def guess_kind(data: DataConfig) -> str:
         return "text"
     for kind, form in OURS.items():
         try:
-            list(form.read(rows, data.model_copy(update={"kind": kind}), "train"))
+            list(form.read(rows, data.model_copy(update={"kind": kind}), None))
         except UserError:
             continue
         return kind

@@ -65,7 +65,7 @@ def score(bench: Workbench, examples: Sequence[Example], shown: int = 10) -> Sco
     given = given_answers(tests, found)
     classes: tuple[ClassScore, ...] = ()
     confusion = None
-    if FORMATS[bench.config.data.kind].classes and given:
+    if FORMATS[bench.config.data.kind].classes and found.scores:
         confusion = confusion_of(tests.examples, given)
         classes = tuple(_class(name, confusion) for name in confusion)
     rows = zip(tests.examples, given, strict=True) if given else ()

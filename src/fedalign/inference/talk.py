@@ -87,7 +87,7 @@ class Talk:
         form = FORMATS[self._data.kind]
         if not form.reads_all:
             return Example(prompt_of(row, self._data), "")
-        (example,) = form.read([row], self._data, "test")
+        (example,) = form.read([row], self._data, None)
         return example
 
     def remember(self, said: str, answer: str) -> None:
@@ -102,7 +102,7 @@ class Talk:
         check_classes(self._data)
         names = self._data.labels
         labelled = Row({**row, self._data.columns.label: names[0]}, "prompt", 1)
-        found = FORMATS[self._data.kind].read([labelled], self._data, "test")
+        found = FORMATS[self._data.kind].read([labelled], self._data, None)
         tests = TestSet.prepare(list(found), self.bench.encoder)
         if tests is None:
             raise UserError('the text is too long for the model. Shorten it, or set data.too_long = "truncate".')
