@@ -320,14 +320,25 @@ CHUNK = 2**20  # bytes
 
 
 def _encoding(content: IO[bytes], said: str, path: Path) -> str:
-    """The encoding of a text file: as the user says, or by its byte order mark, or the first that fits, and told."""
+    """The encoding of a text file: by its byte order mark, or as the user says, or the first that fits.
+
+    Told where the user names another one than the file has, and where it is guessed.
+    """
     first = content.read(4)
     content.seek(0)
-    marked = next((encoding for mark, encoding in MARKS if first.startswith(mark)), "")
-    if said != AUTO:
-        return "utf-8-sig" if codecs.lookup(said).name == "utf-8" else said
+    mark, marked = next(((mark, encoding) for mark, encoding in MARKS if first.startswith(mark)), (b"", ""))
     if marked:
+        if said != AUTO and mark.decode(said, "replace").strip("\ufeff"):
+            say(f"{path}: its byte order mark says {marked.removesuffix('-sig')}, and so it is read: not as {said!r}")
         return marked
+    if said != AUTO:
+        is_utf_8 = codecs.lookup(said).name in ("utf-8", "utf-8-sig")
+        if not is_utf_8 and _fits(content, "utf-8") and not _fits(content, "ascii"):
+            say(
+                f"{path}: is read as {said!r}, but its letters are valid UTF-8. If `fedalign data` shows Ã¼ for "
+                'ü, set its encoding = "utf-8" (data.encoding, or that of the file under [data.files])'
+            )
+        return "utf-8-sig" if is_utf_8 else said
     encoding = next((name for name in ("utf-8", "cp1252") if _fits(content, name)), "")
     if not encoding:
         raise UserError(
