@@ -72,7 +72,7 @@ def _settings(source: str, model: str | None, overrides: list[str]) -> tuple[Con
         return settings, model is not None
     from fedalign.data.sources import read_rows
 
-    rows = list(read_rows(source, settings.data, "train"))
+    rows = list(read_rows(source, settings.data, "train", []))  # what cannot be read is told later
     from fedalign.doctor.data import guess_kind
     from fedalign.doctor.recognise import recognise
 

@@ -94,7 +94,7 @@ def preview(tokenizer: Any, one: Encoded) -> list[tuple[str, bool]]:
 def guess_kind(data: DataConfig) -> str:
     """A guess at the kind of the first rows, for want of a configuration that says it."""
     try:
-        rows = list(islice(read_rows(data.train, data, "train"), GUESS_ROWS))
+        rows = list(islice(read_rows(data.train, data, "train", []), GUESS_ROWS))
     except UserError:  # whoever reads it for a purpose says what is wrong
         return "text"
     for kind, form in OURS.items():

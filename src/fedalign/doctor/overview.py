@@ -81,7 +81,8 @@ def overview(config: Config, with_model: bool = True) -> Overview:
     """
     data = config.data.model_copy(update={"on_bad_row": "error"})
     check_names(data)
-    rows = list(read_rows(data.train, data, "train"))
+    flaws: list[str] = []
+    rows = list(read_rows(data.train, data, "train", flaws))
     if not rows:
         raise UserError(f"data.train = {data.train!r}: holds no rows.")
     kept, broken = sift(rows, data, "train")
@@ -97,7 +98,7 @@ def overview(config: Config, with_model: bool = True) -> Overview:
         files=Counter(row.source for row in rows),
         columns=_columns(rows, config),
         unread=tuple(unread_columns(rows, data)),
-        broken=tuple(broken),
+        broken=(*flaws, *broken),
         examples=len(learnt),
         taken=len(taken),
         empty=tuple(example.where for example in examples if not example.answer),
