@@ -129,3 +129,59 @@ def test_a_name_with_quotes_is_a_name(fedalign: Command, alpaca: Path) -> None:
     code, out, errors = fedalign("data", str(odd), *sets)
     assert code == 1, errors
     assert "2 rows cannot be read:" in out
+
+
+def folder_of(path: Path, **files: list[dict[str, Any]]) -> Path:
+    path.mkdir()
+    for name, lines in files.items():
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def words(*texts: str) -> str:
+    return " ".join(" ".join(texts).split())
+
+
+def test_files_of_a_folder_that_do_not_fit_are_a_line_each(fedalign: Command, tmp_path: Path) -> None:
+    news = [{"text": row["text"], "label": row["label"]} for row in rows()[:30]]
+    notes = [{"note": row["text"], "ward": row["label"]} for row in rows()[:30]]
+    folder = folder_of(tmp_path / "sites", a=notes, b=news, c=ALPACA[3:])
+    code, out, errors = fedalign("data", str(folder))
+    told = words(out, errors)
+    assert code == 1, errors
+    assert "classification: 30 examples" in told or "read as classification" in told
+    assert f"{folder / 'a.jsonl'}: none of its 30 rows can be read, line 1: no column 'text'" in told
+    assert told.count("no column") == 1
+    assert '[data.files."NAME"]' in told
+    assert "fedalign init" in told
+
+
+def test_a_file_with_labels_is_never_plain_text(fedalign: Command, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "sites", a=[{"text": "x", "label": i % 2} for i in range(30)])
+    code, out, errors = fedalign("data", str(folder / "a.jsonl"))
+    assert code == 1
+    assert "classification: 0 examples" in words(out, errors)
+    assert "none of its 30 rows can be read, line 1: label = 0: an integer without a name" in words(out, errors)
+
+
+def test_without_a_configuration_nothing_is_said_of_clients_that_nobody_asked_for(
+    fedalign: Command, tmp_path: Path
+) -> None:
+    few = folder_of(tmp_path / "few", a=[{"text": "x", "label": "y"}])
+    code, out, errors = fedalign("data", str(few / "a.jsonl"))
+    assert code == 0, errors
+    assert "clients" not in out + errors
+    _, out, errors = fedalign("data", str(few / "a.jsonl"), "--set", "clients.count=2")
+    assert "clients" in out + errors
+
+
+def test_chats_without_a_model_say_why_none_is_shown(fedalign: Command, tmp_path: Path, olmoe: Path) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    file = folder_of(tmp_path / "chats", a=[{"messages": turns}]) / "a.jsonl"
+    code, out, errors = fedalign("data", str(file))
+    assert code == 0, errors
+    assert "No example is shown" in out + errors
+    assert "--model" in out + errors
+    _, out, errors = fedalign("data", str(file), "--set", "data.chat_template=chatml", "--model", str(olmoe))
+    assert "No example is shown" not in out + errors
+    assert "Hello." in out
