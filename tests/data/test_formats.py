@@ -344,6 +344,28 @@ def test_numbers_that_are_no_names_count_them(tmp_path: Path) -> None:
         assert as_csv(tmp_path / "a.csv", list(map(str, values)), labels=("a", "b")) == ["a", "b", "b"]
 
 
+@pytest.mark.parametrize("word", ["NA", "None", "null", "nan"])
+def test_a_word_for_nothing_is_a_word_and_a_class_of_that_name_is_told(
+    tmp_path: Path, word: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.csv").write_text(f"text,label\n{word},x\nb,{word}\nc,{word}\n")
+    write(tmp_path / "b.jsonl", [{"text": word, "label": "x"}, {"text": "b", "label": word}])
+    for name, count in (("a.csv", 2), ("b.jsonl", 1)):
+        source = str(tmp_path / name)
+        caplog.clear()
+        examples = load(source)
+        assert examples[0].prompt == f"{word}\nLabel:"
+        assert examples[1].label == word
+        [told] = [line for line in caplog.messages if "is a class of that name" in line]
+        assert told.startswith(f"{source}: {word!r} ({count}) in column 'label'")
+        caplog.clear()
+        load(source, labels=("x", word))
+        assert "is a class of that name" not in caplog.text
+    (tmp_path / "c.csv").write_text("text,label\na,x\nb,\n")
+    with pytest.raises(UserError, match=r"c\.csv, row 2: column 'label' is empty"):
+        load(str(tmp_path / "c.csv"))
+
+
 def test_truth_is_named(tmp_path: Path) -> None:
     names = ("false", "true")
     assert labels(tmp_path / "a.jsonl", [True, False], labels=names) == ["true", "false"]

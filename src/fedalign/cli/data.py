@@ -134,6 +134,7 @@ def _print(found: Overview, settings: Config, every: bool) -> None:
     if found.unfit:
         for line in found.unfit:
             say(line)
+    if found.unfit and len(found.files) > 1:
         say(
             'Say what stands in a file under [data.files."NAME"] (kind, columns), or rename its columns: `fedalign '
             "init` writes that for spellings it knows, and `fedalign formats` lists them."

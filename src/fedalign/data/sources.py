@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "test"]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+NOTHING = ("na", "n/a", "nan", "none", "null", "<na>")  # words that tables of other tools write for an empty cell
 LONGEST_CELL = 2**31 - 1  # characters; Python's csv allows 131,072 unless told otherwise
 DAMAGED = (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, lzma.LZMAError)
 WHOLE = re.compile(r"(-?[0-9]+)(?:\.0*)?")
@@ -256,7 +257,7 @@ def read_file(path: Path, data: DataConfig, name: str, flaws: list[str] | None =
     own = data.files.get(path.name, FileConfig())
     renamed = _renamed(own.columns, data)
     template = own.template and _over(own.template, renamed)
-    number, unread, some = 0, list[str](), False
+    number, unread, some, doubtful = 0, list[str](), False, Counter[str]()
     try:
         with PACKED.get(packed, open)(path, "rb") as content:
             classes = _settled(_classes_of_parquet(content, path) if kind == ".parquet" else {}, data)
@@ -272,10 +273,17 @@ def read_file(path: Path, data: DataConfig, name: str, flaws: list[str] | None =
                         raise UserError(unread[0])
                     continue
                 some = True
-                yield _named(replace(row, values=_with_names(values, renamed) if renamed else values), classes)
+                row = _named(replace(row, values=_with_names(values, renamed) if renamed else values), classes)
+                label = row.values.get(data.columns.label)
+                if isinstance(label, str) and label.strip().lower() in NOTHING and label.strip() not in data.labels:
+                    doubtful[label.strip()] += 1
+                yield row
     except DAMAGED as error:
         after = f"after {counted(path)} {number}"
         raise UserError(f"{path}, {after}: not readable as {kind[1:]}{packed}: {error}") from None
+    if doubtful:
+        told = ", ".join(f"{word!r} ({count:,})" for word, count in doubtful.items())
+        say(f"{path}: {told} in column {data.columns.label!r} is a class of that name. If it means none, empty it")
     if flaws is not None:
         flaws += unread
     elif unread:
