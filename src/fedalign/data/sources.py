@@ -109,7 +109,7 @@ class Row:
 
 
 def counted(file: Path) -> str:
-    """What the number of a row counts: lines of a .jsonl, blank ones too, as an editor does; else rows."""
+    """The unit of a row's number: lines of a .jsonl, blank ones too, as an editor counts them; else rows."""
     return "line" if _type(file)[0] == ".jsonl" else "row"
 
 
