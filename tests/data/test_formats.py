@@ -176,7 +176,7 @@ def test_a_column_named_as_label_labels_any_kind(tmp_path: Path) -> None:
 
 def test_a_missing_column_lists_those_that_are_there(tmp_path: Path) -> None:
     message = refused(NEWS, tmp_path, columns=Columns(text="title"))
-    assert "row 1" in message
+    assert "line 1" in message
     assert "'title'" in message
     assert "text, label, client" in message
 
@@ -191,7 +191,7 @@ def test_integers_need_names(tmp_path: Path) -> None:
 
 def test_an_integer_outside_the_labels(tmp_path: Path) -> None:
     message = refused([*NEWS[1:2], {"text": "x", "label": -1}], tmp_path, labels=("Sports", "Business"))
-    assert "row 2: label = -1: must be 0 to 1" in message
+    assert "line 2: label = -1: must be 0 to 1" in message
 
 
 def test_a_text_outside_the_labels(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_text_outside_the_labels(tmp_path: Path) -> None:
 def test_a_label_that_training_never_has(tmp_path: Path) -> None:
     train = write(tmp_path / "a.jsonl", [{"text": "x", "label": "one"}])
     test = write(tmp_path / "b.jsonl", [{"text": "x", "label": "one"}, {"text": "y", "label": "two"}])
-    with pytest.raises(UserError, match=r"b\.jsonl, row 2: label = 'two'.*one"):
+    with pytest.raises(UserError, match=r"b\.jsonl, line 2: label = 'two'.*one"):
         load(test, "test", train=train, test=test)
 
 
@@ -213,7 +213,7 @@ def test_an_empty_file(tmp_path: Path) -> None:
 
 def test_an_empty_text(tmp_path: Path) -> None:
     rows = [NEWS[0], {"text": " ", "label": 0}]
-    assert "row 2: column 'text' is empty" in refused(rows, tmp_path, labels=("Sports", "Business"))
+    assert "line 2: column 'text' is empty" in refused(rows, tmp_path, labels=("Sports", "Business"))
 
 
 def test_a_text_of_another_type(tmp_path: Path) -> None:
@@ -255,8 +255,8 @@ def test_a_template_with_an_unknown_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.jsonl", '{"text": "x"}\nnot json\n', "after row 1: not readable as jsonl"),
-        ("a.jsonl", "[1]\n", "row 1: [1]: must be an object"),
+        ("a.jsonl", '{"text": "x"}\nnot json\n', "line 2: not readable as JSON: Expecting value (column 1)."),
+        ("a.jsonl", "[1]\n", "line 1: [1]: must be an object"),
         ("a.json", '{"text": "x"}', "must hold one list"),
         ("a.csv", "text\nx,y\n", "more cells than the header"),
         ("a.parquet", "no parquet", "not readable as parquet"),
@@ -336,7 +336,7 @@ def test_numbers_that_are_names_are_names_in_every_type_of_file(tmp_path: Path) 
         assert as_csv(tmp_path / "a.csv", list(map(str, written)), labels=STARS) == expected
         pq.write_table(pa.table({"text": list("abcde"), "label": written}), tmp_path / "a.parquet")
         assert [e.label for e in load(str(tmp_path / "a.parquet"), labels=STARS)] == expected
-    with pytest.raises(UserError, match=r"row 2: label = '0': not in data.labels. Choose one of: 1, 2, 3, 4, 5"):
+    with pytest.raises(UserError, match=r"(row|line) 2: label = '0': not in data.labels. Choose one of: 1, 2, 3, 4, 5"):
         labels(tmp_path / "a.jsonl", [1, 0], labels=STARS)
 
 
@@ -344,6 +344,28 @@ def test_numbers_that_are_no_names_count_them(tmp_path: Path) -> None:
     for values in ([0, 1, 1], [0.0, 1.0, 1.0], ["0", "1", "b"]):
         assert labels(tmp_path / "a.jsonl", list(values), labels=("a", "b")) == ["a", "b", "b"]
         assert as_csv(tmp_path / "a.csv", list(map(str, values)), labels=("a", "b")) == ["a", "b", "b"]
+
+
+@pytest.mark.parametrize("word", ["NA", "None", "null", "nan"])
+def test_a_word_for_nothing_is_a_word_and_a_class_of_that_name_is_told(
+    tmp_path: Path, word: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.csv").write_text(f"text,label\n{word},x\nb,{word}\nc,{word}\n")
+    write(tmp_path / "b.jsonl", [{"text": word, "label": "x"}, {"text": "b", "label": word}])
+    for name, count in (("a.csv", 2), ("b.jsonl", 1)):
+        source = str(tmp_path / name)
+        caplog.clear()
+        examples = load(source)
+        assert examples[0].prompt == f"{word}\nLabel:"
+        assert examples[1].label == word
+        [told] = [line for line in caplog.messages if "is a class of that name" in line]
+        assert told.startswith(f"{source}: {word!r} ({count}) in column 'label'")
+        caplog.clear()
+        load(source, labels=("x", word))
+        assert "is a class of that name" not in caplog.text
+    (tmp_path / "c.csv").write_text("text,label\na,x\nb,\n")
+    with pytest.raises(UserError, match=r"c\.csv, row 2: column 'label' is empty"):
+        load(str(tmp_path / "c.csv"))
 
 
 def test_truth_is_named(tmp_path: Path) -> None:
@@ -415,7 +437,7 @@ def test_a_class_that_the_file_does_not_name(tmp_path: Path) -> None:
 
 
 def test_integers_without_names_are_refused_in_every_type_of_file(tmp_path: Path) -> None:
-    said = r'row 1: label = 3: an integer without a name.*data.labels = \["2", "3", "11"\]'
+    said = r'(row|line) 1: label = 3: an integer without a name.*data.labels = \["2", "3", "11"\]'
     with pytest.raises(UserError, match=said):
         labels(tmp_path / "a.jsonl", [3, 2, 11])
     with pytest.raises(UserError, match=said):
@@ -429,7 +451,7 @@ def test_one_letter_written_in_two_ways_is_one_class(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["²", 1.5, float("nan"), ["a"], None, ""])
 def test_a_label_that_is_no_class(tmp_path: Path, value: Any) -> None:
-    with pytest.raises(UserError, match="row 1"):
+    with pytest.raises(UserError, match="line 1"):
         labels(tmp_path / "a.jsonl", [value, "a"], labels=("a", "b"))
 
 
@@ -460,7 +482,7 @@ def test_numbers_count_from_one_where_one_is_the_number_of_choices(
 def test_numbers_count_from_zero_where_one_is_zero(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert chosen(tmp_path, [0, "2", "c"]) == ["red", "blue", "blue"]
     assert caplog.text == ""
-    with pytest.raises(UserError, match=r"row 2: answer = 3: counts from 1, but row 1 of .* from 0"):
+    with pytest.raises(UserError, match=r"line 2: answer = 3: counts from 1, but row 1 of .* from 0"):
         chosen(tmp_path, [0, 3])
 
 
@@ -488,7 +510,7 @@ def test_an_answer_that_is_a_choice_is_that_choice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("answer", ["²", "ß", "Ж", 4, "4", "D", float("nan"), None])
 def test_an_answer_that_is_nothing_of_the_kind(tmp_path: Path, answer: Any) -> None:
-    with pytest.raises(UserError, match="row 2"):
+    with pytest.raises(UserError, match="line 2"):
         chosen(tmp_path, ["A", answer])
 
 
@@ -500,7 +522,7 @@ def test_an_empty_answer(tmp_path: Path, empty: str | None, caplog: pytest.LogCa
     source = write(tmp_path / "a.jsonl", [{"prompt": "x", "response": said} for said in ("y", empty, "z")])
     assert [example.answer for example in load(source, kind="instruction")] == [" y", " z"]
     assert "1 (" in caplog.text
-    assert "a.jsonl, row 2) with nothing to learn from, left out" in caplog.text
+    assert "a.jsonl, line 2) with nothing to learn from, left out" in caplog.text
     source = write(tmp_path / "b.jsonl", [{"text": "x"}, {"text": empty}])
     assert len(load(source, kind="text")) == 1
     source = write(tmp_path / "c.jsonl", [{"text": empty}])
@@ -565,7 +587,7 @@ def test_parts_of_text_are_text(tmp_path: Path) -> None:
 def test_messages_that_no_template_takes(tmp_path: Path, turn: dict[str, Any], row: dict[str, Any], said: str) -> None:
     message = refused([{"messages": [USER, {**ASSISTANT, **turn}], **row}], tmp_path, kind="chat")
     assert said in message
-    assert "rows.jsonl, row 1: " in message
+    assert "rows.jsonl, line 1: " in message
 
 
 # Rows that are left out.

@@ -68,7 +68,7 @@ def test_a_format_of_another_package(
     data = load_config(None, [f"data.train={notes}", "data.kind=ward"]).data
     one, two = load_examples(str(notes), data, "train", 0)
     assert (one.prompt, one.answer, one.file) == ("Fever.\n", "REST", "notes")
-    assert two.where == f"{notes}, row 2"
+    assert two.where == f"{notes}, line 2"
     assert caplog.text == ""  # nobody knows which columns it reads
     assert every_kind() == [*OURS, "ward"]
     assert FORMATS["chat"] is OURS["chat"]  # ours cannot be replaced
@@ -86,7 +86,7 @@ def test_a_row_that_it_cannot_read_is_a_bad_row(package: Package, notes: Path, f
     with notes.open("a") as file:
         file.write('{"note": "Cough."}\n{"outcome": "x"}\n')
     overrides = [f"data.train={notes}", "data.kind=ward"]
-    with pytest.raises(UserError, match=r"row 3: data.kind = 'ward' cannot read it \(KeyError: \"'outcome'\"\)"):
+    with pytest.raises(UserError, match=r"line 3: data.kind = 'ward' cannot read it \(KeyError: \"'outcome'\"\)"):
         load_examples(str(notes), load_config(None, overrides).data, "train", 0)
     skipping = load_config(None, [*overrides, "data.on_bad_row=skip"]).data
     assert len(load_examples(str(notes), skipping, "train", 0)) == 2

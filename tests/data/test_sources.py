@@ -55,7 +55,7 @@ def test_packed_files(tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes
     (tmp_path / f"a.csv.{suffix}").write_bytes(pack(b"text\nhi\nno\n"))
     assert [example.answer for example in load(tmp_path / f"a.csv.{suffix}")] == ["hi", "no"]
     (tmp_path / f"b.jsonl.{suffix}").write_bytes(pack(ROW.encode())[:-12])
-    with pytest.raises(UserError, match=rf"b\.jsonl\.{suffix}, after row \d: not readable as jsonl\.{suffix}: "):
+    with pytest.raises(UserError, match=rf"b\.jsonl\.{suffix}, after line \d: not readable as jsonl\.{suffix}: "):
         load(tmp_path / f"b.jsonl.{suffix}")
 
 
@@ -114,8 +114,42 @@ def test_files_that_would_lose_something(tmp_path: Path, name: str, content: str
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError) as caught:
         load(tmp_path / name)
-    assert f"{name}, after row 0: not readable as {name[2:]}: " in str(caught.value)
+    where = "line 1: not readable as JSON: " if name == "a.jsonl" else f"after row 0: not readable as {name[2:]}: "
+    assert f"{name}, {where}" in str(caught.value)
     assert said in str(caught.value)
+
+
+def _spoilt(path: Path) -> None:
+    """Blank lines, two that are no JSON, one that is no object, one without text: lines 3, 6, 7 and 8."""
+    good = json.dumps({"text": "hi"})
+    path.write_text("\n".join(["", good, "{no", "", good, "[1]", "null", '{"note": 1}', good, ""]))
+
+
+def test_a_bad_line_of_a_jsonl_has_the_number_that_an_editor_shows(tmp_path: Path) -> None:
+    _spoilt(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r"a\.jsonl, line 3: not readable as JSON: .* \(column 2\)"):
+        load(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_text(f"\n\n{ROW}\n{{}}\n")
+    with pytest.raises(UserError, match=r"b\.jsonl, line 5: no column 'text'"):
+        load(tmp_path / "b.jsonl")
+
+
+def test_lines_that_are_no_object_are_left_out_where_that_is_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _spoilt(tmp_path / "a.jsonl")
+    assert [example.where[-6:] for example in load(tmp_path, on_bad_row="skip")] == ["line 2", "line 5", "line 9"]
+    lines, rows = (line for line in caplog.messages if "left out" in line)
+    assert lines.startswith(f"{tmp_path / 'a.jsonl'}: 3 lines that cannot be read are left out: ")
+    assert [number in lines for number in ("line 3:", "line 6: [1]:", "line 7: None:")] == [True] * 3
+    assert "1 rows that cannot be read" in rows
+    assert "line 8:" in rows
+    (tmp_path / "b.jsonl").write_text("no\n")
+    with pytest.raises(UserError, match=r"b\.jsonl: no line can be read: .*b\.jsonl, line 1: not readable as JSON"):
+        load(tmp_path / "b.jsonl", on_bad_row="skip")
+    (tmp_path / "c.json").write_text("[1, ")
+    with pytest.raises(UserError, match=r"c\.json, after row 0: not readable as json"):
+        load(tmp_path / "c.json", on_bad_row="skip")
 
 
 def test_a_whole_character_may_be_written_in_halves(tmp_path: Path) -> None:
@@ -167,7 +201,7 @@ def test_an_owner_that_is_missing_is_an_error_whatever_the_table_writes_for_it(t
 @pytest.mark.parametrize("owner", [["a"], {"name": "a"}, []])
 def test_an_owner_is_one_name(tmp_path: Path, owner: Any) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", "client": owner}))
-    with pytest.raises(UserError, match=r"row 1: client = .*: must be the name or number of one client"):
+    with pytest.raises(UserError, match=r"line 1: client = .*: must be the name or number of one client"):
         load(tmp_path / "a.jsonl")
 
 

@@ -106,7 +106,7 @@ def test_turns_that_nobody_says(tmp_path: Path, turn: dict[str, Any], told: str)
     with pytest.raises(UserError) as caught:
         load(tmp_path, {"conversations": [turn, {"from": "gpt", "value": "Hello."}]}, kind="sharegpt")
     assert told in str(caught.value)
-    assert "row 1" in str(caught.value)
+    assert "line 1" in str(caught.value)
 
 
 # Preference pairs.
@@ -195,4 +195,4 @@ def test_choices_that_cannot_be_told_apart(tmp_path: Path, choices: Any, answer:
     with pytest.raises(UserError) as caught:
         load(tmp_path, {"question": "?", "choices": choices, "answer": answer}, kind="multiple_choice")
     assert told in str(caught.value)
-    assert "row 1" in str(caught.value)
+    assert "line 1" in str(caught.value)

@@ -94,6 +94,33 @@ def test_utf_8_that_is_named_needs_no_mark_and_may_have_one(tmp_path: Path) -> N
     assert read(tmp_path / "a.csv", encoding="UTF-8") == CELLS[1:]
 
 
+@pytest.mark.parametrize("named", ["utf-8", "utf-16", "utf-16-be", "cp1252", "shift_jis", "utf-7"])
+@pytest.mark.parametrize("written", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_tells_the_encoding_and_a_name_that_says_otherwise_is_told(
+    tmp_path: Path, written: str, named: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(csv_of(",").encode(written))
+    assert read(file, encoding=named) == CELLS[1:]
+    agree = written.removesuffix("-sig") == named
+    told = f"{file}: its byte order mark says {written.removesuffix('-sig')}, and so it is read: not as {named!r}"
+    assert [line for line in caplog.messages if "mark" in line] == ([] if agree else [told])
+
+
+@pytest.mark.parametrize("named", ["cp1252", "latin-1", "cp1250"])
+def test_letters_of_utf_8_that_are_read_as_others_are_told(
+    tmp_path: Path, named: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "a.csv"
+    for content, is_told in (("text\nü\n".encode(), True), (b"text\nu\n", False), ("text\nü\n".encode(named), False)):
+        caplog.clear()
+        file.write_bytes(content)
+        load(file, kind="text", encoding=named)
+        lines = [line for line in caplog.messages if "valid UTF-8" in line]
+        assert len(lines) == is_told
+        assert all(f"{file}: is read as {named!r}" in line and 'encoding = "utf-8"' in line for line in lines)
+
+
 @pytest.mark.parametrize("content", ["text\nä\n".encode("utf-16-le"), b"text\n\x81\xff\n"])
 def test_what_fits_nothing_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.csv").write_bytes(content)

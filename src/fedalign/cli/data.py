@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,9 +16,10 @@ from fedalign.cli.terminal import busy, out, print_table, say
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from fedalign.config.run import Config
+    from fedalign.data.sources import Row
     from fedalign.doctor.overview import Lengths, Overview
 
 DATA_EXAMPLES = """
@@ -47,20 +49,21 @@ def data(
 
     Exit code 1: some rows cannot be read, or are longer than the model allows.
     """
-    settings, with_model = _settings(source, model, set_ or [])  # a wrong word is told before torch loads
+    settings, is_own = _settings(source, model, set_ or [])  # a wrong word is told before torch loads
     from fedalign.doctor.overview import overview
     from fedalign.moe.load import quiet
 
     quiet()
     with busy("Reading ..."):
-        found = overview(settings, with_model)
+        is_dealt = is_own or any(override.startswith("clients.") for override in set_ or [])
+        found = overview(settings, is_own or model is not None, is_dealt)
     _print(found, settings, every)
-    if found.broken or (found.lengths and found.lengths.too_long):
+    if found.broken or found.unfit or (found.lengths and found.lengths.too_long):
         raise typer.Exit(1)
 
 
 def _settings(source: str, model: str | None, overrides: list[str]) -> tuple[Config, bool]:
-    """The configuration to read with, and whether a model was named."""
+    """The configuration to read with, and whether it is the user's own."""
     from fedalign.config.toml import as_texts, load_config
 
     more = [*as_texts({"model.path": model} if model else {}), *overrides]
@@ -69,22 +72,39 @@ def _settings(source: str, model: str | None, overrides: list[str]) -> tuple[Con
     named = [*as_texts({"data.train": source}), *more]
     settings = load_config(None, named)
     if any(override.startswith("data.kind") for override in overrides):
-        return settings, model is not None
+        return settings, False
     from fedalign.data.sources import read_rows
 
-    rows = list(read_rows(source, settings.data, "train"))
+    rows = list(read_rows(source, settings.data, "train", []))  # what cannot be read is told later
     from fedalign.doctor.data import guess_kind
-    from fedalign.doctor.recognise import recognise
+    from fedalign.doctor.recognise import Recognised, recognise
 
+    known: Recognised | None
     if not any(override.startswith(("data.columns", "data.template")) for override in overrides):
         try:
             known = recognise(source, rows)
-        except UserError:  # no spelling that is known: as what its first rows could be
-            pass
-        else:
+        except UserError:  # some files have no spelling that is known: as the others are, or as the first rows could be
+            fitting = _recognised(rows)
+            known = recognise(source, fitting) if fitting else None
+        if known is not None:
             say(f"recognised by its columns: {known.told}")
-            return load_config({"data": known.tables}, named), model is not None
-    return load_config(None, [*named, f"data.kind={guess_kind(settings.data)}"]), model is not None
+            return load_config({"data": known.tables}, named), False
+    return load_config(None, [*named, f"data.kind={guess_kind(settings.data)}"]), False
+
+
+def _recognised(rows: Sequence[Row]) -> list[Row]:
+    """The rows of files whose columns are a spelling that is known."""
+    from fedalign.doctor.recognise import recognise
+
+    by_file: dict[str, list[Row]] = {}
+    for row in rows:
+        by_file.setdefault(row.source, []).append(row)
+    found: list[Row] = []
+    for file, those in by_file.items():
+        with contextlib.suppress(UserError):
+            recognise(file, those)
+            found += those
+    return found
 
 
 def _print(found: Overview, settings: Config, every: bool) -> None:
@@ -111,6 +131,14 @@ def _print(found: Overview, settings: Config, every: bool) -> None:
             "{column}, or name it under [data.columns]."
         )
     _print_problems("cannot be read", found.broken, every)
+    if found.unfit:
+        for line in found.unfit:
+            say(line)
+    if found.unfit and len(found.files) > 1:
+        say(
+            'Say what stands in a file under [data.files."NAME"] (kind, columns), or rename its columns: `fedalign '
+            "init` writes that for spellings it knows, and `fedalign formats` lists them."
+        )
     if found.lengths:
         _print_problems(f"longer than {found.lengths.limit:,} tokens", found.lengths.too_long, every)
         _print_lengths(found.lengths, settings)
@@ -118,6 +146,8 @@ def _print(found: Overview, settings: Config, every: bool) -> None:
     _print_counts("clients", found.clients, most)
     if found.undealt:
         say(f"clients: {found.undealt}")
+    if found.examples and not found.shown:
+        say("No example is shown: the model's own chat template writes them. Name a model: --model PATH_OR_HUB_ID")
     for number, pieces in enumerate(found.shown, 1):
         text = Text()
         for piece, is_answer in pieces:

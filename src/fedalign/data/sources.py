@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "test"]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+NOTHING = ("na", "n/a", "nan", "none", "null", "<na>")  # words that tables of other tools write for an empty cell
 LONGEST_CELL = 2**31 - 1  # characters; Python's csv allows 131,072 unless told otherwise
 DAMAGED = (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, lzma.LZMAError)
 WHOLE = re.compile(r"(-?[0-9]+)(?:\.0*)?")
-SHOWN = 20  # classes that a notice names
+SHOWN, NAMED = 20, 10  # classes that a notice names; lines that cannot be read
 log = logging.getLogger("fedalign")
 
 
@@ -80,7 +81,7 @@ class Row:
     @property
     def where(self) -> str:
         """File and number, for the user."""
-        return f"{self.source}, row {self.number}"
+        return f"{self.source}, {counted(Path(self.source))} {self.number}"
 
     def fail(self, problem: str) -> NoReturn:
         """Raise a `UserError` that names this row."""
@@ -105,6 +106,11 @@ class Row:
         if not value.strip() and not may_be_empty:
             self.fail(f"column {column!r} is empty. Fill it or leave the row out.")
         return value.strip()
+
+
+def counted(file: Path) -> str:
+    """The unit of a row's number: lines of a .jsonl, blank ones too, as an editor counts them; else rows."""
+    return "line" if _type(file)[0] == ".jsonl" else "row"
 
 
 def is_missing(value: object) -> bool:
@@ -134,8 +140,8 @@ def shortened(value: object, limit: int = 120) -> str:
 # --------------------------------------------------------------------------------------------------------- sources
 
 
-def read_rows(source: str, data: DataConfig, split: Split) -> Iterator[Row]:
-    """The raw rows of one split."""
+def read_rows(source: str, data: DataConfig, split: Split, flaws: list[str] | None = None) -> Iterator[Row]:
+    """The raw rows of one split; `flaws` as of `read_file`."""
     path = Path(source).expanduser()
     if source == "docstrings":
         for i, row in enumerate(docstrings.load(split), 1):
@@ -144,10 +150,10 @@ def read_rows(source: str, data: DataConfig, split: Split) -> Iterator[Row]:
         files = split_files(path, data, split, source)
         stems = Counter(map(stem, files))
         for file in files:
-            yield from read_file(file, data, stem(file) if stems[stem(file)] == 1 else file.name)
+            yield from read_file(file, data, stem(file) if stems[stem(file)] == 1 else file.name, flaws)
     elif path.is_file():
         if split == "train" or source == data.test:
-            yield from read_file(path, data, stem(path))
+            yield from read_file(path, data, stem(path), flaws)
     elif _type(path)[0] in SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(f"data.{split} = {source!r}: no such file or folder.")
     else:
@@ -233,29 +239,67 @@ def _name_left_out(folder: Path, source: str, read: set[Path]) -> None:
         say(f"{source}: left out: {shown}{f' and {len(left) - 10} more' if len(left) > 10 else ''}")
 
 
-def read_file(path: Path, data: DataConfig, name: str) -> Iterator[Row]:
-    """Rows of one file, whose client is called `name`; one that cannot be read, or has none, is an error."""
+def read_file(path: Path, data: DataConfig, name: str, flaws: list[str] | None = None) -> Iterator[Row]:
+    """Rows of one file, whose client is called `name`.
+
+    Args:
+        path: the file.
+        data: how it is written, and whether lines that are no object are left out (`on_bad_row`).
+        name: the client.
+        flaws: takes each line that is no object, and why, in place of an error or a notice.
+
+    Raises:
+        UserError: The file cannot be read, or has no rows, or one that is no object.
+    """
     kind, packed = _type(path)
     if kind not in READERS:
         raise UserError(f"{path}: files of type {kind!r} are not read. Choose one of: {', '.join(SUFFIXES)}.")
     own = data.files.get(path.name, FileConfig())
     renamed = _renamed(own.columns, data)
     template = own.template and _over(own.template, renamed)
-    number = 0
+    number, unread, some, doubtful = 0, list[str](), False, Counter[str]()
     try:
         with PACKED.get(packed, open)(path, "rb") as content:
             classes = _settled(_classes_of_parquet(content, path) if kind == ".parquet" else {}, data)
             encoding = "" if kind == ".parquet" else _encoding(content, own.encoding or data.encoding, path)
             written = Written(path, encoding, own.delimiter or data.delimiter)
             for number, values in enumerate(READERS[kind](content, written), 1):
+                if values is BLANK:
+                    continue
+                row = Row({}, str(path), number, name, own.kind or "", template)
                 if not isinstance(values, Mapping):
-                    raise UserError(f"{path}, row {number}: {shortened(values)}: must be an object with named columns.")
-                named = _with_names(values, renamed) if renamed else values
-                yield _named(Row(named, str(path), number, name, own.kind or "", template), classes)
+                    unread.append(f"{row.where}: {_why_no_row(values)}")
+                    if flaws is None and data.on_bad_row == "error":
+                        raise UserError(unread[0])
+                    continue
+                some = True
+                row = _named(replace(row, values=_with_names(values, renamed) if renamed else values), classes)
+                label = row.values.get(data.columns.label)
+                if isinstance(label, str) and label.strip().lower() in NOTHING and label.strip() not in data.labels:
+                    doubtful[label.strip()] += 1
+                yield row
     except DAMAGED as error:
-        raise UserError(f"{path}, after row {number}: not readable as {kind[1:]}{packed}: {error}") from None
-    if not number:
-        raise UserError(f"{path}: the file holds no rows. Give a file with at least one.")
+        after = f"after {counted(path)} {number}"
+        raise UserError(f"{path}, {after}: not readable as {kind[1:]}{packed}: {error}") from None
+    if doubtful:
+        told = ", ".join(f"{word!r} ({count:,})" for word, count in doubtful.items())
+        say(f"{path}: {told} in column {data.columns.label!r} is a class of that name. If it means none, empty it")
+    if flaws is not None:
+        flaws += unread
+    elif unread:
+        first = "; ".join(unread[:NAMED])
+        say(f"{path}: {len(unread):,} {counted(path)}s that cannot be read are left out: {first}")
+    if not some:
+        why = f"no {counted(path)} can be read: {unread[0]}" if unread else "the file holds no rows."
+        raise UserError(f"{path}: {why} Give a file with at least one.")
+
+
+def _why_no_row(values: object) -> str:
+    if isinstance(values, json.JSONDecodeError):
+        return f"not readable as JSON: {values.msg} (column {values.colno})."
+    if isinstance(values, Exception):
+        return f"not readable as JSON: {values}."
+    return f"{shortened(values)}: must be an object with named columns."
 
 
 def read_lines(path: Path, data: DataConfig) -> list[str]:
@@ -336,17 +380,29 @@ MARKS = (  # the longer before those that they begin with
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 CHUNK = 2**20  # bytes
+BLANK = object()  # a line that holds nothing
 
 
 def _encoding(content: IO[bytes], said: str, path: Path) -> str:
-    """The encoding of a text file: as the user says, or by its byte order mark, or the first that fits, and told."""
+    """The encoding of a text file: by its byte order mark, or as the user says, or the first that fits.
+
+    Told where the user names another one than the file has, and where it is guessed.
+    """
     first = content.read(4)
     content.seek(0)
-    marked = next((encoding for mark, encoding in MARKS if first.startswith(mark)), "")
-    if said != AUTO:
-        return "utf-8-sig" if codecs.lookup(said).name == "utf-8" else said
+    mark, marked = next(((mark, encoding) for mark, encoding in MARKS if first.startswith(mark)), (b"", ""))
     if marked:
+        if said != AUTO and mark.decode(said, "replace").strip("\ufeff"):
+            say(f"{path}: its byte order mark says {marked.removesuffix('-sig')}, and so it is read: not as {said!r}")
         return marked
+    if said != AUTO:
+        is_utf_8 = codecs.lookup(said).name in ("utf-8", "utf-8-sig")
+        if not is_utf_8 and _fits(content, "utf-8") and not _fits(content, "ascii"):
+            say(
+                f"{path}: is read as {said!r}, but its letters are valid UTF-8. If `fedalign data` shows Ã¼ for "
+                'ü, set its encoding = "utf-8" (data.encoding, or that of the file under [data.files])'
+            )
+        return "utf-8-sig" if is_utf_8 else said
     encoding = next((name for name in ("utf-8", "cp1252") if _fits(content, name)), "")
     if not encoding:
         raise UserError(
@@ -403,7 +459,11 @@ def _twice(names: Sequence[str]) -> str:
 
 def _read_jsonl(content: IO[bytes], written: Written) -> Iterator[Any]:
     with _text(content, written) as lines:
-        yield from (_loads(line) for line in lines if line.strip())
+        for line in lines:
+            try:
+                yield _loads(line) if line.strip() else BLANK
+            except (ValueError, RecursionError) as error:
+                yield error
 
 
 def _read_json(content: IO[bytes], written: Written) -> Iterator[Any]:

@@ -92,15 +92,16 @@ def preview(tokenizer: Any, one: Encoded) -> list[tuple[str, bool]]:
 
 
 def guess_kind(data: DataConfig) -> str:
-    """A guess at the kind of the first rows, for want of a configuration that says it."""
+    """A guess at the kind of the first rows, for want of a configuration that says it; labels are never ignored."""
     try:
-        rows = list(islice(read_rows(data.train, data, "train"), GUESS_ROWS))
+        rows = list(islice(read_rows(data.train, data, "train", []), GUESS_ROWS))
     except UserError:  # whoever reads it for a purpose says what is wrong
         return "text"
+    plain = "classification" if any(data.columns.label in row.values for row in rows) else "text"
     for kind, form in OURS.items():
         try:
             list(form.read(rows, data.model_copy(update={"kind": kind}), None))
         except UserError:
             continue
-        return kind
-    return "text"
+        return plain if kind == "text" else kind
+    return plain

@@ -59,6 +59,7 @@ class Overview:
     columns: Mapping[str, Column]
     unread: tuple[str, ...]  # columns that hold something and that nothing uses
     broken: tuple[str, ...]  # rows that cannot be read, and why
+    unfit: tuple[str, ...]  # files of several rows of which none can be read, and why not the first; not in `broken`
     examples: int
     taken: int  # of them, as data.max_train says
     empty: tuple[str, ...]  # examples with nothing to learn from
@@ -69,19 +70,21 @@ class Overview:
     shown: tuple[Pieces, ...]  # the first examples as the model reads them
 
 
-def overview(config: Config, with_model: bool = True) -> Overview:
+def overview(config: Config, with_model: bool = True, with_clients: bool = True) -> Overview:
     """Read the training data as a run would, but go on where a run would stop.
 
     Args:
         config: the run's.
         with_model: whether the model's tokenizer tells lengths and texts; its weights are not read.
+        with_clients: whether examples are dealt out as the configuration says.
 
     Raises:
         UserError: A file cannot be read at all, or the model is not there.
     """
     data = config.data.model_copy(update={"on_bad_row": "error"})
     check_names(data)
-    rows = list(read_rows(data.train, data, "train"))
+    flaws: list[str] = []
+    rows = list(read_rows(data.train, data, "train", flaws))
     if not rows:
         raise UserError(f"data.train = {data.train!r}: holds no rows.")
     kept, broken = sift(rows, data, "train")
@@ -90,14 +93,17 @@ def overview(config: Config, with_model: bool = True) -> Overview:
     bench = skeleton_bench(config) if with_model else None
     lengths, shown = _tokenised(bench, learnt) if bench is not None and learnt else (None, ())
     taken = drawn(learnt, data, "train", config.run.seed)
-    clients, undealt = _dealt(taken, config)
+    clients, undealt = _dealt(taken, config) if with_clients else ({}, "")
+    files = Counter(row.source for row in rows)
+    broken, unfit = _by_file(broken, files, {row.source for row in kept})
     return Overview(
         source=data.train,
         kind=data.kind,
-        files=Counter(row.source for row in rows),
+        files=files,
         columns=_columns(rows, config),
         unread=tuple(unread_columns(rows, data)),
-        broken=tuple(broken),
+        broken=(*flaws, *broken),
+        unfit=tuple(unfit),
         examples=len(learnt),
         taken=len(taken),
         empty=tuple(example.where for example in examples if not example.answer),
@@ -108,6 +114,17 @@ def overview(config: Config, with_model: bool = True) -> Overview:
         shown=shown
         or tuple([(one.prompt, False), (one.answer, True)] for one in learnt[:EXAMPLES] if one.chat is None),
     )
+
+
+def _by_file(broken: list[str], files: Mapping[str, int], read: set[str]) -> tuple[list[str], list[str]]:
+    """Rows that cannot be read, but for files of which none can: a line for each of these."""
+    unfit = []
+    for file, count in files.items():
+        own = [line for line in broken if line.startswith((f"{file}, row ", f"{file}, line "))]
+        if file not in read and count > 1 and own:
+            unfit.append(f"{file}: none of its {count:,} rows can be read{own[0].removeprefix(file)}")
+            broken = [line for line in broken if line not in own]
+    return broken, unfit
 
 
 def _columns(rows: Sequence[Row], config: Config) -> dict[str, Column]:

@@ -95,7 +95,7 @@ def recognise(source: str, rows: Sequence[Row]) -> Recognised:
         tables["files"] = named
     told = "; ".join(dict.fromkeys(one.told for one in (base, *spellings.values())))
     data = load_config({"data": tables}).data
-    renamed = list(read_rows(source, data, "train")) if named else rows  # columns of each file under common names
+    renamed = list(read_rows(source, data, "train", [])) if named else rows  # columns of each file under common names
     kept, broken = sift(renamed, data, "train")
     if not kept:
         raise UserError(f"{source!r}: looks like {told}, but no row can be read: {broken[0]}")

@@ -88,7 +88,7 @@ def test_what_is_wrong_is_told_before_anything_is_made(
 
 def test_rows_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.jsonl").write_text('{"text": "well"}\n{"text": \n')
-    with pytest.raises(UserError, match=r"after row 1: not readable"):
+    with pytest.raises(UserError, match=r"line 2: not readable"):
         init_site("a", tmp_path / "a", Wishes(tmp_path / "notes.jsonl"))
     (tmp_path / "notes.txt").write_text("text")
     with pytest.raises(UserError, match=r"type '.txt' are not read"):
