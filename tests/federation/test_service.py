@@ -301,7 +301,7 @@ def test_a_failure_never_quotes_the_data(
         failure = fails(serve(site, asked), verb, message)
         assert failure.reason == "its data cannot be used; the reason is in the client's own log"
         assert SECRET in caplog.text
-        assert re.search(r"(row|example) \d+", caplog.text)
+        assert re.search(r"(line|example) \d+", caplog.text)
 
 
 UPDATE = """
