@@ -55,23 +55,27 @@ def doctor(
     """
     from fedalign.config.site import SiteFolder
     from fedalign.config.toml import load_config
-    from fedalign.doctor import examine_coordinator, examine_site
+
+    settings = load_config(config) if config is not None else None
+    folder = SiteFolder.load(site) if site is not None else None
+    if settings is None and folder is None and not leaves:
+        raise UserError("fedalign doctor: nothing to look at. Give a site (--site DIR), a CONFIG.toml, or both.")
+
+    from fedalign.doctor import examine_coordinator, examine_site  # these load torch: a wrong word was told before
     from fedalign.moe.load import quiet
 
     quiet()
-    settings = load_config(config) if config is not None else None
-    folder = SiteFolder.load(site) if site is not None else None
     if leaves:
         _what_leaves(folder, settings)
         return
     with out.status("Looking ..."):
         if folder is not None:
             found = examine_site(folder, settings)
-        elif settings is not None and config is not None:
+        else:
+            assert config is not None
+            assert settings is not None
             results = Path("runs") / f"{config.stem}-{settings.algorithm.name}-{settings.run.seed}"
             found = examine_coordinator(settings, results)
-        else:
-            raise UserError("fedalign doctor: nothing to look at. Give a site (--site DIR), a CONFIG.toml, or both.")
     _print_examination(f"site {folder.config.name}" if folder is not None else f"coordinator, {config}", found)
     if found.failed:
         raise typer.Exit(1)
