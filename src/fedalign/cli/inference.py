@@ -248,7 +248,13 @@ def evaluate(
         return
     from fedalign.inference.scores import score
 
-    scores = scored(lambda bench: score(bench, _examples(bench, data)))
+    examples: list[Any] = []  # read once, for both
+
+    def by(bench: Workbench) -> Scores:
+        examples[:] = examples or _examples(bench, data)
+        return score(bench, examples)
+
+    scores = scored(by)
     if as_json:
         numbers = {name: asdict(one) | {"perplexity": one.perplexity} for name, one in scores.items()}
         out.print_json(json.dumps(numbers))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from string import Formatter
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -72,6 +72,19 @@ def _template(text: str) -> str:
     if not fields or any(more or not re.fullmatch(r"(?!\d+$)[^.\[\]]+", name) for name, more in fields):
         raise ValueError("must hold plain {column} fields: no format, conversion, attribute or index; {{ is a brace.")
     return text
+
+
+def with_fields(template: str, called: Callable[[str], str]) -> str:
+    """A template whose fields have other names.
+
+    >>> with_fields("{{a}} {note}:", str.upper)
+    '{{a}} {NOTE}:'
+    """
+    parts = []
+    for before, name, _, _ in Formatter().parse(template):
+        parts.append(before.replace("{", "{{").replace("}", "}}"))
+        parts.append("" if name is None else f"{{{called(name)}}}")
+    return "".join(parts)
 
 
 INT64 = 2**63 - 1  # TOML knows no larger numbers

@@ -11,7 +11,6 @@ import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from string import Formatter
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
@@ -39,6 +38,7 @@ from fedalign.config.run import (
     Section,
     Threads,
     key,
+    with_fields,
 )
 from fedalign.config.toml import checked, explained, read_tables
 from fedalign.errors import UserError
@@ -325,14 +325,16 @@ class SiteFolder:
         if data.template is None:
             return None
         mine, theirs = (columns.model_dump(exclude={"client"}) for columns in (self.config.data.columns, data.columns))
-        readable = {name: name for name in mine.values()} | {name: mine[role] for role, name in theirs.items()}
-        parts = []
-        for before, name, _, _ in Formatter().parse(data.template):
-            parts.append(before.replace("{", "{{").replace("}", "}}"))
-            if name is not None and (name not in readable or re.search("[{}:!]", readable[name])):
+        readable: dict[str, str] = {name: name for name in mine.values()} | {
+            name: mine[role] for role, name in theirs.items()
+        }
+
+        def here(name: str) -> str:
+            if name not in readable or re.search("[{}:!]", readable[name]):
                 raise UserError(f"data.template: {{{name}}} is no column that this site lets a template read.")
-            parts.append("" if name is None else f"{{{readable[name]}}}")
-        return "".join(parts)
+            return readable[name]
+
+        return with_fields(data.template, here)
 
 
 NO_MODEL = (

@@ -14,7 +14,6 @@ import logging
 import lzma
 import math
 import re
-import string
 import unicodedata
 import zlib
 from collections import Counter
@@ -23,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn
 
-from fedalign.config.run import AUTO, FileConfig
+from fedalign.config.run import AUTO, FileConfig, with_fields
 from fedalign.data import docstrings
 from fedalign.errors import UserError, unknown
 
@@ -256,7 +255,7 @@ def read_file(path: Path, data: DataConfig, name: str, flaws: list[str] | None =
         raise UserError(f"{path}: files of type {kind!r} are not read. Choose one of: {', '.join(SUFFIXES)}.")
     own = data.files.get(path.name, FileConfig())
     renamed = _renamed(own.columns, data)
-    template = own.template and _over(own.template, renamed)
+    template = own.template and with_fields(own.template, lambda column: renamed.get(column, column))
     number, unread, some, doubtful = 0, list[str](), False, Counter[str]()
     try:
         with PACKED.get(packed, open)(path, "rb") as content:
@@ -336,15 +335,6 @@ def _renamed(own: Mapping[str, str], data: DataConfig) -> dict[str, str]:
 
 def _with_names(values: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
     return {renamed.get(column, column): value for column, value in values.items()}
-
-
-def _over(template: str, renamed: Mapping[str, str]) -> str:
-    """A template over a file's own columns, over the names that they are given."""
-    parts = []
-    for before, column, _, _ in string.Formatter().parse(template):
-        parts.append(before.replace("{", "{{").replace("}", "}}"))
-        parts.append("" if column is None else f"{{{renamed.get(column, column)}}}")
-    return "".join(parts)
 
 
 # ----------------------------------------------------------------------------------------------------- text of files

@@ -376,9 +376,8 @@ def routing_sentences(trained: Trained) -> list[str]:
 
 def template_of(data: DataConfig) -> str | None:
     """The prompt that was trained, over the columns of a row; None: chats."""
-    return (
-        FORMATS[data.kind].prompt if FORMATS[data.kind].prompt is None else data.template or FORMATS[data.kind].prompt
-    )
+    default = FORMATS[data.kind].prompt
+    return None if default is None else data.template or default
 
 
 def prompt_format(data: DataConfig) -> str:
