@@ -6,10 +6,13 @@ A round is *plan, then sum*::
 
     client -> server   Hello       once: versions and hashes that must agree before a client may take part
     client -> server   Start       once, from one client: the weights that the first round starts from
-    server -> client   Broadcast   weights (in wire precision) and the algorithm's state
-    client -> server   Statistics  sums over tokens: those that the algorithm asks for, and no others
+    server -> client   Broadcast   weights (in wire precision) and the algorithm's state; whether to score them first
+    client -> server   Statistics  sums over tokens: those that the algorithm asks for, and no others; the score
     server -> client   Request     the parameter groups whose planned weight is not zero
     client -> server   Update      those groups' updates (in wire precision)
+
+After the last round, and others that no broadcast may follow, weights are scored by themselves::
+
     server -> client   Broadcast   the new weights, to be scored on the client's held-out part
     client -> server   Evaluation  loss and accuracy there, and the number of examples
 
@@ -27,6 +30,7 @@ Axis legend, used in names everywhere (``prob_L_E`` has shape [L, E]):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -37,7 +41,7 @@ from fedalign.maths import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-PROTOCOL = 6  # of these messages; sites that speak another are refused
+PROTOCOL = 7  # of these messages; sites that speak another are refused
 Kind = Literal["shared", "embeddings", "head", "gate", "expert"]
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus", "unknown"]
 WireDtype = Literal["float32", "bfloat16", "int8"]
@@ -223,6 +227,7 @@ class Broadcast:
     round: int
     weights: Mapping[ParameterGroup, Packed]
     state: Mapping[str, Tensor] = field(default_factory=dict)
+    score: bool = False  # these weights are also to be scored on what the client holds out, before it trains on them
 
     @property
     def nbytes(self) -> int:
@@ -259,6 +264,15 @@ class Statistics:
     token_met_M_B: Tensor  # "met"; uint8: a bit for each token that was, eight to a byte, the lowest first [O]
     frozen: tuple[ParameterGroup, ...] = ()  # what it did not train, for want of means or consent: no holder of these
     metrics: Mapping[str, float] = field(default_factory=dict)  # names carry their units; no algorithm reads them
+    held_out: int = 0  # examples of its own that it scored the received weights on; 0: not asked for, or it has none
+    held_out_loss: float | None = None  # as in `Evaluation`
+    held_out_accuracy: float | None = None
+
+    @property
+    def score(self) -> Evaluation | None:
+        """The score of the weights that were received, if there is one."""
+        loss = math.nan if self.held_out_loss is None else self.held_out_loss
+        return Evaluation(self.client, self.held_out, loss, self.held_out_accuracy) if self.held_out else None
 
     @property
     def held_L_E(self) -> Tensor:
@@ -268,7 +282,7 @@ class Statistics:
     @property
     def nbytes(self) -> int:
         """Bytes on the wire."""
-        return 40 + 8 * len(self.metrics) + sum(v.nbytes for v in vars(self).values() if isinstance(v, torch.Tensor))
+        return 64 + 8 * len(self.metrics) + sum(v.nbytes for v in vars(self).values() if isinstance(v, torch.Tensor))
 
 
 def asked_shapes(layout: Layout, asks: Set[Ask], centroid_width: int, update_width: int) -> dict[str, Shape]:

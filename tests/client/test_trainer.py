@@ -284,6 +284,25 @@ def test_scores_and_updates_are_of_the_weights_that_were_sent_whatever_the_model
     assert (before == scores[0]) == (algorithm == "fedavg")
 
 
+@pytest.mark.parametrize("algorithm", ["fedavg", "local", "pfl_moe"])
+def test_a_broadcast_is_scored_before_it_is_trained_on_as_it_would_be_alone(tmp_path: Path, algorithm: str) -> None:
+    step, alone = (trainer("olmoe", f"algorithm.name={algorithm}") for _ in range(2))
+    tests = TestSet(examples(6, seed=9), answers=[[1]] * 6)
+    scored = replace(client(tmp_path / "scored"), held_out=tests)
+    plain = replace(client(tmp_path / "plain"), held_out=tests)
+    start = broadcast(step.moe)
+    for round in (1, 2):  # in the second it has something of its own, where it keeps any
+        expected = alone.evaluate(plain, unpack_weights(start.weights), round - 1)
+        with_score = step.train(scored, replace(start, round=round, score=True))
+        without = alone.train(plain, replace(start, round=round))
+        assert with_score.score == expected is not None
+        assert without.score is None
+        for name, value in vars(without).items():
+            if isinstance(value, Tensor):
+                assert torch.equal(value, getattr(with_score, name)), name
+    assert step.train(client(tmp_path / "nothing"), replace(start, score=True)).score is None
+
+
 def test_a_nan_loss_is_a_failure_of_this_client(tmp_path: Path) -> None:
     step = trainer("olmoe")
     start = broadcast(step.moe)

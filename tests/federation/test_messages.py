@@ -111,8 +111,9 @@ def every_message(dtype: WireDtype = "float32") -> list[Message]:
         hello(),
         Start("ward", groups, constants),
         Broadcast(3, groups, {"target_L_E": torch.rand(2, 3, dtype=torch.float64)}),
-        Broadcast(0, {}),
+        Broadcast(0, {}, score=True),
         statistics(),
+        dataclasses.replace(statistics(), held_out=12, held_out_loss=0.75, held_out_accuracy=0.5),
         Request("ward", 3, (SHARED, GROUPS[4], GROUPS[12])),
         Request("ward", 3, ()),
         Update("ward", 3, groups),
@@ -202,7 +203,7 @@ def test_bytes_of_a_parcel_are_those_of_the_message_and_its_head(dtype: WireDtyp
     assert parcel.nbytes == update.nbytes + len(parcel.text)
     assert update.nbytes == 15 * {"float32": 1200, "bfloat16": 600, "int8": 300 + 8}[dtype]
     report = statistics()
-    assert sum(piece.nbytes for (piece,) in encode(report).arrays.values()) == report.nbytes - 40 - 8 * 2
+    assert sum(piece.nbytes for (piece,) in encode(report).arrays.values()) == report.nbytes - 64 - 8 * 2
 
 
 @given(

@@ -51,11 +51,14 @@ class Trainer:
     def train(self, client: ClientData, broadcast: Broadcast) -> Statistics:
         """Train on the client's own examples, keep the update on its disk, and report.
 
+        Where the broadcast asks for it, what was received is scored before, as `evaluate` does after the last round.
+
         Raises:
             TrainingFailedError: The loss or the update is not finite.
         """
         before = client.memory.before(broadcast.round)
         local = self._local_round(client, broadcast, before)
+        score = self._score(client, local.received, before) if broadcast.score else None
         self.algorithm.begin(local)
         frozen = client.consent.frozen(self.moe.layout)
         local.start |= {group: local.received[group] for group in frozen if group in local.received}
@@ -75,7 +78,7 @@ class Trainer:
             broken = self.moe.layout.groups[int((~norm_G.isfinite()).nonzero()[0])]
             raise TrainingFailedError(f"its update of {broken} is not finite; {REMEDY}")
         seconds = time.perf_counter() - started
-        statistics = parallel.agreed(self._report(client, broadcast.round, fit, local, update, norm_G, seconds))
+        statistics = parallel.agreed(self._report(client, broadcast.round, fit, local, update, norm_G, seconds, score))
         wire = self.config.wire.dtype
         packed = {
             group: pack(delta.cpu(), wire, derive_seed(seed, group))
@@ -126,6 +129,7 @@ class Trainer:
         update: Weights,
         norm_G: Tensor,
         seconds: float,
+        score: Evaluation | None,
     ) -> Statistics:
         options, layout, seed = self.config.statistics, self.moe.layout, self.config.run.seed
         asks = client.consent.granted(self.config.asks)
@@ -158,16 +162,21 @@ class Trainer:
             token_met_M_B=packed_bits(count_M_V > 0) if "met" in asks else torch.zeros(0, 0, dtype=torch.uint8),
             frozen=(*client.consent.frozen(layout), *idle),
             metrics={"train_seconds": seconds},
+            held_out=score.examples if score else 0,
+            held_out_loss=score.loss if score else None,
+            held_out_accuracy=score.accuracy if score else None,
         )
 
     def evaluate(self, client: ClientData, received: Weights, round: int) -> Evaluation | None:
-        """Score received weights on the client's held-out part, if it has one.
+        """Score the weights after a round on the client's held-out part, if it has one.
 
         Where groups are private, the client's own take their place.
         """
+        return self._score(client, received, client.memory.before(round + 1))
+
+    def _score(self, client: ClientData, received: Weights, kept: Kept) -> Evaluation | None:
         if client.held_out is None:
             return None
-        kept = client.memory.before(round + 1)
         self.moe.write(received | kept.private)
         answer = self._mixture(kept, received).answer if self.algorithm.mix else None
         return evaluate(self.moe, client.held_out, self.config.evaluation, self.tokenizer, client.name, answer)

@@ -142,7 +142,7 @@ def statistics_nbytes(config: Config, layout: Layout, consent: Consent = DEALT) 
     options = config.statistics
     shapes = asked_shapes(layout, consent.granted(config.asks), options.centroid_width, options.update_width)
     widths = {"float32": 4, "float16": 2, "uint8": 1}
-    return 48 + sum(math.prod(shape) * widths[dtype] for shape, dtype in shapes.values())
+    return 72 + sum(math.prod(shape) * widths[dtype] for shape, dtype in shapes.values())
 
 
 def moments(config: Config) -> int:

@@ -65,6 +65,7 @@ WITHHELD = (
     "withheld; its mean probability and the length of its update are not. A token that fewer than {examples} examples "
     "hold counts as not met."
 )
+SCORE = "two means over the held-out part, which is never smaller than the site says (limits.min_held_out)."
 HASH = "0" * 64
 REASON = "its loss is nan at step 1"
 NUMBER, MEAN = 100_000, 1 / 3  # stand for counts and means, whose length depends on their value
@@ -74,17 +75,18 @@ WHEN: dict[type[Leaving], str] = {
     Start: "once, from one site, if the coordinator holds no weights",
     Statistics: "each round, after training",
     Update: "each round, if the plan asks for it; here with every group",
-    Evaluation: "each round that is evaluated",
+    Evaluation: "after the last round, and where only some sites train or the run may end; else statistics hold it",
     Failure: "when something goes wrong",
 }
 TELLS: dict[type[Leaving], str] = {
     Hello: "How many examples there are; nothing of what is in them.",
     Start: "The model as it is before this run; what a copy tuned here earlier has learnt is in it.",
-    Statistics: "Sums and means over all tokens of a round: they tell what kinds of text the site holds, and how much.",
+    Statistics: "Sums and means over all tokens of a round: they tell what kinds of text the site holds, and how much. "
+    f"With them {SCORE}",
     Update: "The most telling message: rows of embeddings that moved name the tokens, where they are trained; with "
     "effort, pieces of the text can be guessed from changed weights, most of all where examples are few. No noise is "
     "added, and the coordinator sees each site's update by itself.",
-    Evaluation: "Two means over the held-out part, which is never smaller than the site says (limits.min_held_out).",
+    Evaluation: f"{SCORE[0].upper()}{SCORE[1:]}",
     Failure: "A sentence that never quotes the data and names no folder of the site; it may name a setting.",
 }
 MEANINGS: dict[type[Leaving], dict[str, str]] = {
@@ -127,6 +129,9 @@ MEANINGS: dict[type[Leaving], dict[str, str]] = {
         "token_met_M_B": "whether it met each token of the vocabulary",
         "frozen": "what its limits, or want of consent, kept it from training",
         "metrics": "seconds of training",
+        "held_out": "how many examples the received weights were scored on, if that was asked for",
+        "held_out_loss": "mean loss on them",
+        "held_out_accuracy": "share of right answers",
     },
     Update: {
         "client": "the site's name",
@@ -221,8 +226,9 @@ def empty_messages(name: str, moe: MoEModel, config: Config, consent: Consent = 
 def _statistics(name: str, layout: Layout, config: Config, consent: Consent) -> Statistics:
     widths = config.statistics.centroid_width, config.statistics.update_width
     shapes = asked_shapes(layout, consent.granted(config.asks), *widths)
-    fields: dict[str, Any] = {"client": name, "round": 1, "learning_rate": MEAN, "loss": MEAN}
-    fields |= dict.fromkeys(("examples", "tokens", "steps"), NUMBER)
+    fields: dict[str, Any] = {"client": name, "round": 1}
+    fields |= dict.fromkeys(("learning_rate", "loss", "held_out_loss", "held_out_accuracy"), MEAN)
+    fields |= dict.fromkeys(("examples", "tokens", "steps", "held_out"), NUMBER)
     fields |= {field: _empty(*shape, dtype=getattr(torch, dtype)) for field, (shape, dtype) in shapes.items()}
     return Statistics(**fields, frozen=consent.frozen(layout), metrics={"train_seconds": MEAN})
 
