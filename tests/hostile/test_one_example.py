@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fedalign.client.log import SiteLog
+from fedalign.client.log import Entry, SiteLog
 from fedalign.client.memory import ClientMemory
 from fedalign.client.open import open_site
 from fedalign.client.parts import Parts
@@ -152,6 +154,62 @@ def test_scores_are_counted_over_runs_and_restarts(attack: Attack) -> None:
     assert isinstance(site.ask("evaluate", run="another"), Evaluation)
     assert "(limits.all_evaluations = 3 in its site.toml)" in site.refused("evaluate", run="a third")
     assert isinstance(site.ask("hello", run="a third"), Hello)
+
+
+def test_training_that_is_scored_counts_as_a_score_and_is_no_score_when_there_are_none_left(
+    attack: Attack, fedalign: Command
+) -> None:
+    site = attack(limits="evaluations = 2\nall_evaluations = 3")
+    site.broadcast = replace(site.broadcast, score=True)
+    scored = site.ask("train")
+    assert scored.held_out > 0
+    assert scored.held_out_loss is not None
+    assert isinstance(site.ask("evaluate"), Evaluation)
+    assert "(limits.evaluations = 2 in its site.toml)" in site.refused("evaluate")
+    without = site.ask("train")  # it goes on to train
+    assert isinstance(without, Statistics)
+    assert (without.held_out, without.held_out_loss, without.held_out_accuracy) == (0, None, None)
+    assert torch.equal(without.norm_G, scored.norm_G)
+    assert site.ask("train", run="another").held_out == scored.held_out
+    assert site.ask("train", run="a third").held_out == 0
+    entries = list(SiteLog(site.site.path).entries())
+    assert [(entry.verb, entry.scored) for entry in entries if not entry.refused] == [
+        ("train", True),
+        ("evaluate", False),
+        ("train", False),
+        ("train", True),
+        ("train", False),
+    ]
+    code, text, _ = fedalign("site", "log", site.site.path)
+    assert code == 0
+    assert text.count("train,") == 2
+
+
+def test_scored_training_that_fails_counts_as_a_score(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = attack(limits="evaluations = 1")
+    site.broadcast = replace(site.broadcast, score=True)
+
+    def breaks(*_: object) -> None:
+        raise TrainingFailedError("its loss is nan at step 7")
+
+    monkeypatch.setattr(Trainer, "train", breaks)
+    assert site.refused("train") == "its loss is nan at step 7"
+    assert "limits.evaluations = 1" in site.refused("evaluate")
+
+
+def test_a_score_does_not_leave_where_another_process_has_given_the_last(
+    attack: Attack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = attack(limits="evaluations = 1")
+    site.broadcast = replace(site.broadcast, score=True)
+    train = Trainer.train
+
+    def meanwhile(*arguments: Any) -> Statistics:
+        SiteLog(site.site.path).append(Entry("night", "evaluate", counted=True))
+        return train(*arguments)
+
+    monkeypatch.setattr(Trainer, "train", meanwhile)
+    assert "limits.evaluations = 1" in site.refused("train")
 
 
 def test_rounds_are_counted_however_they_are_numbered(attack: Attack) -> None:

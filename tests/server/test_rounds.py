@@ -34,7 +34,7 @@ from fedalign.server.checkpoint import Checkpoints, ServerState
 from fedalign.server.checks import check_evaluation, check_statistics, find_outliers
 from fedalign.server.results import summarise
 from fedalign.server.rounds import Server, select
-from fedalign.server.scores import Traffic, describe_scores, merit, routing_divergence
+from fedalign.server.scores import Traffic, describe_clients, describe_test, merit, routing_divergence
 
 CELLS = [ParameterGroup(kind, 0, e) for kind in ("gate", "expert") for e in range(2)]
 LAYOUT = Layout(1, 2, {**dict.fromkeys(WHOLE, 1), SHARED: 2, **dict.fromkeys(CELLS, 1)})
@@ -72,6 +72,7 @@ class Scripted:
     grade: Callable[[Evaluation], Evaluation | Failure] = lambda evaluation: evaluation
     lost: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
+    scored: list[tuple[int, str, bool]] = field(default_factory=list)  # after which round, who, and whether by itself
     noticed: list[Failure] = field(default_factory=list)
 
     def members(self) -> Sequence[str]:
@@ -83,7 +84,14 @@ class Scripted:
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
         for client in self.order(clients):
             self.asked.append(client)
-            yield self.spoil(report(client, broadcast.round, self.moves[client][0], self._update(client)))
+            score = self._score(client, broadcast, broadcast.round - 1, alone=False) if broadcast.score else None
+            if isinstance(score, Failure):
+                yield score
+            made = report(client, broadcast.round, self.moves[client][0], self._update(client))
+            if isinstance(score, Evaluation):
+                graded = {"held_out": score.examples, "held_out_loss": score.loss, "held_out_accuracy": score.accuracy}
+                made = replace(made, **graded)  # type: ignore[arg-type] # each is of its field's type
+            yield self.spoil(made)
 
     def collect(self, requests: Sequence[Request], accumulator: Accumulator) -> list[Failure]:
         failures = []
@@ -98,11 +106,16 @@ class Scripted:
 
     def evaluate(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Evaluation | Failure]:
         for client in clients:
-            accuracy = min(1.0, float(broadcast.weights[SHARED].values[0]) / 10)
-            yield self.grade(Evaluation(client, 10, 0.5, accuracy))
+            yield self._score(client, broadcast, broadcast.round, alone=True)
+
+    def _score(self, client: str, broadcast: Broadcast, round: int, *, alone: bool) -> Evaluation | Failure:
+        self.scored.append((round, client, alone))
+        accuracy = min(1.0, float(broadcast.weights[SHARED].values[0]) / 10)
+        return self.grade(Evaluation(client, 10, 0.5, accuracy))
 
     def faults(self) -> list[Failure]:
-        return self.noticed
+        noticed, self.noticed = self.noticed, []
+        return noticed
 
 
 class Log:
@@ -273,7 +286,7 @@ def test_routing_divergence_by_hand() -> None:
 
 def test_scores_are_described_by_name() -> None:
     clients = [Evaluation("a", 30, 1.0, 0.9), Evaluation("b", 10, 2.0, 0.5)]
-    line = describe_scores(Evaluation(None, 100, 0.5, 0.8), clients)
+    line = describe_test(Evaluation(None, 100, 0.5, 0.8)) | describe_clients(clients, all_asked=True)
     assert line["accuracy"] == 0.8
     assert line["perplexity"] == pytest.approx(1.6487, abs=1e-4)
     assert line["client_accuracy_mean"] == pytest.approx(0.7)
@@ -281,7 +294,8 @@ def test_scores_are_described_by_name() -> None:
     assert line["client_accuracy_spread"] == pytest.approx(0.2)
     assert line["client_loss_mean_nats"] == pytest.approx(1.25)
     assert merit(line) == 0.8
-    assert merit(describe_scores(None, [Evaluation("a", 1, 2.0, None)])) == -2.0
+    alone = [Evaluation("a", 1, 2.0, None)]
+    assert merit(describe_test(None) | describe_clients(alone, all_asked=True)) == -2.0
     assert merit({"round": 1}) is None
 
 
@@ -481,7 +495,7 @@ def test_what_the_federation_noticed_is_told_with_the_round_it_was_noticed_in(tm
     federation.noticed = [Failure("late", "join", "not connected")]
     state, _ = run(tmp_path, federation)
     assert state.history[0]["failures"] == [{"client": "late", "stage": "join", "reason": "not connected"}]
-    assert [failure["client"] for failure in state.history[1]["failures"]] == ["late", "b"]
+    assert [failure["client"] for failure in state.history[1]["failures"]] == ["b"]
 
 
 def test_scores_come_in_any_order_and_are_told_in_one(tmp_path: Path) -> None:
@@ -502,7 +516,7 @@ def test_bytes_are_told_by_client_both_ways(tmp_path: Path) -> None:
     line = state.history[-1]
     chosen, model = line["clients"], 8 * 4
     assert len(chosen) == 2
-    assert line["bytes_down_by_client"] == {member: model * (1 + (member in chosen)) for member in members}
+    assert line["bytes_down_by_client"] == {member: model * (1 + (member in chosen)) for member in members}  # the last
     assert sum(line["bytes_down_by_client"].values()) == line["bytes_down"]
     assert set(line["bytes_up_by_client"]) == set(chosen)
     first = state.history[0]
@@ -557,3 +571,170 @@ def test_patience_without_a_score_is_refused(tmp_path: Path) -> None:
     lost = Scripted({"a": (30, 1.0)}, grade=lambda e: Failure(str(e.client), "evaluate", "gone"))
     with pytest.raises(UserError, match=r"run.patience = 2: round 0 was not scored"):
         run(tmp_path, lost, "run.patience=2", scores=lambda n, w: None)
+
+
+# ------------------------------------------------------------------------------------------ one broadcast a round
+
+MODEL = 8 * 4  # bytes of a broadcast
+
+
+def rounds_scored(federation: Scripted, *, alone: bool) -> list[int]:
+    return sorted({round for round, _, by_itself in federation.scored if by_itself == alone})
+
+
+def scores_of(line: dict[str, Any]) -> dict[str, Any]:
+    """What a line says of its round's weights."""
+    return {name: line[name] for name in line if "accura" in name or "loss" in name or name.endswith("examples")}
+
+
+def test_a_round_is_scored_with_the_next_broadcast_and_the_last_by_itself(tmp_path: Path) -> None:
+    federation = Scripted({"a": (30, 1.0), "b": (10, 3.0)})
+    state, _ = run(tmp_path, federation, "run.rounds=3")
+    assert rounds_scored(federation, alone=False) == [0, 1, 2]
+    assert rounds_scored(federation, alone=True) == [3]
+    assert [line["bytes_down"] for line in state.history] == [0, 2 * MODEL, 2 * MODEL, 4 * MODEL]
+    for number, line in enumerate(state.history):
+        assert line["client_accuracies"] == dict.fromkeys("ab", 1.5 * number / 10)
+    rarely = Scripted({"a": (30, 1.0)})
+    run(tmp_path / "rarely", rarely, "run.rounds=5", "evaluation.every=3")
+    assert rounds_scored(rarely, alone=False) == [0, 3]
+    assert rounds_scored(rarely, alone=True) == [5]
+
+
+def test_scores_are_those_that_each_round_alone_would_have(tmp_path: Path) -> None:
+    moves, patient = {"a": (30, 1.0), "b": (10, 3.0)}, "run.patience=1"  # with which every round may be the last
+    together, alone = Scripted(moves), Scripted(moves)
+    one, log = run(tmp_path / "one", together, "run.rounds=4", scores=lambda n, w: None)
+    other, other_log = run(tmp_path / "other", alone, "run.rounds=4", patient, scores=lambda n, w: None)
+    assert (len(together.scored), rounds_scored(alone, alone=False)) == (len(alone.scored), [])
+    assert list(map(scores_of, one.history)) == list(map(scores_of, other.history))
+    assert torch.equal(shared(one), shared(other))
+    assert log.improved == other_log.improved == [True] * 5
+
+
+def test_a_round_after_which_patience_may_be_spent_is_scored_by_itself(tmp_path: Path) -> None:
+    grades = iter([0.1, 0.3, 0.2, 0.4, 0.3, 0.3, 0.9])
+    federation = Scripted({"a": (30, 1.0)}, grade=lambda score: replace(score, accuracy=next(grades)))
+    state, _ = run(tmp_path, federation, "run.rounds=9", "run.patience=2", scores=lambda n, w: None)
+    assert state.round == 5
+    assert federation.asked == ["a"] * 5  # nothing was trained in vain
+    assert rounds_scored(federation, alone=True) == [0, 3, 5]  # without a score at the start it ends there
+    told = Scripted({"a": (30, 1.0)})  # what the global test set tells needs no client
+    run(tmp_path / "told", told, "run.rounds=9", "run.patience=2")
+    assert rounds_scored(told, alone=True) == [2]
+
+
+def test_only_those_that_train_are_scored_and_means_are_of_all(tmp_path: Path) -> None:
+    members = [f"c{i}" for i in range(10)]
+    overrides = ("run.rounds=5", "clients.sample=0.3", "evaluation.everyone=2")
+    federation = Scripted(dict.fromkeys(members, (10, 1.0)))
+    state, log = run(tmp_path, federation, *overrides, scores=lambda n, w: None)
+    for number, line in enumerate(state.history):
+        asked = members if number in (0, 2, 4, 5) else select(members, 0.3, seed=0, round=number + 1)
+        assert list(line["client_accuracies"]) == list(line["client_examples"]) == asked
+        assert ("client_accuracy_mean" in line) == ("client_loss_mean_nats" in line) == (asked == members)
+    assert [merit(line) is not None for line in state.history] == [True, False, True, False, True, True]
+    assert log.improved == [True, False, True, False, True, True]  # rounds that some have scored are never the best
+    assert rounds_scored(federation, alone=True) == [0, 2, 4, 5]
+    assert [line["bytes_down"] // MODEL for line in state.history] == [10, 3, 13, 3, 13, 13]
+    seldom = Scripted(dict.fromkeys(members, (10, 1.0)))
+    run(tmp_path / "seldom", seldom, *overrides[:2], "run.patience=1", scores=lambda n, w: None)
+    assert rounds_scored(seldom, alone=True) == [0, 5]
+
+
+class CutOffError(Exception):
+    """As a kill would."""
+
+
+@dataclass
+class Cut(Scripted):
+    """A federation that is cut off while it trains a round: after how many replies?"""
+
+    at: int = 2
+    after: int = 0
+
+    def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
+        for number, reply in enumerate(super().train(broadcast, clients)):
+            if (broadcast.round, number) == (self.at, self.after):
+                raise CutOffError
+            yield reply
+
+    def collect(self, requests: Sequence[Request], accumulator: Accumulator) -> list[Failure]:
+        if requests[0].round == self.at and self.after >= len(self.moves):
+            raise CutOffError
+        return super().collect(requests, accumulator)
+
+    def evaluate(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Evaluation | Failure]:
+        if broadcast.round == self.at - 1:
+            raise CutOffError
+        return super().evaluate(broadcast, clients)
+
+
+MOVES = {"a": (30, 1.0), "b": (10, 3.0)}
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_a_run_cut_off_between_a_round_and_its_scores_goes_on_to_the_same_lines(
+    tmp_path: Path, at: int, after: int
+) -> None:
+    whole, log = run(tmp_path / "whole", Scripted(MOVES), "run.rounds=3")
+    with pytest.raises(CutOffError):
+        run(tmp_path / "cut", Cut(MOVES, at=at, after=after), "run.rounds=3")
+    kept = Checkpoints(tmp_path / "cut", {}).load()
+    assert kept is not None
+    assert kept.round == at - 1
+    was_scored = after == 2 and at < 4
+    assert [line["round"] for line in kept.lines] == list(range(at))
+    assert (kept.pending is None) == was_scored
+    federation = Scripted(MOVES)
+    state, again = run(tmp_path / "cut", federation, "run.rounds=3", state=kept)
+    assert min(round for round, _, _ in federation.scored) == (at if was_scored else at - 1)
+    assert torch.equal(shared(state), shared(whole))
+    without_clock = [
+        [{k: v for k, v in line.items() if k != "round_seconds"} for line in run_state.history]
+        for run_state in (state, whole)
+    ]
+    assert without_clock[0] == without_clock[1]
+    assert again.improved == log.improved[at if was_scored else at - 1 :]
+
+
+def test_scores_that_are_damaged_on_the_disk_are_asked_for_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(CutOffError):
+        run(tmp_path, Cut(MOVES, at=2, after=2), "run.rounds=2")
+    (line,) = tmp_path.glob("round-00001/scored/line.json")
+    line.write_text(line.read_text().replace("0.15", "0.95"))
+    kept = Checkpoints(tmp_path, {}).load()
+    assert kept is not None
+    assert "the round is scored again" in caplog.text
+    state, _ = run(tmp_path, Scripted(MOVES), "run.rounds=2", state=kept)
+    assert state.history[1]["client_accuracies"] == {"a": 0.15, "b": 0.15}
+
+
+def test_fewer_rounds_than_are_done_leave_none_without_its_scores(tmp_path: Path) -> None:
+    with pytest.raises(CutOffError):
+        run(tmp_path, Cut(MOVES, at=3), "run.rounds=5")
+    kept = Checkpoints(tmp_path, {}).load()
+    assert kept is not None
+    assert kept.pending is not None
+    federation = Scripted(MOVES)
+    state, _ = run(tmp_path, federation, "run.rounds=2", state=kept)
+    assert (state.round, state.pending, federation.asked) == (2, None, [])
+    assert state.history[-1]["client_accuracies"] == {"a": 0.3, "b": 0.3}
+
+
+def test_a_score_counts_though_the_report_beside_it_cannot_be_used(tmp_path: Path) -> None:
+    broken = Scripted(MOVES, spoil=lambda s: replace(s, loss=math.nan) if s.client == "b" else s)
+    state, _ = run(tmp_path, broken)
+    assert list(state.history[0]["client_accuracies"]) == ["a", "b"]
+    late = Scripted(MOVES, spoil=lambda s: replace(s, round=7) if s.client == "b" else s)
+    state, _ = run(tmp_path / "late", late)
+    assert list(state.history[0]["client_accuracies"]) == ["a"]  # of which weights would it be?
+
+
+def test_scores_that_nobody_asked_for_count_for_nothing(tmp_path: Path) -> None:
+    eager = Scripted(MOVES, spoil=lambda s: replace(s, held_out=10, held_out_loss=0.1, held_out_accuracy=1.0))
+    state, _ = run(tmp_path, eager, "evaluation.every=2", "run.rounds=3")
+    assert "client_accuracies" not in state.history[1]

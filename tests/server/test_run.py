@@ -31,6 +31,7 @@ from fedalign.report.findings import facts
 from fedalign.report.material import read_material
 from fedalign.server.checkpoint import Checkpoints, ServerState
 from fedalign.server.results import ROUND, Recorder, RunFolder, _described, read_history, saved_round
+from fedalign.server.rounds import Server
 from fedalign.server.run import execute, resumed_config
 from tests.conftest import Command
 from tests.server.test_checkpoint import flip
@@ -144,7 +145,14 @@ def test_plain_transformers_loads_the_result_and_scores_the_same(finished: Path,
 
 @pytest.mark.parametrize(
     ("round", "stage", "done"),
-    [(0, "completed", 1), (1, "training", 2), (2, "summing", 1), (2, "evaluating", 2), (2, "completed", 1)],
+    [
+        (0, "completed", 1),
+        (1, "training", 2),
+        (2, "summing", 1),
+        (2, "evaluating", 0),
+        (2, "completed", 1),
+        (3, "evaluating", 2),
+    ],
 )
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     finished: Path, settings: list[str], tmp_path: Path, round: int, stage: str, done: int
@@ -181,6 +189,37 @@ def test_what_algorithms_and_servers_keep_survives_an_interruption(
     resume(tmp_path / "broken")
     assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
     assert model_bytes(tmp_path / "broken" / "model") == model_bytes(tmp_path / "whole" / "model")
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ("algorithm.name=fedavg",),
+        ("algorithm.name=fc_moe",),
+        ("algorithm.name=pfl_moe",),
+        ("algorithm.name=local",),
+        ("algorithm.gate=local", "wire.dtype=int8"),
+        ("clients.sample=0.7", "evaluation.everyone=1"),
+    ],
+)
+def test_rounds_score_the_same_as_each_would_by_itself(
+    settings: list[str], tmp_path: Path, choice: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(tmp_path / "together", settings, *choice)
+    monkeypatch.setattr(Server, "_alone", lambda *_: True)
+    start(tmp_path / "alone", settings, *choice)
+    assert sent_only_to_train(tmp_path / "together") == sent_only_to_train(tmp_path / "alone")
+    for kind in ("model", "best"):
+        assert model_bytes(tmp_path / "together" / kind).keys() == model_bytes(tmp_path / "alone" / kind).keys()
+    assert (
+        model_bytes(tmp_path / "together" / "model")["model.safetensors"]
+        == (model_bytes(tmp_path / "alone" / "model")["model.safetensors"])
+    )
+
+
+def sent_only_to_train(out: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what went down: what is scored by itself is sent once more."""
+    return [{k: v for k, v in line.items() if not k.startswith("bytes_down")} for line in metrics(out)]
 
 
 def test_a_killed_process_resumes_to_the_same_bytes(finished: Path, settings: list[str], tmp_path: Path) -> None:
@@ -272,7 +311,7 @@ def test_a_finished_run_can_go_on_for_more_rounds(settings: list[str], tmp_path:
     start(tmp_path / "short", settings, "run.rounds=1")
     resume(tmp_path / "short", "run.rounds=2")
     start(tmp_path / "long", settings, "run.rounds=2")
-    assert metrics(tmp_path / "short") == metrics(tmp_path / "long")
+    assert sent_only_to_train(tmp_path / "short") == sent_only_to_train(tmp_path / "long")
 
 
 def test_a_resumed_run_keeps_its_configuration(finished: Path, tmp_path: Path) -> None:
@@ -546,7 +585,7 @@ def test_a_run_without_patience_left_says_so_and_can_go_on(
     code, out, errors = fedalign("run", "--resume", str(run), "--set", "run.patience=0")
     assert code == 0, errors
     assert json.loads((run / "summary.json").read_text())["stopped"] is None
-    stopped, whole = metrics(run), metrics(tmp_path / "all")
+    stopped, whole = sent_only_to_train(run), sent_only_to_train(tmp_path / "all")
     assert stopped[1].pop("stopped") == told
     assert stopped == whole
     assert model_bytes(run / "model") == model_bytes(tmp_path / "all" / "model")

@@ -277,7 +277,7 @@ def _log_row(entry: Entry) -> tuple[str, ...]:
         shown(entry.when),
         shown(entry.run),
         "" if entry.round is None else str(entry.round),
-        shown(entry.verb),
+        shown(entry.verb) + (", evaluate" if entry.scored else ""),
         shown(left),
         size(entry.bytes),
         "" if entry.examples is None else str(entry.examples),

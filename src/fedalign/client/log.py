@@ -26,6 +26,7 @@ class Entry:
     bytes: int = 0  # of it
     examples: int | None = None  # that it is about, as far as it says
     counted: bool = False  # against the site's limits: a failure tells something as well
+    scored: bool = False  # training that counts as an evaluation, too: what was received was scored before
     when: str = ""  # UTC, to the second
 
 
@@ -51,7 +52,11 @@ class SiteLog:
 
     def counted(self, verb: str) -> list[str]:
         """The runs for which such a message was answered, once for each answer; failures are answers, too."""
-        return [entry.run for entry in self.entries() if entry.verb == verb and entry.counted]
+        return [
+            entry.run
+            for entry in self.entries()
+            if entry.counted and (entry.verb == verb or (entry.scored and verb == "evaluate"))
+        ]
 
     def append(self, entry: Entry) -> None:
         """Add a line, and return when the disk has it."""

@@ -474,7 +474,12 @@ class EvaluationConfig(Section):
 
     part: Literal["test", "validation"] = key("test", "what stands for the global test set")
     every: Positive = key(1, "rounds")
-    clients: bool = key(True, "also on each client's held-out part")
+    clients: bool = key(True, "also on each client's held-out part, before it trains on what it received")
+    everyone: Count = key(
+        0,
+        "rounds, where clients.sample is below 1: after so many all clients score, else those that train next, and no "
+        "mean is told; 0: all score before the first round and after the last",
+    )
     batch_tokens: Positive = key(8192, "tokens of a batch, padding included")
     length_normalise: bool = key(False, "choices by mean instead of summed log-likelihood")
     generate: bool = key(False, "instruction and chat: exact match by greedy generation")

@@ -75,7 +75,6 @@ def estimate_run(
     config, layout = bench.config, bench.moe.layout
     total, trained = parameter_counts(bench)
     statistics = statistics_nbytes(config, layout)
-    scored = len(clients) if config.evaluation.clients and config.clients.held_out else 0
     largest = max(clients.values(), key=lambda client: len(client.train))
     step = measure_step(bench, largest.train)
     held = [client.held_out for client in clients.values()]
@@ -88,7 +87,7 @@ def estimate_run(
         clients=len(clients),
         clients_a_round=clients_a_round,
         examples={name: client.examples for name, client in clients.items()},
-        bytes_down_a_round=weights_nbytes(config, layout) * (clients_a_round + scored),
+        bytes_down_a_round=weights_nbytes(config, layout) * clients_a_round,  # scored and trained on
         bytes_up_a_round_at_most=(update_nbytes(config, layout) + statistics) * clients_a_round,
         bytes_statistics_a_client=statistics,
         memory=training_nbytes(bench)
@@ -106,14 +105,13 @@ def estimate_site(bench: Workbench, consent: Consent) -> SiteEstimate:
     _, trained = parameter_counts(bench)
     weights, update = weights_nbytes(config, layout), update_nbytes(config, layout, consent)
     statistics = statistics_nbytes(config, layout, consent)
-    broadcasts = 2 if config.evaluation.clients and config.clients.held_out else 1  # to train on, and to be scored
     remembered = 4 * layout.layers * layout.experts + (4 * trained * moments(config) * config.training.keep_optimizer)
     return SiteEstimate(
         training=training_nbytes(bench),
         loading=bench.moe.saved.before if bench.moe.saved else bench.moe.nbytes,
         exchange=exchange_nbytes(trained, config),
         carrier=CARRIER * max(weights, update),
-        down_a_round=weights * broadcasts,
+        down_a_round=weights,  # scored and trained on
         up_a_round_at_most=update + statistics,
         statistics=statistics,
         disk=(KEPT_BY_CLIENTS + 1) * (update + remembered),

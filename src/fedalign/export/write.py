@@ -204,7 +204,7 @@ def find_snapshot(run: Path, best: bool) -> Snapshot:
     state = Checkpoints(folder.checkpoint, {}).load()
     if state is None or not state.round:
         raise UserError(f"fedalign export {str(run)!r}: no round is complete yet. Go on with it: {_resume(folder)}")
-    return Snapshot(folder, config, state.round, state.history, None, state.weights)
+    return Snapshot(folder, config, state.round, state.lines, None, state.weights)
 
 
 def _best(folder: RunFolder, config: Config) -> Snapshot:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from fedalign.client.log import Entry, SiteLog
@@ -25,24 +26,31 @@ WITHDRAWN = "withdrawn"  # a file in what is kept of a run, after which nothing 
 log = logging.getLogger("fedalign")
 
 
-def answer_at(folder: SiteFolder, run: str, verb: str, parcel: Parcel, answer: Callable[[], Parcel]) -> Parcel:
+def answer_at(folder: SiteFolder, run: str, verb: str, parcel: Parcel, answer: Callable[[Parcel], Parcel]) -> Parcel:
     """A site's answer to a message, or its refusal; either is in its log before it leaves.
+
+    A call for training that asks for a score as well counts as both. Where the site has scored all that it will, it
+    trains and does not score.
 
     Args:
         folder: the site.
         run: the run's key, as the coordinator says it.
         verb: what is asked for.
         parcel: the message.
-        answer: makes the answer.
+        answer: makes the answer to the message that it is given.
     """
     lines = SiteLog(folder.path)
-    reason = _refusal(folder, lines, run, verb)
+    if _scores(verb, parcel) and (spent := _refusal(folder, lines, run, "evaluate")):
+        log.warning("%s: not scored: %s", folder.config.name, spent)
+        parcel = replace(parcel, head={**parcel.head, "score": False})
+    asked = (verb, "evaluate") if _scores(verb, parcel) else (verb,)
+    reason = _refusal(folder, lines, run, *asked)
     begun = not reason
-    reply = answer() if begun else None
+    reply = answer(parcel) if begun else None
     try:
         with lines.held():
             if reply is not None:
-                reason = _refusal(folder, lines, run, verb)  # another process may have answered meanwhile
+                reason = _refusal(folder, lines, run, *asked)  # another process may have answered meanwhile
             if reason or reply is None:
                 reply = encode(Failure(folder.config.name, stage_of(verb), reason))
             reply = _without_places(folder, verb, reply)
@@ -83,8 +91,13 @@ def _forget(kept: Path) -> None:
             path.unlink()
 
 
-def _refusal(folder: SiteFolder, lines: SiteLog, run: str, verb: str) -> str:
-    """Why a message is not answered; "" if it is."""
+def _scores(verb: str, parcel: Parcel) -> bool:
+    """Whether a call for training asks for a score as well."""
+    return verb == "train" and parcel.head.get("score") is True
+
+
+def _refusal(folder: SiteFolder, lines: SiteLog, run: str, *verbs: str) -> str:
+    """Why a message that asks for these is not answered; "" if it is."""
     limits = folder.config.limits
     if not is_name(run):
         return f"the run's key must be 1 to {LONGEST_NAME} printable characters"
@@ -94,18 +107,17 @@ def _refusal(folder: SiteFolder, lines: SiteLog, run: str, verb: str) -> str:
         "train": ("rounds", limits.rounds, limits.all_rounds),
         "evaluate": ("evaluations", limits.evaluations, limits.all_evaluations),
     }
-    if verb not in counted:
-        return ""
-    name, most, most_of_all = counted[verb]
-    try:
-        runs = lines.counted(verb)
-    except ValueError:
-        log.error("%s: holds a line that is not ours; mend it, since limits are counted by it", lines.file)
-        return "it cannot read its own log"
-    if runs.count(run) >= most:
-        return f"it has answered all that it will in this run (limits.{name} = {most} in its site.toml)"
-    if len(runs) >= most_of_all:
-        return f"it has answered all that it will in any run (limits.all_{name} = {most_of_all} in its site.toml)"
+    for verb in filter(counted.get, verbs):
+        name, most, most_of_all = counted[verb]
+        try:
+            runs = lines.counted(verb)
+        except ValueError:
+            log.error("%s: holds a line that is not ours; mend it, since limits are counted by it", lines.file)
+            return "it cannot read its own log"
+        if runs.count(run) >= most:
+            return f"it has answered all that it will in this run (limits.{name} = {most} in its site.toml)"
+        if len(runs) >= most_of_all:
+            return f"it has answered all that it will in any run (limits.all_{name} = {most_of_all} in its site.toml)"
     return ""
 
 
@@ -129,4 +141,5 @@ def _entry(run: str, verb: str, asked: Parcel, reply: Parcel, counted: bool) -> 
         bytes=reply.nbytes,
         examples=examples if type(examples) is int else None,
         counted=counted,
+        scored=counted and _scores(verb, asked),
     )

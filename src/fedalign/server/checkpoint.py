@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ from fedalign.protocol import Metrics, State, Weights, parse_group
 
 logger = logging.getLogger(__name__)
 FILES = ("state.json", "weights.safetensors", "algorithm.safetensors", "moments.safetensors")
+SCORED, LINE = "scored", "line.json"  # a folder within a round's, once its clients have scored it, and its line
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ class ServerState:
     algorithm: State
     history: tuple[Metrics, ...]  # one entry a round, the evaluation before round 1 first
     moments: State = field(default_factory=dict)  # of the server's optimizer
+    pending: Metrics | None = None  # the entry of `round`, as long as its clients have not scored it
+
+    @property
+    def lines(self) -> tuple[Metrics, ...]:
+        """The history, and what is known of a round that is not scored yet."""
+        return self.history if self.pending is None else (*self.history, self.pending)
 
 
 class Checkpoints:
@@ -50,9 +58,16 @@ class Checkpoints:
             save_file({str(g): w.contiguous() for g, w in state.weights.items()}, folder / "weights.safetensors")
             save_file({name: t.contiguous() for name, t in state.algorithm.items()}, folder / "algorithm.safetensors")
             save_file({name: t.contiguous() for name, t in state.moments.items()}, folder / "moments.safetensors")
-            about = {"round": state.round, "identity": self.identity, "history": state.history}
+            about: dict[str, Any] = {"round": state.round, "identity": self.identity}
+            about |= {"history": state.history, "pending": state.pending}
             (folder / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         forget_old(self.folder, KEPT_ROUNDS)
+
+    @parallel.by_the_first
+    def save_scored(self, state: ServerState) -> None:
+        """Add its line to a round that was saved before it was scored."""
+        with replacing(self.folder / f"round-{state.round:05d}" / SCORED) as folder:
+            (folder / LINE).write_text(json.dumps(state.history[-1]), encoding="utf-8")
 
     def load(self) -> ServerState | None:
         """The latest complete round that is not damaged, or None where there is none; what is damaged is told.
@@ -84,7 +99,14 @@ class Checkpoints:
             weights = {parse_group(k): w for k, w in load_file(folder / "weights.safetensors").items()}
             algorithm = load_file(folder / "algorithm.safetensors")
             moments = load_file(folder / "moments.safetensors")
-            return ServerState(about["round"], weights, algorithm, tuple(about["history"]), moments)
+            history, pending = tuple(about["history"]), about.get("pending")  # older versions scored before they saved
+            if pending is not None and (folder / SCORED).exists():
+                if problem := damage(folder / SCORED, LINE):
+                    logger.warning("%s: damaged (%s): the round is scored again.", folder / SCORED, problem)
+                else:
+                    line = json.loads((folder / SCORED / LINE).read_text(encoding="utf-8"))
+                    history, pending = (*history, line), None
+            return ServerState(about["round"], weights, algorithm, history, moments, pending)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"checkpoint {str(folder)!r}: made by another version ({error}).") from None
 

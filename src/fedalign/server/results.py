@@ -171,7 +171,8 @@ class Recorder:
             tidy(folder.path)
         self._write_metrics(resumed.history)  # lines of a round that was cut off are dropped
         self._answers = self._kept_answers(resumed.round) if parallel.is_first() else {}
-        followed = TrackedRun(folder.path, flat(config.model_dump(mode="json"), "."), resumed.round)
+        told = resumed.history[-1]["round"] if resumed.history else -1
+        followed = TrackedRun(folder.path, flat(config.model_dump(mode="json"), "."), told)
         self._trackers = open_trackers(config.tracking.loggers if parallel.is_first() else (), followed)
         self._tell_trackers(resumed.history)  # a kill may have come before they were told
 

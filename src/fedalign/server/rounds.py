@@ -1,6 +1,9 @@
 """The round loop, written once, against a Federation, and knowing no algorithm by name.
 
-broadcast -> local training -> statistics -> plan -> updates -> sum -> evaluate -> checkpoint
+broadcast -> local training -> statistics -> plan -> updates -> sum -> checkpoint
+
+Clients score what they receive before they train on it: a round is scored in the next one, and its line is complete
+then. What no broadcast to all may follow is scored by itself: see `Server._alone`.
 """
 
 from __future__ import annotations
@@ -42,14 +45,23 @@ from fedalign.protocol import (
 )
 from fedalign.server.checkpoint import Checkpoints, ServerState
 from fedalign.server.checks import (
-    check_evaluation,
     check_plan,
     check_state,
     check_statistics,
     check_weights,
     find_outliers,
 )
-from fedalign.server.scores import Traffic, best_of, describe_plan, describe_scores, describe_training, merit, spent
+from fedalign.server.scores import (
+    Scores,
+    Traffic,
+    best_of,
+    describe_clients,
+    describe_plan,
+    describe_test,
+    describe_training,
+    merit,
+    spent,
+)
 
 CENTER = "center."  # names of the last round's update among the moments
 PATIENCE = 2  # rounds in which a site may announce an update and deliver none that can be used
@@ -65,7 +77,10 @@ class Observer(Protocol):
         """The clients' reports, and the plan: who is to count for how much."""
 
     def completed(self, state: ServerState, improved: bool) -> None:
-        """A round is complete (round 0 is the evaluation before training); `improved`: its score is the best yet."""
+        """A round is scored (round 0 is before training), or is not to be; `improved`: its score is the best yet.
+
+        Of `state` this is the last line, and the weights; the next round may have been trained meanwhile.
+        """
 
 
 class CountingSum:
@@ -122,37 +137,42 @@ class Server:
         self.observer = observer
 
     def run(self, state: ServerState) -> ServerState:
-        """Continue from `state`; each complete round is checkpointed before it is announced.
+        """Continue from `state`; each round is checkpointed before it is scored, and its scores before they are told.
 
         Raises:
             UserError: Too few clients had anything usable to say, or there is patience and no score to be patient for.
         """
         rounds, patience = self.config.run.rounds, self.config.run.patience
-        if not state.history:
-            traffic = Traffic()
-            metrics, failures = self._scores(state.weights, 0, traffic)
-            metrics |= {"bytes_up": 0, "bytes_down": traffic.down, "failures": self._named(failures)}
-            state = self._complete(state, metrics)
-        if patience and best_of(state.history) is None:
-            raise UserError(
-                f"run.patience = {patience}: round {state.round} was not scored, so no later one can be called better. "
-                "Give data.test or clients.held_out, or go on with --set run.patience=0."
-            )
-        while state.round < rounds and not spent(state.history, patience):
+        if not state.lines:
+            about = {"bytes_up": 0, "bytes_down": 0, "failures": self._named([])}
+            state = self._complete(state, self._tested(0, state.weights) | about)
+        while True:
+            over = state.round >= rounds or spent(state.lines, patience) is not None
+            if state.pending is not None and (over or self._alone(state, state.pending)):
+                state = self._score(state, state.pending)
+                continue
+            if patience and state.pending is None and best_of(state.history) is None:
+                raise UserError(
+                    f"run.patience = {patience}: round {state.round} was not scored, so no later one can be called "
+                    "better. Give data.test or clients.held_out, or go on with --set run.patience=0."
+                )
+            if over:
+                return state
             state = self._round(state)
-        return state
 
     def _round(self, state: ServerState) -> ServerState:
-        started, number, traffic = time.perf_counter(), state.round + 1, Traffic()
+        started, number, traffic, scores = time.perf_counter(), state.round + 1, Traffic(), Scores()
         members = self.federation.members()
         chosen = select(members, self.config.clients.sample, self.config.run.seed, number)
-        reports, failures = self._train(state, number, chosen, traffic)
+        reports, failures = self._train(state, number, chosen, traffic, scores)
         if len(reports) < self.config.server.min_clients:
             reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in failures) or "nobody replied"
             raise UserError(
                 f"round {number}: {len(reports)} of {len(chosen)} clients can be used, server.min_clients = "
                 f"{self.config.server.min_clients} are needed ({reasons}). The last complete round is kept."
             )
+        if state.pending is not None:
+            state = self._scored(state, state.pending, scores, all_asked=len(chosen) == len(members))
         reports, on_trial = self._on_trial(state, reports)
         left_out: list[Failure] = []
         while True:
@@ -173,13 +193,12 @@ class Server:
         algorithm_state = plan.then(total.streams(share)) if plan.then else plan.state
         self._refuse(number, check_state(algorithm_state))
         self._refuse(number, check_weights(weights))
-        scores, unscored = self._scores(weights, number, traffic)
         metrics = {
-            **scores,
+            **self._tested(number, weights),
             **describe_training(reports),
             **describe_plan(plan, self.layout, traffic, len(total.unchanged(share))),
             "clients": [report.client for report in reports],
-            "failures": self._named([*failures, *unscored]),
+            "failures": self._named(failures),
             **({"on_trial": [report.client for report in on_trial]} if on_trial else {}),
             "round_seconds": time.perf_counter() - started,
         }
@@ -248,14 +267,15 @@ class Server:
         """Every fault of a round, for metrics and the live table."""
         return [vars(failure) for failure in (*self.federation.faults(), *failures)]
 
-    def _broadcast(self, weights: Weights, state: State, round: int) -> Broadcast:
+    def _broadcast(self, weights: Weights, state: State, round: int, *, score: bool = False) -> Broadcast:
         dtype = broadcast_dtype(self.config.wire.dtype)
-        return Broadcast(round, {group: pack(value, dtype, seed=0) for group, value in weights.items()}, state)
+        return Broadcast(round, {group: pack(value, dtype, seed=0) for group, value in weights.items()}, state, score)
 
     def _train(
-        self, state: ServerState, number: int, chosen: Sequence[str], traffic: Traffic
+        self, state: ServerState, number: int, chosen: Sequence[str], traffic: Traffic, scores: Scores
     ) -> tuple[list[Statistics], list[Failure]]:
-        broadcast = self._broadcast(state.weights, state.algorithm, number)
+        """Usable reports, and why there are no others; scores of the round before are added to `scores`."""
+        broadcast = self._broadcast(state.weights, state.algorithm, number, score=state.pending is not None)
         traffic.send(chosen, broadcast.nbytes)
         reports: dict[str, Statistics] = {}
         failures: list[Failure] = []
@@ -264,9 +284,14 @@ class Server:
         training, chats = self.config.training, self.config.data.has_chats
         self.observer.progress(number, "training", 0, len(chosen))
         for reply in self.federation.train(broadcast, chosen):
+            if isinstance(reply, Failure) and reply.stage == "evaluate":
+                scores.add(reply)  # its statistics come besides
+                continue
             if isinstance(reply, Statistics):
                 traffic.statistics += reply.nbytes
                 traffic.up(reply.client, reply.nbytes)
+                if broadcast.score and reply.score is not None and reply.round == number:
+                    scores.add(reply.score)
                 problem = check_statistics(reply, self.layout, shapes, number, training, chats)
                 if problem is None:
                     reports[reply.client] = reply
@@ -347,40 +372,85 @@ class Server:
             self._refuse(number, f"has {error}")
             raise
 
-    def _scores(self, weights: Weights, number: int, traffic: Traffic) -> tuple[Metrics, list[Failure]]:
-        last = number == self.config.run.rounds
-        metrics: Metrics = {"round": number}
-        if number % self.config.evaluation.every and not last:
-            return metrics, []
-        self.observer.progress(number, "evaluating", 0, 1)
-        everyone_alone = self.algorithm.private >= set(KINDS)
-        overall = None if everyone_alone else self.evaluate(number, weights)
-        scores: list[Evaluation] = []
-        failures: list[Failure] = []
-        if self.config.evaluation.clients and self.config.clients.held_out:
-            members = self.federation.members()
-            broadcast = self._broadcast(weights, {}, number)
-            traffic.send(members, broadcast.nbytes)
-            for score in self.federation.evaluate(broadcast, members):
-                if isinstance(score, Failure):
-                    failures.append(score)
-                elif problem := check_evaluation(score):
-                    failures.append(Failure(str(score.client), "evaluate", problem))
-                else:
-                    scores.append(score)
-                self.observer.progress(number, "evaluating", len(scores) + len(failures), len(members))
-        scores.sort(key=lambda score: str(score.client))  # arrival order must not matter
-        return metrics | describe_scores(overall, scores), failures
+    def _due(self, number: int) -> bool:
+        """Whether a round is scored at all."""
+        return number % self.config.evaluation.every == 0 or number == self.config.run.rounds or self._by_all(number)
 
-    def _complete(self, state: ServerState, metrics: Metrics) -> ServerState:
-        earlier = [score for past in state.history if (score := merit(past)) is not None]
-        score = merit(metrics)
-        why = spent((*state.history, metrics), self.config.run.patience)
-        stopped = {"stopped": why} if why and metrics["round"] < self.config.run.rounds else {}
-        state = replace(state, history=(*state.history, metrics | stopped))
+    def _by_all(self, number: int) -> bool:
+        """Whether a round is to be scored by all clients, though only some of them train in the next."""
+        every = self.config.evaluation.everyone
+        return self.config.clients.sample < 1 and (number == 0 or (every > 0 and number % every == 0))
+
+    def _alone(self, state: ServerState, line: Metrics) -> bool:
+        """Whether a round that others may follow is scored by itself.
+
+        After it the run may end, if its scores are bad or missing: then no broadcast follows. Or all clients are to
+        score it and only some will train; or their data is pooled, and they do not train at all.
+        """
+        if self._by_all(state.round) or "data" in self.config.asks:
+            return True
+        patience = self.config.run.patience
+        if not patience or merit(line) is not None or self.config.clients.sample < 1:  # it is known what ends the run
+            return False
+        as_feared = {"round": state.round, "accuracy": -math.inf}
+        return not state.history or spent((*state.history, as_feared), patience) is not None
+
+    def _tested(self, number: int, weights: Weights) -> Metrics:
+        """The first part of a round's line: its number, and the score on the global test set."""
+        everyone_alone = self.algorithm.private >= set(KINDS)
+        if everyone_alone or not self._due(number):
+            return {"round": number}
+        self.observer.progress(number, "evaluating", 0, 1)
+        return {"round": number} | describe_test(self.evaluate(number, weights))
+
+    def _score(self, state: ServerState, line: Metrics) -> ServerState:
+        """Have all clients score a round by itself, and complete its line."""
+        started, scores, members = time.perf_counter(), Scores(), self.federation.members()
+        traffic = Traffic(line["bytes_down"], down_by_client=dict(line.get("bytes_down_by_client", {})))
+        broadcast = self._broadcast(state.weights, {}, state.round)
+        traffic.send(members, broadcast.nbytes)
+        self.observer.progress(state.round, "evaluating", 0, len(members))
+        for reply in self.federation.evaluate(broadcast, members):
+            scores.add(reply)
+            self.observer.progress(state.round, "evaluating", len(scores), max(len(scores), len(members)))
+        now = {
+            "bytes_down": traffic.down,
+            "bytes_down_by_client": traffic.down_by_client,
+            "failures": [*line["failures"], *self._named([])],
+            "round_seconds": line.get("round_seconds", 0.0) + time.perf_counter() - started,
+        }
+        line = {name: now.get(name, value) for name, value in line.items()}
+        return self._scored(state, line, scores, all_asked=True)
+
+    def _scored(self, state: ServerState, line: Metrics, scores: Scores, *, all_asked: bool) -> ServerState:
+        """A round's line is complete; it is kept before it is told."""
+        line = line | describe_clients(scores.of, all_asked=all_asked)
+        line["failures"] = [*line["failures"], *map(vars, scores.failures)]
+        after = replace(state, history=(*state.history, self._last(state, line)), pending=None)
+        self.checkpoints.save_scored(after)
+        self._tell(after)
+        return after
+
+    def _complete(self, state: ServerState, line: Metrics) -> ServerState:
+        """Checkpoint a round; where clients are to score it, its line is complete only then."""
+        if self._due(state.round) and self.config.evaluation.clients and self.config.clients.held_out:
+            state = replace(state, pending=line)
+            self.checkpoints.save(state)
+            return state
+        state = replace(state, history=(*state.history, self._last(state, line)))
         self.checkpoints.save(state)
-        self.observer.completed(state, improved=score is not None and score > max(earlier, default=-math.inf))
+        self._tell(state)
         return state
+
+    def _last(self, state: ServerState, line: Metrics) -> Metrics:
+        """A round's line, with the reason if none follows though more were asked for."""
+        why = spent((*state.history, line), self.config.run.patience)
+        return line | ({"stopped": why} if why and state.round < self.config.run.rounds else {})
+
+    def _tell(self, state: ServerState) -> None:
+        *earlier, score = [merit(line) for line in state.history]
+        best = max((one for one in earlier if one is not None), default=-math.inf)
+        self.observer.completed(state, improved=score is not None and score > best)
 
 
 def undelivered(history: Sequence[Metrics], client: str) -> int:

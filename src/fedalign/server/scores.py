@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedalign.protocol import Evaluation, Layout, Metrics, Plan, Statistics
+from fedalign.protocol import Evaluation, Failure, Layout, Metrics, Plan, Statistics
+from fedalign.server.checks import check_evaluation
 
 
 @dataclass
@@ -34,6 +35,27 @@ class Traffic:
     def up(self, client: str, nbytes: int) -> None:
         """Count what a client sent."""
         self.up_by_client[client] = self.up_by_client.get(client, 0) + nbytes
+
+
+@dataclass
+class Scores:
+    """The clients' scores of one round's weights, as they come."""
+
+    of: list[Evaluation] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+    def add(self, reply: Evaluation | Failure) -> None:
+        """Take a score, if it can be used."""
+        if isinstance(reply, Failure):
+            self.failures.append(reply)
+        elif problem := check_evaluation(reply):
+            self.failures.append(Failure(str(reply.client), "evaluate", problem))
+        else:
+            self.of.append(reply)
+
+    def __len__(self) -> int:
+        """How many came."""
+        return len(self.of) + len(self.failures)
 
 
 def accuracy_of(metrics: Mapping[str, Any]) -> float | None:
@@ -100,25 +122,34 @@ def spent(history: Sequence[Metrics], patience: int) -> str | None:
     return told if since >= patience else None
 
 
-def describe_scores(overall: Evaluation | None, scores: Sequence[Evaluation]) -> Metrics:
-    """Scores by name: global, and over the clients' own held-out parts."""
+def describe_test(overall: Evaluation | None) -> Metrics:
+    """The score on the global test set by name."""
+    if overall is None:
+        return {}
+    metrics: Metrics = {"loss_nats": overall.loss, "perplexity": _exp(overall.loss), "test_examples": overall.examples}
+    return metrics if overall.accuracy is None else metrics | {"accuracy": overall.accuracy}
+
+
+def describe_clients(replies: Sequence[Evaluation], *, all_asked: bool) -> Metrics:
+    """Scores over the clients' own held-out parts by name.
+
+    Means are of all clients: where only some were asked there are none, since those of other rounds are of others.
+    """
+    scores = sorted(replies, key=lambda score: str(score.client))  # arrival order must not matter
     metrics: Metrics = {}
-    if overall is not None:
-        metrics |= {"loss_nats": overall.loss, "perplexity": _exp(overall.loss), "test_examples": overall.examples}
-        if overall.accuracy is not None:
-            metrics["accuracy"] = overall.accuracy
     if scores:
-        examples = sum(score.examples for score in scores)
-        loss = sum(score.loss * score.examples for score in scores) / examples
-        metrics["client_loss_mean_nats"] = loss
         metrics["client_losses_nats"] = {str(score.client): score.loss for score in scores}
         metrics["client_examples"] = {str(score.client): score.examples for score in scores}
     accuracies = {str(score.client): score.accuracy for score in scores if score.accuracy is not None}
     if accuracies:
+        metrics["client_accuracies"] = accuracies
+    if scores and all_asked:
+        examples = sum(score.examples for score in scores)
+        metrics["client_loss_mean_nats"] = sum(score.loss * score.examples for score in scores) / examples
+    if accuracies and all_asked:
         counted = [score.examples for score in scores if score.accuracy is not None]
         right = [score.examples * score.accuracy for score in scores if score.accuracy is not None]
         metrics |= {
-            "client_accuracies": accuracies,
             "client_accuracy_mean": stats.fmean(accuracies.values()),
             "client_accuracy_weighted": sum(right) / sum(counted),
             "client_accuracy_worst": min(accuracies.values()),

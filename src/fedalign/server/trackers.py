@@ -47,7 +47,7 @@ class TrackedRun:
 
     folder: Path
     settings: Mapping[str, Any]  # the configuration, flat: section.key -> value
-    resumed_after: int  # the last round that is complete; what a cut-off round logged is void
+    resumed_after: int  # the last round that is complete and scored, -1: none; what a cut-off one logged is void
 
     @property
     def name(self) -> str:

@@ -340,6 +340,30 @@ def test_a_site_is_scored_on_no_more_examples_than_it_said(clock: Clock, claimed
         assert scores["ward"] == Failure("ward", "evaluate", "examples = 1000000000: when it joined it had 4")
 
 
+@pytest.mark.parametrize(
+    ("held_out", "scored", "flaw"),
+    [
+        (4, 4, ""),
+        (4, 3, ""),
+        (0, 0, ""),
+        (4, 10**9, "examples = 1000000000: when it joined it had 4"),
+        (0, 1, "examples = 1: when it joined it had 0"),
+        (4, 0, "it trained and sent no score: it may have answered all that its site.toml allows (limits.evaluations)"),
+    ],
+)
+def test_a_score_beside_statistics_is_of_what_the_site_held_out(
+    clock: Clock, held_out: int, scored: int, flaw: str
+) -> None:
+    said = replace(statistics("ward", 1), held_out=scored, held_out_loss=1.0, held_out_accuracy=0.5)
+    sites = federate(clock, site("ward", train=said, held_out=held_out), min_sites=1)
+    *flaws, report = sites.train(Broadcast(1, {}, score=True), sites.members())
+    assert flaws == ([Failure("ward", "evaluate", flaw)] if flaw else [])
+    assert isinstance(report, Statistics)  # it has trained all the same
+    assert (report.score is not None) == (scored > 0 and not flaw)
+    assert sites.sites["ward"].missed == 0
+    assert not [one for one in sites.train(Broadcast(1, {}), ["ward"]) if isinstance(one, Failure)]  # nobody asked
+
+
 def test_a_site_cannot_fill_the_metrics_with_its_reasons(clock: Clock) -> None:
     sites = federate(clock, site("a"), site("b", train=Failure("b", "train", "x" * 10**6)))
     assert len(train(sites, 1)["b"]) <= 500

@@ -59,7 +59,7 @@ def _answer(verb: str, parcel: Parcel, run: RunAbout, context: Context) -> Parce
 
 def site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel) -> Parcel:
     """A site's answer, within its limits and written down."""
-    return answer_at(folder, run, verb, parcel, lambda: _site_answer(folder, config, run, verb, parcel))
+    return answer_at(folder, run, verb, parcel, lambda asked: _site_answer(folder, config, run, verb, asked))
 
 
 def _site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel) -> Parcel:

@@ -153,9 +153,13 @@ class FlowerFederation:
             if absent.client not in clients:
                 self._count_missed(absent.client)
         for answer in self._everywhere("train", broadcast, clients, Statistics):
-            reply = self._within("train", answer, self.sites[answer.client].hello.examples)
+            hello = self.sites[answer.client].hello
+            reply = self._within("train", answer, hello.examples)
             if isinstance(reply, Statistics):
                 self.sites[reply.client].missed = 0
+                if broadcast.score and (flaw := _score_flaw(reply.held_out, hello.held_out)):
+                    yield Failure(reply.client, "evaluate", flaw)
+                    reply = replace(reply, held_out=0)
             else:
                 self._count_missed(reply.client)
             yield reply
@@ -393,6 +397,13 @@ class FlowerFederation:
                 else f"its reply of round {late.round} came after {seconds:.0f} s and was discarded"
             )
             self._faults.append(Failure(late.site, late.stage, reason))
+
+
+def _score_flaw(scored: int, most: int) -> str | None:
+    """Why the score beside a site's statistics does not count, or None; `most` examples were held out at its hello."""
+    if most and not scored:
+        return "it trained and sent no score: it may have answered all that its site.toml allows (limits.evaluations)"
+    return f"examples = {scored}: when it joined it had {most}" if scored > most else None
 
 
 def _layout(layers: int, experts: int) -> str:
