@@ -3,8 +3,8 @@
 `python -m tests.kills` kills 100 times at a random moment and 40 times at an operation on a file, and lets the disk be
 full 20 times from some operation or size of a file on, which must be told in one line. Afterwards the same command, or
 `--resume` where there is a run, ends; then `model/`, `best/` and what is exported of them, cards included, are byte for
-byte those of a run that nothing happened to. Attempts are forked from a process that has loaded the libraries and
-nothing else; the first is compared with one in a process of its own.
+byte those of a run that nothing happened to, and metrics.jsonl holds its numbers. Attempts are forked from a process
+that has loaded the libraries and nothing else; the first is compared with one in a process of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import errno
 import itertools
+import json
 import os
 import random
 import resource
@@ -169,6 +170,12 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+def measured(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without what a clock measured."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if not name.endswith("seconds")} for line in lines]
+
+
 @dataclass
 class Ground:
     """Where it happens, and what an undisturbed run and its exports came to."""
@@ -269,6 +276,7 @@ class Ground:
         self.go_on(self.again(run))
         for kind in ("model", "best"):
             assert content(run / kind) == self.whole[kind], f"{run / kind} differs"
+        assert measured(run) == measured(self.run), f"{run}: metrics.jsonl differs"
         hidden = {path.name for path in run.rglob(".*")}
         assert hidden <= {MARK, LOCK, WATCH}, f"{run}: {hidden}"
         for flags in EXPORTS:

@@ -546,13 +546,16 @@ class Federation(Protocol):
         """Ids of all clients that may be asked, in a fixed order."""
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterable[Statistics | Failure]:
-        """Local training; results in any order, each as it comes."""
+        """Local training, scored before where the broadcast asks for it; results in any order, each as it comes.
+
+        A score that cannot be used is a Failure of stage "evaluate", and comes beside the client's statistics.
+        """
 
     def collect(self, requests: Sequence[Request], accumulator: Accumulator) -> list[Failure]:
         """Fetch the requested groups and hand each update to the accumulator, in the order of `requests`."""
 
     def evaluate(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterable[Evaluation | Failure]:
-        """Score the broadcast weights on each client's own held-out part."""
+        """Score the broadcast weights on each client's own held-out part, and train on nothing."""
 
     def faults(self) -> list[Failure]:
         """Faults outside of these calls since this was last asked: clients refused, gone, or late."""

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from fedalign.cli import live
 from fedalign.cli.live import COLUMNS, LiveTable, row
 from fedalign.protocol import Metrics
 from fedalign.server.checkpoint import ServerState
@@ -57,6 +58,31 @@ def test_rows_add_up_what_was_sent_and_fall_back_to_clients() -> None:
     assert row(HISTORY, 1, "0:10") == ("1", "50.0 %", "25.0 %", "1.500", "0.0123", "1.5 MB", "0:10")
     no_test_set = ({"round": 0, "client_accuracy_weighted": 0.25, "client_loss_mean_nats": 2.0},)
     assert row(no_test_set, 0, "...")[:4] == ("0", "25.0 %", "-", "2.000")
+
+
+def test_time_left_is_of_the_round_at_work_though_its_line_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    table = LiveTable(Console(quiet=True), rounds=4)
+
+    def line(number: int) -> str:
+        table.completed(ServerState(number, {}, {}, tuple({"round": n} for n in range(number + 1))), improved=False)
+        return table.time_left()
+
+    table.progress(1, "training", 0, 1)
+    now[0] += 50
+    assert line(0) == "..."  # it comes when round 1 has trained
+    now[0] += 10
+    table.progress(2, "training", 0, 1)  # a round takes a minute
+    now[0] += 50
+    assert line(1) == clock(3 * 60 - 50)
+    now[0] += 10
+    table.progress(3, "training", 0, 1)
+    now[0] += 60
+    assert line(2) == line(3) == clock(60)  # nothing scores it in the next round: its line comes at its end
+    table.progress(4, "training", 0, 1)
+    now[0] += 70
+    assert line(4) == "0:00"
 
 
 def test_units() -> None:

@@ -28,7 +28,7 @@ class LiveTable(JupyterMixin):
     def __init__(self, console: Console, rounds: int, part: str = "test") -> None:
         self.console, self.rounds, self.part = console, rounds, part
         self.history: Sequence[Metrics] = ()
-        self._started, self._done = time.monotonic(), 0  # rounds of this process
+        self._begun: dict[int, float] = {}  # when each round of this process was
         self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         self._task = self._bar.add_task("starting", total=1)
         self._live = Live(get_renderable=self.__rich__, console=console, refresh_per_second=1 / REFRESH)
@@ -53,6 +53,8 @@ class LiveTable(JupyterMixin):
 
     def progress(self, round: int, stage: str, done: int, total: int) -> None:
         """Move the bar."""
+        if round:
+            self._begun.setdefault(round, time.monotonic())
         where = f"round {round} of {self.rounds}" if round else "before round 1"
         self._bar.update(self._task, description=f"{where}: {stage}", completed=done, total=total)
         self._refresh()
@@ -63,7 +65,6 @@ class LiveTable(JupyterMixin):
     def completed(self, state: ServerState, improved: bool) -> None:
         """Add the round's line."""
         self.history = state.history
-        self._done += state.round > 0
         self._refresh(at_once=True)
         if not (self.console.is_terminal or self._cell):
             cells = zip(COLUMNS, row(self.history, len(self.history) - 1, self.time_left()), strict=True)
@@ -78,11 +79,18 @@ class LiveTable(JupyterMixin):
             self.console.print(text, markup=False, soft_wrap=True)
 
     def time_left(self) -> str:
-        """From the rounds that this process has run."""
-        if not self._done:
+        """From the rounds that this process has run; the last line may be of the round before the one at work."""
+        line, now = int(self.history[-1]["round"]), time.monotonic()
+        if line >= self.rounds:
+            return clock(0)
+        if not self._begun:
             return "..."
-        rounds_left = self.rounds - int(self.history[-1]["round"])
-        return clock((time.monotonic() - self._started) / self._done * rounds_left)
+        first, at = min(self._begun), max(*self._begun, line + 1)
+        if at == first:
+            return "..."
+        began = self._begun.get(at, now)
+        a_round = (began - self._begun[first]) / (at - first)
+        return clock(max(0.0, a_round * (self.rounds + 1 - at) - (now - began)))
 
     def _refresh(self, *, at_once: bool = False) -> None:
         """A notebook is told when to look again."""

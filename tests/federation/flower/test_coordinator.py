@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -283,7 +284,7 @@ def test_a_family_with_frozen_parts_is_saved_with_them(
 
 
 @pytest.mark.parametrize("warm", [True, False])
-@pytest.mark.parametrize(("round", "stage"), [(0, "completed"), (1, "summing"), (2, "evaluating")])
+@pytest.mark.parametrize(("round", "stage"), [(0, "completed"), (1, "summing"), (2, "training"), (2, "evaluating")])
 def test_a_coordinator_that_breaks_off_resumes_to_the_same_bytes(
     coordinated: Callable[..., Config],
     house: Path,
@@ -488,11 +489,37 @@ def test_a_site_that_sends_nonsense_is_named_and_left_out_and_the_run_completes(
     assert not torch.equal(moved, MoEModel.load(config.model.path).read([SHARED])[SHARED])
 
 
-@pytest.mark.parametrize("stage", ["train", "update", "evaluate"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda s: replace(s, held_out_accuracy=1e9), "its accuracy is 1000000000.0"),
+        (lambda s: replace(s, held_out_loss=math.nan), "its loss is nan on "),
+        (lambda s: replace(s, held_out_loss=None), "its loss is nan on "),
+        (lambda s: replace(s, held_out=-1), "on -1 examples"),
+        (lambda s: replace(s, held_out=10**9), "examples = 1000000000: when it joined it had "),
+        (lambda s: replace(s, held_out=0), "it trained and sent no score"),
+    ],
+)
+def test_a_site_whose_score_is_nonsense_is_named_and_trains_all_the_same(
+    coordinated: Callable[..., Config], house: Path, tmp_path: Path, change: Callable[[Any], Any], reason: str
+) -> None:
+    config = coordinated("run.rounds=1")
+    services = sites(tmp_path / "sites", house, config)
+    services["lab"] = Tampering(services["lab"], "train", change)
+    run(tmp_path / "run", Direct(services), config)
+    start, line = metrics(tmp_path / "run")
+    (fault,) = start["failures"]
+    assert (fault["client"], fault["stage"]) == ("lab", "evaluate")
+    assert reason in fault["reason"]
+    assert set(start["client_accuracies"]) == {"east", "ward"}
+    assert (line["clients"], line["failures"]) == (list(SITES), [])
+
+
+@pytest.mark.parametrize("stage", ["train", "update"])
 def test_a_site_that_goes_away_costs_its_share_and_comes_back(
     coordinated: Callable[..., Config], house: Path, tmp_path: Path, stage: str
 ) -> None:
-    config = coordinated()
+    config = coordinated("run.rounds=3")
     services = sites(tmp_path / "sites", house, config)
     link = Direct(services)
     inner = services["lab"]
@@ -513,17 +540,25 @@ def test_a_site_that_goes_away_costs_its_share_and_comes_back(
             link.away.clear()
         return False
 
-    if stage == "evaluate":
-        gone.add("lab")  # not yet at the evaluation before the first round
     folder = RunFolder(tmp_path / "run")
     folder.begin(config)
-    centre = Coordinator.connect(link, config, folder)
-    gone.clear()
-    summary = execute(centre, folder, Silent(back))
-    assert summary["rounds"] == 2
+    summary = execute(Coordinator.connect(link, config, folder), folder, Silent(back))
+    assert summary["rounds"] == 3
     assert {fault["client"] for fault in summary["failures"]} == {"lab"}
-    assert metrics(tmp_path / "run")[2]["clients"] == list(SITES)
-    assert metrics(tmp_path / "run")[2]["failures"] == []
+    lines = metrics(tmp_path / "run")
+    assert lines[2]["clients"] == ["east", "ward"]
+    assert set(lines[1]["client_accuracies"]) == {"east", "ward"}  # it is scored by those that train next
+    assert lines[3]["clients"] == list(lines[3]["client_accuracies"]) == list(SITES)
+    assert lines[3]["failures"] == []
+
+
+def test_a_round_is_two_messages_to_a_site(coordinated: Callable[..., Config], house: Path, tmp_path: Path) -> None:
+    config = coordinated("run.rounds=3", "algorithm.name=fedavg")
+    link = Direct(sites(tmp_path / "sites", house, config))
+    run(tmp_path / "run", link, config)
+    rounds = [kind for kind, _ in link.asked if kind in ("train", "update", "evaluate")]
+    assert rounds == [*["train"] * 3, *["update"] * 3] * 3 + ["evaluate"] * 3
+    assert [len(line["client_accuracies"]) for line in metrics(tmp_path / "run")] == [3] * 4
 
 
 def test_bytes_are_told_by_site_up_and_down(coordinated: Callable[..., Config], house: Path, tmp_path: Path) -> None:
@@ -531,7 +566,7 @@ def test_bytes_are_told_by_site_up_and_down(coordinated: Callable[..., Config], 
     run(tmp_path / "run", Direct(sites(tmp_path / "sites", house, config)), config)
     line = metrics(tmp_path / "run")[1]
     trained = sum(MoEModel.load(config.model.path).layout.sizes.values())
-    assert line["bytes_down_by_client"] == dict.fromkeys(SITES, 2 * 2 * trained)  # to train, and to be scored
+    assert line["bytes_down_by_client"] == dict.fromkeys(SITES, 2 * 2 * trained)  # once more after the last round
     statistics = line["bytes_up_statistics"] // 3
     assert line["bytes_up_by_client"] == dict.fromkeys(SITES, 2 * trained + statistics)
 
