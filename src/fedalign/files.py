@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import quote
 
+import xxhash
+
 from fedalign.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -124,6 +126,18 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file's whole content at once."""
     with replacing_file(path) as new:
         new.write_text(text, encoding="utf-8")
+
+
+def whole_lines(file: Path) -> list[str]:
+    """The lines of a file to which lines are added; half a line, which a kill left, is cut off."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    *lines, half = text.split("\n")
+    if half:
+        write_text(file, "".join(f"{line}\n" for line in lines))
+    return lines
 
 
 def write_private(path: Path, content: bytes) -> None:
@@ -224,6 +238,18 @@ def digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
 def _write_sums(folder: Path, files: Iterable[Path]) -> None:
     lines = (f"{digest}  {name}\n" for name, digest in digests(folder, files).items())
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def fingerprint(parts: Iterable[bytes | memoryview]) -> str:
+    """32 hex digits over bytes: they tell damage and equality fast, and are no proof against somebody who forges them.
+
+    >>> fingerprint([b"ab", b"c"]) == fingerprint([b"abc"]) != fingerprint([b"abd"])
+    True
+    """
+    found = xxhash.xxh3_128()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
 
 
 def damage(folder: Path, *names: str) -> str:

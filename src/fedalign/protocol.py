@@ -18,6 +18,14 @@ After the last round, and others that no broadcast may follow, weights are score
 
 Start travels only where the server holds no model; in one process, neither Hello nor Start does.
 
+Between machines updates travel as pieces of at most `wire.piece_mb`, and so does a broadcast that is larger::
+
+    server -> client   Offer       digests of the weights that the broadcast is about
+    client -> server   Lacking     which bytes of them it does not have; the answer to each piece, too
+    server -> client   Piece       some of these bytes; the Broadcast that follows names them by their digests
+    server -> client   Fetch       which bytes of its update a client is to send
+    client -> server   Piece       these bytes
+
 The second half of this page is the seam: what an algorithm is (`Algorithm`), what it sees of a round (`Reports`,
 `Step`, `LocalRound`) and how a round reaches the clients (`Federation`).
 
@@ -218,6 +226,7 @@ class Start:
     client: str
     weights: Mapping[ParameterGroup, Packed]  # float32
     constants: Mapping[str, Tensor]  # what is never trained but belongs to the model: frozen parameters, buffers
+    kept: Mapping[str, str] = field(default_factory=dict)  # if both are to be fetched: names, and types with shapes
 
 
 @dataclass(frozen=True)
@@ -228,11 +237,68 @@ class Broadcast:
     weights: Mapping[ParameterGroup, Packed]
     state: Mapping[str, Tensor] = field(default_factory=dict)
     score: bool = False  # these weights are also to be scored on what the client holds out, before it trains on them
+    kept: Mapping[str, str] = field(default_factory=dict)  # groups that the client holds already -> their digests
 
     @property
     def nbytes(self) -> int:
         """Bytes on the wire."""
         return sum(p.nbytes for p in self.weights.values()) + sum(t.nbytes for t in self.state.values())
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Server to client, before a broadcast that is larger than a piece: the weights that it will be about."""
+
+    round: int
+    dtype: str
+    digests: Mapping[str, str]  # group -> digest of its packed values
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """Client to server: the part of what it was offered that it does not have."""
+
+    client: str
+    round: int
+    transfer: str  # which one, by a hash of what it is made of
+    ranges: tuple[int, ...]  # first byte and the one behind the last, range after range
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some bytes of packed groups, either way.
+
+    Down they are a range of what was offered. Up they are those that were asked for.
+    """
+
+    client: str | None  # who sends it; None: the server
+    round: int  # 0: of the weights to start from
+    transfer: str  # as in `Lacking`; empty on the way up
+    start: int  # the first byte's place: in what was offered, or in the groups that were asked for
+    data: Tensor  # uint8
+    digest: str  # of these bytes
+    digests: Mapping[str, str] = field(default_factory=dict)  # up: of each whole group that it has a part of
+    stale: tuple[str, ...] = ()  # up: what the server has from before a restart, and is not the client's any more
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Server to client: hand over these bytes of the update you kept."""
+
+    client: str
+    round: int  # 0: of the weights to start from
+    names: tuple[str, ...]  # groups, whose packed values follow one another
+    start: int  # the first of their bytes
+    nbytes: int
+    held: Mapping[str, str] = field(default_factory=dict)  # what the server has from before a restart: digests
+
+
+@dataclass
+class Moved:
+    """Bytes of weights and updates that travelled in one round, by client."""
+
+    down: dict[str, int] = field(default_factory=dict)
+    up: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -559,6 +625,9 @@ class Federation(Protocol):
 
     def faults(self) -> list[Failure]:
         """Faults outside of these calls since this was last asked: clients refused, gone, or late."""
+
+    def moved(self, round: int) -> Moved:
+        """Bytes that a round has moved so far; what was sent before an interruption counts, what did not travel not."""
 
 
 Metrics = dict[str, Any]

@@ -27,10 +27,11 @@ from fedalign.protocol import (
     Broadcast,
     Consent,
     Failure,
+    Fetch,
     ParameterGroup,
+    Piece,
     Request,
     Statistics,
-    Update,
 )
 from tests.algorithms.test_rounds import federation, one_round
 from tests.federation.test_messages import travel
@@ -189,15 +190,15 @@ def test_tokens_can_be_read_off_rows_where_it_is_said_and_nowhere_else(
     assert bool(counted) == (consent == BOTH and vocabulary != "average")
     assert ("in them, tokens of fewer than" in told) == bool(counted)
 
-    update = ask(service, "update", Request("ward", 1, (EMBEDDINGS,)), Update)
+    update = ask(service, "update", Fetch("ward", 1, ("embeddings",), 0, 1), Piece)
     if not consent.embeddings:
         assert told == REFUSED
         assert isinstance(update, Failure)
-        ours = ask(service, "update", Request("ward", 1, (SHARED,)), Update)
-        assert isinstance(ours, Update)
-        assert set(ours.groups) == {SHARED}
+        ours = ask(service, "update", Fetch("ward", 1, ("shared",), 0, 1), Piece)
+        assert isinstance(ours, Piece)
+        assert set(ours.digests) == {"shared"}
         return
-    assert isinstance(update, Update)
+    assert isinstance(update, Piece)
     (rows,) = [rows for rows in moe.layout.token_rows if not rows.answers]
     change_V_H = unpack(update.groups[EMBEDDINGS])[rows.start : rows.stop].view(rows.tokens, rows.width)
     read_off = set(change_V_H.any(dim=1).nonzero().flatten().tolist())

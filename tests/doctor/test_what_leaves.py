@@ -18,10 +18,10 @@ from fedalign.federation.messages import MESSAGES, Parcel, decode, encode
 from fedalign.federation.service import Service
 from fedalign.maths.rounding import pack
 from fedalign.moe.model import MoEModel
-from fedalign.protocol import DEALT, PROTOCOL, Broadcast, Consent, Request, Statistics, Update
+from fedalign.protocol import DEALT, PROTOCOL, Broadcast, Consent, Fetch, Offer, Piece, Statistics
 from tests.federation.test_messages import travel
 
-TO_SITES = {Broadcast, Request}
+TO_SITES = {Broadcast, Fetch, Offer}
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "int8"])
@@ -64,15 +64,16 @@ def real(config: Config, consent: Consent, tmp_path_factory: pytest.TempPathFact
     nothing = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
     moe = site.client.trainer.moe
     frozen = consent.frozen(moe.layout)
-    trained = tuple(group for group, size in moe.layout.sizes.items() if size and group not in frozen)
+    trained = tuple(str(group) for group, size in moe.layout.sizes.items() if size and group not in frozen)
     weights = broadcast(moe)
     answers = [
         site.answer("hello", nothing),
         site.answer("start", nothing),
         site.answer("train", weights),
-        site.answer("update", encode(Request("ward", 1, trained))),
+        site.answer("update", encode(Fetch("ward", 1, trained, 0, 1 << 40))),
         site.answer("evaluate", weights),
-        site.answer("update", encode(Request("ward", 9, trained))),  # it keeps none of round 9
+        site.answer("update", encode(Fetch("ward", 9, trained, 0, 1))),  # it keeps none of round 9
+        site.answer("finish", nothing),
     ]
     return {answer.head["kind"]: answer for answer in answers}
 
@@ -144,10 +145,7 @@ def test_what_is_told_of_withheld_experts_is_so(settings: list[str], tmp_path: P
 
 def test_shapes_need_no_memory(config: Config) -> None:
     tensors: list[Tensor] = [
-        packed.values
-        for message in empty_messages("ward", skeleton(config), config)
-        if isinstance(message, Update)
-        for packed in message.groups.values()
+        message.data for message in empty_messages("ward", skeleton(config), config) if isinstance(message, Piece)
     ]
     assert tensors
     assert all(tensor.device.type == "meta" for tensor in tensors)

@@ -36,14 +36,16 @@ from fedalign.protocol import (
     Broadcast,
     Evaluation,
     Failure,
+    Fetch,
     Hello,
+    Lacking,
     Layout,
+    Offer,
     Packed,
     ParameterGroup,
-    Request,
+    Piece,
     Start,
     Statistics,
-    Update,
     WireDtype,
     parse_group,
 )
@@ -114,9 +116,15 @@ def every_message(dtype: WireDtype = "float32") -> list[Message]:
         Broadcast(0, {}, score=True),
         statistics(),
         dataclasses.replace(statistics(), held_out=12, held_out_loss=0.75, held_out_accuracy=0.5),
-        Request("ward", 3, (SHARED, GROUPS[4], GROUPS[12])),
-        Request("ward", 3, ()),
-        Update("ward", 3, groups),
+        Start("ward", {}, {}, {"shared": "float32[700]"}),
+        Offer(3, "int8", {"shared": "e" * 32}),
+        Lacking("ward", 3, "f" * 32, (0, 7, 9, 12)),
+        Lacking("ward", 3, "", ()),
+        Piece(None, 3, "f" * 32, 7, torch.arange(5, dtype=torch.uint8), "a" * 32),
+        Piece("ward", 3, "", 0, torch.empty(0, dtype=torch.uint8), "a" * 32, {"shared": "e" * 32}, ("head",)),
+        Broadcast(4, {}, kept={"shared": "e" * 32}),
+        Fetch("ward", 3, ("shared", "gate[0,1]"), 7, 1000, {"head": "e" * 32}),
+        Fetch("ward", 3, (), 0, 0),
         Evaluation("ward", 10, 0.75, 0.5),
         Evaluation(None, 10, 0.75, None),
         Failure("ward", "train", "its loss is nan"),
@@ -158,6 +166,9 @@ def test_all_that_the_protocol_says_may_travel_does() -> None:
         protocol.Plan,
         protocol.TokenRows,
         protocol.Consent,
+        protocol.Request,
+        protocol.Update,
+        protocol.Moved,
     }  # of a message, or the server's
     parts |= {protocol.LayerRouting, protocol.Step, protocol.LocalRound, protocol.Reports}  # what algorithms see
     assert classes - parts == set(MESSAGES.values())
@@ -191,14 +202,14 @@ def test_a_type_is_a_type_however_it_is_spelt() -> None:
 def test_groups_are_put_together_into_few_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(messages, "SLAB", 100)
     sizes = dict(zip(GROUPS, [10, 10, 10, 1000, 0, 24, 1, 0], strict=False))
-    parcel = encode(Update("ward", 1, packed(sizes, "float32")))
+    parcel = encode(Broadcast(1, packed(sizes, "float32")))
     assert [sum(map(len, pieces)) for pieces in parcel.arrays.values()] == [30, 1000, 25, 0]
-    assert parcel.arrays["groups.1"][0].dtype == torch.float32
+    assert parcel.arrays["weights.1"][0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bytes_of_a_parcel_are_those_of_the_message_and_its_head(dtype: WireDtype) -> None:
-    update = Update("ward", 1, packed(dict.fromkeys(GROUPS, 300), dtype))
+    update = Broadcast(1, packed(dict.fromkeys(GROUPS, 300), dtype))
     parcel = encode(update)
     assert parcel.nbytes == update.nbytes + len(parcel.text)
     assert update.nbytes == 15 * {"float32": 1200, "bfloat16": 600, "int8": 300 + 8}[dtype]
@@ -213,16 +224,16 @@ def test_bytes_of_a_parcel_are_those_of_the_message_and_its_head(dtype: WireDtyp
 )
 @settings(deadline=None, max_examples=60)
 def test_groups_of_any_size_come_back(dtype: WireDtype, sizes: dict[ParameterGroup, int], slab: int) -> None:
-    update = Update("ward", 1, packed(sizes, dtype))
+    update = Broadcast(1, packed(sizes, dtype))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(messages, "SLAB", slab)
-        assert same(decode(travel(encode(update)), Update), update)
+        assert same(decode(travel(encode(update)), Broadcast), update)
 
 
 def test_what_is_encoded_is_not_copied() -> None:
-    update = Update("ward", 1, packed({SHARED: 10}, "float32"))
-    (piece,) = encode(update).arrays["groups.0"]
-    assert piece.data_ptr() == update.groups[SHARED].values.data_ptr()
+    update = Broadcast(1, packed({SHARED: 10}, "float32"))
+    (piece,) = encode(update).arrays["weights.0"]
+    assert piece.data_ptr() == update.weights[SHARED].values.data_ptr()
 
 
 def test_tensors_that_are_not_contiguous_travel() -> None:
@@ -234,7 +245,7 @@ def test_tensors_that_are_not_contiguous_travel() -> None:
 def test_groups_of_two_precisions_are_our_own_mistake() -> None:
     mixed = packed({SHARED: 4}, "float32") | packed({GROUPS[1]: 4}, "bfloat16")
     with pytest.raises(ValueError, match="too many values"):
-        encode(Update("ward", 1, mixed))
+        encode(Broadcast(1, mixed))
 
 
 def test_numbers_that_are_not_finite_travel_to_be_checked_by_who_understands_them() -> None:
@@ -258,7 +269,7 @@ def test_a_message_may_be_one_of_several() -> None:
     failure = Failure("ward", "train", "no")
     assert decode(encode(failure), (Statistics, Failure)) == failure
     with pytest.raises(MessageError, match="unexpected message 'failure'"):
-        decode(encode(failure), (Statistics, Update))
+        decode(encode(failure), (Statistics, Hello))
 
 
 @pytest.mark.parametrize("message", every_message(), ids=lambda message: type(message).__name__)
@@ -295,6 +306,13 @@ def test_a_missing_or_additional_field_is_refused(message: Message) -> None:
         (Evaluation("w", 1, 0.5, None), "loss", 10**400),
         (Evaluation("w", 1, 0.5, None), "accuracy", False),
         (Evaluation("w", 1, 0.5, None), "client", 7),
+        (Offer(1, "int8", {}), "digests", ["shared"]),
+        (Offer(1, "int8", {}), "digests", {"shared": 3}),
+        (Lacking("w", 1, "", ()), "ranges", [1.0]),
+        (Lacking("w", 1, "", ()), "ranges", "12"),
+        (Lacking("w", 1, "", ()), "ranges", [True]),
+        (Fetch("w", 1, (), 0, 0), "names", "shared"),
+        (Fetch("w", 1, (), 0, 0), "names", [["shared"]]),
         (Failure("w", "train", "no"), "stage", "lunch"),
         (Failure("w", "train", "no"), "stage", ["train"]),
         (statistics(), "metrics", []),
@@ -393,19 +411,19 @@ NAMES = ["shared", "embeddings"]
     ],
 )
 def test_groups_that_are_not_as_announced_are_refused(about: Any) -> None:
-    parcel = travel(encode(Update("ward", 1, packed({SHARED: 3, GROUPS[1]: 3}, "float32"))))
-    assert parcel.head["groups"] == {"dtype": "float32", "groups": NAMES, "sizes": [3, 3]}
-    with pytest.raises(MessageError, match="damaged update"):
-        decode(Parcel({**parcel.head, "groups": about}, parcel.arrays), Update)
+    parcel = travel(encode(Broadcast(1, packed({SHARED: 3, GROUPS[1]: 3}, "float32"))))
+    assert parcel.head["weights"] == {"dtype": "float32", "groups": NAMES, "sizes": [3, 3]}
+    with pytest.raises(MessageError, match="damaged broadcast"):
+        decode(Parcel({**parcel.head, "weights": about}, parcel.arrays), Broadcast)
 
 
 @pytest.mark.parametrize("scale", [(torch.ones(2),), (torch.ones(4),), (torch.ones(3).half(),), ()])
 def test_scales_that_do_not_fit_are_refused(scale: tuple[Tensor, ...]) -> None:
-    parcel = travel(encode(Update("ward", 1, packed({SHARED: 257, GROUPS[1]: 3}, "int8"))))
-    with pytest.raises(MessageError, match="damaged update"):
-        decode(Parcel(parcel.head, {**parcel.arrays, "groups.0.scale": scale}), Update)
-    with pytest.raises(MessageError, match="damaged update"):
-        decode(Parcel(parcel.head, {"groups.0": parcel.arrays["groups.0"]}), Update)
+    parcel = travel(encode(Broadcast(1, packed({SHARED: 257, GROUPS[1]: 3}, "int8"))))
+    with pytest.raises(MessageError, match="damaged broadcast"):
+        decode(Parcel(parcel.head, {**parcel.arrays, "weights.0.scale": scale}), Broadcast)
+    with pytest.raises(MessageError, match="damaged broadcast"):
+        decode(Parcel(parcel.head, {"weights.0": parcel.arrays["weights.0"]}), Broadcast)
 
 
 @pytest.mark.parametrize(
@@ -439,13 +457,16 @@ def test_scales_that_do_not_fit_are_refused(scale: tuple[Tensor, ...]) -> None:
 def test_a_name_that_is_no_groups_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"no parameter group|integer string conversion"):
         parse_group(name)
-    with pytest.raises(MessageError, match="damaged request"):
-        decode(Parcel({**encode(Request("w", 1, ())).head, "groups": [name]}, {}), Request)
+    with pytest.raises(MessageError, match="damaged statistics"):
+        decode(Parcel({**travel(encode(statistics())).head, "frozen": [name]}, encode(statistics()).arrays), Statistics)
 
 
 def test_a_group_asked_for_twice_is_refused() -> None:
     with pytest.raises(MessageError, match="each once"):
-        decode(Parcel({**encode(Request("w", 1, ())).head, "groups": ["shared", "shared"]}, {}), Request)
+        decode(
+            Parcel({**encode(statistics()).head, "frozen": ["shared", "shared"]}, encode(statistics()).arrays),
+            Statistics,
+        )
 
 
 def test_what_is_refused_is_told_briefly() -> None:

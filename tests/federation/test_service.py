@@ -33,12 +33,14 @@ from fedalign.protocol import (
     Broadcast,
     Evaluation,
     Failure,
+    Fetch,
     Hello,
+    Lacking,
     Packed,
+    Piece,
     Request,
     Start,
     Statistics,
-    Update,
 )
 from tests.conftest import changed, make_site, site_toml
 from tests.federation.test_messages import same, travel
@@ -88,10 +90,15 @@ def test_a_whole_round(opened: Service, site_config: Config, ward: SiteFolder, o
     report = ask(opened, "train", broadcast(moe))
     assert isinstance(report, Statistics)
     assert (report.client, report.round, report.examples) == ("ward 3", 1, hello.examples)
-    update = ask(opened, "update", Request("ward 3", 1, (SHARED, moe.layout.groups[9])))
-    assert isinstance(update, Update)
-    assert list(update.groups) == [SHARED, moe.layout.groups[9]]
-    assert torch.equal(update.groups[SHARED].values.norm(), report.norm_G[0])
+    names = (str(SHARED), str(moe.layout.groups[9]))
+    piece = ask(opened, "update", Fetch("ward 3", 1, names, 0, 1 << 40))
+    assert isinstance(piece, Piece)
+    assert tuple(piece.digests) == names
+    values = piece.data.view(torch.float32)
+    size = moe.layout.sizes[SHARED]
+    assert len(values) == size + moe.layout.sizes[moe.layout.groups[9]]
+    assert torch.equal(values[:size].norm(), report.norm_G[0])
+    assert torch.equal(ask(opened, "update", Fetch("ward 3", 1, names, 8, 40)).data, piece.data[8:48])
     score = ask(opened, "evaluate", broadcast(moe))
     assert isinstance(score, Evaluation)
     assert (score.client, score.examples) == ("ward 3", hello.held_out)
@@ -100,7 +107,7 @@ def test_a_whole_round(opened: Service, site_config: Config, ward: SiteFolder, o
     expected = alone.trainer.train(alone.data, broadcast(moe))
     assert same(ask(opened, "train", broadcast(moe)).update_L_E_S, expected.update_L_E_S)
     assert same(
-        alone.data.memory.hand_over("ward 3", Request("ward 3", 1, (SHARED,))).groups[SHARED], update.groups[SHARED]
+        alone.data.memory.hand_over("ward 3", Request("ward 3", 1, (SHARED,))).groups[SHARED].values, values[:size]
     )
     assert alone.trainer.evaluate(alone.data, unpack_weights(broadcast(moe).weights), 1) == score
 
@@ -116,9 +123,9 @@ def test_what_the_first_round_starts_from(opened: Service, olmoe: Path) -> None:
 def test_at_the_end_updates_are_forgotten(opened: Service, olmoe: Path) -> None:
     ask(opened, "train", broadcast(MoEModel.load(olmoe)))
     assert list(opened.memory.folder.rglob("update.safetensors"))
-    assert ask(opened, "finish") == Update("ward 3", 0, {})
+    assert ask(opened, "finish") == Lacking("ward 3", 0, "", ())
     assert not list(opened.memory.folder.rglob("update.safetensors"))
-    assert fails(opened, "update", Request("ward 3", 1, ())).reason == "it keeps no update of round 1"
+    assert fails(opened, "update", Fetch("ward 3", 1, (), 0, 0)).reason == "it keeps no update of round 1"
 
 
 @pytest.mark.parametrize("before", [["train"], ["evaluate"], ["hello", "train"], ["train", "evaluate", "start"]])
@@ -144,7 +151,7 @@ def test_the_model_is_loaded_when_it_is_needed_and_once(site_config: Config, war
     moe = MoEModel.load(olmoe)
     service = Service("ward 3", ward.memory("night"), load)
     ask(service, "finish")
-    fails(service, "update", Request("ward 3", 1, (SHARED,)))
+    fails(service, "update", Fetch("ward 3", 1, (str(SHARED),), 0, 1))
     assert not loaded
     for verb in ("hello", "start", "train", "evaluate", "train", "hello"):
         assert not isinstance(ask(service, verb, broadcast(moe)), Failure)
@@ -310,10 +317,10 @@ from pathlib import Path
 before = set(sys.modules)
 from fedalign.federation.flower.client_app import site_answer
 from fedalign.federation.messages import Parcel, decode, encode
-from fedalign.protocol import SHARED, Request
+from fedalign.protocol import Fetch
 from fedalign.config.site import SiteFolder
 folder = SiteFolder.load(Path(sys.argv[1]))
-answer = site_answer(folder, "", "night", "update", encode(Request("ward", 2, (SHARED,))))
+answer = site_answer(folder, "", "night", "update", encode(Fetch("ward", 2, ("shared",), 0, 8)))
 heavy = [name for name in ("transformers", "datasets", "flwr_datasets", "fedalign.client.trainer",
                            "fedalign.client.workbench")
          if name in sys.modules]
@@ -328,7 +335,10 @@ def test_handing_over_an_update_loads_no_model_and_imports_nothing_for_one(tmp_p
     command = [sys.executable, "-W", "ignore", "-c", UPDATE, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=dict(os.environ))
     head, arrays, heavy = json.loads(done.stdout)
-    answer = decode(Parcel(head, {name: tuple(map(torch.tensor, p)) for name, p in arrays.items()}), Update)
-    assert answer.groups[SHARED].values.tolist() == [1.0, 2.5]
+    answer = decode(
+        Parcel(head, {name: tuple(torch.tensor(one, dtype=torch.uint8) for one in p) for name, p in arrays.items()}),
+        Piece,
+    )
+    assert answer.data.view(torch.float32).tolist() == [1.0, 2.5]
     assert (answer.client, answer.round) == ("ward", 2)
     assert heavy == []

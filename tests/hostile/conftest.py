@@ -15,11 +15,11 @@ from fedalign.federation.flower.client_app import site_answer
 from fedalign.federation.messages import MESSAGES, Parcel, decode, encode
 from fedalign.maths.rounding import pack
 from fedalign.moe.model import MoEModel
-from fedalign.protocol import PROTOCOL, SHARED, Broadcast, Failure, Request
+from fedalign.protocol import PROTOCOL, Broadcast, Failure, Fetch
 from tests.conftest import changed, make_site, rows, write_jsonl
 from tests.federation.test_messages import travel
 
-VERBS = ("hello", "start", "train", "update", "evaluate")
+VERBS = ("hello", "start", "offer", "piece", "train", "update", "evaluate")
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Coordinator:
         contents = {
             "train": encode(self.broadcast),
             "evaluate": encode(self.broadcast),
-            "update": encode(Request(self.site.config.name, 1, (SHARED,))),
+            "update": encode(Fetch(self.site.config.name, 1, ("shared",), 0, 1 << 40)),
         }
         nothing = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
         parcel = travel(contents.get(verb, nothing))

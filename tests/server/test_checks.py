@@ -23,6 +23,7 @@ from fedalign.protocol import (
     Ask,
     Broadcast,
     Failure,
+    Moved,
     Packed,
     ParameterGroup,
     Plan,
@@ -82,6 +83,9 @@ class InMemory:
 
     def faults(self) -> list[Failure]:
         return []
+
+    def moved(self, round: int) -> Moved:
+        return Moved()
 
 
 class Nobody:

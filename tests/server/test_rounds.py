@@ -1,4 +1,5 @@
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from fedalign.protocol import (
     Evaluation,
     Failure,
     Layout,
+    Moved,
     Packed,
     ParameterGroup,
     Request,
@@ -74,6 +76,14 @@ class Scripted:
     asked: list[str] = field(default_factory=list)
     scored: list[tuple[int, str, bool]] = field(default_factory=list)  # after which round, who, and whether by itself
     noticed: list[Failure] = field(default_factory=list)
+    sent: dict[int, Moved] = field(default_factory=lambda: defaultdict(Moved))
+
+    def _count(self, round: int, way: str, client: str, nbytes: int) -> None:
+        by_client = getattr(self.sent[round], way)
+        by_client[client] = by_client.get(client, 0) + nbytes
+
+    def moved(self, round: int) -> Moved:
+        return self.sent[round]
 
     def members(self) -> Sequence[str]:
         return list(self.moves)
@@ -84,6 +94,7 @@ class Scripted:
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
         for client in self.order(clients):
             self.asked.append(client)
+            self._count(broadcast.round, "down", client, broadcast.nbytes)
             score = self._score(client, broadcast, broadcast.round - 1, alone=False) if broadcast.score else None
             if isinstance(score, Failure):
                 yield score
@@ -100,12 +111,14 @@ class Scripted:
                 failures.append(Failure(request.client, "update", "gone"))
                 continue
             groups = {group: Packed(self._update(request.client)[group]) for group in request.groups}
+            self._count(request.round, "up", request.client, sum(packed.nbytes for packed in groups.values()))
             problem = accumulator.add(self.corrupt(Update(request.client, request.round, groups)))
             failures += [problem] if problem else []
         return failures
 
     def evaluate(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Evaluation | Failure]:
         for client in clients:
+            self._count(broadcast.round, "down", client, broadcast.nbytes)
             yield self._score(client, broadcast, broadcast.round, alone=True)
 
     def _score(self, client: str, broadcast: Broadcast, round: int, *, alone: bool) -> Evaluation | Failure:
@@ -525,11 +538,10 @@ def test_bytes_are_told_by_client_both_ways(tmp_path: Path) -> None:
 
 def test_traffic_adds_up() -> None:
     traffic = Traffic()
-    traffic.send(["a", "b"], 10)
-    traffic.send(["b"], 5)
     traffic.up("a", 3)
-    traffic.up("a", 4)
-    assert (traffic.down, traffic.down_by_client, traffic.up_by_client) == (25, {"a": 10, "b": 15}, {"a": 7})
+    traffic.take(Moved({"b": 15, "a": 10}, {"a": 4, "b": 2}))
+    assert (traffic.down, traffic.down_by_client) == (25, {"a": 10, "b": 15})
+    assert (traffic.updates, traffic.up_by_client) == (6, {"a": 7, "b": 2})
 
 
 def test_what_a_client_sends_in_vain_is_counted_all_the_same(tmp_path: Path) -> None:

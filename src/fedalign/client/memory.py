@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -14,15 +15,29 @@ from torch import Tensor
 from fedalign import parallel
 from fedalign.config.run import ClientLimits
 from fedalign.errors import TrainingFailedError, UserError
-from fedalign.files import KEPT_BY_CLIENTS, damage, forget_old, replacing, rounds_in
-from fedalign.protocol import DEALT, Consent, Packed, ParameterGroup, Request, Update, Weights, parse_group
+from fedalign.files import KEPT_BY_CLIENTS, damage, fingerprint, forget_old, replacing, rounds_in
+from fedalign.maths.rounding import bytes_of, cut_out
+from fedalign.protocol import (
+    DEALT,
+    Consent,
+    Fetch,
+    Packed,
+    ParameterGroup,
+    Piece,
+    Request,
+    Update,
+    Weights,
+    parse_group,
+)
 
 if TYPE_CHECKING:  # handing over an update needs neither a model nor data
     from fedalign.client.evaluation import TestSet
     from fedalign.data.encode import Encoded
 
 logger = logging.getLogger(__name__)
-UPDATE, KEPT = "update.safetensors", "kept.safetensors"
+UPDATE, KEPT, DIGESTS = "update.safetensors", "kept.safetensors", "digests.json"
+START = "start"  # a folder: what the first round starts from, where the server has to fetch it
+SCALE = ".scale"  # ends the name of a group's scales
 
 
 @dataclass(frozen=True)
@@ -66,15 +81,16 @@ class ClientMemory:
     @parallel.by_the_first
     def keep(self, round: int, update: Mapping[ParameterGroup, Packed], kept: Kept) -> None:
         """Keep a round's update in wire precision, and what the client's next round starts from."""
-        arrays: dict[str, Tensor] = {}
-        for group, packed in update.items():
-            arrays[str(group)] = packed.values
-            if packed.scale is not None:
-                arrays[f"{group}.scale"] = packed.scale
         with replacing(self.folder / f"round-{round:05d}") as folder:
-            save_file(arrays, folder / UPDATE)
+            _write(folder / UPDATE, {str(group): packed for group, packed in update.items()})
             kept.save(folder / KEPT)
         forget_old(self.folder, KEPT_BY_CLIENTS)
+
+    @parallel.by_the_first
+    def keep_start(self, values: Mapping[str, Tensor]) -> None:
+        """Keep what the first round starts from, to be handed over in pieces as the update of round 0."""
+        with replacing(self.folder / START) as folder:
+            _write(folder / UPDATE, {name: Packed(value) for name, value in values.items()})
 
     def hand_over(self, client: str, request: Request) -> Update:
         """Read the asked groups of a kept update; nothing else is loaded, no model is needed.
@@ -92,6 +108,31 @@ class ClientMemory:
         if lacking:
             raise TrainingFailedError(f"its update of round {request.round} has no {lacking[0]}")
         return Update(client, request.round, {group: kept[group] for group in request.groups})
+
+    def hand_piece(self, client: str, fetch: Fetch) -> Piece:
+        """Read the asked bytes of a kept update, and whether what the server has of it from before is still the same.
+
+        Raises:
+            TrainingFailedError: As of `hand_over`.
+        """
+        folder = self.folder / (f"round-{fetch.round:05d}" if fetch.round else START)
+        if not (folder / UPDATE).exists():
+            raise TrainingFailedError(f"it keeps no update of round {fetch.round}")
+        if problem := damage(folder, DIGESTS):
+            raise TrainingFailedError(f"its update of round {fetch.round} is damaged on its disk: {problem}")
+        digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+        if lacking := [name for name in fetch.names if name not in digests]:
+            raise TrainingFailedError(f"its update of round {fetch.round} has no {lacking[0]}")
+        kept, parts = _mapped(folder / UPDATE), list[Tensor]()
+        for name in fetch.names:
+            found = bytes_of(kept[name])
+            if fingerprint(part.numpy().data for part in found) != digests[name]:
+                raise TrainingFailedError(f"its update of round {fetch.round} is damaged on its disk: {name}")
+            parts += found
+        data = cut_out(parts, fetch.start, fetch.nbytes)
+        stale = tuple(name for name, digest in fetch.held.items() if digests.get(name) != digest)
+        own = {name: digests[name] for name in fetch.names}
+        return Piece(client, fetch.round, "", fetch.start, data, fingerprint([data.numpy().data]), own, stale)
 
     def last_update(self, round: int) -> dict[ParameterGroup, Packed]:
         """The update of the latest round before `round`; empty if there is none.
@@ -130,15 +171,28 @@ class ClientMemory:
     @parallel.by_the_first
     def forget_updates(self) -> None:
         """Free the disk that kept updates take, once a run is complete."""
-        for _, folder in rounds_in(self.folder):
+        for folder in (self.folder / START, *(folder for _, folder in rounds_in(self.folder))):
             (folder / UPDATE).unlink(missing_ok=True)
 
 
-def _read(update: Path) -> dict[ParameterGroup, Packed]:
-    """All groups of a kept update; the file is mapped, so a group's values are read when they are used."""
+def _write(update: Path, every: Mapping[str, Packed]) -> None:
+    """Write packed tensors, and beside them a digest of each, since they are handed over one by one."""
+    arrays = {name: packed.values for name, packed in every.items()}
+    arrays |= {f"{name}{SCALE}": packed.scale for name, packed in every.items() if packed.scale is not None}
+    save_file(arrays, update)
+    digests = {name: fingerprint(part.numpy().data for part in bytes_of(packed)) for name, packed in every.items()}
+    update.with_name(DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
+
+
+def _mapped(update: Path) -> dict[str, Packed]:
+    """All tensors of a kept update; the file is mapped, so values are read when they are used."""
     tensors = load_file(update)
-    groups = {parse_group(name): name for name in tensors if not name.endswith(".scale")}
-    return {group: Packed(tensors[name], tensors.get(f"{name}.scale")) for group, name in groups.items()}
+    names = [name for name in tensors if not (name.endswith(SCALE) and name.removesuffix(SCALE) in tensors)]
+    return {name: Packed(tensors[name], tensors.get(f"{name}{SCALE}")) for name in names}
+
+
+def _read(update: Path) -> dict[ParameterGroup, Packed]:
+    return {parse_group(name): packed for name, packed in _mapped(update).items()}
 
 
 @dataclass(frozen=True)

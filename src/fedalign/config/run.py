@@ -445,6 +445,14 @@ class WireConfig(Section):
     """Precision of what travels; rounding happens before any engine sees it."""
 
     dtype: WireDtype = key("float32", "of updates; with int8, weights travel down in bfloat16")
+    piece_mb: float = key(
+        64.0, "MB of a message; what is larger travels in pieces, and a broken connection costs one of them", gt=0
+    )
+
+    @property
+    def piece_nbytes(self) -> int:
+        """Bytes of a piece."""
+        return max(1, int(self.piece_mb * 1e6))
 
 
 class ServerConfig(Section):

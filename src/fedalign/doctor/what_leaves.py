@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from fedalign.config.run import Config
 from fedalign.federation.messages import Parcel, encode
-from fedalign.maths.rounding import BLOCK, TORCH_DTYPE
+from fedalign.maths.rounding import TORCH_DTYPE, packed_lengths, packed_nbytes
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import (
     DEALT,
@@ -31,17 +30,18 @@ from fedalign.protocol import (
     Evaluation,
     Failure,
     Hello,
+    Lacking,
     Layout,
     Packed,
     ParameterGroup,
+    Piece,
     Start,
     Statistics,
-    Update,
     WireDtype,
     asked_shapes,
 )
 
-Leaving = Hello | Start | Statistics | Update | Evaluation | Failure
+Leaving = Hello | Start | Lacking | Statistics | Piece | Evaluation | Failure
 NEVER = "Texts and labels are never sent as they stand; what is sent is made of them, and tells of them."
 FROZEN = "Embeddings and head are not trained, so neither their rows nor counts of tokens leave."
 REFUSED = (
@@ -73,17 +73,19 @@ NUMBER, MEAN = 100_000, 1 / 3  # stand for counts and means, whose length depend
 WHEN: dict[type[Leaving], str] = {
     Hello: "once, before the site may take part",
     Start: "once, from one site, if the coordinator holds no weights",
+    Lacking: "when weights come in pieces, for each of them; or it does not keep what it was sent",
     Statistics: "each round, after training",
-    Update: "each round, if the plan asks for it; here with every group",
+    Piece: "each round, if the plan asks for its update; here with every group; in pieces of wire.piece_mb",
     Evaluation: "after the last round, and where only some sites train or the run may end; else statistics hold it",
     Failure: "when something goes wrong",
 }
 TELLS: dict[type[Leaving], str] = {
     Hello: "How many examples there are; nothing of what is in them.",
     Start: "The model as it is before this run; what a copy tuned here earlier has learnt is in it.",
+    Lacking: "How much of the server's own weights has arrived.",
     Statistics: "Sums and means over all tokens of a round: they tell what kinds of text the site holds, and how much. "
     f"With them {SCORE}",
-    Update: "The most telling message: rows of embeddings that moved name the tokens, where they are trained; with "
+    Piece: "The most telling message: rows of embeddings that moved name the tokens, where they are trained; with "
     "effort, pieces of the text can be guessed from changed weights, most of all where examples are few. No noise is "
     "added, and the coordinator sees each site's update by itself.",
     Evaluation: f"{SCORE[0].upper()}{SCORE[1:]}",
@@ -109,6 +111,13 @@ MEANINGS: dict[type[Leaving], dict[str, str]] = {
         "client": "the site's name",
         "weights": "every value that will be trained, as loaded",
         "constants": "the model's values that are never trained",
+        "kept": "names, types and shapes, if the values follow in pieces",
+    },
+    Lacking: {
+        "client": "the site's name",
+        "round": "number of the round",
+        "transfer": "hash of what was announced to it",
+        "ranges": "which bytes of that have not arrived",
     },
     Statistics: {
         "client": "the site's name",
@@ -133,10 +142,15 @@ MEANINGS: dict[type[Leaving], dict[str, str]] = {
         "held_out_loss": "mean loss on them",
         "held_out_accuracy": "share of right answers",
     },
-    Update: {
+    Piece: {
         "client": "the site's name",
         "round": "number of the round",
-        "groups": "trained minus received values of the groups asked for",
+        "transfer": "empty",
+        "start": "which byte is the first",
+        "data": "trained minus received values of the groups asked for, as bytes",
+        "digest": "checksum of these bytes",
+        "digests": "checksum of each group's update",
+        "stale": "groups of which another update was sent before the coordinator was restarted",
     },
     Evaluation: {
         "client": "the site's name",
@@ -208,16 +222,14 @@ def empty_messages(name: str, moe: MoEModel, config: Config, consent: Consent = 
     layout, wire, frozen = moe.layout, config.wire.dtype, consent.frozen(moe.layout)
     said = consent.token_counts, consent.embeddings
     constants = {key: value.to("meta") for key, value in moe.constants().items()}
+    trained = {group: size for group, size in layout.sizes.items() if size and group not in frozen}
     version = metadata.version("fedalign-moe")
     return [
         Hello(name, PROTOCOL, version, HASH, HASH, HASH, HASH, layout.layers, layout.experts, NUMBER, NUMBER, *said),
         Start(name, _groups(layout.sizes, "float32"), constants),
+        Lacking(name, NUMBER, HASH[:32], ()),
         _statistics(name, layout, config, consent),
-        Update(
-            name,
-            1,
-            _groups({group: size for group, size in layout.sizes.items() if size and group not in frozen}, wire),
-        ),
+        Piece(name, 1, "", 0, _bytes(trained, wire), HASH[:32], dict.fromkeys(map(str, trained), HASH[:32])),
         Evaluation(name, NUMBER, MEAN, MEAN),
         Failure(name, "train", REASON),
     ]
@@ -234,11 +246,15 @@ def _statistics(name: str, layout: Layout, config: Config, consent: Consent) -> 
 
 
 def _groups(sizes: Mapping[ParameterGroup, int], dtype: WireDtype) -> dict[ParameterGroup, Packed]:
-    def packed(values: int) -> Packed:
-        scale = _empty(math.ceil(values / BLOCK)) if dtype == "int8" else None
-        return Packed(_empty(values, dtype=TORCH_DTYPE[dtype]), scale)
+    def packed(size: int) -> Packed:
+        values, scales = packed_lengths(size, dtype)
+        return Packed(_empty(values, dtype=TORCH_DTYPE[dtype]), _empty(scales) if scales else None)
 
     return {group: packed(values) for group, values in sizes.items()}
+
+
+def _bytes(sizes: Mapping[ParameterGroup, int], dtype: WireDtype) -> Tensor:
+    return _empty(sum(packed_nbytes(size, dtype) for size in sizes.values()), dtype=torch.uint8)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -287,6 +303,8 @@ def _mapping_shape(values: list[Any]) -> str:
         return f"{len(values)} tensors, {sum(tensor.numel() for tensor in values):,} values"
     if not values:
         return "none"
+    if isinstance(values[0], str):
+        return f"{len(values)} checksums"
     return f"{len(values)} number{'' if len(values) == 1 else 's'}"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedalign import parallel
 from fedalign.client.evaluation import TestSet
 from fedalign.client.memory import ClientData, ClientMemory
 from fedalign.client.trainer import Trainer
@@ -14,9 +15,10 @@ from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
 from fedalign.data.deal import split_among_clients
 from fedalign.errors import TrainingFailedError
+from fedalign.federation.ledger import Tally
 from fedalign.files import folder_name
 from fedalign.maths.rounding import unpack_weights
-from fedalign.protocol import Accumulator, Broadcast, Evaluation, Failure, Layout, Request, Statistics, Weights
+from fedalign.protocol import Accumulator, Broadcast, Evaluation, Failure, Layout, Moved, Request, Statistics, Weights
 from fedalign.server.run import Holdings, Marked, digest, identity
 from fedalign.server.trackers import require_trackers
 
@@ -30,6 +32,7 @@ class InProcess:
         self.trainer = trainer
         self.clients = pooled(clients) if "data" in trainer.algorithm.asks else clients
         self.scored = clients
+        self._tally = Tally(next(iter(clients.values())).memory.folder.with_name("sent.json"))
 
     def members(self) -> Sequence[str]:
         """All clients, in the order of the partition."""
@@ -37,19 +40,28 @@ class InProcess:
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
         """Train one client after another; a client whose loss or update is not finite is a Failure."""
+        if parallel.is_first():
+            self._tally.send("train", broadcast, clients)
         for name in clients:
             try:
                 yield self.trainer.train(self.clients[name], broadcast)
             except TrainingFailedError as error:
+                self._tally.failed(name)
                 yield Failure(name, "train", str(error))
 
     def collect(self, requests: Sequence[Request], accumulator: Accumulator) -> list[Failure]:
         """Read kept updates in the order of `requests`, one in memory at a time."""
-        answers = (accumulator.add(self.clients[r.client].memory.hand_over(r.client, r)) for r in requests)
-        return [failure for failure in answers if failure is not None]
+        failures = []
+        for request in requests:
+            update = self.clients[request.client].memory.hand_over(request.client, request)
+            self._tally.fetch(update)
+            failures.append(accumulator.add(update))
+        return [failure for failure in failures if failure is not None]
 
     def evaluate(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Evaluation | Failure]:
         """Score each client's held-out part; clients without one have nothing to say."""
+        if parallel.is_first():
+            self._tally.send("evaluate", broadcast, clients)
         received = unpack_weights(broadcast.weights)
         for name in clients if self.scored is self.clients else self.scored:
             score = self.trainer.evaluate(self.scored[name], received, broadcast.round)
@@ -59,6 +71,10 @@ class InProcess:
     def faults(self) -> list[Failure]:
         """None: a client in this process cannot go away."""
         return []
+
+    def moved(self, round: int) -> Moved:
+        """Bytes that would have travelled."""
+        return self._tally.of(round)
 
 
 def pooled(clients: Mapping[str, ClientData]) -> dict[str, ClientData]:

@@ -24,27 +24,31 @@ from fedalign.protocol import (
     Broadcast,
     Evaluation,
     Failure,
+    Fetch,
     Hello,
+    Lacking,
+    Offer,
     Packed,
     ParameterGroup,
-    Request,
+    Piece,
     Stage,
     Start,
     Statistics,
-    Update,
     is_name,
     parse_group,
 )
 from fedalign.units import shown
 
-Message = Hello | Start | Broadcast | Statistics | Request | Update | Evaluation | Failure
+Message = Hello | Start | Offer | Lacking | Piece | Broadcast | Statistics | Fetch | Evaluation | Failure
 MESSAGES: dict[str, type[Any]] = {
     "hello": Hello,
     "start": Start,
+    "offer": Offer,
+    "lacking": Lacking,
+    "piece": Piece,
     "broadcast": Broadcast,
     "statistics": Statistics,
-    "request": Request,
-    "update": Update,
+    "fetch": Fetch,
     "evaluation": Evaluation,
     "failure": Failure,
 }
@@ -68,6 +72,8 @@ class Verb:
 VERBS: Mapping[str, Verb] = {
     "hello": Verb("join", needs_model=True),
     "start": Verb("join", needs_model=True),
+    "offer": Verb("train", needs_model=False),
+    "piece": Verb("train", needs_model=False),
     "train": Verb("train", needs_model=True),
     "update": Verb("update", needs_model=False),
     "evaluate": Verb("evaluate", needs_model=True),
@@ -212,6 +218,21 @@ def _numbers(value: Any) -> dict[str, float]:
     return {_words(key): _number(item) for key, item in value.items()}
 
 
+def _texts(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise TypeError
+    return {_words(key): _words(item) for key, item in value.items()}
+
+
+def _listed(read: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    def items(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            raise TypeError
+        return tuple(read(item) for item in value)
+
+    return items
+
+
 def _stage(value: Any) -> Any:
     if value not in get_args(Stage):
         raise ValueError
@@ -227,11 +248,14 @@ SCALARS: dict[Any, Callable[[Any], Any]] = {
     float | None: lambda value: None if value is None else _number(value),
     Stage: _stage,
     Mapping[str, float]: _numbers,
+    Mapping[str, str]: _texts,
+    tuple[str, ...]: _listed(_words),
+    tuple[int, ...]: _listed(_integer),
 }
 
 
 def _scalar(name: str, value: Any, arrays: Arrays) -> Any:
-    return dict(value) if isinstance(value, Mapping) else value
+    return dict(value) if isinstance(value, Mapping) else [*value] if isinstance(value, tuple) else value
 
 
 def _groups(about: Any) -> tuple[ParameterGroup, ...]:

@@ -7,6 +7,7 @@ site's own log alone.
 from __future__ import annotations
 
 import gc
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +16,18 @@ from typing import TYPE_CHECKING
 from fedalign.client.memory import ClientMemory
 from fedalign.errors import DataError, ModelError, TrainingFailedError, UserError
 from fedalign.federation.messages import VERBS, Message, MessageError, Parcel, decode, encode, stage_of
+from fedalign.federation.received import Received
+from fedalign.federation.transfer import CONSTANT, described
+from fedalign.files import write_text
 from fedalign.maths.rounding import unpack_weights
-from fedalign.protocol import Broadcast, Failure, Hello, Packed, Request, Start, Update
+from fedalign.protocol import Broadcast, Failure, Fetch, Hello, Lacking, Offer, Packed, Piece, Start
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and handing over an update needs none of it
     from fedalign.client.trainer import OpenClient
 
 log = logging.getLogger("fedalign")
 
+SIZES = "sizes.json"  # of the model's groups, in a client's memory
 SEE_LOG = "the reason is in the client's own log"
 
 
@@ -38,6 +43,7 @@ class Service:
     def __init__(self, name: str, memory: Path, open_client: Callable[[], OpenClient]) -> None:
         self.name = name
         self.memory = ClientMemory(memory)
+        self.received = Received(name, memory)
         self._open_client = open_client
         self._client: OpenClient | None = None
         self._hello_said: Hello | None = None
@@ -49,7 +55,19 @@ class Service:
         if self._client is None:
             self._client = self._open_client()
             self._as_loaded = True
+            sizes = {str(group): size for group, size in self._client.trainer.moe.layout.sizes.items()}
+            self.memory.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.memory.folder / SIZES, json.dumps(sizes))
         return self._client
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many values each group of the model trains; written down, so that pieces need no model."""
+        file = self.memory.folder / SIZES
+        if not file.exists():
+            _ = self.client
+        found: dict[str, int] = json.loads(file.read_text(encoding="utf-8"))
+        return found
 
     def close(self) -> None:
         """Free the model's memory."""
@@ -88,27 +106,44 @@ class Service:
 
     def _start(self, _: Parcel) -> Message:
         self._reload()
-        moe = self.client.trainer.moe
-        weights = {group: Packed(value.cpu()) for group, value in moe.read().items()}
-        return Start(self.name, weights, {name: value.cpu() for name, value in moe.constants().items()})
+        trainer = self.client.trainer
+        weights = {group: Packed(value.cpu()) for group, value in trainer.moe.read().items()}
+        constants = {name: value.cpu().contiguous() for name, value in trainer.moe.constants().items()}
+        every = {str(group): packed.values for group, packed in weights.items()}
+        every |= {f"{CONSTANT}{name}": value for name, value in constants.items()}
+        if sum(value.nbytes for value in every.values()) <= trainer.config.wire.piece_nbytes:
+            return Start(self.name, weights, constants)
+        self.memory.keep_start(every)
+        return Start(self.name, {}, {}, {name: described(value) for name, value in every.items()})
+
+    def _offer(self, parcel: Parcel) -> Message:
+        return self.received.offered(decode(parcel, Offer), self.sizes)
+
+    def _piece(self, parcel: Parcel) -> Message:
+        return self.received.take(decode(parcel, Piece))
 
     def _train(self, parcel: Parcel) -> Message:
-        broadcast: Broadcast = decode(parcel, Broadcast)
+        broadcast = self.received.completed(decode(parcel, Broadcast), self.sizes)
+        if isinstance(broadcast, Lacking):
+            return broadcast
         client, self._as_loaded = self.client, False
         return client.trainer.train(client.data, broadcast)
 
     def _update(self, parcel: Parcel) -> Message:
-        return self.memory.hand_over(self.name, decode(parcel, Request))
+        return self.memory.hand_piece(self.name, decode(parcel, Fetch))
 
     def _evaluate(self, parcel: Parcel) -> Message:
-        broadcast: Broadcast = decode(parcel, Broadcast)
+        broadcast = self.received.completed(decode(parcel, Broadcast), self.sizes)
+        if isinstance(broadcast, Lacking):
+            return broadcast
         client, self._as_loaded = self.client, False
         score = client.trainer.evaluate(client.data, unpack_weights(broadcast.weights), broadcast.round)
         return score if score is not None else Failure(self.name, "evaluate", "it holds nothing out to be scored on")
 
     def _finish(self, _: Parcel) -> Message:
         self.memory.forget_updates()
-        return Update(self.name, 0, {})
+        self.received.forget()
+        return Lacking(self.name, 0, "", ())
 
 
 def log_to_stderr() -> None:

@@ -54,7 +54,8 @@ def answer_at(folder: SiteFolder, run: str, verb: str, parcel: Parcel, answer: C
             if reason or reply is None:
                 reply = encode(Failure(folder.config.name, stage_of(verb), reason))
             reply = _without_places(folder, verb, reply)
-            lines.append(_entry(run, verb, parcel, reply, counted=begun))
+            nothing_done = reply.head.get("kind") == "lacking"  # it has not the weights that it is asked about
+            lines.append(_entry(run, verb, parcel, reply, counted=begun and not nothing_done))
     except (OSError, ValueError, UserError) as error:
         log.error("%s: %s: nothing leaves that is not written down", lines.file, error)
         reply = encode(Failure(folder.config.name, stage_of(verb), "it cannot keep its own log"))

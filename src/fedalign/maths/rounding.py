@@ -8,7 +8,7 @@ random numbers are a seeded hash of the index, so every engine gives the same nu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -38,7 +38,17 @@ def packed_nbytes(size: int, dtype: WireDtype) -> int:
     >>> packed_nbytes(257, "int8")
     265
     """
-    return size * TORCH_DTYPE[dtype].itemsize + (4 * math.ceil(size / BLOCK) if dtype == "int8" else 0)
+    values, scales = packed_lengths(size, dtype)
+    return values * TORCH_DTYPE[dtype].itemsize + 4 * scales
+
+
+def packed_lengths(size: int, dtype: WireDtype) -> tuple[int, int]:
+    """Lengths of `Packed.values` and `Packed.scale` of a group of `size` values.
+
+    >>> packed_lengths(257, "int8")
+    (257, 2)
+    """
+    return size, math.ceil(size / BLOCK) if dtype == "int8" else 0
 
 
 def pack(flat: Tensor, dtype: WireDtype, seed: int) -> Packed:
@@ -71,6 +81,26 @@ def unpack(packed: Packed) -> Tensor:
 def unpack_weights(weights: Mapping[ParameterGroup, Packed]) -> Weights:
     """Wire precision to float32, group by group."""
     return {group: unpack(packed) for group, packed in weights.items()}
+
+
+def bytes_of(packed: Packed) -> list[Tensor]:
+    """A packed group as it travels, uint8: its values, then its scales. Nothing is copied."""
+    return [one.contiguous().view(-1).view(torch.uint8) for one in (packed.values, packed.scale) if one is not None]
+
+
+def cut_out(parts: Iterable[Tensor], start: int, nbytes: int) -> Tensor:
+    """So many bytes from `start` on of byte tensors that follow one another.
+
+    >>> cut_out([torch.tensor([1, 2]), torch.tensor([3, 4])], 1, 2)
+    tensor([2, 3])
+    """
+    found, at = [], 0
+    for part in parts:
+        first, stop = max(start - at, 0), min(start + nbytes - at, len(part))
+        if first < stop:
+            found.append(part[first:stop])
+        at += len(part)
+    return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0, dtype=torch.uint8)
 
 
 def scale_into(flat: Tensor, scale: Tensor) -> None:

@@ -3,7 +3,7 @@
 config.toml     as resolved           metrics.jsonl   one line a round, all numbers
 summary.json    how it went           checkpoint/     to resume from
 model/  best/   Hugging Face folders  clients/        what each client keeps for itself
-clients.json    what is known of their data
+clients.json    what is known of their data   transfers/     what has arrived of a round
 answers.json    to some rows of the global test set, and the confusion of classes: at the start, after two rounds
 health/         routing, similarities and weights of each round
 events.*        for TensorBoard       trackers.json   its ids at MLflow and W&B
@@ -47,6 +47,7 @@ WRITTEN = (  # to a run's folder, by whoever takes part in the run; model/ and b
         "model/",
         "best/",
     ),
+    *("transfers/*", "clients/sent.json"),
     *("events.out.tfevents.*", "wandb/*", "flower/*", "status.json", "run-key"),
 )
 
@@ -77,6 +78,7 @@ class RunFolder:
         self.model = path / "model"
         self.best = path / "best"
         self.health = path / "health"
+        self.transfers = path / "transfers"
         self.holdings = path / "clients.json"
         self.answers = path / "answers.json"
 

@@ -83,25 +83,22 @@ class Observer(Protocol):
         """
 
 
-class CountingSum:
-    """An accumulator that counts what arrives, and passes on what is of this round."""
+class ToldSum:
+    """An accumulator that tells what arrives, and passes on what is of this round."""
 
     def __init__(
         self,
         inner: Accumulator,
         round: int,
-        traffic: Traffic,
         arrived: Callable[[], None],
         directions: Directions | None = None,
     ) -> None:
-        self.inner, self.round, self.traffic, self.arrived = inner, round, traffic, arrived
+        self.inner, self.round, self.arrived = inner, round, arrived
         self.directions = directions
         self.refused: list[Failure] = []  # of what arrived
 
     def add(self, update: Update) -> Failure | None:
-        """Count and pass on."""
-        self.traffic.updates += update.nbytes
-        self.traffic.up(update.client, update.nbytes)
+        """Tell and pass on."""
         self.arrived()
         failure: Failure | None
         if update.round != self.round:
@@ -177,7 +174,7 @@ class Server:
         left_out: list[Failure] = []
         while True:
             directions = self._directions(number, len(reports))
-            plan, total, lost, refused = self._sum(state, reports, number, len(members), traffic, directions)
+            plan, total, lost, refused = self._sum(state, reports, number, len(members), directions)
             out = self._out(directions, refused, reports) if directions else []
             if not out:
                 break
@@ -185,7 +182,7 @@ class Server:
             names = {failure.client for failure in out}
             reports = [report for report in reports if report.client not in names]
         self.observer.planned(number, reports, plan, self.layout)
-        failures += [*lost, *left_out, *self._try(on_trial, number, traffic)]
+        failures += [*lost, *left_out, *self._try(on_trial, number)]
         share = self.config.server.min_arrived
         summed = total.result(state.weights, share)
         weights, moments = self._optimise(state, summed, plan, reports)
@@ -193,6 +190,7 @@ class Server:
         algorithm_state = plan.then(total.streams(share)) if plan.then else plan.state
         self._refuse(number, check_state(algorithm_state))
         self._refuse(number, check_weights(weights))
+        traffic.take(self.federation.moved(number))
         metrics = {
             **self._tested(number, weights),
             **describe_training(reports),
@@ -247,7 +245,7 @@ class Server:
             return reports, []
         return heard, [report for report in reports if report.client in silent]
 
-    def _try(self, on_trial: Sequence[Statistics], number: int, traffic: Traffic) -> list[Failure]:
+    def _try(self, on_trial: Sequence[Statistics], number: int) -> list[Failure]:
         """Ask those whose word counts for nothing for one group of their update: does it come as announced?"""
         if not on_trial:
             return []
@@ -256,7 +254,7 @@ class Server:
         trial = Plan(tuple(report.client for report in on_trial), weight_C_G / len(on_trial))
         norms = {report.client: report.norm_G for report in on_trial}
         ignored = StreamingSum(self.layout, trial, norms, self.config.wire.dtype)
-        counted = CountingSum(ignored, number, traffic, lambda: None)
+        counted = ToldSum(ignored, number, lambda: None)
         reason = f"its word counts for nothing until it delivers: {PATIENCE} times no update of it could be used"
         return [
             *(Failure(report.client, "train", reason) for report in on_trial),
@@ -276,7 +274,6 @@ class Server:
     ) -> tuple[list[Statistics], list[Failure]]:
         """Usable reports, and why there are no others; scores of the round before are added to `scores`."""
         broadcast = self._broadcast(state.weights, state.algorithm, number, score=state.pending is not None)
-        traffic.send(chosen, broadcast.nbytes)
         reports: dict[str, Statistics] = {}
         failures: list[Failure] = []
         widths = self.config.statistics.centroid_width, self.config.statistics.update_width
@@ -312,7 +309,6 @@ class Server:
         reports: Sequence[Statistics],
         number: int,
         members: int,
-        traffic: Traffic,
         directions: Directions | None,
     ) -> tuple[Plan, StreamingSum, list[Failure], list[Failure]]:
         """Plan, ask for updates, and add them up; also all failures, and those of updates that arrived.
@@ -331,7 +327,7 @@ class Server:
             done += 1
             self.observer.progress(number, "summing", done, len(requests))
 
-        counted = CountingSum(total, number, traffic, arrived, directions)
+        counted = ToldSum(total, number, arrived, directions)
         failures = self.federation.collect(requests, counted)
         return plan, total, failures, counted.refused
 
@@ -406,16 +402,15 @@ class Server:
     def _score(self, state: ServerState, line: Metrics) -> ServerState:
         """Have all clients score a round by itself, and complete its line."""
         started, scores, members = time.perf_counter(), Scores(), self.federation.members()
-        traffic = Traffic(line["bytes_down"], down_by_client=dict(line.get("bytes_down_by_client", {})))
         broadcast = self._broadcast(state.weights, {}, state.round)
-        traffic.send(members, broadcast.nbytes)
         self.observer.progress(state.round, "evaluating", 0, len(members))
         for reply in self.federation.evaluate(broadcast, members):
             scores.add(reply)
             self.observer.progress(state.round, "evaluating", len(scores), max(len(scores), len(members)))
+        down = self.federation.moved(state.round).down
         now = {
-            "bytes_down": traffic.down,
-            "bytes_down_by_client": traffic.down_by_client,
+            "bytes_down": sum(down.values()),
+            "bytes_down_by_client": dict(sorted(down.items())),
             "failures": [*line["failures"], *self._named([])],
             "round_seconds": line.get("round_seconds", 0.0) + time.perf_counter() - started,
         }

@@ -27,6 +27,7 @@ RESUMABLE = (  # may change on resume
     "run.check",
     "evaluation.answers",
     "tracking.loggers",
+    "wire.piece_mb",
     "server.min_clients",
     *(f"federation.{key}" for key in FederationConfig.model_fields if key != "engine"),
 )

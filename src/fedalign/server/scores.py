@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedalign.protocol import Evaluation, Failure, Layout, Metrics, Plan, Statistics
+from fedalign.protocol import Evaluation, Failure, Layout, Metrics, Moved, Plan, Statistics
 from fedalign.server.checks import check_evaluation
 
 
@@ -26,11 +26,12 @@ class Traffic:
     up_by_client: dict[str, int] = field(default_factory=dict)
     down_by_client: dict[str, int] = field(default_factory=dict)
 
-    def send(self, clients: Sequence[str], nbytes: int) -> None:
-        """Count what each of these clients is sent."""
-        self.down += nbytes * len(clients)
-        for client in clients:
-            self.down_by_client[client] = self.down_by_client.get(client, 0) + nbytes
+    def take(self, moved: Moved) -> None:
+        """Count the weights and updates that a round has moved."""
+        self.down, self.down_by_client = sum(moved.down.values()), dict(sorted(moved.down.items()))
+        self.updates = sum(moved.up.values())
+        for client, nbytes in sorted(moved.up.items()):
+            self.up(client, nbytes)
 
     def up(self, client: str, nbytes: int) -> None:
         """Count what a client sent."""

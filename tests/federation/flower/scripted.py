@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 
 from fedalign.federation.flower.link import Reply
 from fedalign.federation.messages import Message, Parcel, encode
+from fedalign.federation.transfer import digest
+from fedalign.files import fingerprint
+from fedalign.maths.rounding import bytes_of, cut_out
+from fedalign.protocol import Fetch, Packed, Piece
 from tests.federation.test_messages import travel
 
 Answer = Message | Parcel | str | None  # None: silence; a string: what Flower says instead
@@ -80,6 +84,14 @@ class ScriptedLink:
             if answer is not None and due <= self.clock.now:
                 del self.outstanding[message]
                 yield Reply(message, arrived(answer))
+
+
+def handed(client: str, fetch: Fetch, kept: Mapping[str, Packed]) -> Piece:
+    """The piece that a client hands over of what it keeps."""
+    parts = [part for name in fetch.names for part in bytes_of(kept[name])]
+    data = cut_out(parts, fetch.start, fetch.nbytes)
+    digests = {name: digest(kept[name]) for name in fetch.names}
+    return Piece(client, fetch.round, "", fetch.start, data, fingerprint([data.numpy().data]), digests)
 
 
 def arrived(answer: Message | Parcel | str) -> Parcel | str:

@@ -25,15 +25,15 @@ from fedalign.maths.rounding import pack
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import (
     PROTOCOL,
-    SHARED,
     Broadcast,
     Evaluation,
     Failure,
+    Fetch,
     Hello,
-    Request,
+    Lacking,
+    Piece,
     Start,
     Statistics,
-    Update,
 )
 
 NOTHING = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
@@ -81,10 +81,10 @@ def test_a_site_answers_every_message(site_config: Config, ward: SiteFolder, tmp
     assert isinstance(node.ask("query.start", NOTHING), Start)
     assert isinstance(node.ask("train", broadcast(site_config.model.path)), Statistics)
     assert (ward.memory("night") / "round-00001").is_dir()
-    assert isinstance(node.ask("query.update", encode(Request("ward 3", 1, (SHARED,)))), Update)
+    assert isinstance(node.ask("query.update", encode(Fetch("ward 3", 1, ("shared",), 0, 8))), Piece)
     assert isinstance(node.ask("evaluate", broadcast(site_config.model.path)), Evaluation)
-    assert isinstance(node.ask("query.finish", NOTHING), Update)
-    other = node.ask("query.update", encode(Request("ward 3", 1, (SHARED,))), key="another")
+    assert isinstance(node.ask("query.finish", NOTHING), Lacking)
+    other = node.ask("query.update", encode(Fetch("ward 3", 1, ("shared",), 0, 8)), key="another")
     assert other == Failure("ward 3", "update", "it keeps no update of round 1")
 
 
@@ -131,9 +131,9 @@ def test_clients_of_a_simulation_share_a_model_and_keep_to_their_parts(settings:
     assert {hello.weights for hello in hellos[:3]} == {MoEModel.load(config.model.path).weights_hash()}
     assert hellos[3].reason.startswith("partition 3: the configuration deals data to 3 clients alone")
     assert client_app._dealt.cache_info().misses == 1
-    assert [path.name for path in (tmp_path / "clients").iterdir()] == ["client-00"]
-    update = nodes[0].ask("query.update", encode(Request("client-00", 1, (SHARED,))))
-    assert isinstance(update, Update)
+    assert [path.parent.name for path in (tmp_path / "clients").glob("*/round-*")] == ["client-00"]
+    update = nodes[0].ask("query.update", encode(Fetch("client-00", 1, ("shared",), 0, 8)))
+    assert isinstance(update, Piece)
 
 
 def test_a_warm_trainer_answers_what_needs_the_model_and_nothing_else(
@@ -157,8 +157,8 @@ def test_a_warm_trainer_answers_what_needs_the_model_and_nothing_else(
     thread.start()
     assert ready.wait(10)
     node = Node(site_config, tmp_path, site=str(ward.path))
-    assert node.ask("query.update", encode(Request("ward 3", 1, ()))).reason == "it keeps no update of round 1"
-    assert isinstance(node.ask("query.finish", NOTHING), Update)
+    assert node.ask("query.update", encode(Fetch("ward 3", 1, (), 0, 0))).reason == "it keeps no update of round 1"
+    assert isinstance(node.ask("query.finish", NOTHING), Lacking)
     for kind in ("query.hello", "query.start", "train", "evaluate"):
         assert node.ask(kind, NOTHING).client == "warm"
     thread.join(10)

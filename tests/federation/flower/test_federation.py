@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedalign.config.run import FederationConfig
 from fedalign.errors import UserError
+from fedalign.federation.flower import carrier, talks
 from fedalign.federation.flower import sites as federation
+from fedalign.federation.flower.carrier import Cargo
 from fedalign.federation.flower.sites import Agreement, FlowerFederation
 from fedalign.federation.messages import Message, Parcel, decode, encode
 from fedalign.protocol import (
@@ -19,15 +23,20 @@ from fedalign.protocol import (
     Broadcast,
     Evaluation,
     Failure,
+    Fetch,
+    Lacking,
+    Packed,
+    Piece,
     Request,
     Start,
     Statistics,
     Update,
 )
-from tests.federation.flower.scripted import Clock, Node, Script, ScriptedLink
+from tests.federation.flower.scripted import Clock, Node, Script, ScriptedLink, handed
 from tests.federation.test_messages import hello, packed, statistics
 
 OTHER = PROTOCOL + 1
+FOLDER = Path()  # of the test
 AGREEMENT = Agreement("a" * 64, "c" * 64, "d" * 64, layers=2, experts=3, weights="b" * 64)
 
 
@@ -38,14 +47,14 @@ def site(name: str, *, delay: float = 0.0, since: float = 0.0, held_out: int = 4
         return statistics(name, decode(parcel, Broadcast).round)
 
     def update(parcel: Parcel) -> Message:
-        request = decode(parcel, Request)
-        return Update(name, request.round, packed(dict.fromkeys(request.groups, 3), "float32"))
+        fetch = decode(parcel, Fetch)
+        return handed(name, fetch, {one: Packed(torch.randn(3)) for one in fetch.names})
 
     answers = {
         "hello": hello(name, held_out=held_out),
         "start": Start(name, packed({SHARED: 3}, "float32"), {}),
         "update": update,
-        "finish": Update(name, 0, {}),
+        "finish": Lacking(name, 0, "", ()),
         "train": train,
         "evaluate": Evaluation(name, 4, 1.0, 0.5),
     }
@@ -60,14 +69,22 @@ def script_of(answer: Any) -> Script:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(federation, "time", clock)
+    for module in (federation, talks, carrier):
+        monkeypatch.setattr(module, "time", clock)
     return clock
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.FOLDER", tmp_path)
 
 
 def federate(clock: Clock, *nodes: Node, agreement: Agreement = AGREEMENT, **policy: Any) -> FlowerFederation:
     options = FederationConfig(**({"wait_seconds": 60, "timeout_seconds": 100} | policy))
     link = ScriptedLink(clock, dict(enumerate(nodes, start=1)))
-    return FlowerFederation(link, options, agreement)
+    cargo = Cargo(FOLDER / f"transfers-{len(list(FOLDER.iterdir()))}", {SHARED: 3}, "float32", 64_000_000)
+    cargo.folder.mkdir()
+    return FlowerFederation(link, options, agreement, cargo)
 
 
 def link_of(sites: FlowerFederation) -> ScriptedLink:
@@ -544,8 +561,8 @@ def test_a_late_update_is_named_and_thrown_away(clock: Clock) -> None:
     [
         (Failure("b", "update", "it keeps no update of round 1"), "it keeps no update of round 1"),
         ("its SuperNode is gone", "its SuperNode is gone"),
-        (lambda _: Update("a", 1, {}), "it answers as 'a'"),
-        (Parcel({**encode(Update("b", 1, packed({SHARED: 3}, "float32"))).head}, {}), "a damaged update"),
+        (lambda _: Piece("a", 1, "", 0, torch.empty(0, dtype=torch.uint8), ""), "it answers as 'a'"),
+        (Parcel({**encode(Piece("b", 1, "", 0, torch.zeros(12, dtype=torch.uint8), "")).head}, {}), "a damaged piece"),
     ],
 )
 def test_what_is_no_update_is_a_failure_with_the_reason(clock: Clock, answer: Any, reason: str) -> None:

@@ -12,7 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedalign.federation.flower.link import REASONS, GridLink, Reply, RunAbout, from_records, reason, to_records
 from fedalign.federation.messages import MessageError, Parcel, decode, encode
-from fedalign.protocol import SHARED, Broadcast, Update
+from fedalign.protocol import SHARED, Broadcast
 from tests.federation.test_messages import packed, same
 
 Answer = Callable[[Message], Message]
@@ -73,7 +73,7 @@ def test_nodes_are_sorted() -> None:
 
 
 def test_a_question_reaches_each_node_and_its_answer_comes_back_once() -> None:
-    update = Update("ward", 1, packed({SHARED: 300}, "int8"))
+    update = Broadcast(1, packed({SHARED: 300}, "int8"))
     grid = PlayedGrid([1, 2], echo)
     link = GridLink(grid, RUN, expiry=77.0)
     asked = link.ask("update", encode(update), [2, 1])
@@ -84,7 +84,7 @@ def test_a_question_reaches_each_node_and_its_answer_comes_back_once() -> None:
     assert [reply.message for reply in replies] == list(asked)
     for reply in replies:
         assert isinstance(reply.content, Parcel)
-        assert same(decode(reply.content, Update), update)
+        assert same(decode(reply.content, Broadcast), update)
     assert list(link.replies([*asked])) == []
 
 
@@ -155,7 +155,7 @@ def test_flowers_errors_are_those_that_we_explain() -> None:
 
 
 def test_a_parcel_is_a_reply_like_any_other() -> None:
-    failure = encode(Update("ward", 0, {}))
+    failure = encode(Broadcast(0, {}))
     grid = PlayedGrid([4], lambda message: Message(to_records(failure), reply_to=message))
     link = GridLink(grid, RUN, 60)
     (reply,) = link.replies(list(link.ask("finish", failure, [4])))

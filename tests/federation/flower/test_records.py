@@ -15,7 +15,7 @@ from fedalign.federation import messages
 from fedalign.federation.flower.link import from_records, to_records
 from fedalign.federation.messages import MESSAGES, MessageError, Parcel, decode, encode
 from fedalign.maths.rounding import pack
-from fedalign.protocol import SHARED, Broadcast, Packed, Update, WireDtype
+from fedalign.protocol import SHARED, Broadcast, Packed, WireDtype
 from tests.federation.test_messages import DTYPES, GROUPS, every_message, packed, same
 
 
@@ -38,7 +38,7 @@ def test_every_message_travels(dtype: WireDtype, slab: int, monkeypatch: pytest.
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_few_bits_travel_as_few_bits(dtype: WireDtype) -> None:
-    update = Update("ward", 1, {SHARED: pack(torch.randn(1024), dtype, 0)})
+    update = Broadcast(1, {SHARED: pack(torch.randn(1024), dtype, 0)})
     records = to_records(encode(update))
     (array, *scale) = records.array_records["arrays"].values()
     assert array.dtype == dtype
@@ -48,7 +48,7 @@ def test_few_bits_travel_as_few_bits(dtype: WireDtype) -> None:
 
 
 def test_nothing_but_head_and_arrays_is_sent() -> None:
-    parcel = encode(Update("ward", 1, packed({SHARED: 3}, "float32")))
+    parcel = encode(Broadcast(1, packed({SHARED: 3}, "float32")))
     records = to_records(parcel)
     assert {*records} == {"head", "arrays"}
     assert json.loads(str(records.config_records["head"]["json"])) == parcel.head
@@ -57,31 +57,31 @@ def test_nothing_but_head_and_arrays_is_sent() -> None:
 
 def test_equal_arrays_and_empty_ones_keep_their_places() -> None:
     zeros = Packed(torch.zeros(4000))
-    update = Update("ward", 1, {SHARED: zeros, GROUPS[1]: zeros, GROUPS[2]: Packed(torch.empty(0)), GROUPS[3]: zeros})
+    update = Broadcast(1, {SHARED: zeros, GROUPS[1]: zeros, GROUPS[2]: Packed(torch.empty(0)), GROUPS[3]: zeros})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(messages, "SLAB", 1)
-        assert same(decode(through_flower(encode(update)), Update), update)
+        assert same(decode(through_flower(encode(update)), Broadcast), update)
 
 
 def test_more_than_a_chunk_of_flowers_travels() -> None:
-    update = Update("ward", 1, {SHARED: Packed(torch.randn(3_000_000))})  # 12 MB, chunks are 5
-    assert same(decode(through_flower(encode(update)), Update), update)
+    update = Broadcast(1, {SHARED: Packed(torch.randn(3_000_000))})  # 12 MB, chunks are 5
+    assert same(decode(through_flower(encode(update)), Broadcast), update)
 
 
 def test_an_array_is_copied_once_on_its_way_out_and_not_on_its_way_in() -> None:
-    update = Update("ward", 1, {SHARED: Packed(torch.randn(1 << 20)), GROUPS[1]: Packed(torch.randn(1 << 20))})
+    update = Broadcast(1, {SHARED: Packed(torch.randn(1 << 20)), GROUPS[1]: Packed(torch.randn(1 << 20))})
     size = update.nbytes
     tracemalloc.start()  # torch's own memory is not counted, what Flower carries is
     records = to_records(encode(update))
     assert tracemalloc.get_traced_memory()[1] < 1.5 * size
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
-    arrived = decode(from_records(records), Update)
+    arrived = decode(from_records(records), Broadcast)
     assert tracemalloc.get_traced_memory()[1] - before < 0.1 * size
     tracemalloc.stop()
     (array,) = records.array_records["arrays"].values()
     start = torch.frombuffer(bytearray(array.data), dtype=torch.float32)
-    assert torch.equal(arrived.groups[SHARED].values, start[: 1 << 20])
+    assert torch.equal(arrived.weights[SHARED].values, start[: 1 << 20])
 
 
 HEAD = encode(Broadcast(1, {})).text.decode()

@@ -26,7 +26,7 @@ from fedalign.federation.flower.warm import ask, meeting_file, receive, send, se
 from fedalign.federation.messages import Parcel, decode, encode
 from fedalign.federation.service import Service
 from fedalign.files import LOCK, locked
-from fedalign.protocol import PROTOCOL, SHARED, Broadcast, Failure, Packed, Update
+from fedalign.protocol import PROTOCOL, SHARED, Broadcast, Failure, Packed
 from tests.conftest import make_site
 from tests.federation.test_messages import DTYPES, every_message, same
 
@@ -135,10 +135,10 @@ def test_large_arrays_in_several_pieces_and_empty_ones_arrive(site: SiteFolder, 
 
 
 def test_what_arrives_may_be_written_to(site: SiteFolder, trainer: Trainer) -> None:
-    update = Update("ward", 1, {SHARED: Packed(torch.ones(4))})
+    update = Broadcast(1, {SHARED: Packed(torch.ones(4))})
     answer = ask(site, "", "night", "update", encode(update))
     assert answer is not None
-    decode(answer, Update).groups[SHARED].values.add_(1)
+    decode(answer, Broadcast).weights[SHARED].values.add_(1)
 
 
 def test_a_run_keeps_its_service_and_another_run_gets_another(site: SiteFolder, trainer: Trainer) -> None:
@@ -299,7 +299,7 @@ def test_a_client_that_goes_away_in_the_middle_leaves_the_trainer_alive(
     site: SiteFolder, trainer: Trainer, until: str
 ) -> None:
     about = {"config": "", "run": "night", "verb": "train"}
-    parcel = encode(Update("ward", 1, {SHARED: Packed(torch.zeros(3_000_000))}))
+    parcel = encode(Broadcast(1, {SHARED: Packed(torch.zeros(3_000_000))}))
     with connect(site) as connection:
         if until == "nonsense":
             connection.send_bytes(b"\xff[")
@@ -337,7 +337,7 @@ PROGRAM = """
 import contextlib, sys, time
 from pathlib import Path
 from fedalign.federation.messages import encode
-from fedalign.protocol import Update
+from fedalign.protocol import Broadcast
 from fedalign.config.site import SiteFolder
 from fedalign.federation.flower.warm import serve
 class Slow:
@@ -345,7 +345,7 @@ class Slow:
         print("asked", flush=True)
         if verb == "train":
             time.sleep(60)
-        return encode(Update("ward", 1, {}))
+        return encode(Broadcast(1, {}))
     def close(self): pass
 with contextlib.suppress(KeyboardInterrupt):
     serve(SiteFolder.load(Path(sys.argv[1])), lambda *_: Slow(), lambda: print("ready", flush=True))

@@ -18,6 +18,7 @@ from fedalign.config.run import Config
 from fedalign.data.encode import text_hash, tokenizer_hash
 from fedalign.data.formats import FORMATS
 from fedalign.errors import UserError
+from fedalign.federation.flower.carrier import Cargo
 from fedalign.federation.flower.link import Link
 from fedalign.federation.flower.sites import Agreement, FlowerFederation
 from fedalign.files import damage, replacing
@@ -29,6 +30,7 @@ from fedalign.server.results import RunFolder
 from fedalign.server.run import Holdings, Marked, identity
 
 CONSTANTS = "constants.safetensors"
+DIGEST_NBYTES = 1024  # what a model's constants may be larger than all of its values: a digest of an adapter's base
 
 
 @dataclass
@@ -63,7 +65,15 @@ class Coordinator:
             raise UserError(
                 f"model.weights_hash = {config.model.weights_hash!r}: the coordinator's model has {agreement.weights}."
             )
-        federation = FlowerFederation(link, config.federation, agreement)
+        own = (*moe.model.parameters(), *moe.model.buffers())
+        cargo = Cargo(
+            folder=folder.transfers,
+            sizes=moe.layout.sizes,
+            dtype=config.wire.dtype,
+            most=config.wire.piece_nbytes,
+            constants=sum(tensor.nbytes for tensor in own) + DIGEST_NBYTES,
+        )
+        federation = FlowerFederation(link, config.federation, agreement, cargo)
         federation.settle_weights()
         return cls(config, bench, test, federation, folder.checkpoint / "constants")
 
@@ -77,8 +87,7 @@ class Coordinator:
         if not self._is_skeleton:
             return {group: value.cpu() for group, value in self.bench.moe.read().items()}
         start = self.federation.start()
-        weights = {group: value.clone() for group, value in unpack_weights(start.weights).items()}
-        constants = {name: value.clone() for name, value in start.constants.items()}
+        weights, constants = unpack_weights(start.weights), dict(start.constants)
         try:
             found = self.bench.moe.filled(weights, constants).weights_hash()
         except (KeyError, ValueError, RuntimeError) as error:

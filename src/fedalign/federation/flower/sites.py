@@ -10,15 +10,17 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedalign.config.run import FederationConfig
 from fedalign.errors import UserError
+from fedalign.federation.flower.carrier import NOTHING, Cargo, Carrier, read
 from fedalign.federation.flower.link import Link, Reply
 from fedalign.federation.flower.programs import register_command
-from fedalign.federation.messages import VERBS, Message, MessageError, Parcel, decode, encode
+from fedalign.federation.flower.talks import Ask, Talks
+from fedalign.federation.messages import VERBS, Parcel
 from fedalign.protocol import (
     PROTOCOL,
     Accumulator,
@@ -26,6 +28,7 @@ from fedalign.protocol import (
     Evaluation,
     Failure,
     Hello,
+    Moved,
     Request,
     Stage,
     Start,
@@ -35,8 +38,7 @@ from fedalign.protocol import (
 
 log = logging.getLogger("fedalign")
 
-NOTHING = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
-LONGEST_REASON = 500  # characters of what a site says in a failure
+FAREWELL = 30.0  # seconds in which sites may hear that the run is complete
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,13 @@ class FlowerFederation:
         link: messages over Flower's grid.
         policy: minimum of sites, timeouts, what becomes of late ones.
         agreement: what sites must have in common.
+        cargo: the weights and updates that travel.
         pause: seconds between two looks at what has arrived, at most.
     """
 
-    def __init__(self, link: Link, policy: FederationConfig, agreement: Agreement, pause: float = 1.0) -> None:
+    def __init__(
+        self, link: Link, policy: FederationConfig, agreement: Agreement, cargo: Cargo, pause: float = 1.0
+    ) -> None:
         self.link = link
         self.policy = policy
         self.agreement = agreement
@@ -122,6 +127,21 @@ class FlowerFederation:
         self._late: dict[str, Late] = {}
         self._faults: list[Failure] = []
         self._round = 0
+        self._talks = Talks(link, self._node, policy.timeout_seconds, pause, self._silent)
+        self._carrier = Carrier(cargo, policy.timeout_seconds, self._node, self._where)
+
+    def tell_transfers(self, tell: Callable[[str], None]) -> None:
+        """Let somebody know how transfers go: how much has moved, how fast, and how long it will take."""
+        self._carrier.tell = tell
+
+    def _node(self, name: str) -> int:
+        return self.sites[name].node
+
+    def _where(self, name: str) -> int | None:
+        """The node of a site, if it is connected now; one that has come back as another is let in."""
+        self._let_in()
+        node = self.sites[name].node
+        return node if node in set(self.link.nodes()) else None
 
     def members(self) -> Sequence[str]:
         """The sites that are connected and fit, by name; waits for `min_sites` of them.
@@ -152,8 +172,8 @@ class FlowerFederation:
         for absent in self._absent(set(self.link.nodes())):
             if absent.client not in clients:
                 self._count_missed(absent.client)
-        for answer in self._everywhere("train", broadcast, clients, Statistics):
-            hello = self.sites[answer.client].hello
+        for name, answer in self._talks.hold(self._carrier.broadcast("train", broadcast, clients, Statistics)):
+            hello = self.sites[name].hello
             reply = self._within("train", answer, hello.examples)
             if isinstance(reply, Statistics):
                 self.sites[reply.client].missed = 0
@@ -168,20 +188,28 @@ class FlowerFederation:
         """Scores of all sites that hold something out."""
         self._round = broadcast.round
         able = [client for client in clients if self.sites[client].hello.held_out]
-        for answer in self._everywhere("evaluate", broadcast, able, Evaluation):
-            yield self._within("evaluate", answer, self.sites[answer.client].hello.held_out)
+        for name, answer in self._talks.hold(self._carrier.broadcast("evaluate", broadcast, able, Evaluation)):
+            yield self._within("evaluate", answer, self.sites[name].hello.held_out)
 
     def collect(self, requests: Sequence[Request], accumulator: Accumulator) -> list[Failure]:
-        """Updates in the order of `requests`, so that the sum is the same each time; a few are asked for ahead."""
-        waiting, asked, failures = deque(requests), deque[tuple[Request, str | None, float]](), list[Failure]()
-        while waiting or asked:
-            while waiting and len(asked) < self.policy.in_flight:
-                request = waiting.popleft()
-                asked.append((request, *self._ask("update", encode(request), request.client)))
-            request, message, since = asked.popleft()
-            failure = self._add(request, message, since, accumulator)
-            failures += [failure] if failure else []
+        """Updates in the order of `requests`, so that the sum is the same each time; a few are fetched at a time.
+
+        What arrives is kept on disk until the round is complete: another sum of it moves nothing.
+        """
+        answers: dict[str, Update | Failure] = {}
+        order, failures = deque(request.client for request in requests), list[Failure]()
+        self._round = next((request.round for request in requests), self._round)
+        for name, update in self._talks.hold(map(self._carrier.update, requests), self.policy.in_flight):
+            answers[name] = update
+            while order and order[0] in answers:
+                answer = answers.pop(order.popleft())
+                failure = answer if isinstance(answer, Failure) else accumulator.add(answer)
+                failures += [failure] if failure else []
         return failures
+
+    def moved(self, round: int) -> Moved:
+        """Bytes that a round has moved so far, those before a restart included."""
+        return self._carrier.ledger.of(round)
 
     def faults(self) -> list[Failure]:
         """Sites refused, gone, late or left out since this was last asked."""
@@ -196,11 +224,10 @@ class FlowerFederation:
         """
         reasons = []
         for name in self.members():
-            message, since = self._ask("start", NOTHING, name)
-            answer = self._read(name, "join", self._wait(message, since), Start)
-            if isinstance(answer, Start):
-                return answer
-            reasons.append(f"{name}: {answer.reason}")
+            for _, answer in self._talks.hold([(name, self._carrier.start(name))]):
+                if isinstance(answer, Start):
+                    return answer
+                reasons.append(f"{name}: {answer.reason}")
         raise UserError(f"no site could send the weights to start from: {'; '.join(reasons)}")
 
     def finish(self) -> None:
@@ -208,7 +235,8 @@ class FlowerFederation:
         nodes = set(self.link.nodes())
         asked = [self._ask("finish", NOTHING, name) for name, site in self.sites.items() if site.node in nodes]
         for message, since in asked:
-            self._wait(message, since, limit=30)
+            self._wait(message, since)
+        self._carrier.forget()
 
     # -------------------------------------------------------------------------------------------------- membership
 
@@ -326,65 +354,26 @@ class FlowerFederation:
         message = next(iter(self.link.ask(verb, parcel, [self.sites[name].node])), None)
         return message, time.monotonic()
 
-    def _everywhere(self, verb: str, content: Message, clients: Sequence[str], expected: type[Any]) -> Iterator[Any]:
-        """Ask all clients the same, yield what they say as it comes, and a Failure for each that stays silent."""
-        started, stage = time.monotonic(), VERBS[verb].stage
-        names = {self.sites[client].node: client for client in clients}
-        asked = {message: names[node] for message, node in self.link.ask(verb, encode(content), list(names)).items()}
-        reached = set(asked.values())
-        yield from (Failure(name, stage, "not connected") for name in clients if name not in reached)
-        pause = self._pause / 8
-        while asked and time.monotonic() - started < self.policy.timeout_seconds:
-            for reply in self.link.replies(list(asked)):
-                yield self._read(asked.pop(reply.message), stage, reply, expected)
-                pause = self._pause / 8
-            time.sleep(pause if asked else 0)
-            pause = min(pause * 1.5, self._pause)
-        for message, name in asked.items():
-            self._late[message] = Late(name, stage, self._round, started)
-            yield Failure(name, stage, f"no reply within {self.policy.timeout_seconds} s (federation.timeout_seconds)")
-
     def _within(self, stage: Stage, answer: Any, most: int) -> Any:
         """A site's answer, if it counts no more examples than it had when it joined: they are its weight."""
         if isinstance(answer, Failure) or answer.examples <= most:
             return answer
         return Failure(answer.client, stage, f"examples = {answer.examples}: when it joined it had {most}")
 
-    def _wait(self, message: str | None, since: float, limit: float | None = None) -> Reply | None:
-        """The reply to a message; however much time has passed, what is there already is taken."""
-        if message is None:
-            return Reply("", "not connected")
+    def _wait(self, message: str | None, since: float) -> None:
+        """Until a message was answered, or a moment has passed."""
         pause = self._pause / 8
-        while True:
-            for reply in self.link.replies([message]):
-                return reply
-            if time.monotonic() - since >= (limit or self.policy.timeout_seconds):
-                return None
+        while message and not list(self.link.replies([message])) and time.monotonic() - since < FAREWELL:
             time.sleep(pause)
             pause = min(pause * 1.5, self._pause)
 
-    def _read(self, name: str, stage: Any, reply: Reply | None, expected: type[Any]) -> Any:
-        """The message in a reply, or a Failure that says why there is none."""
-        if reply is None:
-            return Failure(name, stage, f"no reply within {self.policy.timeout_seconds} s (federation.timeout_seconds)")
-        if isinstance(reply.content, str):
-            return Failure(name, stage, reply.content)
-        try:
-            answer = decode(reply.content, (expected, Failure))
-        except MessageError as error:
-            return Failure(name, stage, str(error))
-        if isinstance(answer, Failure):
-            return Failure(name or answer.client, stage, answer.reason[:LONGEST_REASON])
-        if name and answer.client != name:
-            return Failure(name, stage, f"it answers as {answer.client!r}")
-        return answer
+    def _silent(self, message: str, name: str, ask: Ask, asked: float) -> None:
+        """Remember what was not answered in time; of a piece another will be asked for."""
+        if ask.verb in ("train", "evaluate", "update"):
+            self._late[message] = Late(name, VERBS[ask.verb].stage, self._round, asked)
 
-    def _add(self, request: Request, message: str | None, since: float, accumulator: Accumulator) -> Failure | None:
-        reply = self._wait(message, since)
-        answer = self._read(request.client, "update", reply, Update)
-        if reply is None and message is not None:
-            self._late[message] = Late(request.client, "update", request.round, since)
-        return answer if isinstance(answer, Failure) else accumulator.add(answer)
+    def _read(self, name: str, stage: Stage, reply: Reply, expected: type[Any]) -> Any:
+        return read(name, stage, reply, expected, self.policy.timeout_seconds)
 
     def _hear_late(self) -> None:
         """Take what comes too late off the wire: it is discarded, and said."""

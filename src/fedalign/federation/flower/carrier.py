@@ -1,0 +1,437 @@
+"""How weights get to sites and updates back: in pieces, each acknowledged, none twice unless a line broke with it.
+
+What is small travels with the message that needs it, or as one answer. What is larger than a piece is offered first: a
+site says which bytes it lacks, and gets those. A site that was away goes on where it was; so does a coordinator that
+was started again, since what has arrived lies on its disk until the round is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fedalign.federation.flower.link import Reply
+from fedalign.federation.flower.talks import WAKE, Ask, Meter, Talk
+from fedalign.federation.ledger import Ledger
+from fedalign.federation.messages import VERBS, MessageError, Parcel, decode, encode
+from fedalign.federation.received import DIGESTS
+from fedalign.federation.transfer import (
+    CONSTANT,
+    Entry,
+    Range,
+    Transfer,
+    digest,
+    entries_of,
+    entry_for,
+    entry_of,
+    minus,
+    within,
+)
+from fedalign.files import fingerprint, folder_name, rounds_in
+from fedalign.maths.rounding import bytes_of, cut_out
+from fedalign.protocol import (
+    PROTOCOL,
+    Broadcast,
+    Failure,
+    Fetch,
+    Lacking,
+    Offer,
+    ParameterGroup,
+    Piece,
+    Request,
+    Stage,
+    Start,
+    Update,
+    WireDtype,
+    parse_group,
+)
+
+T = TypeVar("T")
+NOTHING = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
+LONGEST_REASON = 500  # characters of what a site says in a failure
+AHEAD = 2  # pieces on their way to or from a site: one that it works on, one that waits for it
+TRIES = 5  # times in a row that a site may fail in the midst of a transfer
+AWAY = 180.0  # seconds that it may then be away: Flower refuses the key of a SuperNode killed a minute ago
+
+
+@dataclass(frozen=True)
+class Cargo:
+    """The weights and updates that travel."""
+
+    folder: Path  # what has arrived, until its round is complete
+    sizes: Mapping[ParameterGroup, int]  # values of each group
+    dtype: WireDtype  # of updates
+    most: int  # bytes of a piece
+    constants: int = 0  # bytes that the model may have beside its groups
+
+
+class Carrier:
+    """Talks about weights and updates.
+
+    Args:
+        cargo: what travels.
+        timeout: seconds of silence, as it is told.
+        node_of: the node that a site was last seen as.
+        where: the node of a site, if it is connected now.
+    """
+
+    def __init__(
+        self, cargo: Cargo, timeout: float, node_of: Callable[[str], int], where: Callable[[str], int | None]
+    ) -> None:
+        self.cargo, self.timeout, self.node_of, self.where = cargo, timeout, node_of, where
+        self.ledger = Ledger(cargo.folder / "moved.jsonl")
+        self.tell: Callable[[str], None] = lambda _: None
+        self._known: dict[str, Mapping[str, str]] = {}  # site -> digests of the groups that it was last sent
+        self._same: set[tuple[str, int]] = set()  # site, round: what it has sent is known to be of its present update
+
+    def _say(self, line: str) -> None:
+        self.tell(line)
+
+    def forget(self) -> None:
+        """The run is complete: free the disk."""
+        shutil.rmtree(self.cargo.folder, ignore_errors=True)
+
+    # ------------------------------------------------------------------------------------------------------------ down
+
+    def broadcast(
+        self, verb: str, broadcast: Broadcast, clients: Sequence[str], expected: type[T]
+    ) -> Iterator[tuple[str, Talk[T | Failure]]]:
+        """A talk with each client: it has the weights, or gets them, and answers."""
+        if verb == "train":
+            for number, folder in rounds_in(self.cargo.folder):
+                if number < broadcast.round:
+                    shutil.rmtree(folder, ignore_errors=True)
+        freight = Freight(broadcast, self.cargo.most)
+        meter = Meter("down", self._say)
+        for name in clients:
+            yield name, self._broadcast(name, verb, freight, expected, meter)
+
+    def _broadcast(self, name: str, verb: str, freight: Freight, expected: type[T], meter: Meter) -> Talk[T | Failure]:
+        stage = VERBS[verb].stage
+        for _ in range(2):
+            known = self._known.get(name, {})
+            changed = tuple(group for group in freight.groups if known.get(str(group)) != freight.digests[str(group)])
+            if freight.weighs(changed) > self.cargo.most:
+                failure = yield from self._deliver(name, stage, freight, meter)
+                if failure is not None:
+                    return failure
+                self._known[name], changed = freight.digests, ()
+            self.ledger.count(freight.round, "down", name, freight.weighs(changed) + freight.state_nbytes)
+            _, reply = yield [Ask(verb, freight.parcel(changed), freight.weighs(changed))]
+            answer = read(name, stage, reply, (expected, Lacking), self.timeout)
+            if isinstance(answer, expected):
+                self._known[name] = freight.digests
+                return answer
+            self._known.pop(name, None)
+            if isinstance(answer, Failure):
+                return answer
+        return Failure(name, stage, "it does not keep the weights that it was sent")
+
+    def _deliver(self, name: str, stage: Stage, freight: Freight, meter: Meter) -> Talk[Failure | None]:
+        """Bring weights to a site's disk; why that failed, or None."""
+        return self._carry(
+            name, stage, Download(freight), meter, lambda n: self.ledger.count(freight.round, "down", name, n)
+        )
+
+    # -------------------------------------------------------------------------------------------------------------- up
+
+    def update(self, request: Request) -> tuple[str, Talk[Update | Failure]]:
+        """A talk with a client that hands over its update."""
+        return request.client, self._update(request)
+
+    def _update(self, request: Request) -> Talk[Update | Failure]:
+        name, number = request.client, request.round
+        file = self.cargo.folder / f"round-{number:05d}" / f"{folder_name(name)}.safetensors"
+        sizes = {str(group): self.cargo.sizes[group] for group in request.groups}
+        upload = Upload(name, number, file, entries_of(sizes, self.cargo.dtype), self.cargo.most)
+        failure = yield from self._fetch(upload, "update")
+        if failure is not None:
+            return failure
+        return Update(name, number, {parse_group(key): packed for key, packed in upload.transfer.read().items()})
+
+    def start(self, name: str) -> Talk[Start | Failure]:
+        """A talk with a client that sends the weights that the first round starts from."""
+        _, reply = yield [Ask("start", NOTHING)]
+        start: Start | Failure = read(name, "join", reply, Start, self.timeout)
+        if isinstance(start, Failure) or not start.kept:
+            return start
+        try:
+            entries = {key: entry_of(text) for key, text in start.kept.items()}
+        except ValueError as error:
+            return Failure(name, "join", str(error))
+        weights = {key: entry for key, entry in entries.items() if not key.startswith(CONSTANT)}
+        if weights != entries_of({str(group): size for group, size in self.cargo.sizes.items()}, "float32"):
+            return Failure(name, "join", "the weights that it would send do not fit the model")
+        rest = sum(entry.nbytes for entry in entries.values()) - sum(entry.nbytes for entry in weights.values())
+        if rest > self.cargo.constants:
+            return Failure(name, "join", f"it would send {rest} bytes beside the weights, the model has fewer")
+        upload = Upload(name, 0, self.cargo.folder / "start.safetensors", entries, self.cargo.most)
+        failure = yield from self._fetch(upload, "join")
+        if failure is not None:
+            return failure
+        every = upload.transfer.read()
+        return Start(
+            name,
+            {parse_group(key): every[key] for key in weights},
+            {key.removeprefix(CONSTANT): every[key].values for key in every if key not in weights},
+        )
+
+    def _fetch(self, upload: Upload, stage: Stage) -> Talk[Failure | None]:
+        """Bring what a site keeps to this machine's disk; why that failed, or None."""
+        key = upload.client, upload.round
+        if key in self._same:
+            upload.unsure = False
+        meter = Meter("up", self._say)
+        failure = yield from self._carry(
+            upload.client, stage, upload, meter, lambda n: self.ledger.count(upload.round, "up", upload.client, n)
+        )
+        if failure is None:
+            self._same.add(key)
+        return failure
+
+    # ------------------------------------------------------------------------------------------------------ either way
+
+    def _carry(
+        self, name: str, stage: Stage, way: Download | Upload, meter: Meter, count: Callable[[int], None]
+    ) -> Talk[Failure | None]:
+        """Move what is lacking, a few pieces ahead of what is acknowledged; why that failed, or None.
+
+        A site that has begun may go away and come back; one that was away from the start is gone.
+        """
+        flying: list[Range | None] = []  # None: the question what is lacking
+        fails, begun, node = 0, way.is_long, 0
+        meter.expect(sum(stop - start for start, stop in way.left))
+        while fails <= TRIES:
+            asks: list[Ask] = []
+            if way.unsure and not flying:
+                asks, flying = [way.question()], [None]
+            elif not way.unsure:
+                for piece in way.cut(minus(way.left, flying))[: AHEAD - len(flying)]:
+                    asks.append(way.ask(piece))
+                    flying.append(piece)
+                    if isinstance(way, Download):
+                        count(piece[1] - piece[0])
+            if not flying:
+                return None
+            node = self.node_of(name) if asks else node
+            tag, reply = yield asks
+            if tag not in flying:
+                continue
+            flying.remove(tag)
+            answer = read(name, stage, reply, way.expected, self.timeout)
+            if isinstance(answer, Failure):
+                gone = reply is None or isinstance(reply.content, str)  # it is not the site who says so
+                if not (begun and gone and (yield from self._is_back(name, node, flying))):
+                    return answer
+                fails, flying, way.unsure = fails + 1, [], way.unsure or isinstance(way, Download)
+                continue
+            before = sum(stop - start for start, stop in way.left)
+            sound = way.take(tag, answer)
+            begun, fails = True, 0 if sound and tag is not None else fails + (not sound)
+            if isinstance(way, Upload):
+                count(len(answer.data))
+            if tag is None:
+                meter.expect(sum(stop - start for start, stop in way.left) - before)
+            elif sound:
+                meter.moved(tag[1] - tag[0])
+        return Failure(name, stage, f"{TRIES + 1} pieces in a row did not arrive as they were sent")
+
+    def _is_back(self, name: str, node: int, flying: list[Range | None]) -> Talk[bool]:
+        """Wait for a site that was lost, and for what was under way to it, which it may still answer."""
+        since = time.monotonic()
+        while True:
+            now = self.where(name)
+            if now is not None and (not flying or now != node):
+                return True
+            if now is None and time.monotonic() - since > min(AWAY, self.timeout):
+                return False
+            tag, _ = yield None
+            if tag is not WAKE and tag in flying:
+                flying.remove(tag)
+
+
+class Freight:
+    """A broadcast as it is brought to many sites: digests, messages and pieces are made once."""
+
+    def __init__(self, broadcast: Broadcast, most: int) -> None:
+        self.broadcast, self.most, self.round = broadcast, most, broadcast.round
+        self.groups = tuple(broadcast.weights)
+        self._nbytes = {group: packed.nbytes for group, packed in broadcast.weights.items()}
+        self.state_nbytes = sum(tensor.nbytes for tensor in broadcast.state.values())
+        self.digests = {str(group): digest(packed) for group, packed in broadcast.weights.items()}
+        self._parcels: dict[tuple[ParameterGroup, ...], Parcel] = {}
+        self._pieces: dict[Range, Parcel] = {}
+        self._transfer: Transfer | None = None
+
+    def weighs(self, groups: Sequence[ParameterGroup]) -> int:
+        """Bytes of these groups."""
+        return sum(self._nbytes[group] for group in groups)
+
+    def parcel(self, changed: tuple[ParameterGroup, ...]) -> Parcel:
+        """The broadcast for a site that has all but these groups."""
+        if changed not in self._parcels:
+            new = frozenset(changed)
+            weights = {group: packed for group, packed in self.broadcast.weights.items() if group in new}
+            kept = {str(group): self.digests[str(group)] for group in self.groups if group not in new}
+            self._parcels[changed] = encode(replace(self.broadcast, weights=weights, kept=kept))
+        return self._parcels[changed]
+
+    @property
+    def transfer(self) -> Transfer:
+        """The file that a site makes of it."""
+        if self._transfer is None:
+            entries = {str(group): entry_for(packed) for group, packed in self.broadcast.weights.items()}
+            self._transfer = Transfer(Path(), entries, {DIGESTS: json.dumps(self.digests)})
+        return self._transfer
+
+    @property
+    def offer(self) -> Parcel:
+        """What it is, for a site to say what it lacks."""
+        dtype = next(str(packed.values.dtype) for packed in self.broadcast.weights.values()).removeprefix("torch.")
+        return encode(Offer(self.round, dtype, self.digests))
+
+    def piece(self, part: Range) -> Parcel:
+        """A message with these bytes; the last few are kept, since others want the same."""
+        if part not in self._pieces:
+            start, stop = part
+            names = self.transfer.names_in(start, stop)
+            parts = [one for name in names for one in bytes_of(self.broadcast.weights[parse_group(name)])]
+            data = cut_out(parts, start - self.transfer.starts[names[0]], stop - start)
+            piece = Piece(None, self.round, self.transfer.identity, start, data, fingerprint([data.numpy().data]))
+            while len(self._pieces) >= AHEAD:
+                del self._pieces[next(iter(self._pieces))]
+            self._pieces[part] = encode(piece)
+        return self._pieces[part]
+
+
+class Download:
+    """Weights on their way to one site. What it lacks is not known before it has said so."""
+
+    expected = Lacking
+
+    def __init__(self, freight: Freight) -> None:
+        self.freight, self.left, self.unsure = freight, list[Range](), True
+        self._whole = False
+        self.is_long = False  # before the site has answered once
+
+    def question(self) -> Ask:
+        """What does it lack?"""
+        return Ask("offer", self.freight.offer)
+
+    def cut(self, ranges: Sequence[Range]) -> list[Range]:
+        """Ranges in pieces."""
+        return self.freight.transfer.cut(self.freight.most, ranges)
+
+    def ask(self, piece: Range) -> Ask:
+        """The message with a piece."""
+        return Ask("piece", self.freight.piece(piece), piece[1] - piece[0], piece)
+
+    def take(self, piece: Range | None, answer: Lacking) -> bool:
+        """Note what the site says that it lacks; whether the piece, if this answers one, has arrived.
+
+        What others of its answers say is older or younger: only what this piece has become is taken from it.
+        """
+        transfer = self.freight.transfer
+        edges = answer.ranges
+        ranges = list(zip(edges[::2], edges[1::2], strict=False))
+        if answer.transfer != transfer.identity or not within(edges, transfer.nbytes):
+            self.unsure = True
+            return False
+        self._whole = not ranges or (self._whole and piece is not None)
+        if piece is None:
+            self.left, self.unsure = ranges, False
+            return True
+        if minus([piece], ranges) != [piece]:
+            return False
+        self.left = minus(self.left, [piece])
+        self.unsure = not self.left and not self._whole  # all was sent, and something proved to be other than it was
+        return True
+
+
+class Upload:
+    """What one site keeps, on its way here. What has come before a restart may not be of its present update."""
+
+    expected = Piece
+
+    def __init__(self, client: str, round: int, file: Path, entries: Mapping[str, Entry], most: int) -> None:
+        self.client, self.round, self.most = client, round, most
+        self.transfer = taken_over(Transfer(file, entries))
+        self.unsure = bool(self.transfer.held_names())
+        self.is_long = self.transfer.nbytes > most
+
+    @property
+    def left(self) -> list[Range]:
+        """What is not here yet."""
+        return self.transfer.lacking
+
+    def question(self) -> Ask:
+        """Is what is here still the same?"""
+        return Ask("update", encode(Fetch(self.client, self.round, (), 0, 0, self.transfer.digests)))
+
+    def cut(self, ranges: Sequence[Range]) -> list[Range]:
+        """Ranges in pieces."""
+        return self.transfer.cut(self.most, ranges)
+
+    def ask(self, piece: Range) -> Ask:
+        """The message that asks for a piece."""
+        start, stop = piece
+        names = self.transfer.names_in(start, stop)
+        fetch = Fetch(self.client, self.round, tuple(names), start - self.transfer.starts[names[0]], stop - start)
+        return Ask("update", encode(fetch), stop - start, piece, answers_with_bytes=True)
+
+    def take(self, piece: Range | None, answer: Piece) -> bool:
+        """Keep a piece; whether it is what was asked for, and sound."""
+        own = self.transfer.digests
+        if piece is None:
+            self.transfer.forget(name for name in answer.stale if name in self.transfer.entries)
+            self.unsure = False
+            return True
+        start, stop = piece
+        names = self.transfer.names_in(start, stop)
+        if answer.round != self.round or len(answer.data) != stop - start or answer.digests.keys() != set(names):
+            return False
+        if fingerprint([answer.data.numpy().data]) != answer.digest:
+            return False
+        if others := [name for name in names if own.get(name, answer.digests[name]) != answer.digests[name]]:
+            self.transfer.forget(others)  # it has trained anew meanwhile
+        self.transfer.write(start, answer.data, answer.digests)
+        if self.transfer.lacking:
+            return True
+        found = self.transfer.read()
+        if wrong := [name for name, packed in found.items() if digest(packed) != self.transfer.digests.get(name)]:
+            self.transfer.forget(wrong)
+        return not wrong
+
+
+def taken_over(transfer: Transfer) -> Transfer:
+    """The transfer begun, with what an earlier one in its place holds of it: the same groups were asked for before."""
+    old = Transfer.load(transfer.file)
+    if old is None or old.identity == transfer.identity:
+        return transfer.begin()
+    old.move(transfer.file.with_name(f"{transfer.file.name}.before"))
+    same = [name for name in old.whole_names() if transfer.entries.get(name) == old.entries[name]]
+    transfer.begin().take_from(old.read(), same, {n: old.digests[n] for n in same})
+    old.remove()
+    return transfer
+
+
+def read(name: str, stage: Stage, reply: Reply | None, expected: Any, timeout: float) -> Any:
+    """The message in a reply, or a Failure that says why there is none."""
+    if reply is None:
+        return Failure(name, stage, f"no reply within {timeout:g} s (federation.timeout_seconds)")
+    if isinstance(reply.content, str):
+        return Failure(name, stage, reply.content)
+    try:
+        answer = decode(reply.content, (*(expected if isinstance(expected, tuple) else (expected,)), Failure))
+    except MessageError as error:
+        return Failure(name, stage, str(error))
+    if isinstance(answer, Failure):
+        return Failure(name or answer.client, stage, answer.reason[:LONGEST_REASON])
+    if name and answer.client != name:
+        return Failure(name, stage, f"it answers as {answer.client!r}")
+    return answer

@@ -1,0 +1,369 @@
+"""Transfers in pieces: a safetensors file that arrives byte by byte, in any order, and survives whoever is killed.
+
+The file is as large from the start as it will be. Its stream is what travels: of one tensor after another the packed
+values, then their scales. A piece is a range of the stream; a journal beside the file says which ranges are there. So
+a broken connection costs the piece that was on its way, and nothing that is there travels again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedalign.files import fingerprint, whole_lines, write_text
+from fedalign.maths.rounding import TORCH_DTYPE, bytes_of, packed_lengths
+from fedalign.protocol import Packed, WireDtype
+
+CODES = {  # of safetensors
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+SCALE = ".scale"  # ends the name of a packed tensor's scales
+ABOUT = "__metadata__"
+MOST_EDGES = 20_000  # of ranges that a site may say that it lacks
+Range = tuple[int, int]  # of bytes of the stream: first, and behind the last
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a transfer, packed."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    scales: int = 0  # float32
+
+    @property
+    def values_nbytes(self) -> int:
+        """Bytes of the values alone."""
+        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the stream."""
+        return self.values_nbytes + 4 * self.scales
+
+
+def entry_for(packed: Packed) -> Entry:
+    """The entry of a packed tensor."""
+    return Entry(packed.values.dtype, tuple(packed.values.shape), 0 if packed.scale is None else len(packed.scale))
+
+
+def digest(packed: Packed) -> str:
+    """Of a packed tensor's bytes."""
+    return fingerprint(part.numpy().data for part in bytes_of(packed))
+
+
+def entries_of(sizes: Mapping[str, int], dtype: WireDtype) -> dict[str, Entry]:
+    """The entries of groups of these sizes in wire precision."""
+    lengths = {name: packed_lengths(size, dtype) for name, size in sizes.items()}
+    return {name: Entry(TORCH_DTYPE[dtype], (values,), scales) for name, (values, scales) in lengths.items()}
+
+
+CONSTANT = "constant/"  # begins the name of what is never trained, in what the first round starts from
+
+
+def described(value: Tensor) -> str:
+    """A tensor's type and shape, in a word.
+
+    >>> described(torch.zeros(2, 3)), entry_of("float32[2,3]")
+    ('float32[2,3]', Entry(dtype=torch.float32, shape=(2, 3), scales=0))
+    """
+    return f"{str(value.dtype).removeprefix('torch.')}[{','.join(map(str, value.shape))}]"
+
+
+def entry_of(description: str) -> Entry:
+    """The inverse of `described`.
+
+    Raises:
+        ValueError: It describes no tensor that can travel.
+    """
+    name, _, shape = description.removesuffix("]").partition("[")
+    dtype = next((dtype for dtype in CODES if str(dtype) == f"torch.{name}"), None)
+    lengths = tuple(int(length) for length in shape.split(",") if shape)
+    if dtype is None or min(lengths, default=0) < 0:
+        raise ValueError(f"no tensor: {description!r:.40}")
+    return Entry(dtype, lengths)
+
+
+class Transfer:
+    """A file that arrives in pieces.
+
+    Args:
+        file: where it lies; the journal lies beside it.
+        entries: the tensors, in the order of the stream.
+        about: is kept in the file's head. A file with another head is begun anew.
+    """
+
+    def __init__(self, file: Path, entries: Mapping[str, Entry], about: Mapping[str, str] | None = None) -> None:
+        self.file, self.entries, self.about = file, dict(entries), dict(about or {})
+        ends = list(accumulate(entry.nbytes for entry in self.entries.values()))
+        self.nbytes = ends[-1] if ends else 0
+        self.starts = dict(zip(self.entries, [0, *ends], strict=False))
+        self._names, self._edges = list(self.starts), list(self.starts.values())
+        self._head, self._places = _head(self.entries, self.about)
+        self.identity = hashlib.sha256(self._head).hexdigest()[:32]
+        self._held: list[Range] = []
+        self.digests: dict[str, str] = {}  # of tensors, as whoever sends them says
+
+    @classmethod
+    def load(cls, file: Path, *, whole: bool = False) -> Self | None:
+        """The transfer of a file that was begun earlier, or of one that is `whole` already; None: there is none."""
+        try:
+            with file.open("rb") as opened:
+                table = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+            about = table.pop(ABOUT, {})
+            types = {code: dtype for dtype, code in CODES.items()}
+            entries = {
+                name: Entry(
+                    types[one["dtype"]],
+                    tuple(one["shape"]),
+                    table[name + SCALE]["shape"][0] if name + SCALE in table else 0,
+                )
+                for name, one in table.items()
+                if not (name.endswith(SCALE) and name.removesuffix(SCALE) in table)
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
+            return None
+        found = cls(file, entries, about)
+        if not whole:
+            return found.begin()
+        found._hold(0, found.nbytes, {})
+        return found if file.stat().st_size == len(found._head) + found.nbytes else None
+
+    @property
+    def journal(self) -> Path:
+        """The file that says what is there."""
+        return self.file.with_name(f"{self.file.name}.journal")
+
+    def begin(self) -> Self:
+        """Make the file, or go on with it if it is the same; what is there stays."""
+        try:
+            with self.file.open("rb") as opened:
+                mine = opened.read(len(self._head)) == self._head
+            first, *lines = whole_lines(self.journal) or [""]
+            if mine and first == self.identity and self.file.stat().st_size == len(self._head) + self.nbytes:
+                for line in lines:
+                    start, stop, digests = json.loads(line)
+                    self._hold(start, stop, digests)
+                return self
+        except (OSError, ValueError):
+            pass
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.journal.unlink(missing_ok=True)
+        with self.file.open("wb") as made:
+            made.write(self._head)
+            made.truncate(len(self._head) + self.nbytes)
+        self._held, self.digests = [], {}
+        write_text(self.journal, f"{self.identity}\n")
+        return self
+
+    def _hold(self, start: int, stop: int, digests: Mapping[str, str]) -> None:
+        self._held = merged([*self._held, (start, stop)])
+        self.digests |= digests
+
+    @property
+    def lacking(self) -> list[Range]:
+        """The ranges that are not there yet."""
+        edges = [0, *(edge for held in self._held for edge in held), self.nbytes]
+        return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+
+    def cut(self, most: int, ranges: Iterable[Range]) -> list[Range]:
+        """Ranges in pieces of at most `most` bytes: whole tensors, but for those that are larger."""
+        return [piece for one in ranges for piece in cut(one, self._edges, most)]
+
+    def names_in(self, start: int, stop: int) -> list[str]:
+        """The tensors of which a range has a part."""
+        first = max(bisect_right(self._edges, start) - 1, 0)
+        some = self._names[first : bisect_left(self._edges, stop)]
+        return [n for n in some if self.starts[n] < stop and self.starts[n] + self.entries[n].nbytes > start]
+
+    def write(self, start: int, data: Tensor, digests: Mapping[str, str] | None = None) -> None:
+        """Take a piece: bytes of the stream from `start` on. The same piece may come again.
+
+        Raises:
+            ValueError: It does not lie within the stream.
+        """
+        self._take([(start, data)], digests or {})
+
+    def _take(self, parts: Iterable[tuple[int, Tensor]], digests: Mapping[str, str]) -> None:
+        """Write parts of the stream, and then into the journal that they are there."""
+        came: list[Range] = []
+        with self.file.open("r+b", buffering=0) as opened:
+            for start, data in parts:
+                if not 0 <= start <= start + len(data) <= self.nbytes:
+                    raise ValueError(f"bytes {start} to {start + len(data)} of {self.nbytes}")
+                self._put(opened.fileno(), start, data)
+                came.append((start, start + len(data)))
+            os.fdatasync(opened.fileno())
+        came = merged(came)
+        lines = [json.dumps([*one, digests if one is came[0] else {}]) for one in came]
+        with self.journal.open("a", encoding="utf-8") as journal:
+            journal.write("".join(f"{line}\n" for line in lines))
+            journal.flush()
+            os.fdatasync(journal.fileno())
+        for start, stop in came:
+            self._hold(start, stop, digests)
+
+    def _put(self, descriptor: int, start: int, data: Tensor) -> None:
+        """Write a part of the stream to its places in the file."""
+        stop = start + len(data)
+        for name in self.names_in(start, stop):
+            at = self.starts[name]
+            for place, nbytes in self._places[name]:
+                begin, end = max(start, at), min(stop, at + nbytes)
+                if begin < end:
+                    _write(descriptor, data[begin - start : end - start], place + begin - at)
+                at += nbytes
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Count tensors as lacking that have proved to be others, or damaged."""
+        for name in names:
+            start, stop = self.starts[name], self.starts[name] + self.entries[name].nbytes
+            self._held = minus(self._held, [(start, stop)])
+            self.digests.pop(name, None)
+        lines = [self.identity, *(json.dumps([*held, self.digests]) for held in self._held)]
+        write_text(self.journal, "".join(f"{line}\n" for line in lines))
+
+    def held_names(self) -> list[str]:
+        """The tensors that are there, at least in part."""
+        return [name for start, stop in self._held for name in self.names_in(start, stop)]
+
+    def whole_names(self) -> list[str]:
+        """The tensors that are there as a whole, and whose digest is known."""
+        partly = {name for start, stop in self.lacking for name in self.names_in(start, stop)}
+        return [name for name in self.entries if name in self.digests and name not in partly]
+
+    def read(self) -> dict[str, Packed]:
+        """All tensors, mapped: their values are read when they are used, and take no memory of their own."""
+        tensors = load_file(self.file)
+        return {name: Packed(tensors[name], tensors.get(name + SCALE)) for name in self.entries}
+
+    def take_from(
+        self, other: Mapping[str, Packed], names: Iterable[str], digests: Mapping[str, str] | None = None
+    ) -> None:
+        """Copy tensors of another file that are here under the same name."""
+        self._take(
+            (
+                (self.starts[name] + at, part)
+                for name in names
+                for at, part in zip((0, self.entries[name].values_nbytes), bytes_of(other[name]), strict=False)
+            ),
+            digests or {},
+        )
+
+    def move(self, file: Path) -> None:
+        """Give it another name."""
+        self.journal.replace(file.with_name(f"{file.name}.journal"))
+        self.file = self.file.rename(file)
+
+    def remove(self) -> None:
+        """Forget it."""
+        self.file.unlink(missing_ok=True)
+        self.journal.unlink(missing_ok=True)
+
+
+def _write(descriptor: int, data: Tensor, place: int) -> None:
+    view = data.numpy().data
+    while view:
+        written = os.pwrite(descriptor, view, place)
+        view, place = view[written:], place + written
+
+
+def _head(entries: Mapping[str, Entry], about: Mapping[str, str]) -> tuple[bytes, dict[str, list[Range]]]:
+    """The head of a safetensors file, and of each tensor where in the file its values and scales lie, with lengths.
+
+    Scales come first, then what has the largest elements, so that each element lies where its type wants it.
+    """
+    every: list[tuple[str, torch.dtype, tuple[int, ...]]]
+    every = [(name + SCALE, torch.float32, (entry.scales,)) for name, entry in entries.items() if entry.scales]
+    every += [(name, entry.dtype, entry.shape) for name, entry in entries.items()]
+    at, offsets = 0, {}
+    for name, dtype, shape in sorted(every, key=lambda one: -one[1].itemsize):
+        end = at + dtype.itemsize * int(torch.Size(shape).numel())
+        offsets[name], at = (at, end), end
+    table: dict[str, object] = {ABOUT: dict(about)} if about else {}
+    for name, dtype, shape in sorted(every, key=lambda one: one[0].endswith(SCALE)):  # in the order of the stream
+        table[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": list(offsets[name])}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    places = {
+        name: [
+            (len(head) + offsets[part][0], offsets[part][1] - offsets[part][0])
+            for part in (name, name + SCALE)
+            if part == name or entries[name].scales
+        ]
+        for name in entries
+    }
+    return head, places
+
+
+def merged(ranges: Iterable[Range]) -> list[Range]:
+    """The same bytes in as few ranges as possible.
+
+    >>> merged([(4, 6), (0, 2), (2, 4), (9, 9)])
+    [(0, 6)]
+    """
+    found: list[Range] = []
+    for start, stop in sorted(one for one in ranges if one[0] < one[1]):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((start, stop))
+    return found
+
+
+def minus(ranges: Iterable[Range], others: Iterable[Range | None]) -> list[Range]:
+    """What of some ranges is in none of the others.
+
+    >>> minus([(0, 10)], [(2, 4), None, (8, 12)])
+    [(0, 2), (4, 8)]
+    """
+    found = list(ranges)
+    for start, stop in filter(None, others):
+        found = [part for a, b in found for part in ((a, min(b, start)), (max(a, stop), b)) if part[0] < part[1]]
+    return found
+
+
+def within(edges: Sequence[int], nbytes: int) -> bool:
+    """Whether these are firsts and lasts of ranges that lie one behind the other within so many bytes.
+
+    >>> within([0, 2, 4, 5], 5), within([4, 5, 0, 2], 5), within([0, 9], 5), within([1], 5)
+    (True, False, False, False)
+    """
+    every = [0, *edges, nbytes]
+    return len(edges) % 2 == 0 and len(edges) <= MOST_EDGES and every == sorted(every)
+
+
+def cut(lacking: Range, starts: Sequence[int], most: int) -> Iterator[Range]:
+    """A range in pieces of at most `most` bytes, cut where a tensor starts unless one is larger.
+
+    >>> list(cut((0, 30), [0, 4, 8, 20], 10))
+    [(0, 8), (8, 18), (18, 20), (20, 30)]
+    """
+    first, stop = lacking
+    while first < stop:
+        end = min(first + most, stop)
+        edge = starts[bisect_right(starts, end) - 1]
+        if end < stop and edge > first:
+            end = edge
+        yield first, end
+        first = end
