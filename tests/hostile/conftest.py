@@ -19,7 +19,7 @@ from fedalign.protocol import PROTOCOL, Broadcast, Failure, Fetch
 from tests.conftest import changed, make_site, rows, write_jsonl
 from tests.federation.test_messages import travel
 
-VERBS = ("hello", "start", "offer", "piece", "train", "update", "evaluate")
+VERBS = ("hello", "start", "train", "update", "evaluate")
 
 
 @dataclass
