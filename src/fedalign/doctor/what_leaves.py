@@ -248,7 +248,7 @@ def _statistics(name: str, layout: Layout, config: Config, consent: Consent) -> 
 def _groups(sizes: Mapping[ParameterGroup, int], dtype: WireDtype) -> dict[ParameterGroup, Packed]:
     def packed(size: int) -> Packed:
         values, scales = packed_lengths(size, dtype)
-        return Packed(_empty(values, dtype=TORCH_DTYPE[dtype]), _empty(scales) if scales else None)
+        return Packed(_empty(values, dtype=TORCH_DTYPE[dtype]), None if scales is None else _empty(scales))
 
     return {group: packed(values) for group, values in sizes.items()}
 

@@ -48,7 +48,7 @@ class Entry:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    scales: int = 0  # float32
+    scales: int | None = None  # float32; None: it has none
 
     @property
     def values_nbytes(self) -> int:
@@ -58,12 +58,12 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Bytes in the stream."""
-        return self.values_nbytes + 4 * self.scales
+        return self.values_nbytes + 4 * (self.scales or 0)
 
 
 def entry_for(packed: Packed) -> Entry:
     """The entry of a packed tensor."""
-    return Entry(packed.values.dtype, tuple(packed.values.shape), 0 if packed.scale is None else len(packed.scale))
+    return Entry(packed.values.dtype, tuple(packed.values.shape), None if packed.scale is None else len(packed.scale))
 
 
 def digest(packed: Packed) -> str:
@@ -84,7 +84,7 @@ def described(value: Tensor) -> str:
     """A tensor's type and shape, in a word.
 
     >>> described(torch.zeros(2, 3)), entry_of("float32[2,3]")
-    ('float32[2,3]', Entry(dtype=torch.float32, shape=(2, 3), scales=0))
+    ('float32[2,3]', Entry(dtype=torch.float32, shape=(2, 3), scales=None))
     """
     return f"{str(value.dtype).removeprefix('torch.')}[{','.join(map(str, value.shape))}]"
 
@@ -135,7 +135,7 @@ class Transfer:
                 name: Entry(
                     types[one["dtype"]],
                     tuple(one["shape"]),
-                    table[name + SCALE]["shape"][0] if name + SCALE in table else 0,
+                    table[name + SCALE]["shape"][0] if name + SCALE in table else None,
                 )
                 for name, one in table.items()
                 if not (name.endswith(SCALE) and name.removesuffix(SCALE) in table)
@@ -293,7 +293,9 @@ def _head(entries: Mapping[str, Entry], about: Mapping[str, str]) -> tuple[bytes
     Scales come first, then what has the largest elements, so that each element lies where its type wants it.
     """
     every: list[tuple[str, torch.dtype, tuple[int, ...]]]
-    every = [(name + SCALE, torch.float32, (entry.scales,)) for name, entry in entries.items() if entry.scales]
+    every = [
+        (name + SCALE, torch.float32, (entry.scales,)) for name, entry in entries.items() if entry.scales is not None
+    ]
     every += [(name, entry.dtype, entry.shape) for name, entry in entries.items()]
     at, offsets = 0, {}
     for name, dtype, shape in sorted(every, key=lambda one: -one[1].itemsize):
@@ -309,7 +311,7 @@ def _head(entries: Mapping[str, Entry], about: Mapping[str, str]) -> tuple[bytes
         name: [
             (len(head) + offsets[part][0], offsets[part][1] - offsets[part][0])
             for part in (name, name + SCALE)
-            if part == name or entries[name].scales
+            if part == name or entries[name].scales is not None
         ]
         for name in entries
     }

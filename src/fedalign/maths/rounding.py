@@ -39,16 +39,16 @@ def packed_nbytes(size: int, dtype: WireDtype) -> int:
     265
     """
     values, scales = packed_lengths(size, dtype)
-    return values * TORCH_DTYPE[dtype].itemsize + 4 * scales
+    return values * TORCH_DTYPE[dtype].itemsize + 4 * (scales or 0)
 
 
-def packed_lengths(size: int, dtype: WireDtype) -> tuple[int, int]:
+def packed_lengths(size: int, dtype: WireDtype) -> tuple[int, int | None]:
     """Lengths of `Packed.values` and `Packed.scale` of a group of `size` values.
 
-    >>> packed_lengths(257, "int8")
-    (257, 2)
+    >>> packed_lengths(257, "int8"), packed_lengths(257, "bfloat16")
+    ((257, 2), (257, None))
     """
-    return size, math.ceil(size / BLOCK) if dtype == "int8" else 0
+    return size, math.ceil(size / BLOCK) if dtype == "int8" else None
 
 
 def pack(flat: Tensor, dtype: WireDtype, seed: int) -> Packed:

@@ -1,0 +1,310 @@
+"""Whole runs whose messages are cut small, over links on which things go wrong: the same bytes as in one process."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedalign.config.run import Config
+from fedalign.federation.flower import carrier, talks
+from fedalign.federation.flower import sites as federation
+from fedalign.federation.flower.coordinator import Coordinator
+from fedalign.federation.flower.link import Reply
+from fedalign.federation.messages import Parcel, decode, encode
+from fedalign.federation.service import Service
+from fedalign.protocol import Fetch, Piece
+from fedalign.server.results import RunFolder
+from fedalign.server.run import execute
+from tests.federation.flower.scripted import Clock
+from tests.federation.flower.test_coordinator import (  # noqa: F401 # fixtures
+    SITES,
+    Direct,
+    coordinated,
+    house,
+    in_process,
+    same_runs,
+    sites,
+)
+from tests.federation.test_messages import travel
+from tests.server.test_run import Silent, metrics
+
+PIECE_MB = 0.01
+SMALL = (f"wire.piece_mb={PIECE_MB}", "run.rounds=1")
+Change = Callable[[str, Parcel], Parcel | str | None]
+
+
+class Careless(Direct):
+    """A link that counts bytes of pieces as they reach a site or leave it, and to which something may happen.
+
+    `accident(verb, node, number)` says what becomes of a message: "" nothing, "lost" on its way there, "unheard" on
+    its way back, "damaged", "twice", or an exception that it raises itself.
+    """
+
+    def __init__(self, services: dict[str, Any], accident: Callable[[str, int, int], str] = lambda *_: "") -> None:
+        super().__init__(services)
+        self.accident = accident
+        self.number = 0
+        self.moved: Counter[tuple[str, int, str, int, int]] = Counter()  # way, node, of what, range -> times
+        self.longest = 0
+
+    def ask(self, kind: str, parcel: Parcel, nodes: Sequence[int]) -> dict[str, int]:
+        self.longest = max(self.longest, sum(p.nbytes for pieces in parcel.arrays.values() for p in pieces))
+        return super().ask(kind, parcel, nodes)
+
+    def replies(self, messages: Sequence[str]) -> Iterator[Reply]:
+        for message in messages[::-1]:  # not in the order of asking
+            if message in self._waiting:
+                kind, parcel, node = self._waiting.pop(message)
+                self.number += 1
+                what = self.accident(kind, node, self.number) if kind in ("piece", "update") else ""
+                if what == "lost":
+                    yield Reply(message, "its SuperNode is gone")
+                    continue
+                there = spoilt(travel(parcel)) if what == "damaged" and kind == "piece" else travel(parcel)
+                for _ in range(1 + (what == "twice")):
+                    answer = self.services[node].answer(kind, there)
+                self._count(kind, node, there, answer)
+                if what == "unheard":
+                    yield Reply(message, "its process ended before it could answer")
+                    continue
+                self.longest = max(self.longest, sum(p.nbytes for pieces in answer.arrays.values() for p in pieces))
+                yield Reply(
+                    message, spoilt(travel(answer)) if what == "damaged" and kind == "update" else travel(answer)
+                )
+
+    def _count(self, kind: str, node: int, asked: Parcel, answer: Parcel) -> None:
+        if kind == "piece":
+            piece = decode(asked, Piece)
+            self.moved["down", node, piece.transfer, piece.start, len(piece.data)] += 1
+        elif kind == "update" and answer.head["kind"] == "piece":
+            fetch = decode(asked, Fetch)
+            self.moved["up", node, f"{fetch.round} {fetch.names}", fetch.start, len(decode(answer, Piece).data)] += 1
+
+    @property
+    def again(self) -> list[int]:
+        """Bytes of each piece that moved more than once."""
+        return [key[-1] for key, times in self.moved.items() for _ in range(times - 1) if key[-1]]
+
+
+def spoilt(parcel: Parcel) -> Parcel:
+    piece = decode(parcel, Piece)
+    data = piece.data.clone()
+    data[len(data) // 2] ^= 1
+    return encode(replace(piece, data=data))
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    for module in (federation, talks, carrier):
+        monkeypatch.setattr(module, "time", clock)
+
+
+def go(out: Path, link: Direct, config: Config, *, resume: bool = False) -> dict[str, Any]:
+    folder = RunFolder(out)
+    if not resume:
+        folder.begin(config)
+    return execute(Coordinator.connect(link, config, folder), folder, Silent())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {"folder": tmp_path_factory.mktemp("undisturbed")}
+
+
+@pytest.fixture
+def expected(
+    undisturbed: dict[str, Path],
+    coordinated: Callable[..., Config],  # noqa: F811 # a fixture
+    house: Path,  # noqa: F811 # a fixture
+) -> Path:
+    """The run in one process, done once."""
+    out = undisturbed["folder"] / "here"
+    if not out.exists():
+        in_process(out, house, coordinated(*SMALL))
+    return out
+
+
+def test_what_is_larger_than_a_piece_travels_in_pieces_whatever_it_is(
+    coordinated: Callable[..., Config],  # noqa: F811 # a fixture
+    house: Path,  # noqa: F811 # a fixture
+    tmp_path: Path,
+    expected: Path,
+) -> None:
+    config = coordinated(*SMALL)
+    link = Careless(sites(tmp_path / "sites", house, config))
+    summary = go(tmp_path / "run", link, config)
+    same_runs(tmp_path / "run", expected)
+    assert summary["failures"] == []
+    assert link.longest <= config.wire.piece_nbytes
+    assert link.again == []
+    down = sum(key[-1] for key in link.moved if key[0] == "down")
+    up = sum(key[-1] for key in link.moved if key[0] == "up" and not key[2].startswith("0 "))
+    line = metrics(tmp_path / "run")[1]
+    assert line["bytes_down"] == pytest.approx(down, abs=1000)  # the algorithm's state travels with the broadcast
+    assert line["bytes_up"] - line["bytes_up_statistics"] == up
+    assert not (tmp_path / "run" / "transfers").exists()
+    for name in ("received", "arriving", "update"):
+        assert not list((tmp_path / "sites").rglob(f"{name}.safetensors*"))
+
+
+@pytest.mark.parametrize("what", ["lost", "unheard", "damaged", "twice"])
+def test_a_piece_that_goes_wrong_costs_that_piece(
+    coordinated: Callable[..., Config],  # noqa: F811 # a fixture
+    house: Path,  # noqa: F811 # a fixture
+    tmp_path: Path,
+    expected: Path,
+    what: str,
+) -> None:
+    config, chance, happened = coordinated(*SMALL), random.Random(what), []
+
+    def accident(verb: str, node: int, number: int) -> str:
+        if chance.random() < 0.15:
+            happened.append(verb)
+            return what
+        return ""
+
+    link = Careless(sites(tmp_path / "sites", house, config), accident)
+    summary = go(tmp_path / "run", link, config)
+    same_runs(tmp_path / "run", expected, resumed=True)
+    assert summary["failures"] == []
+    assert {"piece", "update"} == set(happened)
+    assert len(link.again) <= len(happened)
+    assert all(nbytes <= config.wire.piece_nbytes for nbytes in link.again)
+    assert bool(link.again) == (what in ("unheard", "damaged"))
+
+
+@pytest.mark.parametrize("way", ["piece", "update"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_coordinator_that_is_killed_in_a_transfer_goes_on_where_it_was(
+    coordinated: Callable[..., Config],  # noqa: F811 # a fixture
+    house: Path,  # noqa: F811 # a fixture
+    tmp_path: Path,
+    expected: Path,
+    way: str,
+    seed: int,
+) -> None:
+    config, chance = coordinated(*SMALL), random.Random(f"{way}{seed}")
+    services = sites(tmp_path / "sites", house, config)
+    left = chance.randrange(5, 40)
+
+    def accident(verb: str, node: int, number: int) -> str:
+        nonlocal left
+        left -= verb == way
+        if verb == way and left == 0:
+            raise KeyboardInterrupt
+        return ""
+
+    link = Careless(services, accident)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "run", link, config)
+    moved = link.moved
+    link = Careless(services if seed else sites(tmp_path / "sites", house, config))  # the sites restarted, too
+    link.moved = moved
+    go(tmp_path / "run", link, config, resume=True)
+    same_runs(tmp_path / "run", expected, resumed=True)
+    assert sum(link.again) <= len(SITES) * carrier.AHEAD * config.wire.piece_nbytes  # what was under way at each site
+
+
+def test_a_site_that_is_killed_and_started_again_goes_on_where_it_was(
+    coordinated: Callable[..., Config],  # noqa: F811 # a fixture
+    house: Path,  # noqa: F811 # a fixture
+    tmp_path: Path,
+    expected: Path,
+) -> None:
+    """Its model, its process and its node's number are new; its disk is not."""
+    config = coordinated(*SMALL)
+    services = sites(tmp_path / "sites", house, config)
+    fresh = sites(tmp_path / "sites", house, config)
+    kills: list[str] = []
+
+    def accident(verb: str, node: int, number: int) -> str:
+        if (verb, 1) == (verb, node) and verb not in kills and number > 20:
+            kills.append(verb)
+            link.services[1] = list(fresh.values())[1]
+            return "unheard"
+        return ""
+
+    link = Careless(services, accident)
+    summary = go(tmp_path / "run", link, config)
+    same_runs(tmp_path / "run", expected, resumed=True)
+    assert summary["failures"] == []
+    assert sorted(kills) == ["piece", "update"]
+    assert len(link.again) <= 2
+
+
+def test_an_update_that_has_changed_meanwhile_is_fetched_anew(
+    coordinated: Callable[..., Config],  # noqa: F811 # a fixture
+    house: Path,  # noqa: F811 # a fixture
+    tmp_path: Path,
+    expected: Path,
+) -> None:
+    """The coordinator has a part of an update from before it was killed, and the site has trained to another since."""
+    config = coordinated(*SMALL)
+    services = sites(tmp_path / "sites", house, config)
+    fetched = 0
+
+    def accident(verb: str, node: int, number: int) -> str:
+        nonlocal fetched
+        fetched += verb == "update" and node == 2
+        if fetched == 30:
+            raise KeyboardInterrupt
+        return ""
+
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "run", Careless(services, accident), config)
+    (kept,) = (tmp_path / "run" / "transfers").glob("round-00001/ward.safetensors")
+    content = bytearray(kept.read_bytes())
+    journal = kept.with_name(f"{kept.name}.journal")
+    first, *lines = journal.read_text().splitlines()
+    content[-50:] = bytes(50)
+    kept.write_bytes(bytes(content))
+    changed = [line.replace('": "', '": "f') if number % 2 else line for number, line in enumerate(lines)]
+    journal.write_text("".join(f"{line}\n" for line in (first, *changed)))
+    go(tmp_path / "run", Careless(services), config, resume=True)
+    same_runs(tmp_path / "run", expected, resumed=True)
+
+
+def test_small_messages_are_as_many_as_without_pieces(
+    coordinated: Callable[..., Config],  # noqa: F811 # a fixture
+    house: Path,  # noqa: F811 # a fixture
+    tmp_path: Path,
+) -> None:
+    config = coordinated("run.rounds=2")
+    link = Careless(sites(tmp_path / "sites", house, config))
+    go(tmp_path / "run", link, config)
+    counts = Counter(kind for kind, _ in link.asked)
+    assert counts == {"hello": 3, "start": 1, "train": 6, "update": 6, "evaluate": 3, "finish": 3}
+
+
+def test_pieces_need_no_model(
+    coordinated: Callable[..., Config],  # noqa: F811 # a fixture
+    house: Path,  # noqa: F811 # a fixture
+    tmp_path: Path,
+) -> None:
+    config = coordinated(*SMALL)
+    services = sites(tmp_path / "sites", house, config)
+    loaded: list[str] = []
+    link = Careless(services)
+    for service in link.services:
+        assert isinstance(service, Service)
+        honest = service._open_client
+        service._open_client = lambda honest=honest: (loaded.append(link.asked[-1][0]), honest())[1]  # type: ignore[misc] # mypy infers no lambda with defaults
+        answer = service.answer
+
+        def closing(verb: str, parcel: Parcel, service: Service = service, answer: Any = answer) -> Parcel:
+            said: Parcel = answer(verb, parcel)
+            if verb in ("offer", "piece", "update"):
+                assert service._client is None
+            service.close()  # as a process that ends
+            return said
+
+        service.answer = closing  # type: ignore[method-assign] # as each message starts a process
+    go(tmp_path / "run", link, config)
+    assert set(loaded) <= {"hello", "start", "train", "evaluate"}

@@ -1,0 +1,254 @@
+"""Files that arrive in pieces, and what a client keeps of broadcasts, whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from fedalign.federation.flower.carrier import Freight
+from fedalign.federation.messages import MessageError
+from fedalign.federation.received import Received
+from fedalign.federation.transfer import Transfer, cut, entry_for
+from fedalign.files import fingerprint
+from fedalign.maths.rounding import bytes_of, pack, packed_nbytes
+from fedalign.protocol import Broadcast, Lacking, Layout, Offer, Packed, ParameterGroup, Piece, WireDtype
+from tests.federation.test_messages import DTYPES, packed, same
+
+GROUPS = Layout(1, 3, {}).groups
+SIZES = dict(zip(GROUPS, (700, 0, 33, 1, 2, 3, 2000, 257, 256), strict=True))
+NAMED = {str(group): size for group, size in SIZES.items()}
+MOST = 500  # bytes of a piece: the larger groups are cut
+
+
+def weights(dtype: WireDtype, seed: int = 0) -> dict[ParameterGroup, Packed]:
+    return packed(SIZES, dtype, seed)
+
+
+def offered(freight: Freight) -> Offer:
+    return Offer(freight.round, str(freight.broadcast.weights[GROUPS[0]].values.dtype)[6:], freight.digests)
+
+
+def freight_of(
+    dtype: WireDtype = "float32", seed: int = 0, round: int = 1, changed: Mapping[str, Packed] | None = None
+) -> Freight:
+    every = weights(dtype, seed)
+    return Freight(Broadcast(round, {g: (changed or {}).get(str(g), p) for g, p in every.items()}), MOST)
+
+
+def piece(freight: Freight, start: int, stop: int) -> Piece:
+    stream = torch.cat([part for one in freight.broadcast.weights.values() for part in bytes_of(one)])
+    data = stream[start:stop].clone()
+    return Piece(None, freight.round, freight.transfer.identity, start, data, fingerprint([data.numpy().data]))
+
+
+def lacking(answer: Lacking) -> list[tuple[int, int]]:
+    return list(zip(answer.ranges[::2], answer.ranges[1::2], strict=True))
+
+
+def pieces(freight: Freight, answer: Lacking) -> list[tuple[int, int]]:
+    return freight.transfer.cut(MOST, lacking(answer))
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=8),
+    most=st.integers(1, 50),
+    start=st.integers(0, 100),
+    length=st.integers(0, 200),
+)
+@settings(deadline=None, max_examples=200)
+def test_pieces_are_no_larger_and_cut_only_what_is(sizes: list[int], most: int, start: int, length: int) -> None:
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    stop = min(sum(sizes), start + length)
+    found = list(cut((start, stop), starts, most))
+    assert [edge for one in found for edge in one] == sorted(edge for one in found for edge in one)
+    assert sum(b - a for a, b in found) == max(stop - start, 0)
+    assert all(0 < b - a <= most for a, b in found)
+    for a, b in found:
+        inside = [s for s, n in zip(starts, sizes, strict=True) if a < s < b < s + n]  # begun in it and not whole
+        assert not inside or b == stop
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(5))
+def test_pieces_in_any_order_and_more_than_once_make_the_file(tmp_path: Path, dtype: WireDtype, seed: int) -> None:
+    every = {str(group): one for group, one in weights(dtype).items()}
+    stream = torch.cat([part for one in every.values() for part in bytes_of(one)])
+    chance, entries = random.Random(seed), {name: entry_for(one) for name, one in every.items()}
+    transfer = Transfer(tmp_path / "file", entries, {"of": "a test"}).begin()
+    parts = transfer.cut(MOST, transfer.lacking)
+    assert max(stop - start for start, stop in parts) <= MOST < transfer.nbytes == len(stream)
+    parts += chance.sample(parts, 3)
+    chance.shuffle(parts)
+    for start, stop in parts:
+        transfer.write(start, stream[start:stop])
+        if chance.random() < 0.5:  # the process was killed, and half a line with it
+            with transfer.journal.open("a") as journal:
+                journal.write("[0, 17")
+            transfer = Transfer(tmp_path / "file", entries, {"of": "a test"}).begin()
+    assert transfer.lacking == []
+    assert same(
+        {name: one.values for name, one in transfer.read().items()}, {n: one.values for n, one in every.items()}
+    )
+    tensors = load_file(tmp_path / "file")  # an ordinary file of safetensors
+    for name, one in every.items():
+        assert torch.equal(tensors[name], one.values)
+        assert one.scale is None or torch.equal(tensors[f"{name}.scale"], one.scale)
+        assert tensors[name].data_ptr() % one.values.dtype.itemsize == 0
+
+
+def test_what_is_there_survives_and_another_file_is_begun_anew(tmp_path: Path) -> None:
+    entries = {"a": entry_for(Packed(torch.ones(100)))}
+    Transfer(tmp_path / "file", entries).begin().write(8, torch.zeros(80, dtype=torch.uint8))
+    assert Transfer(tmp_path / "file", entries).begin().lacking == [(0, 8), (88, 400)]
+    loaded = Transfer.load(tmp_path / "file")
+    assert loaded is not None
+    assert loaded.lacking == [(0, 8), (88, 400)]
+    other = {"b": entry_for(Packed(torch.ones(100)))}
+    assert Transfer(tmp_path / "file", other).begin().lacking == [(0, 400)]
+    for start, nbytes in ((-1, 4), (399, 2), (10**12, 1)):
+        with pytest.raises(ValueError, match="of 400"):
+            Transfer(tmp_path / "file", other).begin().write(start, torch.zeros(nbytes, dtype=torch.uint8))
+    for text in ("", "x", "\x08\0\0\0\0\0\0\0[1]     ", "\x02\0\0\0\0\0\0\0{}"):
+        (tmp_path / "file").write_text(text)
+        assert text.endswith("{}") or Transfer.load(tmp_path / "file") is None
+
+
+# ------------------------------------------------------------------------------------------------- a client's own
+
+
+@pytest.fixture
+def received(tmp_path: Path) -> Received:
+    return Received("ward", tmp_path)
+
+
+def bring(received: Received, freight: Freight) -> int:
+    """All that a client lacks; how many bytes that was."""
+    moved, answer = 0, received.offered(offered(freight), NAMED)
+    for start, stop in pieces(freight, answer):
+        answer = received.take(piece(freight, start, stop))
+        moved += stop - start
+    assert answer.ranges == ()
+    return moved
+
+
+def comes_out(received: Received, freight: Freight) -> bool:
+    """Whether a broadcast of digests alone is the whole one."""
+    answer = received.completed(Broadcast(freight.round, {}, kept=freight.digests), NAMED)
+    return isinstance(answer, Broadcast) and same(answer, freight.broadcast)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_come_in_pieces_and_what_did_not_change_does_not(received: Received, dtype: WireDtype) -> None:
+    first = freight_of(dtype)
+    assert bring(received, first) == sum(packed_nbytes(size, dtype) for size in SIZES.values())
+    assert comes_out(received, first)
+    assert received.offered(offered(first), NAMED).ranges == ()  # of the same nothing is lacking
+    group = GROUPS[6]
+    second = freight_of(dtype, round=2, changed={str(group): pack(torch.ones(2000), dtype, 1)})
+    assert bring(received, second) == packed_nbytes(2000, dtype)
+    assert comes_out(received, second)
+    assert not comes_out(received, first)  # two models are not kept
+    assert sorted(path.name for path in received.weights.parent.iterdir()) == []
+
+
+def test_what_came_with_a_broadcast_is_kept_as_well(received: Received) -> None:
+    first, second = freight_of(), freight_of(round=2, changed={"shared": Packed(torch.ones(700))})
+    whole = received.completed(first.broadcast, NAMED)
+    assert same(whole, first.broadcast)
+    changed = {group: one for group, one in second.broadcast.weights.items() if str(group) == "shared"}
+    kept = {name: digest for name, digest in second.digests.items() if name != "shared"}
+    assert same(received.completed(Broadcast(2, changed, kept=kept), NAMED), second.broadcast)
+    assert bring(received, second) == 0
+
+
+def test_a_client_that_lost_what_it_kept_says_so(received: Received) -> None:
+    freight = freight_of()
+    assert isinstance(received.completed(Broadcast(1, {}, kept=freight.digests), NAMED), Lacking)
+    bring(received, freight)
+    content = bytearray(received.weights.read_bytes())
+    content[-100] ^= 1
+    received.weights.write_bytes(bytes(content))
+    assert isinstance(received.completed(Broadcast(1, {}, kept=freight.digests), NAMED), Lacking)
+    assert bring(received, freight) > 0
+    assert comes_out(received, freight)
+
+
+def accidents(received: Received, freight: Freight) -> Iterator[tuple[str, Piece]]:
+    (start, stop), *_ = pieces(freight, received.offered(offered(freight), NAMED))
+    good = piece(freight, start, stop)
+    flipped = good.data.clone()
+    flipped[3] ^= 1
+    yield "damaged", Piece(None, 1, good.transfer, start, flipped, good.digest)
+    yield "of another transfer", Piece(None, 1, "0" * 32, start, good.data, good.digest)
+    other = freight_of(seed=1)
+    yield "of another round", piece(other, start, stop)
+
+
+def test_pieces_that_are_damaged_or_of_something_else_are_not_kept(received: Received) -> None:
+    freight = freight_of()
+    before = received.offered(offered(freight), NAMED)
+    for what, bad in accidents(received, freight):
+        answer = received.take(bad)
+        assert answer == before, what
+        assert answer.transfer == freight.transfer.identity
+    assert bring(received, freight) == freight.transfer.nbytes
+
+
+def test_a_piece_that_is_too_large_is_refused_and_nothing_is_written(received: Received) -> None:
+    freight = freight_of()
+    received.offered(offered(freight), NAMED)
+    data = torch.zeros(freight.transfer.nbytes + 1, dtype=torch.uint8)
+    size = received.arriving.stat().st_size
+    with pytest.raises(MessageError, match="a piece of bytes 0 to"):
+        received.take(Piece(None, 1, freight.transfer.identity, 0, data, fingerprint([data.numpy().data])))
+    assert received.arriving.stat().st_size == size
+    assert bring(received, freight) == freight.transfer.nbytes
+
+
+def test_no_room_is_made_for_what_the_model_does_not_have(received: Received) -> None:
+    digests = freight_of().digests
+    for offer, reason in (
+        (Offer(1, "float32", digests | {"expert[7,7]": "0" * 32}), r"expert\[7,7\], which this model does not train"),
+        (Offer(1, "float64", digests), "an offer in float64: must be one of float32"),
+    ):
+        with pytest.raises(MessageError, match=reason):
+            received.offered(offer, NAMED)
+    assert not received.arriving.exists()
+
+
+def test_values_that_are_not_as_announced_are_lacking_again(received: Received) -> None:
+    """Each piece is sound in itself, and the whole is not what its digest says."""
+    freight = freight_of()
+    lies = {**freight.digests, "shared": "0" * 32}
+    offer = Offer(1, "float32", lies)
+    answer = received.offered(offer, NAMED)
+    for start, stop in pieces(freight, answer):
+        one = piece(freight, start, stop)
+        answer = received.take(Piece(None, 1, answer.transfer, start, one.data, one.digest))
+    assert lacking(answer) == [(0, 2800)]
+    assert (
+        json.loads(received.arriving.with_name("arriving.safetensors.journal").read_text().splitlines()[1])[0] == 2800
+    )
+    assert not received.weights.exists()
+
+
+def test_a_client_restarted_in_the_middle_goes_on_where_it_was(received: Received, tmp_path: Path) -> None:
+    freight = freight_of()
+    every = pieces(freight, received.offered(offered(freight), NAMED))
+    for start, stop in every[:7]:
+        received.take(piece(freight, start, stop))
+    again = Received("ward", tmp_path)
+    left = pieces(freight, again.offered(offered(freight), NAMED))
+    assert sum(b - a for a, b in left) == sum(b - a for a, b in every[7:])
+    for start, stop in reversed(left):
+        again.take(piece(freight, start, stop))
+    assert again.take(piece(freight, *left[0])).ranges == ()  # the last one, once more
+    assert comes_out(again, freight)
