@@ -27,6 +27,8 @@ class Ledger:
 
     def count(self, round: int, way: Literal["down", "up"], client: str, nbytes: int) -> None:
         """Note what has moved."""
+        if not nbytes and client in getattr(self._rounds.get(round, Moved()), way):
+            return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         if round not in self._rounds:
             self._forget_before(round - 1)

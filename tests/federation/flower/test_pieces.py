@@ -295,7 +295,12 @@ def test_pieces_need_no_model(
     for service in link.services:
         assert isinstance(service, Service)
         honest = service._open_client
-        service._open_client = lambda honest=honest: (loaded.append(link.asked[-1][0]), honest())[1]  # type: ignore[misc] # mypy infers no lambda with defaults
+
+        def opening(honest: Any = honest) -> Any:
+            loaded.append(link.asked[-1][0])
+            return honest()
+
+        service._open_client = opening
         answer = service.answer
 
         def closing(verb: str, parcel: Parcel, service: Service = service, answer: Any = answer) -> Parcel:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedalign.federation.flower.link import Reply
-from fedalign.federation.flower.talks import WAKE, Ask, Meter, Talk
+from fedalign.federation.flower.talks import Ask, Meter, Talk
 from fedalign.federation.ledger import Ledger
 from fedalign.federation.messages import VERBS, MessageError, Parcel, decode, encode
 from fedalign.federation.received import DIGESTS
@@ -205,30 +205,32 @@ class Carrier:
         """
         flying: list[Range | None] = []  # None: the question what is lacking
         fails, begun, node = 0, way.is_long, 0
+        loss: Failure | None = None  # why the site was lost, until it is back
+        since = 0.0
         meter.expect(sum(stop - start for start, stop in way.left))
         while fails <= TRIES:
-            asks: list[Ask] = []
-            if way.unsure and not flying:
-                asks, flying = [way.question()], [None]
-            elif not way.unsure:
-                for piece in way.cut(minus(way.left, flying))[: AHEAD - len(flying)]:
-                    asks.append(way.ask(piece))
-                    flying.append(piece)
-                    if isinstance(way, Download):
-                        count(piece[1] - piece[0])
-            if not flying:
-                return None
-            node = self.node_of(name) if asks else node
+            asks: list[Ask] | None = None
+            if loss is not None:
+                now = self.where(name)
+                if now is None and time.monotonic() - since > min(AWAY, self.timeout):
+                    return loss
+                if now is not None and (not flying or now != node):  # what was under way to it, it may still answer
+                    loss, flying = None, []
+                    way.unsure = way.unsure or isinstance(way, Download)
+            if loss is None:
+                asks = self._asks(way, flying, count)
+                if not flying:
+                    return None
+                node = self.node_of(name) if asks else node
             tag, reply = yield asks
             if tag not in flying:
                 continue
             flying.remove(tag)
             answer = read(name, stage, reply, way.expected, self.timeout)
             if isinstance(answer, Failure):
-                gone = reply is None or isinstance(reply.content, str)  # it is not the site who says so
-                if not (begun and gone and (yield from self._is_back(name, node, flying))):
-                    return answer
-                fails, flying, way.unsure = fails + 1, [], way.unsure or isinstance(way, Download)
+                if not begun or (reply is not None and not isinstance(reply.content, str)):
+                    return answer  # the site says so itself, or it was gone from the start
+                loss, since, fails = answer, time.monotonic(), fails + 1
                 continue
             before = sum(stop - start for start, stop in way.left)
             sound = way.take(tag, answer)
@@ -239,20 +241,20 @@ class Carrier:
                 meter.expect(sum(stop - start for start, stop in way.left) - before)
             elif sound:
                 meter.moved(tag[1] - tag[0])
-        return Failure(name, stage, f"{TRIES + 1} pieces in a row did not arrive as they were sent")
+        return loss or Failure(name, stage, f"{TRIES + 1} pieces in a row did not arrive as they were sent")
 
-    def _is_back(self, name: str, node: int, flying: list[Range | None]) -> Talk[bool]:
-        """Wait for a site that was lost, and for what was under way to it, which it may still answer."""
-        since = time.monotonic()
-        while True:
-            now = self.where(name)
-            if now is not None and (not flying or now != node):
-                return True
-            if now is None and time.monotonic() - since > min(AWAY, self.timeout):
-                return False
-            tag, _ = yield None
-            if tag is not WAKE and tag in flying:
-                flying.remove(tag)
+    def _asks(self, way: Download | Upload, flying: list[Range | None], count: Callable[[int], None]) -> list[Ask]:
+        """What to ask next; it counts as under way from now on."""
+        if way.unsure:
+            if flying:
+                return []
+            flying.append(None)
+            return [way.question()]
+        pieces = way.cut(minus(way.left, flying))[: AHEAD - len(flying)]
+        flying += pieces
+        if isinstance(way, Download):
+            count(sum(stop - start for start, stop in pieces))
+        return [way.ask(piece) for piece in pieces]
 
 
 class Freight:

@@ -37,7 +37,7 @@ class Ask:
 
 Answered = tuple[Any, Reply | None]  # the tag, and the reply, or None after a silence
 Talk = Generator[list[Ask] | None, Answered, T]  # what to ask; None: wake me at the next look, whatever has come
-WAKE = object()  # the tag of a look that brought nothing
+WAKE = "wake"  # the tag of a look that brought nothing
 
 
 @dataclass
