@@ -2,10 +2,13 @@
 
 One site trains a Mixture-of-Experts model of `--megabytes` float32 parameters on a few short examples, one round with
 FedAvg's plan. Then Flower's own FedAvg strategy moves arrays of the same sizes through the same SuperLink and
-SuperNode: down, up, averaged. Ours sends the weights down twice in a round (to be trained, and to be scored) and the
-update up once; bytes are counted as they travel. The start of the run, in which the site sends its weights once, is not
-in the round. The SuperLink keeps no database: on a slow disk SQLite locks up under gigabytes, and Flower's own
-processes end with an error.
+SuperNode: down, up, averaged. Ours sends the weights down twice in this round, which is the first and the last (to be
+trained, and to be scored), and the update up once, in pieces; bytes are counted as they travel. The start of the run,
+in which the site sends its weights once, is not in the round. The site's model is in a trainer of its own, as
+`fedalign site serve` starts it. Without `--database` the SuperLink keeps everything in memory: with it, on a slow disk,
+SQLite locks up under gigabytes, and Flower's own processes end with an error.
+
+Memory is told twice: resident, and the anonymous part of it. Pages of files are the kernel's to take back.
 """
 
 from __future__ import annotations
@@ -70,6 +73,8 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=int, default=1000, help="of trainable float32 parameters, at least")
+    parser.add_argument("--piece-mb", type=float, default=64.0, help="ours: wire.piece_mb")
+    parser.add_argument("--database", action="store_true", help="the SuperLink keeps its messages in SQLite")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "int8"])
     args = parser.parse_args()
     print(machine("torch", "transformers", "flwr"))
@@ -78,12 +83,20 @@ def main() -> None:
         sizes = make_model(folder / "model", args.megabytes)
         (folder / "sizes.json").write_text(json.dumps(sizes))
         print(f"{sum(sizes) * 4 / 1e6:.0f} MB of float32 parameters in {len(sizes)} tensors, one site\n", flush=True)
-        with Loopback(folder / "flower", database=False) as loopback:
+        with Loopback(folder / "flower", database=args.database) as loopback:
             loopback.start_superlink()
             site = make_site(folder)
             loopback.register("site", make_node_key(site / "key"))
             loopback.start_supernode("site", {"site": str(site / "site.toml")}, key=site / "key")
-            ours(loopback, folder, args.dtype)
+            trainer = subprocess.Popen(
+                [sys.executable, "-m", "fedalign", "site", "serve", str(site), "--trainer-only"],
+                stdout=subprocess.DEVNULL,
+            )
+            try:
+                ours(loopback, folder, args.dtype, args.piece_mb)
+            finally:
+                trainer.terminate()
+                trainer.wait()
             theirs(loopback, folder, sum(sizes) * 4)
 
 
@@ -128,7 +141,7 @@ def make_site(folder: Path) -> Path:
     return site
 
 
-def ours(loopback: Loopback, folder: Path, dtype: str) -> None:
+def ours(loopback: Loopback, folder: Path, dtype: str, piece_mb: float) -> None:
     """One round of FedAlign-MoE's engine."""
     assert loopback.certificates is not None
     config = {
@@ -137,7 +150,7 @@ def ours(loopback: Loopback, folder: Path, dtype: str) -> None:
         "data": {"kind": "classification", "labels": ["even", "odd"]},
         "training": {"optimizer": "sgd", "learning_rate": 1e-3},
         "algorithm": {"name": "fedavg"},
-        "wire": {"dtype": dtype},
+        "wire": {"dtype": dtype, "piece_mb": piece_mb},
         "tracking": {"loggers": []},
         "federation": {
             "engine": "flower",
@@ -195,7 +208,7 @@ def theirs(loopback: Loopback, folder: Path, nbytes: int) -> None:
 def show(peak: PeakMemory) -> None:
     """Peak memory by role."""
     for role, resident in sorted(peak.by_role.items()):
-        print(f"  {role:<32} {resident / 2**20:8.0f} MiB")
+        print(f"  {role:<32} {resident / 2**20:8.0f} MiB, anonymous {peak.anonymous_by_role[role] / 2**20:8.0f}")
 
 
 if __name__ == "__main__":

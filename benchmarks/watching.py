@@ -31,6 +31,7 @@ class PeakMemory:
         self.roots = roots
         self.seconds = seconds
         self.by_role: dict[str, int] = {}
+        self.anonymous_by_role: dict[str, int] = {}  # of these, what is no page of a file
         self.together = 0  # of all of them at one moment; shared pages count for each
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -66,6 +67,16 @@ class PeakMemory:
             role = next((name for mark, name in ROLES.items() if mark in command), None)
             if role:
                 self.by_role[role] = max(self.by_role.get(role, 0), resident)
+                self.anonymous_by_role[role] = max(self.anonymous_by_role.get(role, 0), anonymous(pid))
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of a process's memory that belong to no file; 0 where the kernel does not tell, or it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
 
 def descendants_of_this() -> list[int]:

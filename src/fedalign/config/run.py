@@ -507,7 +507,9 @@ class FederationConfig(Section):
     root_certificates: Certificates = None
     min_sites: Positive = key(2, "connected sites without which no round begins")
     wait_seconds: Seconds = key(600, "for them to connect, then the run stops")
-    timeout_seconds: Seconds = key(3600, "of one stage: training, handing over an update, evaluating")
+    timeout_seconds: Seconds = key(
+        3600, "of silence of a site that trains, scores or sends; a transfer may take longer"
+    )
     late: Literal["ask_again", "leave_out"] = key("ask_again", "what becomes of a site that is busy with an old round")
     max_missed: Count = key(3, "rounds in a row that a site may miss; then it is left out for good; 0: any number")
     in_flight: Positive = key(4, "updates asked for at a time")

@@ -34,6 +34,16 @@ def test_each_client_that_is_done_is_told_at_once(tmp_path: Path) -> None:
         assert read_status(tmp_path) == Status("running", os.getpid(), 1, "training", done, 4)
 
 
+def test_a_transfer_is_told_beside_the_stage_that_it_belongs_to(tmp_path: Path) -> None:
+    beacon = Beacon(tmp_path)
+    beacon.progress(2, "training", 1, 4)
+    beacon.moving("down 64.0 MB of 128.0 MB, 8.0 MB/s, 0:08 left")
+    told = read_status(tmp_path)
+    assert (told.stage, told.done, told.transfer[:4]) == ("training", 1, "down")
+    beacon.moving("")
+    assert read_status(tmp_path) == Status("running", os.getpid(), 2, "training", 1, 4)
+
+
 def test_a_run_is_going_on_while_a_coordinator_holds_it(tmp_path: Path) -> None:
     assert not is_running(tmp_path)
     with RunFolder(tmp_path).watched():

@@ -120,7 +120,8 @@ def watch_run(
                 tell(noted := status.note)
             if status != last or len(history) != shown:
                 heard, last, shown = time.monotonic(), status, len(history)
-                watch.progress(status.round, status.stage, status.done, status.total)
+                stage = f"{status.stage} ({status.transfer})" if status.transfer else status.stage
+                watch.progress(status.round, stage, status.done, status.total)
             if status.state == "complete":
                 summary: dict[str, Any] = json.loads(folder.summary.read_text(encoding="utf-8"))
                 return summary

@@ -52,6 +52,7 @@ def _go(grid: Grid, source: Path, folder: RunFolder, beacon: Beacon) -> None:
         about = RunAbout(config.to_toml(), run_key(folder), str(folder.path))
         link = GridLink(grid, about, expiry=2.0 * config.federation.timeout_seconds + 60)
         coordinator = Coordinator.connect(link, config, folder)
+        coordinator.federation.tell_transfers(beacon.moving)
         beacon.note = coordinator.consents()
         beacon.begin()
         execute(coordinator, folder, beacon)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +25,7 @@ class Status:
     done: int = 0
     total: int = 1
     error: str = ""
+    transfer: str = ""  # how far it is that weights or updates travel, how fast, and how long it will take
     note: str = ""  # what a person should know of the run's sites
 
 
@@ -34,6 +35,7 @@ class Beacon:
     def __init__(self, folder: Path) -> None:
         self.path = status_file(folder)
         self.note = ""
+        self._last = Status()
 
     def begin(self) -> None:
         """The run is on."""
@@ -42,6 +44,10 @@ class Beacon:
     def progress(self, round: int, stage: str, done: int, total: int) -> None:
         """Say so at once: who watches waits for the last of them, and wants to know how many are missing."""
         self._write(Status("running", os.getpid(), round, stage, done, total, note=self.note))
+
+    def moving(self, line: str) -> None:
+        """Say how a transfer goes; empty: it is over."""
+        self._write(replace(self._last, transfer=line))
 
     def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
         """Nothing: the health files have it."""
@@ -58,6 +64,7 @@ class Beacon:
         self._write(Status("failed", os.getpid(), error=error))
 
     def _write(self, status: Status) -> None:
+        self._last = status
         write_text(self.path, json.dumps(asdict(status)))
 
 
