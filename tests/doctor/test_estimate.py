@@ -46,7 +46,7 @@ def test_bytes_are_those_of_the_messages(config: Config, tmp_path: Path) -> None
     expected = estimate_site(bench, DEALT)
     wire = broadcast_dtype(config.wire.dtype)
     broadcast = Broadcast(1, {group: pack(value, wire, 0) for group, value in bench.moe.read().items()})
-    assert expected.down_a_round == 2 * broadcast.nbytes
+    assert expected.down_a_round == broadcast.nbytes
     assert expected.carrier == CARRIER * broadcast.nbytes
     data = load_examples(config.data.train, config.data, "train", 0)
     client = bench.client("ward", data, range(len(data)), tmp_path)

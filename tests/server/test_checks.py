@@ -191,8 +191,39 @@ def test_whatever_a_client_reports_the_others_go_on(chosen: str) -> None:
             assert BAD not in after.history[-1]["clients"]
 
 
+SCORE: dict[str, dict[Any, bool]] = {  # values, and whether they are impossible
+    "held_out": {-1: True, -(10**30): True, 10**30: True, 1: False, 10**15: False},
+    "held_out_loss": {
+        math.nan: True,
+        math.inf: True,
+        -math.inf: True,
+        1e300: True,
+        None: True,
+        0.0: False,
+        1e15: False,
+    },
+    "held_out_accuracy": {math.nan: True, -1e-9: True, 1.1: True, math.inf: True, None: False, 0.0: False, 1.0: False},
+}
+
+
+@pytest.mark.parametrize("name", SCORE)
+def test_whatever_a_client_scores_the_others_go_on(name: str) -> None:
+    state = replace(begin(), history=(), pending={"round": 0, "failures": []})
+    server, score = serve(), {"held_out": 10, "held_out_loss": 1.0, "held_out_accuracy": 0.5}
+    federation: Any = server.federation
+    federation.honest = [replace(report, **score) for report in federation.honest]
+    for value, impossible in SCORE[name].items():
+        after = one_more(server, state, lambda report, value=value: replace(report, **{name: value}))  # type: ignore[misc] # a lambda with defaults
+        start, line = after.history
+        assert line["failures"] == []  # its training counts
+        assert set(start["client_losses_nats"]) == set(UPDATES) - ({BAD} if impossible else set())
+        told = [(failure["client"], failure["stage"]) for failure in start["failures"]]
+        assert told == ([(BAD, "evaluate")] if impossible else [])
+        assert math.isfinite(start["client_loss_mean_nats"])
+
+
 def test_every_field_is_tried() -> None:
-    tried = {*NUMBERS, *TENSORS, "metrics", "frozen"}
+    tried = {*NUMBERS, *TENSORS, "metrics", "frozen", *SCORE}
     assert tried == set(vars(said(EVERYTHING)[0])) - {"client"}
     assert [bool(report.held_L_E[0, -1]) for report in said(EVERYTHING)] == [False, False, False, True]
 

@@ -167,6 +167,27 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
         assert model_bytes(out / kind) == model_bytes(finished / kind)
 
 
+@pytest.mark.parametrize("round", [0, 1, 3])
+def test_a_kill_between_keeping_scores_and_telling_them_loses_neither_line_nor_best(
+    finished: Path, settings: list[str], tmp_path: Path, round: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(self: Recorder, state: ServerState, improved: bool) -> None:
+        if state.round == round:
+            raise KeyboardInterrupt
+        told(self, state, improved)
+
+    told = Recorder.completed
+    monkeypatch.setattr(Recorder, "completed", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "broken", settings)
+    monkeypatch.undo()
+    assert len(metrics(tmp_path / "broken")) == round
+    resume(tmp_path / "broken")
+    assert metrics(tmp_path / "broken") == metrics(finished)
+    for kind in ("model", "best"):
+        assert model_bytes(tmp_path / "broken" / kind) == model_bytes(finished / kind)
+
+
 @pytest.mark.parametrize(
     "choice",
     [

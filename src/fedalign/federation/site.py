@@ -40,16 +40,16 @@ def answer_at(folder: SiteFolder, run: str, verb: str, parcel: Parcel, answer: C
         answer: makes the answer to the message that it is given.
     """
     lines = SiteLog(folder.path)
-    if _scores(verb, parcel) and (spent := _refusal(folder, lines, run, "evaluate")):
+    reason = _refusal(folder, lines, run, verb)
+    if not reason and _scores(verb, parcel) and (spent := _refusal(folder, lines, run, "evaluate")):
         log.warning("%s: not scored: %s", folder.config.name, spent)
         parcel = replace(parcel, head={**parcel.head, "score": False})
-    asked = (verb, "evaluate") if _scores(verb, parcel) else (verb,)
-    reason = _refusal(folder, lines, run, *asked)
     begun = not reason
     reply = answer(parcel) if begun else None
     try:
         with lines.held():
             if reply is not None:
+                asked = (verb, "evaluate") if _scores(verb, parcel) else (verb,)
                 reason = _refusal(folder, lines, run, *asked)  # another process may have answered meanwhile
             if reason or reply is None:
                 reply = encode(Failure(folder.config.name, stage_of(verb), reason))

@@ -169,7 +169,9 @@ class Server:
                 f"{self.config.server.min_clients} are needed ({reasons}). The last complete round is kept."
             )
         if state.pending is not None:
+            trained = time.perf_counter()
             state = self._scored(state, state.pending, scores, all_asked=len(chosen) == len(members))
+            started += time.perf_counter() - trained  # saving the round before is no part of this one
         reports, on_trial = self._on_trial(state, reports)
         left_out: list[Failure] = []
         while True:
