@@ -21,6 +21,7 @@ from fedalign.errors import UserError
 from fedalign.federation.flower.link import Link
 from fedalign.federation.flower.sites import Agreement, FlowerFederation
 from fedalign.files import damage, replacing
+from fedalign.maths.heap import Heap
 from fedalign.maths.rounding import unpack_weights
 from fedalign.moe.load import model_path
 from fedalign.moe.model import MoEModel
@@ -72,12 +73,12 @@ class Coordinator:
         """The model's parameter groups."""
         return self.bench.moe.layout
 
-    def initial_weights(self) -> Weights:
+    def initial_weights(self, heap: Heap) -> Weights:
         """The model's own if it is loaded here, else a site's."""
         if not self._is_skeleton:
-            return {group: value.cpu() for group, value in self.bench.moe.read().items()}
+            return self.bench.weights(heap)
         start = self.federation.start()
-        weights = {group: value.clone() for group, value in unpack_weights(start.weights).items()}
+        weights = {group: heap.copy(value) for group, value in unpack_weights(start.weights).items()}
         constants = {name: value.clone() for name, value in start.constants.items()}
         try:
             found = self.bench.moe.filled(weights, constants).weights_hash()
