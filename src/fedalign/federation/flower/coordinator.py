@@ -27,7 +27,7 @@ from fedalign.moe.load import model_path
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import TELLING, WORDS, Layout, Weights
 from fedalign.server.results import RunFolder
-from fedalign.server.run import Holdings, Marked, identity
+from fedalign.server.run import Holdings, Marked, identity, is_large
 
 CONSTANTS = "constants.safetensors"
 
@@ -81,7 +81,7 @@ class Coordinator:
         weights = {group: heap.copy(value) for group, value in unpack_weights(start.weights).items()}
         constants = {name: value.clone() for name, value in start.constants.items()}
         try:
-            found = self.bench.moe.filled(weights, constants).weights_hash()
+            found = self.bench.moe.filled(weights, constants, heap).weights_hash()
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"{start.client}: the weights that it sent do not fit the model: {error}") from None
         if found != self.federation.agreement.weights:
@@ -101,7 +101,8 @@ class Coordinator:
     def save_model(self, weights: Weights, folder: Path) -> None:
         """Write weights as an ordinary Hugging Face folder, with the tokenizer."""
         if self._is_skeleton:
-            self._saved = self.bench.moe.filled(weights, self._constants())
+            self._saved = None  # the model of the round before makes room
+            self._saved = self.bench.moe.filled(weights, self._constants(), self._heap())
             self._saved.save(folder)
             self.bench.tokenizer.save_pretrained(folder)
         else:
@@ -139,6 +140,10 @@ class Coordinator:
     @property
     def _is_skeleton(self) -> bool:
         return self.bench.moe.device.type == "meta"
+
+    def _heap(self) -> Heap:
+        """Where a model with values lies."""
+        return Heap(self.constants.parent if is_large(self.layout, self.config.server.memory_gb) else None)
 
     def _constants(self) -> dict[str, Tensor]:
         if problem := damage(self.constants, CONSTANTS):
