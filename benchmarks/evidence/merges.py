@@ -51,6 +51,7 @@ from fedalign.federation.in_process import Prepared, prepare
 from fedalign.files import write_text
 from fedalign.maths.average import StreamingSum
 from fedalign.maths.hashing import derive_seed
+from fedalign.maths.heap import Heap
 from fedalign.maths.rounding import pack, unpack
 from fedalign.moe.load import quiet
 from fedalign.moe.model import MoEModel
@@ -439,7 +440,7 @@ def run(part: Part, seed: int, data: Path, start: str, rounds: int, follow: str 
     lines = []
     with TemporaryDirectory() as folder:
         prepared = prepare(load_config(None, [*overrides(part, data, start), *own]), Path(folder))
-        weights = prepared.initial_weights()
+        weights = prepared.initial_weights(Heap())
         states: dict[str, State] = {}
         for number in range(1, rounds + 1):
             began = time.perf_counter()

@@ -12,6 +12,7 @@ import torch
 
 from fedalign.config.toml import load_config
 from fedalign.federation.in_process import prepare
+from fedalign.maths.heap import Heap
 from fedalign.maths.rounding import broadcast_dtype, pack
 from fedalign.protocol import SHARED, Broadcast, Failure, ParameterGroup, Request, Statistics, Update
 
@@ -31,7 +32,7 @@ class Collected:
 def test_liars_lie_and_what_they_send_is_as_long_as_they_say(settings: list[str], tmp_path: Path) -> None:
     config = load_config(None, [*settings, "training.epochs=1"])
     prepared = prepare(config, tmp_path)
-    trainer, weights = prepared.bench.trainer(), prepared.initial_weights()
+    trainer, weights = prepared.bench.trainer(), prepared.initial_weights(Heap())
     start = {group: pack(value, broadcast_dtype("float32"), seed=0) for group, value in weights.items()}
     names = list(prepared.clients)
     told: dict[str, tuple[Any, dict[str, Statistics], Collected, list[Failure]]] = {}

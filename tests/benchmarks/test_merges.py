@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from fedalign.config.toml import load_config
 from fedalign.data.encode import IGNORED
 from fedalign.federation.in_process import Prepared, prepare
+from fedalign.maths.heap import Heap
 from fedalign.protocol import ParameterGroup, Weights
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "evidence"))
@@ -41,7 +42,7 @@ def prepared(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def seen(prepared: Prepared) -> merges.Round:
-    return merges.next_round(prepared, 1, prepared.initial_weights())
+    return merges.next_round(prepared, 1, prepared.initial_weights(Heap()))
 
 
 def test_clients_train_as_under_fedavg(seen: merges.Round, settings: list[str], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from fedalign.config.toml import load_config
 from fedalign.errors import UserError
 from fedalign.federation.in_process import prepare
+from fedalign.maths.heap import Heap
 from fedalign.maths.routing import router_log_prob
 from fedalign.moe.families import MoELayer
 from fedalign.moe.lora import FAILS_UPSTREAM
@@ -201,7 +202,7 @@ def one_round(
     config = load_config(None, [*settings, "training.epochs=1", *most, *changes, *TUNING[kind]])
     folder = RunFolder(out)
     prepared = prepare(config, folder.clients)
-    before = prepared.initial_weights()
+    before = prepared.initial_weights(Heap())
     folder.begin(config)
     summary = execute(prepared, folder, Silent())
     assert summary["algorithm"] == "fedalign_paper"

@@ -86,16 +86,17 @@ def test_fedavg_is_the_textbook_weighted_mean(dtype: WireDtype, rounding: float)
 def test_a_lost_client_is_made_up_for_by_those_that_arrived() -> None:
     updates = [update_of("a", 0), update_of("b", 1), update_of("c", 2)]
     plan = plan_of([0.5, 0, 0.2], [0.25, 0, 0.2], [0.25, 0, 0.6])
-    total = StreamingSum(LAYOUT, plan, norms_of(updates), "float32")
-    total.add(updates[0])
-    total.add(updates[1])
+    total, other = (StreamingSum(LAYOUT, plan, norms_of(updates), "float32") for _ in range(2))
+    for update in updates[:2]:
+        total.add(update)
+        other.add(update)
     old = old_weights()
     new = total.result(old)
     assert_close(new[SHARED], old[SHARED] + (0.5 * normal(600, 0) + 0.25 * normal(600, 1)) / 0.75)
     assert new[EXPERT] is old[EXPERT]  # only 0.4 of it arrived
     assert total.unchanged() == [EXPERT]
     assert total.unchanged(min_arrived=0.4) == []
-    assert_close(total.result(old, 0.4)[EXPERT], old[EXPERT] + (normal(300, 100) + normal(300, 101)) / 2)
+    assert_close(other.result(old, 0.4)[EXPERT], old[EXPERT] + (normal(300, 100) + normal(300, 101)) / 2)
 
 
 def test_exactly_half_is_enough_and_nothing_never_is() -> None:
@@ -136,7 +137,8 @@ def test_inputs_are_left_alone() -> None:
     total.result(old)
     assert_close(update.groups[SHARED].values, normal(600, 0), atol=0, rtol=0)
     assert_close(old[SHARED], normal(600, 50), atol=0, rtol=0)
-    assert_close(total.result(old)[SHARED], old[SHARED] + normal(600, 0))  # asking twice gives the same
+    with pytest.raises(RuntimeError, match="asked for once"):  # the sums are no more
+        total.result(old)
 
 
 def broken(values: Tensor, group: ParameterGroup = EXPERT, scale: Tensor | None = None) -> Update:
@@ -281,8 +283,10 @@ def test_rows_of_a_lost_client_stay_and_those_it_shared_are_made_up_for() -> Non
     updates = [words_of("a", 0), words_of("b", 1)]
     of_a_M_V = torch.full((2, 10), 0.5)
     of_a_M_V[0, 3], of_a_M_V[0, 4], of_a_M_V[0, 5] = 0.0, 1.0, 0.4
-    total = StreamingSum(BY_TOKEN, token_plan(torch.stack([of_a_M_V, 1 - of_a_M_V])), norms_of(updates), "float32")
+    plan = token_plan(torch.stack([of_a_M_V, 1 - of_a_M_V]))
+    total, other = (StreamingSum(BY_TOKEN, plan, norms_of(updates), "float32") for _ in range(2))
     total.add(updates[0])
+    other.add(updates[0])
     old = old_words()
     change_V_H = (total.result(old)[EMBEDDINGS] - old[EMBEDDINGS])[30:330].view(10, 30)
     rows_V_H = normal(400, 200)[30:330].view(10, 30)
@@ -290,7 +294,7 @@ def test_rows_of_a_lost_client_stay_and_those_it_shared_are_made_up_for() -> Non
         assert not change_V_H[stays].any()
     others = [row for row in range(10) if row not in (3, 5)]
     assert_close(change_V_H[others], rows_V_H[others])
-    assert_close(total.result(old, 0.4)[EMBEDDINGS][180:210], old[EMBEDDINGS][180:210] + rows_V_H[5])
+    assert_close(other.result(old, 0.4)[EMBEDDINGS][180:210], old[EMBEDDINGS][180:210] + rows_V_H[5])
 
 
 def test_a_stream_keeps_the_weight_of_the_group() -> None:

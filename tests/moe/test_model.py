@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
+from fedalign.maths.heap import Heap
 from fedalign.moe.families import router_outputs
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import EMBEDDINGS, HEAD, SHARED, ParameterGroup
@@ -436,6 +437,9 @@ def test_a_checkpoint_of_few_bits_has_the_same_hash_by_either_way(dtype: str, tm
     moe, skeleton = MoEModel.load(tmp_path), MoEModel.skeleton(tmp_path)
     assert skeleton.fingerprint() == moe.fingerprint()
     assert skeleton.filled(moe.read(), moe.constants()).weights_hash() == moe.weights_hash()
+    mapped = skeleton.filled(moe.read(), moe.constants(), Heap(tmp_path / "heap"))
+    assert mapped.weights_hash() == moe.weights_hash()
+    assert all(parameter.device.type == "cpu" for parameter in mapped.model.parameters())
 
 
 def test_a_skeleton_is_not_filled_with_less_than_the_model(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ from fedalign.errors import TrainingFailedError, UserError
 from fedalign.export.write import find_snapshot
 from fedalign.federation.in_process import Prepared, prepare
 from fedalign.files import MARK
+from fedalign.maths import heap
+from fedalign.maths.heap import _mapped
 from fedalign.protocol import Broadcast, Statistics, Weights
 from fedalign.report import write_report
 from fedalign.report.findings import facts
@@ -186,6 +188,36 @@ def test_a_kill_between_keeping_scores_and_telling_them_loses_neither_line_nor_b
     assert metrics(tmp_path / "broken") == metrics(finished)
     for kind in ("model", "best"):
         assert model_bytes(tmp_path / "broken" / kind) == model_bytes(finished / kind)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        (),
+        ("wire.dtype=int8",),
+        ("algorithm.name=scaffold", "training.optimizer=sgd"),
+        ("algorithm.name=fedavg", "server.optimizer=adam", "server.learning_rate=0.01"),
+        ("algorithm.name=fedavg", "server.robust=centered_clip"),
+        ("algorithm.name=fedavg", "server.robust=median"),
+    ],
+)
+def test_a_model_in_mapped_files_is_the_model_in_memory(
+    settings: list[str], tmp_path: Path, choice: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def mapped(folder: Path, nbytes: int) -> torch.Tensor:
+        made.append(nbytes)
+        return _mapped(folder, nbytes)
+
+    monkeypatch.setattr(heap, "_mapped", mapped)
+    start(tmp_path / "memory", settings, "run.rounds=2", *choice)
+    assert not made
+    start(tmp_path / "files", settings, "run.rounds=2", "server.memory_gb=0", *choice)
+    assert made
+    assert metrics(tmp_path / "files") == metrics(tmp_path / "memory")
+    assert model_bytes(tmp_path / "files" / "model") == model_bytes(tmp_path / "memory" / "model")
+    assert {path.name for path in (tmp_path / "files").rglob(".*")} == {MARK}
 
 
 @pytest.mark.parametrize(

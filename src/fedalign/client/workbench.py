@@ -22,6 +22,7 @@ from fedalign.data.formats import Example, load_examples
 from fedalign.data.partition import hold_out
 from fedalign.errors import UserError
 from fedalign.maths.hashing import derive_seed
+from fedalign.maths.heap import Heap
 from fedalign.moe.four_bit import need_cuda
 from fedalign.moe.load import model_path, pick_device
 from fedalign.moe.model import MoEModel, load_model
@@ -92,6 +93,12 @@ class Workbench:
     def trainer(self) -> Trainer:
         """The client step on this model."""
         return Trainer(self.moe, self.tokenizer, self.config.algorithm.build(), self.config)
+
+    def weights(self, heap: Heap) -> Weights:
+        """The model's values, copied to a heap group by group."""
+        if self.moe.sharded:  # all processes read all of it together
+            return {group: heap.keep(value.cpu()) for group, value in self.moe.read().items()}
+        return {group: heap.keep(self.moe.read([group])[group].cpu()) for group in self.moe.layout.groups}
 
     def check_limits(self, clients: Collection[str]) -> None:
         """Refuse limits of clients that there are not, or that the model cannot keep."""

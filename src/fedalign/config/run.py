@@ -465,6 +465,9 @@ class ServerConfig(Section):
     momentum: Part = key(0.9, "sgd; beta1 of adam and yogi")
     beta2: Part = key(0.99, "adam, yogi")
     epsilon: float = key(1e-3, "adam, yogi, fedexp: the larger, the less adaptive", gt=0)
+    memory_gb: float = key(
+        8.0, "of float32: what is trained, if larger, lies in mapped files in the run's folder, not in memory", ge=0
+    )
     max_norm_ratio: float = key(
         100.0, "robust none: updates so many times as long as the median are left out; 0: no limit", ge=0
     )

@@ -17,6 +17,7 @@ from fedalign.data.deal import split_among_clients
 from fedalign.errors import TrainingFailedError
 from fedalign.federation.ledger import Tally
 from fedalign.files import folder_name
+from fedalign.maths.heap import Heap
 from fedalign.maths.rounding import unpack_weights
 from fedalign.protocol import Accumulator, Broadcast, Evaluation, Failure, Layout, Moved, Request, Statistics, Weights
 from fedalign.server.run import Holdings, Marked, digest, identity
@@ -108,9 +109,9 @@ class Prepared:
         """The clients, in this process."""
         return InProcess(self.bench.trainer(), self.clients)
 
-    def initial_weights(self) -> Weights:
+    def initial_weights(self, heap: Heap) -> Weights:
         """Those that the model was loaded with."""
-        return {group: value.cpu() for group, value in self.bench.moe.read().items()}
+        return self.bench.weights(heap)
 
     def evaluate(self, weights: Weights, *, generate: bool = False) -> Marked | None:
         """Score weights on the global test set, if there is one."""

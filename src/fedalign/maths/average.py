@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedalign.maths.heap import Heap
 from fedalign.maths.low_rank import Stack
 from fedalign.maths.rounding import BLOCK, TORCH_DTYPE, scale_into
 from fedalign.protocol import Failure, Layout, Packed, ParameterGroup, Plan, TokenRows, Update, Weights, WireDtype
@@ -93,6 +94,7 @@ class StreamingSum:
         dtype: wire precision that updates arrive in.
         average: whether low-rank factors are summed like all other values, or exactly: as products.
         by_sites: whether what must arrive of a group is a share of its clients, not of the weight that they claim.
+        heap: where the sums lie.
 
     Raises:
         ValueError: the plan has streams, which are sums of values and not of products, but the average is exact.
@@ -106,6 +108,7 @@ class StreamingSum:
         dtype: WireDtype,
         average: Average = "sum",
         by_sites: bool = False,
+        heap: Heap | None = None,
     ) -> None:
         if average == "exact" and plan.streams:
             names = ", ".join(plan.streams)
@@ -139,6 +142,8 @@ class StreamingSum:
         self._holders = dict(zip(layout.groups, (plan.weight_C_G > 0).sum(dim=0).tolist(), strict=True))
         self._came: Counter[ParameterGroup] = Counter()  # clients of weight that did
         self._sums: Weights = {}
+        self._heap = heap or Heap()
+        self._is_spent = False
         self._seen: set[str] = set()
         self._buffer = torch.empty(0)
 
@@ -171,19 +176,27 @@ class StreamingSum:
         return [group for group in self._planned if self._wanted(group) and not self._carried(group, min_arrived)]
 
     def result(self, old: Mapping[ParameterGroup, Tensor], min_arrived: float = 0.5) -> Weights:
-        """The new weights. Groups that nobody changed, see also `unchanged`, are the old tensors themselves.
+        """The new weights, which take the place of the sums.
+
+        Groups that nobody changed, see also `unchanged`, are the old tensors themselves.
 
         Args:
             old: the weights the round started from, flat float32 [N] for each group.
             min_arrived: the share of its planned weight, or of its clients, that a group needs to be changed at all.
+
+        Raises:
+            RuntimeError: It is asked for a second time.
         """
+        if self._is_spent:
+            raise RuntimeError("a sum's result can be asked for once: it takes the place of the sums")
+        self._is_spent = True
         return {group: self._new(group, values, min_arrived) for group, values in old.items()}
 
     def streams(self, min_arrived: float = 0.5) -> dict[str, Weights]:
         """The plan's streams, normalised like the sum; groups that did not change are left out."""
         return {
             name: {
-                group: values * (self._planned[group] / self._arrived[group])
+                group: self._heap.keep(values * (self._planned[group] / self._arrived[group]))
                 for group, values in sums.items()
                 if self._carried(group, min_arrived)
             }
@@ -196,12 +209,15 @@ class StreamingSum:
         stretch = self._planned[group] / self._arrived[group]
         if group in self._stacks:
             return self._stacks[group].result(old, stretch)
-        new = torch.add(old, self._sums[group], alpha=stretch)
+        change = self._sums.pop(group)
         if words := self._words.get(group):
             part = slice(words.rows.start, words.rows.stop)
-            change_V_H = self._sums[group][part].view(words.rows.tokens, words.rows.width)
+            change_V_H = change[part].view(words.rows.tokens, words.rows.width)
             least = 0.0 if self._by_sites else min_arrived  # clients were counted for the group
-            new[part] = old[part] + (change_V_H * words.stretch_V(least).unsqueeze(1)).flatten()
+            moved = old[part] + (change_V_H * words.stretch_V(least).unsqueeze(1)).flatten()
+        new = torch.add(old, change, alpha=stretch, out=change)
+        if words:
+            new[part] = moved
         return new
 
     def _wanted(self, group: ParameterGroup) -> bool:
@@ -290,7 +306,7 @@ class StreamingSum:
         targets += [(sums, self._streams[name][client][column]) for name, sums in self._stream_sums.items()]
         for sums, _ in targets:
             if group not in sums:
-                sums[group] = torch.zeros(self._sizes[group])
+                sums[group] = self._heap.zeros(self._sizes[group])
         for start, chunk in chunks or self._chunks(packed):
             values = chunk if common is None else chunk - common[start : start + len(chunk)]
             for sums, factor in targets:

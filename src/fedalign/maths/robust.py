@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from fedalign.maths.average import Chunk, StreamingSum
+from fedalign.maths.heap import Heap
 from fedalign.maths.rounding import unpack
 from fedalign.maths.routing import cap_weights
 from fedalign.maths.sketch import Sketch
@@ -238,6 +239,7 @@ def make_sum(
     hostile: float,
     radius: float,
     center: Weights,
+    heap: Heap | None = None,
 ) -> StreamingSum:
     """The accumulator of a rule other than none and clip, for a guarded plan.
 
@@ -250,6 +252,7 @@ def make_sum(
         hostile: share of a group's holders that trimmed_mean and krum reckon with.
         radius: of centred clipping, in medians of the holders' norms.
         center: of centred clipping: the last round's update, by group.
+        heap: where the sums lie.
 
     Raises:
         ValueError: The plan has streams, which only a weighted sum can have.
@@ -257,15 +260,17 @@ def make_sum(
     if plan.streams:
         raise ValueError(f'streams {", ".join(plan.streams)}: server.robust = "{rule}" has none; use "clip"')
     if rule == "centered_clip":
-        return CenteredSum(layout, plan, norms, dtype, radius, center)
-    return KeptSum(layout, plan, norms, dtype, rule, hostile)
+        return CenteredSum(layout, plan, norms, dtype, radius, center, heap)
+    return KeptSum(layout, plan, norms, dtype, rule, hostile, heap)
 
 
 class HolderSum(StreamingSum):
     """The rules' common part: who holds which value, and that all holders count alike."""
 
-    def __init__(self, layout: Layout, plan: Plan, norms: Mapping[str, Tensor], dtype: Any) -> None:
-        super().__init__(layout, plan, norms, dtype, by_sites=True)
+    def __init__(
+        self, layout: Layout, plan: Plan, norms: Mapping[str, Tensor], dtype: Any, heap: Heap | None = None
+    ) -> None:
+        super().__init__(layout, plan, norms, dtype, by_sites=True, heap=heap)
         self._layout = layout
 
     def _holds(self, client: str, group: ParameterGroup) -> bool:
@@ -292,9 +297,16 @@ class KeptSum(HolderSum):
     """The trimmed mean, median or Krum of updates that are kept, in wire precision, until the round's last is there."""
 
     def __init__(
-        self, layout: Layout, plan: Plan, norms: Mapping[str, Tensor], dtype: Any, rule: Robust, hostile: float
+        self,
+        layout: Layout,
+        plan: Plan,
+        norms: Mapping[str, Tensor],
+        dtype: Any,
+        rule: Robust,
+        hostile: float,
+        heap: Heap | None = None,
     ) -> None:
-        super().__init__(layout, plan, norms, dtype)
+        super().__init__(layout, plan, norms, dtype, heap)
         self._rule, self._hostile = rule, hostile
         self._kept: defaultdict[ParameterGroup, dict[str, tuple[Packed, Tensor | None]]] = defaultdict(dict)
 
@@ -302,8 +314,8 @@ class KeptSum(HolderSum):
         self, client: str, group: ParameterGroup, packed: Packed, common: Tensor | None, chunks: Iterable[Chunk]
     ) -> None:
         if self._holds(client, group):
-            scale = None if packed.scale is None else packed.scale.clone()
-            self._kept[group][client] = Packed(packed.values.clone(), scale), common
+            scale = None if packed.scale is None else self._heap.copy(packed.scale)
+            self._kept[group][client] = Packed(self._heap.copy(packed.values), scale), common
 
     def _new(self, group: ParameterGroup, old: Tensor, min_arrived: float) -> Tensor:
         kept = self._kept.get(group)
@@ -312,12 +324,12 @@ class KeptSum(HolderSum):
         clients = sorted(kept, key=self._turn.__getitem__)  # the order of arrival must not matter
         value_C_N = torch.stack([self._whole(client, group, *kept[client]) for client in clients])
         if self._rule == "krum":
-            return old + krum(value_C_N, self._hostile)
+            return self._heap.keep(old + krum(value_C_N, self._hostile))
         held = [held_N for client in clients if (held_N := self._held(client, group)) is not None]
         held_C_N = torch.stack(held) if held else None
         if self._rule == "median":
-            return old + median(value_C_N, held_C_N)
-        return old + trimmed_mean(value_C_N, self._hostile, held_C_N)
+            return self._heap.keep(old + median(value_C_N, held_C_N))
+        return self._heap.keep(old + trimmed_mean(value_C_N, self._hostile, held_C_N))
 
 
 class CenteredSum(HolderSum):
@@ -331,8 +343,9 @@ class CenteredSum(HolderSum):
         dtype: Any,
         radius: float,
         center: Weights,
+        heap: Heap | None = None,
     ) -> None:
-        super().__init__(layout, plan, norms, dtype)
+        super().__init__(layout, plan, norms, dtype, heap)
         norm_C_G = torch.stack([norms[client] for client in plan.clients])
         self._radius_G = radius * typical_norms(norm_C_G, holders(plan, norm_C_G), layout)
         self._center = center
@@ -350,8 +363,8 @@ class CenteredSum(HolderSum):
         if held_N is not None:
             apart *= held_N
         if group not in self._sums:
-            self._sums[group] = torch.zeros(self._sizes[group])
-            self._votes[group] = torch.zeros(1 if held_N is None else self._sizes[group])
+            self._sums[group] = self._heap.zeros(self._sizes[group])
+            self._votes[group] = self._heap.zeros(1 if held_N is None else self._sizes[group])
         self._sums[group] += shortened(apart, float(self._radius_G[self._column[group]]))
         self._votes[group] += 1.0 if held_N is None else held_N
 
@@ -361,4 +374,4 @@ class CenteredSum(HolderSum):
         change = self._sums[group] / self._votes[group].clamp_min(1)
         if group in self._center:
             change += self._center[group]
-        return old + change * (self._votes[group] > 0)
+        return self._heap.keep(old + change * (self._votes[group] > 0))

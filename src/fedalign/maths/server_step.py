@@ -12,9 +12,11 @@ Groups whose sum did not change (nobody sent them, or too little arrived) stay, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from fedalign.protocol import ServerOptimizer, State, Weights
 
@@ -44,7 +46,12 @@ class ServerOptions(Protocol):
 
 
 def server_step(
-    options: ServerOptions, old: Weights, summed: Weights, moments: State, spread: float
+    options: ServerOptions,
+    old: Weights,
+    summed: Weights,
+    moments: State,
+    spread: float,
+    keep: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> tuple[Weights, State]:
     """New weights, and the moments for the next round.
 
@@ -54,24 +61,27 @@ def server_step(
         summed: the same plus the summed updates; a group that is the same tensor as in `old` did not change.
         moments: what this function returned after the last round; empty at first.
         spread: Σ over clients and groups of b · ‖Δ‖², for fedexp.
+        keep: puts what a group has come to where it shall lie; see `maths.heap`.
     """
     changed = [group for group, value in summed.items() if value is not old[group]]
     if options.optimizer == "fedexp":
         length = sum(float((summed[group] - old[group]).double().square().sum()) for group in changed)
         stretch = max(1.0, spread / (2 * (length + options.epsilon)))
-        return summed | {group: old[group] + stretch * (summed[group] - old[group]) for group in changed}, moments
+        longer = {group: keep(old[group] + stretch * (summed[group] - old[group])) for group in changed}
+        return summed | longer, moments
     new, moments = dict(summed), dict(moments)
     for group in changed:
         step = summed[group] - old[group]
         zero = torch.zeros_like(step)
         first, second = f"first.{group}", f"second.{group}"
         if options.optimizer == "sgd":
-            moments[first] = options.momentum * moments.get(first, zero) + step
-            new[group] = old[group] + options.learning_rate * moments[first]
+            moments[first] = keep(options.momentum * moments.get(first, zero) + step)
+            new[group] = keep(old[group] + options.learning_rate * moments[first])
             continue
-        moments[first] = options.momentum * moments.get(first, zero) + (1 - options.momentum) * step
+        moments[first] = keep(options.momentum * moments.get(first, zero) + (1 - options.momentum) * step)
         before, square = moments.get(second, zero), step.square()
         moved = square - before if options.optimizer == "adam" else square * torch.sign(square - before)
-        moments[second] = before + (1 - options.beta2) * moved
-        new[group] = old[group] + options.learning_rate * moments[first] / (moments[second].sqrt() + options.epsilon)
+        moments[second] = keep(before + (1 - options.beta2) * moved)
+        stepped = options.learning_rate * moments[first] / (moments[second].sqrt() + options.epsilon)
+        new[group] = keep(old[group] + stepped)
     return new, moments

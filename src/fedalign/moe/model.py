@@ -28,6 +28,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from fedalign import parallel
 from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
+from fedalign.maths.heap import Heap
 from fedalign.moe.detect import detect
 from fedalign.moe.families import TOP_K, MoELayer, family_of, is_encoder_decoder
 from fedalign.moe.groups import Slot, find_slots, flat, unwrapped
@@ -215,15 +216,26 @@ class MoEModel:
                     model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
         return cls.wrap(freeze_biases(model), tuning)
 
-    def filled(self, weights: Mapping[ParameterGroup, Tensor], constants: Mapping[str, Tensor]) -> Self:
+    def filled(
+        self,
+        weights: Mapping[ParameterGroup, Tensor],
+        constants: Mapping[str, Tensor],
+        heap: Heap | None = None,
+    ) -> Self:
         """A skeleton's copy on the CPU with these values, to be saved; the skeleton stays one.
+
+        Args:
+            weights: of all groups.
+            constants: of the same model, see `constants`.
+            heap: where the copy lies; of adapters it is always in memory.
 
         Raises:
             ValueError: These are not all values of this model.
         """
         model = copy.deepcopy(self.model)
         if self.adapter is None:
-            model = model.to_empty(device="cpu")
+            heap = heap or Heap()
+            model = model._apply(lambda one: heap.zeros(one.numel(), one.dtype).view(one.shape))  # as `to_empty`
             model.tie_weights()
         else:  # the base stays without values: an adapter is saved without it
             for path in {name.rpartition(".")[0] for name in self._adapter_slots()}:

@@ -22,6 +22,7 @@ from torch import Tensor
 from fedalign.config.run import Config
 from fedalign.errors import UserError
 from fedalign.maths.average import Average, StreamingSum
+from fedalign.maths.heap import Heap
 from fedalign.maths.robust import Directions, guarded, make_sum
 from fedalign.maths.rounding import broadcast_dtype, pack
 from fedalign.maths.server_step import server_step
@@ -35,12 +36,14 @@ from fedalign.protocol import (
     Federation,
     Layout,
     Metrics,
+    Packed,
     Plan,
     Reports,
     State,
     Statistics,
     Update,
     Weights,
+    WireDtype,
     asked_shapes,
 )
 from fedalign.server.checkpoint import Checkpoints, ServerState
@@ -124,7 +127,9 @@ class Server:
         checkpoints: Checkpoints,
         evaluate: Callable[[int, Weights], Evaluation | None],  # after a round, on the global test set
         observer: Observer,
+        heap: Heap | None = None,  # where what is as large as the model lies
     ) -> None:
+        self.heap = heap or Heap()
         self.federation = federation
         self.algorithm = algorithm
         self.layout = layout
@@ -222,7 +227,7 @@ class Server:
         if self.config.robust != "none" and plan.factor_C_G is not None:
             norm_C_G = norm_C_G * plan.factor_C_G  # as it was clipped
         spread = float((plan.weight_C_G.double() * norm_C_G.square()).sum())
-        return server_step(options, state.weights, summed, state.moments, spread)
+        return server_step(options, state.weights, summed, state.moments, spread, self.heap.keep)
 
     def _guarded(self, plan: Plan, reports: Sequence[Statistics]) -> Plan:
         """The plan with no site's share or length beyond what one may have."""
@@ -235,7 +240,11 @@ class Server:
         """The centre around which the next round clips: the summed update of each group that changed."""
         if self.config.robust != "centered_clip":
             return {}
-        return {f"{CENTER}{group}": summed[group] - old[group] for group in old if summed[group] is not old[group]}
+        return {
+            f"{CENTER}{group}": self.heap.keep(summed[group] - old[group])
+            for group in old
+            if summed[group] is not old[group]
+        }
 
     def _on_trial(self, state: ServerState, reports: list[Statistics]) -> tuple[list[Statistics], list[Statistics]]:
         """Reports that count, and those of clients that lately delivered nothing of what they announced."""
@@ -269,7 +278,13 @@ class Server:
 
     def _broadcast(self, weights: Weights, state: State, round: int, *, score: bool = False) -> Broadcast:
         dtype = broadcast_dtype(self.config.wire.dtype)
-        return Broadcast(round, {group: pack(value, dtype, seed=0) for group, value in weights.items()}, state, score)
+        packed = {group: self._packed(value, dtype) for group, value in weights.items()}
+        return Broadcast(round, packed, state, score)
+
+    def _packed(self, value: Tensor, dtype: WireDtype) -> Packed:
+        """Weights in wire precision; a copy lies where the weights lie."""
+        packed = pack(value, dtype, seed=0)
+        return packed if packed.values is value else Packed(self.heap.keep(packed.values), packed.scale)
 
     def _train(
         self, state: ServerState, number: int, chosen: Sequence[str], traffic: Traffic, scores: Scores
@@ -359,12 +374,20 @@ class Server:
         rule, options, dtype = self.config.robust, self.config.server, self.config.wire.dtype
         if rule in ("none", "clip"):
             exact: Average = "exact" if self.config.tuning.averages_products else "sum"
-            return StreamingSum(self.layout, plan, norms, dtype, exact, by_sites=rule == "clip")
+            return StreamingSum(self.layout, plan, norms, dtype, exact, by_sites=rule == "clip", heap=self.heap)
         last = {f"{CENTER}{group}": group for group in self.layout.groups}
         center = {last[name]: value for name, value in state.moments.items() if name in last}
         try:
             return make_sum(
-                rule, self.layout, plan, norms, dtype, hostile=options.hostile, radius=options.radius, center=center
+                rule,
+                self.layout,
+                plan,
+                norms,
+                dtype,
+                hostile=options.hostile,
+                radius=options.radius,
+                center=center,
+                heap=self.heap,
             )
         except ValueError as error:
             self._refuse(number, f"has {error}")

@@ -14,6 +14,7 @@ from fedalign.config.run import Config, FederationConfig
 from fedalign.config.toml import Overrides, as_texts, load_config
 from fedalign.errors import UserError
 from fedalign.files import write_text
+from fedalign.maths.heap import Heap
 from fedalign.protocol import Evaluation, Federation, Layout, Plan, Statistics, Weights
 from fedalign.server.checkpoint import Checkpoints, ServerState
 from fedalign.server.results import Recorder, RunFolder
@@ -29,6 +30,7 @@ RESUMABLE = (  # may change on resume
     "tracking.loggers",
     "wire.piece_mb",
     "server.min_clients",
+    "server.memory_gb",
     *(f"federation.{key}" for key in FederationConfig.model_fields if key != "engine"),
 )
 Holdings = Mapping[str, Mapping[str, Any]]
@@ -50,8 +52,8 @@ class Centre(Protocol):
     def federation(self) -> Federation:
         """The clients behind the configured engine."""
 
-    def initial_weights(self) -> Weights:
-        """Weights that the first round starts from."""
+    def initial_weights(self, heap: Heap) -> Weights:
+        """Weights that the first round starts from, in a heap."""
 
     def evaluate(self, weights: Weights, *, generate: bool = False) -> Marked | None:
         """Score weights on the global test set, if there is one; no client's row is in it.
@@ -111,7 +113,8 @@ def execute(centre: Centre, folder: RunFolder, watch: Observer) -> dict[str, Any
     """Run all rounds that `folder` does not hold yet, write the results, return the summary."""
     config = centre.config
     checkpoints = Checkpoints(folder.checkpoint, centre.identity())
-    state = checkpoints.load() or ServerState(0, centre.initial_weights(), {}, ())
+    heap = Heap(folder.checkpoint if is_large(centre.layout, config.server.memory_gb) else None)
+    state = checkpoints.load() or ServerState(0, centre.initial_weights(heap), {}, ())
     if parallel.is_first():
         write_text(folder.holdings, json.dumps(centre.holdings(), indent=1))
     recorder = Recorder(folder, config, centre, state)
@@ -124,10 +127,16 @@ def execute(centre: Centre, folder: RunFolder, watch: Observer) -> dict[str, Any
         checkpoints=checkpoints,
         evaluate=recorder.evaluate,
         observer=Both(recorder, watch),
+        heap=heap,
     )
     summary = recorder.finish(server.run(state))
     centre.finish()
     return summary
+
+
+def is_large(layout: Layout, gigabytes: float) -> bool:
+    """Whether the float32 master of what is trained is larger than that."""
+    return 4 * sum(layout.sizes.values()) > gigabytes * 1e9
 
 
 @dataclass(frozen=True)

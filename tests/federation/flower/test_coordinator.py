@@ -25,6 +25,7 @@ from fedalign.federation.messages import MESSAGES, Parcel, decode, encode
 from fedalign.federation.service import Service
 from fedalign.federation.transfer import digest
 from fedalign.files import fingerprint
+from fedalign.maths.heap import Heap
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import PROTOCOL, SHARED, WORDS, Packed, ParameterGroup, Piece, Start
 from fedalign.server.results import RunFolder
@@ -402,7 +403,7 @@ def test_initial_weights_are_the_models_own(coordinated: Callable[..., Config], 
     link = Direct(sites(tmp_path / "sites", house, config))
     centre = Coordinator.connect(link, config, RunFolder(tmp_path / "run"))
     moe = MoEModel.load(config.model.path)
-    weights = centre.initial_weights()
+    weights = centre.initial_weights(Heap())
     assert list(weights) == list(moe.layout.groups)
     assert all(torch.equal(weights[group], value) for group, value in moe.read().items())
     assert centre.layout == moe.layout

@@ -22,12 +22,13 @@ from fedalign.federation.flower.carrier import Cargo
 from fedalign.federation.flower.link import Link
 from fedalign.federation.flower.sites import Agreement, FlowerFederation
 from fedalign.files import damage, replacing
+from fedalign.maths.heap import Heap
 from fedalign.maths.rounding import unpack_weights
 from fedalign.moe.load import model_path
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import TELLING, WORDS, Layout, Weights
 from fedalign.server.results import RunFolder
-from fedalign.server.run import Holdings, Marked, identity
+from fedalign.server.run import Holdings, Marked, identity, is_large
 
 CONSTANTS = "constants.safetensors"
 DIGEST_NBYTES = 1024  # what a model's constants may be larger than all of its values: a digest of an adapter's base
@@ -82,14 +83,15 @@ class Coordinator:
         """The model's parameter groups."""
         return self.bench.moe.layout
 
-    def initial_weights(self) -> Weights:
+    def initial_weights(self, heap: Heap) -> Weights:
         """The model's own if it is loaded here, else a site's."""
         if not self._is_skeleton:
-            return {group: value.cpu() for group, value in self.bench.moe.read().items()}
+            return self.bench.weights(heap)
         start = self.federation.start()
-        weights, constants = unpack_weights(start.weights), dict(start.constants)
+        weights = {group: heap.keep(value) for group, value in unpack_weights(start.weights).items()}
+        constants = dict(start.constants)
         try:
-            found = self.bench.moe.filled(weights, constants).weights_hash()
+            found = self.bench.moe.filled(weights, constants, heap).weights_hash()
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"{start.client}: the weights that it sent do not fit the model: {error}") from None
         if found != self.federation.agreement.weights:
@@ -109,7 +111,8 @@ class Coordinator:
     def save_model(self, weights: Weights, folder: Path) -> None:
         """Write weights as an ordinary Hugging Face folder, with the tokenizer."""
         if self._is_skeleton:
-            self._saved = self.bench.moe.filled(weights, self._constants())
+            self._saved = None  # the model of the round before makes room
+            self._saved = self.bench.moe.filled(weights, self._constants(), self._heap())
             self._saved.save(folder)
             self.bench.tokenizer.save_pretrained(folder)
         else:
@@ -147,6 +150,10 @@ class Coordinator:
     @property
     def _is_skeleton(self) -> bool:
         return self.bench.moe.device.type == "meta"
+
+    def _heap(self) -> Heap:
+        """Where a model with values lies."""
+        return Heap(self.constants.parent if is_large(self.layout, self.config.server.memory_gb) else None)
 
     def _constants(self) -> dict[str, Tensor]:
         if problem := damage(self.constants, CONSTANTS):
