@@ -326,6 +326,14 @@ def test_opposite_updates_are_told_however_long(seed: int, liars: int) -> None:
     assert all(-1 <= cosine < -AGAINST for cosine in found.values())
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_an_opposite_update_is_told_where_honest_ones_have_little_in_common(seed: int) -> None:
+    """Their cosines are about 0.13, as in the demo's second round; a round later they are too small."""
+    rows = crowd(10, 0.38, seed)
+    rows["c"] = -rows["c"]
+    assert list(directions(rows, seed).against(0.3)) == ["c"]
+
+
 @pytest.mark.parametrize("common", [0.0, 0.3, 1.0])
 def test_honest_updates_are_not_however_little_they_share(common: float) -> None:
     assert [directions(crowd(10, common, seed), seed).against(0.3) for seed in range(20)] == [{}] * 20
