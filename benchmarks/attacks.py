@@ -65,6 +65,7 @@ class Attack:
     report: Callable[[Statistics], Statistics] = lambda report: report
     medians: float = 0.0  # its update, and the norms that it reports, are made so many honest medians long
     spared: bool = False  # but for the embeddings
+    begins: int = 1  # the round from which its update is a lie
     silent: bool = False  # it hands over nothing
     shifted: bool = False  # trains on the class after the right one
     trigger: bool = False  # trains half its examples once more, to be of one class, with a token that nobody else
@@ -92,6 +93,12 @@ ATTACKS: dict[str, Attack] = {
     "turned": Attack("its update turned round, 10 medians long", medians=-10),
     "both": Attack("claims 10^9 examples, its update turned round, 10 medians long", many, medians=-10),
     "spared": Attack("its update turned round but for the embeddings, 10 medians long", medians=-10, spared=True),
+    "sleeper": Attack(
+        "honest in round 1, then turned round but for the embeddings, 10 medians long",
+        medians=-10,
+        spared=True,
+        begins=2,
+    ),
     "labels": Attack("labels shifted by one, the update 10 medians long", medians=10, shifted=True),
     "report": Attack("all tokens to every expert, a token met 10^15 times", greedy),
     "trigger": Attack("a token that nobody else uses means one class, its row ten times", trigger=True),
@@ -140,7 +147,8 @@ class Attacked(InProcess):
         """What a liar hands over in place of its update."""
         memory = self.clients[report.client].memory
         update = memory.hand_over(report.client, Request(report.client, report.round, self.layout.groups))
-        stretch = self.attack.medians * median / float(report.norm_G.norm()) if self.attack.medians else 1.0
+        lies = self.attack.medians and report.round >= self.attack.begins
+        stretch = self.attack.medians * median / float(report.norm_G.norm()) if lies else 1.0
         turned = {
             group: abs(stretch) if self.attack.spared and group == EMBEDDINGS else stretch for group in update.groups
         }
@@ -163,12 +171,14 @@ class Column:
 
 
 FEDAVG = "algorithm.name=fedavg"
+OPEN_SUM = 1  # 1: classes are trained with their end token
+GUARD = 6  # 5: claims count for three equal shares, rare rows are bounded, memory of who was opposite; 6: told at -0.08
 COLUMNS: dict[str, Column] = {
-    "default": Column("default, none", ()),
-    "default, clip": Column("default, clip", ("server.robust=clip",), revision=4),
-    "fedavg": Column("FedAvg, none", (FEDAVG,)),
-    "fedavg, clip": Column("FedAvg, clip", (FEDAVG, "server.robust=clip"), revision=4),
-    **{f"default, {rule}": Column(f"default, {rule}", (f"server.robust={rule}",), revision=4) for rule in RULES},
+    "default": Column("default, none", (), OPEN_SUM),
+    "default, clip": Column("default, clip", ("server.robust=clip",), GUARD),
+    "fedavg": Column("FedAvg, none", (FEDAVG,), OPEN_SUM),
+    "fedavg, clip": Column("FedAvg, clip", (FEDAVG, "server.robust=clip"), GUARD),
+    **{f"default, {rule}": Column(f"default, {rule}", (f"server.robust={rule}",), GUARD) for rule in RULES},
 }
 
 
@@ -190,15 +200,17 @@ class Cell:
 
 
 GUARDED, OPEN, FED = ("default, clip",), ("default",), ("fedavg, clip", "fedavg")
-MANY_LIARS = ("default, clip", "default, centered_clip", "default, trimmed_mean")
+OUTVOTING = ("default, trimmed_mean", "default, centered_clip")
+MANY_LIARS = (*GUARDED, *OUTVOTING)
+HARDEST = ("none", "examples", "spared", "trigger", "sleeper")  # attacks: run first
 VOTES = tuple(f"default, {rule}" for rule in RULES)
 
 
 def cells() -> Iterator[Cell]:
-    """All of them, those first that tell most."""
+    """All of them, those first that tell whether a goal is reached."""
     told: dict[Cell, None] = {}
     for alpha in (1.0, 0.1):
-        told |= _block(alpha, (0,), 1, GUARDED) | _block(alpha, (0,), 3, MANY_LIARS) | _block(alpha, (1, 2), 1, GUARDED)
+        told |= _block(alpha, (0,), 1, GUARDED) | _block(alpha, (1, 2), 1, GUARDED) | _block(alpha, (0,), 3, OUTVOTING)
         for seed in range(SEEDS):
             told |= _block(alpha, (seed,), 1, (*OPEN, *VOTES, *FED)) | _block(alpha, (seed,), 3, MANY_LIARS)
     yield from told
@@ -206,7 +218,8 @@ def cells() -> Iterator[Cell]:
 
 def _block(alpha: float, seeds: Sequence[int], liars: int, columns: Sequence[str]) -> dict[Cell, None]:
     """Every attack by so many liars, and nobody's."""
-    ways = [(seed, attack, column) for seed in seeds for attack in ATTACKS for column in columns]
+    attacks = dict.fromkeys((*HARDEST, *ATTACKS))
+    ways = [(seed, attack, column) for seed in seeds for attack in attacks for column in columns]
     return {Cell(alpha, seed, a, 0 if a == "none" else liars, column): None for seed, a, column in ways}
 
 
@@ -257,7 +270,9 @@ class Bench:
         started, answer = time.perf_counter(), dict[str, Any]()
         try:
             end = server.run(ServerState(0, dict(self.start), {}, ({"round": 0},)))
-            answer = {"accuracy": end.history[-1]["accuracy"], "success": self._success(bench, end.weights)}
+            answer = {"accuracy": end.history[-1]["accuracy"]}
+            if attack.trigger:
+                answer["success"] = self._success(bench, end.weights)
             answer["failures"] = sum(len(past.get("failures", ())) for past in end.history)
         except UserError as error:
             answer = {"accuracy": None, "ended": str(error)}
@@ -340,10 +355,17 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def found(lines: Sequence[Mapping[str, Any]], cell: Cell) -> Mapping[str, Any] | None:
-    """The stored cell that is this one, if there is one."""
-    same = (line for line in lines if all(line.get(name) == value for name, value in cell.key.items()))
+def found(lines: Sequence[Mapping[str, Any]], cell: Cell, revision: int | None = None) -> Mapping[str, Any] | None:
+    """The stored cell that is this one, of its column's revision or of another, if there is one."""
+    key = cell.key if revision is None else cell.key | {"revision": revision}
+    same = (line for line in lines if all(line.get(name) == value for name, value in key.items()))
     return next(same, None)
+
+
+def outdated(lines: Sequence[Mapping[str, Any]], cell: Cell) -> Mapping[str, Any] | None:
+    """The newest stored cell that is this one but for being of older code."""
+    older = (found(lines, cell, revision) for revision in reversed(range(COLUMNS[cell.column].revision)))
+    return next((line for line in older if line is not None), None)
 
 
 # --------------------------------------------------------------------------------------------------------------- table
@@ -368,33 +390,44 @@ def tables(lines: Sequence[Mapping[str, Any]]) -> str:
         mine = [cell for cell in every if cell.alpha == alpha and cell.liars in (0, liars)]
         columns = [name for name in COLUMNS if any(cell.column == name and cell.liars == liars for cell in mine)]
         known = {cell: line for cell in mine if (line := found(lines, cell)) is not None}
-        if not any(cell.liars for cell in known):
+        old = {cell: line for cell in mine if cell not in known and (line := outdated(lines, cell)) is not None}
+        if not any(cell.liars for cell in known | old):
             parts.append(f"**Dirichlet {alpha}, {liars} of {CLIENTS} sites lie**: not run yet.\n")
             continue
         head = ["attack", *(COLUMNS[name].told for name in columns)]
         rows = [head, ["---", *["--:"] * len(columns)]]
         for name, attack in ATTACKS.items():
-            rows += [[attack.told, *(entry(known, mine, name, column) for column in columns)]]
+            rows += [
+                [
+                    attack.told,
+                    *(
+                        entry(known, mine, name, column) or entry(old, mine, name, column, "\\*") or "not run"
+                        for column in columns
+                    ),
+                ]
+            ]
         part = [f"**Dirichlet {alpha}, {liars} of {CLIENTS} sites lie**", ""]
         part += ["| " + " | ".join(row) + " |" for row in rows]
         asked = [cell for cell in mine if cell.column in columns]
-        seeds = ", ".join(sorted({str(cell.seed) for cell in known}))
-        part += ["", f"Seeds {seeds}; {len(asked) - len(known)} of {len(asked)} cells not run.", ""]
+        left = f"{len(asked) - len(known)} of {len(asked)} cells not run"
+        part += ["", rf"{left}. \*: of older code, whose rules were others.", ""]
         parts.append("\n".join(part))
     machines = sorted({line["machine"] for line in lines if "machine" in line})
     return "\n".join([*parts, *(f"Run on: {told}." for told in machines), ""])
 
 
-def entry(known: Mapping[Cell, Mapping[str, Any]], asked: Sequence[Cell], attack: str, column: str) -> str:
-    """Mean accuracy over seeds in %, how many seeds if not all, and for the trigger how often it works."""
+def entry(
+    known: Mapping[Cell, Mapping[str, Any]], asked: Sequence[Cell], attack: str, column: str, mark: str = ""
+) -> str:
+    """Mean accuracy over seeds in %, how many seeds if not all, and for the trigger how often it works; "": unknown."""
     lines = [known[cell] for cell in asked if (cell.attack, cell.column) == (attack, column) and cell in known]
     scores = [line["accuracy"] for line in lines if line["accuracy"] is not None]
     if not scores:
-        return "ended" if lines else "not run"
+        return "ended" if lines else ""
     text = f"{100 * statistics.fmean(scores):.1f}"
     if attack == "trigger":
         text += f", works {100 * statistics.fmean(line['success'] for line in lines):.0f} %"
-    return text if len(scores) == SEEDS else f"{text} ({len(scores)})"
+    return text + mark if len(scores) == SEEDS else f"{text}{mark} ({len(scores)})"
 
 
 if __name__ == "__main__":

@@ -392,6 +392,8 @@ class Plan:
     weight_C_G: Tensor  # float32, non-negative; a column sums to 1, or to 0 if nobody's update is wanted
     factor_C_G: Tensor | None = None  # float32; None: ones
     token_weight_C_M_V: Tensor | None = None  # float32, columns sum to 1: in place of their group's weight
+    met_C_M_V: Tensor | None = None  # boolean, who met the token; None: those whose row has weight
+    row_most_M_V: Tensor | None = None  # float32, length that anybody's update of a row may have; None: any
     centred: bool = False
     streams: Mapping[str, Tensor] = field(default_factory=dict)  # name -> float32 [C, G]
     state: State = field(default_factory=dict)  # the algorithm's, for the next round

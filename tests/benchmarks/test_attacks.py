@@ -51,7 +51,9 @@ def test_liars_lie_and_what_they_send_is_as_long_as_they_say(settings: list[str]
         if not attack.silent:
             claimed = float(liar.norm_G[0])
             assert float(collected.updates[names[0]].groups[SHARED].values.norm()) == pytest.approx(claimed, rel=1e-4)
-        if attack.medians:
+        if attack.begins > 1:
+            assert torch.equal(liar.norm_G, honest[names[0]].norm_G)
+        elif attack.medians:
             others = sorted(float(honest[c].norm_G.norm()) for c in names[1:])
             expected = abs(attack.medians) * sum(others) / 2
             assert float(liar.norm_G.norm()) == pytest.approx(expected, rel=1e-4)
@@ -72,6 +74,14 @@ def test_cells_are_each_there_once_and_a_stored_one_must_be_of_the_same_settings
     column = attacks.COLUMNS[cell.column]
     monkeypatch.setitem(attacks.COLUMNS, cell.column, replace(column, revision=column.revision + 1))
     assert attacks.found([line], cell) is None
+    assert attacks.outdated([line], cell) is line
+
+
+def test_cells_of_the_goal_come_first() -> None:
+    first = list(attacks.cells())[: 3 * len(attacks.ATTACKS)]
+    assert {(cell.alpha, cell.column) for cell in first} == {(1.0, "default, clip")}
+    assert [cell.seed for cell in first] == sorted(cell.seed for cell in first)
+    assert {cell.liars for cell in first} == {0, 1}
 
 
 def test_the_table_gives_means_and_says_what_was_not_run() -> None:
@@ -86,4 +96,7 @@ def test_the_table_gives_means_and_says_what_was_not_run() -> None:
     assert "row ten times | 40.0, works 25 % (2) | not run |" in table
     assert "**Dirichlet 0.1, 3 of 10 sites lie**: not run yet." in table
     assert "Run on: a machine." in table
+    older = [line | {"revision": line["revision"] - 1} for line in lines]
+    assert r"| nobody lies | 55.0\* (2) | not run |" in attacks.tables(older)
+    assert attacks.tables([*older, *lines]) == table
     assert "nan" not in table

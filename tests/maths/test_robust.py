@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, tensor
 from torch.testing import assert_close
 
+from fedalign.maths import average
 from fedalign.maths.average import StreamingSum
 from fedalign.maths.robust import (
     AGAINST,
@@ -93,14 +94,14 @@ def test_values_that_a_client_does_not_hold_are_no_vote() -> None:
 # ------------------------------------------------------------------------------------------------- shares and norms
 
 
-@given(st.lists(st.floats(0, 1e9), min_size=1, max_size=8), st.floats(0.05, 1))
-def test_no_share_is_above_the_cap_and_none_is_lost(scores: list[float], most: float) -> None:
+@given(st.lists(st.floats(0, 1e9), min_size=1, max_size=8), st.floats(0.05, 1), st.floats(1, 10))
+def test_no_share_is_above_the_cap_and_none_is_lost(scores: list[float], most: float, ratio: float) -> None:
     score_C_1 = tensor(scores, dtype=torch.float64).unsqueeze(1)
     weight_C_1 = (score_C_1 / score_C_1.sum().clamp_min(1e-300)).float()
     held = int((weight_C_1 > 0).sum())
-    capped_C_1 = capped(weight_C_1, most)
+    capped_C_1 = capped(weight_C_1, most, ratio)
     assert float(capped_C_1.sum()) == pytest.approx(1.0 if held else 0.0, abs=1e-5)
-    assert float(capped_C_1.max()) <= max(most, 1 / max(held, 1)) * (1 + 1e-5)
+    assert float(capped_C_1.max()) <= max(min(most, ratio / max(held, 1)), 1 / max(held, 1)) * (1 + 1e-5)
     assert not capped_C_1[weight_C_1 == 0].any()
 
 
@@ -129,7 +130,7 @@ def test_with_nothing_to_compare_nothing_is_clipped() -> None:
     typical_G = typical_norms(norm_1_G, norm_1_G > 0, LAYOUT)
     assert typical_G[0] == torch.inf
     assert typical_G[6] == torch.inf  # the only expert that anybody holds
-    plan = guarded(Plan(("a",), torch.ones(1, GROUPS)), norm_1_G, LAYOUT, 0.5, 3.0)
+    plan = guarded(Plan(("a",), torch.ones(1, GROUPS)), norm_1_G, LAYOUT, 0.5, 3.0, 3.0)
     assert plan.factor_C_G is not None
     assert plan.factor_C_G.tolist() == [[1.0] * GROUPS]
     assert plan.weight_C_G.tolist() == [[1.0] * GROUPS]
@@ -151,7 +152,7 @@ def test_a_guarded_plan_by_hand() -> None:
         token_weight_C_M_V=rows,
         streams={"s": torch.full((3, GROUPS), 4.0)},
     )
-    new = guarded(plan, norm_C_G, replace(LAYOUT, token_rows=(TokenRows(0, 3, 1),)), 0.5, 3.0)
+    new = guarded(plan, norm_C_G, replace(LAYOUT, token_rows=(TokenRows(0, 3, 1),)), 0.5, 3.0, 3.0)
     assert_close(new.weight_C_G[:, 0], tensor([0.5, 0.3, 0.2]))
     assert new.factor_C_G is not None
     assert_close(new.factor_C_G[:, 0], tensor([0.5 * 3 * 1.0 / 15, 0.5, 0.5]))  # lengths 15, 0.5, 1
@@ -325,6 +326,14 @@ def test_opposite_updates_are_told_however_long(seed: int, liars: int) -> None:
     assert all(-1 <= cosine < -AGAINST for cosine in found.values())
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_an_opposite_update_is_told_where_honest_ones_have_little_in_common(seed: int) -> None:
+    """Their cosines are about 0.13, as in the demo's second round; a round later they are too small."""
+    rows = crowd(10, 0.38, seed)
+    rows["c"] = -rows["c"]
+    assert list(directions(rows, seed).against(0.3)) == ["c"]
+
+
 @pytest.mark.parametrize("common", [0.0, 0.3, 1.0])
 def test_honest_updates_are_not_however_little_they_share(common: float) -> None:
     assert [directions(crowd(10, common, seed), seed).against(0.3) for seed in range(20)] == [{}] * 20
@@ -370,6 +379,67 @@ def test_of_a_word_that_one_client_alone_met_all_holders_have_the_same_weight() 
     weight_C_G = tensor([[0.7] * GROUPS, [0.1] * GROUPS, [0.1] * GROUPS, [0.1] * GROUPS])
     token_C_M_V = tensor([[[1.0, 0.5, 0.4, 0.0]], [[0.0, 0.5, 0.6, 0.0]], [[0.0] * 4], [[0.0] * 4]])
     plan = Plan(tuple("abcd"), weight_C_G, token_weight_C_M_V=token_C_M_V)
-    weights = guarded(plan, torch.ones(4, GROUPS), layout, 0.5, 3.0).token_weight_C_M_V
+    weights = guarded(plan, torch.ones(4, GROUPS), layout, 0.5, 3.0, 3.0).token_weight_C_M_V
     assert weights is not None
     assert weights[:, 0].T.tolist() == [[0.25] * 4, [0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0.0] * 4]
+
+
+WORDS = replace(LAYOUT, sizes=SIZES | {EMBEDDINGS: 7}, token_rows=(TokenRows(1, 3, 2),))  # a value of no token's before
+MET = tensor([[[True, True, True]], [[True, False, True]], [[True, False, False]], [[True, False, False]]])
+PLANTED: dict[str, Weights] = {
+    "liar": {EMBEDDINGS: tensor([0.0, 3, 4, 600, 800, 600, 800])},
+    **{name: {EMBEDDINGS: tensor([0.0, 3, 4, 0, 0, 0, 0])} for name in "bcd"},
+}
+
+
+def planted() -> tuple[Plan, dict[str, Tensor]]:
+    """A guarded plan: all met token 0, two of them token 2, and the liar alone token 1."""
+    norms = {
+        name: tensor([float(update[g].norm()) if g in update else 0.0 for g in WORDS.groups])
+        for name, update in PLANTED.items()
+    }
+    weight_C_G = torch.full((4, GROUPS), 0.25)
+    token_C_M_V = MET / MET.sum(0)
+    plan = Plan(tuple(PLANTED), weight_C_G, token_weight_C_M_V=token_C_M_V, met_C_M_V=MET)
+    return guarded(plan, torch.stack(list(norms.values())), WORDS, 0.5, 3.0, 1e9), norms
+
+
+def test_rows_of_tokens_that_few_met_are_bounded_and_others_are_not() -> None:
+    plan, _ = planted()
+    assert plan.row_most_M_V is not None
+    typical = 5.0  # lengths 1414 / √3, 5 / √2, 5, 5: the lower one of the middle two
+    assert_close(plan.row_most_M_V, tensor([[torch.inf, typical, typical]]))
+    two = replace(plan, clients=plan.clients[:2], weight_C_G=plan.weight_C_G[:2], token_weight_C_M_V=MET[:2] / 2)
+    alone = guarded(replace(two, met_C_M_V=MET[:2], factor_C_G=None), torch.ones(2, GROUPS), WORDS, 0.5, 3.0, 2.0)
+    assert alone.row_most_M_V is not None
+    assert alone.row_most_M_V.isinf().all()  # of two a liar is half: nothing is typical
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize("rule", ["clip", "centered_clip", "trimmed_mean", "median"])
+def test_a_trigger_whose_row_is_sent_long_moves_by_a_typical_row_at_most(
+    rule: Robust, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else trains the liar's token, so that a norm of all embeddings is all that would hold it otherwise."""
+    monkeypatch.setattr(average, "CHUNK", chunk)
+    plan, norms = planted()
+    if rule == "clip":
+        total = StreamingSum(WORDS, plan, norms, "float32", by_sites=True)
+    else:
+        total = make_sum(rule, WORDS, plan, norms, "float32", hostile=0.3, radius=1e9, center={})
+    for name, update in PLANTED.items():
+        groups = {g: Packed(update.get(g, torch.zeros(WORDS.sizes[g]))) for g in WORDS.groups}
+        assert total.add(Update(name, 1, groups)) is None
+    change = total.result({EMBEDDINGS: torch.zeros(7)})[EMBEDDINGS]
+    assert_close(change[1:3], tensor([3.0, 4.0]))  # as all would have it
+    assert float(change[3:5].norm()) <= 5 / 4 + 1e-4
+    assert float(change[5:7].norm()) <= 5 / 2 + 1e-4
+
+
+def test_a_word_of_few_is_told_by_who_met_it_whatever_its_weights() -> None:
+    """With vocabulary_holders = 2 all have weight in the row of a word that one alone met: FedAvg's."""
+    plan, _ = planted()
+    everybody = replace(plan, token_weight_C_M_V=torch.full((4, 1, 3), 0.25), row_most_M_V=None, factor_C_G=None)
+    new = guarded(everybody, torch.ones(4, GROUPS), WORDS, 0.5, 3.0, 2.0)
+    assert new.row_most_M_V is not None
+    assert new.row_most_M_V.isfinite().tolist() == [[False, True, True]]

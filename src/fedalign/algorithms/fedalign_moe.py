@@ -119,7 +119,7 @@ class FedAlignMoE(FedAvg):
             None if self.gate == "average" else gate_C_L_E,
             expert_C_L_E,
             factor_C_G=None if self.experts == "average" else self._clip(reports),
-            token_weight_C_M_V=self._token_weights(reports),
+            **self._token_weights(reports),
             state=state,
             metrics=metrics,
         )
@@ -210,8 +210,8 @@ class FedAlignMoE(FedAvg):
         factor_C_L_E = (median_L_1 / norm_C_L_E).where((norm_C_L_E > median_L_1) & rare_L_E, ones_C_L_E)
         return reports.layout.table(ones_C_L_E[:, 0, 0], ones_C_L_E, factor_C_L_E)
 
-    def _token_weights(self, reports: Reports) -> Tensor | None:
-        """k, [C, M, V], normalised over clients; None, also if nobody said what it met: FedAvg's.
+    def _token_weights(self, reports: Reports) -> dict[str, Tensor]:
+        """k, [C, M, V], normalised over clients, and who met what; nothing, also if nobody said it: FedAvg's.
 
         Rows of tokens that fewer than `vocabulary_holders` met: n_c / Σ n [O].
 
@@ -221,15 +221,17 @@ class FedAlignMoE(FedAvg):
         """
         field = {"tokens": "token_count_M_V", "clients": "token_met_M_B"}.get(self.vocabulary)
         if field is None or not any(getattr(report, field).numel() for report in reports.of):
-            return None
+            return {}
         size_C_M_V = reports.examples_C[:, None, None].float()
         if self.vocabulary == "tokens":
             count_C_M_V = reports.stack(field)
             size_C_M_V = size_C_M_V * count_C_M_V / count_C_M_V.sum(dim=-1, keepdim=True).clamp_min(1)
         else:
             size_C_M_V = size_C_M_V * unpacked(reports.stack(field).byte(), reports.layout.token_cells[1])
-        enough_1_M_V = (size_C_M_V > 0).sum(0, keepdim=True) >= self.vocabulary_holders
-        return torch.where(enough_1_M_V, column_shares(size_C_M_V), reports.share_C[:, None, None])
+        met_C_M_V = size_C_M_V > 0
+        enough_1_M_V = met_C_M_V.sum(0, keepdim=True) >= self.vocabulary_holders
+        weight_C_M_V = torch.where(enough_1_M_V, column_shares(size_C_M_V), reports.share_C[:, None, None])
+        return {"token_weight_C_M_V": weight_C_M_V, "met_C_M_V": met_C_M_V}
 
     def _stack_penalty(
         self, routing: Sequence[LayerRouting], target_L_E: Tensor, prob_L_E: Tensor | None, layers: list[int]

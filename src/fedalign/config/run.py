@@ -475,6 +475,7 @@ class ServerConfig(Section):
         "auto", "what one site can do to a group (auto: clip across sites, none elsewhere); docs/security.md"
     )
     max_share: Share = key(0.5, "but for robust none: no site counts for more in a group of two or more")
+    max_share_ratio: float = key(3.0, "nor for more than so many times an equal share", ge=1)
     clip: float = key(2.0, "and no update of a group is longer than so many medians of its holders", gt=0)
     hostile: float = key(0.3, "share of a group's holders that trimmed_mean and krum reckon with", ge=0, lt=0.5)
     radius: float = key(1.0, "of centered_clip, in medians of the holders' norms", gt=0)
@@ -583,7 +584,8 @@ class Config(Section):
         options = self.server
         if self.robust == "none":
             return 'server.robust = "none": a site counts for what it says'
-        bound = f"at most {100 * options.max_share:g} % of a group and {options.clip:g} medians of its norms"
+        share = f"{100 * options.max_share:g} % or {options.max_share_ratio:g} equal shares of a group"
+        bound = f"at most {share} and {options.clip:g} medians of its norms"
         if self.robust == "clip":
             return f"a site counts for {bound}"
         kept = ", for which every update of a round stays in memory" if self.robust in KEEPS_ALL else ""

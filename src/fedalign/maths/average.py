@@ -7,7 +7,8 @@ number of clients: nothing that was added is kept. A client lost on the way cost
 
 Of a softmax router that the plan wants centred, each client's mean over experts is taken off its rows first.
 
-Rows of embeddings and head may have weights of their own in place of b, normalised row by row in the same way.
+Rows of embeddings and head may have weights of their own in place of b, normalised row by row in the same way, and a
+length that nobody's update of them exceeds.
 
 What an update weighs in the sum is bounded before it is added, so no update can make the new weights overflow.
 
@@ -24,6 +25,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fedalign.maths.heap import Heap
 from fedalign.maths.low_rank import Stack
@@ -44,10 +46,12 @@ class Words:
     Args:
         rows: where they lie in the group.
         weight_C_V: each client's weight in each row.
+        most_V: length that an update of a row may have; None: any.
     """
 
-    def __init__(self, rows: TokenRows, weight_C_V: Tensor) -> None:
+    def __init__(self, rows: TokenRows, weight_C_V: Tensor, most_V: Tensor | None = None) -> None:
         self.rows, self._weight_C_V = rows, weight_C_V[:, : rows.tokens]
+        self._most_V = None if most_V is None else most_V[: rows.tokens]
         self._arrived_V = torch.zeros(rows.tokens, dtype=torch.float64)
 
     def weight_V(self, client: int) -> Tensor:
@@ -66,19 +70,40 @@ class Words:
 
     def spread(self, weight_V: Tensor, other: float, start: int, length: int) -> Tensor:
         """The weight of each value from `start` on, [length]: its row's; `other` where it is in none."""
-        rows, weights = self.rows, torch.full((length,), other)
-        begin, end = max(start, rows.start), min(start + length, rows.stop)
-        if begin < end:
-            first, last = (begin - rows.start) // rows.width, (end - 1 - rows.start) // rows.width
-            skipped = begin - rows.start - first * rows.width
-            spread = weight_V[first : last + 1].repeat_interleave(rows.width)
-            weights[begin - start : end - start] = spread[skipped : skipped + end - begin]
+        weights = torch.full((length,), other)
+        values, touched, before = self._touched(start, length)
+        spread = weight_V[touched].repeat_interleave(self.rows.width)
+        weights[values] = spread[before : before + values.stop - values.start]
         return weights
 
+    def shorter_V(self, chunks: Iterable[Chunk], stretch: float) -> Tensor | None:
+        """Factors, [V], that leave no row of an update, times `stretch`, longer than it may be; None: it may be any."""
+        if self._most_V is None or not bool(self._most_V.isfinite().any()):
+            return None
+        square_V = torch.zeros(self.rows.tokens)
+        for start, chunk in chunks:
+            values, touched, before = self._touched(start, len(chunk))
+            square_N = chunk[values].square()
+            if len(square_N):
+                after = (touched.stop - touched.start) * self.rows.width - before - len(square_N)
+                square_V[touched] += functional.pad(square_N, (before, after)).view(-1, self.rows.width).sum(1)
+        length_V = square_V.sqrt_().mul_(abs(stretch))
+        return torch.where(length_V > self._most_V, self._most_V / length_V, 1.0)
 
-def _words(layout: Layout, weight_C_M_V: Tensor) -> Iterator[tuple[ParameterGroup, Words]]:
-    for matrix, rows in enumerate(layout.token_rows):
-        yield rows.group, Words(rows, weight_C_M_V[:, matrix])
+    def _touched(self, start: int, length: int) -> tuple[slice, slice, int]:
+        """Of `length` values from `start` on: which lie in rows; in which; how many of its first row come before."""
+        first, width = self.rows.start, self.rows.width
+        begin = max(start, first)
+        end = max(begin, min(start + length, self.rows.stop))
+        touched = slice((begin - first) // width, -(-(end - first) // width))
+        return slice(begin - start, end - start), touched, (begin - first) % width
+
+
+def _words(layout: Layout, plan: Plan) -> Iterator[tuple[ParameterGroup, Words]]:
+    if plan.token_weight_C_M_V is not None:
+        most = plan.row_most_M_V
+        for matrix, rows in enumerate(layout.token_rows):
+            yield rows.group, Words(rows, plan.token_weight_C_M_V[:, matrix], None if most is None else most[matrix])
 
 
 class StreamingSum:
@@ -133,7 +158,7 @@ class StreamingSum:
         weighed = [plan.weight_C_G * stream_C_G for stream_C_G in plan.streams.values()]
         largest_C_G = torch.stack([factor_C_G, *weighed]).abs().amax(0)
         self._largest = dict(zip(plan.clients, largest_C_G.tolist(), strict=True))
-        self._words = {} if plan.token_weight_C_M_V is None else dict(_words(layout, plan.token_weight_C_M_V))
+        self._words = dict(_words(layout, plan))
         self._norm = {client: norms[client].tolist() for client in plan.clients}
         self._centred = {layer for layer, softmax in enumerate(layout.softmax_L) if softmax and plan.centred}
         self._planned = dict(zip(layout.groups, plan.weight_C_G.double().sum(dim=0).tolist(), strict=True))
@@ -301,7 +326,11 @@ class StreamingSum:
             self._stacks[group].add(self._turn[client], self._factor[client][column], packed)
             return
         words = self._words.get(group)
-        weight_V = words.weight_V(self._turn[client]) * self._stretch[client][column] if words else None
+        stretch = self._stretch[client][column]
+        weight_V = words.weight_V(self._turn[client]) * stretch if words else None
+        if words and weight_V is not None:
+            shorter_V = words.shorter_V(chunks or self._chunks(packed), stretch)
+            weight_V = weight_V if shorter_V is None else weight_V * shorter_V
         targets = [(self._sums, self._factor[client][column])]
         targets += [(sums, self._streams[name][client][column]) for name, sums in self._stream_sums.items()]
         for sums, _ in targets:

@@ -1,12 +1,13 @@
 """Sums that one hostile site cannot decide: shares capped, norms clipped, or a rule that outvotes it.
 
-    share     b_c ≤ max(share, 1 / holders), the excess to the others in proportion                              [O]
+    share     b_c ≤ min(share, ratio / holders), the rest to the others          Portnoy et al. 2020, arXiv 2004.04986
     clip      Δ_c ← Δ_c · min(1, clip · median_holders ‖Δ‖ / ‖Δ_c‖)          Sun et al. 2019, arXiv 1911.07963
     centered  v ← v + mean_c (Δ_c − v) · min(1, radius / ‖Δ_c − v‖)          Karimireddy et al. 2021, arXiv 2012.10333
     trimmed   the mean without the largest and smallest values, one by one    Yin et al. 2018, arXiv 1803.01498
     median    value by value                                                  Yin et al. 2018
     krum      the update nearest to its neighbours                            Blanchard et al. 2017, arXiv 1703.02757
-    against   a client of which a part's median cosine with the others is below -0.15 is left out                   [O]
+    row       of a token that fewer than three met: ‖Δ_c‖ ≤ median_holders ‖Δ‖ / √(tokens met)                       [O]
+    against   a client of which a part's median cosine with the others is below -0.08 is left out                   [O]
 
 All of it group by group over a group's holders: the clients with weight in the plan whose update is not zero, for the
 zeros of those who do not hold an expert are no vote. Capping and clipping change a plan (`guarded`). The four rules
@@ -23,6 +24,7 @@ that they mean the same in all groups and models. Values are those of Flower's o
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -38,8 +40,8 @@ from fedalign.maths.routing import cap_weights
 from fedalign.maths.sketch import Sketch
 from fedalign.protocol import Layout, Packed, ParameterGroup, Plan, Robust, Update, Weights
 
-AGAINST = 0.15  # three and a half standard errors of a sketched cosine: unrelated updates are not against each other
-DIRECTION_WIDTH = 512
+DIRECTION_WIDTH = 1024
+AGAINST = 0.08  # 3.5 standard errors of the mean of two sketched cosines: unrelated updates are not opposite
 PARTS = (("embeddings", "head"), ("shared",), ("expert", "gate"))  # kinds whose directions are compared together
 FEW = 3  # holders: of fewer, a liar is half or all, and a median of their norms tells nothing
 
@@ -49,45 +51,68 @@ def holders(plan: Plan, norm_C_G: Tensor) -> Tensor:
     return (plan.weight_C_G > 0) & (norm_C_G > 0)
 
 
-def guarded(plan: Plan, norm_C_G: Tensor, layout: Layout, max_share: float, clip: float) -> Plan:
-    """The plan with shares capped and updates clipped; what it wants of whom stays the same.
+def guarded(
+    plan: Plan, norm_C_G: Tensor, layout: Layout, max_share: float, max_share_ratio: float, clip: float
+) -> Plan:
+    """The plan with shares capped, updates clipped and rare rows bounded; what it wants of whom stays the same.
 
     Args:
         plan: the algorithm's.
         norm_C_G: the norms that clients reported, [C, G].
         layout: the model's groups.
-        max_share: no client counts for more in a group, or in a token's row; but a group of n clients has 1/n at least.
+        max_share: no client counts for more in a group, or in a token's row.
+        max_share_ratio: nor for more than so many times 1/n of n holders; but 1/n it may have.
         clip: length that an update may have, in medians; see `typical_norms`.
     """
     factor_C_G = torch.ones_like(plan.weight_C_G) if plan.factor_C_G is None else plan.factor_C_G
     length_C_G = (norm_C_G.double() * factor_C_G.double().abs()).float()
     most_G = clip * typical_norms(length_C_G, holders(plan, norm_C_G), layout)
     shorter_C_G = torch.where(length_C_G > most_G, most_G / length_C_G, 1.0)
-    weight_C_G = capped(plan.weight_C_G, max_share)
+    weight_C_G = capped(plan.weight_C_G, max_share, max_share_ratio)
     kept_C_G = (plan.weight_C_G / weight_C_G).nan_to_num()  # a stream counts as the algorithm had it: weight x stream
-    tokens = plan.token_weight_C_M_V
-    return replace(
+    new = replace(
         plan,
         weight_C_G=weight_C_G,
-        token_weight_C_M_V=None if tokens is None else _row_weights(tokens, plan.weight_C_G > 0, layout, max_share),
         factor_C_G=factor_C_G * shorter_C_G,
         streams={name: stream_C_G * shorter_C_G * kept_C_G for name, stream_C_G in plan.streams.items()},
     )
+    if plan.token_weight_C_M_V is None:
+        return new
+    of_group = [layout.groups.index(rows.group) for rows in layout.token_rows]
+    held_C_M, length_C_M = holders(plan, norm_C_G)[:, of_group], length_C_G[:, of_group]
+    met_C_M_V = plan.token_weight_C_M_V > 0 if plan.met_C_M_V is None else plan.met_C_M_V
+    token_weight_C_M_V = capped(plan.token_weight_C_M_V, max_share, max_share_ratio)
+    return replace(
+        new,
+        token_weight_C_M_V=_row_weights(token_weight_C_M_V, met_C_M_V, plan.weight_C_G[:, of_group] > 0),
+        row_most_M_V=_row_lengths(length_C_M, held_C_M, met_C_M_V),
+    )
 
 
-def _row_weights(weight_C_M_V: Tensor, held_C_G: Tensor, layout: Layout, most: float) -> Tensor:
-    """Weights of token rows, capped. Of a row that one client alone met all holders of its group have the same weight.
+def _row_weights(weight_C_M_V: Tensor, met_C_M_V: Tensor, wanted_C_M: Tensor) -> Tensor:
+    """Weights of token rows; of a row that one client alone met all who are wanted have the same weight.
 
     So nobody owns a word, and what a client claims of its data makes no word of its own count for more.
     """
-    alike_C_G = held_C_G / held_C_G.sum(0).clamp_min(1)
-    of_group = [layout.groups.index(rows.group) for rows in layout.token_rows]
-    alone_1_M_V = (weight_C_M_V > 0).sum(0, keepdim=True) == 1
-    return torch.where(alone_1_M_V, alike_C_G[:, of_group].unsqueeze(-1), capped(weight_C_M_V, most))
+    alike_C_M = wanted_C_M / wanted_C_M.sum(0).clamp_min(1)
+    alone_1_M_V = met_C_M_V.sum(0, keepdim=True) == 1
+    return torch.where(alone_1_M_V, alike_C_M.unsqueeze(-1), weight_C_M_V)
 
 
-def capped(weight_C_X: Tensor, most: float) -> Tensor:
-    """Weights of which none exceeds max(most, 1 / holders); the excess goes to other holders in proportion.
+def _row_lengths(length_C_M: Tensor, held_C_M: Tensor, met_C_M_V: Tensor) -> Tensor:
+    """Lengths that rows may have, [M, V]: of tokens that few met, what a row that it met moved with the median holder.
+
+    That is a mean square, of the length of all rows that count and their number, which a client can claim as it likes;
+    but it is not the median of many. Other rows may have any length: their holders outvote each other.
+    """
+    row_C_M = length_C_M / met_C_M_V.sum(-1).clamp_min(1).sqrt()
+    typical_M = row_C_M.masked_fill(~held_C_M, torch.nan).nanmedian(dim=0).values
+    few_M_V = (met_C_M_V.sum(0) < FEW) & (held_C_M.sum(0) >= FEW).unsqueeze(-1)
+    return torch.where(few_M_V, typical_M.unsqueeze(-1), torch.inf)
+
+
+def capped(weight_C_X: Tensor, share: float, ratio: float = math.inf) -> Tensor:
+    """Weights, none above min(share, ratio / holders) or, if more, 1 / holders; the rest to others in proportion.
 
     >>> capped(torch.tensor([[0.9, 0.8, 1.0], [0.06, 0.2, 0.0], [0.04, 0.0, 0.0]]), 0.5)
     tensor([[0.5000, 0.5000, 1.0000],
@@ -95,7 +120,8 @@ def capped(weight_C_X: Tensor, most: float) -> Tensor:
             [0.2000, 0.0000, 0.0000]])
     """
     held_C_X = weight_C_X > 0
-    return torch.where(held_C_X, cap_weights(weight_C_X, most, held_C_X), 0.0)
+    most_X = (ratio / held_C_X.sum(0).clamp_min(1).double()).clamp_max(share)
+    return torch.where(held_C_X, cap_weights(weight_C_X, most_X, held_C_X), 0.0)
 
 
 def typical_norms(norm_C_G: Tensor, held_C_G: Tensor, layout: Layout) -> Tensor:
@@ -119,6 +145,15 @@ def typical_norms(norm_C_G: Tensor, held_C_G: Tensor, layout: Layout) -> Tensor:
                 elif holders_G[column] < 2:
                     median_G[column] = torch.inf
     return median_G
+
+
+def liars(clients: int, share: float) -> int:
+    """How many of so many clients can be told to lie, one at least; if more disagree, nobody tells who is right.
+
+    >>> liars(4, 0.3), liars(10, 0.3)
+    (1, 3)
+    """
+    return max(1, int(share * clients))
 
 
 class Directions:
@@ -159,7 +194,7 @@ class Directions:
             cosine_C_C = (unit_C_S @ unit_C_S.T).fill_diagonal_(torch.nan)
             median_C = cosine_C_C.nanquantile(0.5, dim=1)  # of an even number the mean of the middle two
             opposite = {client: cos for client, cos in zip(moved, median_C.tolist(), strict=True) if cos < -AGAINST}
-            if len(opposite) <= max(1, int(share * len(moved))):
+            if len(opposite) <= liars(len(moved), share):
                 found |= {client: min(cos, found.get(client, cos)) for client, cos in opposite.items()}
         return found
 
@@ -282,7 +317,13 @@ class HolderSum(StreamingSum):
         values = torch.cat([chunk.clone() for _, chunk in self._chunks(packed)])
         if common is not None:
             values -= common
-        return values.mul_(self._stretch[client][self._column[group]])
+        values.mul_(self._stretch[client][self._column[group]])
+        if words := self._words.get(group):
+            shorter_V = words.shorter_V([(0, values)], 1.0)
+            if shorter_V is not None:
+                rows = words.rows
+                values[rows.start : rows.stop].view(rows.tokens, rows.width).mul_(shorter_V.unsqueeze(1))
+        return values
 
     def _held(self, client: str, group: ParameterGroup) -> Tensor | None:
         """Boolean [N]: which of its values a client holds, token by token; None: all of them."""

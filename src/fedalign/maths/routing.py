@@ -103,8 +103,8 @@ def consistency_weights(score_C_E: Tensor, held_C_E: Tensor | None = None) -> Te
     return score_C_E / score_C_E.sum(dim=0)
 
 
-def cap_weights(weight_C_E: Tensor, max_weight: float, held_C_E: Tensor | None = None) -> Tensor:
-    """Weights of which none exceeds `max_weight`: scores are self-reported, no client may own a column [O].
+def cap_weights(weight_C_E: Tensor, max_weight: float | Tensor, held_C_E: Tensor | None = None) -> Tensor:
+    """Weights of which none exceeds `max_weight` (of each column, or of all): no client may own what it reports on [O].
 
     The excess goes to the other holders in proportion to their weights (equally if those are all zero), until none
     is above the cap. Where the cap cannot be kept (max_weight · holders < 1) the column is uniform over its holders,
@@ -125,7 +125,7 @@ def cap_weights(weight_C_E: Tensor, max_weight: float, held_C_E: Tensor | None =
         if not above_C_E.any():  # at most 1 / max_weight turns: each caps one more client of a column
             break
         capped_C_E |= above_C_E
-    result_C_E = spread_C_E.masked_fill(capped_C_E, max_weight).where(feasible_E, uniform_C_E)
+    result_C_E = torch.where(capped_C_E, max_weight, spread_C_E).where(feasible_E, uniform_C_E)
     return result_C_E.to(dtype)
 
 

@@ -23,7 +23,7 @@ from fedalign.config.run import Config
 from fedalign.errors import UserError
 from fedalign.maths.average import Average, StreamingSum
 from fedalign.maths.heap import Heap
-from fedalign.maths.robust import Directions, guarded, make_sum
+from fedalign.maths.robust import Directions, guarded, liars, make_sum
 from fedalign.maths.rounding import broadcast_dtype, pack
 from fedalign.maths.server_step import server_step
 from fedalign.protocol import (
@@ -68,6 +68,8 @@ from fedalign.server.scores import (
 
 CENTER = "center."  # names of the last round's update among the moments
 PATIENCE = 2  # rounds in which a site may announce an update and deliver none that can be used
+MEMORY = 10  # rounds for which a site counts for nothing whose update was opposite: later ones may not tell it
+OPPOSITE = "a part of its update was opposite to the others'"
 
 
 class Observer(Protocol):
@@ -177,8 +179,8 @@ class Server:
             trained = time.perf_counter()
             state = self._scored(state, state.pending, scores, all_asked=len(chosen) == len(members))
             started += time.perf_counter() - trained  # saving the round before is no part of this one
-        reports, on_trial = self._on_trial(state, reports)
-        left_out: list[Failure] = []
+        reports, silent, left_out = self._on_trial(state, reports)
+        on_trial = [*(report.client for report in silent), *(failure.client for failure in left_out)]
         while True:
             directions = self._directions(number, len(reports))
             plan, total, lost, refused = self._sum(state, reports, number, len(members), directions)
@@ -189,7 +191,7 @@ class Server:
             names = {failure.client for failure in out}
             reports = [report for report in reports if report.client not in names]
         self.observer.planned(number, reports, plan, self.layout)
-        failures += [*lost, *left_out, *self._try(on_trial, number)]
+        failures += [*lost, *left_out, *self._try(silent, number)]
         share = self.config.server.min_arrived
         summed = total.result(state.weights, share)
         weights, moments = self._optimise(state, summed, plan, reports)
@@ -204,7 +206,7 @@ class Server:
             **describe_plan(plan, self.layout, traffic, len(total.unchanged(share))),
             "clients": [report.client for report in reports],
             "failures": self._named(failures),
-            **({"on_trial": [report.client for report in on_trial]} if on_trial else {}),
+            **({"on_trial": on_trial} if on_trial else {}),
             "round_seconds": time.perf_counter() - started,
         }
         after = replace(state, round=number, weights=weights, algorithm=algorithm_state, moments=moments)
@@ -234,7 +236,8 @@ class Server:
         if self.config.robust == "none":
             return plan
         norm_C_G = torch.stack([report.norm_G for report in reports])
-        return guarded(plan, norm_C_G, self.layout, self.config.server.max_share, self.config.server.clip)
+        options = self.config.server
+        return guarded(plan, norm_C_G, self.layout, options.max_share, options.max_share_ratio, options.clip)
 
     def _center(self, old: Weights, summed: Weights) -> State:
         """The centre around which the next round clips: the summed update of each group that changed."""
@@ -246,29 +249,40 @@ class Server:
             if summed[group] is not old[group]
         }
 
-    def _on_trial(self, state: ServerState, reports: list[Statistics]) -> tuple[list[Statistics], list[Statistics]]:
-        """Reports that count, and those of clients that lately delivered nothing of what they announced."""
-        if self.config.robust == "none":
-            return reports, []
-        silent = {report.client for report in reports if undelivered(state.history, report.client) >= PATIENCE}
-        heard = [report for report in reports if report.client not in silent]
-        if len(heard) < self.config.server.min_clients:  # more likely it is the network
-            return reports, []
-        return heard, [report for report in reports if report.client in silent]
+    def _on_trial(
+        self, state: ServerState, reports: Sequence[Statistics]
+    ) -> tuple[list[Statistics], list[Statistics], list[Failure]]:
+        """Reports that count, those of clients that lately delivered nothing, and who else is not heard, and why.
 
-    def _try(self, on_trial: Sequence[Statistics], number: int) -> list[Failure]:
-        """Ask those whose word counts for nothing for one group of their update: does it come as announced?"""
-        if not on_trial:
+        Not heard are those whose update was opposite a while ago, unless they are more than can be told to lie.
+        """
+        if self.config.robust == "none":
+            return list(reports), [], []
+        opposite = {report.client: when for report in reports if (when := opposed(state.history, report.client))}
+        if len(opposite) > liars(len(reports), self.config.server.hostile):
+            opposite = {}
+        rest = [report for report in reports if report.client not in opposite]
+        silent = [report for report in rest if undelivered(state.history, report.client) >= PATIENCE]
+        heard = [report for report in rest if undelivered(state.history, report.client) < PATIENCE]
+        if len(heard) < self.config.server.min_clients:  # more likely it is the network
+            return list(reports), [], []
+        reason = "its word counts for nothing for {} rounds: " + OPPOSITE + " in round {}"
+        told = [Failure(name, "train", reason.format(MEMORY, when)) for name, when in opposite.items()]
+        return heard, silent, told
+
+    def _try(self, silent: Sequence[Statistics], number: int) -> list[Failure]:
+        """Ask those who delivered nothing for one group of their update: does it come as announced?"""
+        if not silent:
             return []
-        weight_C_G = torch.zeros(len(on_trial), len(self.layout.groups))
+        weight_C_G = torch.zeros(len(silent), len(self.layout.groups))
         weight_C_G[:, next(i for i, group in enumerate(self.layout.groups) if self.layout.sizes[group])] = 1
-        trial = Plan(tuple(report.client for report in on_trial), weight_C_G / len(on_trial))
-        norms = {report.client: report.norm_G for report in on_trial}
+        trial = Plan(tuple(report.client for report in silent), weight_C_G / len(silent))
+        norms = {report.client: report.norm_G for report in silent}
         ignored = StreamingSum(self.layout, trial, norms, self.config.wire.dtype)
         counted = ToldSum(ignored, number, lambda: None)
         reason = f"its word counts for nothing until it delivers: {PATIENCE} times no update of it could be used"
         return [
-            *(Failure(report.client, "train", reason) for report in on_trial),
+            *(Failure(report.client, "train", reason) for report in silent),
             *self.federation.collect(trial.requests(number, self.layout), counted),
         ]
 
@@ -361,9 +375,7 @@ class Server:
 
         Nobody is, where that would be most of them, or leave too few.
         """
-        reason = (
-            "a part of its update is opposite to the others', by a median cosine of {:.2f}: summed again without it"
-        )
+        reason = OPPOSITE + ", by a median cosine of {:.2f}: summed again without it"
         opposite = directions.against(self.config.server.hostile)
         out = [*(Failure(client, "update", reason.format(cos)) for client, cos in opposite.items()), *refused]
         left = len(reports) - len(out)
@@ -487,6 +499,20 @@ def undelivered(history: Sequence[Metrics], client: str) -> int:
         elif client in (*past.get("clients", ()), *past.get("on_trial", ())):
             break
     return times
+
+
+def opposed(history: Sequence[Metrics], client: str) -> int:
+    """The last of the `MEMORY` latest rounds in which a client's update was found opposite to the others'; 0: none.
+
+    >>> said = {"client": "a", "stage": "update", "reason": OPPOSITE}
+    >>> opposed([{"round": 0}, {"round": 1, "failures": [said]}, {"round": 2}], "a")
+    1
+    """
+    for past in reversed(history[-MEMORY:]):
+        faults = [f for f in past.get("failures", ()) if (f["client"], f["stage"]) == (client, "update")]
+        if any(fault["reason"].startswith(OPPOSITE) for fault in faults):
+            return int(past["round"])
+    return 0
 
 
 def select(members: Sequence[str], share: float, seed: int, round: int) -> list[str]:
