@@ -12,7 +12,7 @@ from fedalign.client.open import open_site
 from fedalign.config.site import SiteFolder
 from fedalign.config.toml import read_config
 from fedalign.errors import UserError
-from fedalign.federation.flower.launch import end
+from fedalign.federation.flower.offspring import MARK, end_all
 from fedalign.federation.flower.programs import check_plaintext, environment, free_port, require_flower
 from fedalign.federation.flower.warm import serve
 from fedalign.federation.service import Service, log_to_stderr
@@ -62,9 +62,11 @@ def _supernode(folder: SiteFolder) -> Iterator[threading.Event]:
     """Flower's SuperNode beside this process; the event is set, and this process interrupted, if it ends first."""
     home = folder.path / "flower"
     home.mkdir(exist_ok=True)
+    mark = str(home)
+    end_all(mark)  # what a trainer that was killed has left
     process = subprocess.Popen(
         folder.supernode_command(free_port()),
-        env=environment(home),
+        env={**environment(home), MARK: mark},
         start_new_session=True,
     )
     ended, closing = threading.Event(), threading.Event()
@@ -80,7 +82,7 @@ def _supernode(folder: SiteFolder) -> Iterator[threading.Event]:
         yield ended
     finally:
         closing.set()
-        end(process)
+        end_all(mark)
 
 
 @contextlib.contextmanager
