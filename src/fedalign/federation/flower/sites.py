@@ -112,7 +112,7 @@ class FlowerFederation:
         pause: seconds between two looks at what has arrived, at most.
     """
 
-    def __init__(self, link: Link, policy: FederationConfig, agreement: Agreement, pause: float = 1.0) -> None:
+    def __init__(self, link: Link, policy: FederationConfig, agreement: Agreement, pause: float = 0.5) -> None:
         self.link = link
         self.policy = policy
         self.agreement = agreement
