@@ -47,7 +47,7 @@ def test_nothing_goes_on_after_a_killed_coordinator_and_after_ctrl_c(olmoe: Path
         killed = time.monotonic()
         assert command.finish(60) == 2, command.said
         assert time.monotonic() - killed < 30  # Flower alone takes a minute
-        assert f"the coordinator (process {coordinator}) was killed. Complete rounds are kept" in command.said
+        assert f"the coordinator (process {coordinator}) has ended without a word, killed or stopped" in command.said
         assert marked(mark) == []
 
     with Command(["run", "--resume", run.path], tmp_path / "log", environment) as command:

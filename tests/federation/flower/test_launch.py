@@ -104,9 +104,7 @@ def test_a_killed_coordinator_is_noticed_by_its_lock(
 
     with monkeypatch.context() as patched:
         patched.setattr(time, "sleep", look)
-        with pytest.raises(
-            UserError, match=rf"\(process {process.pid}\) was killed.*go on with: fedalign run --resume"
-        ):
+        with pytest.raises(UserError, match=rf"\(process {process.pid}\) has ended.*go on with: fedalign run --resume"):
             watch(tmp_path, Superlink())
 
 

@@ -156,7 +156,7 @@ def watch_run(
             raise UserError(status.error)
         reason = None
         if seen and not alive and status.state == "running":  # a file system without locks never shows it alive
-            reason = f"the coordinator (process {status.pid}) was killed"
+            reason = f"the coordinator (process {status.pid}) has ended without a word, killed or stopped"
         elif time.monotonic() - heard > SILENCE:
             heard = time.monotonic()
             reason = None if is_running(folder.path) else flower.ended(run_id)
