@@ -1,20 +1,23 @@
 """What a round costs beside training: a deployment on loopback, cold and warm, against the in-process engine.
 
 Three sites hold a handful of short examples and a tiny model, so that training takes next to nothing, and what is left
-of a round is overhead: three messages to each site (train, update, evaluate). What it is made of is measured beside it:
-a bare Flower round trip to an empty ClientApp (wait for the SuperNode's next look, which comes every 3 s, and the start
-of a process), the imports that our ClientApp adds for an update and for training, and loading the model.
+of a round is overhead: the messages to each site. What it is made of is measured beside it: a bare Flower round trip to
+an empty ClientApp (wait for the SuperNode's next look, which comes every 3 s, and the start of a process), the imports
+that our ClientApp adds for an update and for training, and loading the model. A warm site is one under `fedalign site
+serve`; a round of warm sites should take no longer than two bare messages and 3 s.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import tomli_w
@@ -114,28 +117,40 @@ def deployed(loopback: Loopback, folder: Path, config: Path, rounds: int) -> lis
     """Rounds of a deployment, cold and warm, and a bare round trip."""
     assert loopback.certificates is not None
     reach = (f"federation.superlink={loopback.address}", f"federation.root_certificates={loopback.certificates.ca}")
+    link = {"superlink": loopback.address, "root_certificates": str(loopback.certificates.ca)}
     for site in SITES:
+        with (folder / site / "site.toml").open("a") as file:
+            file.write(tomli_w.dumps({"coordinator": link}))
         loopback.start_supernode(site, {"site": str(folder / site / "site.toml")}, key=folder / site / "key")
     rows = [("bare Flower: one message to each site and back, no app", bare(loopback, folder, rounds))]
     rows.append(("round, deployment, cold sites", run(config, folder / "cold", *reach)))
-    trainers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "fedalign", "site", "serve", str(folder / site), "--trainer-only"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for site in SITES
-    ]
-    try:
-        while not all((folder / site / "trainer.json").exists() for site in SITES):
-            time.sleep(0.2)
+    for site in SITES:
+        loopback.terminate(site)
+    with contextlib.ExitStack() as ending:
+        for site in SITES:
+            ending.enter_context(served(folder / site))
+        loopback.wait(lambda: all(connected(folder / site) for site in SITES), "the sites to be ready")
         rows.append(("round, deployment, warm sites", run(config, folder / "warm", *reach)))
-    finally:
-        for trainer in trainers:
-            trainer.terminate()
-        for trainer in trainers:
-            trainer.wait()
     return rows
+
+
+@contextlib.contextmanager
+def served(site: Path) -> Iterator[None]:
+    """A site on duty."""
+    with (site / "served.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fedalign", "site", "serve", str(site)], stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def connected(site: Path) -> bool:
+    """Whether its trainer is ready and its SuperNode is known to the SuperLink."""
+    return (site / "trainer.json").exists() and "SuperNode ID" in (site / "served.log").read_text()
 
 
 def bare(loopback: Loopback, folder: Path, times: int) -> float:

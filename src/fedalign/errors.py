@@ -21,6 +21,7 @@ class Stopped(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.code = 128 + number  # what a shell calls it
+        self.lost_terminal = number == signal.SIGHUP  # nobody asked for an end
 
 
 class TrainingFailedError(Exception):

@@ -26,6 +26,7 @@ from tests.conftest import rows, write_jsonl
 
 PATIENCE = 420  # seconds for a whole run on a busy machine
 SITES = ("north", "south", "west")
+READY = "fedalign.federation.flower.ready"  # whose forks are the ClientApps of a site that is served
 LABELS = sorted({row["label"] for row in rows()})
 OPEN = {"seed": 0, "held_out": 0.2, "min_train": 2, "min_held_out": 1}  # draws as one process does, of few rows
 MEASURED = ("seconds", "versions")  # what a clock measured, or what differs by installation
@@ -264,7 +265,9 @@ class Deployment:
         found = []
         for pid in self.loopback.processes(site):
             with suppress(psutil.NoSuchProcess):
-                if any(word.endswith("/flwr-clientapp") for word in psutil.Process(pid).cmdline()):
+                process = psutil.Process(pid)
+                forked = READY in process.cmdline() and READY in psutil.Process(process.ppid()).cmdline()
+                if forked or any(word.endswith("/flwr-clientapp") for word in process.cmdline()):
                     found.append(pid)
         return found
 

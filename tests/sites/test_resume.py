@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fedalign.federation.flower.status import is_running
 from tests.sites.conftest import Deployment, Run, deployed, merged, on_one_machine, settings
 
 pytestmark = pytest.mark.sites
@@ -94,15 +95,14 @@ def test_who_watches_killed_and_the_coordinator_goes_on(deployment: Deployment, 
     assert_whole(run, whole, again.said)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_lost_terminal_does_not_end_the_run(deployment: Deployment, whole: Run, number: int, code: int) -> None:
-    with deployment.started(f"terminal-{code}") as (run, command):
+def test_a_lost_terminal_does_not_end_the_run(deployment: Deployment, whole: Run) -> None:
+    with deployment.started("terminal") as (run, command):
         command.wait(lambda: run.reached(1, "training", 0), "round 1 has begun")
         with deployment.command("run", "--resume", run.path) as second:  # it is watched already
             assert second.finish() == 2, second.said
             assert f"a run is at work there (process {command.process.pid} on" in second.said
-        os.kill(command.process.pid, number)
-        assert command.finish(60) == code, command.said
+        os.kill(command.process.pid, signal.SIGHUP)
+        assert command.finish(60) == 129, command.said
         assert f"The run goes on at the SuperLink; go on with: fedalign run --resume {run.path}" in (command.said)
     coordinator = run.status["pid"]
     with deployment.command("run", federation_file(run), "--out", run.path, "--overwrite") as anew:
@@ -118,12 +118,18 @@ def federation_file(run: Run) -> Path:
     return run.path / "flower" / "federation.toml"
 
 
-def test_ctrl_c_stops_the_run_and_it_can_be_resumed(deployment: Deployment, whole: Run) -> None:
-    with deployment.started("interrupted") as (run, command):
+@pytest.mark.parametrize(
+    ("number", "code", "told"), [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Ended by SIGTERM")]
+)
+def test_who_is_asked_to_end_stops_the_run_and_it_can_be_resumed(
+    deployment: Deployment, whole: Run, number: int, code: int, told: str
+) -> None:
+    with deployment.started(f"asked-{code}") as (run, command):
         command.wait(lambda: run.rounds == [0, 1], "round 1 is complete")
-        os.kill(command.process.pid, signal.SIGINT)
-        assert command.finish(60) == 130, command.said
-        assert f"Interrupted. Complete rounds are kept; go on with: fedalign run --resume {run.path}" in command.said
+        os.kill(command.process.pid, number)
+        assert command.finish(60) == code, command.said
+        assert f"{told}. Complete rounds are kept; go on with: fedalign run --resume {run.path}" in command.said
+        assert not is_running(run.path)  # the coordinator's process has ended, too
     flower_run = (run.path / "flower" / "run-id").read_text()
     assert status_of(deployment, flower_run) == "finished:stopped"
     assert_whole(run, whole, deployment.resume(run))

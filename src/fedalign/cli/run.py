@@ -215,7 +215,7 @@ def _watched(
         say(f"\nInterrupted. Complete rounds are kept; {again}", console)
         raise
     except Stopped as stop:
-        say(f"\nEnded by {stop}. {_left(settings)}; {again}", console)
+        say(f"\nEnded by {stop}. {_left(settings, stop)}; {again}", console)
         raise
     except Exception as error:
         told = trouble(error)
@@ -246,9 +246,9 @@ def _held(folder: RunFolder, settings: Config, how: Beginning) -> Iterator[None]
             yield
 
 
-def _left(settings: Config) -> str:
-    """A line on the state of a run whose process was asked to end."""
-    on_its_own = settings.federation.engine == "flower"
+def _left(settings: Config, stop: Stopped) -> str:
+    """A line on the state of a run whose process was asked to end, or lost its terminal."""
+    on_its_own = settings.federation.engine == "flower" and stop.lost_terminal
     return "The run goes on at the SuperLink" if on_its_own else "Complete rounds are kept"
 
 

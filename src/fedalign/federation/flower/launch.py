@@ -1,7 +1,8 @@
 """`fedalign run` with a Flower engine: hand a thin app to the SuperLink, then watch the run folder.
 
 The app is two lines that name our ServerApp and ClientApp; sites install the package. The SuperLink starts the
-coordinator's process, which goes on if the one that watches is ended by accident: `--resume` watches it again.
+coordinator's process. It ends with the one that watches, but for a deployment whose watcher lost its terminal or was
+killed: there `--resume` watches it again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -22,9 +24,10 @@ import tomli_w
 
 from fedalign.config.run import Config
 from fedalign.data.deal import split_among_clients
-from fedalign.errors import UserError
+from fedalign.errors import Stopped, UserError
+from fedalign.federation.flower.offspring import MARK, end_all
 from fedalign.federation.flower.programs import HOST, ask_flwr, connect, environment, executable, free_port
-from fedalign.federation.flower.status import is_running, read_status
+from fedalign.federation.flower.status import OVER, holder, is_running, read_status
 from fedalign.files import write_text
 from fedalign.server.checkpoint import ServerState
 from fedalign.server.results import RunFolder, read_history
@@ -78,7 +81,7 @@ class Flower:
 
     def stop(self, run_id: str) -> None:
         """End the run, if it is still there to be ended."""
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(UserError, subprocess.TimeoutExpired):
             self._flwr("stop", run_id, CONNECTION)
 
     def _flwr(self, *arguments: str) -> dict[str, Any]:
@@ -90,54 +93,78 @@ def run(config: Config, folder: RunFolder, watch: Observer, tell: Callable[[str]
 
     Raises:
         UserError: The SuperLink cannot be reached, or the run failed; the reason is the coordinator's.
-        KeyboardInterrupt: The run was stopped, complete rounds are kept.
+        KeyboardInterrupt, Stopped: The run was stopped, complete rounds are kept; of a deployment's coordinator that
+            lost its terminal (SIGHUP) the run goes on.
     """
     home = folder.path.absolute() / "flower"
     with superlink(config, home) as flower:
-        if is_running(folder.path):  # the one that watched was ended, the coordinator was not
-            return watch_run(folder, watch, tell, flower, (home / "run-id").read_text(encoding="utf-8"))
-        with contextlib.suppress(FileNotFoundError):  # else sites stay busy with what a dead coordinator asked
-            flower.stop((home / "run-id").read_text(encoding="utf-8"))
-        folder.path.joinpath("status.json").unlink(missing_ok=True)
-        run_id = flower.submit(folder, config)
-        write_text(home / "run-id", run_id)
-        return watch_run(folder, watch, tell, flower, run_id)
+        if not is_running(folder.path):  # else the one that watched was ended, the coordinator was not
+            with contextlib.suppress(FileNotFoundError):  # else sites stay busy with what a dead coordinator asked
+                flower.stop((home / "run-id").read_text(encoding="utf-8"))
+            folder.path.joinpath("status.json").unlink(missing_ok=True)
+            write_text(home / "run-id", flower.submit(folder, config))
+        run_id = (home / "run-id").read_text(encoding="utf-8")
+        try:
+            return watch_run(folder, watch, tell, flower, run_id)
+        except BaseException as error:
+            lost = isinstance(error, Stopped) and error.lost_terminal
+            if config.federation.engine == "flower" and not lost:  # a simulation ends with its SuperLink
+                stop_coordinator(folder.path, flower, run_id)
+            raise
+
+
+def stop_coordinator(folder: Path, flower: Flower, run_id: str, patience: float = 5.0) -> None:
+    """End a run that is not over, and its coordinator's process if that does not go within some seconds."""
+    if read_status(folder).state in OVER and not is_running(folder):
+        return
+    flower.stop(run_id)
+    for how in (None, signal.SIGTERM, signal.SIGKILL):
+        pid = holder(folder)
+        if pid is not None and how is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, how)
+        deadline = time.monotonic() + patience
+        while is_running(folder) and time.monotonic() < deadline:
+            time.sleep(0.1)
 
 
 def watch_run(
     folder: RunFolder, watch: Observer, tell: Callable[[str], None], flower: Flower, run_id: str
 ) -> dict[str, Any]:
-    """Show how the run goes until it ends."""
-    shown, heard, last, noted = 0, time.monotonic(), read_status(folder.path), ""
-    try:
-        while True:
-            status = read_status(folder.path)
-            history = read_history(folder)
-            for index in range(shown, len(history)):
-                past = tuple(history[: index + 1])
-                watch.completed(ServerState(int(past[-1]["round"]), {}, {}, past), improved=False)
-            if status.note and status.note != noted:
-                tell(noted := status.note)
-            if status != last or len(history) != shown:
-                heard, last, shown = time.monotonic(), status, len(history)
-                stage = f"{status.stage} ({status.transfer})" if status.transfer else status.stage
-                watch.progress(status.round, stage, status.done, status.total)
-            if status.state == "complete":
-                summary: dict[str, Any] = json.loads(folder.summary.read_text(encoding="utf-8"))
-                return summary
-            if status.state == "failed":
-                raise UserError(status.error)
-            if time.monotonic() - heard > SILENCE:
-                heard = time.monotonic()
-                reason = flower.ended(run_id)
-                if reason and not is_running(folder.path) and read_status(folder.path) == status:
-                    raise UserError(
-                        f"{reason}. Complete rounds are kept; go on with: fedalign run --resume {folder.path}"
-                    )
-            time.sleep(0.5)
-    except KeyboardInterrupt:
-        flower.stop(run_id)
-        raise
+    """Show how the run goes until it ends.
+
+    Raises:
+        UserError: It failed, or its coordinator is no more.
+    """
+    shown, heard, last, noted, seen = 0, time.monotonic(), read_status(folder.path), "", False
+    while True:
+        alive = is_running(folder.path)  # asked before the status, which is written while the folder is held
+        status = read_status(folder.path)
+        history = read_history(folder)
+        for index in range(shown, len(history)):
+            past = tuple(history[: index + 1])
+            watch.completed(ServerState(int(past[-1]["round"]), {}, {}, past), improved=False)
+        if status.note and status.note != noted:
+            tell(noted := status.note)
+        if status != last or len(history) != shown:
+            heard, last, shown = time.monotonic(), status, len(history)
+            stage = f"{status.stage} ({status.transfer})" if status.transfer else status.stage
+            watch.progress(status.round, stage, status.done, status.total)
+        if status.state == "complete":
+            summary: dict[str, Any] = json.loads(folder.summary.read_text(encoding="utf-8"))
+            return summary
+        if status.state == "failed":
+            raise UserError(status.error)
+        reason = None
+        if seen and not alive and status.state == "running":  # a file system without locks never shows it alive
+            reason = f"the coordinator (process {status.pid}) has ended without a word, killed or stopped"
+        elif time.monotonic() - heard > SILENCE:
+            heard = time.monotonic()
+            reason = None if is_running(folder.path) else flower.ended(run_id)
+        if reason and read_status(folder.path) == status:
+            raise UserError(f"{reason}. Complete rounds are kept; go on with: fedalign run --resume {folder.path}")
+        seen = alive
+        time.sleep(0.5)
 
 
 @contextlib.contextmanager
@@ -158,20 +185,23 @@ def superlink(config: Config, home: Path) -> Iterator[Flower]:
     port = free_port()
     address = f"{HOST}:{port}"
     flower = Flower(home, address, None, simulation)
-    with (home / "superlink.log").open("ab") as log:
-        command = [executable("flower-superlink", flower.environment), "--insecure", "--simulation", *NO_INSTALLS]
-        process = subprocess.Popen(
-            [*command, "--host", HOST, "--port", str(port)],
-            env=flower.environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        try:
-            wait_for(address, process)
-            yield flower
-        finally:
-            end(process)
+    mark = str(home)
+    if not is_running(home.parent):
+        end_all(mark)  # what a killed run has left
+    try:
+        with (home / "superlink.log").open("ab") as log:
+            command = [executable("flower-superlink", flower.environment), "--insecure", "--simulation", *NO_INSTALLS]
+            process = subprocess.Popen(
+                [*command, "--host", HOST, "--port", str(port)],
+                env={**flower.environment, MARK: mark},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        wait_for(address, process)
+        yield flower
+    finally:
+        end_all(mark)
 
 
 def wait_for(address: str, process: subprocess.Popen[bytes], seconds: float = 60) -> None:
@@ -187,13 +217,3 @@ def wait_for(address: str, process: subprocess.Popen[bytes], seconds: float = 60
             return
         time.sleep(0.2)
     raise UserError(f"flower-superlink did not start at {address}; see flower/superlink.log in the run's folder")
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and what it started."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=15)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, 9)
-    process.wait()

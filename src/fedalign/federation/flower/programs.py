@@ -16,11 +16,13 @@ import sysconfig
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import tomli_w
+from packaging.requirements import Requirement
 
 from fedalign.errors import UserError
 from fedalign.files import folder_name, write_text
@@ -180,10 +182,10 @@ def is_loopback(address: str) -> bool:
 
 
 def require_flower(engine: str) -> None:
-    """Refuse to start what is not installed.
+    """Refuse to start what is not installed, or in a version that was not tried.
 
     Raises:
-        UserError: Flower, or for a simulation Ray, is missing.
+        UserError: Flower, or for a simulation Ray, is missing, or another Flower is there than is supported.
     """
     needed = {"flwr": "flower"} | ({"ray": "simulation"} if engine == "simulation" else {})
     for module, extra in needed.items():
@@ -191,3 +193,9 @@ def require_flower(engine: str) -> None:
             raise UserError(
                 f"federation.engine = {engine!r}: {module} is not installed. pip install 'fedalign-moe[{extra}]'"
             )
+    with suppress(metadata.PackageNotFoundError):  # without metadata nothing says which fits
+        there = metadata.version("flwr")
+        for requirement in map(Requirement, metadata.requires("fedalign-moe") or ()):
+            if requirement.name == "flwr" and not requirement.specifier.contains(there, prereleases=True):
+                rule = requirement.specifier
+                raise UserError(f"flwr {there} is installed, {rule} is supported. Run: pip install 'flwr{rule}'")

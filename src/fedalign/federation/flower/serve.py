@@ -1,4 +1,4 @@
-"""A site's two processes as one command: the trainer that keeps the model loaded, and Flower's SuperNode."""
+"""A site's processes as one command: the trainer that keeps the model loaded, Flower's SuperNode, and its apps."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from fedalign.client.open import open_site
 from fedalign.config.site import SiteFolder
 from fedalign.config.toml import read_config
 from fedalign.errors import UserError
-from fedalign.federation.flower.launch import end
+from fedalign.federation.flower.offspring import MARK, end_all
 from fedalign.federation.flower.programs import check_plaintext, environment, free_port, require_flower
+from fedalign.federation.flower.ready import ready
 from fedalign.federation.flower.warm import serve
 from fedalign.federation.service import Service, log_to_stderr
 from fedalign.files import LOCK, locked
@@ -62,25 +63,26 @@ def _supernode(folder: SiteFolder) -> Iterator[threading.Event]:
     """Flower's SuperNode beside this process; the event is set, and this process interrupted, if it ends first."""
     home = folder.path / "flower"
     home.mkdir(exist_ok=True)
-    process = subprocess.Popen(
-        folder.supernode_command(free_port()),
-        env=environment(home),
-        start_new_session=True,
-    )
+    mark = str(home)
+    end_all(mark)  # what a trainer that was killed has left
     ended, closing = threading.Event(), threading.Event()
+    with ready({**environment(home), MARK: mark}) as (surroundings, descriptor):
+        process = subprocess.Popen(
+            folder.supernode_command(free_port()), env=surroundings, pass_fds=[descriptor], start_new_session=True
+        )
 
-    def watch() -> None:
-        process.wait()
-        if not closing.is_set():
-            ended.set()
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes a waiting socket
+        def watch() -> None:
+            process.wait()
+            if not closing.is_set():
+                ended.set()
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes a waiting socket
 
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield ended
-    finally:
-        closing.set()
-        end(process)
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield ended
+        finally:
+            closing.set()
+            end_all(mark)
 
 
 @contextlib.contextmanager

@@ -116,7 +116,7 @@ class FlowerFederation:
     """
 
     def __init__(
-        self, link: Link, policy: FederationConfig, agreement: Agreement, cargo: Cargo, pause: float = 1.0
+        self, link: Link, policy: FederationConfig, agreement: Agreement, cargo: Cargo, pause: float = 0.5
     ) -> None:
         self.link = link
         self.policy = policy

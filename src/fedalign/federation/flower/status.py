@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Literal
 from fedalign.files import LOCK, held_by, write_text
 from fedalign.protocol import Layout, Plan, Statistics
 from fedalign.server.checkpoint import ServerState
+
+OVER = ("failed", "complete")
 
 
 @dataclass(frozen=True)
@@ -84,3 +88,9 @@ def read_status(folder: Path) -> Status:
 def is_running(folder: Path) -> bool:
     """Whether a coordinator holds the run folder."""
     return held_by(folder / LOCK) is not None
+
+
+def holder(folder: Path) -> int | None:
+    """The pid of the coordinator that holds the run folder, if it is on this machine."""
+    found = re.fullmatch(r"process (\d+) on (.*)", held_by(folder / LOCK) or "")
+    return int(found[1]) if found and found[2] == socket.gethostname() else None
