@@ -46,7 +46,8 @@ def payload(layout: Layout, dtype: WireDtype, seed: int) -> tuple[dict[Parameter
     groups, norms = {}, []
     for group in layout.groups:
         values = torch.randn(layout.sizes[group], generator=generator)
-        groups[group] = pack(values, dtype, seed)
+        if layout.sizes[group]:
+            groups[group] = pack(values, dtype, seed)
         norms.append(float(values.norm()))
     return groups, torch.tensor(norms)
 

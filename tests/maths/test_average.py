@@ -450,3 +450,27 @@ def test_centring_is_the_same_in_streams() -> None:
     new, stream = moved(total), total.streams()["twice"]
     for row in ROWS:
         assert_close(stream[row], 2 * new[row], atol=1e-5, rtol=1e-5)
+
+
+def test_threads_never_wait_for_each_other_in_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates = [update_of("a", 0), update_of("b", 1)]
+    total = StreamingSum(LAYOUT, plan_of([0.5, 0.0, 0.5], [0.5, 0.0, 0.5]), norms_of(updates), "float32")
+    seen, norm, before = [], torch.linalg.vector_norm, torch.get_num_threads()
+
+    def watched(values: Tensor) -> Tensor:
+        seen.append(torch.get_num_threads())
+        if len(seen) > 5:
+            raise MemoryError
+        return norm(values)
+
+    monkeypatch.setattr(module.torch.linalg, "vector_norm", watched)
+    torch.set_num_threads(2)
+    try:
+        assert total.add(updates[0]) is None
+        assert torch.get_num_threads() == 2
+        with pytest.raises(MemoryError):
+            total.add(updates[1])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1] * 6

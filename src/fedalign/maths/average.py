@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -73,6 +74,21 @@ class Words:
             spread = weight_V[first : last + 1].repeat_interleave(rows.width)
             weights[begin - start : end - start] = spread[skipped : skipped + end - begin]
         return weights
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Meanwhile torch computes in the calling thread alone.
+
+    Sums are as fast as memory, whoever computes them. Threads of a pool wait for each other after each chunk, and on a
+    busy machine for the whole time that others have their cores: that made a sum 20 times as slow.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _words(layout: Layout, weight_C_M_V: Tensor) -> Iterator[tuple[ParameterGroup, Words]]:
@@ -155,16 +171,23 @@ class StreamingSum:
         problem = self._mismatch(update)
         if problem is None:
             self._seen.add(update.client)
-            common: Tensor | None = None  # of the rows of one router, which follow one another
-            for group in self._expected[update.client]:
-                if group.kind != "gate" or group.layer not in self._centred:
-                    common = None
-                elif common is None or group.expert == 0:
-                    common, problem = self._common(update, group.layer)
-                problem = problem or self._add_group(update.client, group, update.groups[group], common)
-                if problem is not None:
-                    break
+            with one_thread():
+                problem = self._add_groups(update)
         return None if problem is None else Failure(update.client, "update", problem)
+
+    def _add_groups(self, update: Update) -> str | None:
+        """Add one group after another, until one cannot be added: why."""
+        common: Tensor | None = None  # of the rows of one router, which follow one another
+        problem: str | None = None
+        for group in self._expected[update.client]:
+            if group.kind != "gate" or group.layer not in self._centred:
+                common = None
+            elif common is None or group.expert == 0:
+                common, problem = self._common(update, group.layer)
+            problem = problem or self._add_group(update.client, group, update.groups[group], common)
+            if problem is not None:
+                return problem
+        return None
 
     def unchanged(self, min_arrived: float = 0.5) -> list[ParameterGroup]:
         """Groups that the plan wanted to change but of which less than `min_arrived` arrived."""
@@ -252,8 +275,8 @@ class StreamingSum:
 
     def _flaw(self, client: str, group: ParameterGroup, packed: Packed, chunks: Iterable[Chunk] = ()) -> str | None:
         """Why a group cannot be added, or None: it is not finite, or longer than claimed. `chunks`: if unpacked."""
-        squares: Iterator[float] = (float(torch.dot(c, c)) for _, c in chunks or self._chunks(packed))
-        norm = math.sqrt(sum(squares))
+        norms = (float(torch.linalg.vector_norm(chunk)) for _, chunk in chunks or self._chunks(packed))
+        norm = math.hypot(*norms)
         column = self._column[group]
         claimed = self._norm[client][column]
         if norm <= claimed * (1 + NORM_SLACK) < math.inf:
