@@ -108,6 +108,7 @@ def estimate_site(bench: Workbench, consent: Consent) -> SiteEstimate:
     statistics = statistics_nbytes(config, layout, consent)
     broadcasts = 2 if config.evaluation.clients and config.clients.held_out else 1  # to train on, and to be scored
     remembered = 4 * layout.layers * layout.experts + (4 * trained * moments(config) * config.training.keep_optimizer)
+    remembered += 4 * trained * config.wire.feeds_back  # what rounding lost
     return SiteEstimate(
         training=training_nbytes(bench),
         loading=bench.moe.saved.before if bench.moe.saved else bench.moe.nbytes,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from fedalign.config.run import Config
 from fedalign.federation.messages import Parcel, encode
-from fedalign.maths.rounding import BLOCK, TORCH_DTYPE
+from fedalign.maths.rounding import TORCH_DTYPE, scales, stored
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import (
     DEALT,
@@ -229,8 +228,9 @@ def _statistics(name: str, layout: Layout, config: Config, consent: Consent) -> 
 
 def _groups(sizes: Mapping[ParameterGroup, int], dtype: WireDtype) -> dict[ParameterGroup, Packed]:
     def packed(values: int) -> Packed:
-        scale = _empty(math.ceil(values / BLOCK)) if dtype == "int8" else None
-        return Packed(_empty(values, dtype=TORCH_DTYPE[dtype]), scale)
+        blocks = scales(values, dtype)
+        scale = None if blocks is None else _empty(blocks)
+        return Packed(_empty(stored(values, dtype), dtype=TORCH_DTYPE[dtype]), scale)
 
     return {group: packed(values) for group, values in sizes.items()}
 

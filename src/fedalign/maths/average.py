@@ -27,15 +27,15 @@ import torch
 from torch import Tensor
 
 from fedalign.maths.low_rank import Stack
-from fedalign.maths.rounding import BLOCK, TORCH_DTYPE, scale_into
+from fedalign.maths.rounding import TORCH_DTYPE, count, scales, stored, unpack_into
 from fedalign.protocol import Failure, Layout, Packed, ParameterGroup, Plan, TokenRows, Update, Weights, WireDtype
 
 Average = Literal["sum", "exact"]
 Chunk = tuple[int, Tensor]  # where it begins, its values
 
-CHUNK = 1 << 20  # values worked on at a time, most groups whole; a multiple of BLOCK
+CHUNK = 1 << 20  # values worked on at a time, most groups whole; a whole number of the wire's blocks
 MOST = 1e15  # length that factors may give an update
-NORM_SLACK = 0.02  # wire rounding may lengthen an update: bfloat16 by 0.4 %, int8 by about 0.2 %
+NORM_SLACK = 0.02  # wire rounding may lengthen an update: bfloat16 by 0.4 %, int8 by about 0.2 %; int4 claims it
 
 
 class Words:
@@ -255,13 +255,15 @@ class StreamingSum:
         values, scale = packed.values, packed.scale
         if values.dtype != TORCH_DTYPE[self._dtype]:
             return f"dtype {values.dtype}, expected {TORCH_DTYPE[self._dtype]}"
-        if values.shape != (size,):
-            return f"shape {list(values.shape)}, expected [{size}]"
-        if (scale is not None) != (self._dtype == "int8"):
+        if values.shape != (stored(size, self._dtype),):
+            return f"shape {list(values.shape)}, expected [{stored(size, self._dtype)}]"
+        blocks = scales(size, self._dtype)
+        if (scale is None) != (blocks is None):
             return f"{'no' if scale is None else 'a'} scale with dtype {values.dtype}"
-        blocks = math.ceil(size / BLOCK)
         if scale is not None and (scale.shape != (blocks,) or scale.dtype != torch.float32):
             return f"scale {scale.dtype} {list(scale.shape)}, expected torch.float32 [{blocks}]"
+        if count(packed) != size:
+            return f"{count(packed)} values, expected {size}"
         return None
 
     def _common(self, update: Update, layer: int) -> tuple[Tensor | None, str | None]:
@@ -289,7 +291,7 @@ class StreamingSum:
     def _add_group(self, client: str, group: ParameterGroup, packed: Packed, common: Tensor | None) -> str | None:
         """Add one group, less `common`, if it is finite and no longer than claimed; else leave the sum alone."""
         column = self._column[group]
-        chunks = list(self._chunks(packed)) if len(packed.values) <= CHUNK else None  # unpack what fits only once
+        chunks = list(self._chunks(packed)) if count(packed) <= CHUNK else None  # unpack what fits only once
         if flaw := self._flaw(client, group, packed, chunks or ()):
             return flaw
         self._arrived[group] += self._weight[client][column]
@@ -331,9 +333,8 @@ class StreamingSum:
             return
         if not len(self._buffer):
             self._buffer = torch.empty(CHUNK)
-        for start in range(0, len(packed.values), CHUNK):
-            values = packed.values[start : start + CHUNK]
-            chunk = self._buffer[: len(values)].copy_(values)
-            if packed.scale is not None:
-                scale_into(chunk, packed.scale[start // BLOCK : math.ceil((start + len(values)) / BLOCK)])
+        size = count(packed)
+        for start in range(0, size, CHUNK):
+            chunk = self._buffer[: min(CHUNK, size - start)]
+            unpack_into(chunk, packed, start)
             yield start, chunk
