@@ -6,6 +6,9 @@ twice (all of a group is checked before any of it is added), reads the sum and w
 copy moves 8). `add` is the bare `sum.add_(update)` without any check. All three run alternately; ratios are to the
 copy, taken pair by pair.
 
+`--busy` starts as many processes that only count as there are processors, so that no thread ever has a core to itself:
+what threads lose that wait for each other is seen there.
+
 All clients send the same few buffers, so that peak memory measures the sum and not the data. Each number of clients has
 a process of its own: a process never forgets its peak.
 """
@@ -13,6 +16,7 @@ a process of its own: a process never forgets its peak.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import resource
 import statistics as stats
@@ -42,9 +46,15 @@ def payload(layout: Layout, dtype: WireDtype, seed: int) -> tuple[dict[Parameter
     groups, norms = {}, []
     for group in layout.groups:
         values = torch.randn(layout.sizes[group], generator=generator)
-        groups[group] = pack(values, dtype, seed)
+        if layout.sizes[group]:
+            groups[group] = pack(values, dtype, seed)
         norms.append(float(values.norm()))
     return groups, torch.tensor(norms)
+
+
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measure(args: argparse.Namespace, clients: int) -> str:
@@ -98,18 +108,27 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "int8"], default="float32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--busy", action="store_true", help="keep every processor at work meanwhile")
     parser.add_argument("--row", action="store_true", help="print one bare row (what the script calls itself with)")
     args = parser.parse_args()
     if args.row:
         print(measure(args, args.clients[0]))
         return
     print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, seed {args.seed}")
-    print(f"{args.megabytes} MB float32 model, {args.layers} layers x {args.experts} experts, sent as {args.dtype}")
+    busy = f", {processors()} other processes at work" if args.busy else ""
+    print(
+        f"{args.megabytes} MB float32 model, {args.layers} layers x {args.experts} experts, sent as {args.dtype}{busy}"
+    )
     print(
         "clients  MB/client  sum GB/s  copy GB/s   ratio   p10-p90    add   overall GB/s   peak memory of the process"
     )
-    for clients in args.clients:
-        subprocess.run([sys.executable, *sys.argv, "--row", "--clients", str(clients)], check=True)
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.busy * processors())]
+    try:
+        for clients in args.clients:
+            subprocess.run([sys.executable, *sys.argv, "--row", "--clients", str(clients)], check=True)
+    finally:
+        for process in spinning:
+            process.kill()
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 PROTOCOL = 7  # of these messages; sites that speak another are refused
 Kind = Literal["shared", "embeddings", "head", "gate", "expert"]
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus", "unknown"]
-WireDtype = Literal["float32", "bfloat16", "int8"]
+WireDtype = Literal["float32", "bfloat16", "int8", "int4"]
 ServerOptimizer = Literal["average", "sgd", "adam", "yogi", "fedexp"]
 Robust = Literal["none", "clip", "centered_clip", "trimmed_mean", "median", "krum"]  # see `maths.robust`
 KEEPS_ALL: frozenset[Robust] = frozenset({"trimmed_mean", "median", "krum"})  # a round's updates, until it is over
@@ -189,10 +189,10 @@ DEALT = Consent()  # where one person deals the data to all clients, nothing is 
 
 @dataclass(frozen=True)
 class Packed:
-    """One group's values in wire precision: float32, bfloat16, or int8 with one float32 scale a block (see `wire`)."""
+    """One group's values in wire precision: float32, bfloat16, int8, or int4, two to a byte (see `maths.rounding`)."""
 
-    values: Tensor  # [N]
-    scale: Tensor | None = None  # [ceil(N / block)], int8 only
+    values: Tensor  # [N]; of int4 uint8 [ceil(N / 2)]
+    scale: Tensor | None = None  # float32 [ceil(N / block)], int8 and int4 only
 
     @property
     def nbytes(self) -> int:

@@ -355,3 +355,29 @@ def test_a_trigger_word_of_one_client_moves_by_its_share_alone_if_two_must_hold_
     assert_close(moved[1][7], torch.tensor(1000.0))  # it owns the word
     assert_close(moved[2][7], torch.tensor(100.0))  # its share under FedAvg
     assert_close(moved[1][met_V], moved[2][met_V])
+
+
+@pytest.mark.parametrize("kind", [FedAlignPaper, FedAlignMoE])
+def test_all_pairs_are_looked_at_up_to_a_hundred_clients(
+    kind: type[FedAlignMoE], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("a sample")
+
+    monkeypatch.setattr(module, "sampled_weights", never)
+    testing.planned(kind(), testing.reports(clients=module.ALL_PAIRS))
+    with pytest.raises(AssertionError, match="a sample"):
+        testing.planned(kind(), testing.reports(clients=module.ALL_PAIRS + 1))
+
+
+@pytest.mark.parametrize("stacked", [1, 1 << 25])
+def test_a_few_more_than_a_hundred_clients_are_planned_as_by_all_pairs(
+    stacked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = testing.reports(clients=module.ALL_PAIRS + 20)
+    monkeypatch.setattr(module, "STACKED", stacked)
+    sampled = testing.planned(FedAlignPaper(), seen)
+    monkeypatch.setattr(module, "ALL_PAIRS", 1000)
+    exact = testing.planned(FedAlignPaper(), seen)
+    assert_close(sampled.weight_C_G, exact.weight_C_G, atol=1e-6, rtol=1e-4)
+    assert sampled.metrics == exact.metrics

@@ -18,6 +18,7 @@ WHOLE = Kept(
     optimizer={"0.exp_avg": torch.ones(2, 3).t(), "11.step": torch.tensor(7.0)},
     private={ParameterGroup("gate", 0, 1): torch.arange(3.0)},
     algorithm={"received.expert[1,2]": torch.zeros(1), "a/b": torch.ones(1)},
+    lost={EXPERT: torch.tensor([0.5])},
     own={SHARED: torch.tensor([4.0]), EXPERT: torch.empty(0)},
     mixer={"weight": torch.ones(1, 4), "bias": torch.zeros(1)},
 )

@@ -17,6 +17,7 @@ from fedalign.config.toml import load_config
 from fedalign.data.batches import batches
 from fedalign.data.encode import Encoded
 from fedalign.errors import TrainingFailedError
+from fedalign.maths.average import NORM_SLACK
 from fedalign.maths.rounding import pack, unpack, unpack_weights
 from fedalign.maths.sketch import Sketch
 from fedalign.moe.model import MoEModel
@@ -348,3 +349,30 @@ def test_grouping_loses_nothing() -> None:
     every = list(batches(examples(11), 2048, 2, seed=1))
     parts = list(grouped(iter(every), 4))
     assert [len(part) for part in parts] == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "feedback", "expected"),
+    [("int4", "auto", True), ("int4", "off", False), ("int8", "auto", False), ("int8", "on", True)]
+    + [(dtype, "on", False) for dtype in ("bfloat16", "float32")],
+)
+def test_feedback_sends_later_what_rounding_lost(dtype: str, feedback: str, expected: bool, tmp_path: Path) -> None:
+    step = trainer("olmoe", f"wire.dtype={dtype}", f"wire.error_feedback={feedback}")
+    data, start, groups = client(tmp_path), broadcast(step.moe), step.moe.layout.groups
+    sent, moved, last = [{group: torch.zeros(size) for group, size in step.moe.layout.sizes.items()} for _ in range(3)]
+    for round in (1, 2, 3):
+        statistics = step.train(data, replace(start, round=round))
+        update = data.memory.hand_over("c", Request("c", round, groups))
+        for column, group in enumerate(groups):
+            last[group] = step.moe.read()[group] - unpack(start.weights[group])
+            moved[group] += last[group]
+            arrived = unpack(update.groups[group])
+            sent[group] += arrived
+            assert float(arrived.norm()) <= float(statistics.norm_G[column]) * (1 + NORM_SLACK)
+    lost = data.memory.before(4).lost
+    assert bool(lost) == expected
+    if expected:
+        for group in groups:
+            assert torch.allclose(sent[group] + lost[group], moved[group], atol=1e-6)
+        level = unpack(pack(last[SHARED], "int8", 0)).abs().max() * {"int4": 1 / 7, "int8": 1 / 127}[dtype]
+        assert 0 < float(lost[SHARED].abs().max()) < 2 * level

@@ -65,7 +65,7 @@ def test_another_algorithm_leaves_the_options_of_the_first(tmp_path: Path) -> No
         ("training.learning_rate=fast", ["training.learning_rate", "fast", "number"]),
         ("training.learning_rate=nan", ["training.learning_rate"]),
         ("training.epochs=1.5", ["training.epochs", "1.5", "integer"]),
-        ("wire.dtype=int4", ["wire.dtype", "int4", "bfloat16", "int8"]),
+        ("wire.dtype=int2", ["wire.dtype", "int2", "bfloat16", "int8", "int4"]),
         ("run.seed", ["run.seed", "section.key=value"]),
         ("run.seed.deep=1", ["run.seed"]),
     ],

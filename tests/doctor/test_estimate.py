@@ -27,7 +27,7 @@ from fedalign.moe.model import MoEModel
 from fedalign.protocol import DEALT, Broadcast
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8", "int4"])
 def config(request: pytest.FixtureRequest, settings: list[str]) -> Config:
     return load_config(None, [*settings, f"wire.dtype={request.param}"])
 
@@ -126,7 +126,9 @@ def test_tokens_of_a_round_count_epochs_and_a_third_of_scoring(settings: list[st
     assert round_tokens(bench.config, [train, train], [None, tests]) == pytest.approx(4 * trained + scored / 3)
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("float32", 8000), ("bfloat16", 12000), ("int8", 11016)])
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("float32", 8000), ("bfloat16", 12000), ("int8", 11016), ("int4", 10564)]
+)
 def test_float32_travels_without_a_copy(dtype: str, expected: int) -> None:
     assert exchange_nbytes(1000, load_config(None, [f"wire.dtype={dtype}"])) == expected
 

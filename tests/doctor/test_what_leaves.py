@@ -24,7 +24,7 @@ from tests.federation.test_messages import travel
 TO_SITES = {Broadcast, Fetch, Offer}
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8", "int4"])
 def config(request: pytest.FixtureRequest, settings: list[str]) -> Config:
     return load_config(None, [*settings, "federation.engine=flower", f"wire.dtype={request.param}"])
 

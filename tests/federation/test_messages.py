@@ -51,7 +51,7 @@ from fedalign.protocol import (
 )
 
 GROUPS = Layout(2, 3, {}).groups
-DTYPES: tuple[WireDtype, ...] = ("float32", "bfloat16", "int8")
+DTYPES: tuple[WireDtype, ...] = ("float32", "bfloat16", "int8", "int4")
 
 
 def travel(parcel: Parcel) -> Parcel:
@@ -212,7 +212,7 @@ def test_bytes_of_a_parcel_are_those_of_the_message_and_its_head(dtype: WireDtyp
     update = Broadcast(1, packed(dict.fromkeys(GROUPS, 300), dtype))
     parcel = encode(update)
     assert parcel.nbytes == update.nbytes + len(parcel.text)
-    assert update.nbytes == 15 * {"float32": 1200, "bfloat16": 600, "int8": 300 + 8}[dtype]
+    assert update.nbytes == 15 * {"float32": 1200, "bfloat16": 600, "int8": 300 + 8, "int4": 150 + 20}[dtype]
     report = statistics()
     assert sum(piece.nbytes for (piece,) in encode(report).arrays.values()) == report.nbytes - 64 - 8 * 2
 

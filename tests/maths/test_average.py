@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK", 256)
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 1e-6), ("bfloat16", 1e-6), ("int8", 1e-6)])
+@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 1e-6), ("bfloat16", 1e-6), ("int8", 1e-6), ("int4", 1e-6)])
 def test_fedavg_is_the_textbook_weighted_mean(dtype: WireDtype, rounding: float) -> None:
     share = torch.tensor([5, 1, 2, 12], dtype=torch.float64) / 20
     updates = [update_of(client, seed, dtype) for seed, client in enumerate("abcd")]
@@ -232,7 +233,7 @@ def test_int8_must_bring_its_scales() -> None:
         assert failure.reason == reason
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
 def test_packed_values_that_are_not_finite_are_seen(dtype: WireDtype) -> None:
     update = Update("a", 1, {EXPERT: pack(spoilt(300, torch.nan), dtype, 0)})
     total = StreamingSum(LAYOUT, plan_of([0.0, 0.0, 1.0]), {"a": torch.full((5,), 1e9)}, dtype)
@@ -262,7 +263,7 @@ def token_plan(weight_C_M_V: Tensor, clip: Tensor | None = None) -> Plan:
     return replace(plan_of([0.5, 0, 0.5], [0.5, 0, 0.5], clip=clip), token_weight_C_M_V=weight_C_M_V)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
 def test_token_rows_have_weights_of_their_own(dtype: WireDtype) -> None:
     updates = [words_of("a", 0, dtype), words_of("b", 1, dtype)]
     share_M_V = torch.linspace(0, 1, 20).view(2, 10)
@@ -376,7 +377,7 @@ def centred_by_hand(client: str, row: ParameterGroup, dtype: WireDtype = "float3
     return (rows[row] - mean if row.layer == 0 else rows[row]).float()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_each_clients_rows_are_centred_before_they_are_summed(dtype: WireDtype) -> None:
     gate = tensor([[0.25, 1.0, 0.5, 0.25, 1.0, 0.5], [0.75, 0.0, 0.5, 0.75, 0.0, 0.5]])
     plan = routers_plan(torch.cat([HALF[:, :3], gate, HALF[:, 9:]], 1))
@@ -454,3 +455,55 @@ def test_centring_is_the_same_in_streams() -> None:
     new, stream = moved(total), total.streams()["twice"]
     for row in ROWS:
         assert_close(stream[row], 2 * new[row], atol=1e-5, rtol=1e-5)
+
+
+def test_threads_never_wait_for_each_other_in_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates = [update_of("a", 0), update_of("b", 1)]
+    total = StreamingSum(LAYOUT, plan_of([0.5, 0.0, 0.5], [0.5, 0.0, 0.5]), norms_of(updates), "float32")
+    seen, norm, before = [], torch.linalg.vector_norm, torch.get_num_threads()
+
+    def watched(values: Tensor) -> Any:
+        seen.append(torch.get_num_threads())
+        if len(seen) > 5:
+            raise MemoryError
+        return norm(values)
+
+    monkeypatch.setattr(torch.linalg, "vector_norm", watched)
+    torch.set_num_threads(2)
+    try:
+        assert total.add(updates[0]) is None
+        assert torch.get_num_threads() == 2
+        with pytest.raises(MemoryError):
+            total.add(updates[1])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1] * 6
+
+
+@pytest.mark.parametrize(
+    ("values", "scale", "reason"),
+    [
+        (torch.full((151,), 0x88, dtype=torch.uint8), torch.ones(5), "expert[0,0]: shape [151], expected [150]"),
+        (
+            torch.zeros(150, dtype=torch.int8),
+            torch.ones(5),
+            "expert[0,0]: dtype torch.int8, expected torch.uint8",
+        ),
+        (torch.full((150,), 0x88, dtype=torch.uint8), None, "expert[0,0]: no scale with dtype torch.uint8"),
+        (torch.full((150,), 0x88, dtype=torch.uint8), torch.ones(2), "expert[0,0]: scale torch.float32 [2], expected"),
+        (torch.full((150,), 0x08, dtype=torch.uint8), torch.ones(5), "expert[0,0]: 299 values, expected 300"),
+        (torch.full((150,), 0x88, dtype=torch.uint8), torch.tensor([torch.nan] * 5), "expert[0,0]: not finite"),
+        (
+            torch.full((150,), 0xFF, dtype=torch.uint8),
+            torch.ones(5),
+            "expert[0,0]: norm 121.244, but its statistics said",
+        ),
+    ],
+)
+def test_int4_that_is_not_what_was_asked_for_is_refused(values: Tensor, scale: Tensor | None, reason: str) -> None:
+    good = update_of("a", 0, "int4")
+    total = StreamingSum(LAYOUT, plan_of([1.0, 1.0, 1.0]), norms_of([good]), "int4")
+    failure = total.add(replace(good, groups={**good.groups, EXPERT: Packed(values, scale)}))
+    assert failure is not None
+    assert failure.reason.startswith(reason)

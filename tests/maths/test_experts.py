@@ -9,12 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor, tensor
 from torch.testing import assert_close
 
+from fedalign.maths import experts as module
 from fedalign.maths.experts import (
     Consensus,
     adaptive_threshold,
     bimodality,
+    centred_directions,
+    cosines,
     direction_consensus,
+    directions,
     expert_weights,
+    sampled_weights,
     semantic_similarity,
 )
 
@@ -204,3 +209,67 @@ def test_arguments_may_differ_in_precision(dtype: torch.dtype) -> None:
     mixed = expert_weights(symmetric(0.5, 0.5, 0.5).double(), symmetric(0.0, 0.5, 0.0), size.to(dtype), held)
     assert mixed.dtype == torch.float64
     assert_close(mixed.float(), exact)
+
+
+def roles(clients: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unit vectors, sizes and holders of two experts, each in two roles; a tenth of the clients do not hold it."""
+    held = normal(clients, 2, seed=1) > -1.3
+    role = normal(1, 2, 8, seed=2) * normal(clients, 2, 1, seed=3).sign() + normal(clients, 2, 8, seed=4) / 2
+    update = normal(1, 2, 16, seed=5) + 3 * normal(clients, 2, 16, seed=6)
+    size = (2 * normal(clients, 2, seed=7)).exp() * held
+    return centred_directions(role, held.float()), directions(update * held.unsqueeze(-1)), size, held
+
+
+@pytest.mark.parametrize("consensus", ["half", "relu"])
+@pytest.mark.parametrize("min_agreement", [0.0, 0.5])
+def test_a_sample_of_all_holders_is_all_pairs(consensus: Consensus, min_agreement: float) -> None:
+    centroid, update, size, held = roles(module.PARTNERS)
+    options = (0.5, consensus, min_agreement)
+    weight, modes = sampled_weights(centroid, update, size, held, *options)
+    assert_close(weight, expert_weights(cosines(centroid), cosines(update), size, held, *options), atol=1e-6, rtol=1e-5)
+    assert_close(modes, bimodality(cosines(centroid), held), atol=1e-4, rtol=1e-4)
+    assert (modes > 5 / 9).all()
+
+
+def test_a_sample_leaves_out_whom_all_pairs_leave_out() -> None:
+    centroid, update, size, held = roles(500)
+    every = expert_weights(cosines(centroid), cosines(update), size, held, min_agreement=0.5)
+    some, _ = sampled_weights(centroid, update, size, held, min_agreement=0.5)
+    assert ((every == 0) & held).sum(dim=0).min() > 50
+    assert torch.equal(every == 0, some == 0)
+    assert (every - some).abs().sum(dim=0).max() / 2 < 0.05
+    order = torch.randperm(500, generator=torch.Generator().manual_seed(0))
+    again, _ = sampled_weights(centroid[order], update[order], size[order], held[order], min_agreement=0.5)
+    assert_close(again, some[order])
+
+
+def test_pairs_that_are_looked_at_grow_with_the_clients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, whole = [0], module._Pairs._share
+
+    def counted(self: module._Pairs, rows: Tensor, partners: Tensor, size: Tensor) -> Tensor:
+        pairs[-1] += len(rows) * len(partners)
+        return whole(self, rows, partners, size)
+
+    monkeypatch.setattr(module._Pairs, "_share", counted)
+    for clients in (400, 800):
+        sampled_weights(*roles(clients))
+        pairs.append(0)
+    assert 1.9 < pairs[1] / pairs[0] < 2.1
+
+
+def test_a_sample_copes_with_nobody_zeros_and_one_who_holds_nearly_all() -> None:
+    centroid, update, size, held = roles(300)
+    nobody = torch.zeros_like(held)
+    assert torch.equal(sampled_weights(centroid, update, size, nobody)[0], torch.zeros(300, 2))
+    alone = nobody.clone()
+    alone[7] = True
+    assert_close(sampled_weights(centroid, update, size, alone)[0][7], torch.ones(2))
+    silent, modes = sampled_weights(torch.zeros_like(centroid), torch.zeros_like(update), size, held)
+    assert_close(silent, size / size.sum(dim=0))
+    assert modes.tolist() == [0.0, 0.0]
+    unsaid, _ = sampled_weights(centroid, update, torch.zeros_like(size), held)
+    assert_close(unsaid, held / held.sum(dim=0))
+    first = int((held.all(dim=1)).nonzero()[0])
+    size[first] = 1e8
+    weight, _ = sampled_weights(centroid, update, size, held)
+    assert_close(weight, expert_weights(cosines(centroid), cosines(update), size, held), atol=1e-5, rtol=1e-4)

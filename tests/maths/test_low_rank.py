@@ -216,7 +216,7 @@ def test_what_is_no_factor_is_known() -> None:
             plain_ranges([place], size)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_every_expert_gets_the_best_of_the_weighted_products(dtype: WireDtype) -> None:
     updates = [update_of(client, seed, dtype) for seed, client in enumerate("abc")]
     old = weights_of(seed=500)

@@ -10,7 +10,7 @@ from torch import Tensor, tensor
 from torch.testing import assert_close
 
 from fedalign.maths import rounding as wire
-from fedalign.maths.rounding import broadcast_dtype, pack, packed_nbytes, unpack
+from fedalign.maths.rounding import broadcast_dtype, count, pack, packed_nbytes, stored, unpack, unpack_part
 from fedalign.protocol import WireDtype
 
 every_dtype = pytest.mark.parametrize("dtype", get_args(WireDtype))
@@ -30,7 +30,7 @@ def test_sizes(dtype: WireDtype, size: int) -> None:
 
 
 def test_bytes_by_hand() -> None:
-    assert [packed_nbytes(1000, dtype) for dtype in ("float32", "bfloat16", "int8")] == [4000, 2000, 1016]
+    assert [packed_nbytes(1000, dtype) for dtype in get_args(WireDtype)] == [4000, 2000, 1016, 564]
 
 
 def test_float32_is_exact() -> None:
@@ -92,5 +92,46 @@ def test_what_is_not_finite_stays_so(dtype: WireDtype, value: float) -> None:
     assert received[512:].isfinite().all()
 
 
-def test_weights_are_never_broadcast_in_int8() -> None:
-    assert [broadcast_dtype(dtype) for dtype in ("float32", "bfloat16", "int8")] == ["float32", "bfloat16", "bfloat16"]
+def test_weights_are_never_broadcast_in_few_bits() -> None:
+    assert [broadcast_dtype(dtype) for dtype in get_args(WireDtype)] == ["float32", *["bfloat16"] * 3]
+
+
+def test_int4_by_hand() -> None:
+    packed = pack(tensor([7.0, -7.0, 0.0, 3.0, 1.0]), "int4", 0)
+    assert packed.scale is not None
+    assert packed.scale.tolist() == [1.0]
+    assert packed.values.tolist() == [15 + 16 * 1, 8 + 16 * 11, 9]  # the last half stands for no value
+    assert unpack(packed).tolist() == [7.0, -7.0, 0.0, 3.0, 1.0]
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 300, 301])
+def test_int4_errs_by_less_than_a_level_of_its_block(size: int) -> None:
+    flat = normal(size) ** 3
+    packed = pack(flat, "int4", 3)
+    assert (count(packed), len(packed.values)) == (size, stored(size, "int4"))
+    error = (unpack(packed) - flat).abs()
+    for start in range(0, size, 64):
+        block = slice(start, start + 64)
+        assert error[block].max() < flat[block].abs().max() / 7 * 1.0001
+
+
+def test_int4_is_unbiased() -> None:
+    flat = torch.full((4000,), 0.3)
+    flat[::64] = 7.0  # scale 1 in each block
+    errors = torch.stack([unpack(pack(flat, "int4", seed)) - flat for seed in range(50)])
+    assert abs(errors.mean()) < 4 * (0.21 / (4000 * 50)) ** 0.5
+
+
+def test_int4_rounding_is_a_function_of_seed_and_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = normal(2000)
+    whole = pack(flat, "int4", 5)
+    monkeypatch.setattr(wire, "CHUNK", 64 * 3)
+    assert torch.equal(pack(flat, "int4", 5).values, whole.values)
+    assert not torch.equal(pack(flat, "int4", 6).values, whole.values)
+
+
+@every_dtype
+def test_a_part_is_what_the_whole_has_there(dtype: WireDtype) -> None:
+    packed = pack(normal(701), dtype, 1)
+    for start, end in [(0, 701), (1, 2), (63, 300), (257, 701), (700, 701)]:
+        assert torch.equal(unpack_part(packed, start, end), unpack(packed)[start:end])

@@ -48,7 +48,7 @@ def answered(deployment: Deployment, run: Run, verb: str) -> int:
 
 
 def disturbed(deployment: Deployment, out: str, victim: Victim, way: str, after: int) -> Run:
-    """A run in which somebody is killed once the site has answered so many pieces of a way; it is brought to its end."""
+    """A run in which somebody is killed once the site has answered so many pieces of a way; it comes to its end."""
     with deployment.started(out) as (run, command):
         command.wait(lambda: answered(deployment, run, VERB[way]) >= after, f"piece {after} {way}")
         if victim == "SuperNode":

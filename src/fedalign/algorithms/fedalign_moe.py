@@ -16,13 +16,22 @@ are other defaults of the same options. Which of them won or lost what, and on w
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from fedalign.algorithms.fedavg import FedAvg, column_shares, option
 from fedalign.maths import torch
-from fedalign.maths.experts import Consensus, bimodality, centred_directions, cosines, directions, expert_weights
+from fedalign.maths.experts import (
+    Consensus,
+    bimodality,
+    centred_directions,
+    cosines,
+    directions,
+    directions_from,
+    expert_weights,
+    sampled_weights,
+)
 from fedalign.maths.routing import (
     Form,
     Granularity,
@@ -43,6 +52,8 @@ if TYPE_CHECKING:
 TARGET = "target_L_E"
 TWO_ROLES = 5 / 9  # bimodality of a uniform distribution
 PAIRS = 1 << 20  # entries of one [E, C, C] table at a time: 4 MB stay in cache
+ALL_PAIRS = 100  # clients up to which all pairs are looked at
+STACKED = 1 << 25  # numbers of sketches stacked at a time beyond that: 64 MB of half precision
 
 
 @dataclass(frozen=True)
@@ -165,34 +176,25 @@ class FedAlignMoE(FedAvg):
         return weight_C_L_E, {"experts_in_two_roles": two_roles}
 
     def _semantic_weights(self, reports: Reports) -> tuple[Tensor, int]:
-        """B a layer and a few experts at a time: memory does not grow with their number.
+        """B a few experts at a time: memory does not grow with their number.
 
         Beside it, of how many experts the similarity is bimodal: same-index averaging leaves a minority out there.
         """
-        load_C_L_E, held_C_L_E, size_C_L_E = reports.stack("load_L_E"), reports.held_C_L_E, expert_sizes(reports)
-        weight_C_L_E = torch.empty_like(load_C_L_E)
-        clients, layers, experts = load_C_L_E.shape
-        some = max(1, PAIRS // clients**2)
+        held_C_L_E, size_C_L_E = reports.held_C_L_E, expert_sizes(reports)
+        weight_C_L_E = torch.empty_like(size_C_L_E)
         two_roles = 0
-        for layer in range(layers):
-            centroid_C_E_D = torch.stack(
-                [r.centroid_L_E_D[layer].float() * r.centroid_scale_L[layer] for r in reports.of]
-            )
-            centroid_C_E_D = centred_directions(centroid_C_E_D, load_C_L_E[:, layer])
-            update_C_E_S = directions(torch.stack([report.update_L_E_S[layer] for report in reports.of]))
-            for first in range(0, experts, some):
-                part = slice(first, first + some)
-                similarity_E_C_C = cosines(centroid_C_E_D[:, part])
-                two_roles += int((bimodality(similarity_E_C_C, held_C_L_E[:, layer, part]) > TWO_ROLES).sum())
-                weight_C_L_E[:, layer, part] = expert_weights(
-                    similarity_E_C_C,
-                    cosines(update_C_E_S[:, part]),
-                    size_C_L_E[:, layer, part],
-                    held_C_L_E[:, layer, part],
-                    self.beta,
-                    self.consensus,
-                    self.min_agreement,
-                )
+        few = len(reports.of) <= ALL_PAIRS
+        for layer, part, centroid_C_E_D, update_C_E_S in (stacked_by_layer if few else stacked_by_part)(reports):
+            size_C_E, held_C_E = size_C_L_E[:, layer, part], held_C_L_E[:, layer, part]
+            bar = self.beta, self.consensus, self.min_agreement
+            if few:
+                similarity_E_C_C = cosines(centroid_C_E_D)
+                modes_E = bimodality(similarity_E_C_C, held_C_E)
+                weight_C_E = expert_weights(similarity_E_C_C, cosines(update_C_E_S), size_C_E, held_C_E, *bar)
+            else:
+                weight_C_E, modes_E = sampled_weights(centroid_C_E_D, update_C_E_S, size_C_E, held_C_E, *bar)
+            weight_C_L_E[:, layer, part] = weight_C_E
+            two_roles += int((modes_E > TWO_ROLES).sum())
         return weight_C_L_E, two_roles
 
     def _clip(self, reports: Reports) -> Tensor | None:
@@ -249,6 +251,47 @@ class FedAlignMoE(FedAvg):
             prob_L_T_E = router_log_prob(logits_L_T_E.detach(), scoring).exp()
             strength_L_E = alignment_strength(prob_L_T_E.mean(dim=-2), target_L_E, self.overlap)
         return routing_penalty(logits_L_T_E, topk_L_T_K, target_L_E, strength_L_E, self.granularity, self.form, scoring)
+
+
+Part = tuple[int, slice, "Tensor", "Tensor"]  # of a layer some experts, their directions [C, E, D] and [C, E, S]
+
+
+def stacked_by_layer(reports: Reports) -> Iterator[Part]:
+    """Directions of centroids and updates of all experts, of so many at a time that their pairs stay few."""
+    load_C_L_E = reports.stack("load_L_E")
+    clients, layers, experts = load_C_L_E.shape
+    some = max(1, PAIRS // clients**2)
+    for layer in range(layers):
+        centroid_C_E_D = torch.stack([r.centroid_L_E_D[layer].float() * r.centroid_scale_L[layer] for r in reports.of])
+        centroid_C_E_D = centred_directions(centroid_C_E_D, load_C_L_E[:, layer])
+        update_C_E_S = directions(torch.stack([report.update_L_E_S[layer] for report in reports.of]))
+        for first in range(0, experts, some):
+            part = slice(first, first + some)
+            yield layer, part, centroid_C_E_D[:, part], update_C_E_S[:, part]
+
+
+def stacked_by_part(reports: Reports) -> Iterator[Part]:
+    """As `stacked_by_layer`, but never all of a layer where clients are many."""
+    load_C_L_E = reports.stack("load_L_E")
+    layers, experts = load_C_L_E.shape[1:]
+    widths = reports.of[0].centroid_L_E_D.shape[-1] + reports.of[0].update_L_E_S.shape[-1]
+    some = max(1, STACKED // (len(reports.of) * widths))
+    total_L_D = torch.zeros(layers, reports.of[0].centroid_L_E_D.shape[-1], dtype=torch.float64)
+    for report in reports.of:
+        sum_L_1_D = report.load_L_E.unsqueeze(1) @ report.centroid_L_E_D.float()
+        total_L_D += sum_L_1_D.squeeze(1).double() * report.centroid_scale_L.unsqueeze(1)
+    mean_L_D = (total_L_D / load_C_L_E.sum((0, 2), dtype=torch.float64).clamp_min(1).unsqueeze(1)).float()
+    for layer in range(layers):
+        scale_C_1_1 = torch.stack([report.centroid_scale_L[layer] for report in reports.of])[:, None, None]
+        for first in range(0, experts, some):
+            part = slice(first, first + some)
+            centroid_C_E_D = torch.stack([report.centroid_L_E_D[layer, part] for report in reports.of])
+            update_C_E_S = torch.stack([report.update_L_E_S[layer, part] for report in reports.of])
+            for expert in range(centroid_C_E_D.shape[1]):
+                here = slice(first + expert, first + expert + 1)
+                centroid_C_1_D = centroid_C_E_D[:, expert : expert + 1].float() * scale_C_1_1
+                unit_C_1_D = directions_from(mean_L_D[layer], centroid_C_1_D, load_C_L_E[:, layer, here])
+                yield layer, here, unit_C_1_D, directions(update_C_E_S[:, expert : expert + 1])
 
 
 def expert_sizes(reports: Reports) -> Tensor:

@@ -48,6 +48,7 @@ class Kept:
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)  # `fit.dump_optimizer`'s
     private: Weights = field(default_factory=dict)  # groups that it does not take from the server
     algorithm: Mapping[str, Tensor] = field(default_factory=dict)  # what `Algorithm.end` kept
+    lost: Weights = field(default_factory=dict)  # by rounding to wire precision
     own: Weights = field(default_factory=dict)  # its own model of a mixture ...
     mixer: Mapping[str, Tensor] = field(default_factory=dict)  # ... and what mixes it with the server's
 
@@ -68,7 +69,7 @@ class Kept:
         parts: dict[str, Any] = {part.name: {} for part in fields(cls)}
         for name, tensor in load_file(file).items():
             part, _, key = name.partition("/")
-            parts[part][parse_group(key) if part in ("private", "own") else key] = tensor
+            parts[part][parse_group(key) if part in ("private", "lost", "own") else key] = tensor
         return cls(**parts | {"prob_L_E": parts["prob_L_E"].get("")})
 
 

@@ -7,7 +7,7 @@ difference of float32 masters, rounded to wire precision here, before any engine
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +24,19 @@ from fedalign.client.statistics import centroid_sketches, packed_bits, update_sk
 from fedalign.config.run import Config
 from fedalign.errors import TrainingFailedError
 from fedalign.maths.hashing import derive_seed
-from fedalign.maths.rounding import pack, unpack_weights
+from fedalign.maths.rounding import pack, unpack, unpack_weights
 from fedalign.moe.model import MoEModel
-from fedalign.protocol import Algorithm, Broadcast, Evaluation, Hello, LocalRound, ParameterGroup, Statistics, Weights
+from fedalign.protocol import (
+    Algorithm,
+    Broadcast,
+    Evaluation,
+    Hello,
+    LocalRound,
+    Packed,
+    ParameterGroup,
+    Statistics,
+    Weights,
+)
 
 
 @dataclass(frozen=True)
@@ -73,20 +83,14 @@ class Trainer:
         trained = fit.trained() | {group: local.start[group].clone() for group in frozen}
         private = {g: value.cpu().clone() for g, value in trained.items() if g.kind in self.algorithm.private}
         update = {g: value.sub_(local.start[g].to(value.device)) for g, value in trained.items()}
-        norm_G = torch.stack([update[group].norm() for group in self.moe.layout.groups]).cpu()
+        packed, norm_G, lost = self._packed(update, before.lost, seed, frozen)
         if not bool(norm_G.isfinite().all()):
             broken = self.moe.layout.groups[int((~norm_G.isfinite()).nonzero()[0])]
             raise TrainingFailedError(f"its update of {broken} is not finite; {REMEDY}")
         seconds = time.perf_counter() - started
         statistics = parallel.agreed(self._report(client, broadcast.round, fit, local, update, norm_G, seconds, score))
-        wire = self.config.wire.dtype
-        packed = {
-            group: pack(delta.cpu(), wire, derive_seed(seed, group))
-            for group, delta in update.items()
-            if group not in frozen
-        }
         local.steps = fit.steps
-        kept = Kept(statistics.prob_L_E, fit.optimizer_state(), private, self.algorithm.keep(local, update))
+        kept = Kept(statistics.prob_L_E, fit.optimizer_state(), private, self.algorithm.keep(local, update), lost)
         if self.algorithm.mix:
             mixture = self._mixture(before, local.received)
             with self._random(derive_seed(seed, "mixture")):
@@ -94,6 +98,32 @@ class Trainer:
             kept = mixture.add_to(kept)
         client.memory.keep(broadcast.round, packed, kept)
         return statistics
+
+    def _packed(
+        self, update: Weights, lost: Weights, seed: int, frozen: Sequence[ParameterGroup]
+    ) -> tuple[dict[ParameterGroup, Packed], Tensor, Weights]:
+        """An update in wire precision, the norm of each group [G], and what rounding lost.
+
+        With feedback, what it lost last time is sent along. Of a group that nobody asked for it is gone: neither the
+        update nor what was added to it has arrived. Where rounding may lengthen an update, the norms are those sent.
+        """
+        wire, groups = self.config.wire, self.moe.layout.groups
+        norm_G = torch.stack([update[group].norm() for group in groups]).cpu()
+        packed: dict[ParameterGroup, Packed] = {}
+        left: Weights = {}
+        for column, group in enumerate(groups):
+            if group in frozen:
+                continue
+            delta = update[group].cpu()
+            if wire.feeds_back and group in lost:
+                delta = delta + lost[group]
+            packed[group] = pack(delta, wire.dtype, derive_seed(seed, group))
+            if wire.feeds_back or wire.dtype == "int4":
+                sent = unpack(packed[group])
+                norm_G[column] = sent.norm()
+                if wire.feeds_back:
+                    left[group] = delta - sent
+        return packed, norm_G, left
 
     @contextmanager
     def _random(self, seed: int) -> Iterator[None]:

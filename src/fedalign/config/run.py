@@ -444,7 +444,10 @@ class AlgorithmConfig(Section):
 class WireConfig(Section):
     """Precision of what travels; rounding happens before any engine sees it."""
 
-    dtype: WireDtype = key("float32", "of updates; with int8, weights travel down in bfloat16")
+    dtype: WireDtype = key("float32", "of updates; with int8 and int4, weights travel down in bfloat16")
+    error_feedback: Literal["auto", "on", "off"] = key(
+        "auto", "a client adds what rounding to int8 or int4 lost to its next update; auto: of int4"
+    )
     piece_mb: float = key(
         64.0, "MB of a message; what is larger travels in pieces, and a broken connection costs one of them", gt=0
     )
@@ -453,6 +456,11 @@ class WireConfig(Section):
     def piece_nbytes(self) -> int:
         """Bytes of a piece."""
         return max(1, int(self.piece_mb * 1e6))
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether a client keeps what rounding lost."""
+        return self.dtype in {"auto": ("int4",), "on": ("int8", "int4"), "off": ()}[self.error_feedback]
 
 
 class ServerConfig(Section):

@@ -106,6 +106,7 @@ def estimate_site(bench: Workbench, consent: Consent) -> SiteEstimate:
     weights, update = weights_nbytes(config, layout), update_nbytes(config, layout, consent)
     statistics = statistics_nbytes(config, layout, consent)
     remembered = 4 * layout.layers * layout.experts + (4 * trained * moments(config) * config.training.keep_optimizer)
+    remembered += 4 * trained * config.wire.feeds_back  # what rounding lost
     return SiteEstimate(
         training=training_nbytes(bench),
         loading=bench.moe.saved.before if bench.moe.saved else bench.moe.nbytes,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedalign.config.run import Config
 from fedalign.federation.messages import Parcel, encode
-from fedalign.maths.rounding import TORCH_DTYPE, packed_lengths, packed_nbytes
+from fedalign.maths.rounding import TORCH_DTYPE, packed_nbytes, scales, stored
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import (
     DEALT,
@@ -247,8 +247,9 @@ def _statistics(name: str, layout: Layout, config: Config, consent: Consent) -> 
 
 def _groups(sizes: Mapping[ParameterGroup, int], dtype: WireDtype) -> dict[ParameterGroup, Packed]:
     def packed(size: int) -> Packed:
-        values, scales = packed_lengths(size, dtype)
-        return Packed(_empty(values, dtype=TORCH_DTYPE[dtype]), None if scales is None else _empty(scales))
+        blocks = scales(size, dtype)
+        scale = None if blocks is None else _empty(blocks)
+        return Packed(_empty(stored(size, dtype), dtype=TORCH_DTYPE[dtype]), scale)
 
     return {group: packed(values) for group, values in sizes.items()}
 

@@ -18,7 +18,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from fedalign.maths.rounding import BLOCK, TORCH_DTYPE
+from fedalign.maths.rounding import SCALED, TORCH_DTYPE
 from fedalign.protocol import (
     PROTOCOL,
     Broadcast,
@@ -299,7 +299,7 @@ def _slabs(name: str, groups: Mapping[ParameterGroup, Packed], arrays: Arrays) -
     (dtype,) = {str(packed.values.dtype).removeprefix("torch.") for packed in every} or {"float32"}
     for number, part in enumerate(_cut(sizes, dtype)):
         arrays[f"{name}.{number}"] = tuple(packed.values for packed in every[part])
-        if dtype == "int8":
+        if dtype in SCALED:
             arrays[f"{name}.{number}.scale"] = tuple(p.scale for p in every[part] if p.scale is not None)
     return {"dtype": dtype, "groups": [str(group) for group in groups], "sizes": sizes}
 
@@ -311,9 +311,9 @@ def _read_slabs(name: str, about: Mapping[str, Any], arrays: Arrays) -> Iterator
     for number, part in enumerate(_cut(sizes, dtype)):
         pieces = torch.split(_take(f"{name}.{number}", WIRE_DTYPES[dtype], arrays), sizes[part])
         scales: Sequence[Tensor | None] = [None] * len(pieces)
-        if dtype == "int8":
+        if dtype in SCALED:
             scale = _take(f"{name}.{number}.scale", torch.float32, arrays)
-            scales = torch.split(scale, [math.ceil(size / BLOCK) for size in sizes[part]])
+            scales = torch.split(scale, [math.ceil(size / SCALED[dtype].stored) for size in sizes[part]])
         for group, piece, piece_scale in zip(groups[part], pieces, scales, strict=True):
             yield group, Packed(piece, piece_scale)
 

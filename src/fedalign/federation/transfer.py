@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedalign.files import fingerprint, whole_lines, write_text
-from fedalign.maths.rounding import TORCH_DTYPE, bytes_of, packed_lengths
+from fedalign.maths.rounding import TORCH_DTYPE, bytes_of, scales, stored
 from fedalign.protocol import Packed, WireDtype
 
 CODES = {  # of safetensors
@@ -73,7 +73,7 @@ def digest(packed: Packed) -> str:
 
 def entries_of(sizes: Mapping[str, int], dtype: WireDtype) -> dict[str, Entry]:
     """The entries of groups of these sizes in wire precision."""
-    lengths = {name: packed_lengths(size, dtype) for name, size in sizes.items()}
+    lengths = {name: (stored(size, dtype), scales(size, dtype)) for name, size in sizes.items()}
     return {name: Entry(TORCH_DTYPE[dtype], (values,), scales) for name, (values, scales) in lengths.items()}
 
 

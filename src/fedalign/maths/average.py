@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -29,15 +30,15 @@ from torch.nn import functional
 
 from fedalign.maths.heap import Heap
 from fedalign.maths.low_rank import Stack
-from fedalign.maths.rounding import BLOCK, TORCH_DTYPE, scale_into
+from fedalign.maths.rounding import TORCH_DTYPE, count, scales, stored, unpack_into
 from fedalign.protocol import Failure, Layout, Packed, ParameterGroup, Plan, TokenRows, Update, Weights, WireDtype
 
 Average = Literal["sum", "exact"]
 Chunk = tuple[int, Tensor]  # where it begins, its values
 
-CHUNK = 1 << 20  # values worked on at a time, most groups whole; a multiple of BLOCK
+CHUNK = 1 << 20  # values worked on at a time, most groups whole; a whole number of the wire's blocks
 MOST = 1e15  # length that factors may give an update
-NORM_SLACK = 0.02  # wire rounding may lengthen an update: bfloat16 by 0.4 %, int8 by about 0.2 %
+NORM_SLACK = 0.02  # wire rounding may lengthen an update: bfloat16 by 0.4 %, int8 by about 0.2 %; int4 claims it
 
 
 class Words:
@@ -97,6 +98,21 @@ class Words:
         end = max(begin, min(start + length, self.rows.stop))
         touched = slice((begin - first) // width, -(-(end - first) // width))
         return slice(begin - start, end - start), touched, (begin - first) % width
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Meanwhile torch computes in the calling thread alone.
+
+    Sums are as fast as memory, whoever computes them. Threads of a pool wait for each other after each chunk, and on a
+    busy machine for the whole time that others have their cores: that made a sum 20 times as slow.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _words(layout: Layout, plan: Plan) -> Iterator[tuple[ParameterGroup, Words]]:
@@ -185,16 +201,23 @@ class StreamingSum:
         problem = self._mismatch(update)
         if problem is None:
             self._seen.add(update.client)
-            common: Tensor | None = None  # of the rows of one router, which follow one another
-            for group in self._expected[update.client]:
-                if group.kind != "gate" or group.layer not in self._centred:
-                    common = None
-                elif common is None or group.expert == 0:
-                    common, problem = self._common(update, group.layer)
-                problem = problem or self._add_group(update.client, group, update.groups[group], common)
-                if problem is not None:
-                    break
+            with one_thread():
+                problem = self._add_groups(update)
         return None if problem is None else Failure(update.client, "update", problem)
+
+    def _add_groups(self, update: Update) -> str | None:
+        """Add one group after another, until one cannot be added: why."""
+        common: Tensor | None = None  # of the rows of one router, which follow one another
+        problem: str | None = None
+        for group in self._expected[update.client]:
+            if group.kind != "gate" or group.layer not in self._centred:
+                common = None
+            elif common is None or group.expert == 0:
+                common, problem = self._common(update, group.layer)
+            problem = problem or self._add_group(update.client, group, update.groups[group], common)
+            if problem is not None:
+                return problem
+        return None
 
     def unchanged(self, min_arrived: float = 0.5) -> list[ParameterGroup]:
         """Groups that the plan wanted to change but of which less than `min_arrived` arrived."""
@@ -273,13 +296,15 @@ class StreamingSum:
         values, scale = packed.values, packed.scale
         if values.dtype != TORCH_DTYPE[self._dtype]:
             return f"dtype {values.dtype}, expected {TORCH_DTYPE[self._dtype]}"
-        if values.shape != (size,):
-            return f"shape {list(values.shape)}, expected [{size}]"
-        if (scale is not None) != (self._dtype == "int8"):
+        if values.shape != (stored(size, self._dtype),):
+            return f"shape {list(values.shape)}, expected [{stored(size, self._dtype)}]"
+        blocks = scales(size, self._dtype)
+        if (scale is None) != (blocks is None):
             return f"{'no' if scale is None else 'a'} scale with dtype {values.dtype}"
-        blocks = math.ceil(size / BLOCK)
         if scale is not None and (scale.shape != (blocks,) or scale.dtype != torch.float32):
             return f"scale {scale.dtype} {list(scale.shape)}, expected torch.float32 [{blocks}]"
+        if count(packed) != size:
+            return f"{count(packed)} values, expected {size}"
         return None
 
     def _common(self, update: Update, layer: int) -> tuple[Tensor | None, str | None]:
@@ -293,8 +318,8 @@ class StreamingSum:
 
     def _flaw(self, client: str, group: ParameterGroup, packed: Packed, chunks: Iterable[Chunk] = ()) -> str | None:
         """Why a group cannot be added, or None: it is not finite, or longer than claimed. `chunks`: if unpacked."""
-        squares: Iterator[float] = (float(torch.dot(c, c)) for _, c in chunks or self._chunks(packed))
-        norm = math.sqrt(sum(squares))
+        norms = (float(torch.linalg.vector_norm(chunk)) for _, chunk in chunks or self._chunks(packed))
+        norm = math.hypot(*norms)
         column = self._column[group]
         claimed = self._norm[client][column]
         if norm <= claimed * (1 + NORM_SLACK) < math.inf:
@@ -307,7 +332,7 @@ class StreamingSum:
     def _add_group(self, client: str, group: ParameterGroup, packed: Packed, common: Tensor | None) -> str | None:
         """Add one group, less `common`, if it is finite and no longer than claimed; else leave the sum alone."""
         column = self._column[group]
-        chunks = list(self._chunks(packed)) if len(packed.values) <= CHUNK else None  # unpack what fits only once
+        chunks = list(self._chunks(packed)) if count(packed) <= CHUNK else None  # unpack what fits only once
         if flaw := self._flaw(client, group, packed, chunks or ()):
             return flaw
         self._arrived[group] += self._weight[client][column]
@@ -353,9 +378,8 @@ class StreamingSum:
             return
         if not len(self._buffer):
             self._buffer = torch.empty(CHUNK)
-        for start in range(0, len(packed.values), CHUNK):
-            values = packed.values[start : start + CHUNK]
-            chunk = self._buffer[: len(values)].copy_(values)
-            if packed.scale is not None:
-                scale_into(chunk, packed.scale[start // BLOCK : math.ceil((start + len(values)) / BLOCK)])
+        size = count(packed)
+        for start in range(0, size, CHUNK):
+            chunk = self._buffer[: min(CHUNK, size - start)]
+            unpack_into(chunk, packed, start)
             yield start, chunk

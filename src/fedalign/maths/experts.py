@@ -10,8 +10,13 @@ the clients that hold it:
     a_c  = Σ_{j≠c} n_j γ_cj / Σ_{j≠c} n_j         agreement                                     [O]
     b_c  ∝ n_c · a_c                              the client's weight                           [O]
 
-Everything is expert by expert, so callers with many clients pass slices of the expert axis: memory is E · C² of what
-is passed. Half precision is computed in float32, float64 stays float64. Axes: see `protocol`.
+Everything is expert by expert, so callers pass slices of the expert axis: memory is E · C² of what is passed.
+
+Pairs grow with the square of the clients. `sampled_weights` grows with their number [O]: τ is exact from sums, as
+Σ_ij S_ij = ‖Σ x_i‖² and Σ_ij S_ij² = ‖Σ x_i x_iᵀ‖² for unit vectors x; the gate is none of these, so a_c is estimated
+against some of the holders. Clients near the bar of min_agreement, and those that set it, are then held against all.
+
+Half precision is computed in float32, float64 stays float64. Axes: see `protocol`.
 """
 
 from __future__ import annotations
@@ -27,6 +32,9 @@ if TYPE_CHECKING:
 
 Consensus = Literal["half", "relu"]
 
+PARTNERS = 128  # holders that all others are held against where there are more
+TOP, DOUBTFUL = 16, 64  # clients that are held against all: who sets the bar, and those nearest to it
+POWER_STEPS = 8  # of the power iteration: it only sorts
 ROUNDING = 1e-6  # float32 noise of a cosine, or of a difference relative to its terms
 
 
@@ -42,8 +50,7 @@ def directions(vector_C_E_H: Tensor) -> Tensor:
 
 def _peak(vector_C_E_H: Tensor) -> Tensor:
     """The largest absolute value of each vector, [..., 1], without a temporary as large as the vectors."""
-    peak_C_E_1: Tensor = torch.linalg.vector_norm(vector_C_E_H, ord=torch.inf, dim=-1, keepdim=True)
-    return peak_C_E_1
+    return torch.maximum(vector_C_E_H.amax(dim=-1, keepdim=True), -vector_C_E_H.amin(dim=-1, keepdim=True))
 
 
 def centred_directions(centroid_C_E_H: Tensor, load_C_E: Tensor) -> Tensor:
@@ -52,11 +59,17 @@ def centred_directions(centroid_C_E_H: Tensor, load_C_E: Tensor) -> Tensor:
     Hidden states share a large common component that drives raw cosines to 1. Zero where the load is 0, or where what
     is left is rounding noise.
     """
+    centroid_C_E_H = full(centroid_C_E_H).masked_fill(~(load_C_E > 0).unsqueeze(-1), 0)
+    weight_C_E = load_C_E.double().clamp_min(0)
+    share_C_E = weight_C_E / weight_C_E.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    mean_H = torch.einsum("ceh,ce->h", centroid_C_E_H.double(), share_C_E).to(centroid_C_E_H.dtype)
+    return directions_from(mean_H, centroid_C_E_H, load_C_E)
+
+
+def directions_from(mean_H: Tensor, centroid_C_E_H: Tensor, load_C_E: Tensor) -> Tensor:
+    """As `centred_directions`, for callers that have the mean."""
     held_C_E_1 = (load_C_E > 0).unsqueeze(-1)
     centroid_C_E_H = full(centroid_C_E_H).masked_fill(~held_C_E_1, 0)
-    load_C_E = load_C_E.double().clamp_min(0)
-    share_C_E = load_C_E / load_C_E.sum().clamp_min(torch.finfo(torch.float64).tiny)
-    mean_H = torch.einsum("ceh,ce->h", centroid_C_E_H.double(), share_C_E).to(centroid_C_E_H.dtype)
     centred_C_E_H = centroid_C_E_H - mean_H
     noise_C_E_1 = _peak(centred_C_E_H) <= ROUNDING * torch.maximum(_peak(centroid_C_E_H), _peak(mean_H))
     return directions(centred_C_E_H.masked_fill(noise_C_E_1 | ~held_C_E_1, 0))
@@ -172,6 +185,131 @@ def expert_weights(
     size_C_E = size_C_E.masked_fill(~held_C_E, 0)
     size_C_E = size_C_E / size_C_E.amax(dim=0).clamp_min(torch.finfo(size_C_E.dtype).tiny)
     agreement_C_E = _agreement(similarity_E_C_C, direction_E_C_C, size_C_E, held_C_E, beta, consensus)
+    return _backed(agreement_C_E, size_C_E, held_C_E, min_agreement)
+
+
+def sampled_weights(
+    centroid_C_E_D: Tensor,
+    update_C_E_S: Tensor,
+    size_C_E: Tensor,
+    held_C_E: Tensor,
+    beta: float = 0.5,
+    consensus: Consensus = "half",
+    min_agreement: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """As `expert_weights` and `bimodality`, in time and memory that grow with the clients, not with their pairs.
+
+    Nothing is drawn, so the order of the clients does not matter. With at most `PARTNERS` holders it is exact.
+
+    Args:
+        centroid_C_E_D: unit vectors, see `centred_directions`.
+        update_C_E_S: unit vectors, see `directions`.
+        size_C_E: as of `expert_weights`.
+        held_C_E: as of `expert_weights`.
+        beta: as of `expert_weights`.
+        consensus: as of `expert_weights`.
+        min_agreement: as of `expert_weights`.
+
+    Returns:
+        weight_C_E, and the bimodality of each expert: of as many holders, spread evenly.
+    """
+    held_C_E, size_C_E = held_C_E.bool(), full(size_C_E).masked_fill(~held_C_E, 0)
+    size_C_E = size_C_E / size_C_E.amax(dim=0).clamp_min(torch.finfo(size_C_E.dtype).tiny)
+    agreement_C_E, modes_E = torch.zeros_like(size_C_E), torch.zeros_like(size_C_E[0])
+    for expert in range(held_C_E.shape[1]):
+        holders = held_C_E[:, expert].nonzero().squeeze(1)
+        if len(holders) < 2:
+            continue
+        unit_C_D, unit_C_S = (unit[:, expert].index_select(0, holders) for unit in (centroid_C_E_D, update_C_E_S))
+        pairs = _Pairs(unit_C_D, unit_C_S, beta, consensus)
+        agreement_C = pairs.agreement(size_C_E[holders, expert].double(), min_agreement)
+        agreement_C_E[holders, expert] = agreement_C.to(size_C_E.dtype)
+        modes_E[expert] = pairs.bimodality()
+    return _backed(agreement_C_E, size_C_E, held_C_E, min_agreement), modes_E
+
+
+class _Pairs:
+    """Pairs of the C holders of one expert, as many as are looked at. Unit vectors of centroids and updates."""
+
+    def __init__(self, centroid_C_D: Tensor, update_C_S: Tensor, beta: float, consensus: Consensus) -> None:
+        self._centroid_C_D, self._update_C_S, self._consensus = centroid_C_D, update_C_S, consensus
+        self._all = torch.arange(len(centroid_C_D))
+        gram_D_D, sum_D = centroid_C_D.T @ centroid_C_D, centroid_C_D.double().sum(dim=0)
+        self._bar = self._threshold(gram_D_D.double(), sum_D, beta) - ROUNDING
+        self._sorted = (centroid_C_D @ _principal(gram_D_D.double(), sum_D, len(centroid_C_D))).argsort(stable=True)
+
+    def _threshold(self, gram_D_D: Tensor, sum_D: Tensor, beta: float) -> float:
+        """τ, as `adaptive_threshold`."""
+        count, square_C = len(self._all), self._centroid_C_D.double().square().sum(dim=1)
+        pairs = count * (count - 1)  # each counts twice
+        mean = (sum_D.square().sum() - square_C.sum()) / pairs
+        variance = (gram_D_D.square().sum() - square_C.square().sum()) / pairs - mean.square()
+        return float(mean - beta * variance.clamp_min(0).sqrt())
+
+    def agreement(self, size_C: Tensor, min_agreement: float) -> Tensor:
+        """a_c, float64 [C]: against a sample, but for those of whom the bar makes most."""
+        if len(self._all) <= PARTNERS or not size_C.any():
+            return self._share(self._all, self._all, size_C)
+        partners, stands_for_P = self._partners(size_C)
+        agreement_C = self._share(self._all, partners, stands_for_P)
+        for score_C, some in ((-agreement_C, TOP), (None, DOUBTFUL)):
+            away_C = (agreement_C - min_agreement * agreement_C.max()).abs() if score_C is None else score_C
+            rows = away_C.topk(min(some, len(away_C)), largest=False).indices
+            agreement_C[rows] = self._share(rows, self._all, size_C)
+        return agreement_C
+
+    def _partners(self, size_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Some holders, and how much data each stands for: large ones for their own, others for as much of their like.
+
+        The others are a systematic sample along the sorted holders, in proportion to size.
+        """
+        largest_C = size_C.argsort(descending=True)
+        falling_C = size_C[largest_C]
+        from_C = falling_C.flip(0).cumsum(dim=0).flip(0)
+        alike_C = falling_C[:PARTNERS] * torch.arange(PARTNERS, 0, -1) <= from_C[:PARTNERS]
+        sure = int(alike_C.nonzero()[0])
+        one = from_C[sure] / (PARTNERS - sure)
+        mass_C = size_C.index_fill(0, largest_C[:sure], 0)[self._sorted].cumsum(dim=0)
+        points_P = (torch.arange(PARTNERS - sure) + 0.5) * one
+        sampled = self._sorted[torch.searchsorted(mass_C, points_P).clamp_max(len(self._all) - 1)]
+        return torch.cat([largest_C[:sure], sampled]), torch.cat([falling_C[:sure], one.expand(PARTNERS - sure)])
+
+    def _share(self, rows: Tensor, partners: Tensor, size_P: Tensor) -> Tensor:
+        """The share, by data, of its partners other than itself that each row agrees with; 0 without any."""
+        similar_R_P, weight_R_P = (
+            self._some(unit_C_X, rows) @ self._some(unit_C_X, partners).T
+            for unit_C_X in (self._centroid_C_D, self._update_C_S)
+        )
+        weight_R_P.clamp_(-1, 1)
+        weight_R_P = weight_R_P.add_(1).div_(2) if self._consensus == "half" else weight_R_P.clamp_(min=0)
+        weight_R_P *= (similar_R_P >= self._bar).logical_and_(rows.unsqueeze(1) != partners)
+        own_R = torch.zeros(len(self._all), dtype=torch.float64).index_add_(0, partners, size_P)[rows]
+        others_R = size_P.sum() - own_R
+        share_R = (weight_R_P @ size_P.to(weight_R_P.dtype)).double() / others_R.where(others_R > 0, 1.0)
+        return share_R.clamp_(0, 1)
+
+    def _some(self, unit_C_X: Tensor, which: Tensor) -> Tensor:
+        return unit_C_X if which is self._all else unit_C_X.index_select(0, which)
+
+    def bimodality(self) -> Tensor:
+        """As `bimodality`, over holders evenly along their order."""
+        count = min(len(self._all), PARTNERS)
+        some = ((torch.arange(count) + 0.5) * (len(self._all) / count)).long()
+        similarity_1_P_P = cosines(self._centroid_C_D[self._sorted[some]].unsqueeze(1))
+        return bimodality(similarity_1_P_P, torch.ones(len(some), 1, dtype=torch.bool)).squeeze(0)
+
+
+def _principal(gram_D_D: Tensor, sum_D: Tensor, count: int) -> Tensor:
+    """About the first principal direction of vectors, float32 [D], from their Gram matrix and sum."""
+    scatter_D_D = gram_D_D - torch.outer(sum_D, sum_D) / count
+    vector_D = scatter_D_D[:, scatter_D_D.diagonal().argmax()]
+    for _ in range(POWER_STEPS):
+        vector_D = torch.nn.functional.normalize(scatter_D_D @ vector_D, dim=0)
+    return vector_D.float()
+
+
+def _backed(agreement_C_E: Tensor, size_C_E: Tensor, held_C_E: Tensor, min_agreement: float) -> Tensor:
+    """The weights of agreements: in proportion to data and agreement, without clients below the bar."""
     bar_E = agreement_C_E.amax(dim=0) * (min_agreement - ROUNDING)
     backed_C_E = (size_C_E * agreement_C_E).masked_fill(agreement_C_E < bar_E, 0)
     return _first_positive(backed_C_E, size_C_E, held_C_E.to(size_C_E.dtype))

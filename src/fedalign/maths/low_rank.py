@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedalign.maths.rounding import BLOCK, unpack
+from fedalign.maths.rounding import unpack_part
 from fedalign.protocol import Factors, Packed
 
 SINGLE, DOUBLE = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
@@ -138,7 +138,7 @@ class Stack:
         for start, end in self._plain:
             total = torch.zeros(end - start)
             for coefficient, update in updates:
-                total.add_(_part(update, start, end), alpha=coefficient)
+                total.add_(unpack_part(update, start, end), alpha=coefficient)
             new[start:end].add_(total, alpha=stretch)
         for place in self._factors:
             self._renew(pair_in(new, place), place, [(stretch * k, update) for k, update in updates if k])
@@ -158,17 +158,8 @@ class Stack:
         A.copy_(best_A)
 
 
-def _part(packed: Packed, start: int, end: int) -> Tensor:
-    """Values start .. end - 1 in float32."""
-    if packed.scale is None:
-        return unpack(Packed(packed.values[start:end]))
-    block = start // BLOCK
-    whole = Packed(packed.values[block * BLOCK : end], packed.scale[block : -(-end // BLOCK)])
-    return unpack(whole)[start - block * BLOCK :]
-
-
 def _pair_in_packed(packed: Packed, place: Factors) -> Pair:
     """B and A of one pair of a packed group, float32."""
-    B = _part(packed, place.start_B, place.start_B + place.outputs * place.rank)
-    A = _part(packed, place.start_A, place.start_A + place.rank * place.inputs)
+    B = unpack_part(packed, place.start_B, place.start_B + place.outputs * place.rank)
+    A = unpack_part(packed, place.start_A, place.start_A + place.rank * place.inputs)
     return B.view(place.outputs, place.rank), A.view(place.rank, place.inputs)

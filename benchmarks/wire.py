@@ -1,0 +1,104 @@
+"""Accuracy and bytes by the precision in which updates travel, with what rounding lost fed back and without.
+
+    python benchmarks/wire.py --out runs/wire --minutes 60    # goes on where it stopped
+    python benchmarks/wire.py --out runs/wire --minutes 0     # the table of what is there
+
+The demo, one run for each precision and seed; runs of one seed share data, partition and start. Each run is a line of
+runs.jsonl. Clients are not scored, the global test set is after the last round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedalign.compare.statistics import Interval, mean_interval, paired_interval
+from watching import machine
+
+WIRES = (("float32", "off"), ("int4", "on"), ("int4", "off"), ("int8", "off"), ("int8", "on"), ("bfloat16", "off"))
+BASE = "float32, off"
+
+
+def run(wire: str, feedback: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Scores and bytes of one run."""
+    settings = {
+        "run.seed": seed,
+        "run.rounds": args.rounds,
+        "algorithm.name": args.algorithm,
+        "data.max_test": args.tests,
+        "evaluation.clients": "false",
+        "evaluation.every": args.rounds,
+        "tracking.loggers": "[]",
+        "wire.dtype": wire,
+        "wire.error_feedback": feedback,
+    }
+    overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    out = Path(tempfile.mkdtemp(prefix="fedalign-wire-")) / "run"
+    command = [sys.executable, "-m", "fedalign", "run", "demo", "--out", str(out), *overrides]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    shutil.rmtree(out.parent)
+    wanted = ("final_accuracy", "final_loss", "bytes_up", "bytes_down")
+    return {"wire": f"{wire}, {feedback}", "seed": seed} | {name: summary[name] for name in wanted}
+
+
+def table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each precision; differences to float32 are taken seed by seed."""
+    lines = [
+        "| updates in, feedback | seeds | accuracy, % | to float32 | loss | to float32 | MB up | MB down |",
+        "|:--|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for wire in dict.fromkeys(one["wire"] for one in runs):
+        mine = [one for one in runs if one["wire"] == wire]
+        cells = [wire, str(len(mine))]
+        for name, scale, digits in (("final_accuracy", 100, 1), ("final_loss", 1, 3)):
+            own, base = ({r["seed"]: scale * r[name] for r in runs if r["wire"] == w} for w in (wire, BASE))
+            cells += [said(mean_interval(list(own.values())), digits), said(paired_interval(own, base), digits)]
+        cells += [f"{sum(r[name] for r in mine) / len(mine) / 1e6:.1f}" for name in ("bytes_up", "bytes_down")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def said(interval: Interval | None, digits: int) -> str:
+    """A mean, and half of its 95 % interval where there is one."""
+    if interval is None:
+        return ""
+    half = "" if interval.half is None else f" ± {interval.half:.{digits}f}"
+    return f"{interval.mean:.{digits}f}{half}"
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/wire"))
+    parser.add_argument("--minutes", type=float, default=60, help="no run begins later")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tests", type=int, default=2000)
+    parser.add_argument("--algorithm", default="fedavg")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    file, end = args.out / "runs.jsonl", time.monotonic() + 60 * args.minutes
+    runs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    done = {(one["wire"], one["seed"]) for one in runs}
+    for seed in range(args.seeds):
+        for wire, feedback in WIRES:
+            if (f"{wire}, {feedback}", seed) not in done and time.monotonic() < end:
+                runs.append(run(wire, feedback, seed, args))
+                with file.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(runs[-1]) + "\n")
+    print(machine("torch", "transformers"))
+    print(f"{args.algorithm}, {args.rounds} rounds, {args.tests} test examples\n")
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()
