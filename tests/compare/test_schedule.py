@@ -185,6 +185,7 @@ def test_as_many_at_a_time_as_there_are_gpus_or_cores(monkeypatch: pytest.Monkey
     assert len(slots_for(load_config(None, ["run.threads=1"]), None)) == 8
     assert len(slots_for(load_config(None, ["run.threads=4"]), None)) == 2
     assert len(slots_for(load_config(None, ["run.threads=16"]), None)) == 1
+    assert len(slots_for(load_config(None, ["run.threads=1", "run.workers=4"]), None)) == 2
     assert slots_for(load_config(), 3) == [{}, {}, {}]
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)

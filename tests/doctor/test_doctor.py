@@ -100,6 +100,29 @@ def test_the_hashes_are_those_that_sites_send(site: SiteFolder, config: Config, 
     assert {name: value for name, value in found.hashes.items() if name != "weights"} == here.hashes
 
 
+@pytest.mark.parametrize(
+    ("run", "verdict", "said"),
+    [
+        ({}, "ok", "run.workers = 3 trains so many clients side by side; the results are the same"),
+        ({"workers": 3}, "ok", "4 cores, run.workers = 3, run.threads = 0"),
+        ({"workers": 5}, "warning", "4 cores, run.workers = 5, run.threads = 0"),
+    ],
+)
+def test_idle_cores_are_told(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: dict[str, int], verdict: str, said: str
+) -> None:
+    monkeypatch.setattr(machine, "cores", lambda: 4)
+    here = with_(
+        with_(with_(config, "federation", engine="in_process"), "clients", count=3), "run", device="cpu", **run
+    )
+    check = by_name(examine_coordinator(here, tmp_path / "runs"))["cores"]
+    assert check.verdict == verdict
+    assert said in check.found
+    assert ("trains so many clients" in check.found) == (not run)
+    assert ("at most 4" in check.remedy) == (verdict == "warning")
+    assert "cores" not in by_name(examine_coordinator(config, tmp_path / "runs"))
+
+
 def test_other_weights_than_the_coordinators_fail(site: SiteFolder, config: Config, olmoe: Path) -> None:
     mine = MoEModel.load(olmoe).weights_hash()
     assert by_name(examine_site(site, with_(config, "model", weights_hash=mine)))["weights"].verdict == "ok"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedalign.client.memory import ClientData, ClientMemory
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
 from fedalign.config.toml import load_config
@@ -15,6 +16,8 @@ from fedalign.data.formats import load_examples
 from fedalign.doctor.estimate import (
     CARRIER,
     Kept,
+    StepCost,
+    estimate_run,
     estimate_site,
     exchange_nbytes,
     measure_step,
@@ -25,6 +28,7 @@ from fedalign.federation.messages import encode
 from fedalign.maths.rounding import broadcast_dtype, pack
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import DEALT, Broadcast
+from tests.conftest import changed
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "int8", "int4"])
@@ -115,6 +119,25 @@ def test_larger_batches_have_more_activations(settings: list[str]) -> None:
     larger = replace(bench, config=load_config(None, [*settings, "training.batch_examples=8"]))
     small, large = measure_step(bench, examples(bench)), measure_step(larger, examples(bench))
     assert 3 < large.activations / small.activations < 5.5
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_workers_share_the_time_and_what_is_frozen(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    monkeypatch.setattr("fedalign.doctor.estimate.measure_step", lambda *_: StepCost(1000, 1e-3))
+    config = load_config(None, [*settings, f"tuning.kind={kind}"])
+    bench = Workbench.load(config)
+    a, b = (ClientData(name, examples(bench), None, ClientMemory(tmp_path)) for name in "ab")
+    one, two = (
+        estimate_run(replace(bench, config=changed(config, "run", workers=workers)), {"a": a, "b": b}, None, 2)
+        for workers in (1, 2)
+    )
+    assert one.seconds == pytest.approx(2 * two.seconds)
+    frozen = [p for p in bench.moe.model.parameters() if not p.requires_grad]
+    assert bool(frozen) == (kind == "lora")
+    # weights, gradients and two moments; what was received and the update; activations
+    assert two.memory - one.memory == 4 * 6 * one.trained + 1000
 
 
 def test_tokens_of_a_round_count_epochs_and_a_third_of_scoring(settings: list[str]) -> None:

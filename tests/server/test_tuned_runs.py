@@ -67,6 +67,23 @@ def test_parts_of_a_model(kind: str, settings: list[str], tmp_path: Path) -> Non
     assert all(any(part in name for part in parts) for name in changed)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_client_under_lora_costs_its_adapters_alone(tmp_path: Path, dtype: str) -> None:
+    step = trainer("tuning.kind=lora", f"tuning.dtype={dtype}")
+    base = {name: p for name, p in step.moe.model.named_parameters() if not p.requires_grad}
+    assert base
+    places = {name: p.data_ptr() for name, p in base.items()}
+    trained(step, tmp_path / "a", "a")
+    assert {name: p.data_ptr() for name, p in base.items()} == places  # forks of this process go on sharing them
+    written = {name: p._version for name, p in base.items()}
+    step.moe.write(step.moe.read())  # as the next client's turn begins
+    assert {name: p._version for name, p in base.items()} == written
+    names = len(step.moe.layout.groups)
+    values = sum(step.moe.layout.sizes.values())
+    kept = sum(file.stat().st_size for file in (tmp_path / "a").rglob("*.safetensors"))
+    assert kept < 4 * values + 200 * names
+
+
 @pytest.mark.parametrize("average", ["factors", "freeze_a", "exact"])
 def test_lora(average: str, settings: list[str], tmp_path: Path) -> None:
     whole = ["tuning.kind=lora", "tuning.rank=4", f"tuning.average={average}", "training.learning_rate=3e-2"]

@@ -157,7 +157,8 @@ def carry_out(
     with parallel.together(settings.run.device):
         console.quiet |= not parallel.is_first()
         prepared = _load(settings, folder, console)
-        return _watched(settings, folder, console, how, lambda table: execute(prepared, folder, table))
+        with prepared.workers:
+            return _watched(settings, folder, console, how, lambda table: execute(prepared, folder, table))
 
 
 def _load(settings: Config, folder: RunFolder, console: Console) -> Prepared:

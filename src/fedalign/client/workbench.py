@@ -46,8 +46,8 @@ class Workbench:
         Raises:
             UserError: There is no such model or device, it cannot train so, or a limit does not fit the model.
         """
-        if config.run.threads:
-            torch.set_num_threads(config.run.threads)
+        if config.run.threads_each:
+            torch.set_num_threads(config.run.threads_each)
         device = pick_device(config.run.device)
         several = parallel.world() > 1 or device == parallel.SPLIT
         if device == parallel.SPLIT:

@@ -19,6 +19,7 @@ import torch
 
 from fedalign.compare.plan import Cell
 from fedalign.config.run import Config
+from fedalign.federation.workers import cores
 from fedalign.parallel import SPLIT
 from fedalign.protocol import Metrics
 from fedalign.server.results import RunFolder, read_history
@@ -106,18 +107,14 @@ def run_all(
 
 
 def slots_for(config: Config, jobs: int | None) -> list[Slot]:
-    """As many runs at a time as there are GPUs or, with `run.threads` each, cores; or `jobs`, GPUs in turns."""
+    """As many runs at a time as there are GPUs or, with their threads and workers, cores; or `jobs`, GPUs in turns."""
     if config.run.device not in ("auto", "cuda") or not torch.cuda.is_available():
-        together = 1 if config.run.device.startswith(("cuda", SPLIT)) else cores() // max(1, config.run.threads)
+        busy = max(1, config.run.threads) * config.run.workers
+        together = 1 if config.run.device.startswith(("cuda", SPLIT)) else cores() // busy
         return [{}] * max(1, jobs or together)
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
     return [{"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} for job in range(jobs or len(gpus))]
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start(task: Task, slot: Slot, held: Sequence[int], command: Command) -> subprocess.Popen[bytes]:

@@ -203,7 +203,15 @@ class RunConfig(Section):
     patience: Count = key(0, "scored rounds without a better score after which the run ends early; 0: it does not")
     device: Device = "auto"
     threads: Threads = 0
+    workers: Annotated[int, Field(ge=1, le=1024)] = key(
+        1, "in_process: clients that train side by side, on one thread each (CPU); the results are the same"
+    )
     check: bool = key(True, "at the end: does model/ load in plain transformers and peft, and compute the same")
+
+    @property
+    def threads_each(self) -> int:
+        """Threads of each process; 0: torch's own choice."""
+        return self.threads or int(self.workers > 1)
 
 
 class ModelConfig(Section):
@@ -513,7 +521,7 @@ class FederationConfig(Section):
     """The engine that reaches the clients, and what it does about those that fail; all but `engine` is for Flower."""
 
     engine: Literal["in_process", "flower", "simulation"] = key(
-        "in_process", "one after another; sites with their own data; Flower, on one machine"
+        "in_process", "clients in one process; sites with their own data; Flower, on one machine"
     )
     superlink: Address = "127.0.0.1:8000"
     root_certificates: Certificates = None
@@ -601,7 +609,15 @@ class Config(Section):
 
     def _check_engine(self) -> None:
         """Refuse settings that cannot be asked of sites."""
-        engine = self.federation.engine
+        engine, workers = self.federation.engine, self.run.workers
+        if workers > 1 and engine != "in_process":
+            instead = "federation.workers does that" if engine == "simulation" else "sites have their own machines"
+            raise UserError(f'run.workers = {workers}: with federation.engine = "{engine}" {instead}. Choose 1.')
+        if workers > 1 and self.run.threads > 1:
+            raise UserError(
+                f"run.threads = {self.run.threads}: with run.workers = {workers} each worker has one thread. Leave it "
+                "out, or choose run.workers = 1."
+            )
         if engine == "flower" and self.tracking.health == "full":
             raise UserError(
                 'tracking.health = "full": sites send what the algorithm asks for. Choose one of: asked, off.'

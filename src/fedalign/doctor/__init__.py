@@ -13,6 +13,7 @@ from fedalign.doctor.data import check_data, check_lengths, check_parts, guess_k
 from fedalign.doctor.estimate import estimate_site, parameter_counts
 from fedalign.doctor.link import check_key, check_superlink
 from fedalign.doctor.machine import (
+    check_cores,
     check_device,
     check_disk,
     check_versions,
@@ -118,6 +119,8 @@ def examine_coordinator(config: Config, out: Path) -> Examination:
             found.add("test set", "ok", f"{len(tests):,} examples from {source}")
     bench = check_model(found, config)
     check_writable(found, out)
+    if options.engine == "in_process":
+        check_cores(found, config)
     if bench is not None:
         total, trained = parameter_counts(bench)
         needed = 4 * (trained * (KEPT_ROUNDS + 1) + 2 * total)

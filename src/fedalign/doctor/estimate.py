@@ -31,7 +31,7 @@ CARRIER = 4  # bytes that Flower's process at a site holds at its peak for each 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes and seconds that a run in one process would take; memory is that of all clients in turn."""
+    """Bytes and seconds that a run in one process would take; memory is that of as many clients as train at a time."""
 
     parameters: int
     trained: int
@@ -80,7 +80,10 @@ def estimate_run(
     held = [client.held_out for client in clients.values()]
     train = [client.train for client in clients.values()]
     tokens = round_tokens(config, train, [*held, test])
-    seconds = step.seconds_a_token * tokens * clients_a_round / max(1, len(clients))
+    together = min(config.run.workers, max(1, clients_a_round))
+    seconds = step.seconds_a_token * tokens * clients_a_round / max(1, len(clients)) / together
+    frozen = sum(p.nbytes for p in bench.moe.model.parameters() if not p.requires_grad)  # which workers share
+    own = training_nbytes(bench) - frozen + exchange_nbytes(trained, config) + step.activations
     return Estimate(
         parameters=total,
         trained=trained,
@@ -90,10 +93,7 @@ def estimate_run(
         bytes_down_a_round=weights_nbytes(config, layout) * clients_a_round,  # scored and trained on
         bytes_up_a_round_at_most=(update_nbytes(config, layout) + statistics) * clients_a_round,
         bytes_statistics_a_client=statistics,
-        memory=training_nbytes(bench)
-        + exchange_nbytes(trained, config)
-        + server_nbytes(trained, config, clients_a_round)
-        + step.activations,
+        memory=frozen + together * own + server_nbytes(trained, config, clients_a_round),
         seconds_a_round=seconds,
         seconds=seconds * config.run.rounds,
     )

@@ -12,10 +12,13 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from fedalign.config.run import Config
 from fedalign.doctor.estimate import SiteEstimate
 from fedalign.doctor.report import Check, Examination, Verdict
+from fedalign.federation.workers import cores
 from fedalign.moe.load import pick_device
 from fedalign.parallel import SPLIT
+from fedalign.server.rounds import round_half_up
 from fedalign.units import size
 
 PACKAGE = "fedalign-moe"
@@ -73,6 +76,26 @@ def check_device(found: Examination, name: str) -> str | None:
         what = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     found.add("device", "ok", f"{device}: {what}, {left} of memory free")
     return device
+
+
+def check_cores(found: Examination, config: Config) -> None:
+    """Whether clients in one process could use more cores than they do."""
+    device, run = found.attempt("device", lambda: pick_device(config.run.device)), config.run
+    if device != "cpu":
+        return
+    asked = round_half_up(config.clients.sample * config.clients.count)
+    idle = cores() // (run.workers * max(1, run.threads))
+    told = f"{cores()} cores, run.workers = {run.workers}, run.threads = {run.threads}"
+    if run.workers == 1 and (more := min(cores(), asked)) > 1 and sys.platform == "linux":
+        told += (
+            f". If memory allows, run.workers = {more} trains so many clients side by side; the results are the same"
+        )
+    found.add(
+        "cores",
+        "ok" if idle else "warning",
+        told,
+        f"Choose run.workers times run.threads of at most {cores()}: more wait for each other.",
+    )
 
 
 def free_memory(device: str = "cpu") -> int | None:

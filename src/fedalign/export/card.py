@@ -83,7 +83,7 @@ def log_probabilities(**inputs):
 
 """
 UNTOLD = {  # of the configuration: paths, names of clients, what the machines were
-    "run": ("device", "threads"),
+    "run": ("device", "threads", "workers"),
     "model": ("path", "revision"),
     "data": ("train", "test", "subset", "train_split", "test_split", "columns", "files"),
     "clients": ("limits",),

@@ -1,10 +1,10 @@
-"""The embedded engine: clients in this process, one after another, on one loaded model."""
+"""The embedded engine: clients in this process, one after another, or side by side in forks of it."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedalign import parallel
@@ -16,9 +16,11 @@ from fedalign.config.run import Config
 from fedalign.data.deal import split_among_clients
 from fedalign.errors import TrainingFailedError
 from fedalign.federation.ledger import Tally
+from fedalign.federation.workers import Workers, check_workers
 from fedalign.files import folder_name
 from fedalign.maths.heap import Heap
 from fedalign.maths.rounding import unpack_weights
+from fedalign.moe.load import pick_device
 from fedalign.protocol import Accumulator, Broadcast, Evaluation, Failure, Layout, Moved, Request, Statistics, Weights
 from fedalign.server.run import Holdings, Marked, digest, identity
 from fedalign.server.trackers import require_trackers
@@ -29,8 +31,9 @@ POOLED = "pooled"
 class InProcess:
     """A `protocol.Federation` whose messages are calls."""
 
-    def __init__(self, trainer: Trainer, clients: Mapping[str, ClientData]) -> None:
+    def __init__(self, trainer: Trainer, clients: Mapping[str, ClientData], workers: Workers | None = None) -> None:
         self.trainer = trainer
+        self.workers = workers or Workers()
         self.clients = pooled(clients) if "data" in trainer.algorithm.asks else clients
         self.scored = clients
         self._tally = Tally(next(iter(clients.values())).memory.folder.with_name("sent.json"))
@@ -40,15 +43,22 @@ class InProcess:
         return list(self.clients)
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
-        """Train one client after another; a client whose loss or update is not finite is a Failure."""
+        """Train clients, in their order; a client whose loss or update is not finite is a Failure."""
         if parallel.is_first():
             self._tally.send("train", broadcast, clients)
-        for name in clients:
+
+        def train(name: str) -> Statistics | Failure:
             try:
-                yield self.trainer.train(self.clients[name], broadcast)
+                return self.trainer.train(self.clients[name], broadcast)
             except TrainingFailedError as error:
-                self._tally.failed(name)
-                yield Failure(name, "train", str(error))
+                return Failure(name, "train", str(error))
+
+        for outcome in self.workers.map(
+            train, clients, lambda name: sum(one.tokens for one in self.clients[name].train)
+        ):
+            if isinstance(outcome, Failure):
+                self._tally.failed(outcome.client)
+            yield outcome
 
     def collect(self, requests: Sequence[Request], accumulator: Accumulator) -> list[Failure]:
         """Read kept updates in the order of `requests`, one in memory at a time."""
@@ -64,10 +74,13 @@ class InProcess:
         if parallel.is_first():
             self._tally.send("evaluate", broadcast, clients)
         received = unpack_weights(broadcast.weights)
-        for name in clients if self.scored is self.clients else self.scored:
-            score = self.trainer.evaluate(self.scored[name], received, broadcast.round)
-            if score is not None:
-                yield score
+        scored = [self.scored[name] for name in (clients if self.scored is self.clients else self.scored)]
+        scores = self.workers.map(
+            lambda client: self.trainer.evaluate(client, received, broadcast.round),
+            scored,
+            lambda client: len(client.held_out or ()),
+        )
+        return (score for score in scores if score is not None)
 
     def faults(self) -> list[Failure]:
         """None: a client in this process cannot go away."""
@@ -93,6 +106,7 @@ class Prepared:
     clients: dict[str, ClientData]
     test: TestSet | None
     labels: Mapping[str, Mapping[str, int]]  # of each client's examples
+    workers: Workers = field(default_factory=Workers)
 
     @property
     def config(self) -> Config:
@@ -107,7 +121,7 @@ class Prepared:
     @property
     def federation(self) -> InProcess:
         """The clients, in this process."""
-        return InProcess(self.bench.trainer(), self.clients)
+        return InProcess(self.bench.trainer(), self.clients, self.workers)
 
     def initial_weights(self, heap: Heap) -> Weights:
         """Those that the model was loaded with."""
@@ -150,6 +164,7 @@ def prepare(config: Config, client_folder: Path) -> Prepared:
         UserError: Anything in the configuration does not fit the model or the data.
     """
     require_trackers(config.tracking.loggers)
+    check_workers(config.run.workers, pick_device(config.run.device))
     examples, parts = split_among_clients(config)
     bench = Workbench.load(config)
     bench.check_limits(parts)
@@ -158,4 +173,4 @@ def prepare(config: Config, client_folder: Path) -> Prepared:
         for name, indices in parts.items()
     }
     labels = {name: Counter(examples[index].label for index in indices) for name, indices in parts.items()}
-    return Prepared(bench, clients, bench.test_set(), labels)
+    return Prepared(bench, clients, bench.test_set(), labels, Workers(config.run.workers))

@@ -28,6 +28,7 @@ UNTOLD = (
     "run.seed",
     "run.device",
     "run.threads",
+    "run.workers",
     "run.check",
     "evaluation.answers",
     "tracking.",

@@ -25,6 +25,7 @@ RESUMABLE = (  # may change on resume
     "run.patience",
     "run.device",
     "run.threads",
+    "run.workers",
     "run.check",
     "evaluation.answers",
     "tracking.loggers",
