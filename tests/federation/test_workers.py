@@ -38,7 +38,9 @@ def nothing_is_left() -> Iterator[None]:
 
 
 def run(out: Path, settings: list[str], *more: str, watch: Silent | None = None) -> None:
-    config = load_config(None, [*settings, "run.rounds=2", "training.epochs=1", "run.threads=1", *more])
+    config = load_config(
+        None, [*settings, "run.rounds=2", "training.epochs=1", "run.threads=1", "evaluation.batch_tokens=300", *more]
+    )
     folder = RunFolder(out)
     prepared = prepare(config, folder.clients)
     folder.begin(config)
@@ -171,7 +173,7 @@ def kill_the_first(process: psutil.Process, workers: list[psutil.Process]) -> No
     [
         (interrupt_all, 130, "Interrupted. Complete rounds are kept; go on with"),
         (stop_all, 143, "Ended by SIGTERM. Complete rounds are kept; go on with"),
-        (kill_one_worker, 2, "Error: run.workers = 2: a process that trained was ended by SIGKILL."),
+        (kill_one_worker, 2, "Error: run.workers = 2: a worker was ended by SIGKILL."),
         (kill_the_first, -9, ""),
     ],
 )
