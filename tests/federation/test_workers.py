@@ -23,6 +23,7 @@ from fedalign.config.toml import load_config
 from fedalign.errors import TrainingFailedError, UserError
 from fedalign.federation.in_process import prepare
 from fedalign.federation.workers import Workers, check_workers
+from fedalign.files import rounds_in
 from fedalign.protocol import Broadcast, Statistics
 from fedalign.server.results import RunFolder
 from fedalign.server.run import execute
@@ -38,7 +39,9 @@ def nothing_is_left() -> Iterator[None]:
 
 
 def run(out: Path, settings: list[str], *more: str, watch: Silent | None = None) -> None:
-    config = load_config(None, [*settings, "run.rounds=2", "training.epochs=1", "run.threads=1", *more])
+    config = load_config(
+        None, [*settings, "run.rounds=2", "training.epochs=1", "run.threads=1", "evaluation.batch_tokens=300", *more]
+    )
     folder = RunFolder(out)
     prepared = prepare(config, folder.clients)
     folder.begin(config)
@@ -171,7 +174,7 @@ def kill_the_first(process: psutil.Process, workers: list[psutil.Process]) -> No
     [
         (interrupt_all, 130, "Interrupted. Complete rounds are kept; go on with"),
         (stop_all, 143, "Ended by SIGTERM. Complete rounds are kept; go on with"),
-        (kill_one_worker, 2, "Error: run.workers = 2: a process that trained was ended by SIGKILL."),
+        (kill_one_worker, 2, "Error: run.workers = 2: a worker was ended by SIGKILL."),
         (kill_the_first, -9, ""),
     ],
 )
@@ -205,7 +208,7 @@ def test_nothing_runs_on(
     assert said in " ".join(log.split())
     assert "Traceback" not in log
     with RunFolder(out).worked():  # the lock is free
-        assert len(metrics(out)) > 1
+        assert max(number for number, _ in rounds_in(out / "checkpoint")) >= 1
 
 
 # ------------------------------------------------------------------------------------------------ one call

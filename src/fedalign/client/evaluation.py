@@ -7,7 +7,7 @@ forward pass scores them all. Language modelling: loss. Instruction and chat: lo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from fedalign.moe.model import MoEModel
 from fedalign.protocol import Evaluation
 
 Answer = Callable[[Batch], AnswerLogits]
+Apply = Callable[[Callable[[Batch], Any], Iterable[Batch]], Iterable[Any]]  # such as `map`: results in order
 
 
 @dataclass(frozen=True)
@@ -110,20 +111,29 @@ def evaluate(
 
 @torch.no_grad()
 def answers(
-    moe: MoEModel, tests: TestSet, config: EvaluationConfig, tokenizer: Any, answer: Answer | None = None
+    moe: MoEModel,
+    tests: TestSet,
+    config: EvaluationConfig,
+    tokenizer: Any,
+    answer: Answer | None = None,
+    apply: Apply = map,
 ) -> Answers:
-    """The model's answers; arguments as in `evaluate`."""
+    """The model's answers; arguments as in `evaluate`. `apply` may score batches side by side."""
     moe.model.eval()
     answer = answer or partial(answer_logits, moe)
     if len(tests.choices):
-        nll_sum, tokens, scores = _score_choices(moe, answer, tests, config)
+        nll_sum, tokens, scores = _score_choices(moe, answer, tests, config, apply)
         chosen = (int(score_K.argmax()) for score_K in scores)
         right = [choice == wanted for choice, wanted in zip(chosen, tests.right_N.tolist(), strict=True)]
         return Answers(nll_sum, tokens, scores, right=right)
     nll_sum, tokens = 0.0, 0
-    for batch in _batches(moe, tests.encoded, config):
+
+    def loss(batch: Batch) -> tuple[float, int]:
         nll_N = answer(batch).nll_N
-        nll_sum, tokens = nll_sum + float(nll_N.double().sum()), tokens + nll_N.numel()
+        return float(nll_N.double().sum()), nll_N.numel()
+
+    for part, count in apply(loss, _batches(moe, tests.encoded, config)):
+        nll_sum, tokens = nll_sum + part, tokens + count
     nll_sum, tokens = _over_all(moe.device, nll_sum, tokens)
     if not config.generate:
         return Answers(nll_sum, tokens)
@@ -143,20 +153,23 @@ def _over_all(device: torch.device, nll_sum: float, count: int) -> tuple[float, 
 
 
 def _score_choices(
-    moe: MoEModel, answer: Answer, tests: TestSet, config: EvaluationConfig
+    moe: MoEModel, answer: Answer, tests: TestSet, config: EvaluationConfig, apply: Apply
 ) -> tuple[float, int, Sequence[Tensor]]:
     """Sum of the right answers' NLL, their tokens, and scores of each example's choices."""
     tokens = [[[t for t in choice.labels if t != IGNORED] for choice in choices] for choices in tests.choices]
     one_prompt = all(len({tuple(choice.input_ids[:-1]) for choice in choices}) == 1 for choices in tests.choices)
     one_token = all(len(t) == 1 for choices in tokens for t in choices)
     if one_prompt and one_token and len(set(map(len, tokens))) == 1:
-        return _score_single_tokens(moe, answer, tests, config, torch.tensor(tokens).squeeze(2))
+        return _score_single_tokens(moe, answer, tests, config, torch.tensor(tokens).squeeze(2), apply)
     flat = [choice for choices in tests.choices for choice in choices]
     nll_F, length_F = torch.zeros(len(flat), dtype=torch.float64), torch.zeros(len(flat), dtype=torch.int64)
-    for batch in _batches(moe, flat, config):
+
+    def losses(batch: Batch) -> tuple[Tensor, Tensor]:
         answers = answer(batch)
-        rows = torch.tensor(batch.rows)[answers.row_N.cpu()]
-        nll_F.index_add_(0, rows, answers.nll_N.double().cpu())
+        return torch.tensor(batch.rows)[answers.row_N.cpu()], answers.nll_N.double().cpu()
+
+    for rows, nll_N in apply(losses, _batches(moe, flat, config)):
+        nll_F.index_add_(0, rows, nll_N)
         length_F.index_add_(0, rows, torch.ones_like(rows))
     nll_F, length_F = (parallel.total(sums.to(moe.device)).cpu() for sums in (nll_F, length_F))
     score_F = nll_F / length_F if config.length_normalise else nll_F
@@ -166,14 +179,19 @@ def _score_choices(
 
 
 def _score_single_tokens(
-    moe: MoEModel, answer: Answer, tests: TestSet, config: EvaluationConfig, choice_N_K: Tensor
+    moe: MoEModel, answer: Answer, tests: TestSet, config: EvaluationConfig, choice_N_K: Tensor, apply: Apply
 ) -> tuple[float, int, Sequence[Tensor]]:
     nll_sum, score_N_K = 0.0, torch.zeros(choice_N_K.shape, dtype=torch.float64)
-    for batch in _batches(moe, tests.encoded, config):
+
+    def scores(batch: Batch) -> tuple[float, Tensor, Tensor]:
         answers = answer(batch)
         rows = torch.tensor(batch.rows)[answers.row_N.cpu()]
-        nll_sum += float(answers.nll_N.double().sum())
-        score_N_K[rows] = answers.logits_N_V.gather(1, choice_N_K[rows].to(moe.device)).double().cpu()
+        score_N_K = answers.logits_N_V.gather(1, choice_N_K[rows].to(moe.device)).double().cpu()
+        return float(answers.nll_N.double().sum()), rows, score_N_K
+
+    for part, rows, some_N_K in apply(scores, _batches(moe, tests.encoded, config)):
+        nll_sum += part
+        score_N_K[rows] = some_N_K
     nll_sum, _ = _over_all(moe.device, nll_sum, 0)
     return nll_sum, len(tests), parallel.total(score_N_K.to(moe.device)).cpu().unbind()
 

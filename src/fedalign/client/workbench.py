@@ -11,7 +11,7 @@ import torch
 
 from fedalign import parallel
 from fedalign.client.answers import sheet
-from fedalign.client.evaluation import TestSet, answers
+from fedalign.client.evaluation import Apply, TestSet, answers
 from fedalign.client.memory import ClientData, ClientMemory
 from fedalign.client.trainer import Trainer
 from fedalign.config.run import ClientLimits, Config
@@ -163,10 +163,12 @@ class Workbench:
             return None
         return self.marked(weights, tests)[0]
 
-    def marked(self, weights: Weights, tests: TestSet, *, generate: bool = False) -> tuple[Evaluation, dict[str, Any]]:
+    def marked(
+        self, weights: Weights, tests: TestSet, *, generate: bool = False, apply: Apply = map
+    ) -> tuple[Evaluation, dict[str, Any]]:
         """The score of weights on a test set, and the `client.answers.sheet` of what they answered."""
         self.moe.write(weights)
-        found = answers(self.moe, tests, self.config.evaluation, self.tokenizer)
+        found = answers(self.moe, tests, self.config.evaluation, self.tokenizer, apply=apply)
         record = sheet(self.moe, tests, found, self.config, self.tokenizer, generate=generate)
         return found.score(None, len(tests)), record
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fedalign import parallel
 from fedalign.client.evaluation import TestSet
@@ -13,6 +14,7 @@ from fedalign.client.memory import ClientData, ClientMemory
 from fedalign.client.trainer import Trainer
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
+from fedalign.data.batches import Batch
 from fedalign.data.deal import split_among_clients
 from fedalign.errors import TrainingFailedError
 from fedalign.federation.ledger import Tally
@@ -129,7 +131,12 @@ class Prepared:
 
     def evaluate(self, weights: Weights, *, generate: bool = False) -> Marked | None:
         """Score weights on the global test set, if there is one."""
-        return None if self.test is None else self.bench.marked(weights, self.test, generate=generate)
+        if self.test is None:
+            return None
+        return self.bench.marked(weights, self.test, generate=generate, apply=self._side_by_side)
+
+    def _side_by_side(self, work: Callable[[Batch], Any], batches: Iterable[Batch]) -> Iterator[Any]:
+        return self.workers.map(work, list(batches), lambda batch: batch.attention_mask_B_S.numel())
 
     def save_model(self, weights: Weights, folder: Path) -> None:
         """Write weights as an ordinary Hugging Face folder, with the tokenizer."""

@@ -159,7 +159,7 @@ def _how(code: int | None) -> str:
     """A line on the end of a process."""
     ended = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
     memory = " If memory ran out, choose fewer." if code == -signal.SIGKILL else ""
-    return f"a process that trained {ended}.{memory} The last complete round is kept."
+    return f"a worker {ended}.{memory} The last complete round is kept."
 
 
 @contextmanager
