@@ -291,7 +291,9 @@ def stacked_by_part(reports: Reports) -> Iterator[Part]:
                 here = slice(first + expert, first + expert + 1)
                 centroid_C_1_D = centroid_C_E_D[:, expert : expert + 1].float() * scale_C_1_1
                 unit_C_1_D = directions_from(mean_L_D[layer], centroid_C_1_D, load_C_L_E[:, layer, here])
-                yield layer, here, unit_C_1_D, directions(update_C_E_S[:, expert : expert + 1])
+                # squares of half precision stay within float32, so no peak is looked for
+                unit_C_1_S = torch.nn.functional.normalize(update_C_E_S[:, expert : expert + 1].float(), dim=-1)
+                yield layer, here, unit_C_1_D, unit_C_1_S
 
 
 def expert_sizes(reports: Reports) -> Tensor:

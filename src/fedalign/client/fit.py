@@ -140,7 +140,8 @@ class LocalFit:
         if 0 < self.client.most_steps <= self.steps:
             raise TrainingFailedError(f"a round would take more than {self.client.most_steps} steps (limits.steps)")
         answer_tokens = sum(batch.answer_tokens for batch in group)
-        self.moe.model.zero_grad(set_to_none=True)
+        for parameter in self.parameters:  # a model's own `zero_grad` walks through all of its modules
+            parameter.grad = None
         idle_L_E: Tensor | None = None
         for batch in group:
             here = own_share(batch).to(self.moe.device)

@@ -61,6 +61,11 @@ class LayerStack:
         """1 where the expert received the token, else 0."""
         return self.choice_M_T_E if self.received_M_T is None else self.choice_M_T_E * self.received_M_T.unsqueeze(2)
 
+    @cached_property
+    def load_M_E(self) -> Tensor:
+        """Tokens that each expert received."""
+        return self.dispatch_M_T_E.sum(1)
+
 
 class Captured:
     """One forward pass as its routers saw it. Filled while the model runs; read it afterwards."""
@@ -282,14 +287,15 @@ class RoutingStatistics:
     def _add(self, stack: LayerStack, captured: Captured, whole_B: Tensor | None) -> None:
         rows = slice(stack.ordinals.start, stack.ordinals.stop)
         prob_M_T_E = stack.prob_M_T_E
-        chosen_M_E, dispatch_M_T_E = stack.choice_M_T_E.sum(1), stack.dispatch_M_T_E
+        dispatch_M_T_E, load_M_E = stack.dispatch_M_T_E, stack.load_M_E
+        chosen_M_E = load_M_E if stack.received_M_T is None else stack.choice_M_T_E.sum(1)
         layers, _, experts = prob_M_T_E.shape
         reached_M_B_E = prob_M_T_E.new_zeros(layers, stack.examples, experts).index_add_(
             1, stack.example_T, dispatch_M_T_E
         )
         self._prob[rows] += prob_M_T_E.sum(1)
         self._chosen[rows] += chosen_M_E
-        self._load[rows] += dispatch_M_T_E.sum(1)
+        self._load[rows] += load_M_E
         if self._margins:
             self._margin[rows] += decision_margin(prob_M_T_E, stack.topk_M_T_K) * chosen_M_E
         self._examples[rows] += (reached_M_B_E[:, slice(None) if whole_B is None else whole_B] > 0).sum(1)
@@ -317,7 +323,7 @@ def idle_experts(captured: Captured) -> Tensor:
     Padding does not count: nothing that enters the loss depends on what an expert makes of it, so an expert reached by
     padding alone has no gradient, only the optimiser's momentum and decay, which are to be masked.
     """
-    return torch.cat([stack.dispatch_M_T_E.sum(1) == 0 for stack in captured.stacks])
+    return torch.cat([stack.load_M_E == 0 for stack in captured.stacks])
 
 
 def balancing_loss(routing: Sequence[LayerRouting], experts: int) -> Tensor:
