@@ -195,13 +195,12 @@ def in_process(out: Path, house: Path, config: Config) -> dict[str, Any]:
 
 
 def same_runs(one: Path, other: Path, *, resumed: bool = False) -> None:
-    """The same numbers, models and summaries. One that was `resumed` may have sent a small model down once more."""
+    """The same numbers, models and summaries. In one that was `resumed` something may have travelled once more."""
     lines, others = metrics(one), metrics(other)
     for line, same in zip(lines, others, strict=True):
-        if resumed:
-            assert same["bytes_down"] <= line.pop("bytes_down")
-            assert same.pop("bytes_down_by_client", {}).keys() == line.pop("bytes_down_by_client", {}).keys()
-            del same["bytes_down"]
+        for way in ("bytes_down", "bytes_up") if resumed else ():
+            assert same.pop(way) <= line.pop(way)
+            assert same.pop(f"{way}_by_client", {}).keys() == line.pop(f"{way}_by_client", {}).keys()
         assert line == same
     for kind in ("model", "best"):
         files, same_files = model_bytes(one / kind), model_bytes(other / kind)
@@ -212,7 +211,7 @@ def same_runs(one: Path, other: Path, *, resumed: bool = False) -> None:
     for summary in summaries:
         del summary["seconds"], summary["versions"], summary["checked"]  # a coordinator has no weights to compute with
         if resumed:
-            del summary["bytes_down"]
+            del summary["bytes_down"], summary["bytes_up"]
     assert summaries[0] == summaries[1]
 
 
