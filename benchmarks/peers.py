@@ -277,11 +277,11 @@ def finish(model: torch.nn.Module, state: Any, nbytes: float) -> None:
 
 def flower() -> None:
     """Flower's own FedAvg on its simulation engine."""
-    from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict  # noqa: PLC0415 - not of every row
-    from flwr.clientapp import ClientApp  # noqa: PLC0415
-    from flwr.serverapp import Grid, ServerApp  # noqa: PLC0415
-    from flwr.serverapp.strategy import FedAvg  # noqa: PLC0415
-    from flwr.simulation import run_simulation  # noqa: PLC0415
+    from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict  # noqa: PLC0415 - of Flower's rows alone
+    from flwr.clientapp import ClientApp  # noqa: PLC0415 - of Flower's rows alone
+    from flwr.serverapp import Grid, ServerApp  # noqa: PLC0415 - of Flower's rows alone
+    from flwr.serverapp.strategy import FedAvg  # noqa: PLC0415 - of Flower's rows alone
+    from flwr.simulation import run_simulation  # noqa: PLC0415 - of Flower's rows alone
 
     shared = peers_client.settings()
     server, client = ServerApp(), ClientApp()
@@ -319,7 +319,7 @@ def flower() -> None:
 def nvflare() -> None:
     """NVFLARE's simulator with its FedAvg recipe."""
     from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe  # noqa: PLC0415 - of another environment
-    from nvflare.recipe import SimEnv  # noqa: PLC0415
+    from nvflare.recipe import SimEnv  # noqa: PLC0415 - of Flower's rows alone
 
     shared, workspace = peers_client.settings(), peers_client.folder() / "nvflare"
     shutil.rmtree(workspace, ignore_errors=True)

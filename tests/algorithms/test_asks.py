@@ -73,10 +73,10 @@ def test_a_report_of_a_large_model_is_small(variant: str) -> None:
 
 
 def test_bytes_by_hand() -> None:
-    always = 48 + 4 * (2 * CELLS + 3 + 2 * CELLS)  # numbers, routing and load, lengths
-    assert statistics_nbytes(configured("algorithm.name=fedavg"), LARGE) == always == 16_444
+    always = 72 + 4 * (2 * CELLS + 3 + 2 * CELLS)  # numbers, routing and load, lengths
+    assert statistics_nbytes(configured("algorithm.name=fedavg"), LARGE) == always == 16_468
     assert statistics_nbytes(configured("algorithm.name=by_use"), LARGE) == always + 4 * VOCABULARY
     semantic = 4 * CELLS + 2 * CELLS * 64 + 4 * 16 + 2 * CELLS * 64
-    assert statistics_nbytes(configured("algorithm.name=fedalign_paper"), LARGE) == always + semantic == 282_748
+    assert statistics_nbytes(configured("algorithm.name=fedalign_paper"), LARGE) == always + semantic == 282_772
     met = configured("algorithm.name=fedalign_moe", "algorithm.vocabulary=clients")
     assert statistics_nbytes(met, LARGE) == always + semantic + VOCABULARY // 8

@@ -198,7 +198,9 @@ def test_a_resumed_run_that_was_cut_off_has_an_older_model_folder(settings: list
     with pytest.raises(KeyboardInterrupt):
         execute(bench, RunFolder(run), Silent(lambda *where: where == (3, "training", 1)))
     assert exported(run, tmp_path / "out").snapshot.round == 2
-    assert scored(bench, tmp_path / "out", bench.test).loss == lines(run)[2]["loss_nats"]
+    state = Checkpoints(run / "checkpoint", {}).load()
+    assert state is not None
+    assert scored(bench, tmp_path / "out", bench.test).loss == state.lines[2]["loss_nats"]
 
 
 # ------------------------------------------------------------------------------------------------------- precision

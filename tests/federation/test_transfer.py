@@ -18,7 +18,7 @@ from fedalign.federation.messages import MessageError
 from fedalign.federation.received import Received
 from fedalign.federation.transfer import Transfer, cut, entry_for
 from fedalign.files import fingerprint
-from fedalign.maths.rounding import bytes_of, pack, packed_nbytes
+from fedalign.maths.rounding import bytes_of, pack, packed_nbytes, wire_dtype
 from fedalign.protocol import Broadcast, Lacking, Layout, Offer, Packed, ParameterGroup, Piece, WireDtype
 from tests.federation.test_messages import DTYPES, packed, same
 
@@ -33,7 +33,7 @@ def weights(dtype: WireDtype, seed: int = 0) -> dict[ParameterGroup, Packed]:
 
 
 def offered(freight: Freight) -> Offer:
-    return Offer(freight.round, str(freight.broadcast.weights[GROUPS[0]].values.dtype)[6:], freight.digests)
+    return Offer(freight.round, wire_dtype(freight.broadcast.weights[GROUPS[0]]), freight.digests)
 
 
 def freight_of(

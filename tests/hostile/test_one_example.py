@@ -19,7 +19,7 @@ from fedalign.config.run import Config
 from fedalign.data.encode import Encoded
 from fedalign.errors import TrainingFailedError, UserError
 from fedalign.federation.site import withdraw
-from fedalign.protocol import SHARED, Evaluation, Failure, Hello, Statistics, Update
+from fedalign.protocol import Evaluation, Failure, Hello, Piece, Statistics
 from tests.conftest import Command, changed, rows, write_jsonl
 from tests.hostile.conftest import VERBS, Attack, Coordinator
 
@@ -217,8 +217,8 @@ def test_rounds_are_counted_however_they_are_numbered(attack: Attack) -> None:
     assert isinstance(site.ask("train"), Statistics)
     assert "(limits.rounds = 1 in its site.toml)" in site.refused("train")
     first, again = site.ask("update"), site.ask("update")  # a round may be summed again without a liar
-    assert isinstance(first, Update)
-    assert torch.equal(first.groups[SHARED].values, again.groups[SHARED].values)
+    assert isinstance(first, Piece)
+    assert torch.equal(first.data, again.data)
 
 
 def test_training_that_fails_is_counted(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +331,7 @@ def test_a_run_that_a_site_does_not_know_is_not_withdrawn_from(attack: Attack, t
     site.ask("hello", run="night")
     with pytest.raises(UserError, match=r"--run 'day': this site knows no such run. Choose one of: night"):
         withdraw(site.site, "day")
-    assert not (site.site.path / "runs").exists()
+    assert not site.site.memory("day").exists()
 
 
 @pytest.mark.parametrize("run", ["", "x" * 65, "night\x1b[2J"])

@@ -61,7 +61,9 @@ class Ledger:
 
 
 class Tally:
-    """What would have travelled, had clients been elsewhere: a group goes to each once, until it has changed.
+    """A count of all that would have travelled, had clients been elsewhere.
+
+    A group goes to each of them once, until it has changed.
 
     It is kept on disk, so that a round done again after a restart counts as it did.
 

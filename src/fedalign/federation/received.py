@@ -23,7 +23,7 @@ DIGESTS = "digests"  # in the head of a file
 
 
 class Received:
-    """What a client keeps of broadcasts, in its memory's folder."""
+    """Broadcasts as a client keeps them, in its memory's folder."""
 
     def __init__(self, client: str, folder: Path) -> None:
         self.client = client
@@ -106,7 +106,7 @@ class Received:
         self._settle(transfer)
 
     def _settle(self, transfer: Transfer) -> None:
-        """What is there in whole takes the place of what was; what is not as announced counts as lacking."""
+        """A whole file takes the place of the one before; tensors other than announced count as lacking."""
         if transfer.lacking:
             return
         announced, found = _digests(transfer), transfer.read()

@@ -334,7 +334,7 @@ def merged(ranges: Iterable[Range]) -> list[Range]:
 
 
 def minus(ranges: Iterable[Range], others: Iterable[Range | None]) -> list[Range]:
-    """What of some ranges is in none of the others.
+    """The parts of some ranges that are in none of the others.
 
     >>> minus([(0, 10)], [(2, 4), None, (8, 12)])
     [(0, 2), (4, 8)]

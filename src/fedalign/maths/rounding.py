@@ -79,6 +79,11 @@ def packed_nbytes(size: int, dtype: WireDtype) -> int:
     return stored(size, dtype) * TORCH_DTYPE[dtype].itemsize + 4 * (scales(size, dtype) or 0)
 
 
+def wire_dtype(packed: Packed) -> WireDtype:
+    """The name of its precision."""
+    return next(dtype for dtype, stored_as in TORCH_DTYPE.items() if stored_as == packed.values.dtype)
+
+
 def count(packed: Packed) -> int:
     """How many values it holds."""
     if packed.values.dtype != torch.uint8 or not len(packed.values):

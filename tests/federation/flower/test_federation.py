@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +39,8 @@ from tests.federation.flower.scripted import Clock, Node, Script, ScriptedLink, 
 from tests.federation.test_messages import hello, packed, statistics
 
 OTHER = PROTOCOL + 1
-FOLDER = Path()  # of the test
+FOLDER = Path(tempfile.mkdtemp(prefix="fedalign-tests-"))  # also of tests elsewhere that federate
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 AGREEMENT = Agreement("a" * 64, "c" * 64, "d" * 64, layers=2, experts=3, weights="b" * 64)
 
 
@@ -72,11 +76,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     for module in (federation, talks, carrier):
         monkeypatch.setattr(module, "time", clock)
     return clock
-
-
-@pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"{__name__}.FOLDER", tmp_path)
 
 
 def federate(clock: Clock, *nodes: Node, agreement: Agreement = AGREEMENT, **policy: Any) -> FlowerFederation:

@@ -33,7 +33,7 @@ from fedalign.federation.transfer import (
     within,
 )
 from fedalign.files import fingerprint, folder_name, rounds_in
-from fedalign.maths.rounding import bytes_of, cut_out
+from fedalign.maths.rounding import bytes_of, cut_out, wire_dtype
 from fedalign.protocol import (
     PROTOCOL,
     Broadcast,
@@ -244,7 +244,7 @@ class Carrier:
         return loss or Failure(name, stage, f"{TRIES + 1} pieces in a row did not arrive as they were sent")
 
     def _asks(self, way: Download | Upload, flying: list[Range | None], count: Callable[[int], None]) -> list[Ask]:
-        """What to ask next; it counts as under way from now on."""
+        """The next thing to ask; it counts as under way from now on."""
         if way.unsure:
             if flying:
                 return []
@@ -293,9 +293,8 @@ class Freight:
 
     @property
     def offer(self) -> Parcel:
-        """What it is, for a site to say what it lacks."""
-        dtype = next(str(packed.values.dtype) for packed in self.broadcast.weights.values()).removeprefix("torch.")
-        return encode(Offer(self.round, dtype, self.digests))
+        """A description, for a site to say which part it lacks."""
+        return encode(Offer(self.round, wire_dtype(next(iter(self.broadcast.weights.values()))), self.digests))
 
     def piece(self, part: Range) -> Parcel:
         """A message with these bytes; the last few are kept, since others want the same."""
@@ -322,7 +321,7 @@ class Download:
         self.is_long = False  # before the site has answered once
 
     def question(self) -> Ask:
-        """What does it lack?"""
+        """The question which part it lacks."""
         return Ask("offer", self.freight.offer)
 
     def cut(self, ranges: Sequence[Range]) -> list[Range]:
@@ -356,7 +355,7 @@ class Download:
 
 
 class Upload:
-    """What one site keeps, on its way here. What has come before a restart may not be of its present update."""
+    """An update that a site keeps, on its way here. Bytes from before a restart may be of another update."""
 
     expected = Piece
 
@@ -368,7 +367,7 @@ class Upload:
 
     @property
     def left(self) -> list[Range]:
-        """What is not here yet."""
+        """The part that is not here yet."""
         return self.transfer.lacking
 
     def question(self) -> Ask:
