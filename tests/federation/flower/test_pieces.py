@@ -18,7 +18,7 @@ from fedalign.federation.flower.coordinator import Coordinator
 from fedalign.federation.flower.link import Reply
 from fedalign.federation.messages import Parcel, decode, encode
 from fedalign.federation.service import Service
-from fedalign.protocol import Fetch, Piece
+from fedalign.protocol import Fetch, Lacking, Piece
 from fedalign.server.results import RunFolder
 from fedalign.server.run import execute
 from tests.federation.flower.scripted import Clock
@@ -269,6 +269,53 @@ def test_an_update_that_has_changed_meanwhile_is_fetched_anew(
     journal.write_text("".join(f"{line}\n" for line in (first, *changed)))
     go(tmp_path / "run", Careless(services), config, resume=True)
     same_runs(tmp_path / "run", expected, resumed=True)
+
+
+def forgetful(kind: str, asked: Parcel, answer: Parcel, whole: list[int]) -> Parcel:
+    """A site that acknowledges each piece, and then says that it lacks all of it."""
+    if answer.head["kind"] != "lacking" or kind not in ("offer", "piece"):
+        return answer
+    said = decode(answer, Lacking)
+    whole += said.ranges[-1:] if kind == "offer" and not whole else []
+    edges = (0, *whole)
+    if kind == "piece":
+        piece = decode(asked, Piece)
+        edges = (0, piece.start, piece.start + len(piece.data), *whole)
+    return encode(replace(said, ranges=edges))
+
+
+def inconstant(kind: str, asked: Parcel, answer: Parcel, whole: list[int]) -> Parcel:
+    """A site whose digests are never those of what it sends."""
+    if answer.head["kind"] != "piece" or kind != "update":
+        return answer
+    whole.append(len(whole))
+    piece = decode(answer, Piece)
+    return encode(replace(piece, digests=dict.fromkeys(piece.digests, f"{len(whole):032x}")))
+
+
+@pytest.mark.parametrize("lie", [forgetful, inconstant])
+def test_a_site_that_takes_back_what_it_said_does_not_hold_up_the_others(
+    coordinated: Callable[..., Config],  # noqa: F811 # a fixture
+    house: Path,  # noqa: F811 # a fixture
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lie: Callable[[str, Parcel, Parcel, list[int]], Parcel],
+) -> None:
+    config = coordinated(*SMALL)
+    services = sites(tmp_path / "sites", house, config)
+    liar, whole = services["lab"], list[int]()
+    honest = liar.answer
+    monkeypatch.setattr(liar, "answer", lambda kind, parcel: lie(kind, parcel, honest(kind, parcel), whole))
+
+    def accident(verb: str, node: int, number: int) -> str:
+        assert number < 2000, "without end"
+        return ""
+
+    go(tmp_path / "run", Careless(services, accident), config)
+    failures = metrics(tmp_path / "run")[-1]["failures"]
+    assert {(failure["client"], failure["reason"]) for failure in failures} == {
+        ("lab", "6 times it took back what it had acknowledged or sent")
+    }
 
 
 def test_small_messages_are_as_many_as_without_pieces(

@@ -55,7 +55,7 @@ T = TypeVar("T")
 NOTHING = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
 LONGEST_REASON = 500  # characters of what a site says in a failure
 AHEAD = 2  # pieces on their way to or from a site: one that it works on, one that waits for it
-TRIES = 5  # times in a row that a site may fail in the midst of a transfer
+TRIES = 5  # times in a row that a site may fail in the midst of a transfer, and times that what arrived may prove wrong
 AWAY = 180.0  # seconds that it may then be away: Flower refuses the key of a SuperNode killed a minute ago
 
 
@@ -234,6 +234,8 @@ class Carrier:
                 continue
             before = sum(stop - start for start, stop in way.left)
             sound = way.take(tag, answer)
+            if way.undone > TRIES:
+                return Failure(name, stage, f"{way.undone} times it took back what it had acknowledged or sent")
             begun, fails = True, 0 if sound and tag is not None else fails + (not sound)
             if isinstance(way, Upload):
                 count(len(answer.data))
@@ -318,6 +320,8 @@ class Download:
     def __init__(self, freight: Freight) -> None:
         self.freight, self.left, self.unsure = freight, list[Range](), True
         self._whole = False
+        self._acknowledged = False  # all of it
+        self.undone = 0  # times that a site which had acknowledged all said that it lacks some
         self.is_long = False  # before the site has answered once
 
     def question(self) -> Ask:
@@ -345,11 +349,13 @@ class Download:
             return False
         self._whole = not ranges or (self._whole and piece is not None)
         if piece is None:
-            self.left, self.unsure = ranges, False
+            self.undone += self._acknowledged and bool(ranges)
+            self.left, self.unsure, self._acknowledged = ranges, False, False
             return True
         if minus([piece], ranges) != [piece]:
             return False
         self.left = minus(self.left, [piece])
+        self._acknowledged = not self.left
         self.unsure = not self.left and not self._whole  # all was sent, and something proved to be other than it was
         return True
 
@@ -363,6 +369,7 @@ class Upload:
         self.client, self.round, self.most = client, round, most
         self.transfer = taken_over(Transfer(file, entries))
         self.unsure = bool(self.transfer.held_names())
+        self.undone = 0  # times that its digests did not agree with what had arrived
         self.is_long = self.transfer.nbytes > most
 
     @property
@@ -400,12 +407,14 @@ class Upload:
             return False
         if others := [name for name in names if own.get(name, answer.digests[name]) != answer.digests[name]]:
             self.transfer.forget(others)  # it has trained anew meanwhile
+            self.undone += 1
         self.transfer.write(start, answer.data, answer.digests)
         if self.transfer.lacking:
             return True
         found = self.transfer.read()
         if wrong := [name for name, packed in found.items() if digest(packed) != self.transfer.digests.get(name)]:
             self.transfer.forget(wrong)
+            self.undone += 1
         return not wrong
 
 
