@@ -85,18 +85,18 @@ def main() -> None:
         print(f"{sum(sizes) * 4 / 1e6:.0f} MB of float32 parameters in {len(sizes)} tensors, one site\n", flush=True)
         with Loopback(folder / "flower", database=args.database) as loopback:
             loopback.start_superlink()
-            site = make_site(folder)
+            site = make_site(folder, loopback)
             loopback.register("site", make_node_key(site / "key"))
-            loopback.start_supernode("site", {"site": str(site / "site.toml")}, key=site / "key")
-            trainer = subprocess.Popen(
-                [sys.executable, "-m", "fedalign", "site", "serve", str(site), "--trainer-only"],
-                stdout=subprocess.DEVNULL,
+            served = subprocess.Popen(
+                [sys.executable, "-m", "fedalign", "site", "serve", str(site)], stdout=subprocess.DEVNULL
             )
             try:
                 ours(loopback, folder, args.dtype, args.piece_mb)
             finally:
-                trainer.terminate()
-                trainer.wait()
+                served.terminate()
+                served.wait()
+            loopback.register("other", make_node_key(folder / "other"))
+            loopback.start_supernode("other", {}, key=folder / "other")
             theirs(loopback, folder, sum(sizes) * 4)
 
 
@@ -125,8 +125,9 @@ def make_model(folder: Path, megabytes: int) -> list[int]:
     return [parameter.numel() for parameter in model.parameters()]
 
 
-def make_site(folder: Path) -> Path:
+def make_site(folder: Path, loopback: Loopback) -> Path:
     """A site with a dozen short examples."""
+    assert loopback.certificates is not None
     site = folder / "site"
     site.mkdir()
     lines = [json.dumps({"text": f"number {i}", "label": "odd" if i % 2 else "even"}) for i in range(12)]
@@ -136,6 +137,7 @@ def make_site(folder: Path) -> Path:
         "data": {"train": "data.jsonl"},
         "model": {"path": str(folder / "model")},
         "limits": {"min_train": 1, "min_held_out": 1},
+        "coordinator": {"superlink": loopback.address, "root_certificates": str(loopback.certificates.ca)},
     }
     (site / "site.toml").write_text(tomli_w.dumps(settings))
     return site
