@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedalign.config.run import Config
 from fedalign.federation.flower import carrier, talks
 from fedalign.federation.flower import sites as federation
+from fedalign.federation.flower.carrier import NOTHING, Cargo, Carrier, Freight
 from fedalign.federation.flower.coordinator import Coordinator
 from fedalign.federation.flower.link import Reply
+from fedalign.federation.flower.talks import Ask, Talk
 from fedalign.federation.messages import Parcel, decode, encode
 from fedalign.federation.service import Service
-from fedalign.protocol import Fetch, Lacking, Piece
+from fedalign.files import fingerprint
+from fedalign.protocol import SHARED, Broadcast, Failure, Fetch, Lacking, Packed, Piece, Request, Statistics
 from fedalign.server.results import RunFolder
 from fedalign.server.run import execute
-from tests.federation.flower.scripted import Clock
+from tests.federation.flower.scripted import Clock, Node, ScriptedLink
 from tests.federation.flower.test_coordinator import (  # noqa: F401 # fixtures
     SITES,
     Direct,
@@ -316,6 +321,61 @@ def test_a_site_that_takes_back_what_it_said_does_not_hold_up_the_others(
     assert {(failure["client"], failure["reason"]) for failure in failures} == {
         ("lab", "6 times it took back what it had acknowledged or sent")
     }
+
+
+@pytest.mark.parametrize("way", ["down", "up"])
+def test_a_site_that_drips_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """It is never silent for long: each piece comes just before it would be too late."""
+    clock = Clock()
+    monkeypatch.setattr(carrier, "time", clock)
+    groups = {SHARED: 1000}
+    cargo = Cargo(tmp_path, groups, "float32", 40)
+    post = Carrier(cargo, 100.0, lambda name: 1, lambda name: 1)
+    broadcast = Broadcast(1, {SHARED: Packed(torch.zeros(1000))})
+    talk: Talk[Any]
+    if way == "down":
+        ((_, talk),) = post.broadcast("train", broadcast, ["lab"], Statistics)
+    else:
+        _, talk = post.update(Request("lab", 1, (SHARED,)))
+    transfer, held = Freight(broadcast, 40).transfer.identity, 0
+
+    def answered(ask: Ask) -> Any:
+        nonlocal held
+        clock.now += 60
+        if way == "down":
+            held += 40 * (ask.tag is not None)
+            answer: Any = Lacking("lab", 1, transfer, (held, 4000))
+        else:
+            data, digest = torch.zeros(40, dtype=torch.uint8), fingerprint([bytes(40)])
+            answer = Piece("lab", 1, "", ask.tag[0], data, digest, {"shared": fingerprint([bytes(4000)])})
+        return ask.tag, Reply("", encode(answer))
+
+    def held_to_its_end() -> Talk[None]:
+        ended.append((yield from talk))
+
+    ended: list[object] = []
+    outer = held_to_its_end()
+    asks = deque(next(outer) or ())
+    with contextlib.suppress(StopIteration):
+        while True:
+            asks += outer.send(answered(asks.popleft())) or ()
+    told = "its transfer of 4.0 kB took longer than 100.16 s: federation.timeout_seconds, and 25.0 kB a second"
+    assert ended == [Failure("lab", "train" if way == "down" else "update", told)]
+    assert clock.now == 1120.0
+
+
+def test_a_talk_that_ends_with_an_answer_under_way_leaves_it_be() -> None:
+    """Both answers of a site are there in one look; the first ends its talk."""
+    link = ScriptedLink(Clock(), {1: Node({"update": lambda _: NOTHING})})
+    told: list[object] = []
+
+    def talk() -> Talk[str]:
+        told.append((yield [Ask("update", Parcel(NOTHING.head, {})), Ask("update", Parcel(NOTHING.head, {}))]))
+        return "over"
+
+    talks_of = talks.Talks(link, lambda name: 1, 100.0, 1.0, lambda *_: None)
+    assert list(talks_of.hold([("lab", talk())])) == [("lab", "over")]
+    assert len(told) == 1
 
 
 def test_small_messages_are_as_many_as_without_pieces(

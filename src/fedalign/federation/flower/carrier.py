@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedalign.federation.flower.link import Reply
-from fedalign.federation.flower.talks import Ask, Meter, Talk
+from fedalign.federation.flower.talks import PATIENCE, SLOWEST, Ask, Meter, Talk
 from fedalign.federation.ledger import Ledger
 from fedalign.federation.messages import VERBS, MessageError, Parcel, decode, encode
 from fedalign.federation.received import DIGESTS
@@ -50,6 +50,7 @@ from fedalign.protocol import (
     WireDtype,
     parse_group,
 )
+from fedalign.units import size
 
 T = TypeVar("T")
 NOTHING = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
@@ -201,8 +202,11 @@ class Carrier:
     ) -> Talk[Failure | None]:
         """Move what is lacking, a few pieces ahead of what is acknowledged; why that failed, or None.
 
-        A site that has begun may go away and come back; one that was away from the start is gone.
+        A site that has begun may go away and come back; one that was away from the start is gone. All of it may take
+        `timeout` seconds and what the slowest line would need: a site that drips is not waited for.
         """
+        longest = self.timeout + PATIENCE * way.nbytes / SLOWEST
+        over = time.monotonic() + longest
         flying: list[Range | None] = []  # None: the question what is lacking
         fails, begun, node = 0, way.is_long, 0
         loss: Failure | None = None  # why the site was lost, until it is back
@@ -234,6 +238,9 @@ class Carrier:
                 continue
             before = sum(stop - start for start, stop in way.left)
             sound = way.take(tag, answer)
+            if time.monotonic() > over and way.left:
+                told = f"its transfer of {size(way.nbytes)} took longer than {longest:g} s: federation.timeout_seconds"
+                return Failure(name, stage, f"{told}, and {size(SLOWEST / PATIENCE)} a second")
             if way.undone > TRIES:
                 return Failure(name, stage, f"{way.undone} times it took back what it had acknowledged or sent")
             begun, fails = True, 0 if sound and tag is not None else fails + (not sound)
@@ -319,6 +326,7 @@ class Download:
 
     def __init__(self, freight: Freight) -> None:
         self.freight, self.left, self.unsure = freight, list[Range](), True
+        self.nbytes = freight.weighs(freight.groups)
         self._whole = False
         self._acknowledged = False  # all of it
         self.undone = 0  # times that a site which had acknowledged all said that it lacks some
@@ -368,6 +376,7 @@ class Upload:
     def __init__(self, client: str, round: int, file: Path, entries: Mapping[str, Entry], most: int) -> None:
         self.client, self.round, self.most = client, round, most
         self.transfer = taken_over(Transfer(file, entries))
+        self.nbytes = self.transfer.nbytes
         self.unsure = bool(self.transfer.held_names())
         self.undone = 0  # times that its digests did not agree with what had arrived
         self.is_long = self.transfer.nbytes > most

@@ -49,6 +49,7 @@ class _Open(Generic[T]):
     asked: dict[str, tuple[Ask, float]] = field(default_factory=dict)  # message -> what, when
     heard: float = -math.inf
     dozes: bool = False
+    is_over: bool = False  # another of its answers may have come in the same look
 
 
 _Step = tuple[_Open[T], Answered | None]  # and what it is told; None: it begins
@@ -104,10 +105,13 @@ class Talks:
         while steps:
             asks: list[tuple[_Open[T], Ask]] = []
             for one, answer in steps:
+                if one.is_over:
+                    continue
                 try:
                     wanted = next(one.talk) if answer is None else one.talk.send(answer)
                 except StopIteration as end:
                     over.append((one.name, end.value))
+                    one.is_over = True
                     one.asked.clear()
                     continue
                 one.dozes = wanted is None
