@@ -328,6 +328,23 @@ def test_a_scalar_of_the_wrong_type_is_refused_and_named(message: Message, field
         decode(Parcel({**parcel.head, field: value}, parcel.arrays), type(message))
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        torch.tensor(1, dtype=torch.uint8),
+        torch.zeros(4, 2, dtype=torch.uint8),
+        torch.zeros(8),
+        torch.zeros(8, dtype=torch.bfloat16),
+        torch.zeros(8, dtype=torch.int8),
+    ],
+    ids=str,
+)
+def test_a_piece_is_bytes_and_nothing_else(data: Tensor) -> None:
+    """It is written to disk as it is: eight float32 are 32 bytes, and a number by itself has no length."""
+    with pytest.raises(MessageError, match=r"a damaged piece: ValueError: data is .*: must be bytes"):
+        decode(travel(encode(Piece("w", 1, "", 0, data, "0"))), Piece)
+
+
 def test_whole_numbers_are_floats_too() -> None:
     parcel = encode(Evaluation("w", 1, 1.0, None))
     loss = decode(Parcel({**parcel.head, "loss": 2}, {}), Evaluation).loss

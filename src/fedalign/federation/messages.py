@@ -150,6 +150,8 @@ def decode(parcel: Parcel, expected: type[Any] | tuple[type[Any], ...]) -> Any:
         if arrays:
             raise ValueError(f"no array {min(arrays)!r:.40}")
         _check_name(message)
+        if isinstance(message, Piece):
+            _check_bytes(message.data)
     except Exception as error:  # whatever a stranger can think of
         raise MessageError(shown(f"a damaged {head['kind']}: {type(error).__name__}: {error!s:.200}")) from None
     return message
@@ -160,6 +162,12 @@ def _check_name(message: Message) -> None:
     name = getattr(message, "client", None)
     if name is not None and not is_name(name) and not (isinstance(message, Failure) and name == ""):
         raise ValueError(f"client = {name!r:.80}: must be 1 to 64 printable characters")
+
+
+def _check_bytes(data: Tensor) -> None:
+    """They are counted, compared and written to disk as they are: of another type they would be more than they seem."""
+    if data.dtype != torch.uint8 or data.dim() != 1:
+        raise ValueError(f"data is {data.dtype} {list(data.shape)!r:.40}: must be bytes")
 
 
 def _protocol(head: Mapping[str, Any]) -> int | None:
