@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ CODES = {  # of safetensors
 SCALE = ".scale"  # ends the name of a packed tensor's scales
 ABOUT = "__metadata__"
 MOST_EDGES = 20_000  # of ranges that a site may say that it lacks
+MOST_AXES, MOST_VALUES = 64, 1 << 48  # of a tensor: of more no file can be read
 Range = tuple[int, int]  # of bytes of the stream: first, and behind the last
 
 
@@ -53,7 +55,7 @@ class Entry:
     @property
     def values_nbytes(self) -> int:
         """Bytes of the values alone."""
-        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
+        return self.dtype.itemsize * math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +100,8 @@ def entry_of(description: str) -> Entry:
     name, _, shape = description.removesuffix("]").partition("[")
     dtype = next((dtype for dtype in CODES if str(dtype) == f"torch.{name}"), None)
     lengths = tuple(int(length) for length in shape.split(",") if shape)
-    if dtype is None or min(lengths, default=0) < 0:
+    possible = len(lengths) <= MOST_AXES and math.prod(max(length, 1) for length in lengths) <= MOST_VALUES
+    if dtype is None or min(lengths, default=0) < 0 or not possible:
         raise ValueError(f"no tensor: {description!r:.40}")
     return Entry(dtype, lengths)
 
@@ -140,7 +143,7 @@ class Transfer:
                 for name, one in table.items()
                 if not (name.endswith(SCALE) and name.removesuffix(SCALE) in table)
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError):
             return None
         found = cls(file, entries, about)
         if not whole:
@@ -299,7 +302,7 @@ def _head(entries: Mapping[str, Entry], about: Mapping[str, str]) -> tuple[bytes
     every += [(name, entry.dtype, entry.shape) for name, entry in entries.items()]
     at, offsets = 0, {}
     for name, dtype, shape in sorted(every, key=lambda one: -one[1].itemsize):
-        end = at + dtype.itemsize * int(torch.Size(shape).numel())
+        end = at + dtype.itemsize * math.prod(shape)
         offsets[name], at = (at, end), end
     table: dict[str, object] = {ABOUT: dict(about)} if about else {}
     for name, dtype, shape in sorted(every, key=lambda one: one[0].endswith(SCALE)):  # in the order of the stream

@@ -23,7 +23,7 @@ from fedalign.federation.flower.talks import Ask, Talk
 from fedalign.federation.messages import Parcel, decode, encode
 from fedalign.federation.service import Service
 from fedalign.files import fingerprint
-from fedalign.protocol import SHARED, Broadcast, Failure, Fetch, Lacking, Packed, Piece, Request, Statistics
+from fedalign.protocol import SHARED, Broadcast, Failure, Fetch, Lacking, Packed, Piece, Request, Start, Statistics
 from fedalign.server.results import RunFolder
 from fedalign.server.run import execute
 from tests.federation.flower.scripted import Clock, Node, ScriptedLink
@@ -362,6 +362,48 @@ def test_a_site_that_drips_is_not_waited_for(tmp_path: Path, monkeypatch: pytest
     told = "its transfer of 4.0 kB took longer than 100.16 s: federation.timeout_seconds, and 25.0 kB a second"
     assert ended == [Failure("lab", "train" if way == "down" else "update", told)]
     assert clock.now == 1120.0
+
+
+@pytest.mark.parametrize(
+    "constant",
+    [
+        {"a": "float32[4294967296,4294967296]"},  # of 2 ** 64 values 0 are left in 64 bits
+        {"a": "float32[2147483648,4294967296]"},
+        {"a": f"float32[{10**30}]"},
+        {"a": f"float32[0,{10**30}]"},
+        {"a": f"float32[1{',1' * 100}]"},
+        {"a": "float32[-1]"},
+        {"a": "float33[1]"},
+        {"a": "float32[1]", "b": "float32[30]"},
+    ],
+    ids=str,
+)
+def test_a_start_that_no_model_has_is_refused_and_no_room_is_made_for_it(
+    tmp_path: Path, constant: dict[str, str]
+) -> None:
+    post = Carrier(Cargo(tmp_path, {SHARED: 10}, "float32", 40, 100), 100.0, lambda name: 1, lambda name: 1)
+    _, answer = begun(post, {f"constant/{name}": about for name, about in constant.items()})
+    assert isinstance(answer, Failure)
+    assert answer.reason.startswith(("no tensor: ", "it would send 124 bytes beside the weights"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_whose_names_are_those_of_scales_does_not_end_the_next_sites(tmp_path: Path) -> None:
+    post = Carrier(Cargo(tmp_path, {SHARED: 10}, "float32", 40, 100), 100.0, lambda name: 1, lambda name: 1)
+    for constant in ({"constant/a": "float32[1]", "constant/a.scale": "float32[]"}, {}):
+        asks, answer = begun(post, constant)
+        assert (asks[0].verb, answer) == ("update", None)
+
+
+def begun(post: Carrier, constant: dict[str, str]) -> tuple[list[Ask], Any]:
+    """The next thing that a site is asked that says what the first round starts from, or what became of it."""
+    talk = post.start("lab")
+    next(talk)
+    start = Start("lab", {}, {}, {"shared": "float32[10]", **constant})
+    try:
+        return talk.send((None, Reply("", encode(start)))) or [], None
+    except StopIteration as end:
+        return [], end.value
 
 
 def test_a_talk_that_ends_with_an_answer_under_way_leaves_it_be() -> None:
