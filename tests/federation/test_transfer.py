@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from fedalign.federation.received import Received
 from fedalign.federation.transfer import Transfer, cut, entry_for
 from fedalign.files import fingerprint
 from fedalign.maths.rounding import bytes_of, pack, packed_nbytes, wire_dtype
-from fedalign.protocol import Broadcast, Lacking, Layout, Offer, Packed, ParameterGroup, Piece, WireDtype
+from fedalign.protocol import Broadcast, Lacking, Layout, Offer, Packed, ParameterGroup, Piece, WireDtype, parse_group
 from tests.federation.test_messages import DTYPES, packed, same
 
 GROUPS = Layout(1, 3, {}).groups
@@ -222,6 +223,18 @@ def test_no_room_is_made_for_what_the_model_does_not_have(received: Received) ->
         with pytest.raises(MessageError, match=reason):
             received.offered(offer, NAMED)
     assert not received.arriving.exists()
+
+
+@pytest.mark.parametrize(("group", "size"), [("expert[7,7]", 1), ("shared", 701), ("expert[0,2]", 0)])
+def test_no_broadcast_is_kept_of_what_the_model_does_not_have(received: Received, group: str, size: int) -> None:
+    """Else each broadcast could add groups to those that the client was sent before."""
+    freight = freight_of()
+    bring(received, freight)
+    kept = {name: digest for name, digest in freight.digests.items() if name != group}
+    more = Broadcast(2, {parse_group(group): Packed(torch.zeros(size))}, kept=kept)
+    with pytest.raises(MessageError, match=rf"weights of {re.escape(group)}, of which this model does not train so"):
+        received.completed(more, NAMED)
+    assert comes_out(received, freight)
 
 
 def test_values_that_are_not_as_announced_are_lacking_again(received: Received) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from fedalign.federation.messages import MessageError
 from fedalign.federation.transfer import Transfer, digest, entries_of, entry_for
 from fedalign.files import fingerprint
-from fedalign.maths.rounding import TORCH_DTYPE
+from fedalign.maths.rounding import TORCH_DTYPE, count
 from fedalign.protocol import Broadcast, Lacking, Offer, Packed, Piece, parse_group
 from fedalign.units import shown
 
@@ -71,22 +71,27 @@ class Received:
             self._settle(transfer)
         return self._lacking(piece.round, transfer)
 
-    def completed(self, broadcast: Broadcast, order: Mapping[str, int]) -> Broadcast | Lacking:
+    def completed(self, broadcast: Broadcast, sizes: Mapping[str, int]) -> Broadcast | Lacking:
         """A broadcast with all its weights, those that the client holds already mapped from its disk.
 
         Args:
             broadcast: as it came.
-            order: all groups of the model; weights are given in their order.
+            sizes: as of `offered`; weights are given in their order.
+
+        Raises:
+            MessageError: It is not of this model.
         """
+        new = {str(group): packed for group, packed in broadcast.weights.items()}
+        if foreign := [name for name, packed in new.items() if count(packed) != sizes.get(name)]:
+            raise MessageError(shown(f"weights of {min(foreign)}, of which this model does not train so many"))
         whole = self._whole()
         had = {} if whole is None else _digests(whole)
         kept = {} if whole is None else whole.read()
         if any(had.get(n) != d or digest(kept[n]) != d for n, d in broadcast.kept.items()):
             self.forget()  # another's, or damaged
             return Lacking(self.client, broadcast.round, "", ())
-        new = {str(group): packed for group, packed in broadcast.weights.items()}
         weights = {**{n: kept[n] for n in broadcast.kept}, **new}
-        weights = {name: weights[name] for name in order if name in weights} | weights
+        weights = {name: weights[name] for name in sizes if name in weights} | weights
         if new:
             self._keep(weights, broadcast.kept)
         return replace(broadcast, weights={parse_group(n): packed for n, packed in weights.items()}, kept={})
