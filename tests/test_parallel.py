@@ -211,6 +211,7 @@ def test_what_cannot_be_shared_is_refused(refused: Callable[..., str]) -> None:
         assert "full, moe, experts, router" in said
     assert 'algorithm.name = "pfl_moe": needs a second model' in refused("algorithm.name=pfl_moe")
     assert 'choose "in_process"' in refused("federation.engine=flower")
+    assert "run.workers = 2: torchrun's processes train one client together" in refused("run.workers=2")
     assert "--dry-run: not in 2 processes" in refused(more=("--dry-run",))
     assert "fedalign compare: torchrun is for `fedalign run` alone" in refused(command="compare")
 

@@ -253,12 +253,17 @@ def check_shardable(config: Config) -> None:
     """Refuse what cannot go over the processes that torchrun started.
 
     Raises:
-        UserError: Another engine, or its tuning or algorithm needs whole parameters.
+        UserError: Another engine, several workers, or its tuning or algorithm needs whole parameters.
     """
     if config.federation.engine != "in_process":
         raise UserError(
             f'federation.engine = "{config.federation.engine}": torchrun starts clients in process alone. Leave '
             'torchrun out, or choose "in_process".'
+        )
+    if config.run.workers > 1:  # a fork would wait for forks of the other processes
+        raise UserError(
+            f"run.workers = {config.run.workers}: torchrun's processes train one client together. Choose 1, or leave "
+            "torchrun out."
         )
     if config.tuning.adapts:
         raise UserError(
