@@ -363,6 +363,7 @@ def test_a_damaged_checkpoint_costs_a_round_and_nothing_else(
 def test_a_finished_run_can_go_on_for_more_rounds(settings: list[str], tmp_path: Path) -> None:
     start(tmp_path / "short", settings, "run.rounds=1")
     resume(tmp_path / "short", "run.rounds=2")
+    assert RunFolder(tmp_path / "short").read_config("").run.rounds == 2  # and a report knows
     start(tmp_path / "long", settings, "run.rounds=2")
     assert sent_only_to_train(tmp_path / "short") == sent_only_to_train(tmp_path / "long")
 
@@ -374,13 +375,18 @@ def test_a_resumed_run_keeps_its_configuration(finished: Path, tmp_path: Path) -
         resumed_config(tmp_path, [])
 
 
-def test_a_checkpoint_of_another_configuration_is_refused(settings: list[str], tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_configuration_is_refused(
+    settings: list[str], tmp_path: Path, fedalign: Command
+) -> None:
     out = tmp_path / "run"
     start(out, settings, "run.rounds=1")
-    text = (out / "config.toml").read_text()
-    (out / "config.toml").write_text(text.replace("epochs = 2", "epochs = 1").replace("rounds = 1", "rounds = 2"))
-    with pytest.raises(UserError, match="another configuration"):
-        resume(out)
+    text = (out / "config.toml").read_text().replace("epochs = 2", "epochs = 1").replace("rounds = 1", "rounds = 2")
+    (out / "config.toml").write_text(text)
+    code, _, told = fedalign("run", "--resume", str(out), "--set", "run.rounds=3")
+    assert code == 2
+    assert "made with another configuration" in told
+    assert "the version of fedalign that began it" in told
+    assert (out / "config.toml").read_text() == text  # nothing was begun
 
 
 def test_a_checkpoint_of_other_data_is_refused(settings: list[str], tmp_path: Path, texts: Path, olmoe: Path) -> None:

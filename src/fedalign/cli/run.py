@@ -242,8 +242,6 @@ def _held(folder: RunFolder, settings: Config, how: Beginning) -> Iterator[None]
             yield
             return
         with folder.worked():
-            if not how.fresh:
-                folder.amend(settings)
             yield
 
 

@@ -142,7 +142,7 @@ class RunFolder:
 
     @parallel.by_the_first
     def amend(self, config: Config) -> None:
-        """Keep what a resumed run was given anew, such as more rounds; call it while the folder is locked."""
+        """Keep what a resumed run was given anew, such as more rounds; the folder is locked, its checkpoint fits."""
         if config.to_toml() != self.config.read_text(encoding="utf-8"):
             write_text(self.config, config.to_toml())
 

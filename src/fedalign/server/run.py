@@ -116,6 +116,7 @@ def execute(centre: Centre, folder: RunFolder, watch: Observer) -> dict[str, Any
     checkpoints = Checkpoints(folder.checkpoint, centre.identity())
     heap = Heap(folder.checkpoint if is_large(centre.layout, config.server.memory_gb) else None)
     state = checkpoints.load() or ServerState(0, centre.initial_weights(heap), {}, ())
+    folder.amend(config)  # what is refused stays as it was
     if parallel.is_first():
         write_text(folder.holdings, json.dumps(centre.holdings(), indent=1))
     recorder = Recorder(folder, config, centre, state)
