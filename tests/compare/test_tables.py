@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,8 +83,9 @@ def test_who_is_level_is_not_best_alone_and_nobody_is_where_all_are(ask: Ask) ->
 def test_scores_say_on_how_many_rows(ask: Ask) -> None:
     design = ask("fedavg", "2")
     cell = by_name(design)
+    overall: dict[str, Any] = {"test_examples": 500, "client_loss_mean_nats": 1.0}
     runs = [
-        finished(cell["fedavg", seed], 0.1, 0.5, test_examples=500, client_examples={"a": 20, "b": 13 + seed})
+        finished(cell["fedavg", seed], 0.1, 0.5, **overall, client_examples={"a": 20, "b": 13 + seed})
         for seed in (0, 1)
     ]
     (told,) = [note for note in notes(design, runs=runs) if "Scored on" in note]

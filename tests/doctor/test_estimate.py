@@ -140,6 +140,19 @@ def test_workers_share_the_time_and_what_is_frozen(
     assert two.memory - one.memory == 4 * 6 * one.trained + 1000
 
 
+def test_what_lies_in_files_takes_no_memory(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("fedalign.doctor.estimate.measure_step", lambda *_: StepCost(1000, 1e-3))
+    bench = Workbench.load(load_config(None, settings))
+    clients = {"a": ClientData("a", examples(bench), None, ClientMemory(tmp_path))}
+    memory, files = (
+        estimate_run(replace(bench, config=changed(bench.config, "server", memory_gb=gb)), clients, None, 1)
+        for gb in (8.0, 0.0)
+    )
+    assert memory.memory - files.memory == 4 * 2 * memory.trained  # the server's weights and their sum
+
+
 def test_tokens_of_a_round_count_epochs_and_a_third_of_scoring(settings: list[str]) -> None:
     bench = Workbench.load(load_config(None, settings))  # two epochs
     train = examples(bench)

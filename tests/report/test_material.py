@@ -32,9 +32,10 @@ def test_a_comparison_has_its_own_lines(tmp_path: Path) -> None:
 
 
 def test_run_folders_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+    where = "run.workers=2", "server.memory_gb=1", "wire.piece_mb=8"  # none of it changes a number
     folders = [
         run(tmp_path / "a", "algorithm.name=fedavg"),
-        run(tmp_path / "b", "algorithm.name=fedavg", "run.seed=1", "run.device=cpu"),
+        run(tmp_path / "b", "algorithm.name=fedavg", "run.seed=1", "run.device=cpu", *where),
         run(tmp_path / "c", "algorithm.name=fedprox", "algorithm.mu=0.1"),
         run(tmp_path / "d", "algorithm.name=fedprox", "algorithm.mu=1.0"),
         run(tmp_path / "e", "algorithm.name=fedavg", "clients.alpha=1.0"),

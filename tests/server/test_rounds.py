@@ -581,7 +581,7 @@ def test_patience_ends_no_run_in_its_last_round(tmp_path: Path) -> None:
 
 def test_patience_without_a_score_is_refused(tmp_path: Path) -> None:
     lost = Scripted({"a": (30, 1.0)}, grade=lambda e: Failure(str(e.client), "evaluate", "gone"))
-    with pytest.raises(UserError, match=r"run.patience = 2: round 0 was not scored"):
+    with pytest.raises(UserError, match=r"run.patience = 2: round 0 was not scored.*evaluation.clients = true"):
         run(tmp_path, lost, "run.patience=2", scores=lambda n, w: None)
 
 

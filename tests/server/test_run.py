@@ -447,6 +447,19 @@ def test_sampled_clients_take_turns(settings: list[str], tmp_path: Path) -> None
     assert len({clients[0] for clients in asked}) > 1
 
 
+def test_a_report_of_a_round_that_some_scored_counts_all_clients(settings: list[str], tmp_path: Path) -> None:
+    def during_round_3(round: int, stage: str, done: int) -> bool:
+        return (round, stage, done) == (3, "training", 1)
+
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        start(run, settings, "clients.sample=0.34", "clients.held_out=0.2", watch=Silent(during_round_3))
+    assert [len(line["client_accuracies"]) for line in metrics(run)] == [3, 1]
+    told = dict(facts(read_material([run])))
+    assert told["clients"].startswith("3, ")
+    assert told["scored on"] == "30 rows of the global test set"  # no mean of clients is told
+
+
 def test_a_client_that_breaks_is_left_out_and_named(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

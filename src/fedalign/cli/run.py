@@ -282,7 +282,7 @@ def _print_estimate(estimate: Estimate) -> None:
         ("sent down a round", size(estimate.bytes_down_a_round)),
         ("sent up a round", f"at most {size(estimate.bytes_up_a_round_at_most)}"),
         ("statistics of a client", size(estimate.bytes_statistics_a_client)),
-        ("memory", f"about {size(estimate.memory)} and activations"),
+        ("memory", f"about {size(estimate.memory)}, activations of one batch included"),
         ("time a round", f"about {clock(estimate.seconds_a_round)} (from one measured pass)"),
         ("time of the run", f"about {clock(estimate.seconds)}"),
     ]

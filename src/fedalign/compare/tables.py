@@ -158,7 +158,8 @@ def rows_scored(runs: Sequence[Finished]) -> str:
     """How many examples stand behind the scores, as far as runs say so."""
     scored = [next((line for line in reversed(run.history) if merit(line) is not None), {}) for run in runs]
     tests = [line["test_examples"] for line in scored if "test_examples" in line]
-    held = [line["client_examples"].values() for line in scored if line.get("client_examples")]
+    means = {"client_accuracy_mean", "client_loss_mean_nats"}  # told where all clients have scored
+    held = [line["client_examples"].values() for line in scored if line.get("client_examples") and means & line.keys()]
     parts = [f"{_from_to(tests)} rows of the global test set"] if tests else []
     if held:
         each = _from_to([count for counts in held for count in counts])

@@ -164,7 +164,12 @@ def exchange_nbytes(trained: int, config: Config) -> int:
 
 
 def server_nbytes(trained: int, config: Config, clients: int) -> int:
-    """Master weights and their sum; around the last update, that too; or instead all that clients of a round sent."""
+    """Master weights and their sum; around the last update, that too; or instead all that clients of a round sent.
+
+    0 where they lie in mapped files.
+    """
+    if 4 * trained > config.server.memory_gb * 1e9:
+        return 0
     if config.robust in KEEPS_ALL:
         return 4 * trained * 2 + clients * packed_nbytes(trained, config.wire.dtype)
     return 4 * trained * (3 if config.robust == "centered_clip" else 2)

@@ -189,7 +189,7 @@ def versions(material: Material) -> list[tuple[str, str]]:
 
 
 def _client_count(material: Material) -> str:
-    counts = sorted({len(run.history[-1].get("client_accuracies", {}) or run.held) for run in material.runs} - {0})
+    counts = sorted({len(run.held or run.history[-1].get("client_accuracies", {})) for run in material.runs} - {0})
     return " to ".join(dict.fromkeys(str(count) for count in counts[:: max(1, len(counts) - 1)])) or str(
         material.design.base.clients.count
     )

@@ -34,6 +34,8 @@ UNTOLD = (
     "tracking.",
     "federation.",
     "server.min_clients",
+    "server.memory_gb",
+    "wire.piece_mb",
 )
 NUMBERS = (  # that tables and figures are made of
     "accuracy",

@@ -115,8 +115,8 @@ class Checkpoints:
             if identity.get(name) != mine:
                 raise UserError(
                     f"checkpoint {str(folder)!r}: made with another {name} ({identity.get(name)}, this one is {mine}). "
-                    f"Resume with the run's own config.toml and the version of fedalign that began it, or start anew with "
-                    f"another --out."
+                    "Resume with the run's own config.toml and the version of fedalign that began it, or start anew "
+                    "with another --out."
                 )
 
 

@@ -158,7 +158,8 @@ class Server:
             if patience and state.pending is None and best_of(state.history) is None:
                 raise UserError(
                     f"run.patience = {patience}: round {state.round} was not scored, so no later one can be called "
-                    "better. Give data.test or clients.held_out, or go on with --set run.patience=0."
+                    "better. Give data.test, or clients.held_out with evaluation.clients = true; or go on with "
+                    "--set run.patience=0."
                 )
             if over:
                 return state
