@@ -122,6 +122,20 @@ def test_what_is_there_survives_and_another_file_is_begun_anew(tmp_path: Path) -
         assert text.endswith("{}") or Transfer.load(tmp_path / "file") is None
 
 
+def test_what_a_journal_takes_grows_with_what_is_there(tmp_path: Path) -> None:
+    """A site may say of any tensor that it has another by now: every other one leaves as many ranges as digests."""
+    entries = {str(number): entry_for(Packed(torch.ones(1))) for number in range(400)}
+    transfer = Transfer(tmp_path / "file", entries).begin()
+    transfer.write(0, torch.zeros(1600, dtype=torch.uint8), dict.fromkeys(entries, "0" * 32))
+    once = transfer.journal.stat().st_size
+    transfer.forget([name for name in entries if int(name) % 2])
+    assert transfer.journal.stat().st_size < once
+    again = Transfer(tmp_path / "file", entries).begin()
+    assert again.lacking == transfer.lacking
+    assert again.digests == transfer.digests
+    assert again.whole_names() == [name for name in entries if int(name) % 2 == 0]
+
+
 # ------------------------------------------------------------------------------------------------- a client's own
 
 

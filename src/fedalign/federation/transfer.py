@@ -242,7 +242,8 @@ class Transfer:
             start, stop = self.starts[name], self.starts[name] + self.entries[name].nbytes
             self._held = minus(self._held, [(start, stop)])
             self.digests.pop(name, None)
-        lines = [self.identity, *(json.dumps([*held, self.digests]) for held in self._held)]
+        digests = [self.digests, *[{}] * len(self._held)]  # once: there may be thousands of both
+        lines = [self.identity, *(json.dumps([*held, d]) for held, d in zip(self._held, digests, strict=False))]
         write_text(self.journal, "".join(f"{line}\n" for line in lines))
 
     def held_names(self) -> list[str]:
