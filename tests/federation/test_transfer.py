@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from fedalign.federation.flower.carrier import Freight
+from fedalign.federation import received as received_module
+from fedalign.federation import transfer
+from fedalign.federation.flower.carrier import Download, Freight
 from fedalign.federation.messages import MessageError
 from fedalign.federation.received import Received
 from fedalign.federation.transfer import Transfer, cut, entry_for
@@ -279,3 +281,22 @@ def test_a_client_restarted_in_the_middle_goes_on_where_it_was(received: Receive
         again.take(piece(freight, start, stop))
     assert again.take(piece(freight, *left[0])).ranges == ()  # the last one, once more
     assert comes_out(again, freight)
+
+
+def test_more_gaps_than_can_be_said_at_once_are_filled_one_after_another(
+    received: Received, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (transfer, received_module):
+        monkeypatch.setattr(module, "MOST_EDGES", 4)
+    first = freight_of()
+    bring(received, first)
+    second = freight_of(round=2, changed={str(g): Packed(torch.ones(SIZES[g])) for g in GROUPS[::2]})
+    download = Download(second)
+    questions = 0
+    while download.unsure:
+        assert download.take(None, received.offered(offered(second), NAMED))
+        for start, stop in download.cut(download.left):
+            assert download.take((start, stop), received.take(piece(second, start, stop)))
+        questions += 1
+    assert (questions, download.undone, download.left) == (2, 0, [])
+    assert comes_out(received, second)

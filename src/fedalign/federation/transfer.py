@@ -39,7 +39,7 @@ CODES = {  # of safetensors
 }
 SCALE = ".scale"  # ends the name of a packed tensor's scales
 ABOUT = "__metadata__"
-MOST_EDGES = 20_000  # of ranges that a site may say that it lacks
+MOST_EDGES = 20_000  # of ranges that a site says at once that it lacks
 MOST_AXES, MOST_VALUES = 64, 1 << 48  # of a tensor: of more no file can be read
 Range = tuple[int, int]  # of bytes of the stream: first, and behind the last
 
