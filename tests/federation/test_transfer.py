@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -136,6 +137,29 @@ def test_what_a_journal_takes_grows_with_what_is_there(tmp_path: Path) -> None:
     assert again.lacking == transfer.lacking
     assert again.digests == transfer.digests
     assert again.whole_names() == [name for name in entries if int(name) % 2 == 0]
+
+
+@given(
+    sizes=st.lists(st.integers(0, 3), min_size=1, max_size=9),
+    there=st.sets(st.integers(0, 26)),
+    gone=st.lists(st.integers(0, 8)),
+)
+@settings(deadline=None, max_examples=100)
+def test_what_is_forgotten_is_lacking_and_nothing_else(sizes: list[int], there: set[int], gone: list[int]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        entries = {
+            str(number): entry_for(Packed(torch.zeros(size, dtype=torch.int8))) for number, size in enumerate(sizes)
+        }
+        transfer = Transfer(Path(folder) / "file", entries).begin()
+        held = {at for at in there if at < transfer.nbytes}
+        for at in held:
+            transfer.write(at, torch.zeros(1, dtype=torch.uint8))
+        names = [str(number) for number in gone if number < len(sizes)]
+        transfer.forget(names)
+        held -= {transfer.starts[n] + at for n in names for at in range(entries[n].nbytes)}
+        for one in (transfer, Transfer(Path(folder) / "file", entries).begin()):
+            lacking = {at for start, stop in one.lacking for at in range(start, stop)}
+            assert lacking == set(range(transfer.nbytes)) - held
 
 
 # ------------------------------------------------------------------------------------------------- a client's own
