@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fedalign.client.trainer import Trainer
 from fedalign.config.run import Config
 from fedalign.data.encode import Encoded
 from fedalign.errors import TrainingFailedError, UserError
+from fedalign.federation.messages import VERBS as EVERY_VERB
 from fedalign.federation.site import withdraw
 from fedalign.protocol import Evaluation, Failure, Hello, Piece, Statistics
 from tests.conftest import Command, changed, rows, write_jsonl
@@ -305,7 +307,7 @@ def test_a_site_that_withdraws_forgets_and_answers_no_more(attack: Attack, fedal
     assert code == 0
     assert "has withdrawn from run night" in text
     assert [path.name for path in kept.iterdir()] == ["withdrawn"]
-    for verb in (*VERBS, "finish"):
+    for verb in EVERY_VERB:
         assert site.refused(verb) == "this site withdrew from the run"
     assert isinstance(site.ask("hello", run="another"), Hello)
     assert [path.name for path in kept.iterdir()] == ["withdrawn"]
@@ -324,6 +326,26 @@ def test_what_is_trained_while_a_site_withdraws_does_not_leave(attack: Attack, m
     monkeypatch.setattr(ClientMemory, "keep", late)
     assert site.refused("train") == "this site withdrew from the run"
     assert [path.name for path in site.site.memory("night").iterdir()] == ["withdrawn"]
+
+
+def test_a_site_withdraws_also_while_a_piece_is_taken(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process gives a file its last name between two looks."""
+    site = attack()
+    site.ask("hello")
+    kept = site.site.memory("night")
+    (kept / "arriving.safetensors").touch()
+    listed = Path.iterdir
+
+    def renamed(folder: Path) -> Iterator[Path]:
+        found = list(listed(folder))
+        (kept / "arriving.safetensors").unlink()
+        yield from found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", renamed)
+        withdraw(site.site, "night")
+    assert [path.name for path in kept.iterdir()] == ["withdrawn"]
+    assert "withdraw" in [entry.verb for entry in SiteLog(site.site.path).entries()]
 
 
 def test_a_run_that_a_site_does_not_know_is_not_withdrawn_from(attack: Attack, tmp_path: Path) -> None:

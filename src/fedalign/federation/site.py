@@ -89,7 +89,7 @@ def _forget(kept: Path) -> None:
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != WITHDRAWN:
-            path.unlink()
+            path.unlink(missing_ok=True)  # a piece that is taken meanwhile renames it
 
 
 def _scores(verb: str, parcel: Parcel) -> bool:
