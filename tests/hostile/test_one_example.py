@@ -223,6 +223,15 @@ def test_rounds_are_counted_however_they_are_numbered(attack: Attack) -> None:
     assert torch.equal(first.data, again.data)
 
 
+def test_rounds_below_0_are_not_trained(attack: Attack) -> None:
+    """Of the others the last few are kept; these would stay on the site's disk, one beside the other."""
+    site = attack()
+    site.broadcast = replace(site.broadcast, round=-1)
+    for verb in ("train", "evaluate"):
+        assert site.refused(verb) == "round = -1: must be 0 or more"
+    assert not list(site.site.memory("night").glob("round*"))
+
+
 def test_training_that_fails_is_counted(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that breaks on some texts tells by the step where it breaks which batch held one."""
     site = attack(limits="rounds = 2")
