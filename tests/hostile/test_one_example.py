@@ -223,6 +223,14 @@ def test_rounds_are_counted_however_they_are_numbered(attack: Attack) -> None:
     assert torch.equal(first.data, again.data)
 
 
+def test_no_weights_are_taken_that_the_site_neither_trains_nor_scores(attack: Attack) -> None:
+    site = attack(limits="rounds = 1\nevaluations = 1")
+    site.ask("train")
+    assert site.refused("offer").startswith("unexpected message")  # it would be looked at, since a score is left
+    site.ask("evaluate")
+    assert "(limits.rounds = 1 in its site.toml)" in site.refused("offer")
+
+
 def test_rounds_below_0_are_not_trained(attack: Attack) -> None:
     """Of the others the last few are kept; these would stay on the site's disk, one beside the other."""
     site = attack()

@@ -41,6 +41,8 @@ def answer_at(folder: SiteFolder, run: str, verb: str, parcel: Parcel, answer: C
     """
     lines = SiteLog(folder.path)
     reason = _refusal(folder, lines, run, verb)
+    if not reason and verb == "offer" and (spent := _refusal(folder, lines, run, "train")):
+        reason = spent if _refusal(folder, lines, run, "evaluate") else ""  # weights for nothing are not taken
     if not reason and _scores(verb, parcel) and (spent := _refusal(folder, lines, run, "evaluate")):
         log.warning("%s: not scored: %s", folder.config.name, spent)
         parcel = replace(parcel, head={**parcel.head, "score": False})
