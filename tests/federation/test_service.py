@@ -99,6 +99,8 @@ def test_a_whole_round(opened: Service, site_config: Config, ward: SiteFolder, o
     assert len(values) == size + moe.layout.sizes[moe.layout.groups[9]]
     assert torch.equal(values[:size].norm(), report.norm_G[0])
     assert torch.equal(ask(opened, "update", Fetch("ward 3", 1, names, 8, 40)).data, piece.data[8:48])
+    twice = fails(opened, "update", Fetch("ward 3", 1, names[:1] * 2, 0, 1 << 40))  # else any number of times as much
+    assert twice.reason == "its update of round 1 was asked for a group twice"
     score = ask(opened, "evaluate", broadcast(moe))
     assert isinstance(score, Evaluation)
     assert (score.client, score.examples) == ("ward 3", hello.held_out)

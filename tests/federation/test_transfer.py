@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from fedalign.federation.flower.carrier import Freight
+from fedalign.federation import received as received_module
+from fedalign.federation import transfer
+from fedalign.federation.flower.carrier import Download, Freight
 from fedalign.federation.messages import MessageError
 from fedalign.federation.received import Received
 from fedalign.federation.transfer import Transfer, cut, entry_for
@@ -120,6 +123,43 @@ def test_what_is_there_survives_and_another_file_is_begun_anew(tmp_path: Path) -
     for text in ("", "x", "\x08\0\0\0\0\0\0\0[1]     ", "\x02\0\0\0\0\0\0\0{}"):
         (tmp_path / "file").write_text(text)
         assert text.endswith("{}") or Transfer.load(tmp_path / "file") is None
+
+
+def test_what_a_journal_takes_grows_with_what_is_there(tmp_path: Path) -> None:
+    """A site may say of any tensor that it has another by now: every other one leaves as many ranges as digests."""
+    entries = {str(number): entry_for(Packed(torch.ones(1))) for number in range(400)}
+    transfer = Transfer(tmp_path / "file", entries).begin()
+    transfer.write(0, torch.zeros(1600, dtype=torch.uint8), dict.fromkeys(entries, "0" * 32))
+    once = transfer.journal.stat().st_size
+    transfer.forget([name for name in entries if int(name) % 2])
+    assert transfer.journal.stat().st_size < once
+    again = Transfer(tmp_path / "file", entries).begin()
+    assert again.lacking == transfer.lacking
+    assert again.digests == transfer.digests
+    assert again.whole_names() == [name for name in entries if int(name) % 2 == 0]
+
+
+@given(
+    sizes=st.lists(st.integers(0, 3), min_size=1, max_size=9),
+    there=st.sets(st.integers(0, 26)),
+    gone=st.lists(st.integers(0, 8)),
+)
+@settings(deadline=None, max_examples=100)
+def test_what_is_forgotten_is_lacking_and_nothing_else(sizes: list[int], there: set[int], gone: list[int]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        entries = {
+            str(number): entry_for(Packed(torch.zeros(size, dtype=torch.int8))) for number, size in enumerate(sizes)
+        }
+        transfer = Transfer(Path(folder) / "file", entries).begin()
+        held = {at for at in there if at < transfer.nbytes}
+        for at in held:
+            transfer.write(at, torch.zeros(1, dtype=torch.uint8))
+        names = [str(number) for number in gone if number < len(sizes)]
+        transfer.forget(names)
+        held -= {transfer.starts[n] + at for n in names for at in range(entries[n].nbytes)}
+        for one in (transfer, Transfer(Path(folder) / "file", entries).begin()):
+            lacking = {at for start, stop in one.lacking for at in range(start, stop)}
+            assert lacking == set(range(transfer.nbytes)) - held
 
 
 # ------------------------------------------------------------------------------------------------- a client's own
@@ -265,3 +305,22 @@ def test_a_client_restarted_in_the_middle_goes_on_where_it_was(received: Receive
         again.take(piece(freight, start, stop))
     assert again.take(piece(freight, *left[0])).ranges == ()  # the last one, once more
     assert comes_out(again, freight)
+
+
+def test_more_gaps_than_can_be_said_at_once_are_filled_one_after_another(
+    received: Received, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (transfer, received_module):
+        monkeypatch.setattr(module, "MOST_EDGES", 4)
+    first = freight_of()
+    bring(received, first)
+    second = freight_of(round=2, changed={str(g): Packed(torch.ones(SIZES[g])) for g in GROUPS[::2]})
+    download = Download(second)
+    questions = 0
+    while download.unsure:
+        assert download.take(None, received.offered(offered(second), NAMED))
+        for start, stop in download.cut(download.left):
+            assert download.take((start, stop), received.take(piece(second, start, stop)))
+        questions += 1
+    assert (questions, download.undone, download.left) == (2, 0, [])
+    assert comes_out(received, second)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fedalign.client.trainer import Trainer
 from fedalign.config.run import Config
 from fedalign.data.encode import Encoded
 from fedalign.errors import TrainingFailedError, UserError
+from fedalign.federation.messages import VERBS as EVERY_VERB
 from fedalign.federation.site import withdraw
 from fedalign.protocol import Evaluation, Failure, Hello, Piece, Statistics
 from tests.conftest import Command, changed, rows, write_jsonl
@@ -221,6 +223,23 @@ def test_rounds_are_counted_however_they_are_numbered(attack: Attack) -> None:
     assert torch.equal(first.data, again.data)
 
 
+def test_no_weights_are_taken_that_the_site_neither_trains_nor_scores(attack: Attack) -> None:
+    site = attack(limits="rounds = 1\nevaluations = 1")
+    site.ask("train")
+    assert site.refused("offer").startswith("unexpected message")  # it would be looked at, since a score is left
+    site.ask("evaluate")
+    assert "(limits.rounds = 1 in its site.toml)" in site.refused("offer")
+
+
+def test_rounds_below_0_are_not_trained(attack: Attack) -> None:
+    """Of the others the last few are kept; these would stay on the site's disk, one beside the other."""
+    site = attack()
+    site.broadcast = replace(site.broadcast, round=-1)
+    for verb in ("train", "evaluate"):
+        assert site.refused(verb) == "round = -1: must be 0 or more"
+    assert not list(site.site.memory("night").glob("round*"))
+
+
 def test_training_that_fails_is_counted(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that breaks on some texts tells by the step where it breaks which batch held one."""
     site = attack(limits="rounds = 2")
@@ -305,7 +324,7 @@ def test_a_site_that_withdraws_forgets_and_answers_no_more(attack: Attack, fedal
     assert code == 0
     assert "has withdrawn from run night" in text
     assert [path.name for path in kept.iterdir()] == ["withdrawn"]
-    for verb in (*VERBS, "finish"):
+    for verb in EVERY_VERB:
         assert site.refused(verb) == "this site withdrew from the run"
     assert isinstance(site.ask("hello", run="another"), Hello)
     assert [path.name for path in kept.iterdir()] == ["withdrawn"]
@@ -324,6 +343,26 @@ def test_what_is_trained_while_a_site_withdraws_does_not_leave(attack: Attack, m
     monkeypatch.setattr(ClientMemory, "keep", late)
     assert site.refused("train") == "this site withdrew from the run"
     assert [path.name for path in site.site.memory("night").iterdir()] == ["withdrawn"]
+
+
+def test_a_site_withdraws_also_while_a_piece_is_taken(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process gives a file its last name between two looks."""
+    site = attack()
+    site.ask("hello")
+    kept = site.site.memory("night")
+    (kept / "arriving.safetensors").touch()
+    listed = Path.iterdir
+
+    def renamed(folder: Path) -> Iterator[Path]:
+        found = list(listed(folder))
+        (kept / "arriving.safetensors").unlink()
+        yield from found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", renamed)
+        withdraw(site.site, "night")
+    assert [path.name for path in kept.iterdir()] == ["withdrawn"]
+    assert "withdraw" in [entry.verb for entry in SiteLog(site.site.path).entries()]
 
 
 def test_a_run_that_a_site_does_not_know_is_not_withdrawn_from(attack: Attack, tmp_path: Path) -> None:

@@ -124,6 +124,8 @@ class ClientMemory:
         digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
         if lacking := [name for name in fetch.names if name not in digests]:
             raise TrainingFailedError(f"its update of round {fetch.round} has no {lacking[0]}")
+        if len(set(fetch.names)) < len(fetch.names):
+            raise TrainingFailedError(f"its update of round {fetch.round} was asked for a group twice")
         kept, parts = _mapped(folder / UPDATE), list[Tensor]()
         for name in fetch.names:
             found = bytes_of(kept[name])

@@ -49,14 +49,14 @@ class Ledger:
         for number in old:
             del self._rounds[number]
         if old:
-            self.file.write_text(
+            write_text(
+                self.file,
                 "".join(
                     json.dumps([number, way, client, nbytes]) + "\n"
                     for number, moved in self._rounds.items()
                     for way in ("down", "up")
                     for client, nbytes in getattr(moved, way).items()
                 ),
-                encoding="utf-8",
             )
 
 

@@ -122,8 +122,16 @@ class Service:
     def _piece(self, parcel: Parcel) -> Message:
         return self.received.take(decode(parcel, Piece))
 
+    def _broadcast(self, parcel: Parcel) -> Broadcast | Lacking:
+        broadcast: Broadcast = decode(parcel, Broadcast)
+        if broadcast.round < 0:
+            raise MessageError(
+                f"round = {broadcast.round}: must be 0 or more"
+            )  # what is kept of others is not forgotten
+        return self.received.completed(broadcast, self.sizes)
+
     def _train(self, parcel: Parcel) -> Message:
-        broadcast = self.received.completed(decode(parcel, Broadcast), self.sizes)
+        broadcast = self._broadcast(parcel)
         if isinstance(broadcast, Lacking):
             return broadcast
         client, self._as_loaded = self.client, False
@@ -133,7 +141,7 @@ class Service:
         return self.memory.hand_piece(self.name, decode(parcel, Fetch))
 
     def _evaluate(self, parcel: Parcel) -> Message:
-        broadcast = self.received.completed(decode(parcel, Broadcast), self.sizes)
+        broadcast = self._broadcast(parcel)
         if isinstance(broadcast, Lacking):
             return broadcast
         client, self._as_loaded = self.client, False

@@ -41,6 +41,8 @@ def answer_at(folder: SiteFolder, run: str, verb: str, parcel: Parcel, answer: C
     """
     lines = SiteLog(folder.path)
     reason = _refusal(folder, lines, run, verb)
+    if not reason and verb == "offer" and (spent := _refusal(folder, lines, run, "train")):
+        reason = spent if _refusal(folder, lines, run, "evaluate") else ""  # weights for nothing are not taken
     if not reason and _scores(verb, parcel) and (spent := _refusal(folder, lines, run, "evaluate")):
         log.warning("%s: not scored: %s", folder.config.name, spent)
         parcel = replace(parcel, head={**parcel.head, "score": False})
@@ -89,7 +91,7 @@ def _forget(kept: Path) -> None:
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != WITHDRAWN:
-            path.unlink()
+            path.unlink(missing_ok=True)  # a piece that is taken meanwhile renames it
 
 
 def _scores(verb: str, parcel: Parcel) -> bool:

@@ -39,7 +39,7 @@ CODES = {  # of safetensors
 }
 SCALE = ".scale"  # ends the name of a packed tensor's scales
 ABOUT = "__metadata__"
-MOST_EDGES = 20_000  # of ranges that a site may say that it lacks
+MOST_EDGES = 20_000  # of ranges that a site says at once that it lacks
 MOST_AXES, MOST_VALUES = 64, 1 << 48  # of a tensor: of more no file can be read
 Range = tuple[int, int]  # of bytes of the stream: first, and behind the last
 
@@ -185,8 +185,7 @@ class Transfer:
     @property
     def lacking(self) -> list[Range]:
         """The ranges that are not there yet."""
-        edges = [0, *(edge for held in self._held for edge in held), self.nbytes]
-        return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+        return gaps(self._held, self.nbytes)
 
     def cut(self, most: int, ranges: Iterable[Range]) -> list[Range]:
         """Ranges in pieces of at most `most` bytes: whole tensors, but for those that are larger."""
@@ -238,11 +237,12 @@ class Transfer:
 
     def forget(self, names: Iterable[str]) -> None:
         """Count tensors as lacking that have proved to be others, or damaged."""
-        for name in names:
-            start, stop = self.starts[name], self.starts[name] + self.entries[name].nbytes
-            self._held = minus(self._held, [(start, stop)])
-            self.digests.pop(name, None)
-        lines = [self.identity, *(json.dumps([*held, self.digests]) for held in self._held)]
+        gone = set(names)
+        lacking = [*self.lacking, *((self.starts[n], self.starts[n] + self.entries[n].nbytes) for n in gone)]
+        self._held = gaps(merged(lacking), self.nbytes)
+        self.digests = {name: found for name, found in self.digests.items() if name not in gone}
+        digests = [self.digests, *[{}] * len(self._held)]  # once: there may be thousands of both
+        lines = [self.identity, *(json.dumps([*held, d]) for held, d in zip(self._held, digests, strict=False))]
         write_text(self.journal, "".join(f"{line}\n" for line in lines))
 
     def held_names(self) -> list[str]:
@@ -334,6 +334,16 @@ def merged(ranges: Iterable[Range]) -> list[Range]:
         else:
             found.append((start, stop))
     return found
+
+
+def gaps(ranges: Iterable[Range], nbytes: int) -> list[Range]:
+    """The parts of so many bytes that are in none of these ranges, which are merged.
+
+    >>> gaps([(0, 2), (4, 6)], 10)
+    [(2, 4), (6, 10)]
+    """
+    edges = [0, *(edge for one in ranges for edge in one), nbytes]
+    return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
 
 
 def minus(ranges: Iterable[Range], others: Iterable[Range | None]) -> list[Range]:

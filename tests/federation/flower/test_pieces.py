@@ -289,6 +289,17 @@ def forgetful(kind: str, asked: Parcel, answer: Parcel, whole: list[int]) -> Par
     return encode(replace(said, ranges=edges))
 
 
+def fickle(kind: str, asked: Parcel, answer: Parcel, whole: list[int]) -> Parcel:
+    """A site that acknowledges the first piece alone, knows nothing of the others, and then lacks all of it again."""
+    if answer.head["kind"] != "lacking" or kind not in ("offer", "piece"):
+        return answer
+    said = decode(answer, Lacking)
+    whole += said.ranges[-1:] if not whole else []
+    if kind == "piece" and (piece := decode(asked, Piece)).start:
+        return encode(replace(said, transfer="another"))
+    return encode(replace(said, ranges=(0 if kind == "offer" else len(piece.data), *whole)))
+
+
 def inconstant(kind: str, asked: Parcel, answer: Parcel, whole: list[int]) -> Parcel:
     """A site whose digests are never those of what it sends."""
     if answer.head["kind"] != "piece" or kind != "update":
@@ -298,7 +309,7 @@ def inconstant(kind: str, asked: Parcel, answer: Parcel, whole: list[int]) -> Pa
     return encode(replace(piece, digests=dict.fromkeys(piece.digests, f"{len(whole):032x}")))
 
 
-@pytest.mark.parametrize("lie", [forgetful, inconstant])
+@pytest.mark.parametrize("lie", [forgetful, fickle, inconstant])
 def test_a_site_that_takes_back_what_it_said_does_not_hold_up_the_others(
     coordinated: Callable[..., Config],  # noqa: F811 # a fixture
     house: Path,  # noqa: F811 # a fixture

@@ -29,6 +29,7 @@ from fedalign.federation.transfer import (
     entries_of,
     entry_for,
     entry_of,
+    merged,
     minus,
     within,
 )
@@ -328,8 +329,8 @@ class Download:
         self.freight, self.left, self.unsure = freight, list[Range](), True
         self.nbytes = freight.weighs(freight.groups)
         self._whole = False
-        self._acknowledged = False  # all of it
-        self.undone = 0  # times that a site which had acknowledged all said that it lacks some
+        self._acknowledged: list[Range] = []
+        self.undone = 0  # times that a site said that it lacks what it had acknowledged
         self.is_long = False  # before the site has answered once
 
     def question(self) -> Ask:
@@ -357,13 +358,14 @@ class Download:
             return False
         self._whole = not ranges or (self._whole and piece is not None)
         if piece is None:
-            self.undone += self._acknowledged and bool(ranges)
-            self.left, self.unsure, self._acknowledged = ranges, False, False
+            before, self._acknowledged = self._acknowledged, minus(self._acknowledged, ranges)
+            self.undone += self._acknowledged != before
+            self.left, self.unsure = ranges, False
             return True
         if minus([piece], ranges) != [piece]:
             return False
         self.left = minus(self.left, [piece])
-        self._acknowledged = not self.left
+        self._acknowledged = merged([*self._acknowledged, piece])
         self.unsure = not self.left and not self._whole  # all was sent, and something proved to be other than it was
         return True
 
