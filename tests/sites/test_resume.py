@@ -51,10 +51,16 @@ def kill_coordinator(deployment: Deployment) -> None:
     assert deployment.loopback.kill_app("superlink")
 
 
+def told(run: Run) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if "bytes_down" not in key} for line in run.measured]
+
+
 def assert_whole(run: Run, whole: Run, said: str) -> None:
     assert run.model == whole.model
     assert run.rounds == [0, 1, 2]
-    assert run.measured == whole.measured
+    assert told(run) == told(whole)
+    for mine, theirs in zip(run.lines, whole.lines, strict=True):  # a round that is begun again sends the weights again
+        assert mine["bytes_down"] in (theirs["bytes_down"], 2 * theirs["bytes_down"])
     assert run.status["state"] == "complete"
     assert run.summary["failures"] == []
     assert "fedalign_paper after 2 rounds" in said
