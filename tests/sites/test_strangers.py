@@ -42,10 +42,19 @@ from fedalign.federation.service import Service
 def wrap(verb, change):
     honest = getattr(Service, verb)
     setattr(Service, verb, lambda self, parcel: change(honest(self, parcel)))
+"""
+KEPT = """
+import dataclasses
+import torch
+from fedalign.client.memory import ClientMemory
+
+honest = ClientMemory.keep
+
+def wrap(change):
+    ClientMemory.keep = lambda self, round, update, kept: honest(self, round, change(update), kept)
 
 def change_groups(update, change):
-    packed = {g: dataclasses.replace(p, values=change(p.values)) for g, p in update.groups.items()}
-    return dataclasses.replace(update, groups=packed)
+    return {g: dataclasses.replace(p, values=change(p.values)) for g, p in update.items()}
 """
 IN_TRAINING = {
     "enormous": """
@@ -65,11 +74,10 @@ Service._train = train
     "statistics-shape": WRAPPED + "wrap('_train', lambda s: dataclasses.replace(s, norm_G=s.norm_G[:-1]))",
 }
 IN_UPDATE = {
-    "update-shape": WRAPPED + "wrap('_update', lambda u: change_groups(u, lambda values: values[:-1]))",
-    "update-lacks": WRAPPED
-    + "wrap('_update', lambda u: dataclasses.replace(u, groups=dict(list(u.groups.items())[1:])))",
-    "update-nan": WRAPPED + "wrap('_update', lambda u: change_groups(u, lambda values: values * torch.nan))",
-    "update-enormous": WRAPPED + "wrap('_update', lambda u: change_groups(u, lambda values: values * 1e6))",
+    "update-shape": KEPT + "wrap(lambda u: change_groups(u, lambda values: values[:-1]))",
+    "update-lacks": KEPT + "wrap(lambda u: dict(list(u.items())[1:]))",
+    "update-nan": KEPT + "wrap(lambda u: change_groups(u, lambda values: values * torch.nan))",
+    "update-enormous": KEPT + "wrap(lambda u: change_groups(u, lambda values: values * 1e6))",
 }
 REFUSED = {
     "other-weights": "its model weights differ: ",
@@ -82,8 +90,8 @@ REASONS = {
     "enormous": "server.max_norm_ratio = 100",
     "statistics-nan": "prob_L_E is not finite",
     "statistics-shape": "norm_G is torch.float32 [18], expected torch.float32 [19]",
-    "update-shape": "shape [",
-    "update-lacks": "requested but missing",
+    "update-shape": "pieces in a row did not arrive as they were sent",
+    "update-lacks": "its update of round 1 has no shared",
     "update-nan": "not finite",
     "update-enormous": "but its statistics said",
 }
