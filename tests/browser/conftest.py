@@ -127,7 +127,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory, settings: list[str], olmoe: 
     shutil.copytree(folder / "classification", folder / "extended")
     fedalign.run(resume=folder / "extended", overrides={"run.rounds": 5}, progress=False)
     with pytest.raises(KeyboardInterrupt):
-        start(folder / "interrupted", [*settings, "run.rounds=6"], watch=Silent(lambda *at: at == (3, "training", 1)))
+        start(folder / "interrupted", [*settings, "run.rounds=6"], watch=Silent(lambda *at: at == (3, "summing", 1)))
     _chat(folder, olmoe)
     design = make_design(two, parse_algorithms(["fedavg,fedalign_moe"]), {}, [0, 1], tune=False)
     comparison = ComparisonFolder(folder / "compare")
