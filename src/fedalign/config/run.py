@@ -496,6 +496,10 @@ class ServerConfig(Section):
     hostile: float = key(0.3, "share of a group's holders that trimmed_mean and krum reckon with", ge=0, lt=0.5)
     radius: float = key(1.0, "of centered_clip, in medians of the holders' norms", gt=0)
 
+    def is_mapped(self, values: int) -> bool:
+        """Whether the float32 master of so many values lies in files rather than in memory."""
+        return 4 * values > self.memory_gb * 1e9
+
 
 class EvaluationConfig(Section):
     """On the global test set and on each client's own held-out part."""

@@ -168,7 +168,7 @@ def server_nbytes(trained: int, config: Config, clients: int) -> int:
 
     0 where they lie in mapped files.
     """
-    if 4 * trained > config.server.memory_gb * 1e9:
+    if config.server.is_mapped(trained):
         return 0
     if config.robust in KEEPS_ALL:
         return 4 * trained * 2 + clients * packed_nbytes(trained, config.wire.dtype)

@@ -124,10 +124,8 @@ class Service:
 
     def _broadcast(self, parcel: Parcel) -> Broadcast | Lacking:
         broadcast: Broadcast = decode(parcel, Broadcast)
-        if broadcast.round < 0:
-            raise MessageError(
-                f"round = {broadcast.round}: must be 0 or more"
-            )  # what is kept of others is not forgotten
+        if broadcast.round < 0:  # what is kept of such a round would never be forgotten
+            raise MessageError(f"round = {broadcast.round}: must be 0 or more")
         return self.received.completed(broadcast, self.sizes)
 
     def _train(self, parcel: Parcel) -> Message:

@@ -62,7 +62,7 @@ class Heap:
         Raises:
             OSError: The disk has no room for it.
         """
-        return self.zeros(len(tensor), tensor.dtype).copy_(tensor)
+        return self.zeros(len(tensor), tensor.dtype).copy_(tensor) if self.is_mapped else tensor.clone()
 
 
 def _mapped(folder: Path, nbytes: int) -> Tensor:

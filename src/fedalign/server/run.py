@@ -114,7 +114,7 @@ def execute(centre: Centre, folder: RunFolder, watch: Observer) -> dict[str, Any
     """Run all rounds that `folder` does not hold yet, write the results, return the summary."""
     config = centre.config
     checkpoints = Checkpoints(folder.checkpoint, centre.identity())
-    heap = Heap(folder.checkpoint if is_large(centre.layout, config.server.memory_gb) else None)
+    heap = heap_for(config, centre.layout, folder.checkpoint)
     state = checkpoints.load() or ServerState(0, centre.initial_weights(heap), {}, ())
     folder.amend(config)  # what is refused stays as it was
     if parallel.is_first():
@@ -136,9 +136,9 @@ def execute(centre: Centre, folder: RunFolder, watch: Observer) -> dict[str, Any
     return summary
 
 
-def is_large(layout: Layout, gigabytes: float) -> bool:
-    """Whether the float32 master of what is trained is larger than that."""
-    return 4 * sum(layout.sizes.values()) > gigabytes * 1e9
+def heap_for(config: Config, layout: Layout, folder: Path) -> Heap:
+    """Where tensors as large as the model lie: in memory, or in mapped files in `folder`."""
+    return Heap(folder if config.server.is_mapped(sum(layout.sizes.values())) else None)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from fedalign.moe.load import model_path
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import TELLING, WORDS, Layout, Weights
 from fedalign.server.results import RunFolder
-from fedalign.server.run import Holdings, Marked, identity, is_large
+from fedalign.server.run import Holdings, Marked, heap_for, identity
 
 CONSTANTS = "constants.safetensors"
 DIGEST_NBYTES = 1024  # what a model's constants may be larger than all of its values: a digest of an adapter's base
@@ -153,7 +153,7 @@ class Coordinator:
 
     def _heap(self) -> Heap:
         """Where a model with values lies."""
-        return Heap(self.constants.parent if is_large(self.layout, self.config.server.memory_gb) else None)
+        return heap_for(self.config, self.layout, self.constants.parent)
 
     def _constants(self) -> dict[str, Tensor]:
         if problem := damage(self.constants, CONSTANTS):
