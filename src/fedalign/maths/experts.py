@@ -182,8 +182,7 @@ def expert_weights(
     """
     held_C_E = held_C_E.bool()
     similarity_E_C_C, direction_E_C_C, size_C_E = _alike(similarity_E_C_C, direction_E_C_C, size_C_E)
-    size_C_E = size_C_E.masked_fill(~held_C_E, 0)
-    size_C_E = size_C_E / size_C_E.amax(dim=0).clamp_min(torch.finfo(size_C_E.dtype).tiny)
+    size_C_E = _relative(size_C_E, held_C_E)
     agreement_C_E = _agreement(similarity_E_C_C, direction_E_C_C, size_C_E, held_C_E, beta, consensus)
     return _backed(agreement_C_E, size_C_E, held_C_E, min_agreement)
 
@@ -213,8 +212,8 @@ def sampled_weights(
     Returns:
         weight_C_E, and the bimodality of each expert: of as many holders, spread evenly.
     """
-    held_C_E, size_C_E = held_C_E.bool(), full(size_C_E).masked_fill(~held_C_E, 0)
-    size_C_E = size_C_E / size_C_E.amax(dim=0).clamp_min(torch.finfo(size_C_E.dtype).tiny)
+    held_C_E = held_C_E.bool()
+    size_C_E = _relative(full(size_C_E), held_C_E)
     agreement_C_E, modes_E = torch.zeros_like(size_C_E), torch.zeros_like(size_C_E[0])
     for expert in range(held_C_E.shape[1]):
         holders = held_C_E[:, expert].nonzero().squeeze(1)
@@ -306,6 +305,12 @@ def _principal(gram_D_D: Tensor, sum_D: Tensor, count: int) -> Tensor:
     for _ in range(POWER_STEPS):
         vector_D = torch.nn.functional.normalize(scatter_D_D @ vector_D, dim=0)
     return vector_D.float()
+
+
+def _relative(size_C_E: Tensor, held_C_E: Tensor) -> Tensor:
+    """Sizes of holders in shares of each expert's largest, so that no scale of them underflows; 0 of others."""
+    size_C_E = size_C_E.masked_fill(~held_C_E, 0)
+    return size_C_E / size_C_E.amax(dim=0).clamp_min(torch.finfo(size_C_E.dtype).tiny)
 
 
 def _backed(agreement_C_E: Tensor, size_C_E: Tensor, held_C_E: Tensor, min_agreement: float) -> Tensor:

@@ -136,14 +136,27 @@ def expected(
     return out
 
 
-def test_what_is_larger_than_a_piece_travels_in_pieces_whatever_it_is(
+Small = tuple[Config, Callable[[], dict[str, Any]]]
+
+
+@pytest.fixture
+def small(
     coordinated: Callable[..., Config],  # noqa: F811 # a fixture
     house: Path,  # noqa: F811 # a fixture
     tmp_path: Path,
+) -> Small:
+    """A run whose messages are cut small, and what starts its sites, also once more on the same disks."""
+    config = coordinated(*SMALL)
+    return config, lambda: sites(tmp_path / "sites", house, config)
+
+
+def test_what_is_larger_than_a_piece_travels_in_pieces_whatever_it_is(
+    small: Small,
+    tmp_path: Path,
     expected: Path,
 ) -> None:
-    config = coordinated(*SMALL)
-    link = Careless(sites(tmp_path / "sites", house, config))
+    config, started = small
+    link = Careless(started())
     summary = go(tmp_path / "run", link, config)
     same_runs(tmp_path / "run", expected)
     assert summary["failures"] == []
@@ -161,13 +174,12 @@ def test_what_is_larger_than_a_piece_travels_in_pieces_whatever_it_is(
 
 @pytest.mark.parametrize("what", ["lost", "unheard", "damaged", "twice"])
 def test_a_piece_that_goes_wrong_costs_that_piece(
-    coordinated: Callable[..., Config],  # noqa: F811 # a fixture
-    house: Path,  # noqa: F811 # a fixture
+    small: Small,
     tmp_path: Path,
     expected: Path,
     what: str,
 ) -> None:
-    config, chance, happened = coordinated(*SMALL), random.Random(what), []
+    (config, started), chance, happened = small, random.Random(what), []
 
     def accident(verb: str, node: int, number: int) -> str:
         if chance.random() < 0.15:
@@ -175,7 +187,7 @@ def test_a_piece_that_goes_wrong_costs_that_piece(
             return what
         return ""
 
-    link = Careless(sites(tmp_path / "sites", house, config), accident)
+    link = Careless(started(), accident)
     summary = go(tmp_path / "run", link, config)
     same_runs(tmp_path / "run", expected, resumed=True)
     assert summary["failures"] == []
@@ -188,15 +200,14 @@ def test_a_piece_that_goes_wrong_costs_that_piece(
 @pytest.mark.parametrize("way", ["piece", "update"])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_coordinator_that_is_killed_in_a_transfer_goes_on_where_it_was(
-    coordinated: Callable[..., Config],  # noqa: F811 # a fixture
-    house: Path,  # noqa: F811 # a fixture
+    small: Small,
     tmp_path: Path,
     expected: Path,
     way: str,
     seed: int,
 ) -> None:
-    config, chance = coordinated(*SMALL), random.Random(f"{way}{seed}")
-    services = sites(tmp_path / "sites", house, config)
+    (config, started), chance = small, random.Random(f"{way}{seed}")
+    services = started()
     left = chance.randrange(5, 40)
 
     def accident(verb: str, node: int, number: int) -> str:
@@ -210,7 +221,7 @@ def test_a_coordinator_that_is_killed_in_a_transfer_goes_on_where_it_was(
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "run", link, config)
     moved = link.moved
-    link = Careless(services if seed else sites(tmp_path / "sites", house, config))  # the sites restarted, too
+    link = Careless(services if seed else started())  # the sites restarted, too
     link.moved = moved
     go(tmp_path / "run", link, config, resume=True)
     same_runs(tmp_path / "run", expected, resumed=True)
@@ -218,15 +229,14 @@ def test_a_coordinator_that_is_killed_in_a_transfer_goes_on_where_it_was(
 
 
 def test_a_site_that_is_killed_and_started_again_goes_on_where_it_was(
-    coordinated: Callable[..., Config],  # noqa: F811 # a fixture
-    house: Path,  # noqa: F811 # a fixture
+    small: Small,
     tmp_path: Path,
     expected: Path,
 ) -> None:
     """Its model, its process and its node's number are new; its disk is not."""
-    config = coordinated(*SMALL)
-    services = sites(tmp_path / "sites", house, config)
-    fresh = sites(tmp_path / "sites", house, config)
+    config, started = small
+    services = started()
+    fresh = started()
     kills: list[str] = []
 
     def accident(verb: str, node: int, number: int) -> str:
@@ -245,14 +255,13 @@ def test_a_site_that_is_killed_and_started_again_goes_on_where_it_was(
 
 
 def test_an_update_that_has_changed_meanwhile_is_fetched_anew(
-    coordinated: Callable[..., Config],  # noqa: F811 # a fixture
-    house: Path,  # noqa: F811 # a fixture
+    small: Small,
     tmp_path: Path,
     expected: Path,
 ) -> None:
     """The coordinator has a part of an update from before it was killed, and the site has trained to another since."""
-    config = coordinated(*SMALL)
-    services = sites(tmp_path / "sites", house, config)
+    config, started = small
+    services = started()
     fetched = 0
 
     def accident(verb: str, node: int, number: int) -> str:
@@ -311,14 +320,13 @@ def inconstant(kind: str, asked: Parcel, answer: Parcel, whole: list[int]) -> Pa
 
 @pytest.mark.parametrize("lie", [forgetful, fickle, inconstant])
 def test_a_site_that_takes_back_what_it_said_does_not_hold_up_the_others(
-    coordinated: Callable[..., Config],  # noqa: F811 # a fixture
-    house: Path,  # noqa: F811 # a fixture
+    small: Small,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     lie: Callable[[str, Parcel, Parcel, list[int]], Parcel],
 ) -> None:
-    config = coordinated(*SMALL)
-    services = sites(tmp_path / "sites", house, config)
+    config, started = small
+    services = started()
     liar, whole = services["lab"], list[int]()
     honest = liar.answer
     monkeypatch.setattr(liar, "answer", lambda kind, parcel: lie(kind, parcel, honest(kind, parcel), whole))
@@ -444,12 +452,11 @@ def test_small_messages_are_as_many_as_without_pieces(
 
 
 def test_pieces_need_no_model(
-    coordinated: Callable[..., Config],  # noqa: F811 # a fixture
-    house: Path,  # noqa: F811 # a fixture
+    small: Small,
     tmp_path: Path,
 ) -> None:
-    config = coordinated(*SMALL)
-    services = sites(tmp_path / "sites", house, config)
+    config, started = small
+    services = started()
     loaded: list[str] = []
     link = Careless(services)
     for service in link.services:
