@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 from fedalign.federation import received as received_module
 from fedalign.federation import transfer
-from fedalign.federation.flower.carrier import Download, Freight
+from fedalign.federation.flower.carrier import Download, Freight, Upload
 from fedalign.federation.messages import MessageError
 from fedalign.federation.received import Received
-from fedalign.federation.transfer import Part, Transfer, cut, edges_of, entry_for, merged, ranges_of, size_of
+from fedalign.federation.transfer import Part, Transfer, cut, digest, edges_of, entry_for, merged, ranges_of, size_of
 from fedalign.files import fingerprint
 from fedalign.maths.rounding import bytes_of, pack, packed_nbytes, wire_dtype
 from fedalign.protocol import Broadcast, Lacking, Layout, Offer, Packed, ParameterGroup, Piece, WireDtype, parse_group
@@ -332,3 +332,21 @@ def test_more_gaps_than_can_be_said_at_once_are_filled_one_after_another(
         questions += 1
     assert (questions, download.undone, download.left) == (2, 0, [])
     assert comes_out(received, second)
+
+
+def test_an_update_that_a_power_cut_left_half_written_is_fetched_again(tmp_path: Path) -> None:
+    """The journal has reached the disk and says that all is there; of the last tensors only zeros are."""
+    every = {str(group): one for group, one in weights("float32").items() if SIZES[group]}
+    entries = {name: entry_for(one) for name, one in every.items()}
+    stream = torch.cat([part for one in every.values() for part in bytes_of(one)])
+    file = Transfer(tmp_path / "update", entries).begin()
+    file.write(((0, file.nbytes),), stream, {name: digest(one) for name, one in every.items()})
+    last = list(entries)[-2:]
+    content = bytearray(file.file.read_bytes())
+    nbytes = sum(entries[name].nbytes for name in last)
+    content[-nbytes:] = bytes(nbytes)
+    file.file.write_bytes(content)
+    upload = Upload("ward", 1, file.file, entries, MOST)
+    assert upload.unsure
+    assert upload.take(None, Piece("ward", 1, "", (), torch.empty(0, dtype=torch.uint8), ""))
+    assert upload.left == [(file.nbytes - nbytes, file.nbytes)]

@@ -439,6 +439,7 @@ class Upload:
         own = self.transfer.digests
         if piece is None:
             self.transfer.forget(name for name in answer.stale if name in self.transfer.entries)
+            self._forget_wrong()
             self.unsure = False
             return True
         ((start, stop),) = piece
@@ -453,11 +454,18 @@ class Upload:
         self.transfer.write(piece, answer.data, answer.digests)
         if self.transfer.lacking:
             return True
-        found = self.transfer.read()
-        if wrong := [name for name, packed in found.items() if digest(packed) != self.transfer.digests.get(name)]:
-            self.transfer.forget(wrong)
-            self.undone += 1
+        wrong = self._forget_wrong()
+        self.undone += wrong
         return not wrong
+
+    def _forget_wrong(self) -> bool:
+        """Count whole tensors as lacking that are other than they were said to be; whether there are any."""
+        found = self.transfer.read()
+        own = self.transfer.digests
+        wrong = [name for name in self.transfer.whole_names() if digest(found[name]) != own[name]]
+        if wrong:
+            self.transfer.forget(wrong)
+        return bool(wrong)
 
 
 def taken_over(transfer: Transfer) -> Transfer:
