@@ -22,13 +22,13 @@ from fedalign.federation.flower.carrier import Cargo
 from fedalign.federation.flower.link import Link
 from fedalign.federation.flower.sites import Agreement, FlowerFederation
 from fedalign.files import damage, replacing
-from fedalign.maths.heap import Heap
+from fedalign.maths.heap import SLAB, Heap
 from fedalign.maths.rounding import unpack_weights
 from fedalign.moe.load import model_path
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import TELLING, WORDS, Layout, Weights
 from fedalign.server.results import RunFolder
-from fedalign.server.run import Holdings, Marked, heap_for, identity
+from fedalign.server.run import Holdings, Marked, identity
 
 CONSTANTS = "constants.safetensors"
 DIGEST_NBYTES = 1024  # what a model's constants may be larger than all of its values: a digest of an adapter's base
@@ -151,10 +151,9 @@ class Coordinator:
         return self.bench.moe.device.type == "meta"
 
     def _filled(self, weights: Weights) -> MoEModel:
-        """The skeleton's copy with these values; nobody keeps it, as it is as large as the model."""
-        return self.bench.moe.filled(
-            weights, self._constants(), heap_for(self.config, self.layout, self.constants.parent)
-        )
+        """The skeleton's copy with these values. Nobody keeps it, and a large one is mapped: saving makes another."""
+        is_large = 4 * sum(self.layout.sizes.values()) >= SLAB
+        return self.bench.moe.filled(weights, self._constants(), Heap(self.constants.parent if is_large else None))
 
     def _constants(self) -> dict[str, Tensor]:
         if problem := damage(self.constants, CONSTANTS):
