@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,13 @@ class Checkpoints:
             about |= {"history": state.history, "pending": state.pending}
             (folder / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         forget_old(self.folder, KEPT_ROUNDS)
+
+    def mapped(self, state: ServerState) -> ServerState:
+        """The same state, just saved, with weights that are mapped from its file: they take no memory of their own."""
+        if parallel.world() > 1:  # the others may not see the file
+            return state
+        tensors = load_file(self.folder / f"round-{state.round:05d}" / "weights.safetensors")
+        return replace(state, weights={group: tensors[str(group)] for group in state.weights})
 
     @parallel.by_the_first
     def save_scored(self, state: ServerState) -> None:

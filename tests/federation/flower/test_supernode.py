@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +18,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import start_client_internal
 from flwr.supernode.nodestate import NodeStateFactory
 
-from fedalign.federation.flower.supernode import receive_whole
+from fedalign.federation.flower import supernode
+from fedalign.federation.flower.supernode import BUSY, OFTEN, Hurry, receive_whole
 
 FLOWER = start_client_internal._pull_and_store_message
 
@@ -70,7 +74,7 @@ def test_nothing_is_left_of_a_message_whose_run_ends_meanwhile(ends_at: str) -> 
     assert theirs.receive(FLOWER) is None
     assert theirs.left == (1, ["pending"], True)  # else Flower has mended it, and our program is needed no more
     node = SuperNode(ends_at)
-    assert node.receive(partial(receive_whole, FLOWER)) is None
+    assert node.receive(partial(receive_whole, FLOWER, hurry=Hurry())) is None
     assert node.left == (0, ["finished"], False)
 
 
@@ -87,14 +91,30 @@ def test_a_client_app_that_has_begun_on_such_a_message_cannot_answer() -> None:
         return answer
 
     node.call = begun  # type: ignore[method-assign] # it begins meanwhile
-    assert node.receive(partial(receive_whole, FLOWER)) is None
+    assert node.receive(partial(receive_whole, FLOWER, hurry=Hurry())) is None
     assert node.state.get_task_by_token(token[0]) is None
     assert node.left == (0, ["finished"], False)
 
 
 def test_a_message_that_comes_whole_is_taken_as_ever() -> None:
     node = SuperNode()
-    assert node.receive(partial(receive_whole, FLOWER)) == 7
+    assert node.receive(partial(receive_whole, FLOWER, hurry=Hurry())) == 7
     assert node.left == (1, ["pending"], True)
     (task,) = node.state.get_tasks()
     assert task.type == TaskType.CLIENT_APP
+
+
+def test_a_supernode_looks_more_often_while_messages_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's own module sleeps by its name `time`, and uses nothing else of it."""
+    slept: list[float] = []
+    clock = SimpleNamespace(now=100.0, sleep=slept.append)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(supernode, "time", clock)
+    assert set(re.findall(r"(?<!\w)time\.(\w+)\(", inspect.getsource(start_client_internal))) == {"sleep"}
+    hurry, node = Hurry(), SuperNode()
+    hurry.sleep(3)
+    assert node.receive(partial(receive_whole, FLOWER, hurry=hurry)) == 7
+    hurry.sleep(3)
+    clock.now += BUSY
+    hurry.sleep(3)
+    assert slept == [3, 3 / OFTEN, 3]
