@@ -50,6 +50,8 @@ def run(wire: tuple[str, str, str], seed: int, args: argparse.Namespace) -> dict
         "evaluation.every": args.rounds,
         "tracking.loggers": "[]",
     } | dict(zip(("wire.dtype", "wire.down", "wire.error_feedback"), wire, strict=True))
+    if args.train:
+        settings |= {"data.max_train": args.train, "clients.min_examples": 8}
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     out = Path(tempfile.mkdtemp(prefix="fedalign-wire-")) / "run"
     command = [sys.executable, "-m", "fedalign", "run", "demo", "--out", str(out), *overrides]
@@ -92,6 +94,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="no run begins later")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--train", type=int, help="examples to train on; default: the demo's")
     parser.add_argument("--tests", type=int, default=2000)
     parser.add_argument("--algorithm", default="fedavg")
     args = parser.parse_args()
@@ -106,7 +109,7 @@ def main() -> None:
                 with file.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps(runs[-1]) + "\n")
     print(machine("torch", "transformers"))
-    print(f"{args.algorithm}, {args.rounds} rounds, {args.tests} test examples\n")
+    print(f"{args.algorithm}, {args.rounds} rounds, {args.train or 'all'} examples, {args.tests} test examples\n")
     print(table(runs))
 
 
