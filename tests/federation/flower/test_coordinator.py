@@ -246,10 +246,11 @@ def test_a_run_over_sites_is_the_run_in_one_process(
     "tuning",
     [
         ["tuning.kind=lora", "tuning.rank=4", "tuning.average=exact"],
+        ["tuning.kind=lora", "tuning.rank=4", "tuning.average=exact", "wire.dtype=int4", "run.rounds=3"],
         ["tuning.kind=lora", "tuning.average=freeze_a"],
         ["tuning.kind=moe", "tuning.dtype=bfloat16"],
     ],
-    ids=["exact", "freeze_a", "moe"],
+    ids=["exact", "exact int4", "freeze_a", "moe"],
 )
 def test_however_it_is_tuned(
     coordinated: Callable[..., Config], house: Path, tmp_path: Path, tuning: list[str]
