@@ -30,6 +30,7 @@ from fedalign.demo import model_folder
 from fedalign.federation.flower.keys import make_node_key
 from fedalign.federation.flower.launch import APP
 from fedalign.federation.flower.loopback import Loopback
+from fedalign.federation.flower.programs import executable, free_port
 from watching import PeakMemory, descendants_of_this, machine
 
 SERVER = """
@@ -73,7 +74,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=int, default=1000, help="of trainable float32 parameters, at least")
-    parser.add_argument("--piece-mb", type=float, default=64.0, help="ours: wire.piece_mb")
+    parser.add_argument("--piece-mb", type=float, default=256.0, help="ours: wire.piece_mb")
     parser.add_argument("--database", action="store_true", help="the SuperLink keeps its messages in SQLite")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "int8"])
     args = parser.parse_args()
@@ -96,8 +97,20 @@ def main() -> None:
                 served.terminate()
                 served.wait()
             loopback.register("other", make_node_key(folder / "other"))
-            loopback.start_supernode("other", {}, key=folder / "other")
-            theirs(loopback, folder, sum(sizes) * 4)
+            plain = subprocess.Popen(plain_supernode(loopback, folder / "other"), env=loopback.environment)
+            try:
+                theirs(loopback, folder, sum(sizes) * 4)
+            finally:
+                plain.terminate()
+                plain.wait()
+
+
+def plain_supernode(loopback: Loopback, key: Path) -> list[str]:
+    """Flower's own, which knows nothing of ours."""
+    assert loopback.certificates is not None
+    program = executable("flower-supernode", loopback.environment)
+    command = [program, "--superlink", loopback.address, "--root-certificates", str(loopback.certificates.ca)]
+    return [*command, "--auth-supernode-private-key", str(key), "--port", str(free_port())]
 
 
 def make_model(folder: Path, megabytes: int) -> list[int]:

@@ -20,6 +20,8 @@ ROLES = {
     "ray": "Ray's own processes",
     "flower-superlink": "SuperLink",
     "flower-supernode": "SuperNode",
+    "flower.supernode": "SuperNode",
+    "flower.ready": "site (ClientApp)",
     "fedalign site serve": "site (warm trainer)",
 }
 

@@ -277,13 +277,13 @@ class Lacking:
 class Piece:
     """Some bytes of packed groups, either way.
 
-    Down they are a range of what was offered. Up they are those that were asked for.
+    Down they are ranges of what was offered. Up they are those that were asked for.
     """
 
     client: str | None  # who sends it; None: the server
     round: int  # 0: of the weights to start from
     transfer: str  # as in `Lacking`; empty on the way up
-    start: int  # the first byte's place: in what was offered, or in the groups that were asked for
+    ranges: tuple[int, ...]  # down: where they lie in what was offered, as in `Lacking`; empty on the way up
     data: Tensor  # uint8
     digest: str  # of these bytes
     digests: Mapping[str, str] = field(default_factory=dict)  # up: of each whole group that it has a part of

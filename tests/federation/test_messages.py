@@ -120,8 +120,8 @@ def every_message(dtype: WireDtype = "float32") -> list[Message]:
         Offer(3, "int8", {"shared": "e" * 32}),
         Lacking("ward", 3, "f" * 32, (0, 7, 9, 12)),
         Lacking("ward", 3, "", ()),
-        Piece(None, 3, "f" * 32, 7, torch.arange(5, dtype=torch.uint8), "a" * 32),
-        Piece("ward", 3, "", 0, torch.empty(0, dtype=torch.uint8), "a" * 32, {"shared": "e" * 32}, ("head",)),
+        Piece(None, 3, "f" * 32, (7, 9, 10, 13), torch.arange(5, dtype=torch.uint8), "a" * 32),
+        Piece("ward", 3, "", (), torch.empty(0, dtype=torch.uint8), "a" * 32, {"shared": "e" * 32}, ("head",)),
         Broadcast(4, {}, kept={"shared": "e" * 32}),
         Broadcast(
             4, groups, kept={"head": "e" * 32}, differences=packed({GROUPS[2]: 65}, "int4"), before={"head": "a" * 32}
@@ -346,7 +346,7 @@ def test_a_scalar_of_the_wrong_type_is_refused_and_named(message: Message, field
 def test_a_piece_is_bytes_and_nothing_else(data: Tensor) -> None:
     """It is written to disk as it is: eight float32 are 32 bytes, and a number by itself has no length."""
     with pytest.raises(MessageError, match=r"a damaged piece: ValueError: data is .*: must be bytes"):
-        decode(travel(encode(Piece("w", 1, "", 0, data, "0"))), Piece)
+        decode(travel(encode(Piece("w", 1, "", (), data, "0"))), Piece)
 
 
 def test_whole_numbers_are_floats_too() -> None:

@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,10 @@ from safetensors.torch import load_file
 
 from fedalign.federation import received as received_module
 from fedalign.federation import transfer
-from fedalign.federation.flower.carrier import Download, Freight
+from fedalign.federation.flower.carrier import Download, Freight, Upload
 from fedalign.federation.messages import MessageError, decode
 from fedalign.federation.received import Received
-from fedalign.federation.transfer import Transfer, cut, entry_for
+from fedalign.federation.transfer import Part, Transfer, cut, digest, edges_of, entry_for, merged, ranges_of, size_of
 from fedalign.files import fingerprint
 from fedalign.maths.rounding import BLOCKS, bytes_of, pack, packed_nbytes
 from fedalign.protocol import Broadcast, Lacking, Layout, Offer, Packed, ParameterGroup, Piece, WireDtype, parse_group
@@ -47,44 +48,49 @@ def freight_of(
     dtype: WireDtype = "float32", seed: int = 0, round: int = 1, changed: Mapping[str, Packed] | None = None
 ) -> Freight:
     every = weights(dtype, seed)
-    return Freight(Broadcast(round, {g: (changed or {}).get(str(g), p) for g, p in every.items()}), MOST)
+    return Freight(Broadcast(round, {g: (changed or {}).get(str(g), p) for g, p in every.items()}))
 
 
-def piece(freight: Freight, start: int, stop: int, identity: str = "") -> Piece:
+def piece(freight: Freight, part: Part, identity: str = "") -> Piece:
     is_added = identity == freight.differences.identity
     groups = freight.broadcast.differences if is_added else freight.broadcast.weights
-    stream = torch.cat([part for one in groups.values() for part in bytes_of(one)])
-    data = stream[start:stop].clone()
+    stream = torch.cat([one for packed in groups.values() for one in bytes_of(packed)])
+    data = torch.cat([stream[start:stop] for start, stop in part])
     transfer = freight.differences if is_added else freight.transfer
-    return Piece(None, freight.round, transfer.identity, start, data, fingerprint([data.numpy().data]))
+    return Piece(None, freight.round, transfer.identity, edges_of(part), data, fingerprint([data.numpy().data]))
 
 
 def lacking(answer: Lacking) -> list[tuple[int, int]]:
     return list(zip(answer.ranges[::2], answer.ranges[1::2], strict=True))
 
 
-def pieces(freight: Freight, answer: Lacking) -> list[tuple[int, int]]:
+def pieces(freight: Freight, answer: Lacking) -> list[Part]:
     transfer = freight.differences if answer.transfer == freight.differences.identity else freight.transfer
-    return transfer.cut(MOST, lacking(answer))
+    return list(transfer.cut(MOST, lacking(answer)))
 
 
 @given(
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=8),
     most=st.integers(1, 50),
-    start=st.integers(0, 100),
-    length=st.integers(0, 200),
+    edges=st.lists(st.integers(0, 200), max_size=6),
 )
 @settings(deadline=None, max_examples=200)
-def test_pieces_are_no_larger_and_cut_only_what_is(sizes: list[int], most: int, start: int, length: int) -> None:
+def test_pieces_are_no_larger_and_cut_only_what_is(sizes: list[int], most: int, edges: list[int]) -> None:
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    stop = min(sum(sizes), start + length)
-    found = list(cut((start, stop), starts, most))
-    assert [edge for one in found for edge in one] == sorted(edge for one in found for edge in one)
-    assert sum(b - a for a, b in found) == max(stop - start, 0)
-    assert all(0 < b - a <= most for a, b in found)
-    for a, b in found:
-        inside = [s for s, n in zip(starts, sizes, strict=True) if a < s < b < s + n]  # begun in it and not whole
-        assert not inside or b == stop
+    inside = sorted(min(edge, sum(sizes)) for edge in edges[: len(edges) // 2 * 2])
+    ranges = merged(ranges_of(inside))
+    found = list(cut(ranges, starts, most))
+    every = [one for part in found for one in part]
+    assert every == sorted(every)
+    assert merged(every) == ranges
+    assert all(0 < size_of(part) <= most for part in found)
+    for a, b in every:
+        begun = [s for s, n in zip(starts, sizes, strict=True) if a < s < b < s + n]  # begun in it and not whole
+        assert not begun or b in [stop for _, stop in ranges]
+    for part, after in pairwise(found):  # none could have been larger
+        (first, last), *_ = after
+        edge = next((s for s in starts if first < s < last), last)
+        assert size_of(part) + min(edge, first + most) - first > most
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -94,12 +100,12 @@ def test_pieces_in_any_order_and_more_than_once_make_the_file(tmp_path: Path, dt
     stream = torch.cat([part for one in every.values() for part in bytes_of(one)])
     chance, entries = random.Random(seed), {name: entry_for(one) for name, one in every.items()}
     transfer = Transfer(tmp_path / "file", entries, {"of": "a test"}).begin()
-    parts = transfer.cut(MOST, transfer.lacking)
-    assert max(stop - start for start, stop in parts) <= MOST < transfer.nbytes == len(stream)
+    parts = list(transfer.cut(MOST, transfer.lacking))
+    assert max(map(size_of, parts)) <= MOST < transfer.nbytes == len(stream)
     parts += chance.sample(parts, 3)
     chance.shuffle(parts)
-    for start, stop in parts:
-        transfer.write(start, stream[start:stop])
+    for part in parts:
+        transfer.write(part, torch.cat([stream[start:stop] for start, stop in part]))
         if chance.random() < 0.5:  # the process was killed, and half a line with it
             with transfer.journal.open("a") as journal:
                 journal.write("[0, 17")
@@ -117,16 +123,16 @@ def test_pieces_in_any_order_and_more_than_once_make_the_file(tmp_path: Path, dt
 
 def test_what_is_there_survives_and_another_file_is_begun_anew(tmp_path: Path) -> None:
     entries = {"a": entry_for(Packed(torch.ones(100)))}
-    Transfer(tmp_path / "file", entries).begin().write(8, torch.zeros(80, dtype=torch.uint8))
+    Transfer(tmp_path / "file", entries).begin().write(((8, 88),), torch.zeros(80, dtype=torch.uint8))
     assert Transfer(tmp_path / "file", entries).begin().lacking == [(0, 8), (88, 400)]
     loaded = Transfer.load(tmp_path / "file")
     assert loaded is not None
     assert loaded.lacking == [(0, 8), (88, 400)]
     other = {"b": entry_for(Packed(torch.ones(100)))}
     assert Transfer(tmp_path / "file", other).begin().lacking == [(0, 400)]
-    for start, nbytes in ((-1, 4), (399, 2), (10**12, 1)):
+    for part in (((-1, 1),), ((399, 401),), ((10**12, 10**12 + 2),), ((0, 3),), ((0, 3), (2, 1)), ((4, 5), (2, 3))):
         with pytest.raises(ValueError, match="of 400"):
-            Transfer(tmp_path / "file", other).begin().write(start, torch.zeros(nbytes, dtype=torch.uint8))
+            Transfer(tmp_path / "file", other).begin().write(part, torch.zeros(2, dtype=torch.uint8))
     for text in ("", "x", "\x08\0\0\0\0\0\0\0[1]     ", "\x02\0\0\0\0\0\0\0{}"):
         (tmp_path / "file").write_text(text)
         assert text.endswith("{}") or Transfer.load(tmp_path / "file") is None
@@ -136,7 +142,7 @@ def test_what_a_journal_takes_grows_with_what_is_there(tmp_path: Path) -> None:
     """A site may say of any tensor that it has another by now: every other one leaves as many ranges as digests."""
     entries = {str(number): entry_for(Packed(torch.ones(1))) for number in range(400)}
     transfer = Transfer(tmp_path / "file", entries).begin()
-    transfer.write(0, torch.zeros(1600, dtype=torch.uint8), dict.fromkeys(entries, "0" * 32))
+    transfer.write(((0, 1600),), torch.zeros(1600, dtype=torch.uint8), dict.fromkeys(entries, "0" * 32))
     once = transfer.journal.stat().st_size
     transfer.forget([name for name in entries if int(name) % 2])
     assert transfer.journal.stat().st_size < once
@@ -160,7 +166,7 @@ def test_what_is_forgotten_is_lacking_and_nothing_else(sizes: list[int], there: 
         transfer = Transfer(Path(folder) / "file", entries).begin()
         held = {at for at in there if at < transfer.nbytes}
         for at in held:
-            transfer.write(at, torch.zeros(1, dtype=torch.uint8))
+            transfer.write(((at, at + 1),), torch.zeros(1, dtype=torch.uint8))
         names = [str(number) for number in gone if number < len(sizes)]
         transfer.forget(names)
         held -= {transfer.starts[n] + at for n in names for at in range(entries[n].nbytes)}
@@ -180,9 +186,9 @@ def received(tmp_path: Path) -> Received:
 def bring(received: Received, freight: Freight) -> int:
     """All that a client lacks; how many bytes that was."""
     moved, answer = 0, received.offered(offered(freight), NAMED)
-    for start, stop in pieces(freight, answer):
-        answer = received.take(piece(freight, start, stop, answer.transfer))
-        moved += stop - start
+    for part in pieces(freight, answer):
+        answer = received.take(piece(freight, part, answer.transfer))
+        moved += size_of(part)
     assert answer.ranges == ()
     return moved
 
@@ -230,14 +236,14 @@ def test_a_client_that_lost_what_it_kept_says_so(received: Received) -> None:
 
 
 def accidents(received: Received, freight: Freight) -> Iterator[tuple[str, Piece]]:
-    (start, stop), *_ = pieces(freight, received.offered(offered(freight), NAMED))
-    good = piece(freight, start, stop)
+    part, *_ = pieces(freight, received.offered(offered(freight), NAMED))
+    good = piece(freight, part)
     flipped = good.data.clone()
     flipped[3] ^= 1
-    yield "damaged", Piece(None, 1, good.transfer, start, flipped, good.digest)
-    yield "of another transfer", Piece(None, 1, "0" * 32, start, good.data, good.digest)
+    yield "damaged", Piece(None, 1, good.transfer, good.ranges, flipped, good.digest)
+    yield "of another transfer", Piece(None, 1, "0" * 32, good.ranges, good.data, good.digest)
     other = freight_of(seed=1)
-    yield "of another round", piece(other, start, stop)
+    yield "of another round", piece(other, part)
 
 
 def test_pieces_that_are_damaged_or_of_something_else_are_not_kept(received: Received) -> None:
@@ -255,8 +261,9 @@ def test_a_piece_that_is_too_large_is_refused_and_nothing_is_written(received: R
     received.offered(offered(freight), NAMED)
     data = torch.zeros(freight.transfer.nbytes + 1, dtype=torch.uint8)
     size = received.arriving.stat().st_size
-    with pytest.raises(MessageError, match="a piece of bytes 0 to"):
-        received.take(Piece(None, 1, freight.transfer.identity, 0, data, fingerprint([data.numpy().data])))
+    for ranges in ((0, len(data)), (0, len(data) - 1), (0,)):
+        with pytest.raises(MessageError, match="a piece of "):
+            received.take(Piece(None, 1, freight.transfer.identity, ranges, data, fingerprint([data.numpy().data])))
     assert received.arriving.stat().st_size == size
     assert bring(received, freight) == freight.transfer.nbytes
 
@@ -290,9 +297,9 @@ def test_values_that_are_not_as_announced_are_lacking_again(received: Received) 
     lies = {**freight.digests, "shared": "0" * 32}
     offer = Offer(1, "float32", lies)
     answer = received.offered(offer, NAMED)
-    for start, stop in pieces(freight, answer):
-        one = piece(freight, start, stop)
-        answer = received.take(Piece(None, 1, answer.transfer, start, one.data, one.digest))
+    for part in pieces(freight, answer):
+        one = piece(freight, part)
+        answer = received.take(replace(one, transfer=answer.transfer))
     assert lacking(answer) == [(0, 2800)]
     assert (
         json.loads(received.arriving.with_name("arriving.safetensors.journal").read_text().splitlines()[1])[0] == 2800
@@ -303,14 +310,14 @@ def test_values_that_are_not_as_announced_are_lacking_again(received: Received) 
 def test_a_client_restarted_in_the_middle_goes_on_where_it_was(received: Received, tmp_path: Path) -> None:
     freight = freight_of()
     every = pieces(freight, received.offered(offered(freight), NAMED))
-    for start, stop in every[:7]:
-        received.take(piece(freight, start, stop))
+    for part in every[:7]:
+        received.take(piece(freight, part))
     again = Received("ward", tmp_path)
     left = pieces(freight, again.offered(offered(freight), NAMED))
-    assert sum(b - a for a, b in left) == sum(b - a for a, b in every[7:])
-    for start, stop in reversed(left):
-        again.take(piece(freight, start, stop))
-    assert again.take(piece(freight, *left[0])).ranges == ()  # the last one, once more
+    assert sum(map(size_of, left)) == sum(map(size_of, every[7:]))
+    for part in reversed(left):
+        again.take(piece(freight, part))
+    assert again.take(piece(freight, left[0])).ranges == ()  # the last one, once more
     assert comes_out(again, freight)
 
 
@@ -326,11 +333,29 @@ def test_more_gaps_than_can_be_said_at_once_are_filled_one_after_another(
     questions = 0
     while download.unsure:
         assert download.take(None, received.offered(offered(second), NAMED))
-        for start, stop in download.cut(download.left):
-            assert download.take((start, stop), received.take(piece(second, start, stop)))
+        for part in download.cut(MOST, download.left):
+            assert download.take(part, received.take(piece(second, part)))
         questions += 1
     assert (questions, download.undone, download.left) == (2, 0, [])
     assert comes_out(received, second)
+
+
+def test_an_update_that_a_power_cut_left_half_written_is_fetched_again(tmp_path: Path) -> None:
+    """The journal has reached the disk and says that all is there; of the last tensors only zeros are."""
+    every = {str(group): one for group, one in weights("float32").items() if SIZES[group]}
+    entries = {name: entry_for(one) for name, one in every.items()}
+    stream = torch.cat([part for one in every.values() for part in bytes_of(one)])
+    file = Transfer(tmp_path / "update", entries).begin()
+    file.write(((0, file.nbytes),), stream, {name: digest(one) for name, one in every.items()})
+    last = list(entries)[-2:]
+    content = bytearray(file.file.read_bytes())
+    nbytes = sum(entries[name].nbytes for name in last)
+    content[-nbytes:] = bytes(nbytes)
+    file.file.write_bytes(content)
+    upload = Upload("ward", 1, file.file, entries, MOST)
+    assert upload.unsure
+    assert upload.take(None, Piece("ward", 1, "", (), torch.empty(0, dtype=torch.uint8), ""))
+    assert upload.left == [(file.nbytes - nbytes, file.nbytes)]
 
 
 # --------------------------------------------------------------------------------------------------------- differences
@@ -344,7 +369,7 @@ def public(dtype: WireDtype, rounds: int) -> list[Freight]:
     found = []
     for number in range(1, rounds + 1):
         message = Broadcast(number, model.weights, differences=model.differences, before=model.before)
-        found.append(Freight(message, MOST))
+        found.append(Freight(message))
         new = {g: v if g.kind == "gate" else v + 0.1 * torch.randn(len(v), generator=chance) for g, v in master.items()}
         model, master = following(model, master, new, dtype, number, lambda tensor: tensor), new
     return found
@@ -418,15 +443,15 @@ def test_a_client_restarted_in_the_middle_of_differences_goes_on_where_it_was(
     bring(received, one)
     answer = received.offered(offered(two), NAMED)
     every = pieces(two, answer)
-    for start, stop in every[:3]:
-        received.take(piece(two, start, stop, answer.transfer))
+    for part in every[:3]:
+        received.take(piece(two, part, answer.transfer))
     again = Received("ward", received.weights.parent)
     left = again.offered(offered(two), NAMED)
     assert pieces(two, left) == every[3:]
-    for start, stop in every[3:]:
-        left = again.take(piece(two, start, stop, left.transfer))
+    for part in every[3:]:
+        left = again.take(piece(two, part, left.transfer))
     assert left.ranges == ()
-    assert again.take(piece(two, *every[-1], left.transfer)).ranges == ()  # the last one, once more
+    assert again.take(piece(two, every[-1], left.transfer)).ranges == ()  # the last one, once more
     assert comes_out(again, two)
 
 
@@ -456,8 +481,8 @@ def test_damaged_weights_to_add_to_cost_those_groups(received: Received, small: 
     download, moved = Download(two), []
     while download.unsure:
         download.take(None, received.offered(offered(two), NAMED))
-        for part in download.cut(download.left):
-            moved.append(part[1] - part[0])
+        for part in download.cut(MOST, download.left):
+            moved.append(size_of(part))
             sent: Piece = decode(download.ask(part).parcel, Piece)
             if not download.take(part, received.take(sent)):
                 break

@@ -76,6 +76,7 @@ def test_a_trainer_killed_in_mid_round_is_done_without(deployment: Deployment, o
         command.wait(lambda: run.reached(1, "training", 0), "round 1 has begun")
         os.kill(victim, signal.SIGSTOP)  # it must not answer before it is killed
         command.wait(lambda: run.reached(1, "training", 2), "the other sites have trained")
+        command.wait(lambda: bool(deployment.apps("north")), "its SuperNode, which looks each 3 s, has the message")
         (app,) = deployment.apps("north")  # asks the trainer
         assert READY in psutil.Process(app).cmdline()  # and was forked
         os.kill(victim, signal.SIGKILL)

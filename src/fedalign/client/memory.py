@@ -135,7 +135,7 @@ class ClientMemory:
         data = cut_out(parts, fetch.start, fetch.nbytes)
         stale = tuple(name for name, digest in fetch.held.items() if digests.get(name) != digest)
         own = {name: digests[name] for name in fetch.names}
-        return Piece(client, fetch.round, "", fetch.start, data, fingerprint([data.numpy().data]), own, stale)
+        return Piece(client, fetch.round, "", (), data, fingerprint([data.numpy().data]), own, stale)
 
     def last_update(self, round: int) -> dict[ParameterGroup, Packed]:
         """The update of the latest round before `round`; empty if there is none.

@@ -462,7 +462,7 @@ class WireConfig(Section):
         "auto", "a client adds what rounding to int8 or int4 lost to its next update; auto: of int4"
     )
     piece_mb: float = key(
-        64.0, "MB of a message; what is larger travels in pieces, and a broken connection costs one of them", gt=0
+        256.0, "MB of a piece at most, larger ones on a faster line; a broken connection costs one of them", gt=0
     )
 
     @property

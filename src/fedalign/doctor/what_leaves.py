@@ -146,7 +146,7 @@ MEANINGS: dict[type[Leaving], dict[str, str]] = {
         "client": "the site's name",
         "round": "number of the round",
         "transfer": "empty",
-        "start": "which byte is the first",
+        "ranges": "empty",
         "data": "trained minus received values of the groups asked for, as bytes",
         "digest": "checksum of these bytes",
         "digests": "checksum of each group's update",
@@ -229,7 +229,7 @@ def empty_messages(name: str, moe: MoEModel, config: Config, consent: Consent = 
         Start(name, _groups(layout.sizes, "float32"), constants),
         Lacking(name, NUMBER, HASH[:32], ()),
         _statistics(name, layout, config, consent),
-        Piece(name, 1, "", 0, _bytes(trained, wire), HASH[:32], dict.fromkeys(map(str, trained), HASH[:32])),
+        Piece(name, 1, "", (), _bytes(trained, wire), HASH[:32], dict.fromkeys(map(str, trained), HASH[:32])),
         Evaluation(name, NUMBER, MEAN, MEAN),
         Failure(name, "train", REASON),
     ]

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedalign.federation.messages import MessageError
-from fedalign.federation.transfer import MOST_EDGES, Transfer, digest, entries_of, entry_for
+from fedalign.federation.transfer import MOST_EDGES, Transfer, digest, edges_of, entries_of, entry_for, ranges_of
 from fedalign.files import fingerprint
 from fedalign.maths.rounding import BLOCKS, TORCH_DTYPE, advanced, broadcast_dtype, count
 from fedalign.protocol import Broadcast, Lacking, Offer, Packed, Piece, parse_group
@@ -90,7 +90,7 @@ class Received:
             return self._lacking(piece.round, whole if whole and whole.identity == piece.transfer else transfer)
         if fingerprint([piece.data.numpy().data]) == piece.digest:
             try:
-                transfer.write(piece.start, piece.data)
+                transfer.write(ranges_of(piece.ranges), piece.data)
             except ValueError as error:
                 raise MessageError(f"a piece of {error}") from None
             if transfer.file == self.added:
@@ -182,7 +182,7 @@ class Received:
     def _lacking(self, round: int, transfer: Transfer | None) -> Lacking:
         if transfer is None:
             return Lacking(self.client, round, "", ())
-        lacking = tuple(edge for one in transfer.lacking for edge in one)[:MOST_EDGES]  # then it is asked again
+        lacking = edges_of(transfer.lacking)[:MOST_EDGES]  # then it is asked again
         return Lacking(self.client, round, transfer.identity, lacking)
 
 

@@ -17,7 +17,7 @@ from fedalign.client.memory import ClientMemory
 from fedalign.errors import DataError, ModelError, TrainingFailedError, UserError
 from fedalign.federation.messages import VERBS, Message, MessageError, Parcel, decode, encode, stage_of
 from fedalign.federation.received import Received
-from fedalign.federation.transfer import CONSTANT, described
+from fedalign.federation.transfer import CONSTANT, FIRST, described
 from fedalign.files import write_text
 from fedalign.maths.rounding import unpack_weights
 from fedalign.protocol import Broadcast, Failure, Fetch, Hello, Lacking, Offer, Packed, Piece, Start
@@ -111,7 +111,7 @@ class Service:
         constants = {name: value.cpu().contiguous() for name, value in trainer.moe.constants().items()}
         every = {str(group): packed.values for group, packed in weights.items()}
         every |= {f"{CONSTANT}{name}": value for name, value in constants.items()}
-        if sum(value.nbytes for value in every.values()) <= trainer.config.wire.piece_nbytes:
+        if sum(value.nbytes for value in every.values()) <= min(FIRST, trainer.config.wire.piece_nbytes):
             return Start(self.name, weights, constants)
         self.memory.keep_start(every)
         return Start(self.name, {}, {}, {name: described(value) for name, value in every.items()})

@@ -1,8 +1,9 @@
 """Transfers in pieces: a safetensors file that arrives byte by byte, in any order, and survives whoever is killed.
 
 The file is as large from the start as it will be. Its stream is what travels: of one tensor after another the packed
-values, then their scales. A piece is a range of the stream; a journal beside the file says which ranges are there. So
-a broken connection costs the piece that was on its way, and nothing that is there travels again.
+values, then their scales. A piece is some ranges of the stream; a journal beside the file says which are there. So a
+broken connection costs the piece that was on its way, and nothing that is there travels again. Nothing is forced to the
+disk: whoever uses the file holds its tensors against their digests first, which tells what a power cut has left.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ CODES = {  # of safetensors
 }
 SCALE = ".scale"  # ends the name of a packed tensor's scales
 ABOUT = "__metadata__"
+FIRST = 32_000_000  # bytes of the first piece that goes to or comes from a site; what is smaller is not cut
 MOST_EDGES = 20_000  # of ranges that a site says at once that it lacks
 MOST_AXES, MOST_VALUES = 64, 1 << 48  # of a tensor: of more no file can be read
 Range = tuple[int, int]  # of bytes of the stream: first, and behind the last
+Part = tuple[Range, ...]  # that travels as one piece
 
 
 @dataclass(frozen=True)
@@ -187,9 +190,9 @@ class Transfer:
         """The ranges that are not there yet."""
         return gaps(self._held, self.nbytes)
 
-    def cut(self, most: int, ranges: Iterable[Range]) -> list[Range]:
+    def cut(self, most: int, ranges: Iterable[Range]) -> Iterator[Part]:
         """Ranges in pieces of at most `most` bytes: whole tensors, but for those that are larger."""
-        return [piece for one in ranges for piece in cut(one, self._edges, most)]
+        return cut(ranges, self._edges, most)
 
     def names_in(self, start: int, stop: int) -> list[str]:
         """The tensors of which a range has a part."""
@@ -197,30 +200,28 @@ class Transfer:
         some = self._names[first : bisect_left(self._edges, stop)]
         return [n for n in some if self.starts[n] < stop and self.starts[n] + self.entries[n].nbytes > start]
 
-    def write(self, start: int, data: Tensor, digests: Mapping[str, str] | None = None) -> None:
-        """Take a piece: bytes of the stream from `start` on. The same piece may come again.
+    def write(self, part: Part, data: Tensor, digests: Mapping[str, str] | None = None) -> None:
+        """Take a piece: the bytes of these ranges, one behind the other. The same piece may come again.
 
         Raises:
-            ValueError: It does not lie within the stream.
+            ValueError: It does not lie within the stream, or has more bytes or fewer.
         """
-        self._take([(start, data)], digests or {})
+        if len(data) != size_of(part) or not within(edges_of(part), self.nbytes):
+            raise ValueError(f"{len(data)} bytes, for {part!r:.60} of {self.nbytes}")
+        places = [start for start, _ in part]
+        self._take(zip(places, data.split([stop - start for start, stop in part]), strict=True), digests or {})
 
     def _take(self, parts: Iterable[tuple[int, Tensor]], digests: Mapping[str, str]) -> None:
         """Write parts of the stream, and then into the journal that they are there."""
         came: list[Range] = []
         with self.file.open("r+b", buffering=0) as opened:
             for start, data in parts:
-                if not 0 <= start <= start + len(data) <= self.nbytes:
-                    raise ValueError(f"bytes {start} to {start + len(data)} of {self.nbytes}")
                 self._put(opened.fileno(), start, data)
                 came.append((start, start + len(data)))
-            os.fdatasync(opened.fileno())
         came = merged(came)
         lines = [json.dumps([*one, digests if one is came[0] else {}]) for one in came]
         with self.journal.open("a", encoding="utf-8") as journal:
             journal.write("".join(f"{line}\n" for line in lines))
-            journal.flush()
-            os.fdatasync(journal.fileno())
         for start, stop in came:
             self._hold(start, stop, digests)
 
@@ -362,6 +363,25 @@ def minus(ranges: Iterable[Range], others: Iterable[Range | None]) -> list[Range
     return found
 
 
+def size_of(ranges: Iterable[Range]) -> int:
+    """Bytes in ranges."""
+    return sum(stop - start for start, stop in ranges)
+
+
+def edges_of(ranges: Iterable[Range]) -> tuple[int, ...]:
+    """Firsts and lasts of ranges, as they travel.
+
+    >>> edges_of([(0, 2), (4, 5)]), ranges_of((0, 2, 4, 5))
+    ((0, 2, 4, 5), ((0, 2), (4, 5)))
+    """
+    return tuple(edge for one in ranges for edge in one)
+
+
+def ranges_of(edges: Sequence[int]) -> Part:
+    """The inverse of `edges_of`."""
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
+
+
 def within(edges: Sequence[int], nbytes: int) -> bool:
     """Whether these are firsts and lasts of ranges that lie one behind the other within so many bytes.
 
@@ -372,17 +392,31 @@ def within(edges: Sequence[int], nbytes: int) -> bool:
     return len(edges) % 2 == 0 and len(edges) <= MOST_EDGES and every == sorted(every)
 
 
-def cut(lacking: Range, starts: Sequence[int], most: int) -> Iterator[Range]:
-    """A range in pieces of at most `most` bytes, cut where a tensor starts unless one is larger.
+def cut(ranges: Iterable[Range], starts: Sequence[int], most: int) -> Iterator[Part]:
+    """Ranges in pieces of at most `most` bytes, cut where a tensor starts unless one is larger.
 
-    >>> list(cut((0, 30), [0, 4, 8, 20], 10))
-    [(0, 8), (8, 18), (18, 20), (20, 30)]
+    >>> list(cut([(0, 30)], [0, 4, 8, 20], 10))
+    [((0, 8),), ((8, 18),), ((18, 20),), ((20, 30),)]
+    >>> list(cut([(0, 4), (8, 10), (24, 30)], [0, 4, 8, 20], 10))
+    [((0, 4), (8, 10)), ((24, 30),)]
     """
-    first, stop = lacking
-    while first < stop:
-        end = min(first + most, stop)
-        edge = starts[bisect_right(starts, end) - 1]
-        if end < stop and edge > first:
-            end = edge
-        yield first, end
-        first = end
+    piece, room = list[Range](), most
+    for start, stop in _within_tensors(ranges, starts, most):
+        if stop - start > room:
+            yield tuple(merged(piece))
+            piece, room = [], most
+        piece.append((start, stop))
+        room -= stop - start
+    if piece:
+        yield tuple(merged(piece))
+
+
+def _within_tensors(ranges: Iterable[Range], starts: Sequence[int], most: int) -> Iterator[Range]:
+    """The same bytes in ranges of at most `most` that lie in one tensor each."""
+    for start, stop in ranges:
+        at = start
+        while at < stop:
+            after = bisect_right(starts, at)
+            end = min(at + most, stop, *starts[after : after + 1])
+            yield at, end
+            at = end

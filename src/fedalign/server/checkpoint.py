@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,16 @@ class Checkpoints:
             about |= {"before": None if state.public is None else dict(state.public.before)}
             (folder / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         forget_old(self.folder, KEPT_ROUNDS)
+
+    def mapped(self, state: ServerState) -> ServerState:
+        """The same state, just saved, with weights that are mapped from its files: they take no memory of their own."""
+        if parallel.world() > 1:  # the others may not see the file
+            return state
+        folder = self.folder / f"round-{state.round:05d}"
+        tensors, public = load_file(folder / "weights.safetensors"), state.public
+        if public is not None:
+            public = _public(load_file(folder / PUBLIC), public.before)
+        return replace(state, weights={group: tensors[str(group)] for group in state.weights}, public=public)
 
     @parallel.by_the_first
     def save_scored(self, state: ServerState) -> None:

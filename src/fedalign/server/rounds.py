@@ -491,13 +491,15 @@ class Server:
     def _complete(self, state: ServerState, line: Metrics) -> ServerState:
         """Checkpoint a round; where clients are to score it, its line is complete only then."""
         if self._due(state.round) and self.config.evaluation.clients and self.config.clients.held_out:
-            state = replace(state, pending=line)
-            self.checkpoints.save(state)
-            return state
-        state = replace(state, history=(*state.history, self._last(state, line)))
-        self.checkpoints.save(state)
+            return self._kept(replace(state, pending=line))
+        state = self._kept(replace(state, history=(*state.history, self._last(state, line))))
         self._tell(state)
         return state
+
+    def _kept(self, state: ServerState) -> ServerState:
+        """The state, checkpointed."""
+        self.checkpoints.save(state)
+        return self.checkpoints.mapped(state)
 
     def _last(self, state: ServerState, line: Metrics) -> Metrics:
         """A round's line, with the reason if none follows though more were asked for."""

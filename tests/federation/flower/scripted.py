@@ -91,7 +91,7 @@ def handed(client: str, fetch: Fetch, kept: Mapping[str, Packed]) -> Piece:
     parts = [part for name in fetch.names for part in bytes_of(kept[name])]
     data = cut_out(parts, fetch.start, fetch.nbytes)
     digests = {name: digest(kept[name]) for name in fetch.names}
-    return Piece(client, fetch.round, "", fetch.start, data, fingerprint([data.numpy().data]), digests)
+    return Piece(client, fetch.round, "", (), data, fingerprint([data.numpy().data]), digests)
 
 
 def arrived(answer: Message | Parcel | str) -> Parcel | str:

@@ -560,8 +560,8 @@ def test_a_late_update_is_named_and_thrown_away(clock: Clock) -> None:
     [
         (Failure("b", "update", "it keeps no update of round 1"), "it keeps no update of round 1"),
         ("its SuperNode is gone", "its SuperNode is gone"),
-        (lambda _: Piece("a", 1, "", 0, torch.empty(0, dtype=torch.uint8), ""), "it answers as 'a'"),
-        (Parcel({**encode(Piece("b", 1, "", 0, torch.zeros(12, dtype=torch.uint8), "")).head}, {}), "a damaged piece"),
+        (lambda _: Piece("a", 1, "", (), torch.empty(0, dtype=torch.uint8), ""), "it answers as 'a'"),
+        (Parcel({**encode(Piece("b", 1, "", (), torch.zeros(12, dtype=torch.uint8), "")).head}, {}), "a damaged piece"),
     ],
 )
 def test_what_is_no_update_is_a_failure_with_the_reason(clock: Clock, answer: Any, reason: str) -> None:

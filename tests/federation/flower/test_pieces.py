@@ -55,7 +55,9 @@ class Careless(Direct):
         super().__init__(services)
         self.accident = accident
         self.number = 0
-        self.moved: Counter[tuple[str, int, str, int, int]] = Counter()  # way, node, of what, range -> times
+        self.moved: Counter[tuple[str, int, str, tuple[int, ...], int]] = (
+            Counter()
+        )  # way, node, of what, range -> times
         self.longest = 0
 
     def ask(self, kind: str, parcel: Parcel, nodes: Sequence[int]) -> dict[str, int]:
@@ -86,10 +88,10 @@ class Careless(Direct):
     def _count(self, kind: str, node: int, asked: Parcel, answer: Parcel) -> None:
         if kind == "piece":
             piece = decode(asked, Piece)
-            self.moved["down", node, piece.transfer, piece.start, len(piece.data)] += 1
+            self.moved["down", node, piece.transfer, piece.ranges, len(piece.data)] += 1
         elif kind == "update" and answer.head["kind"] == "piece":
             fetch = decode(asked, Fetch)
-            self.moved["up", node, f"{fetch.round} {fetch.names}", fetch.start, len(decode(answer, Piece).data)] += 1
+            self.moved["up", node, f"{fetch.round} {fetch.names}", (fetch.start,), len(decode(answer, Piece).data)] += 1
 
     @property
     def again(self) -> list[int]:
@@ -357,7 +359,7 @@ def forgetful(kind: str, asked: Parcel, answer: Parcel, whole: list[int]) -> Par
     edges = (0, *whole)
     if kind == "piece":
         piece = decode(asked, Piece)
-        edges = (0, piece.start, piece.start + len(piece.data), *whole)
+        edges = (0, *piece.ranges, *whole)
     return encode(replace(said, ranges=edges))
 
 
@@ -367,7 +369,7 @@ def fickle(kind: str, asked: Parcel, answer: Parcel, whole: list[int]) -> Parcel
         return answer
     said = decode(answer, Lacking)
     whole += said.ranges[-1:] if not whole else []
-    if kind == "piece" and (piece := decode(asked, Piece)).start:
+    if kind == "piece" and (piece := decode(asked, Piece)).ranges[0]:
         return encode(replace(said, transfer="another"))
     return encode(replace(said, ranges=(0 if kind == "offer" else len(piece.data), *whole)))
 
@@ -419,7 +421,7 @@ def test_a_site_that_drips_is_not_waited_for(tmp_path: Path, monkeypatch: pytest
         ((_, talk),) = post.broadcast("train", broadcast, ["lab"], Statistics)
     else:
         _, talk = post.update(Request("lab", 1, (SHARED,)))
-    transfer, held = Freight(broadcast, 40).transfer.identity, 0
+    transfer, held = Freight(broadcast).transfer.identity, 0
 
     def answered(ask: Ask) -> Any:
         nonlocal held
@@ -429,7 +431,7 @@ def test_a_site_that_drips_is_not_waited_for(tmp_path: Path, monkeypatch: pytest
             answer: Any = Lacking("lab", 1, transfer, (held, 4000))
         else:
             data, digest = torch.zeros(40, dtype=torch.uint8), fingerprint([bytes(40)])
-            answer = Piece("lab", 1, "", ask.tag[0], data, digest, {"shared": fingerprint([bytes(4000)])})
+            answer = Piece("lab", 1, "", (), data, digest, {"shared": fingerprint([bytes(4000)])})
         return ask.tag, Reply("", encode(answer))
 
     def held_to_its_end() -> Talk[None]:

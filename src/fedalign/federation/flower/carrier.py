@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
 
 from fedalign.federation.flower.link import Reply
 from fedalign.federation.flower.talks import PATIENCE, SLOWEST, Ask, Meter, Talk
@@ -22,15 +28,20 @@ from fedalign.federation.messages import VERBS, MessageError, Parcel, decode, en
 from fedalign.federation.received import about_differences, about_whole
 from fedalign.federation.transfer import (
     CONSTANT,
+    FIRST,
     Entry,
+    Part,
     Range,
     Transfer,
     digest,
+    edges_of,
     entries_of,
     entry_for,
     entry_of,
     merged,
     minus,
+    ranges_of,
+    size_of,
     within,
 )
 from fedalign.files import fingerprint, folder_name, rounds_in
@@ -58,6 +69,8 @@ T = TypeVar("T")
 NOTHING = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
 LONGEST_REASON = 500  # characters of what a site says in a failure
 AHEAD = 2  # pieces on their way to or from a site: one that it works on, one that waits for it
+LEAST = 1_000_000  # bytes of the smallest: pieces grow while one takes less than BRIEF, shrink if more than LONG
+BRIEF, LONG = 10.0, 40.0  # seconds
 TRIES = 5  # times in a row that a site may fail in the midst of a transfer, and times that what arrived may prove wrong
 AWAY = 180.0  # seconds that it may then be away: Flower refuses the key of a SuperNode killed a minute ago
 
@@ -91,6 +104,7 @@ class Carrier:
         self.tell: Callable[[str], None] = lambda _: None
         self._known: dict[str, Mapping[str, str]] = {}  # site -> digests of the groups that it was last sent
         self._same: set[tuple[str, int]] = set()  # site, round: what it has sent is known to be of its present update
+        self._sizes = defaultdict[str, int](lambda: min(FIRST, cargo.most))  # bytes of a piece, by site
 
     def _say(self, line: str) -> None:
         self.tell(line)
@@ -109,7 +123,7 @@ class Carrier:
             for number, folder in rounds_in(self.cargo.folder):
                 if number < broadcast.round:
                     shutil.rmtree(folder, ignore_errors=True)
-        freight = Freight(broadcast, self.cargo.most)
+        freight = Freight(broadcast)
         meter = Meter("down", self._say)
         for name in clients:
             yield name, self._broadcast(name, verb, freight, expected, meter)
@@ -118,7 +132,7 @@ class Carrier:
         stage = VERBS[verb].stage
         for _ in range(2):
             lacks = freight.lacked(self._known.get(name, {}))
-            if freight.weighs(lacks) > self.cargo.most:
+            if freight.weighs(lacks) > self._sizes[name]:
                 failure = yield from self._deliver(name, stage, freight, meter)
                 if failure is not None:
                     return failure
@@ -150,7 +164,7 @@ class Carrier:
         name, number = request.client, request.round
         file = self.cargo.folder / f"round-{number:05d}" / f"{folder_name(name)}.safetensors"
         sizes = {str(group): self.cargo.sizes[group] for group in request.groups}
-        upload = Upload(name, number, file, entries_of(sizes, self.cargo.dtype), self.cargo.most)
+        upload = Upload(name, number, file, entries_of(sizes, self.cargo.dtype), self._sizes[name])
         failure = yield from self._fetch(upload, "update")
         if failure is not None:
             return failure
@@ -172,7 +186,7 @@ class Carrier:
         rest = sum(entry.nbytes for entry in entries.values()) - sum(entry.nbytes for entry in weights.values())
         if rest > self.cargo.constants:
             return Failure(name, "join", f"it would send {rest} bytes beside the weights, the model has fewer")
-        upload = Upload(name, 0, self.cargo.folder / "start.safetensors", entries, self.cargo.most)
+        upload = Upload(name, 0, self.cargo.folder / "start.safetensors", entries, self._sizes[name])
         failure = yield from self._fetch(upload, "join")
         if failure is not None:
             return failure
@@ -208,11 +222,11 @@ class Carrier:
         """
         longest = self.timeout + PATIENCE * way.nbytes / SLOWEST
         over = time.monotonic() + longest
-        flying: list[Range | None] = []  # None: the question what is lacking
-        fails, begun, node = 0, way.is_long, 0
+        flying: list[Part | None] = []  # None: the question what is lacking
+        fails, begun, node, heard = 0, way.is_long, 0, time.monotonic()
         loss: Failure | None = None  # why the site was lost, until it is back
         since = 0.0
-        meter.expect(sum(stop - start for start, stop in way.left))
+        meter.expect(size_of(way.left))
         while fails <= TRIES:
             asks: list[Ask] | None = None
             if loss is not None:
@@ -223,7 +237,7 @@ class Carrier:
                     loss, flying = None, []
                     way.unsure = way.unsure or isinstance(way, Download)
             if loss is None:
-                asks = self._asks(way, flying, count)
+                asks = self._asks(name, way, flying, count)
                 if not flying:
                     return None
                 node = self.node_of(name) if asks else node
@@ -237,8 +251,9 @@ class Carrier:
                     return answer  # the site says so itself, or it was gone from the start
                 loss, since, fails = answer, time.monotonic(), fails + 1
                 continue
-            before = sum(stop - start for start, stop in way.left)
-            sound = way.take(tag, answer)
+            before = size_of(way.left)
+            sound, came = way.take(tag, answer), len(answer.data) if isinstance(answer, Piece) else 0
+            del reply, answer  # a piece's bytes, until the next one has come
             if time.monotonic() > over and way.left:
                 told = f"its transfer of {size(way.nbytes)} took longer than {longest:g} s: federation.timeout_seconds"
                 return Failure(name, stage, f"{told}, and {size(SLOWEST / PATIENCE)} a second")
@@ -246,24 +261,37 @@ class Carrier:
                 return Failure(name, stage, f"{way.undone} times it took back what it had acknowledged or sent")
             begun, fails = True, 0 if sound and tag is not None else fails + (not sound)
             if isinstance(way, Upload):
-                count(len(answer.data))
+                count(came)
             if tag is None:
-                meter.expect(sum(stop - start for start, stop in way.left) - before)
+                meter.expect(size_of(way.left) - before)
             elif sound:
-                meter.moved(tag[1] - tag[0])
+                meter.moved(size_of(tag))
+                self._resize(name, size_of(tag), time.monotonic() - heard)
+            heard = time.monotonic()
         return loss or Failure(name, stage, f"{TRIES + 1} pieces in a row did not arrive as they were sent")
 
-    def _asks(self, way: Download | Upload, flying: list[Range | None], count: Callable[[int], None]) -> list[Ask]:
+    def _resize(self, name: str, nbytes: int, seconds: float) -> None:
+        """Make a site's pieces larger or smaller: each costs seconds of its own, and all of it if a line breaks."""
+        size = self._sizes[name]
+        if seconds < BRIEF and 2 * nbytes > size:
+            self._sizes[name] = min(2 * size, self.cargo.most)
+        elif seconds > LONG and nbytes > LEAST:
+            self._sizes[name] = size // 2
+
+    def _asks(
+        self, name: str, way: Download | Upload, flying: list[Part | None], count: Callable[[int], None]
+    ) -> list[Ask]:
         """The next thing to ask; it counts as under way from now on."""
         if way.unsure:
             if flying:
                 return []
             flying.append(None)
             return [way.question()]
-        pieces = way.cut(minus(way.left, flying))[: AHEAD - len(flying)]
+        left = minus(way.left, [one for part in flying for one in part or ()])
+        pieces = list(islice(way.cut(self._sizes[name], left), AHEAD - len(flying)))
         flying += pieces
         if isinstance(way, Download):
-            count(sum(stop - start for start, stop in pieces))
+            count(sum(map(size_of, pieces)))
         return [way.ask(piece) for piece in pieces]
 
 
@@ -278,14 +306,14 @@ class Lacks:
 class Freight:
     """A broadcast as it is brought to many sites: digests, messages and pieces are made once."""
 
-    def __init__(self, broadcast: Broadcast, most: int) -> None:
-        self.broadcast, self.most, self.round = broadcast, most, broadcast.round
+    def __init__(self, broadcast: Broadcast) -> None:
+        self.broadcast, self.round = broadcast, broadcast.round
         self.groups = tuple(broadcast.weights)
         self.differing = tuple(group for group in self.groups if group in broadcast.differences)
         self.state_nbytes = sum(tensor.nbytes for tensor in broadcast.state.values())
         self.digests = {str(group): digest(packed) for group, packed in broadcast.weights.items()}
         self._parcels: dict[Lacks, Parcel] = {}
-        self._pieces: dict[tuple[str, Range], Parcel] = {}
+        self._pieces = WeakValueDictionary[tuple[str, Part], Parcel]()  # on their way, since other sites want the same
 
     def lacked(self, known: Mapping[str, str]) -> Lacks:
         """The part of it that is to be sent to a site that holds groups with these digests."""
@@ -327,20 +355,17 @@ class Freight:
         weights, differences = self.broadcast.weights, self.broadcast.differences
         return encode(Offer(self.round, self._dtype(weights), self.digests, self._dtype(differences), self._before))
 
-    def piece(self, transfer: Transfer, part: Range) -> Parcel:
-        """A message with these bytes of one of the files; the last few are kept, since others want the same."""
+    def piece(self, transfer: Transfer, part: Part) -> Parcel:
+        """A message with these bytes of one of the files."""
         key = transfer.identity, part
-        if key not in self._pieces:
+        made = self._pieces.get(key)
+        if made is None:
             tensors = self.broadcast.weights if transfer is self.transfer else self.broadcast.differences
-            start, stop = part
-            names = transfer.names_in(start, stop)
-            parts = [one for name in names for one in bytes_of(tensors[parse_group(name)])]
-            data = cut_out(parts, start - transfer.starts[names[0]], stop - start)
-            piece = Piece(None, self.round, transfer.identity, start, data, fingerprint([data.numpy().data]))
-            while len(self._pieces) >= AHEAD:
-                del self._pieces[next(iter(self._pieces))]
-            self._pieces[key] = encode(piece)
-        return self._pieces[key]
+            found = [_bytes(tensors, transfer, *one) for one in part]
+            data = found[0] if len(found) == 1 else torch.cat(found)
+            piece = Piece(None, self.round, transfer.identity, edges_of(part), data, fingerprint([data.numpy().data]))
+            made = self._pieces[key] = encode(piece)
+        return made
 
     @property
     def _before(self) -> dict[str, str]:
@@ -352,6 +377,12 @@ class Freight:
 
 def _file(groups: Mapping[ParameterGroup, Packed], about: Mapping[str, str]) -> Transfer:
     return Transfer(Path(), {str(group): entry_for(packed) for group, packed in groups.items()}, about)
+
+
+def _bytes(tensors: Mapping[ParameterGroup, Packed], transfer: Transfer, start: int, stop: int) -> Tensor:
+    names = transfer.names_in(start, stop)
+    parts = [one for name in names for one in bytes_of(tensors[parse_group(name)])]
+    return cut_out(parts, start - transfer.starts[names[0]], stop - start)
 
 
 class Download:
@@ -372,36 +403,36 @@ class Download:
         """The question which part it lacks."""
         return Ask("offer", self.freight.offer)
 
-    def cut(self, ranges: Sequence[Range]) -> list[Range]:
-        """Ranges in pieces."""
-        return self.transfer.cut(self.freight.most, ranges)
+    def cut(self, most: int, ranges: Sequence[Range]) -> Iterator[Part]:
+        """Ranges in pieces of at most `most` bytes."""
+        return self.transfer.cut(most, ranges)
 
-    def ask(self, piece: Range) -> Ask:
+    def ask(self, piece: Part) -> Ask:
         """The message with a piece."""
-        return Ask("piece", self.freight.piece(self.transfer, piece), piece[1] - piece[0], piece)
+        return Ask("piece", self.freight.piece(self.transfer, piece), size_of(piece), piece)
 
-    def take(self, piece: Range | None, answer: Lacking) -> bool:
+    def take(self, piece: Part | None, answer: Lacking) -> bool:
         """Note what the site says that it lacks; whether the piece, if this answers one, has arrived.
 
         What others of its answers say is older or younger: only what this piece has become is taken from it.
         """
         if piece is None:
             self._choose(answer.transfer)
-        transfer, edges = self.transfer, answer.ranges
-        ranges = list(zip(edges[::2], edges[1::2], strict=False))
-        if answer.transfer != transfer.identity or not within(edges, transfer.nbytes):
+        transfer = self.transfer
+        if answer.transfer != transfer.identity or not within(answer.ranges, transfer.nbytes):
             self.unsure = True
             return False
+        ranges = list(ranges_of(answer.ranges))
         self._whole = not ranges or (self._whole and piece is not None)
         if piece is None:
             before, self._acknowledged = self._acknowledged, minus(self._acknowledged, ranges)
             self.undone += self._acknowledged != before
             self.left, self.unsure = ranges, False
             return True
-        if minus([piece], ranges) != [piece]:
+        if minus(piece, ranges) != list(piece):
             return False
-        self.left = minus(self.left, [piece])
-        self._acknowledged = merged([*self._acknowledged, piece])
+        self.left = minus(self.left, piece)
+        self._acknowledged = merged([*self._acknowledged, *piece])
         self.unsure = not self.left and not self._whole  # all was sent, and something proved to be other than it was
         return True
 
@@ -419,13 +450,13 @@ class Upload:
 
     expected = Piece
 
-    def __init__(self, client: str, round: int, file: Path, entries: Mapping[str, Entry], most: int) -> None:
-        self.client, self.round, self.most = client, round, most
+    def __init__(self, client: str, round: int, file: Path, entries: Mapping[str, Entry], piece: int) -> None:
+        self.client, self.round = client, round
         self.transfer = taken_over(Transfer(file, entries))
         self.nbytes = self.transfer.nbytes
         self.unsure = bool(self.transfer.held_names())
         self.undone = 0  # times that its digests did not agree with what had arrived
-        self.is_long = self.transfer.nbytes > most
+        self.is_long = self.transfer.nbytes > piece
 
     @property
     def left(self) -> list[Range]:
@@ -436,25 +467,26 @@ class Upload:
         """Is what is here still the same?"""
         return Ask("update", encode(Fetch(self.client, self.round, (), 0, 0, self.transfer.digests)))
 
-    def cut(self, ranges: Sequence[Range]) -> list[Range]:
-        """Ranges in pieces."""
-        return self.transfer.cut(self.most, ranges)
+    def cut(self, most: int, ranges: Sequence[Range]) -> Iterator[Part]:
+        """Ranges in pieces of at most `most` bytes, each of one range."""
+        return (piece for one in ranges for piece in self.transfer.cut(most, [one]))
 
-    def ask(self, piece: Range) -> Ask:
+    def ask(self, piece: Part) -> Ask:
         """The message that asks for a piece."""
-        start, stop = piece
+        ((start, stop),) = piece
         names = self.transfer.names_in(start, stop)
         fetch = Fetch(self.client, self.round, tuple(names), start - self.transfer.starts[names[0]], stop - start)
         return Ask("update", encode(fetch), stop - start, piece, answers_with_bytes=True)
 
-    def take(self, piece: Range | None, answer: Piece) -> bool:
+    def take(self, piece: Part | None, answer: Piece) -> bool:
         """Keep a piece; whether it is what was asked for, and sound."""
         own = self.transfer.digests
         if piece is None:
             self.transfer.forget(name for name in answer.stale if name in self.transfer.entries)
+            self._forget_wrong()
             self.unsure = False
             return True
-        start, stop = piece
+        ((start, stop),) = piece
         names = self.transfer.names_in(start, stop)
         if answer.round != self.round or len(answer.data) != stop - start or answer.digests.keys() != set(names):
             return False
@@ -463,14 +495,21 @@ class Upload:
         if others := [name for name in names if own.get(name, answer.digests[name]) != answer.digests[name]]:
             self.transfer.forget(others)  # it has trained anew meanwhile
             self.undone += 1
-        self.transfer.write(start, answer.data, answer.digests)
+        self.transfer.write(piece, answer.data, answer.digests)
         if self.transfer.lacking:
             return True
-        found = self.transfer.read()
-        if wrong := [name for name, packed in found.items() if digest(packed) != self.transfer.digests.get(name)]:
-            self.transfer.forget(wrong)
-            self.undone += 1
+        wrong = self._forget_wrong()
+        self.undone += wrong
         return not wrong
+
+    def _forget_wrong(self) -> bool:
+        """Count whole tensors as lacking that are other than they were said to be; whether there are any."""
+        found = self.transfer.read()
+        own = self.transfer.digests
+        wrong = [name for name in self.transfer.whole_names() if digest(found[name]) != own[name]]
+        if wrong:
+            self.transfer.forget(wrong)
+        return bool(wrong)
 
 
 def taken_over(transfer: Transfer) -> Transfer:

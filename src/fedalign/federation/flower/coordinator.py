@@ -42,7 +42,7 @@ class Coordinator:
     bench: Workbench  # its model is a skeleton unless there is a test set
     test: TestSet | None
     federation: FlowerFederation
-    _saved: MoEModel | None = field(default=None, init=False)  # a skeleton's copy with values, as last saved
+    _saved: Weights | None = field(default=None, init=False)  # last, of a skeleton
     constants: Path  # a folder: what a skeleton's model has besides weights, as a site sent it
 
     @classmethod
@@ -106,14 +106,13 @@ class Coordinator:
 
     def check_model(self, folder: Path) -> str:
         """Hold what was last saved against plain libraries; how far was looked."""
-        return self.bench.check(folder, self._saved)
+        return self.bench.check(folder, None if self._saved is None else self._filled(self._saved))
 
     def save_model(self, weights: Weights, folder: Path) -> None:
         """Write weights as an ordinary Hugging Face folder, with the tokenizer."""
         if self._is_skeleton:
-            self._saved = None  # the model of the round before makes room
-            self._saved = self.bench.moe.filled(weights, self._constants(), self._heap())
-            self._saved.save(folder)
+            self._saved = weights
+            self._filled(weights).save(folder)
             self.bench.tokenizer.save_pretrained(folder)
         else:
             self.bench.save(weights, folder)
@@ -151,9 +150,11 @@ class Coordinator:
     def _is_skeleton(self) -> bool:
         return self.bench.moe.device.type == "meta"
 
-    def _heap(self) -> Heap:
-        """Where a model with values lies."""
-        return heap_for(self.config, self.layout, self.constants.parent)
+    def _filled(self, weights: Weights) -> MoEModel:
+        """The skeleton's copy with these values; nobody keeps it, as it is as large as the model."""
+        return self.bench.moe.filled(
+            weights, self._constants(), heap_for(self.config, self.layout, self.constants.parent)
+        )
 
     def _constants(self) -> dict[str, Tensor]:
         if problem := damage(self.constants, CONSTANTS):

@@ -26,7 +26,16 @@ import psutil
 
 from fedalign.errors import UserError, unknown
 from fedalign.federation.flower.keys import Certificates, make_certificates
-from fedalign.federation.flower.programs import HOST, ask_flwr, connect, environment, executable, flwr, free_port
+from fedalign.federation.flower.programs import (
+    HOST,
+    ask_flwr,
+    connect,
+    environment,
+    executable,
+    flwr,
+    free_port,
+    mended,
+)
 
 CONNECTION = "loopback"  # what `flwr` calls this SuperLink
 SUPERLINK = "superlink"
@@ -178,7 +187,7 @@ class Loopback:
             command += ["--root-certificates", str(self.certificates.ca)]
         if key:
             command += ["--auth-supernode-private-key", str(key.resolve())]
-        self._start(name, command)
+        self._start(name, mended(command))
 
     def _start(self, name: str, command: Sequence[str]) -> None:
         if name in self._programs:

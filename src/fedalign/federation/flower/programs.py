@@ -63,6 +63,11 @@ def executable(name: str, environment: Mapping[str, str]) -> str:
     return found
 
 
+def mended(command: Sequence[str]) -> list[str]:
+    """A command of Flower's SuperNode, by way of our own program: see `supernode`."""
+    return [sys.executable, "-m", "fedalign.federation.flower.supernode", *command[1:]]
+
+
 def connect(
     home: Path, name: str, address: str, root_certificates: Path | None, options: Mapping[str, Any] | None = None
 ) -> None:

@@ -47,7 +47,7 @@ def ready(environment: Mapping[str, str]) -> Iterator[tuple[dict[str, str], int]
         handed = [sys.executable, "-IS", hand_over.__file__, str(place), executable(PROGRAM, environment)]
         program.write_text(f'#!/bin/sh\nexec {shlex.join(handed)} "$@"\n', encoding="utf-8")
         program.chmod(0o700)
-        environment = {TASK_SECONDS: "0.25", **environment}
+        environment = {TASK_SECONDS: "0.1", **environment}
         if sys.platform == "linux":  # elsewhere a fork of what uses the system's own libraries may crash
             command = [sys.executable, "-m", __name__, str(place)]
             process = subprocess.Popen(command, env=environment, stdin=alive, start_new_session=True)

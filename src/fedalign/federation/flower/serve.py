@@ -13,7 +13,7 @@ from fedalign.config.site import SiteFolder
 from fedalign.config.toml import read_config
 from fedalign.errors import UserError
 from fedalign.federation.flower.offspring import MARK, end_all
-from fedalign.federation.flower.programs import check_plaintext, environment, free_port, require_flower
+from fedalign.federation.flower.programs import check_plaintext, environment, free_port, mended, require_flower
 from fedalign.federation.flower.ready import ready
 from fedalign.federation.flower.warm import serve
 from fedalign.federation.service import Service, log_to_stderr
@@ -68,7 +68,10 @@ def _supernode(folder: SiteFolder) -> Iterator[threading.Event]:
     ended, closing = threading.Event(), threading.Event()
     with ready({**environment(home), MARK: mark}) as (surroundings, descriptor):
         process = subprocess.Popen(
-            folder.supernode_command(free_port()), env=surroundings, pass_fds=[descriptor], start_new_session=True
+            mended(folder.supernode_command(free_port())),
+            env=surroundings,
+            pass_fds=[descriptor],
+            start_new_session=True,
         )
 
         def watch() -> None:

@@ -38,6 +38,7 @@ from fedalign.protocol import (
 
 log = logging.getLogger("fedalign")
 
+UNHEARD = "A site that stays so is busy with another run, or its SuperNode has to be started again."
 FAREWELL = 30.0  # seconds in which sites may hear that the run is complete
 
 
@@ -338,10 +339,11 @@ class FlowerFederation:
     def _too_few(self, present: Sequence[str]) -> str:
         refused = "; ".join(refusal.reason for refusal in self._door.refused.values())
         out = ", ".join(name for name, site in self.sites.items() if site.left_out)
+        unheard = len(self._door.asked)
         return (
             f"{len(present)} sites are connected and fit, federation.min_sites = {self.policy.min_sites} are needed; "
             f"waited {self.policy.wait_seconds} s (federation.wait_seconds)."
-            + (f" Connected, but not heard yet: {len(self._door.asked)}." if self._door.asked else "")
+            + (f" Connected, but not heard yet: {unheard}. {UNHEARD}" if unheard else "")
             + (f" Refused: {refused}." if refused else "")
             + (f" Left out: {out}." if out else "")
             + " Run `fedalign doctor` at the sites; complete rounds are kept."

@@ -10,7 +10,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, Generic, TypeVar
 
@@ -37,6 +37,7 @@ class Ask:
 
 Answered = tuple[Any, Reply | None]  # the tag, and the reply, or None after a silence
 Talk = Generator[list[Ask] | None, Answered, T]  # what to ask; None: wake me at the next look, whatever has come
+SENT = Parcel({}, {})  # takes the place of what was sent: no piece stays in memory until it is answered
 WAKE = "wake"  # the tag of a look that brought nothing
 
 
@@ -100,7 +101,7 @@ class Talks:
             pause = min(pause * 1.5, self.pause)
 
     def _go_on(self, steps: list[_Step[T]]) -> list[tuple[str, T]]:
-        """Tell talks what has come, ask what they ask next, and return those that are over."""
+        """Tell talks what has come, ask what they ask next, and return those that are over; `steps` is emptied."""
         over: list[tuple[str, T]] = []
         while steps:
             asks: list[tuple[_Open[T], Ask]] = []
@@ -116,7 +117,10 @@ class Talks:
                     continue
                 one.dozes = wanted is None
                 asks += [(one, ask) for ask in wanted or ()]
-            steps = self._ask(asks)
+                if wanted:
+                    wanted.clear()  # the talk itself would hold on to it
+            steps.clear()
+            steps += self._ask(asks)
         return over
 
     def _ask(self, asks: list[tuple[_Open[T], Ask]]) -> list[_Step[T]]:
@@ -131,7 +135,7 @@ class Talks:
             now = time.monotonic()
             for message, node in sent.items():
                 one, ask = by_node.pop(node)
-                one.asked[message] = ask, now
+                one.asked[message] = replace(ask, parcel=SENT), now
             gone += [(one, (ask.tag, Reply("", "not connected"))) for one, ask in by_node.values()]
         return gone
 

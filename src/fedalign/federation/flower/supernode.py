@@ -1,0 +1,94 @@
+"""Flower's SuperNode, mended: a message whose run ends while it is received leaves nothing behind; and in a hurry.
+
+Flower 1.41 and 1.42 keep such a message and its task. A ClientApp then answers it while another message is under way,
+or ends without an answer an hour later. From there on the SuperNode sends each answer only when the next message has
+come, and the coordinator of the next run waits for it in vain.
+
+Flower looks for a message each 3 s, and for its answer each 0.5 s: half of the time that a piece of 64 MB takes. While
+messages come, this one looks more often.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from flwr.app import Message
+from flwr.common.constant import Status, SubStatus
+from flwr.supercore.object_store import ObjectStore
+from flwr.supernode import start_client_internal as supernode
+from flwr.supernode.cli import flower_supernode
+from flwr.supernode.nodestate import NodeState
+
+PROGRAM = "flower-supernode"
+BUSY = 10.0  # seconds after a message for which the next one, or its answer, is looked for ...
+OFTEN = 10  # ... so many times as often
+UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
+
+
+class Hurry:
+    """Sleeps as it is told, but for a part of it alone within `BUSY` seconds after `heard` was set."""
+
+    heard = -math.inf
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep."""
+        time.sleep(seconds / OFTEN if time.monotonic() - self.heard < BUSY else seconds)
+
+
+def receive_whole(
+    flower: Callable[..., int | None], state: NodeState, object_store: ObjectStore, hurry: Hurry, **rest: Any
+) -> int | None:
+    """A message taken in as Flower's `_pull_and_store_message` does; one that is not taken whole is forgotten.
+
+    Args:
+        flower: that function. It takes one message at a time, and none before the last one was answered.
+        state: the SuperNode's messages and tasks.
+        object_store: the parts of its messages.
+        hurry: hears of each message.
+        rest: its other arguments.
+
+    Returns:
+        the id of the run whose message was taken in, or None.
+    """
+    pulled: list[Message] = []
+
+    def noted() -> Any:
+        found = receive()
+        if found is not None:
+            pulled.append(found[0])
+            hurry.heard = time.monotonic()
+        return found
+
+    receive = rest.pop("receive")
+    run = flower(state=state, object_store=object_store, receive=noted, **rest)
+    if run is None:
+        for message in pulled:
+            forget(message, state, object_store)
+    return run
+
+
+def forget(message: Message, state: NodeState, object_store: ObjectStore) -> None:
+    """Remove a message, its parts, and its run's tasks: the token of a ClientApp that has begun is no longer good."""
+    about = message.metadata
+    for task in state.get_tasks(run_ids=[about.run_id], statuses=UNFINISHED):
+        state.finish_task(task.task_id, SubStatus.FAILED, "its run ended while the message was received")
+    state.delete_messages(message_ids=[about.message_id])
+    object_store.delete(about.message_id)
+
+
+def main() -> None:
+    """Be `flower-supernode`."""
+    flower, hurry = supernode._pull_and_store_message, Hurry()
+    supernode._pull_and_store_message = lambda **given: receive_whole(flower, hurry=hurry, **given)
+    vars(supernode)["time"] = SimpleNamespace(sleep=hurry.sleep)  # it needs nothing else of it
+    sys.argv[0] = PROGRAM
+    flower_supernode()
+
+
+if __name__ == "__main__":
+    main()
