@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,27 @@ def test_the_latest_round_comes_back_and_two_stay(tmp_path: Path) -> None:
     assert loaded.weights[EXPERT].tolist() == [0.0, 1.0]
     assert loaded.algorithm["target_L_E"].tolist() == [[1.0, 1.0]]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["round-00002", "round-00003"]
+
+
+def file_at(address: int) -> str:
+    """The file that is mapped to this place of the process's memory; empty if none is."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, _, last = line.split()[0].partition("-")
+        if int(first, 16) <= address < int(last, 16):
+            return " ".join(line.split()[5:])
+    return ""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells")
+def test_weights_that_were_saved_are_mapped_from_their_file(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, IDENTITY)
+    before = replace(state(1), weights={EXPERT: torch.arange(3.0), SHARED: torch.ones(5)})
+    checkpoints.save(before)
+    after = checkpoints.mapped(before)
+    assert list(after.weights) == list(before.weights)
+    for group, values in after.weights.items():
+        assert torch.equal(values, before.weights[group])
+        assert file_at(values.data_ptr()).endswith("round-00001/weights.safetensors")
 
 
 @pytest.mark.parametrize("name", ["model", "configuration"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from fedalign.federation.flower.link import Reply
 from fedalign.federation.flower.talks import Ask, Talk
 from fedalign.federation.messages import Parcel, decode, encode
 from fedalign.federation.service import Service
+from fedalign.federation.transfer import edges_of, minus
 from fedalign.files import fingerprint
 from fedalign.protocol import SHARED, Broadcast, Failure, Fetch, Lacking, Packed, Piece, Request, Start, Statistics
 from fedalign.server.results import RunFolder
@@ -446,6 +448,58 @@ def test_a_site_that_drips_is_not_waited_for(tmp_path: Path, monkeypatch: pytest
     told = "its transfer of 4.0 kB took longer than 100.16 s: federation.timeout_seconds, and 25.0 kB a second"
     assert ended == [Failure("lab", "train" if way == "down" else "update", told)]
     assert clock.now == 1120.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "sizes"),
+    [
+        (1.0, [100, 100, 200, 200, 400, 400, 800, 800, 800, 200]),
+        (20.0, [100] * 40),
+        (50.0, [100, 100, 50, 50, *[40] * 92, 20]),
+    ],
+)
+def test_pieces_grow_on_a_fast_line_and_shrink_on_a_slow_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, sizes: list[int]
+) -> None:
+    clock = Clock()
+    for name, value in (("time", clock), ("FIRST", 100), ("LEAST", 40)):
+        monkeypatch.setattr(carrier, name, value)
+    post = Carrier(Cargo(tmp_path, {SHARED: 1000}, "float32", 800), 1e6, lambda name: 1, lambda name: 1)
+    broadcast = Broadcast(1, {SHARED: Packed(torch.randn(1000))})
+    transfer, asked, lacking = Freight(broadcast).transfer, list[int](), [(0, 4000)]
+    ((_, talk),) = post.broadcast("train", broadcast, ["lab"], Statistics)
+    asks = deque(next(talk) or ())
+    while (ask := asks.popleft()).verb != "train":
+        asked += [ask.nbytes] * (ask.verb == "piece")
+        lacking = minus(lacking, ask.tag or ())
+        clock.now += seconds
+        asks += talk.send((ask.tag, Reply("", encode(Lacking("lab", 1, transfer.identity, edges_of(lacking)))))) or ()
+    assert asked == sizes
+
+
+def test_no_piece_stays_in_memory_until_it_is_answered(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coordinator lets go of one that it has sent, and of one that has come before it looks for the next."""
+    config, started = small
+    sent, came = list[weakref.ref[Parcel]](), list[weakref.ref[Parcel]]()
+
+    class Watched(Careless):
+        def ask(self, kind: str, parcel: Parcel, nodes: Sequence[int]) -> dict[str, int]:
+            if kind == "piece":
+                sent.append(weakref.ref(parcel))
+            return super().ask(kind, travel(parcel), nodes)
+
+        def replies(self, messages: Sequence[str]) -> Iterator[Reply]:
+            assert [one for one in (*sent, *came) if one() is not None] == []
+            for reply in super().replies(messages):
+                if isinstance(reply.content, Parcel) and reply.content.head["kind"] == "piece":
+                    came.append(weakref.ref(reply.content))
+                yield reply
+
+    go(tmp_path / "run", Watched(started()), config)
+    assert len(sent) > 10
+    assert len(came) > 10
 
 
 @pytest.mark.parametrize(

@@ -273,10 +273,12 @@ class Carrier:
     def _resize(self, name: str, nbytes: int, seconds: float) -> None:
         """Make a site's pieces larger or smaller: each costs seconds of its own, and all of it if a line breaks."""
         size = self._sizes[name]
-        if seconds < BRIEF and 2 * nbytes > size:
+        if not size < 2 * nbytes <= 2 * size:  # it was asked for before they changed, or is what was left
+            return
+        if seconds < BRIEF:
             self._sizes[name] = min(2 * size, self.cargo.most)
-        elif seconds > LONG and nbytes > LEAST:
-            self._sizes[name] = size // 2
+        elif seconds > LONG:
+            self._sizes[name] = min(size, max(size // 2, LEAST))
 
     def _asks(
         self, name: str, way: Download | Upload, flying: list[Part | None], count: Callable[[int], None]
