@@ -1,10 +1,11 @@
-"""Accuracy and bytes by the precision in which updates travel, with what rounding lost fed back and without.
+"""Accuracy and bytes by the precision in which updates and broadcasts travel, with rounding fed back and without.
 
     python benchmarks/wire.py --out runs/wire --minutes 60    # goes on where it stopped
     python benchmarks/wire.py --out runs/wire --minutes 0     # the table of what is there
 
-The demo, one run for each precision and seed; runs of one seed share data, partition and start. Each run is a line of
-runs.jsonl. Clients are not scored, the global test set is after the last round.
+The demo, one run for each row and seed; runs of one seed share data, partition and start. Each run is a line of
+runs.jsonl. Clients are not scored, the global test set is after the last round. Feedback is that of updates; of
+broadcasts in int8 and int4 it is always on.
 """
 
 from __future__ import annotations
@@ -23,11 +24,22 @@ from typing import Any
 from fedalign.compare.statistics import Interval, mean_interval, paired_interval
 from watching import machine
 
-WIRES = (("float32", "off"), ("int4", "on"), ("int4", "off"), ("int8", "off"), ("int8", "on"), ("bfloat16", "off"))
-BASE = "float32, off"
+WIRES = (  # of updates, of broadcasts, feedback
+    ("float32", "float32", "off"),
+    ("int8", "int8", "off"),
+    ("int4", "int4", "on"),
+    ("int8", "bfloat16", "off"),
+    ("int4", "bfloat16", "on"),
+    ("float32", "int4", "off"),
+    ("float32", "int8", "off"),
+    ("bfloat16", "bfloat16", "off"),
+    ("int8", "int8", "on"),
+    ("int4", "int4", "off"),
+)
+BASE = "float32, float32, off"
 
 
-def run(wire: str, feedback: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def run(wire: tuple[str, str, str], seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Scores and bytes of one run."""
     settings = {
         "run.seed": seed,
@@ -37,9 +49,9 @@ def run(wire: str, feedback: str, seed: int, args: argparse.Namespace) -> dict[s
         "evaluation.clients": "false",
         "evaluation.every": args.rounds,
         "tracking.loggers": "[]",
-        "wire.dtype": wire,
-        "wire.error_feedback": feedback,
-    }
+    } | dict(zip(("wire.dtype", "wire.down", "wire.error_feedback"), wire, strict=True))
+    if args.train:
+        settings |= {"data.max_train": args.train, "clients.min_examples": 8}
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     out = Path(tempfile.mkdtemp(prefix="fedalign-wire-")) / "run"
     command = [sys.executable, "-m", "fedalign", "run", "demo", "--out", str(out), *overrides]
@@ -47,13 +59,13 @@ def run(wire: str, feedback: str, seed: int, args: argparse.Namespace) -> dict[s
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     shutil.rmtree(out.parent)
     wanted = ("final_accuracy", "final_loss", "bytes_up", "bytes_down")
-    return {"wire": f"{wire}, {feedback}", "seed": seed} | {name: summary[name] for name in wanted}
+    return {"wire": ", ".join(wire), "seed": seed} | {name: summary[name] for name in wanted}
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
     """A row for each precision; differences to float32 are taken seed by seed."""
     lines = [
-        "| updates in, feedback | seeds | accuracy, % | to float32 | loss | to float32 | MB up | MB down |",
+        "| updates, broadcasts, feedback | seeds | accuracy, % | to float32 | loss | to float32 | MB up | MB down |",
         "|:--|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for wire in dict.fromkeys(one["wire"] for one in runs):
@@ -82,6 +94,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="no run begins later")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--train", type=int, help="examples to train on; default: the demo's")
     parser.add_argument("--tests", type=int, default=2000)
     parser.add_argument("--algorithm", default="fedavg")
     args = parser.parse_args()
@@ -90,13 +103,13 @@ def main() -> None:
     runs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     done = {(one["wire"], one["seed"]) for one in runs}
     for seed in range(args.seeds):
-        for wire, feedback in WIRES:
-            if (f"{wire}, {feedback}", seed) not in done and time.monotonic() < end:
-                runs.append(run(wire, feedback, seed, args))
+        for wire in WIRES:
+            if (", ".join(wire), seed) not in done and time.monotonic() < end:
+                runs.append(run(wire, seed, args))
                 with file.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps(runs[-1]) + "\n")
     print(machine("torch", "transformers"))
-    print(f"{args.algorithm}, {args.rounds} rounds, {args.tests} test examples\n")
+    print(f"{args.algorithm}, {args.rounds} rounds, {args.train or 'all'} examples, {args.tests} test examples\n")
     print(table(runs))
 
 

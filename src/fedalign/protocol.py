@@ -6,7 +6,8 @@ A round is *plan, then sum*::
 
     client -> server   Hello       once: versions and hashes that must agree before a client may take part
     client -> server   Start       once, from one client: the weights that the first round starts from
-    server -> client   Broadcast   weights (in wire precision) and the algorithm's state; whether to score them first
+    server -> client   Broadcast   weights (in wire precision) and the algorithm's state; whether to score them first.
+                                   In int8 and int4: their differences to those of the broadcast before
     client -> server   Statistics  sums over tokens: those that the algorithm asks for, and no others; the score
     server -> client   Request     the parameter groups whose planned weight is not zero
     client -> server   Update      those groups' updates (in wire precision)
@@ -231,17 +232,23 @@ class Start:
 
 @dataclass(frozen=True)
 class Broadcast:
-    """Server to client: where the round starts."""
+    """Server to client: where the round starts.
+
+    As the server makes it, `weights` are whole, and `differences` tell the same to whoever holds those of the broadcast
+    before. As it travels, each group is in one of the two, or the client holds it.
+    """
 
     round: int
     weights: Mapping[ParameterGroup, Packed]
     state: Mapping[str, Tensor] = field(default_factory=dict)
     score: bool = False  # these weights are also to be scored on what the client holds out, before it trains on them
-    kept: Mapping[str, str] = field(default_factory=dict)  # groups that the client holds already -> their digests
+    kept: Mapping[str, str] = field(default_factory=dict)  # groups not sent whole -> digests, a difference added
+    differences: Mapping[ParameterGroup, Packed] = field(default_factory=dict)  # of groups that changed
+    before: Mapping[str, str] = field(default_factory=dict)  # digests of what they are added to; does not travel
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the wire."""
+        """Bytes on the wire, where each group is sent whole."""
         return sum(p.nbytes for p in self.weights.values()) + sum(t.nbytes for t in self.state.values())
 
 
@@ -252,6 +259,8 @@ class Offer:
     round: int
     dtype: str
     digests: Mapping[str, str]  # group -> digest of its packed values
+    difference: str = ""  # the type of differences, which a client is sent that can add them; "": there are none
+    before: Mapping[str, str] = field(default_factory=dict)  # group with a difference -> digest of what it is added to
 
 
 @dataclass(frozen=True)

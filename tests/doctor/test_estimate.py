@@ -49,8 +49,10 @@ def test_bytes_are_those_of_the_messages(config: Config, tmp_path: Path) -> None
     bench = Workbench.load(config)
     expected = estimate_site(bench, DEALT)
     wire = broadcast_dtype(config.wire.dtype)
-    broadcast = Broadcast(1, {group: pack(value, wire, 0) for group, value in bench.moe.read().items()})
-    assert expected.down_a_round == broadcast.nbytes
+    every = bench.moe.read()
+    broadcast = Broadcast(1, {group: pack(value, wire, 0) for group, value in every.items()})
+    assert expected.down_whole == broadcast.nbytes
+    assert expected.down_a_round == sum(pack(value, config.wire.broadcasts, 0).nbytes for value in every.values())
     assert expected.carrier == CARRIER * broadcast.nbytes
     data = load_examples(config.data.train, config.data, "train", 0)
     client = bench.client("ward", data, range(len(data)), tmp_path)
@@ -172,6 +174,7 @@ def test_float32_travels_without_a_copy(dtype: str, expected: int) -> None:
 @pytest.mark.parametrize(
     ("rule", "dtype", "expected"),
     [("none", "float32", 8000), ("clip", "float32", 8000), ("centered_clip", "float32", 12000)]
+    + [("none", "int8", 8000 + 2 * (2000 + 1016)), ("none", "int4", 8000 + 2 * (2000 + 564))]
     + [(rule, "bfloat16", 8000 + 10 * 2000) for rule in ("trimmed_mean", "median", "krum")],
 )
 def test_rules_that_compare_updates_keep_them_all(rule: str, dtype: str, expected: int) -> None:

@@ -23,7 +23,7 @@ GB = 10**9
 
 
 def estimate(training: int) -> SiteEstimate:
-    return SiteEstimate(training, training // 4, GB, GB, 0, 0, 0, 0)
+    return SiteEstimate(training, training // 4, GB, GB, 0, 0, 0, 0, 0)
 
 
 def test_this_environment_is_supported() -> None:

@@ -123,6 +123,10 @@ def every_message(dtype: WireDtype = "float32") -> list[Message]:
         Piece(None, 3, "f" * 32, (7, 9, 10, 13), torch.arange(5, dtype=torch.uint8), "a" * 32),
         Piece("ward", 3, "", (), torch.empty(0, dtype=torch.uint8), "a" * 32, {"shared": "e" * 32}, ("head",)),
         Broadcast(4, {}, kept={"shared": "e" * 32}),
+        Broadcast(
+            4, groups, kept={"head": "e" * 32}, differences=packed({GROUPS[2]: 65}, "int4"), before={"head": "a" * 32}
+        ),
+        Offer(3, "bfloat16", {"shared": "e" * 32}, "int4", {"shared": "a" * 32}),
         Fetch("ward", 3, ("shared", "gate[0,1]"), 7, 1000, {"head": "e" * 32}),
         Fetch("ward", 3, (), 0, 0),
         Evaluation("ward", 10, 0.75, 0.5),

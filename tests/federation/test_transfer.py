@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 from fedalign.federation import received as received_module
 from fedalign.federation import transfer
 from fedalign.federation.flower.carrier import Download, Freight, Upload
-from fedalign.federation.messages import MessageError
+from fedalign.federation.messages import MessageError, decode
 from fedalign.federation.received import Received
 from fedalign.federation.transfer import Part, Transfer, cut, digest, edges_of, entry_for, merged, ranges_of, size_of
 from fedalign.files import fingerprint
-from fedalign.maths.rounding import bytes_of, pack, packed_nbytes, wire_dtype
+from fedalign.maths.rounding import BLOCKS, bytes_of, pack, packed_nbytes
 from fedalign.protocol import Broadcast, Lacking, Layout, Offer, Packed, ParameterGroup, Piece, WireDtype, parse_group
-from tests.federation.test_messages import DTYPES, packed, same
+from fedalign.server.public import PublicModel, first, following
+from tests.federation.test_messages import DTYPES, packed, same, travel
 
 GROUPS = Layout(1, 3, {}).groups
 SIZES = dict(zip(GROUPS, (700, 0, 33, 1, 2, 3, 2000, 257, 256), strict=True))
@@ -39,7 +40,8 @@ def weights(dtype: WireDtype, seed: int = 0) -> dict[ParameterGroup, Packed]:
 
 
 def offered(freight: Freight) -> Offer:
-    return Offer(freight.round, wire_dtype(freight.broadcast.weights[GROUPS[0]]), freight.digests)
+    offer: Offer = decode(freight.offer, Offer)
+    return offer
 
 
 def freight_of(
@@ -49,10 +51,13 @@ def freight_of(
     return Freight(Broadcast(round, {g: (changed or {}).get(str(g), p) for g, p in every.items()}))
 
 
-def piece(freight: Freight, part: Part) -> Piece:
-    stream = torch.cat([part for one in freight.broadcast.weights.values() for part in bytes_of(one)])
+def piece(freight: Freight, part: Part, identity: str = "") -> Piece:
+    is_added = identity == freight.differences.identity
+    groups = freight.broadcast.differences if is_added else freight.broadcast.weights
+    stream = torch.cat([one for packed in groups.values() for one in bytes_of(packed)])
     data = torch.cat([stream[start:stop] for start, stop in part])
-    return Piece(None, freight.round, freight.transfer.identity, edges_of(part), data, fingerprint([data.numpy().data]))
+    transfer = freight.differences if is_added else freight.transfer
+    return Piece(None, freight.round, transfer.identity, edges_of(part), data, fingerprint([data.numpy().data]))
 
 
 def lacking(answer: Lacking) -> list[tuple[int, int]]:
@@ -60,7 +65,8 @@ def lacking(answer: Lacking) -> list[tuple[int, int]]:
 
 
 def pieces(freight: Freight, answer: Lacking) -> list[Part]:
-    return list(freight.transfer.cut(MOST, lacking(answer)))
+    transfer = freight.differences if answer.transfer == freight.differences.identity else freight.transfer
+    return list(transfer.cut(MOST, lacking(answer)))
 
 
 @given(
@@ -181,7 +187,7 @@ def bring(received: Received, freight: Freight) -> int:
     """All that a client lacks; how many bytes that was."""
     moved, answer = 0, received.offered(offered(freight), NAMED)
     for part in pieces(freight, answer):
-        answer = received.take(piece(freight, part))
+        answer = received.take(piece(freight, part, answer.transfer))
         moved += size_of(part)
     assert answer.ranges == ()
     return moved
@@ -190,7 +196,7 @@ def bring(received: Received, freight: Freight) -> int:
 def comes_out(received: Received, freight: Freight) -> bool:
     """Whether a broadcast of digests alone is the whole one."""
     answer = received.completed(Broadcast(freight.round, {}, kept=freight.digests), NAMED)
-    return isinstance(answer, Broadcast) and same(answer, freight.broadcast)
+    return isinstance(answer, Broadcast) and same(answer.weights, freight.broadcast.weights)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -350,3 +356,157 @@ def test_an_update_that_a_power_cut_left_half_written_is_fetched_again(tmp_path:
     assert upload.unsure
     assert upload.take(None, Piece("ward", 1, "", (), torch.empty(0, dtype=torch.uint8), ""))
     assert upload.left == [(file.nbytes - nbytes, file.nbytes)]
+
+
+# --------------------------------------------------------------------------------------------------------- differences
+
+
+def public(dtype: WireDtype, rounds: int) -> list[Freight]:
+    """Broadcasts that follow one another; of the gates none changes after the first."""
+    chance = torch.Generator().manual_seed(0)
+    master = {group: torch.randn(size, generator=chance) for group, size in SIZES.items()}
+    model: PublicModel = first(master, dtype, lambda tensor: tensor)
+    found = []
+    for number in range(1, rounds + 1):
+        message = Broadcast(number, model.weights, differences=model.differences, before=model.before)
+        found.append(Freight(message))
+        new = {g: v if g.kind == "gate" else v + 0.1 * torch.randn(len(v), generator=chance) for g, v in master.items()}
+        model, master = following(model, master, new, dtype, number, lambda tensor: tensor), new
+    return found
+
+
+@pytest.fixture(params=BLOCKS)
+def small(request: pytest.FixtureRequest) -> WireDtype:
+    dtype: WireDtype = request.param
+    return dtype
+
+
+def weighed(freight: Freight) -> tuple[int, int]:
+    """Bytes of what changed: as differences, and whole."""
+    message = freight.broadcast
+    changed = message.differences or message.weights
+    return sum(p.nbytes for p in message.differences.values()), sum(message.weights[g].nbytes for g in changed)
+
+
+def test_differences_come_in_pieces_and_what_comes_out_is_what_was_announced(
+    received: Received, small: WireDtype
+) -> None:
+    one, two, three, four, five = public(small, 5)
+    assert bring(received, one) == weighed(one)[1]
+    for freight in (two, three):
+        assert bring(received, freight) == weighed(freight)[0]
+        assert comes_out(received, freight)
+        assert bring(received, freight) == 0
+    assert bring(received, five) == weighed(five)[1]  # it missed one: it gets whole what has changed
+    assert comes_out(received, five)
+    late = Received("ward", received.weights.parent / "late")
+    assert bring(late, four) == weighed(one)[1]
+    assert bring(late, five) == weighed(five)[0]
+    assert late.weights.read_bytes() == received.weights.read_bytes()
+    assert [path.name for path in late.weights.parent.iterdir()] == [late.weights.name]
+
+
+def test_differences_travel_with_a_broadcast_as_well(received: Received, small: WireDtype) -> None:
+    one, two, three = public(small, 3)
+    for before, freight in ((None, one), (one, two), (two, three)):
+        lacks = freight.lacked({} if before is None else before.digests)
+        assert bool(lacks.whole) == (before is None)
+        assert len(lacks.differences) == (0 if before is None else len(freight.broadcast.differences))
+        assert freight.weighs(lacks) == weighed(freight)[before is None]
+        message: Broadcast = decode(travel(freight.parcel(lacks)), Broadcast)
+        for _ in range(2):  # its answer was lost, and it is asked again
+            answer = received.completed(message, NAMED)
+            assert isinstance(answer, Broadcast)
+            assert same(answer.weights, freight.broadcast.weights)
+            assert (answer.kept, answer.differences, answer.before) == ({}, {}, {})
+    assert three.lacked(one.digests).differences == ()  # it missed one
+    assert three.lacked(three.digests) == three.lacked(three.digests | {"more": ""})
+    assert three.weighs(three.lacked(three.digests)) == 0
+
+
+def test_a_client_without_what_a_difference_is_added_to_says_so(received: Received, small: WireDtype) -> None:
+    one, two, three = public(small, 3)
+    message: Broadcast = decode(travel(three.parcel(three.lacked(two.digests))), Broadcast)
+    for held in (None, one):
+        if held is not None:
+            bring(received, held)
+        answer = received.completed(message, NAMED)
+        assert answer == Lacking("ward", 3, "", ())
+    bring(received, two)
+    assert isinstance(received.completed(message, NAMED), Broadcast)
+
+
+def test_a_client_restarted_in_the_middle_of_differences_goes_on_where_it_was(
+    received: Received, small: WireDtype
+) -> None:
+    one, two = public(small, 2)
+    bring(received, one)
+    answer = received.offered(offered(two), NAMED)
+    every = pieces(two, answer)
+    for part in every[:3]:
+        received.take(piece(two, part, answer.transfer))
+    again = Received("ward", received.weights.parent)
+    left = again.offered(offered(two), NAMED)
+    assert pieces(two, left) == every[3:]
+    for part in every[3:]:
+        left = again.take(piece(two, part, left.transfer))
+    assert left.ranges == ()
+    assert again.take(piece(two, every[-1], left.transfer)).ranges == ()  # the last one, once more
+    assert comes_out(again, two)
+
+
+def test_a_client_killed_before_it_could_add_adds_then(
+    received: Received, small: WireDtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = public(small, 2)
+    bring(received, one)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(received_module, "advanced", killed)
+        with pytest.raises(KeyboardInterrupt):
+            bring(received, two)
+    assert bring(Received("ward", received.weights.parent), two) == 0
+    assert comes_out(received, two)
+
+
+def test_damaged_weights_to_add_to_cost_those_groups(received: Received, small: WireDtype) -> None:
+    one, two = public(small, 2)
+    bring(received, one)
+    content = bytearray(received.weights.read_bytes())
+    content[-100] ^= 1  # of an expert
+    received.weights.write_bytes(bytes(content))
+    download, moved = Download(two), []
+    while download.unsure:
+        download.take(None, received.offered(offered(two), NAMED))
+        for part in download.cut(MOST, download.left):
+            moved.append(size_of(part))
+            sent: Piece = decode(download.ask(part).parcel, Piece)
+            if not download.take(part, received.take(sent)):
+                break
+    assert (download.left, download.undone) == ([], 1)
+    assert weighed(two)[0] < sum(moved) <= weighed(two)[0] + 2 * 2000
+    assert comes_out(received, two)
+
+
+def test_no_differences_are_taken_that_could_not_be_added(received: Received) -> None:
+    one, two = public("int8", 2)
+    bring(received, one)
+    offer = offered(two)
+    for wrong in (
+        replace(offer, difference="float32"),
+        replace(offer, difference="int9"),
+        replace(offer, dtype="float32"),
+        replace(offer, before={**offer.before, "expert[7,7]": "0" * 32}),
+    ):
+        with pytest.raises(MessageError, match=r"an offer of differences in (int8|int9|float32) to weights in"):
+            received.offered(wrong, NAMED)
+    group = next(iter(two.broadcast.differences))
+    lone = Broadcast(2, {}, differences={group: two.broadcast.differences[group]})
+    with pytest.raises(MessageError, match="a difference of shared, and no digest of what it makes"):
+        received.completed(lone, NAMED)
+    with pytest.raises(MessageError, match="of which this model does not train so many"):
+        received.completed(replace(lone, kept={"shared": two.digests["shared"]}), NAMED | {"shared": 699})
+    assert comes_out(received, one)

@@ -275,11 +275,12 @@ def _print_estimate(estimate: Estimate) -> None:
     from fedalign.units import clock, size
 
     examples = list(estimate.examples.values())
+    down, first = estimate.bytes_down_a_round, estimate.bytes_down_first_round
     rows = [
         ("parameters", f"{estimate.parameters:,}, of which trained {estimate.trained:,}"),
         ("clients", f"{estimate.clients}, asked each round {estimate.clients_a_round}"),
         ("training examples", f"{sum(examples):,} in all, {min(examples):,} to {max(examples):,} a client"),
-        ("sent down a round", size(estimate.bytes_down_a_round)),
+        ("sent down a round", size(down) + (f", in the first {size(first)}" if first > down else "")),
         ("sent up a round", f"at most {size(estimate.bytes_up_a_round_at_most)}"),
         ("statistics of a client", size(estimate.bytes_statistics_a_client)),
         ("memory", f"about {size(estimate.memory)}, activations of one batch included"),

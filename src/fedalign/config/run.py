@@ -452,7 +452,12 @@ class AlgorithmConfig(Section):
 class WireConfig(Section):
     """Precision of what travels; rounding happens before any engine sees it."""
 
-    dtype: WireDtype = key("float32", "of updates; with int8 and int4, weights travel down in bfloat16")
+    dtype: WireDtype = key("float32", "of updates, and unless `down` says otherwise of broadcasts")
+    down: Literal["auto", WireDtype] = key(
+        "auto",
+        "of broadcasts; auto: as dtype. int8 and int4: differences to the broadcast before, whole weights in bfloat16 "
+        "for whoever missed it",
+    )
     error_feedback: Literal["auto", "on", "off"] = key(
         "auto", "a client adds what rounding to int8 or int4 lost to its next update; auto: of int4"
     )
@@ -464,6 +469,11 @@ class WireConfig(Section):
     def piece_nbytes(self) -> int:
         """Bytes of a piece."""
         return max(1, int(self.piece_mb * 1e6))
+
+    @property
+    def broadcasts(self) -> WireDtype:
+        """The precision in which broadcasts travel."""
+        return self.dtype if self.down == "auto" else self.down
 
     @property
     def feeds_back(self) -> bool:

@@ -22,7 +22,7 @@ from fedalign.data.batches import batches
 from fedalign.data.encode import Encoded
 from fedalign.federation.in_process import Prepared
 from fedalign.files import KEPT_BY_CLIENTS
-from fedalign.maths.rounding import broadcast_dtype, packed_nbytes
+from fedalign.maths.rounding import BLOCKS, broadcast_dtype, packed_nbytes
 from fedalign.protocol import DEALT, KEEPS_ALL, Consent, Layout, asked_shapes
 from fedalign.server.rounds import select
 
@@ -39,6 +39,7 @@ class Estimate:
     clients_a_round: int
     examples: Mapping[str, int]  # by client
     bytes_down_a_round: int
+    bytes_down_first_round: int  # more, where broadcasts travel as differences
     bytes_up_a_round_at_most: int  # every group of every client
     bytes_statistics_a_client: int
     memory: int
@@ -55,6 +56,7 @@ class SiteEstimate:
     exchange: int  # of RAM: what was received, and the update
     carrier: int  # of RAM: Flower's own process, which carries messages in and out
     down_a_round: int
+    down_whole: int  # in its first round, and after one that it missed
     up_a_round_at_most: int  # every group
     statistics: int
     disk: int  # kept rounds, and the one being written
@@ -90,7 +92,10 @@ def estimate_run(
         clients=len(clients),
         clients_a_round=clients_a_round,
         examples={name: client.examples for name, client in clients.items()},
-        bytes_down_a_round=weights_nbytes(config, layout) * clients_a_round,  # scored and trained on
+        bytes_down_a_round=(  # scored and trained on; where some are asked, most missed the round before
+            (weights_nbytes if config.clients.sample < 1 else broadcast_nbytes)(config, layout) * clients_a_round
+        ),
+        bytes_down_first_round=weights_nbytes(config, layout) * clients_a_round,
         bytes_up_a_round_at_most=(update_nbytes(config, layout) + statistics) * clients_a_round,
         bytes_statistics_a_client=statistics,
         memory=frozen + together * own + server_nbytes(trained, config, clients_a_round),
@@ -112,7 +117,8 @@ def estimate_site(bench: Workbench, consent: Consent) -> SiteEstimate:
         loading=bench.moe.saved.before if bench.moe.saved else bench.moe.nbytes,
         exchange=exchange_nbytes(trained, config),
         carrier=CARRIER * max(weights, update),
-        down_a_round=weights,  # scored and trained on
+        down_a_round=broadcast_nbytes(config, layout),  # scored and trained on
+        down_whole=weights,
         up_a_round_at_most=update + statistics,
         statistics=statistics,
         disk=(KEPT_BY_CLIENTS + 1) * (update + remembered),
@@ -126,8 +132,13 @@ def parameter_counts(bench: Workbench) -> tuple[int, int]:
 
 def weights_nbytes(config: Config, layout: Layout) -> int:
     """Bytes of all weights on their way to a client."""
-    dtype = broadcast_dtype(config.wire.dtype)
+    dtype = broadcast_dtype(config.wire.broadcasts)
     return sum(packed_nbytes(size, dtype) for size in layout.sizes.values())
+
+
+def broadcast_nbytes(config: Config, layout: Layout) -> int:
+    """Bytes of all weights on their way to a client that holds those of the broadcast before."""
+    return sum(packed_nbytes(size, config.wire.broadcasts) for size in layout.sizes.values())
 
 
 def update_nbytes(config: Config, layout: Layout, consent: Consent = DEALT) -> int:
@@ -159,20 +170,22 @@ def training_nbytes(bench: Workbench) -> int:
 
 def exchange_nbytes(trained: int, config: Config) -> int:
     """Received weights and update; what travels is a copy of each, unless it travels in float32 as well."""
-    dtypes = (broadcast_dtype(config.wire.dtype), config.wire.dtype)
+    dtypes = (broadcast_dtype(config.wire.broadcasts), config.wire.dtype)
     return 4 * trained * 2 + sum(packed_nbytes(trained, dtype) for dtype in dtypes if dtype != "float32")
 
 
 def server_nbytes(trained: int, config: Config, clients: int) -> int:
     """Master weights and their sum; around the last update, that too; or instead all that clients of a round sent.
 
-    0 where they lie in mapped files.
+    And where broadcasts travel as differences, two of them, whole and as such. 0 where they lie in mapped files.
     """
     if config.server.is_mapped(trained):
         return 0
+    down = config.wire.broadcasts
+    public = 2 * sum(packed_nbytes(trained, one) for one in (broadcast_dtype(down), down)) if down in BLOCKS else 0
     if config.robust in KEEPS_ALL:
-        return 4 * trained * 2 + clients * packed_nbytes(trained, config.wire.dtype)
-    return 4 * trained * (3 if config.robust == "centered_clip" else 2)
+        return public + 4 * trained * 2 + clients * packed_nbytes(trained, config.wire.dtype)
+    return public + 4 * trained * (3 if config.robust == "centered_clip" else 2)
 
 
 def round_tokens(config: Config, train: Sequence[Sequence[Encoded]], tests: Sequence[TestSet | None]) -> float:

@@ -93,11 +93,14 @@ def measured(found: Examination, bench: Workbench, client: ClientData) -> StepCo
 
 def check_traffic(found: Examination, expected: SiteEstimate) -> None:
     """Bytes that a round sends and receives."""
+    down = size(expected.down_a_round)
+    if expected.down_whole > expected.down_a_round:
+        down += f" ({size(expected.down_whole)} in the first and after one that it missed)"
     found.add(
         "traffic",
         "ok",
-        f"a round: {size(expected.down_a_round)} down, at most {size(expected.up_a_round_at_most)} up, "
-        f"of which statistics {size(expected.statistics)}",
+        f"a round: {down} down, at most {size(expected.up_a_round_at_most)} up, of which statistics "
+        f"{size(expected.statistics)}",
     )
 
 

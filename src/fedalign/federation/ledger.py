@@ -63,7 +63,7 @@ class Ledger:
 class Tally:
     """A count of all that would have travelled, had clients been elsewhere.
 
-    A group goes to each of them once, until it has changed.
+    A group goes to each of them once, until it has changed; then its difference, if they hold what that is added to.
 
     It is kept on disk, so that a round done again after a restart counts as it did.
 
@@ -78,6 +78,7 @@ class Tally:
         about = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         self._digests: dict[str, str] = about.get("digests", {})  # of the last broadcast, by group
         self._changed: dict[str, int] = about.get("changed", {})  # the number of the broadcast in which a group did
+        self._before: dict[str, int] = about.get("before", {})  # the same of the time before
         self._last: dict[str, int] = about.get("last", {})  # that a client got
         self._number: int = about.get("number", 0)  # of the last broadcast
         self._down: dict[str, dict[str, int]] = about.get("down", {})  # "round stage" -> bytes, by client
@@ -90,20 +91,25 @@ class Tally:
         self._number += 1
         for group, packed in broadcast.weights.items():
             if self._digests.get(str(group)) != (found := digest(packed)):
+                if str(group) in self._changed:
+                    self._before[str(group)] = self._changed[str(group)]
                 self._digests[str(group)], self._changed[str(group)] = found, self._number
         state = sum(tensor.nbytes for tensor in broadcast.state.values())
-        nbytes = {str(group): packed.nbytes for group, packed in broadcast.weights.items()}
         self._down = dict(list(self._down.items())[-3:]) | {
-            key: {
-                client: state
-                + sum(n for group, n in nbytes.items() if self._changed[group] > self._last.get(client, 0))
-                for client in clients
-            }
+            key: {client: state + self._lacks(broadcast, self._last.get(client, 0)) for client in clients}
         }
         self._last |= dict.fromkeys(clients, self._number)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        about = {"digests": self._digests, "changed": self._changed, "last": self._last}
+        about = {"digests": self._digests, "changed": self._changed, "before": self._before, "last": self._last}
         write_text(self.file, json.dumps(about | {"number": self._number, "down": self._down}))
+
+    def _lacks(self, broadcast: Broadcast, last: int) -> int:
+        """Bytes of the groups that have changed since a client got a broadcast; 0: it has got none."""
+        changed = [group for group in broadcast.weights if self._changed[str(group)] > last]
+        differ = [g for g in changed if g in broadcast.differences and 0 < self._before.get(str(g), 0) <= last]
+        return sum(broadcast.weights[g].nbytes for g in changed) - sum(
+            broadcast.weights[g].nbytes - broadcast.differences[g].nbytes for g in differ
+        )
 
     def failed(self, client: str) -> None:
         """It gets all groups again: nobody knows what it holds."""

@@ -264,11 +264,15 @@ class Transfer:
         self, other: Mapping[str, Packed], names: Iterable[str], digests: Mapping[str, str] | None = None
     ) -> None:
         """Copy tensors of another file that are here under the same name."""
+        self.take_all(((name, other[name]) for name in names), digests)
+
+    def take_all(self, tensors: Iterable[tuple[str, Packed]], digests: Mapping[str, str] | None = None) -> None:
+        """Copy tensors, one after another, by their names."""
         self._take(
             (
                 (self.starts[name] + at, part)
-                for name in names
-                for at, part in zip((0, self.entries[name].values_nbytes), bytes_of(other[name]), strict=False)
+                for name, packed in tensors
+                for at, part in zip((0, self.entries[name].values_nbytes), bytes_of(packed), strict=False)
             ),
             digests or {},
         )

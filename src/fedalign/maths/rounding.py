@@ -44,12 +44,28 @@ SCALED = {str(TORCH_DTYPE[dtype]).removeprefix("torch."): blocks for dtype, bloc
 
 
 def broadcast_dtype(dtype: WireDtype) -> WireDtype:
-    """The dtype of weights on the wire when updates travel in `dtype`.
+    """The dtype of whole weights on the wire when broadcasts travel in `dtype`.
 
-    Few bits a block are enough for an update, whose errors average out over clients, not for the weights that all of
-    them start from: int8 and int4 runs broadcast bfloat16.
+    Few bits a block are enough for a difference, not for the weights that it is added to: these are in bfloat16.
     """
     return "bfloat16" if dtype in BLOCKS else dtype
+
+
+def advanced(base: Packed, difference: Packed) -> Packed:
+    """Weights in bfloat16 after a difference: the sum in float32, rounded to nearest even, the same everywhere.
+
+    Raises:
+        ValueError: It is of another number of values.
+    """
+    size = len(base.values)
+    if count(difference) != size:
+        raise ValueError(f"a difference of {count(difference)} values, the weights have {size}")
+    values = torch.empty(size, dtype=torch.bfloat16)
+    for start in range(0, size, CHUNK):
+        part = torch.empty(min(CHUNK, size - start))
+        unpack_into(part, difference, start)
+        values[start : start + len(part)] = part.add_(base.values[start : start + len(part)])
+    return Packed(values)
 
 
 def stored(size: int, dtype: WireDtype) -> int:

@@ -16,14 +16,17 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fedalign import parallel
 from fedalign.errors import UserError
-from fedalign.files import KEPT_ROUNDS, damage, forget_old, replacing, rounds_in
-from fedalign.protocol import Metrics, State, Weights, parse_group
+from fedalign.files import KEPT_ROUNDS, SUMS, damage, forget_old, replacing, rounds_in
+from fedalign.protocol import Metrics, Packed, State, Weights, parse_group
+from fedalign.server.public import PublicModel
 
 logger = logging.getLogger(__name__)
 FILES = ("state.json", "weights.safetensors", "algorithm.safetensors", "moments.safetensors")
+PUBLIC = "public.safetensors"  # where broadcasts travel as differences
 SCORED, LINE = "scored", "line.json"  # a folder within a round's, once its clients have scored it, and its line
 
 
@@ -37,6 +40,7 @@ class ServerState:
     history: tuple[Metrics, ...]  # one entry a round, the evaluation before round 1 first
     moments: State = field(default_factory=dict)  # of the server's optimizer
     pending: Metrics | None = None  # the entry of `round`, as long as its clients have not scored it
+    public: PublicModel | None = None  # of `weights` what clients are told; None: all
 
     @property
     def lines(self) -> tuple[Metrics, ...]:
@@ -58,17 +62,23 @@ class Checkpoints:
             save_file({str(g): w.contiguous() for g, w in state.weights.items()}, folder / "weights.safetensors")
             save_file({name: t.contiguous() for name, t in state.algorithm.items()}, folder / "algorithm.safetensors")
             save_file({name: t.contiguous() for name, t in state.moments.items()}, folder / "moments.safetensors")
+            if state.public is not None:
+                save_file(_tensors(state.public), folder / PUBLIC)
             about: dict[str, Any] = {"round": state.round, "identity": self.identity}
             about |= {"history": state.history, "pending": state.pending}
+            about |= {"before": None if state.public is None else dict(state.public.before)}
             (folder / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         forget_old(self.folder, KEPT_ROUNDS)
 
     def mapped(self, state: ServerState) -> ServerState:
-        """The same state, just saved, with weights that are mapped from its file: they take no memory of their own."""
+        """The same state, just saved, with weights that are mapped from its files: they take no memory of their own."""
         if parallel.world() > 1:  # the others may not see the file
             return state
-        tensors = load_file(self.folder / f"round-{state.round:05d}" / "weights.safetensors")
-        return replace(state, weights={group: tensors[str(group)] for group in state.weights})
+        folder = self.folder / f"round-{state.round:05d}"
+        tensors, public = load_file(folder / "weights.safetensors"), state.public
+        if public is not None:
+            public = _public(load_file(folder / PUBLIC), public.before)
+        return replace(state, weights={group: tensors[str(group)] for group in state.weights}, public=public)
 
     @parallel.by_the_first
     def save_scored(self, state: ServerState) -> None:
@@ -113,7 +123,9 @@ class Checkpoints:
                 else:
                     line = json.loads((folder / SCORED / LINE).read_text(encoding="utf-8"))
                     history, pending = (*history, line), None
-            return ServerState(about["round"], weights, algorithm, history, moments, pending)
+            before = about.get("before")
+            public = None if before is None else _public(load_file(folder / PUBLIC), before)
+            return ServerState(about["round"], weights, algorithm, history, moments, pending, public)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"checkpoint {str(folder)!r}: made by another version ({error}).") from None
 
@@ -132,5 +144,30 @@ def whole_rounds(folder: Path) -> list[int]:
     return [number for number, path in rounds_in(folder) if not _damage(path)]
 
 
+def _tensors(public: PublicModel) -> State:
+    """Its tensors by name: `weights/`, `differences/` or `scales/`, and the group."""
+    return {
+        **{f"weights/{group}": packed.values for group, packed in public.weights.items()},
+        **{f"differences/{group}": packed.values for group, packed in public.differences.items()},
+        **{f"scales/{group}": packed.scale for group, packed in public.differences.items() if packed.scale is not None},
+    }
+
+
+def _public(tensors: State, before: Mapping[str, str]) -> PublicModel:
+    """The inverse of `_tensors`."""
+    named: dict[str, dict[str, Tensor]] = {"weights": {}, "differences": {}, "scales": {}}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition("/")
+        named[part][name] = tensor
+    scales = named["scales"]
+    return PublicModel(
+        {parse_group(name): Packed(values) for name, values in named["weights"].items()},
+        {parse_group(name): Packed(values, scales[name]) for name, values in named["differences"].items()},
+        before,
+    )
+
+
 def _damage(folder: Path) -> str:
-    return damage(folder, *FILES)
+    sums = folder / SUMS
+    has_public = sums.is_file() and PUBLIC in sums.read_text(encoding="utf-8", errors="replace")
+    return damage(folder, *FILES, *((PUBLIC,) if has_public else ()))

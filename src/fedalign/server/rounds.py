@@ -22,9 +22,10 @@ from torch import Tensor
 from fedalign.config.run import Config
 from fedalign.errors import UserError
 from fedalign.maths.average import Average, StreamingSum
+from fedalign.maths.hashing import derive_seed
 from fedalign.maths.heap import Heap
 from fedalign.maths.robust import Directions, guarded, liars, make_sum
-from fedalign.maths.rounding import broadcast_dtype, pack
+from fedalign.maths.rounding import BLOCKS, pack
 from fedalign.maths.server_step import server_step
 from fedalign.protocol import (
     KINDS,
@@ -54,6 +55,7 @@ from fedalign.server.checks import (
     check_weights,
     find_outliers,
 )
+from fedalign.server.public import PublicModel, first, following
 from fedalign.server.scores import (
     Scores,
     Traffic,
@@ -149,6 +151,7 @@ class Server:
         rounds, patience = self.config.run.rounds, self.config.run.patience
         if not state.lines:
             about = {"bytes_up": 0, "bytes_down": 0, "failures": self._named([])}
+            state = replace(state, public=self._public(state, state.weights))
             state = self._complete(state, self._tested(0, state.weights) | about)
         while True:
             over = state.round >= rounds or spent(state.lines, patience) is not None
@@ -210,7 +213,14 @@ class Server:
             **({"on_trial": on_trial} if on_trial else {}),
             "round_seconds": time.perf_counter() - started,
         }
-        after = replace(state, round=number, weights=weights, algorithm=algorithm_state, moments=moments)
+        after = replace(
+            state,
+            round=number,
+            weights=weights,
+            algorithm=algorithm_state,
+            moments=moments,
+            public=self._public(state, weights),
+        )
         return self._complete(after, metrics)
 
     def _refuse(self, number: int, problem: str | None) -> None:
@@ -291,10 +301,24 @@ class Server:
         """Every fault of a round, for metrics and the live table."""
         return [vars(failure) for failure in (*self.federation.faults(), *failures)]
 
-    def _broadcast(self, weights: Weights, state: State, round: int, *, score: bool = False) -> Broadcast:
-        dtype = broadcast_dtype(self.config.wire.dtype)
-        packed = {group: self._packed(value, dtype) for group, value in weights.items()}
-        return Broadcast(round, packed, state, score)
+    def _public(self, state: ServerState, weights: Weights) -> PublicModel | None:
+        """The weights that clients are to be told of these, where `state` was before; None: as they are."""
+        dtype = self.config.wire.broadcasts
+        if dtype not in BLOCKS:
+            return None
+        if state.public is None:
+            return first(weights, dtype, self.heap.keep)
+        seed = derive_seed(self.config.run.seed, state.round + 1, "broadcast")
+        return following(state.public, state.weights, weights, dtype, seed, self.heap.keep)
+
+    def _broadcast(self, state: ServerState, round: int, algorithm: State, *, score: bool = False) -> Broadcast:
+        """The weights of a state, in the order of the layout: what comes of a checkpoint is in another."""
+        public, dtype, groups = state.public, self.config.wire.broadcasts, self.layout.groups
+        if public is not None:
+            weights = {group: public.weights[group] for group in groups}
+            return Broadcast(round, weights, algorithm, score, {}, public.differences, public.before)
+        packed = {group: self._packed(state.weights[group], dtype) for group in groups}
+        return Broadcast(round, packed, algorithm, score)
 
     def _packed(self, value: Tensor, dtype: WireDtype) -> Packed:
         """Weights in wire precision; a copy lies where the weights lie."""
@@ -305,7 +329,7 @@ class Server:
         self, state: ServerState, number: int, chosen: Sequence[str], traffic: Traffic, scores: Scores
     ) -> tuple[list[Statistics], list[Failure]]:
         """Usable reports, and why there are no others; scores of the round before are added to `scores`."""
-        broadcast = self._broadcast(state.weights, state.algorithm, number, score=state.pending is not None)
+        broadcast = self._broadcast(state, number, state.algorithm, score=state.pending is not None)
         reports: dict[str, Statistics] = {}
         failures: list[Failure] = []
         widths = self.config.statistics.centroid_width, self.config.statistics.update_width
@@ -440,7 +464,7 @@ class Server:
     def _score(self, state: ServerState, line: Metrics) -> ServerState:
         """Have all clients score a round by itself, and complete its line."""
         started, scores, members = time.perf_counter(), Scores(), self.federation.members()
-        broadcast = self._broadcast(state.weights, {}, state.round)
+        broadcast = self._broadcast(state, state.round, {})
         self.observer.progress(state.round, "evaluating", 0, len(members))
         for reply in self.federation.evaluate(broadcast, members):
             scores.add(reply)

@@ -26,8 +26,9 @@ from fedalign.federation.service import Service
 from fedalign.federation.transfer import digest
 from fedalign.files import fingerprint
 from fedalign.maths.heap import Heap
+from fedalign.maths.rounding import packed_nbytes
 from fedalign.moe.model import MoEModel
-from fedalign.protocol import PROTOCOL, SHARED, WORDS, Packed, ParameterGroup, Piece, Start
+from fedalign.protocol import PROTOCOL, SHARED, WORDS, Packed, ParameterGroup, Piece, Start, WireDtype
 from fedalign.server.results import RunFolder
 from fedalign.server.run import execute
 from tests.conftest import SUBJECTS, changed, make_site, rows, write_jsonl
@@ -215,11 +216,21 @@ def same_runs(one: Path, other: Path, *, resumed: bool = False) -> None:
     assert summaries[0] == summaries[1]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    "wire",
+    [
+        ("wire.dtype=float32",),
+        ("wire.dtype=bfloat16",),
+        ("wire.dtype=int8",),
+        ("wire.down=int4", "clients.sample=0.7", "run.rounds=4"),
+        ("wire.dtype=int8", "wire.down=bfloat16", "algorithm.name=by_use"),
+    ],
+    ids=" ".join,
+)
 def test_a_run_over_sites_is_the_run_in_one_process(
-    coordinated: Callable[..., Config], house: Path, tmp_path: Path, dtype: str
+    coordinated: Callable[..., Config], house: Path, tmp_path: Path, wire: tuple[str, ...]
 ) -> None:
-    config = coordinated(f"wire.dtype={dtype}")
+    config = coordinated(*wire)
     link = Direct(sites(tmp_path / "sites", house, config))
     summary = run(tmp_path / "sites-run", link, config)
     in_process(tmp_path / "here", house, config)
@@ -235,10 +246,11 @@ def test_a_run_over_sites_is_the_run_in_one_process(
     "tuning",
     [
         ["tuning.kind=lora", "tuning.rank=4", "tuning.average=exact"],
+        ["tuning.kind=lora", "tuning.rank=4", "tuning.average=exact", "wire.dtype=int4", "run.rounds=3"],
         ["tuning.kind=lora", "tuning.average=freeze_a"],
         ["tuning.kind=moe", "tuning.dtype=bfloat16"],
     ],
-    ids=["exact", "freeze_a", "moe"],
+    ids=["exact", "exact int4", "freeze_a", "moe"],
 )
 def test_however_it_is_tuned(
     coordinated: Callable[..., Config], house: Path, tmp_path: Path, tuning: list[str]
@@ -591,6 +603,20 @@ def test_a_round_is_two_messages_to_a_site(coordinated: Callable[..., Config], h
     rounds = [kind for kind, _ in link.asked if kind in ("train", "update", "evaluate")]
     assert rounds == [*["train"] * 3, *["update"] * 3] * 3 + ["evaluate"] * 3
     assert [len(line["client_accuracies"]) for line in metrics(tmp_path / "run")] == [3] * 4
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("int8", 1 / 4), ("int4", 1 / 8)])
+def test_differences_go_down_in_a_quarter_of_the_bytes_or_an_eighth(
+    coordinated: Callable[..., Config], house: Path, tmp_path: Path, dtype: WireDtype, share: float
+) -> None:
+    config = coordinated(f"wire.down={dtype}", "algorithm.name=fedavg")
+    run(tmp_path / "run", Direct(sites(tmp_path / "sites", house, config)), config)
+    sizes = MoEModel.load(config.model.path).layout.sizes.values()
+    _, one, two = (line.get("bytes_down_by_client") for line in metrics(tmp_path / "run"))
+    assert one == dict.fromkeys(SITES, 2 * sum(sizes))  # bfloat16
+    difference = sum(packed_nbytes(size, dtype) for size in sizes)
+    assert two == dict.fromkeys(SITES, 2 * difference)  # once more after the last round
+    assert difference == pytest.approx(share * 4 * sum(sizes), rel=0.15)
 
 
 def test_bytes_are_told_by_site_up_and_down(coordinated: Callable[..., Config], house: Path, tmp_path: Path) -> None:

@@ -232,6 +232,69 @@ def test_a_coordinator_that_is_killed_in_a_transfer_goes_on_where_it_was(
     assert sum(link.again) <= len(SITES) * carrier.AHEAD * config.wire.piece_nbytes  # what was under way at each site
 
 
+DIFFERENCES = (f"wire.piece_mb={PIECE_MB / 5}", "run.rounds=2", "wire.down=int8", "algorithm.name=fedavg")
+
+
+@pytest.fixture
+def differing(
+    undisturbed: dict[str, Path],
+    coordinated: Callable[..., Config],  # noqa: F811 # a fixture
+    house: Path,  # noqa: F811 # a fixture
+) -> tuple[Config, Path]:
+    """A run whose broadcasts are differences in pieces, and the same in one process."""
+    config, out = coordinated(*DIFFERENCES), undisturbed["folder"] / "differing"
+    if not out.exists():
+        in_process(out, house, config)
+    return config, out
+
+
+def sent_down(link: Careless) -> int:
+    return sum(key[-1] * times for key, times in link.moved.items() if key[0] == "down")
+
+
+def test_differences_travel_in_pieces(
+    differing: tuple[Config, Path],
+    house: Path,  # noqa: F811 # a fixture
+    tmp_path: Path,
+) -> None:
+    config, expected = differing
+    link = Careless(sites(tmp_path / "sites", house, config))
+    assert go(tmp_path / "run", link, config)["failures"] == []
+    same_runs(tmp_path / "run", expected)  # the same bytes_down, too
+    assert link.again == []
+    assert link.longest <= config.wire.piece_nbytes
+    assert sum(line["bytes_down"] for line in metrics(tmp_path / "run")) == sent_down(link)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_coordinator_that_is_killed_in_differences_goes_on_where_it_was(
+    differing: tuple[Config, Path],
+    house: Path,  # noqa: F811 # a fixture
+    tmp_path: Path,
+    seed: int,
+) -> None:
+    """Weights of the layout and of a checkpoint are in two orders, and make one transfer."""
+    config, expected = differing
+    services = sites(tmp_path / "sites", house, config)
+    calm = sum(line["bytes_down"] for line in metrics(expected))
+    at = random.Random(seed).randrange(1, calm)
+
+    def accident(verb: str, node: int, number: int) -> str:
+        if sent_down(link) > at:
+            raise KeyboardInterrupt
+        return ""
+
+    link = Careless(services, accident)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "run", link, config)
+    before = sent_down(link)
+    assert at < before < calm
+    link = Careless(services if seed % 2 else sites(tmp_path / "sites", house, config))  # the sites restarted, too
+    go(tmp_path / "run", link, config, resume=True)
+    same_runs(tmp_path / "run", expected, resumed=True)
+    assert before + sent_down(link) <= calm + len(SITES) * carrier.AHEAD * config.wire.piece_nbytes
+
+
 def test_a_site_that_is_killed_and_started_again_goes_on_where_it_was(
     small: Small,
     tmp_path: Path,

@@ -7,12 +7,12 @@ was started again, since what has arrived lies on its disk until the round is co
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from fedalign.federation.flower.link import Reply
 from fedalign.federation.flower.talks import PATIENCE, SLOWEST, Ask, Meter, Talk
 from fedalign.federation.ledger import Ledger
 from fedalign.federation.messages import VERBS, MessageError, Parcel, decode, encode
-from fedalign.federation.received import DIGESTS
+from fedalign.federation.received import about_differences, about_whole
 from fedalign.federation.transfer import (
     CONSTANT,
     FIRST,
@@ -53,6 +53,7 @@ from fedalign.protocol import (
     Fetch,
     Lacking,
     Offer,
+    Packed,
     ParameterGroup,
     Piece,
     Request,
@@ -130,15 +131,14 @@ class Carrier:
     def _broadcast(self, name: str, verb: str, freight: Freight, expected: type[T], meter: Meter) -> Talk[T | Failure]:
         stage = VERBS[verb].stage
         for _ in range(2):
-            known = self._known.get(name, {})
-            changed = tuple(group for group in freight.groups if known.get(str(group)) != freight.digests[str(group)])
-            if freight.weighs(changed) > self._sizes[name]:
+            lacks = freight.lacked(self._known.get(name, {}))
+            if freight.weighs(lacks) > self._sizes[name]:
                 failure = yield from self._deliver(name, stage, freight, meter)
                 if failure is not None:
                     return failure
-                self._known[name], changed = freight.digests, ()
-            self.ledger.count(freight.round, "down", name, freight.weighs(changed) + freight.state_nbytes)
-            _, reply = yield [Ask(verb, freight.parcel(changed), freight.weighs(changed))]
+                self._known[name], lacks = freight.digests, Lacks()
+            self.ledger.count(freight.round, "down", name, freight.weighs(lacks) + freight.state_nbytes)
+            _, reply = yield [Ask(verb, freight.parcel(lacks), freight.weighs(lacks))]
             answer = read(name, stage, reply, (expected, Lacking), self.timeout)
             if isinstance(answer, expected):
                 self._known[name] = freight.digests
@@ -297,61 +297,94 @@ class Carrier:
         return [way.ask(piece) for piece in pieces]
 
 
+@dataclass(frozen=True)
+class Lacks:
+    """The groups that a site has not, and those of which it has what their difference is added to."""
+
+    whole: tuple[ParameterGroup, ...] = ()
+    differences: tuple[ParameterGroup, ...] = ()
+
+
 class Freight:
     """A broadcast as it is brought to many sites: digests, messages and pieces are made once."""
 
     def __init__(self, broadcast: Broadcast) -> None:
         self.broadcast, self.round = broadcast, broadcast.round
         self.groups = tuple(broadcast.weights)
-        self._nbytes = {group: packed.nbytes for group, packed in broadcast.weights.items()}
+        self.differing = tuple(group for group in self.groups if group in broadcast.differences)
         self.state_nbytes = sum(tensor.nbytes for tensor in broadcast.state.values())
         self.digests = {str(group): digest(packed) for group, packed in broadcast.weights.items()}
-        self._parcels: dict[tuple[ParameterGroup, ...], Parcel] = {}
-        self._pieces = WeakValueDictionary[Part, Parcel]()  # those on their way, since other sites want the same
-        self._transfer: Transfer | None = None
+        self._parcels: dict[Lacks, Parcel] = {}
+        self._pieces = WeakValueDictionary[tuple[str, Part], Parcel]()  # on their way, since other sites want the same
 
-    def weighs(self, groups: Sequence[ParameterGroup]) -> int:
+    def lacked(self, known: Mapping[str, str]) -> Lacks:
+        """The part of it that is to be sent to a site that holds groups with these digests."""
+        broadcast = self.broadcast
+        lacking = [group for group in self.groups if known.get(str(group)) != self.digests[str(group)]]
+        held = {name for name, before in broadcast.before.items() if known.get(name) == before}
+        differ = tuple(group for group in lacking if group in broadcast.differences and str(group) in held)
+        return Lacks(tuple(group for group in lacking if group not in frozenset(differ)), differ)
+
+    def weighs(self, lacks: Lacks) -> int:
         """Bytes of these groups."""
-        return sum(self._nbytes[group] for group in groups)
+        weights, differences = self.broadcast.weights, self.broadcast.differences
+        return sum(weights[g].nbytes for g in lacks.whole) + sum(differences[g].nbytes for g in lacks.differences)
 
-    def parcel(self, changed: tuple[ParameterGroup, ...]) -> Parcel:
+    def parcel(self, lacks: Lacks) -> Parcel:
         """The broadcast for a site that has all but these groups."""
-        if changed not in self._parcels:
-            new = frozenset(changed)
-            weights = {group: packed for group, packed in self.broadcast.weights.items() if group in new}
-            kept = {str(group): self.digests[str(group)] for group in self.groups if group not in new}
-            self._parcels[changed] = encode(replace(self.broadcast, weights=weights, kept=kept))
-        return self._parcels[changed]
+        if lacks not in self._parcels:
+            weights = {group: self.broadcast.weights[group] for group in lacks.whole}
+            differences = {group: self.broadcast.differences[group] for group in lacks.differences}
+            kept = {str(group): self.digests[str(group)] for group in self.groups if group not in weights}
+            message = replace(self.broadcast, weights=weights, kept=kept, differences=differences, before={})
+            self._parcels[lacks] = encode(message)
+        return self._parcels[lacks]
 
-    @property
+    @cached_property
     def transfer(self) -> Transfer:
-        """The file that a site makes of it."""
-        if self._transfer is None:
-            entries = {str(group): entry_for(packed) for group, packed in self.broadcast.weights.items()}
-            self._transfer = Transfer(Path(), entries, {DIGESTS: json.dumps(self.digests)})
-        return self._transfer
+        """The file that a site makes of the weights."""
+        return _file(self.broadcast.weights, about_whole(self.digests))
+
+    @cached_property
+    def differences(self) -> Transfer:
+        """The file that a site makes of the differences, if it can add them; it is sent that in place of the other."""
+        about = about_differences(self.digests, self._before, self._dtype(self.broadcast.weights))
+        return _file({group: self.broadcast.differences[group] for group in self.differing}, about)
 
     @property
     def offer(self) -> Parcel:
         """A description, for a site to say which part it lacks."""
-        return encode(Offer(self.round, wire_dtype(next(iter(self.broadcast.weights.values()))), self.digests))
+        weights, differences = self.broadcast.weights, self.broadcast.differences
+        return encode(Offer(self.round, self._dtype(weights), self.digests, self._dtype(differences), self._before))
 
-    def piece(self, part: Part) -> Parcel:
-        """A message with these bytes."""
-        made = self._pieces.get(part)
+    def piece(self, transfer: Transfer, part: Part) -> Parcel:
+        """A message with these bytes of one of the files."""
+        key = transfer.identity, part
+        made = self._pieces.get(key)
         if made is None:
-            found = [self._bytes(*one) for one in part]
+            tensors = self.broadcast.weights if transfer is self.transfer else self.broadcast.differences
+            found = [_bytes(tensors, transfer, *one) for one in part]
             data = found[0] if len(found) == 1 else torch.cat(found)
-            piece = Piece(
-                None, self.round, self.transfer.identity, edges_of(part), data, fingerprint([data.numpy().data])
-            )
-            made = self._pieces[part] = encode(piece)
+            piece = Piece(None, self.round, transfer.identity, edges_of(part), data, fingerprint([data.numpy().data]))
+            made = self._pieces[key] = encode(piece)
         return made
 
-    def _bytes(self, start: int, stop: int) -> Tensor:
-        names = self.transfer.names_in(start, stop)
-        parts = [one for name in names for one in bytes_of(self.broadcast.weights[parse_group(name)])]
-        return cut_out(parts, start - self.transfer.starts[names[0]], stop - start)
+    @property
+    def _before(self) -> dict[str, str]:
+        return {str(group): self.broadcast.before[str(group)] for group in self.differing}
+
+    def _dtype(self, groups: Mapping[ParameterGroup, Packed]) -> str:
+        return wire_dtype(next(iter(groups.values()))) if groups else ""
+
+
+def _file(groups: Mapping[ParameterGroup, Packed], about: Mapping[str, str]) -> Transfer:
+    return Transfer(Path(), {str(group): entry_for(packed) for group, packed in groups.items()}, about)
+
+
+def _bytes(tensors: Mapping[ParameterGroup, Packed], transfer: Transfer, start: int, stop: int) -> Tensor:
+    names = transfer.names_in(start, stop)
+    parts = [one for name in names for one in bytes_of(tensors[parse_group(name)])]
+    return cut_out(parts, start - transfer.starts[names[0]], stop - start)
 
 
 class Download:
@@ -361,7 +394,8 @@ class Download:
 
     def __init__(self, freight: Freight) -> None:
         self.freight, self.left, self.unsure = freight, list[Range](), True
-        self.nbytes = freight.weighs(freight.groups)
+        self.transfer = freight.transfer  # until the site has said that it can add differences
+        self.nbytes = freight.transfer.nbytes
         self._whole = False
         self._acknowledged: list[Range] = []
         self.undone = 0  # times that a site said that it lacks what it had acknowledged
@@ -373,18 +407,20 @@ class Download:
 
     def cut(self, most: int, ranges: Sequence[Range]) -> Iterator[Part]:
         """Ranges in pieces of at most `most` bytes."""
-        return self.freight.transfer.cut(most, ranges)
+        return self.transfer.cut(most, ranges)
 
     def ask(self, piece: Part) -> Ask:
         """The message with a piece."""
-        return Ask("piece", self.freight.piece(piece), size_of(piece), piece)
+        return Ask("piece", self.freight.piece(self.transfer, piece), size_of(piece), piece)
 
     def take(self, piece: Part | None, answer: Lacking) -> bool:
         """Note what the site says that it lacks; whether the piece, if this answers one, has arrived.
 
         What others of its answers say is older or younger: only what this piece has become is taken from it.
         """
-        transfer = self.freight.transfer
+        if piece is None:
+            self._choose(answer.transfer)
+        transfer = self.transfer
         if answer.transfer != transfer.identity or not within(answer.ranges, transfer.nbytes):
             self.unsure = True
             return False
@@ -401,6 +437,14 @@ class Download:
         self._acknowledged = merged([*self._acknowledged, *piece])
         self.unsure = not self.left and not self._whole  # all was sent, and something proved to be other than it was
         return True
+
+    def _choose(self, identity: str) -> None:
+        """Send the weights or their differences, as the site asks; of the other it has nothing then."""
+        freight = self.freight
+        other = freight.differences if self.transfer is freight.transfer else freight.transfer
+        if freight.differing and identity == other.identity:
+            self.undone += bool(self._acknowledged)
+            self.transfer, self._acknowledged = other, []
 
 
 class Upload:
