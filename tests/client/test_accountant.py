@@ -38,7 +38,9 @@ def test_epsilon_is_that_of_another_accountant_within_a_percent(
 def test_releases_of_different_runs_compose() -> None:
     other = opacus.PRVAccountant()
     other.history = [(1.0, 0.02, 300), (2.0, 0.1, 50), (20.0, 0.5, 4)]
-    mine = epsilon([Release(1.0, 0.02, 100), Release(2.0, 0.1, 50), Release(20.0, 0.5, 4), Release(1.0, 0.02, 200)], 1e-5)
+    mine = epsilon(
+        [Release(1.0, 0.02, 100), Release(2.0, 0.1, 50), Release(20.0, 0.5, 4), Release(1.0, 0.02, 200)], 1e-5
+    )
     assert mine == pytest.approx(other.get_epsilon(1e-5, eps_error=0.002 * mine), rel=0.01)
 
 
