@@ -1,4 +1,4 @@
-"""What noise costs: epsilon of all that a site has released, as a privacy loss distribution (dp-accounting).
+"""The cost of noise: epsilon of all that a site has released, as a privacy loss distribution (dp-accounting).
 
 A release is a Gaussian of a Poisson sample of a site's examples, so many times. Neighbours differ in one example, which
 is there or is not. Releases of different kinds, rounds and runs are composed, whoever asked for them.
@@ -17,9 +17,10 @@ from fedalign.config.run import Config
 from fedalign.errors import UserError
 
 COUNT_NOISE = 20.0  # of the number of examples, told once a run
+MOST_STEPS = 1_000_000  # of a run
 SPENT = 0.98  # of an epsilon that was asked for, at least: noise that is nearer to the least takes longer to find
 FINE, QUICK = 1e-4, 5e-4  # steps in which privacy loss is counted, rounded up; the quick one is for the search
-MOST_NOISE = 1e4  # in lengths of an example's gradient: nothing is learnt any more
+LEAST_NOISE, MOST_NOISE = 0.3, 1e4  # of a step: less hides nothing and takes long to count, more lets nothing be learnt
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ def terms(config: Config, examples: int) -> Terms:
     batch = training.batch_examples * training.accumulate
     rate = min(1.0, batch / examples)
     steps = training.epochs * -(-examples // batch)
+    if rounds * steps > MOST_STEPS:  # a coordinator could keep a site counting for ever
+        raise UserError(
+            f"run.rounds = {rounds}: with [privacy] at most {MOST_STEPS:,} steps, these are {rounds * steps:,}."
+        )
     loads = privacy.loads_noise if config.sends_loads else None
     others = (COUNT,) if loads is None else (COUNT, Release(loads, times=rounds))
     noise = privacy.noise_multiplier
@@ -127,7 +132,9 @@ def fitting(others: Sequence[Release], rate: float, times: int, most: float, del
             f"privacy.epsilon = {most:g}: the number of examples and the loads alone cost {alone:.3g} in this run. "
             "Choose more, fewer rounds, or a larger privacy.loads_noise."
         )
-    low, high, noise, power = 0.0, MOST_NOISE, 1.0, 0.5
+    if cost(LEAST_NOISE) <= most:
+        return LEAST_NOISE
+    low, high, noise, power = LEAST_NOISE, MOST_NOISE, 1.0, 0.5
     while not SPENT * most <= (found := cost(noise)) <= most and high > (1 + 1e-4) * low:
         low, high = (noise, high) if found > most else (low, noise)
         guess = noise * (found / ((1 + SPENT) / 2 * most)) ** power  # noise is about a power of epsilon

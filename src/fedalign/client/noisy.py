@@ -195,7 +195,7 @@ def longest_share(top_k_L: Sequence[int], layers: int) -> float:
 
 
 def possible(noisy_L_E: Tensor, examples: int) -> Tensor:
-    """What can be, of noisy loads: none is negative, and a layer's sum is the number of examples; float32.
+    """Noisy loads as they could be: none is negative, and a layer's sum is the number of examples; float32.
 
     >>> possible(torch.tensor([[3.0, -1.0, 1.0], [-1.0, -2.0, -3.0]]), 8)
     tensor([[6., 0., 2.],

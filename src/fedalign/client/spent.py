@@ -7,7 +7,6 @@ budget and never privacy. A site's budget is held against all of them.
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 import secrets
@@ -22,6 +21,7 @@ from fedalign.errors import TrainingFailedError, UserError
 from fedalign.files import LOCK, locked, write_text
 from fedalign.maths.hashing import derive_seed
 
+PAID = ("privacy_epsilon", "privacy_delta", "privacy_noise_multiplier", "privacy_sampling_rate")  # metrics of a round
 LEDGER, TERMS = "privacy.jsonl", "terms.json"
 HERE = "here"  # the key of a run in one process
 
@@ -199,17 +199,8 @@ class Privacy:
                 for kind, one in zip(kinds, agreed.round, strict=False)
             ]
         )
-        return {
-            "privacy_epsilon": self.ledger.spent(agreed.delta, self.run),
-            "privacy_delta": agreed.delta,
-            "privacy_noise_multiplier": agreed.noise,
-            "privacy_sampling_rate": agreed.rate,
-        }
-
-
-def left(ledger: Ledger) -> float:
-    """Epsilon that a budget has left; infinite without one."""
-    return math.inf if ledger.most is None else max(0.0, ledger.most - ledger.spent())
+        spent = self.ledger.spent(agreed.delta, self.run)
+        return dict(zip(PAID, (spent, agreed.delta, agreed.noise, agreed.rate), strict=True))
 
 
 def _privately(path: str, flags: int) -> int:

@@ -220,7 +220,7 @@ class Trainer:
     def _private_report(
         self, client: ClientData, round: int, fit: PrivateFit, norm_G: Tensor, paid: dict[str, float]
     ) -> Statistics:
-        """What follows from noised weights and the noised number of examples, and the loads if they are asked for.
+        """All that follows from noised weights and the noised number of examples, and the loads if they are asked for.
 
         Nothing else is sent: each example counts as one token, experts are equally probable, and the loss is 0.
         """

@@ -510,13 +510,13 @@ class PrivacyConfig(Section):
     Needs the extra `privacy`; see docs/privacy.md.
     """
 
-    epsilon: float | None = key(None, "of the whole run, at each site; the noise follows", gt=0, examples=[4.0])
+    epsilon: float | None = key(None, "of the whole run, at each site; the noise follows", gt=0, le=100, examples=[4.0])
     noise_multiplier: float | None = key(
-        None, "or the noise of a step, in lengths of max_grad_norm", gt=0, examples=[1.0]
+        None, "or the noise of a step, in lengths of max_grad_norm", ge=0.3, le=1e4, examples=[1.0]
     )
     delta: float = key(1e-5, "chance that epsilon does not hold; below 1 / examples of every site", gt=0, lt=1)
     max_grad_norm: float = key(1.0, "an example's gradient is cut to it, in place of training.max_grad_norm", gt=0)
-    loads_noise: float = key(30.0, "by_use: noise of experts' loads, in shares of an example", gt=0)
+    loads_noise: float = key(30.0, "by_use: noise of experts' loads, in shares of an example", ge=1, le=1e6)
     seed: Count | None = key(
         None, "in_process, for studies: noise that can be repeated, and so protects nobody", examples=[0]
     )
@@ -525,6 +525,15 @@ class PrivacyConfig(Section):
     def on(self) -> bool:
         """Whether there is any noise."""
         return self.epsilon is not None or self.noise_multiplier is not None
+
+    @property
+    def told(self) -> str:
+        """The noise, for the first lines of a run."""
+        much = f"epsilon {self.epsilon:g}" if self.epsilon is not None else f"noise of {self.noise_multiplier:g} a step"
+        told = f"noise at each client hides any single example: {much}, delta {self.delta:g}"
+        if self.seed is None:
+            return told
+        return f"{told}; but privacy.seed = {self.seed} is known, so it is a study and protects nobody"
 
 
 class EvaluationConfig(Section):
