@@ -4,13 +4,13 @@ import math
 from statistics import NormalDist
 
 import pytest
+from opacus.accountants import PRVAccountant
 
-from fedalign.client.accountant import COUNT, SPENT, Release, Terms, epsilon, fitting, terms
+from fedalign.client.accountant import COUNT, LEAST_NOISE, SPENT, Release, Terms, epsilon, fitting, terms
 from fedalign.config.run import Config
 from fedalign.config.toml import load_config
 from fedalign.errors import UserError
 
-opacus = pytest.importorskip("opacus.accountants")
 PRIVATE = ["algorithm.name=fedavg", "evaluation.clients=false"]
 
 
@@ -27,7 +27,7 @@ def config(*overrides: str) -> Config:
 def test_epsilon_is_that_of_another_accountant_within_a_percent(
     noise: float, rate: float, times: int, delta: float
 ) -> None:
-    other = opacus.PRVAccountant()
+    other = PRVAccountant()
     other.history = [(noise, rate, times)]
     mine = epsilon([Release(noise, rate, times)], delta)
     theirs = other.get_epsilon(delta, eps_error=0.002 * mine)
@@ -36,7 +36,7 @@ def test_epsilon_is_that_of_another_accountant_within_a_percent(
 
 @pytest.mark.filterwarnings("ignore:Optimal order is the largest")  # as above
 def test_releases_of_different_runs_compose() -> None:
-    other = opacus.PRVAccountant()
+    other = PRVAccountant()
     other.history = [(1.0, 0.02, 300), (2.0, 0.1, 50), (20.0, 0.5, 4)]
     mine = epsilon(
         [Release(1.0, 0.02, 100), Release(2.0, 0.1, 50), Release(20.0, 0.5, 4), Release(1.0, 0.02, 200)], 1e-5
@@ -90,3 +90,12 @@ def test_a_delta_of_more_than_one_example_is_refused() -> None:
 def test_smaller_epsilons_take_more_noise() -> None:
     small, large = (fitting((COUNT,), 0.05, 100, most, 1e-5) for most in (1.0, 4.0))
     assert small > large > 0
+
+
+def test_a_run_that_nobody_could_count_is_refused() -> None:
+    with pytest.raises(UserError, match=r"run.rounds = 1000000: with \[privacy\] a run has at most 1,000,000 steps"):
+        terms(config("privacy.epsilon=2", "run.rounds=1000000"), 100)
+
+
+def test_noise_is_never_less_than_can_be_counted_quickly() -> None:
+    assert fitting((COUNT,), 1.0, 1, 100.0, 1e-5) == LEAST_NOISE

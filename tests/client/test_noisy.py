@@ -261,3 +261,13 @@ def test_every_way_of_tuning_moves_what_it_trains_alone(kind: str, tmp_path: Pat
 
 def test_possible_loads_of_no_examples() -> None:
     assert possible(torch.tensor([[0.0, 0.0]]), 3).tolist() == [[0.0, 0.0]]
+
+
+def test_weights_in_bfloat16_are_stepped_in_float32(tmp_path: Path) -> None:
+    trainer = private("training.learning_rate=1e-4")
+    trainer.moe = MoEModel.wrap(build("olmoe").bfloat16())
+    made = fit(trainer, data(trainer, tmp_path), replace(TERMS, steps=2, noise=1.0))
+    start = {group: value.clone() for group, value in made.local.start.items()}
+    made.run()
+    moved = torch.cat([value - start[group] for group, value in made.trained().items()])
+    assert float(moved.std()) == pytest.approx(math.sqrt(2) * 1e-4 / 10, rel=0.2)  # far below a step of bfloat16

@@ -47,7 +47,7 @@ def test_a_small_model_is_fine_and_a_large_one_is_hopeless() -> None:
 def test_the_cost_is_told() -> None:
     told = checks(config())["privacy"]
     assert told.found.startswith("epsilon 2.")
-    assert "at delta 1e-05 for each example of a site that has 1,000: 10 rounds of 63 steps" in told.found
+    assert "at delta 1e-05 for each example of a site that has, say, 1,000: 10 rounds of 63 steps" in told.found
     assert checks(config("privacy.noise_multiplier=0.3"))["privacy"].verdict == "warning"
 
 

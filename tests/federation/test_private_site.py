@@ -105,3 +105,12 @@ def test_the_door_hands_the_refusal_on(settings: list[str], texts: Path, olmoe: 
     failure = decode(answer, (Failure,))
     assert "its privacy budget is spent" in failure.reason
     assert not Ledger(here.path).file.exists()
+
+
+@pytest.mark.parametrize(("limit", "said"), [("max_experts = 2", "limits.max_experts"), ('device = "split"', "device")])
+def test_limits_that_noise_cannot_keep_are_refused(
+    limit: str, said: str, settings: list[str], texts: Path, olmoe: Path, tmp_path: Path
+) -> None:
+    here = make_site(tmp_path / "ward", site_toml("ward 3", texts / "train.jsonl", olmoe, limit))
+    with pytest.raises(UserError, match=said):
+        here.localise(private(settings))

@@ -33,7 +33,7 @@ def test_a_private_run(fedalign: Command, settings: list[str], tmp_path: Path, m
     kinds = ["training", "loads"] if "algorithm.name=by_use" in more else ["training"]
     assert [line.kind for line in Ledger(ledgers[0].parent).lines()] == ["count", *kinds, *kinds]
     card, page = tmp_path / "exported", tmp_path / "report.html"
-    code, _, err = fedalign("export", tmp_path / "run", "--out", card)
+    code, _, err = fedalign("export", tmp_path / "run", "--to", card)
     assert code == 0, err
     told = f"({max(last.values()):.3g}, 1e-05)-differential privacy of one example at one site"
     assert told in (card / "README.md").read_text()
@@ -46,7 +46,7 @@ def test_without_noise_nothing_says_so(fedalign: Command, settings: list[str], t
     given = [part for setting in [*settings, "run.rounds=1"] for part in ("--set", setting)]
     code, out, err = fedalign("run", "demo", "--out", tmp_path / "run", *given)
     assert code == 0, err
-    assert "noise" not in out
+    assert "noise at" not in out
     assert not list((tmp_path / "run").rglob("privacy.jsonl"))
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert not any(name.startswith("privacy") for name in last)

@@ -82,7 +82,8 @@ def terms(config: Config, examples: int) -> Terms:
     steps = training.epochs * -(-examples // batch)
     if rounds * steps > MOST_STEPS:  # a coordinator could keep a site counting for ever
         raise UserError(
-            f"run.rounds = {rounds}: with [privacy] at most {MOST_STEPS:,} steps, these are {rounds * steps:,}."
+            f"run.rounds = {rounds}: with [privacy] a run has at most {MOST_STEPS:,} steps, and this one "
+            f"{rounds * steps:,}. Choose fewer rounds or epochs, or more examples a step."
         )
     loads = privacy.loads_noise if config.sends_loads else None
     others = (COUNT,) if loads is None else (COUNT, Release(loads, times=rounds))

@@ -307,6 +307,10 @@ class SiteFolder:
                 "[privacy]: this site takes part only in runs with example-level differential privacy. Give "
                 "privacy.epsilon or privacy.noise_multiplier."
             )
+        if config.privacy.on and limits.device == "split":
+            raise UserError(
+                "[privacy]: this site spreads layers over GPUs (limits.device), which noise is not made for."
+            )
         if config.privacy.on and limits.max_experts:
             raise UserError(
                 "[privacy]: this site trains only the experts that its data uses most (limits.max_experts in its "

@@ -36,7 +36,9 @@ def check_privacy(
     agreed = found.attempt("privacy", lambda: terms(config, examples))
     if agreed is None:
         return
-    found.add("privacy", *_cost(agreed), "An epsilon of 1 to 8 is usual.", private=ledger is not None)
+    found.add(
+        "privacy", *_cost(agreed, assumed=ledger is None), "An epsilon of 1 to 8 is usual.", private=ledger is not None
+    )
     if ledger is not None:
         _check_budget(found, agreed, ledger)
     _check_noise(found, agreed, trained, sites, ledger is not None)
@@ -52,11 +54,11 @@ def noise_ratio(agreed: Terms, trained: int, sites: int) -> float:
     return agreed.noise * math.sqrt(trained) / (agreed.batch * math.sqrt(steps * sites))
 
 
-def _cost(agreed: Terms) -> tuple[Verdict, str]:
-    cost = agreed.epsilon
+def _cost(agreed: Terms, assumed: bool) -> tuple[Verdict, str]:
+    cost, said = agreed.epsilon, ", say," if assumed else ""
     return (
         "warning" if cost > WEAK else "ok",
-        f"epsilon {cost:.3g} at delta {agreed.delta:g} for each example of a site that has {agreed.examples:,}: "
+        f"epsilon {cost:.3g} at delta {agreed.delta:g} for each example of a site that has{said} {agreed.examples:,}: "
         f"{agreed.rounds} rounds of {agreed.steps} steps, each of {agreed.batch} examples on average and with noise "
         f"of {agreed.noise:.3g} lengths of privacy.max_grad_norm{_loads(agreed)}",
     )
