@@ -192,6 +192,8 @@ def _on_flower(
         check_plaintext(options.superlink, options.root_certificates, insecure_anywhere)
         reached = f"SuperLink {options.superlink}, at least {options.min_sites} sites"
     say(f"{settings.algorithm.name}: sites behind Flower, {reached}; {settings.guard}", console)
+    if settings.privacy.on:
+        say(settings.privacy.told, console)
     return _watched(
         settings,
         folder,
@@ -267,6 +269,8 @@ def _print_headline(prepared: Prepared, console: Console) -> None:
         say(f"tuning {config.tuning.kind}: {sum(moe.layout.sizes.values()) / 1e6:.2f}M parameters are trained", console)
     if config.robust != "none":
         say(config.guard, console)
+    if config.privacy.on:
+        say(config.privacy.told, console)
     for note in (*([str(moe.saved)] if moe.saved else []), *moe.notes):
         say(note, console)
 

@@ -32,6 +32,7 @@ from fedalign.protocol import (
 
 if TYPE_CHECKING:  # handing over an update needs neither a model nor data
     from fedalign.client.evaluation import TestSet
+    from fedalign.client.spent import Privacy
     from fedalign.data.encode import Encoded
 
 logger = logging.getLogger(__name__)
@@ -210,6 +211,12 @@ class ClientData:
     seed: int | None = None  # of every draw on these examples; None: the run's
     most_steps: int = 0  # of a round; 0: any number
     consent: Consent = DEALT
+    privacy: Privacy | None = None  # None: the run has none
+
+    @property
+    def told(self) -> int:
+        """How many examples it says that it has: with noise in a private run."""
+        return self.examples if self.privacy is None else self.privacy.told(self.examples)
 
     @property
     def examples(self) -> int:

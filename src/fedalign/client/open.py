@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 
 from fedalign.client.memory import ClientData
 from fedalign.client.parts import TOO_FEW, Least, Parts, roles_of, row_keys
+from fedalign.client.spent import Ledger
 from fedalign.client.trainer import OpenClient
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
@@ -63,6 +64,7 @@ def site_client(folder: SiteFolder, bench: Workbench, config: Config, run: str) 
         UserError: There are too few examples; the message does not say how many.
         DataError: The data does not fit the configuration.
     """
+    budget = folder.config.privacy
     name, limits, data = folder.config.name, folder.config.limits, bench.config.data.model_copy(update={"max_train": 0})
     least, seed = Least(limits.min_train, limits.min_held_out), folder.seed
     try:
@@ -81,13 +83,16 @@ def site_client(folder: SiteFolder, bench: Workbench, config: Config, run: str) 
             [example for example in examples if key_of[example.where] in held],
             folder.memory(run),
             folder.client_limits(config),
+            Ledger(folder.path, budget.epsilon_total, budget.delta),
+            run,
         )
     except UserError as error:
         raise DataError(str(error)) from None
     if client.examples < least.train or (held and len(client.held_out or ()) < least.held_out):
         raise UserError(TOO_FEW)
     _tell_difference(config, limits.held_out, len(trained))
-    return replace(client, seed=seed, most_steps=limits.steps, consent=folder.consent), parts
+    held_out = None if client.privacy else client.held_out  # a score would be told as it is
+    return replace(client, held_out=held_out, seed=seed, most_steps=limits.steps, consent=folder.consent), parts
 
 
 def _tell_difference(config: Config, share: float, trained: int) -> None:
@@ -156,7 +161,7 @@ def describe(bench: Workbench, client: ClientData, weights: str) -> Hello:
         chat_template=text_hash(str(bench.tokenizer.chat_template or "")),
         layers=bench.moe.layout.layers,
         experts=bench.moe.layout.experts,
-        examples=client.examples,
+        examples=client.told,
         held_out=len(client.held_out) if client.held_out else 0,
         token_counts=client.consent.token_counts,
         embeddings=client.consent.embeddings,

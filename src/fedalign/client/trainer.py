@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from fedalign import parallel
+from fedalign.client.accountant import Terms
 from fedalign.client.evaluation import evaluate
 from fedalign.client.fit import REMEDY, LocalFit
 from fedalign.client.memory import ClientData, Kept
 from fedalign.client.mixture import Mixture
+from fedalign.client.noisy import PrivateFit
 from fedalign.client.statistics import centroid_sketches, packed_bits, update_sketches
 from fedalign.config.run import Config
 from fedalign.errors import TrainingFailedError
@@ -36,6 +38,7 @@ from fedalign.protocol import (
     ParameterGroup,
     Statistics,
     Weights,
+    asked_shapes,
 )
 
 
@@ -67,6 +70,7 @@ class Trainer:
             TrainingFailedError: The loss or the update is not finite.
         """
         before = client.memory.before(broadcast.round)
+        agreed, paid = self._agreed(client, broadcast.round)
         local = self._local_round(client, broadcast, before)
         score = self._score(client, local.received, before) if broadcast.score else None
         self.algorithm.begin(local)
@@ -78,7 +82,10 @@ class Trainer:
         started = time.perf_counter()
         drawn = seed + parallel.rank()  # other rows want other dropout
         with self.moe.freezing(frozen), self._random(drawn), self.moe.sending_to(client.limits.top_k):
-            fit = LocalFit(self.moe, self.algorithm, self.config, client, local, broadcast.round, before)
+            kind = LocalFit if agreed is None else PrivateFit
+            fit = kind(self.moe, self.algorithm, self.config, client, local, broadcast.round, before)
+            if isinstance(fit, PrivateFit) and agreed is not None and client.privacy is not None:
+                fit.agree(agreed, client.privacy.secret, self.config.privacy.max_grad_norm)
             fit.run()
         trained = fit.trained() | {group: local.start[group].clone() for group in frozen}
         private = {g: value.cpu().clone() for g, value in trained.items() if g.kind in self.algorithm.private}
@@ -88,7 +95,11 @@ class Trainer:
             broken = self.moe.layout.groups[int((~norm_G.isfinite()).nonzero()[0])]
             raise TrainingFailedError(f"its update of {broken} is not finite; {REMEDY}")
         seconds = time.perf_counter() - started
-        statistics = parallel.agreed(self._report(client, broadcast.round, fit, local, update, norm_G, seconds, score))
+        if isinstance(fit, PrivateFit):
+            statistics = self._private_report(client, broadcast.round, fit, norm_G, paid)
+        else:
+            report = self._report(client, broadcast.round, fit, local, update, norm_G, seconds, score)
+            statistics = parallel.agreed(report)
         local.steps = fit.steps
         kept = Kept(statistics.prob_L_E, fit.optimizer_state(), private, self.algorithm.keep(local, update), lost)
         if self.algorithm.mix:
@@ -98,6 +109,15 @@ class Trainer:
             kept = mixture.add_to(kept)
         client.memory.keep(broadcast.round, packed, kept)
         return statistics
+
+    def _agreed(self, client: ClientData, round: int) -> tuple[Terms | None, dict[str, float]]:
+        """The terms of a private round, and what it and all before cost, which is on the client's disk by now."""
+        if not self.config.privacy.on:
+            return None, {}
+        if client.privacy is None:
+            raise RuntimeError(f"{client.name} has no ledger for a private run")
+        agreed = client.privacy.terms(client.examples)
+        return agreed, client.privacy.pay(round, agreed)
 
     def _packed(
         self, update: Weights, lost: Weights, seed: int, frozen: Sequence[ParameterGroup]
@@ -195,6 +215,38 @@ class Trainer:
             held_out=score.examples if score else 0,
             held_out_loss=score.loss if score else None,
             held_out_accuracy=score.accuracy if score else None,
+        )
+
+    def _private_report(
+        self, client: ClientData, round: int, fit: PrivateFit, norm_G: Tensor, paid: dict[str, float]
+    ) -> Statistics:
+        """All that follows from noised weights and the noised number of examples, and the loads if they are asked for.
+
+        Nothing else is sent: each example counts as one token, experts are equally probable, and the loss is 0.
+        """
+        options, layout = self.config.statistics, self.moe.layout
+        cells = (layout.layers, layout.experts)
+        shapes = asked_shapes(layout, frozenset(), options.centroid_width, options.update_width)
+        tensors: dict[str, Any] = {
+            name: torch.zeros(shape, dtype=getattr(torch, dtype))
+            for name, (shape, dtype) in shapes.items()
+            if not name.endswith("_G")
+        }
+        told = fit.terms.examples
+        with self.moe.sending_to(client.limits.top_k):
+            load_L_E = fit.loads() if self.config.sends_loads else torch.zeros(cells)
+        return Statistics(
+            client=client.name,
+            round=round,
+            examples=told,
+            tokens=told,
+            steps=fit.steps,
+            learning_rate=self.config.training.learning_rate,
+            loss=0.0,
+            norm_G=norm_G,
+            **tensors | {"prob_L_E": torch.full(cells, 1 / layout.experts), "load_L_E": load_L_E},
+            frozen=client.consent.frozen(layout),
+            metrics=paid,
         )
 
     def evaluate(self, client: ClientData, received: Weights, round: int) -> Evaluation | None:

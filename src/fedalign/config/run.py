@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from fedalign.algorithms import ALGORITHMS, make, offered, options, spans_rounds
 from fedalign.errors import UserError
-from fedalign.protocol import KEEPS_ALL, SKETCHES, Algorithm, Ask, Robust, ServerOptimizer, WireDtype
+from fedalign.protocol import KEEPS_ALL, SKETCHES, TELLING, Algorithm, Ask, Robust, ServerOptimizer, WireDtype
 
 T = TypeVar("T")
 
@@ -511,6 +511,41 @@ class ServerConfig(Section):
         return 4 * values > self.memory_gb * 1e9
 
 
+NOISED: Mapping[str, bool] = {"fedavg": False, "fedprox": False, "by_use": True}  # what noise can meet; reads loads
+
+
+class PrivacyConfig(Section):
+    """Differential privacy of each example at a site: noise on all that leaves it. Off without epsilon and noise.
+
+    Needs the extra `privacy`; see docs/privacy.md.
+    """
+
+    epsilon: float | None = key(None, "of the whole run, at each site; the noise follows", gt=0, le=100, examples=[4.0])
+    noise_multiplier: float | None = key(
+        None, "or the noise of a step, in lengths of max_grad_norm", ge=0.3, le=1e4, examples=[1.0]
+    )
+    delta: float = key(1e-5, "chance that epsilon does not hold; below 1 / examples of every site", gt=0, lt=1)
+    max_grad_norm: float = key(1.0, "an example's gradient is cut to it, in place of training.max_grad_norm", gt=0)
+    loads_noise: float = key(30.0, "by_use: noise of experts' loads, in shares of an example", ge=1, le=1e6)
+    seed: Count | None = key(
+        None, "in_process, for studies: noise that can be repeated, and so protects nobody", examples=[0]
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether there is any noise."""
+        return self.epsilon is not None or self.noise_multiplier is not None
+
+    @property
+    def told(self) -> str:
+        """The noise, for the first lines of a run."""
+        much = f"epsilon {self.epsilon:g}" if self.epsilon is not None else f"noise of {self.noise_multiplier:g} a step"
+        told = f"noise at each client hides any single example: {much}, delta {self.delta:g}"
+        if self.seed is None:
+            return told
+        return f"{told}; but privacy.seed = {self.seed} is known, so it is a study and protects nobody"
+
+
 class EvaluationConfig(Section):
     """On the global test set and on each client's own held-out part."""
 
@@ -576,6 +611,7 @@ class Config(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     wire: WireConfig = WireConfig()
     server: ServerConfig = ServerConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     federation: FederationConfig = FederationConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -584,6 +620,7 @@ class Config(Section):
     def _check(self) -> Config:
         self._check_tuning()
         self._check_engine()
+        self._check_privacy()
         share = self.data.validation
         if self.evaluation.part == "validation" and not share:
             raise UserError(
@@ -620,6 +657,57 @@ class Config(Section):
             return f"a site counts for {bound}"
         kept = ", for which every update of a round stays in memory" if self.robust in KEEPS_ALL else ""
         return f"{self.robust} of what sites send{kept}, each {bound}"
+
+    @property
+    def sends_loads(self) -> bool:
+        """Whether a site tells which experts its tokens go to; with noise only if the algorithm reads it."""
+        return not self.privacy.on or NOISED.get(self.algorithm.name, False)
+
+    def _check_privacy(self) -> None:
+        """Refuse what would leave a site without noise, or couples its examples."""
+        privacy, name = self.privacy, self.algorithm.name
+        if not privacy.on:
+            if privacy.seed is not None:
+                raise UserError(
+                    f"privacy.seed = {privacy.seed}: there is no noise. Give privacy.epsilon, or leave it out."
+                )
+            return
+        if privacy.epsilon is not None and privacy.noise_multiplier is not None:
+            raise UserError(
+                f"privacy.noise_multiplier = {privacy.noise_multiplier}: privacy.epsilon = {privacy.epsilon} decides "
+                "the noise. Leave one of them out."
+            )
+        if privacy.seed is not None and self.federation.engine != "in_process":
+            raise UserError(
+                f"privacy.seed = {privacy.seed}: sites draw their noise themselves. Leave it out, or choose "
+                'federation.engine = "in_process".'
+            )
+        if name not in NOISED:
+            raise UserError(
+                f'algorithm.name = "{name}": with [privacy] its statistics would need noise of their own. Choose one '
+                f"of: {', '.join(NOISED)}."
+            )
+        if self.asks:
+            wants = f"{name} asks for {', '.join(sorted(self.asks))}"
+            remedy = 'algorithm.vocabulary = "average"' if self.asks <= TELLING else "another algorithm or option"
+            raise UserError(f"[privacy]: {wants}, which has no noise. Choose {remedy}.")
+        if self.evaluation.clients:
+            raise UserError(
+                "evaluation.clients = true: with [privacy] sites send no scores. Choose false, and give a test set "
+                "(data.test) to see how the model does."
+            )
+        if self.tuning.kind == "qlora":
+            raise UserError(
+                'tuning.kind = "qlora": not with [privacy]. Choose one of: full, moe, experts, router, lora.'
+            )
+        if self.run.device == "split":
+            raise UserError('run.device = "split": not with [privacy]. Choose one GPU, or cpu.')
+        for client, limits in self.clients.limits.items():
+            if limits.max_experts:
+                raise UserError(
+                    f"clients.limits.{client}.max_experts = {limits.max_experts}: which experts they are would tell of "
+                    "its data. With [privacy] choose 0."
+                )
 
     def _check_engine(self) -> None:
         """Refuse settings that cannot be asked of sites."""

@@ -160,6 +160,16 @@ class SiteConsent(Section):
         )
 
 
+class SitePrivacy(Section):
+    """A budget of example-level differential privacy over all runs, counted in privacy.jsonl beside this file.
+
+    With one, this site takes part only in runs with [privacy], and in none that overspends it; see docs/privacy.md.
+    """
+
+    epsilon_total: float | None = key(None, "that all runs together may spend, for ever", gt=0, examples=[8.0])
+    delta: float = key(1e-5, "chance that it does not hold", gt=0, lt=1)
+
+
 class SiteLink(Section):
     """How this site reaches it."""
 
@@ -176,6 +186,7 @@ class SiteConfig(Section):
     model: SiteModel = SiteModel()
     limits: SiteLimits = SiteLimits()
     consent: SiteConsent = SiteConsent()
+    privacy: SitePrivacy = SitePrivacy()
     coordinator: SiteLink = SiteLink()
 
     def to_toml(self) -> str:
@@ -291,6 +302,20 @@ class SiteFolder:
         limits, data = self.config.limits, config.data
         if self.config.model.path is None and not is_hub_id(config.model.path):
             raise UserError(NO_MODEL)
+        if self.config.privacy.epsilon_total is not None and not config.privacy.on:
+            raise UserError(
+                "[privacy]: this site takes part only in runs with example-level differential privacy. Give "
+                "privacy.epsilon or privacy.noise_multiplier."
+            )
+        if config.privacy.on and limits.device == "split":
+            raise UserError(
+                "[privacy]: this site spreads layers over GPUs (limits.device), which noise is not made for."
+            )
+        if config.privacy.on and limits.max_experts:
+            raise UserError(
+                "[privacy]: this site trains only the experts that its data uses most (limits.max_experts in its "
+                "site.toml), and which they are would tell of it. It has to set 0."
+            )
         if config.training.epochs > limits.epochs:
             raise UserError(
                 f"training.epochs = {config.training.epochs}: this site trains at most {limits.epochs} epochs a round."

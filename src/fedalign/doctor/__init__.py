@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedalign.client.spent import Ledger
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
 from fedalign.config.site import SiteFolder
@@ -23,6 +24,7 @@ from fedalign.doctor.machine import (
     memory_checks,
 )
 from fedalign.doctor.model import check_model, check_time, check_traffic, check_weights, measured
+from fedalign.doctor.privacy import ASSUMED, check_privacy
 from fedalign.doctor.report import Examination
 from fedalign.doctor.what_leaves import tokens_told
 from fedalign.files import KEPT_ROUNDS
@@ -77,6 +79,12 @@ def _examine_training(
     expected, config = estimate_site(bench, folder.consent), bench.config
     fits = bool(examples) and check_lengths(found, bench, examples)
     client = check_parts(found, bench, asked, folder) if fits else None
+    if client is not None:
+        frozen = sum(bench.moe.layout.sizes[group] for group in folder.consent.frozen(bench.moe.layout))
+        budget = folder.config.privacy
+        ledger = Ledger(folder.path, budget.epsilon_total, budget.delta)
+        trained = parameter_counts(bench)[1] - frozen
+        check_privacy(found, config, client.examples, trained, asked.federation.min_sites, ledger)
     check_traffic(found, expected)
     found.add("tokens", "ok", tokens_told(bench.moe.layout, config, folder.consent))
     check_disk(found, folder.path, expected.disk, "kept rounds")
@@ -123,6 +131,8 @@ def examine_coordinator(config: Config, out: Path) -> Examination:
         check_cores(found, config)
     if bench is not None:
         total, trained = parameter_counts(bench)
+        sites = config.clients.count if options.engine != "flower" else options.min_sites
+        check_privacy(found, config, ASSUMED, trained, sites)
         needed = 4 * (trained * (KEPT_ROUNDS + 1) + 2 * total)
         check_disk(found, existing(out), needed, "checkpoints and two models")
     return found

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedalign.client.spent import PAID
 from fedalign.config.run import Config
 from fedalign.federation.messages import Parcel, encode
 from fedalign.maths.rounding import TORCH_DTYPE, packed_nbytes, scales, stored
@@ -91,6 +92,14 @@ TELLS: dict[type[Leaving], str] = {
     Evaluation: f"{SCORE[0].upper()}{SCORE[1:]}",
     Failure: "A sentence that never quotes the data and names no folder of the site; it may name a setting.",
 }
+NOISED: dict[type[Leaving], str] = {
+    Hello: "How many examples there are, with noise; nothing of what is in them, and nothing is held out.",
+    Statistics: "What follows from noised weights, and the number of examples with noise. Experts' loads are told with "
+    "noise where the algorithm reads them. Loss, mean routing, tokens, scores and seconds are not: what stands there "
+    "is the same whatever the data is.",
+    Piece: "Noise hides each single example in it. What many examples have in common still shows.",
+    Evaluation: "Not sent: no score has noise.",
+}
 MEANINGS: dict[type[Leaving], dict[str, str]] = {
     Hello: {
         "client": "the site's name",
@@ -137,7 +146,7 @@ MEANINGS: dict[type[Leaving], dict[str, str]] = {
         "token_count_M_V": "how often it met each token of the vocabulary",
         "token_met_M_B": "whether it met each token of the vocabulary",
         "frozen": "what its limits, or want of consent, kept it from training",
-        "metrics": "seconds of training",
+        "metrics": "seconds of training; in a private run what it cost so far, and its noise",
         "held_out": "how many examples the received weights were scored on, if that was asked for",
         "held_out_loss": "mean loss on them",
         "held_out_accuracy": "share of right answers",
@@ -191,7 +200,11 @@ def what_leaves(name: str, moe: MoEModel, config: Config, consent: Consent = DEA
     """Every message that a site called `name` may send when it trains this model; a skeleton of it is enough."""
     limits = config.statistics
     withheld = WITHHELD.format(tokens=limits.min_tokens, examples=limits.min_examples)
-    return [_sent(message, withheld) for message in empty_messages(name, moe, config, consent)]
+    every = [_sent(message, withheld) for message in empty_messages(name, moe, config, consent)]
+    if not config.privacy.on:
+        return every
+    tells = {kind.__name__: told for kind, told in NOISED.items()}
+    return [dataclasses.replace(sent, tells=tells.get(sent.name, sent.tells)) for sent in every]
 
 
 def tokens_told(layout: Layout, config: Config, consent: Consent, *, if_it_consents: bool = False) -> str:
@@ -242,7 +255,8 @@ def _statistics(name: str, layout: Layout, config: Config, consent: Consent) -> 
     fields |= dict.fromkeys(("learning_rate", "loss", "held_out_loss", "held_out_accuracy"), MEAN)
     fields |= dict.fromkeys(("examples", "tokens", "steps", "held_out"), NUMBER)
     fields |= {field: _empty(*shape, dtype=getattr(torch, dtype)) for field, (shape, dtype) in shapes.items()}
-    return Statistics(**fields, frozen=consent.frozen(layout), metrics={"train_seconds": MEAN})
+    metrics = PAID if config.privacy.on else ("train_seconds",)
+    return Statistics(**fields, frozen=consent.frozen(layout), metrics=dict.fromkeys(metrics, MEAN))
 
 
 def _groups(sizes: Mapping[ParameterGroup, int], dtype: WireDtype) -> dict[ParameterGroup, Packed]:

@@ -282,6 +282,7 @@ def training_rows(trained: Trained) -> list[tuple[str, str]]:
         ("split among clients", _split(config)),
         ("clients a round", f"{100 * config.clients.sample:g} % of them"),
         ("tuning", _tuning(config)),
+        ("privacy", privacy_told(trained.config, trained.history)),
         (
             "local training",
             f"epochs a round: {training.epochs}; {training.optimizer}, learning rate {training.learning_rate:g}, "
@@ -298,6 +299,21 @@ def training_rows(trained: Trained) -> list[tuple[str, str]]:
 def _split(config: Config) -> str:
     at_sites = config.federation.engine == "flower"
     return PARTITIONS["files" if at_sites else config.clients.partition].format(**config.clients.model_dump())
+
+
+def privacy_told(config: Config, history: Sequence[Metrics]) -> str:
+    """The promise of a run to any single example, and its limits; empty: there is none."""
+    spent = [value for line in history for value in line.get("privacy_epsilons", {}).values()]
+    if not config.privacy.on or not spent:
+        return ""
+    if config.privacy.seed is not None:
+        return "noise from a seed that is written down: a study, which protects nobody"
+    return (
+        f"({max(spent):.3g}, {config.privacy.delta:g})-differential privacy of one example at one site, against "
+        "whoever sees all that left it: Poisson sampling, each example's gradient cut to "
+        f"{config.privacy.max_grad_norm:g}, noise at the site. Not covered: other runs on the same data, the choice of "
+        "settings by their results, examples of the same person, and what the test set told"
+    )
 
 
 def _listed(options: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedalign.algorithms import ABLATION
 from fedalign.compare.plan import Design, Point, point_title
@@ -58,7 +59,23 @@ def verdicts(material: Material) -> list[str]:
         scored = "No score: these runs have no test set, and no client's held-out rows were scored."
         return [scored if any(run.finished for run in material.runs) else "No round is scored yet."]
     said = [_verdict(design, runs, columns[0], point) for point in design.points]
-    return [sentence for sentence in said if sentence]
+    return [sentence for sentence in (*said, privacy_spent(runs)) if sentence]
+
+
+def privacy_spent(runs: Sequence[Finished]) -> str:
+    """A sentence on private runs: the most that one of them cost an example; empty: there is none."""
+    costs = [(cost, line["privacy_delta"]) for run in runs for line in run.history for cost in _epsilons(line)]
+    if not costs:
+        return ""
+    most, delta = max(costs)
+    return (
+        f"Runs with noise: epsilon up to {most:.3g} at delta {delta:g} for an example at one site and one run, by "
+        "Poisson sampling; runs on the same data add up, and the choice among them is not covered."
+    )
+
+
+def _epsilons(line: Mapping[str, Any]) -> list[float]:
+    return list(line.get("privacy_epsilons", {}).values())
 
 
 def _verdict(design: Design, runs: Sequence[Finished], column: Column, point: Point) -> str:

@@ -206,7 +206,7 @@ class Server:
         traffic.take(self.federation.moved(number))
         metrics = {
             **self._tested(number, weights),
-            **describe_training(reports),
+            **describe_training(reports, self.config.privacy.on),
             **describe_plan(plan, self.layout, traffic, len(total.unchanged(share))),
             "clients": [report.client for report in reports],
             "failures": self._named(failures),

@@ -159,9 +159,13 @@ def describe_clients(replies: Sequence[Evaluation], *, all_asked: bool) -> Metri
     return metrics
 
 
-def describe_training(reports: Sequence[Statistics]) -> Metrics:
-    """Metrics of a round's training, from the statistics."""
+def describe_training(reports: Sequence[Statistics], private: bool = False) -> Metrics:
+    """Metrics of a round's training, from the statistics; of a private run what it has cost each client so far."""
     examples = sum(report.examples for report in reports)
+    if private:  # no site tells its loss, its routing, or how long it took
+        epsilons = {r.client: r.metrics["privacy_epsilon"] for r in reports if "privacy_epsilon" in r.metrics}
+        deltas = [report.metrics.get("privacy_delta", 1.0) for report in reports]
+        return {"train_examples": examples, "privacy_epsilons": epsilons, "privacy_delta": max(deltas)}
     return {
         "train_loss_nats": sum(report.loss * report.examples for report in reports) / examples,
         "train_examples": examples,

@@ -1,0 +1,206 @@
+"""DP-SGD: steps whose gradient hides any single example (Abadi et al. 2016, arXiv 1607.00133).
+
+    g ← (Σ_{x in a Poisson sample} g_x · min(1, C / ‖g_x‖) + σ·C·N(0, 1)) / B        B: examples of a step on average
+
+Each example runs forward and backward by itself, so its gradient over all trained parameters is exact for every family
+and way of tuning, and no example changes what another does: capacity and balancing losses are those of one example.
+What leaves otherwise follows from the noised weights, from the noised number of examples, or is the noised loads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from fedalign import parallel
+from fedalign.client.accountant import Terms
+from fedalign.client.fit import LocalFit, make_autocast
+from fedalign.client.forward import answer_logits
+from fedalign.client.spent import Secret
+from fedalign.data.batches import Batch, batches
+from fedalign.data.encode import Encoded
+from fedalign.errors import TrainingFailedError, UserError
+from fedalign.moe.probe import RoutingProbe, balancing_loss
+from fedalign.protocol import Step
+
+SLACK = 1e-5  # relative, of a float32 norm
+
+
+class PrivateFit(LocalFit):
+    """The local steps of one client in one round, with noise.
+
+    `agree` comes before `run`.
+    """
+
+    terms: Terms
+    secret: Secret
+    clip: float
+
+    def agree(self, terms: Terms, secret: Secret, clip: float) -> None:
+        """Take the terms of the round.
+
+        Raises:
+            UserError: The model couples examples, or several processes would train it together.
+        """
+        if parallel.world() > 1:
+            raise UserError("torchrun: not with [privacy]. Leave torchrun out.")
+        for name, module in self.moe.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                raise UserError(f"{name}: its batch statistics couple examples, which [privacy] cannot have.")
+        self.terms, self.secret, self.clip = terms, secret, clip
+        self.every = by_example(self.client.train)
+        self.autocast = make_autocast(self.moe.device, self.options.precision)
+
+    def run(self) -> None:
+        """All local steps; how many they are does not depend on the sample."""
+        if 0 < self.client.most_steps < self.terms.steps:
+            raise TrainingFailedError(
+                f"a round would take {self.terms.steps} steps, more than {self.client.most_steps} (limits.steps)"
+            )
+        self.moe.model.train()
+        schedule = self._schedule()
+        with RoutingProbe(self.moe) as probe:
+            for step in range(self.terms.steps):
+                self._noisy_step(step, probe)
+                schedule.step()
+        self.moe.model.zero_grad(set_to_none=True)
+
+    def _schedule(self) -> Any:
+        name = "constant_with_warmup" if self.options.schedule == "constant" else self.options.schedule
+        return get_scheduler(name, self.optimizer, self.options.warmup_steps, self.terms.steps)
+
+    def _noisy_step(self, step: int, probe: RoutingProbe) -> None:
+        """One optimizer step; an empty sample is one of noise alone."""
+        sums = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
+        for example in self._sample(step):
+            self._backward(example, probe)
+            add_clipped(sums, [p.grad for p in self.parameters], self.clip)
+        self._add_noise(sums, step)
+        self._clear()
+        # without any routing to look at, it is of the weights alone and needs no noise
+        penalty = self.algorithm.penalty(Step((), self._drift, self.state, None))
+        if penalty is not None:
+            penalty.backward()
+        for parameter, stepped, total in zip(self.parameters, self.stepped, sums, strict=True):
+            total.div_(self.terms.batch)
+            if parameter.grad is not None:
+                total.add_(parameter.grad)
+            stepped.grad = total
+        with self._holding_still(self.frozen_L_E):
+            self.optimizer.step()
+        with torch.no_grad():
+            for parameter, master in self.masters.items():
+                parameter.copy_(master)
+        self.steps += 1
+
+    def _sample(self, step: int) -> Iterator[Sequence[Encoded]]:
+        """Each example with the same chance, whatever becomes of the others."""
+        drawn = torch.rand(len(self.every), generator=self._generator("sample", step), dtype=torch.float64)
+        for index in (drawn < self.terms.rate).nonzero().flatten().tolist():
+            yield self.every[index]
+
+    def _backward(self, example: Sequence[Encoded], probe: RoutingProbe) -> None:
+        """The gradient of one example's mean loss an answer token, and of its own balancing loss."""
+        self._clear()
+        answer_tokens = sum(batch.answer_tokens for batch in self._parts(example))
+        for batch in self._parts(example):
+            here = batch.to(self.moe.device)
+            with probe.capture(*here.masks()) as captured, self.autocast():
+                loss = answer_logits(self.moe, here).nll_N.sum() / answer_tokens
+            if self.options.balance_coefficient:
+                share = batch.answer_tokens / answer_tokens * self.options.balance_coefficient
+                loss = loss + share * balancing_loss(captured.routing, self.moe.experts)
+            loss.backward()
+
+    def _parts(self, example: Sequence[Encoded]) -> Iterator[Batch]:
+        options, equal = self.options, self.moe.equal_lengths
+        return batches(example, options.batch_tokens, options.batch_examples, equal_lengths=equal)
+
+    def _add_noise(self, sums: Sequence[Tensor], step: int) -> None:
+        for number, total in enumerate(sums):
+            generator = self._generator("noise", step, number, device=total.device)
+            noise = torch.randn(total.shape, generator=generator, device=total.device)
+            total.add_(noise, alpha=self.terms.noise * self.clip)
+
+    def _clear(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _generator(self, *place: object, device: torch.device | str = "cpu") -> torch.Generator:
+        return torch.Generator(device).manual_seed(self.secret.draw(self.seed, *place))
+
+    @torch.no_grad()
+    def loads(self) -> Tensor:
+        """Of how many examples each expert has the tokens, [L, E], with noise; a layer's sum is what was told.
+
+        An example's share of a layer sums to one, and the whole of it is no longer than `most`.
+        """
+        noise = self.terms.loads_noise
+        assert noise is not None
+        most = longest_share(self.moe.layout.top_k_L, self.moe.layout.layers)
+        self.moe.model.eval()
+        total_L_E = torch.zeros(self.frozen_L_E.shape, dtype=torch.float64)
+        with RoutingProbe(self.moe) as probe:
+            for example in self.every:
+                load_L_E = torch.zeros_like(total_L_E)
+                for batch in self._parts(example):
+                    here = batch.to(self.moe.device)
+                    with probe.capture(*here.masks()) as captured, self.autocast():
+                        answer_logits(self.moe, here)
+                    load_L_E += torch.cat([stack.load_M_E for stack in captured.stacks]).cpu()
+                share_L_E = load_L_E / load_L_E.sum(1, keepdim=True).clamp_min(1)
+                total_L_E += share_L_E * min(1.0, most / max(float(share_L_E.norm()), most))
+        drawn_L_E = torch.randn(total_L_E.shape, generator=self._generator("loads"), dtype=torch.float64)
+        return possible(total_L_E + noise * most * drawn_L_E, self.terms.examples)
+
+
+def by_example(every: Sequence[Encoded]) -> list[list[Encoded]]:
+    """Sequences of the same example together: the unit that is protected."""
+    order = sorted(every, key=lambda one: one.example)
+    return [list(group) for _, group in groupby(order, key=lambda one: one.example)]
+
+
+def add_clipped(sums: Sequence[Tensor], gradients: Sequence[Tensor | None], most: float) -> float:
+    """Add a gradient, at most `most` long over all parameters, to sums; its length before.
+
+    One that is not finite adds nothing: that it was dropped is nobody else's business.
+    """
+    there = [(total, gradient) for total, gradient in zip(sums, gradients, strict=True) if gradient is not None]
+    if not there:
+        return 0.0
+    first = there[0][0].device
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32).to(first) for _, gradient in there]
+    norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+    if not math.isfinite(norm):
+        return norm
+    scale = min(1.0, most / (norm * (1 + SLACK))) if norm else 1.0
+    for total, gradient in there:
+        total.add_(gradient, alpha=scale)
+    return norm
+
+
+def longest_share(top_k_L: Sequence[int], layers: int) -> float:
+    """Euclidean length that one example's shares of all loads can have: of K experts a token, each has 1 / K at most.
+
+    >>> longest_share((2, 2), 2), longest_share((), 4)
+    (1.0, 2.0)
+    """
+    return math.sqrt(sum(1 / top_k for top_k in top_k_L) if top_k_L else layers)
+
+
+def possible(noisy_L_E: Tensor, examples: int) -> Tensor:
+    """Noisy loads as they could be: none is negative, and a layer's sum is the number of examples; float32.
+
+    >>> possible(torch.tensor([[3.0, -1.0, 1.0], [-1.0, -2.0, -3.0]]), 8)
+    tensor([[6., 0., 2.],
+            [0., 0., 0.]])
+    """
+    positive_L_E = noisy_L_E.clamp_min(0)
+    total_L_1 = positive_L_E.sum(1, keepdim=True)
+    return (positive_L_E * examples / total_L_1.where(total_L_1 > 0, torch.ones_like(total_L_1))).float()

@@ -1,0 +1,101 @@
+"""What noise costs, held against another library's accountant and against what is known in closed form."""
+
+import math
+from statistics import NormalDist
+
+import pytest
+from opacus.accountants import PRVAccountant
+
+from fedalign.client.accountant import COUNT, LEAST_NOISE, SPENT, Release, Terms, epsilon, fitting, terms
+from fedalign.config.run import Config
+from fedalign.config.toml import load_config
+from fedalign.errors import UserError
+
+PRIVATE = ["algorithm.name=fedavg", "evaluation.clients=false"]
+
+
+def config(*overrides: str) -> Config:
+    return load_config(None, [*PRIVATE, *overrides])
+
+
+@pytest.mark.filterwarnings("ignore:Optimal order is the largest")  # of a first guess by another method
+@pytest.mark.parametrize("delta", [1e-5, 1e-6])
+@pytest.mark.parametrize(
+    ("noise", "rate", "times"),
+    [(0.7, 0.01, 200), (1.0, 0.01, 1000), (1.0, 0.1, 100), (1.5, 0.02, 2000), (4.0, 0.2, 300), (3.0, 0.5, 40)],
+)
+def test_epsilon_is_that_of_another_accountant_within_a_percent(
+    noise: float, rate: float, times: int, delta: float
+) -> None:
+    other = PRVAccountant()
+    other.history = [(noise, rate, times)]
+    mine = epsilon([Release(noise, rate, times)], delta)
+    theirs = other.get_epsilon(delta, eps_error=0.002 * mine)
+    assert mine == pytest.approx(theirs, rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:Optimal order is the largest")  # as above
+def test_releases_of_different_runs_compose() -> None:
+    other = PRVAccountant()
+    other.history = [(1.0, 0.02, 300), (2.0, 0.1, 50), (20.0, 0.5, 4)]
+    mine = epsilon(
+        [Release(1.0, 0.02, 100), Release(2.0, 0.1, 50), Release(20.0, 0.5, 4), Release(1.0, 0.02, 200)], 1e-5
+    )
+    assert mine == pytest.approx(other.get_epsilon(1e-5, eps_error=0.002 * mine), rel=0.01)
+
+
+@pytest.mark.parametrize(("noise", "times"), [(0.8, 1), (2.0, 1), (20.0, 1), (10.0, 25)])
+def test_gaussians_cost_what_their_formula_says(noise: float, times: int) -> None:
+    """Balle and Wang 2018, arXiv 1805.06530, theorem 8; so many are as one of less noise."""
+    found = epsilon([Release(noise, times=times)], 1e-5)
+    normal, mu = NormalDist().cdf, math.sqrt(times) / noise
+    delta = normal(mu / 2 - found / mu) - math.exp(found) * normal(-mu / 2 - found / mu)
+    assert delta == pytest.approx(1e-5, rel=0.02)
+
+
+def test_nothing_released_costs_nothing() -> None:
+    assert epsilon([], 1e-5) == 0
+
+
+@pytest.mark.parametrize(("most", "examples"), [(1.0, 100), (4.0, 1000)])
+def test_the_noise_that_fits_spends_nearly_all_and_no_more(most: float, examples: int) -> None:
+    found = terms(config(f"privacy.epsilon={most}"), examples)
+    assert SPENT * most * 0.95 <= found.epsilon <= most
+    assert found.rate == 16 / examples
+    assert found.steps == math.ceil(examples / 16)
+
+
+def test_a_noise_that_is_given_is_used() -> None:
+    found = terms(config("privacy.noise_multiplier=2.5", "training.accumulate=4"), 10)
+    assert found == Terms(10, 1.0, 1, 2.5, 64, None, 10, 1e-5)
+
+
+def test_loads_are_counted_where_they_leave() -> None:
+    mine = config("algorithm.name=by_use", "algorithm.vocabulary=average", "privacy.noise_multiplier=1")
+    with_loads, without = terms(mine, 500), terms(config("privacy.noise_multiplier=1"), 500)
+    assert with_loads.round == (*without.round, Release(30.0))
+    assert with_loads.epsilon > without.epsilon
+
+
+def test_an_epsilon_that_nothing_keeps_is_refused() -> None:
+    with pytest.raises(UserError, match=r"privacy.epsilon = 0.01: the number of examples and the loads alone cost"):
+        terms(config("privacy.epsilon=0.01"), 1000)
+
+
+def test_a_delta_of_more_than_one_example_is_refused() -> None:
+    with pytest.raises(UserError, match=r"privacy.delta = 0.01: must be below 1 / examples, and a site tells of 200"):
+        terms(config("privacy.epsilon=2", "privacy.delta=0.01"), 200)
+
+
+def test_smaller_epsilons_take_more_noise() -> None:
+    small, large = (fitting((COUNT,), 0.05, 100, most, 1e-5) for most in (1.0, 4.0))
+    assert small > large > 0
+
+
+def test_a_run_that_nobody_could_count_is_refused() -> None:
+    with pytest.raises(UserError, match=r"run.rounds = 1000000: with \[privacy\] a run has at most 1,000,000 steps"):
+        terms(config("privacy.epsilon=2", "run.rounds=1000000"), 100)
+
+
+def test_noise_is_never_less_than_can_be_counted_quickly() -> None:
+    assert fitting((COUNT,), 1.0, 1, 100.0, 1e-5) == LEAST_NOISE

@@ -1,0 +1,62 @@
+"""Whole private runs in one process: their files, their report and their card say what they cost."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedalign.client.spent import Ledger
+from tests.conftest import Command
+
+PRIVATE = ["evaluation.clients=false", "privacy.noise_multiplier=1.0", "training.epochs=1", "run.rounds=2"]
+
+
+def begin(fedalign: Command, folder: Path, settings: list[str], *more: str) -> tuple[int, str, str]:
+    given = [part for setting in [*settings, *PRIVATE, *more] for part in ("--set", setting)]
+    return fedalign("run", "demo", "--out", folder, *given)
+
+
+@pytest.mark.parametrize(
+    "more", [["algorithm.name=fedavg"], ["algorithm.name=by_use", "algorithm.vocabulary=average", "tuning.kind=lora"]]
+)
+def test_a_private_run(fedalign: Command, settings: list[str], tmp_path: Path, more: list[str]) -> None:
+    code, out, err = begin(fedalign, tmp_path / "run", settings, *more)
+    assert code == 0, err
+    assert "noise at each client hides any single example: noise of 1 a step, delta 1e-05" in out
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    first, last = (line["privacy_epsilons"] for line in lines[1:])
+    assert all(last[name] > first[name] > 0 for name in last)
+    assert "train_loss_nats" not in lines[-1]
+    assert "routing_divergence_nats" not in lines[-1]
+    ledgers = sorted((tmp_path / "run" / "clients").glob("*/privacy.jsonl"))
+    assert len(ledgers) == 3
+    kinds = ["training", "loads"] if "algorithm.name=by_use" in more else ["training"]
+    assert [line.kind for line in Ledger(ledgers[0].parent).lines()] == ["count", *kinds, *kinds]
+    card, page = tmp_path / "exported", tmp_path / "report.html"
+    code, _, err = fedalign("export", tmp_path / "run", "--to", card)
+    assert code == 0, err
+    told = f"({max(last.values()):.3g}, 1e-05)-differential privacy of one example at one site"
+    assert told in (card / "README.md").read_text()
+    code, _, err = fedalign("report", tmp_path / "run", "--out", page)
+    assert code == 0, err
+    assert f"Runs with noise: epsilon up to {max(last.values()):.3g} at delta 1e-05" in page.read_text()
+
+
+def test_without_noise_nothing_says_so(fedalign: Command, settings: list[str], tmp_path: Path) -> None:
+    given = [part for setting in [*settings, "run.rounds=1"] for part in ("--set", setting)]
+    code, out, err = fedalign("run", "demo", "--out", tmp_path / "run", *given)
+    assert code == 0, err
+    assert "noise at" not in out
+    assert not list((tmp_path / "run").rglob("privacy.jsonl"))
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert not any(name.startswith("privacy") for name in last)
+
+
+def test_a_fixed_seed_is_a_study(fedalign: Command, settings: list[str], tmp_path: Path) -> None:
+    models = []
+    for name in ("one", "two"):
+        code, out, err = begin(fedalign, tmp_path / name, settings, "algorithm.name=fedavg", "privacy.seed=3")
+        assert code == 0, err
+        assert "it is a study and protects nobody" in out
+        models.append(next((tmp_path / name / "model").glob("*.safetensors")).read_bytes())
+    assert models[0] == models[1]
