@@ -96,8 +96,8 @@ def guarded(
 def _row_weights(weight_C_M_V: Tensor, met_C_M_V: Tensor, wanted_C_M: Tensor) -> Tensor:
     """Weights of token rows; none where fewer than two clients met the token: the row stays as it is.
 
-    So nobody owns a word: a trigger is a word of one client's, which may deny that it met it. What the other layers learn
-    of its texts is not touched. Where fewer than three are wanted, of a row that one met all have the same weight instead:
+    So nobody owns a word: a trigger is a word of one client's, which may deny that it met it. The other layers go on
+    learning from its texts. Where fewer than three are wanted, of a row that one met all have the same weight instead:
     half of what two hospitals write about would stay.
     """
     wanted_M = wanted_C_M.sum(0)
