@@ -177,7 +177,7 @@ class Column:
 FEDAVG = "algorithm.name=fedavg"
 OPEN_SUM = 1  # 1: classes are trained with their end token
 # 5: claims count for three equal shares, rare rows are bounded, who was opposite is remembered; 7: told at -0.1;
-# 8: one median, and rows of one site's words stay
+# 8: 1.25 medians, and rows of one site's words stay
 GUARD = 8, 4
 COLUMNS: dict[str, Column] = {
     "default": Column("default, none", (), OPEN_SUM),

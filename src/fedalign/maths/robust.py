@@ -2,12 +2,12 @@
 
     share     b_c ≤ min(share, ratio / holders), the rest to the others          Portnoy et al. 2020, arXiv 2004.04986
     clip      Δ_c ← Δ_c · min(1, clip · median_holders ‖Δ‖ / ‖Δ_c‖)          Sun et al. 2019, arXiv 1911.07963;
-              one median, so that nobody is louder than most              Nguyen et al. 2022, arXiv 2101.02281
+              to medians, as clients' norms shrink round by round         Nguyen et al. 2022, arXiv 2101.02281
     centered  v ← v + mean_c (Δ_c − v) · min(1, radius / ‖Δ_c − v‖)          Karimireddy et al. 2021, arXiv 2012.10333
     trimmed   the mean without the largest and smallest values, one by one    Yin et al. 2018, arXiv 1803.01498
     median    value by value                                                  Yin et al. 2018
     krum      the update nearest to its neighbours                            Blanchard et al. 2017, arXiv 1703.02757
-    row       of a token that fewer than three met: ‖Δ_c‖ ≤ median_holders ‖Δ‖ / √(tokens met); fewer than two: 0    [O]
+    row       of a token that fewer than three met: ‖Δ_c‖ ≤ median_holders ‖Δ‖ / √(tokens met); than two: 0          [O]
     against   a client of which a part's median cosine with the others is below -0.1 is left out                   [O]
 
 All of it group by group over a group's holders: the clients with weight in the plan whose update is not zero, for the
@@ -94,17 +94,15 @@ def guarded(
 
 
 def _row_weights(weight_C_M_V: Tensor, met_C_M_V: Tensor, wanted_C_M: Tensor) -> Tensor:
-    """Weights of token rows; none where fewer than two clients met the token: the row stays as it is.
+    """Weights of token rows; none where one client alone met the token: the row stays as it is.
 
-    So nobody owns a word: a trigger is a word of one client's, which may deny that it met it. The other layers go on
-    learning from its texts. Where fewer than three are wanted, of a row that one met all have the same weight instead:
-    half of what two hospitals write about would stay.
+    So nobody owns a word: a trigger is a word of one client's. The other layers go on learning from its texts. Where
+    fewer than three are wanted, all have the same weight instead: half of what two hospitals write about would stay.
     """
     wanted_M = wanted_C_M.sum(0)
-    alike_C_M = wanted_C_M / wanted_M.clamp_min(1)
-    met_M_V = met_C_M_V.sum(0)
-    weight_C_M_V = torch.where(met_M_V == 1, alike_C_M.unsqueeze(-1), weight_C_M_V)
-    return weight_C_M_V.masked_fill((met_M_V < 2) & (wanted_M >= FEW).unsqueeze(-1), 0)
+    alike_C_M = torch.where(wanted_M < FEW, wanted_C_M / wanted_M.clamp_min(1), 0.0)
+    alone_1_M_V = met_C_M_V.sum(0, keepdim=True) == 1
+    return torch.where(alone_1_M_V, alike_C_M.unsqueeze(-1), weight_C_M_V)
 
 
 def _row_lengths(length_C_M: Tensor, held_C_M: Tensor, met_C_M_V: Tensor) -> Tensor:
