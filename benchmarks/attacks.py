@@ -176,8 +176,9 @@ class Column:
 
 FEDAVG = "algorithm.name=fedavg"
 OPEN_SUM = 1  # 1: classes are trained with their end token
-# 5: claims count for three equal shares, rare rows are bounded, who was opposite is remembered; 7: told at -0.1
-GUARD = 7, 4
+# 5: claims count for three equal shares, rare rows are bounded, who was opposite is remembered; 7: told at -0.1;
+# 8: 1.25 medians, and rows of one site's words stay
+GUARD = 8, 4
 COLUMNS: dict[str, Column] = {
     "default": Column("default, none", (), OPEN_SUM),
     "default, clip": Column("default, clip", ("server.robust=clip",), *GUARD),
@@ -207,7 +208,7 @@ class Cell:
 GUARDED, OPEN, FED = ("default, clip",), ("default",), ("fedavg, clip", "fedavg")
 OUTVOTING = ("default, trimmed_mean", "default, centered_clip")
 MANY_LIARS = (*GUARDED, *OUTVOTING)
-HARDEST = ("none", "examples", "spared", "trigger", "sleeper")  # attacks: run first
+HARDEST = ("none", "trigger", "sleeper", "examples", "spared")  # attacks: run first
 VOTES = tuple(f"default, {rule}" for rule in RULES)
 
 

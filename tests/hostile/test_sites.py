@@ -36,8 +36,8 @@ def moved(tmp_path: Path, federation: Scripted, *overrides: str) -> float:
     ("examples", "move", "most"),
     [
         (MANY, -1.0, 1.0),  # half the weight at most
-        (10, 1e6, 0.4),  # 2 medians at most, at a fifth of the weight, beside four that move by 1
-        (MANY, 1e6, 0.5),  # 2 medians at half the weight
+        (10, 1e6, 0.05),  # 1.25 medians at most, at a fifth of the weight, beside four that move by 1
+        (MANY, 1e6, 0.125),  # 1.25 medians at half the weight
     ],
 )
 def test_no_lie_moves_the_model_far(tmp_path: Path, rule: str, examples: int, move: float, most: float) -> None:
@@ -138,8 +138,27 @@ def test_what_a_site_claims_counts_for_three_equal_shares_at_most(tmp_path: Path
     """Its update is no outlier, so that nothing but its weight is to be held: nine move by 1, the liar by 2."""
     honest = {f"site-{number}": (10, 1.0) for number in range(9)}
     federation = Scripted(honest | {"liar": (MANY, 2.0)})
-    assert moved(tmp_path, federation, "server.robust=clip") == pytest.approx(0.7 + 0.3 * 2)
-    assert moved(tmp_path, federation, "server.robust=clip", "server.max_share_ratio=10") == pytest.approx(1.5)
+    settings = ("server.robust=clip", "server.clip=2")
+    assert moved(tmp_path, federation, *settings) == pytest.approx(0.7 + 0.3 * 2)
+    assert moved(tmp_path, federation, *settings, "server.max_share_ratio=10") == pytest.approx(1.5)
+
+
+def test_one_thing_more_that_a_site_alone_teaches_counts_for_its_share_of_a_quarter_more_than_the_median(
+    tmp_path: Path,
+) -> None:
+    """So a trigger is taught: at right angles to the others' updates, not opposite, and not twice as long as theirs."""
+
+    def beside(update: Update) -> Update:
+        if update.client != "liar":
+            return update
+        own = update.groups[SHARED].values * torch.tensor([1.0, -1.0])
+        return replace(update, groups={**update.groups, SHARED: Packed(own)})
+
+    federation = Scripted(HONEST | {"liar": (10, 1.4)}, corrupt=beside)
+    state, _ = run(tmp_path, federation, "server.robust=clip")
+    assert state.history[-1]["failures"] == []
+    alone = torch.tensor([1.0, -1.0]) / 2**0.5
+    assert float(shared(state) @ alone) <= 1.25 * 2**0.5 / 5 + 1e-6  # the others' updates are √2 long
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -202,8 +221,10 @@ def test_where_nobody_delivers_it_is_the_network(tmp_path: Path) -> None:
 def test_a_long_update_is_clipped_and_its_site_stays(tmp_path: Path) -> None:
     federation = Scripted(HONEST | {"long": (10, 1e6)})
     state, _ = run(tmp_path / "clip", federation, "server.robust=clip")
-    assert shared(state).tolist() == pytest.approx([(4 * 1 + 2) / 5] * 2)
+    assert shared(state).tolist() == pytest.approx([(4 * 1 + 1.25) / 5] * 2)
     assert state.history[-1]["failures"] == []
+    state, _ = run(tmp_path / "two", federation, "server.robust=clip", "server.clip=2")
+    assert shared(state).tolist() == pytest.approx([(4 * 1 + 2) / 5] * 2)
     state, _ = run(tmp_path / "none", federation)
     assert [f["client"] for f in state.history[-1]["failures"]] == ["long"]
 
@@ -211,7 +232,7 @@ def test_a_long_update_is_clipped_and_its_site_stays(tmp_path: Path) -> None:
 def test_the_step_of_fedexp_does_not_grow_with_a_lie(tmp_path: Path) -> None:
     federation = Scripted(HONEST | {"liar": (10, 1e6)})
     fedexp = moved(tmp_path, federation, "server.robust=clip", "server.optimizer=fedexp")
-    assert fedexp == pytest.approx(1.2, rel=0.01)
+    assert fedexp == pytest.approx(1.05, rel=0.01)
 
 
 def test_the_centre_is_checkpointed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,17 +282,20 @@ def test_streams_are_refused_in_one_line_where_a_rule_cannot_have_them(tmp_path:
 @pytest.mark.parametrize(
     ("rule", "told"),
     [
-        ("auto", "a site counts for at most 50 % or 3 equal shares of a group and 2 medians of its norms"),
+        (
+            "auto",
+            "a site counts for at most 50 % or 3 equal shares of a group and 1.25 medians of its norms",
+        ),
         ("none", 'server.robust = "none": a site counts for what it says'),
         (
             "median",
             "median of what sites send, for which every update of a round stays in memory, "
-            "each at most 50 % or 3 equal shares of a group and 2 medians of its norms",
+            "each at most 50 % or 3 equal shares of a group and 1.25 medians of its norms",
         ),
         (
             "centered_clip",
             "centered_clip of what sites send, each at most 50 % or 3 equal shares of a group "
-            "and 2 medians of its norms",
+            "and 1.25 medians of its norms",
         ),
     ],
 )
@@ -286,7 +310,8 @@ def test_the_first_line_of_a_run_across_sites_says_what_holds_a_liar(
     code, printed, _ = fedalign("run", write_nothing(tmp_path), "--out", tmp_path / "run", *settings)
     assert code == 2
     first = printed.split("sites behind Flower")[1]
-    assert " ".join(first.split()).endswith(f"at least 2 sites; {told}")
+    kept = "" if rule == "none" else "; embeddings of words that one site alone uses stay"
+    assert " ".join(first.split()).endswith(f"at least 2 sites; {told}{kept}")
 
 
 def write_nothing(folder: Path) -> Path:

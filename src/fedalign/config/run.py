@@ -502,7 +502,7 @@ class ServerConfig(Section):
     )
     max_share: Share = key(0.5, "but for robust none: no site counts for more in a group of two or more")
     max_share_ratio: float = key(3.0, "nor for more than so many times an equal share", ge=1)
-    clip: float = key(2.0, "and no update of a group is longer than so many medians of its holders", gt=0)
+    clip: float = key(1.25, "and no update of a group is longer than so many medians of its holders", gt=0)
     hostile: float = key(0.3, "share of a group's holders that trimmed_mean and krum reckon with", ge=0, lt=0.5)
     radius: float = key(1.0, "of centered_clip, in medians of the holders' norms", gt=0)
 
@@ -653,6 +653,8 @@ class Config(Section):
             return 'server.robust = "none": a site counts for what it says'
         share = f"{100 * options.max_share:g} % or {options.max_share_ratio:g} equal shares of a group"
         bound = f"at most {share} and {options.clip:g} medians of its norms"
+        if self.asks & TELLING:
+            bound += "; embeddings of words that one site alone uses stay"
         if self.robust == "clip":
             return f"a site counts for {bound}"
         kept = ", for which every update of a round stays in memory" if self.robust in KEEPS_ALL else ""

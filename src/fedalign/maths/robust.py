@@ -1,12 +1,13 @@
 """Sums that one hostile site cannot decide: shares capped, norms clipped, or a rule that outvotes it.
 
     share     b_c ≤ min(share, ratio / holders), the rest to the others          Portnoy et al. 2020, arXiv 2004.04986
-    clip      Δ_c ← Δ_c · min(1, clip · median_holders ‖Δ‖ / ‖Δ_c‖)          Sun et al. 2019, arXiv 1911.07963
+    clip      Δ_c ← Δ_c · min(1, clip · median_holders ‖Δ‖ / ‖Δ_c‖)          Sun et al. 2019, arXiv 1911.07963;
+              to medians, as clients' norms shrink round by round         Nguyen et al. 2022, arXiv 2101.02281
     centered  v ← v + mean_c (Δ_c − v) · min(1, radius / ‖Δ_c − v‖)          Karimireddy et al. 2021, arXiv 2012.10333
     trimmed   the mean without the largest and smallest values, one by one    Yin et al. 2018, arXiv 1803.01498
     median    value by value                                                  Yin et al. 2018
     krum      the update nearest to its neighbours                            Blanchard et al. 2017, arXiv 1703.02757
-    row       of a token that fewer than three met: ‖Δ_c‖ ≤ median_holders ‖Δ‖ / √(tokens met)                       [O]
+    row       of a token that fewer than three met: ‖Δ_c‖ ≤ median_holders ‖Δ‖ / √(tokens met); than two: 0          [O]
     against   a client of which a part's median cosine with the others is below -0.1 is left out                   [O]
 
 All of it group by group over a group's holders: the clients with weight in the plan whose update is not zero, for the
@@ -82,19 +83,24 @@ def guarded(
     held_C_M, length_C_M = holders(plan, norm_C_G)[:, of_group], length_C_G[:, of_group]
     met_C_M_V = plan.token_weight_C_M_V > 0 if plan.met_C_M_V is None else plan.met_C_M_V
     token_weight_C_M_V = capped(plan.token_weight_C_M_V, max_share, max_share_ratio)
+    token_weight_C_M_V = _row_weights(token_weight_C_M_V, met_C_M_V, plan.weight_C_G[:, of_group] > 0)
+    kept_M_V = (met_C_M_V.sum(0) == 1) & (token_weight_C_M_V.sum(0) == 0)
     return replace(
         new,
-        token_weight_C_M_V=_row_weights(token_weight_C_M_V, met_C_M_V, plan.weight_C_G[:, of_group] > 0),
+        token_weight_C_M_V=token_weight_C_M_V,
         row_most_M_V=_row_lengths(length_C_M, held_C_M, met_C_M_V),
+        metrics={**plan.metrics, "token_rows_of_one_kept": int(kept_M_V.sum())},
     )
 
 
 def _row_weights(weight_C_M_V: Tensor, met_C_M_V: Tensor, wanted_C_M: Tensor) -> Tensor:
-    """Weights of token rows; of a row that one client alone met all who are wanted have the same weight.
+    """Weights of token rows; none where one client alone met the token: the row stays as it is.
 
-    So nobody owns a word, and what a client claims of its data makes no word of its own count for more.
+    So nobody owns a word: a trigger is a word of one client's. The other layers go on learning from its texts. Where
+    fewer than three are wanted, all have the same weight instead: half of what two hospitals write about would stay.
     """
-    alike_C_M = wanted_C_M / wanted_C_M.sum(0).clamp_min(1)
+    wanted_M = wanted_C_M.sum(0)
+    alike_C_M = torch.where(wanted_M < FEW, wanted_C_M / wanted_M.clamp_min(1), 0.0)
     alone_1_M_V = met_C_M_V.sum(0, keepdim=True) == 1
     return torch.where(alone_1_M_V, alike_C_M.unsqueeze(-1), weight_C_M_V)
 
@@ -364,10 +370,11 @@ class KeptSum(HolderSum):
             return old
         clients = sorted(kept, key=self._turn.__getitem__)  # the order of arrival must not matter
         value_C_N = torch.stack([self._whole(client, group, *kept[client]) for client in clients])
-        if self._rule == "krum":
-            return self._heap.keep(old + krum(value_C_N, self._hostile))
         held = [held_N for client in clients if (held_N := self._held(client, group)) is not None]
         held_C_N = torch.stack(held) if held else None
+        if self._rule == "krum":
+            chosen_N = krum(value_C_N, self._hostile)
+            return self._heap.keep(old + (chosen_N if held_C_N is None else chosen_N * held_C_N.any(0)))
         if self._rule == "median":
             return self._heap.keep(old + median(value_C_N, held_C_N))
         return self._heap.keep(old + trimmed_mean(value_C_N, self._hostile, held_C_N))
