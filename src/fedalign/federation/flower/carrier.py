@@ -23,7 +23,6 @@ from fedalign.federation.received import DIGESTS
 from fedalign.federation.transfer import (
     CONSTANT,
     Entry,
-    Range,
     Transfer,
     digest,
     entries_of,
@@ -35,6 +34,7 @@ from fedalign.federation.transfer import (
 )
 from fedalign.files import fingerprint, folder_name, rounds_in
 from fedalign.maths.rounding import bytes_of, cut_out, wire_dtype
+from fedalign.maths.tensor_file import Range
 from fedalign.protocol import (
     PROTOCOL,
     Broadcast,
@@ -55,6 +55,7 @@ from fedalign.units import size
 
 T = TypeVar("T")
 NOTHING = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
+START = "start.safetensors"  # what the first round starts from, as a site sent it
 LONGEST_REASON = 500  # characters of what a site says in a failure
 AHEAD = 2  # pieces on their way to or from a site: one that it works on, one that waits for it
 TRIES = 5  # times in a row that a site may fail in the midst of a transfer, and times that what arrived may prove wrong
@@ -108,6 +109,8 @@ class Carrier:
             for number, folder in rounds_in(self.cargo.folder):
                 if number < broadcast.round:
                     shutil.rmtree(folder, ignore_errors=True)
+            for file in self.cargo.folder.glob(f"{START}*"):  # its journal, too; a checkpoint holds it
+                file.unlink()
         freight = Freight(broadcast, self.cargo.most)
         meter = Meter("down", self._say)
         for name in clients:
@@ -172,7 +175,7 @@ class Carrier:
         rest = sum(entry.nbytes for entry in entries.values()) - sum(entry.nbytes for entry in weights.values())
         if rest > self.cargo.constants:
             return Failure(name, "join", f"it would send {rest} bytes beside the weights, the model has fewer")
-        upload = Upload(name, 0, self.cargo.folder / "start.safetensors", entries, self.cargo.most)
+        upload = Upload(name, 0, self.cargo.folder / START, entries, self.cargo.most)
         failure = yield from self._fetch(upload, "join")
         if failure is not None:
             return failure

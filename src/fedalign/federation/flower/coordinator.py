@@ -23,7 +23,7 @@ from fedalign.federation.flower.link import Link
 from fedalign.federation.flower.sites import Agreement, FlowerFederation
 from fedalign.files import damage, replacing
 from fedalign.maths.heap import Heap
-from fedalign.maths.rounding import unpack_weights
+from fedalign.maths.rounding import unpack
 from fedalign.moe.load import model_path
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import TELLING, WORDS, Layout, Weights
@@ -42,7 +42,7 @@ class Coordinator:
     bench: Workbench  # its model is a skeleton unless there is a test set
     test: TestSet | None
     federation: FlowerFederation
-    _saved: MoEModel | None = field(default=None, init=False)  # a skeleton's copy with values, as last saved
+    _saved: MoEModel | None = field(default=None, init=False)  # what a skeleton was last saved as
     constants: Path  # a folder: what a skeleton's model has besides weights, as a site sent it
 
     @classmethod
@@ -88,10 +88,10 @@ class Coordinator:
         if not self._is_skeleton:
             return self.bench.weights(heap)
         start = self.federation.start()
-        weights = {group: heap.keep(value) for group, value in unpack_weights(start.weights).items()}
+        weights = {group: unpack(packed) for group, packed in start.weights.items()}  # mapped, or less than a piece
         constants = dict(start.constants)
         try:
-            found = self.bench.moe.filled(weights, constants, heap).weights_hash()
+            found = self.bench.moe.weights_hash_of(weights, constants, heap)
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"{start.client}: the weights that it sent do not fit the model: {error}") from None
         if found != self.federation.agreement.weights:
@@ -111,9 +111,7 @@ class Coordinator:
     def save_model(self, weights: Weights, folder: Path) -> None:
         """Write weights as an ordinary Hugging Face folder, with the tokenizer."""
         if self._is_skeleton:
-            self._saved = None  # the model of the round before makes room
-            self._saved = self.bench.moe.filled(weights, self._constants(), self._heap())
-            self._saved.save(folder)
+            self._saved = self.bench.moe.save_filled(weights, self._constants(), folder, self._heap())
             self.bench.tokenizer.save_pretrained(folder)
         else:
             self.bench.save(weights, folder)
