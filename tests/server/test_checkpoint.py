@@ -115,12 +115,12 @@ def test_a_write_that_breaks_off_leaves_the_old_folder(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_mapped_state_is_used_from_the_file_that_was_saved(tmp_path: Path) -> None:
+def test_what_moves_is_used_from_the_file_that_was_saved(tmp_path: Path) -> None:
     first, second = state(1), state(2)
     before = {group: weight.clone() for group, weight in second.weights.items()}
     Checkpoints(tmp_path, IDENTITY).save(first)
     assert str(tmp_path) not in mapped_from(first.weights[SHARED])
-    checkpoints = Checkpoints(tmp_path, IDENTITY, mapped=True)
+    checkpoints = Checkpoints(tmp_path, IDENTITY, moving=True)
     checkpoints.save(second)
     places = {mapped_from(weight) for weight in second.weights.values()}
     assert places == {str(tmp_path / "round-00002" / "weights.safetensors")}

@@ -142,6 +142,10 @@ class ClientMemory:
                 keeping.put(name, Packed(value))
             keeping.close()
 
+    def forget_start(self) -> None:
+        """Free the disk of what the first round started from."""
+        (self.folder / START / UPDATE).unlink(missing_ok=True)
+
     def hand_over(self, client: str, request: Request) -> Update:
         """Read the asked groups of a kept update; nothing else is loaded, no model is needed.
 

@@ -138,6 +138,7 @@ class Service:
         broadcast = self._broadcast(parcel)
         if isinstance(broadcast, Lacking):
             return broadcast
+        self.memory.forget_start()  # whoever asks for training has it
         client, self._as_loaded = self.client, False
         return client.trainer.train(client.data, broadcast)
 

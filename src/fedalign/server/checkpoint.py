@@ -49,14 +49,14 @@ class ServerState:
 class Checkpoints:
     """The server's checkpoints in one folder, for one model and one configuration."""
 
-    def __init__(self, folder: Path, identity: Mapping[str, str], *, mapped: bool = False) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, str], *, moving: bool = False) -> None:
         self.folder = folder
-        self.mapped = mapped  # whether what was saved is used from its files, and not kept elsewhere besides
+        self.moving = moving  # whether what is saved leaves the place where it was, for the file
         self.identity = dict(identity)  # what must agree on resume: name -> fingerprint
 
     @parallel.by_the_first
     def save(self, state: ServerState) -> None:
-        """Write the state after a complete round; where it is mapped, its tensors become those of the files."""
+        """Write the state after a complete round; where it moves, its tensors become those of the files."""
         with replacing(self.folder / f"round-{state.round:05d}") as folder:
             self._write(state.weights, folder / "weights.safetensors")
             self._write(state.algorithm, folder / "algorithm.safetensors")
@@ -73,7 +73,7 @@ class Checkpoints:
             (folder / LINE).write_text(json.dumps(state.history[-1]), encoding="utf-8")
 
     def _write(self, tensors: dict[Any, Tensor], file: Path) -> None:
-        if self.mapped:
+        if self.moving:
             move(tensors, file)
         else:
             save_file({str(key): tensor.contiguous() for key, tensor in tensors.items()}, file)

@@ -114,7 +114,7 @@ def execute(centre: Centre, folder: RunFolder, watch: Observer) -> dict[str, Any
     """Run all rounds that `folder` does not hold yet, write the results, return the summary."""
     config = centre.config
     heap = heap_for(config, centre.layout, folder.checkpoint)
-    checkpoints = Checkpoints(folder.checkpoint, centre.identity(), mapped=heap.is_mapped and parallel.world() == 1)
+    checkpoints = Checkpoints(folder.checkpoint, centre.identity(), moving=heap.is_mapped and parallel.world() == 1)
     state = checkpoints.load() or ServerState(0, centre.initial_weights(heap), {}, ())
     folder.amend(config)  # what is refused stays as it was
     if parallel.is_first():
