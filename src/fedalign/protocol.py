@@ -40,7 +40,7 @@ Axis legend, used in names everywhere (``prob_L_E`` has shape [L, E]):
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
@@ -557,11 +557,11 @@ class Reports:
 class LocalRound:
     """One client's round on the client, as an algorithm may see and change it. Weights are flat float32, by group."""
 
-    received: Weights  # what the server sent
-    start: Weights  # what training starts from: received, but for the client's own private groups
+    received: Mapping[ParameterGroup, Tensor]  # what the server sent; a look-up may unpack it
+    start: MutableMapping[ParameterGroup, Tensor]  # what training starts from: received, but for private groups
     state: Mapping[str, Tensor]  # the algorithm's broadcast state
     kept: Mapping[str, Tensor]  # what `keep` kept when the client last took part; empty at first
-    last_update: Callable[[], Weights]  # the update of that round; empty at first
+    last_update: Callable[[], Mapping[ParameterGroup, Tensor]]  # the update of that round; empty at first
     learning_rate: float
     shift: Weights = field(default_factory=dict)  # added to the gradients at every step
     steps: int = 0  # that were taken; `keep` may read it
@@ -605,7 +605,7 @@ class Algorithm(Protocol):
     def penalty(self, step: Step) -> Tensor | None:
         """On a client, at each step: a differentiable scalar added to the task's loss, or None."""
 
-    def keep(self, local: LocalRound, update: Weights) -> Mapping[str, Tensor]:
+    def keep(self, local: LocalRound, update: Mapping[ParameterGroup, Tensor]) -> Mapping[str, Tensor]:
         """On a client, after training: what it keeps for its next round. `update` is trained minus start."""
 
 

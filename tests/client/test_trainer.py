@@ -1,7 +1,9 @@
 """One client step on a tiny model of every family: it changes what it should, and reports what happened."""
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from fedalign.config.toml import load_config
 from fedalign.data.batches import batches
 from fedalign.data.encode import Encoded
 from fedalign.errors import TrainingFailedError
+from fedalign.maths import rounding
 from fedalign.maths.average import NORM_SLACK
 from fedalign.maths.rounding import pack, unpack, unpack_weights
 from fedalign.maths.sketch import Sketch
@@ -376,3 +379,25 @@ def test_feedback_sends_later_what_rounding_lost(dtype: str, feedback: str, expe
             assert torch.allclose(sent[group] + lost[group], moved[group], atol=1e-6)
         level = unpack(pack(last[SHARED], "int8", 0)).abs().max() * {"int4": 1 / 7, "int8": 1 / 127}[dtype]
         assert 0 < float(lost[SHARED].abs().max()) < 2 * level
+
+
+@pytest.mark.parametrize("choice", [(), ("algorithm.name=fedavg",), ("tuning.dtype=bfloat16",)])
+def test_no_more_than_a_few_groups_lie_beside_the_model(
+    tmp_path: Path, choice: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Received weights, what was trained and the update are there when they are looked up, and then no more."""
+    step = trainer("olmoe", "wire.dtype=bfloat16", *choice)
+    data, start = client(tmp_path), broadcast(step.moe, dtype="bfloat16", target_L_E=uniform(step.moe))
+    made, most = list[Any](), list[int]()
+
+    def counted(value: Tensor) -> Tensor:
+        most.append(sum(one() is not None for one in made))
+        made.append(weakref.ref(value))
+        return value
+
+    read, unpacked = MoEModel.read, rounding.unpack
+    monkeypatch.setattr(MoEModel, "read", lambda *args: {group: counted(value) for group, value in read(*args).items()})
+    monkeypatch.setattr(rounding, "unpack", lambda packed: counted(unpacked(packed)))
+    step.train(data, start)
+    assert len(most) > len(step.moe.layout.groups)
+    assert max(most) <= 3

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedalign.client.log import Entry, SiteLog
-from fedalign.client.memory import ClientMemory
+from fedalign.client.memory import Keeping, Kept
 from fedalign.client.open import open_site
 from fedalign.client.parts import Parts
 from fedalign.client.trainer import Trainer
@@ -334,13 +334,13 @@ def test_a_site_that_withdraws_forgets_and_answers_no_more(attack: Attack, fedal
 def test_what_is_trained_while_a_site_withdraws_does_not_leave(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
     site = attack()
     site.ask("hello")
-    honest = ClientMemory.keep
+    honest = Keeping.save
 
-    def late(memory: ClientMemory, *more: object) -> None:
+    def late(keeping: Keeping, kept: Kept) -> None:
         withdraw(site.site, "night")
-        honest(memory, *more)  # type: ignore[arg-type] # handed on as they come
+        honest(keeping, kept)
 
-    monkeypatch.setattr(ClientMemory, "keep", late)
+    monkeypatch.setattr(Keeping, "save", late)
     assert site.refused("train") == "this site withdrew from the run"
     assert [path.name for path in site.site.memory("night").iterdir()] == ["withdrawn"]
 

@@ -157,13 +157,13 @@ def test_without_weights_at_hand_a_skeleton_is_saved_without(tmp_path: Path) -> 
     more = with_more_layers("deepseek_v3", tmp_path / "base")
     moe = MoEModel.load(tmp_path / "base")
     skeleton = MoEModel.skeleton(tmp_path / "base")
-    skeleton.filled(moe.read(), moe.constants()).save(tmp_path / "kept")
+    skeleton.save_filled(moe.read(), moe.constants(), tmp_path / "kept")
     assert holds(tmp_path / "kept", more)
     (tmp_path / "base" / "model.safetensors").unlink()
     bare = MoEModel.skeleton(tmp_path / "base")
     assert bare.fingerprint() == moe.fingerprint()
     assert any(COUNTED in note for note in bare.notes)
-    bare.filled(moe.read(), moe.constants()).save(tmp_path / "without")
+    bare.save_filled(moe.read(), moe.constants(), tmp_path / "without")
     assert counts(tmp_path / "without") == 0
     assert not tensors(tmp_path / "without").keys() & more.keys()
 
@@ -180,3 +180,21 @@ def test_a_merged_adapter_and_a_rounded_model_keep_them_too(tmp_path: Path) -> N
     _cast(tmp_path / "merged", "bfloat16", trust_remote_code=False)
     assert holds(tmp_path / "merged", more)
     assert tensors(tmp_path / "merged")["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_a_large_skeleton_is_saved_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_more_layers("deepseek_v3", tmp_path / "base")
+    moe, skeleton = MoEModel.load(tmp_path / "base"), MoEModel.skeleton(tmp_path / "base")
+    monkeypatch.setattr("fedalign.moe.kept.LARGEST", "40KB")
+    skeleton.save_filled(moe.read(), moe.constants(), tmp_path / "filled")
+    moe.save(tmp_path / "saved")
+    files = list((tmp_path / "filled").glob("model-*-of-*.safetensors"))
+    assert len(files) > 1
+    assert all(path.stat().st_size < 50_000 for path in files)
+    places = stored(str(tmp_path / "filled"))
+    assert {path.name for path in places.values()} == {
+        path.name for path in (tmp_path / "filled").glob("*.safetensors")
+    }
+    one, several = tensors(tmp_path / "saved"), tensors(tmp_path / "filled")
+    assert one.keys() == several.keys()
+    assert all(same(one[name], several[name]) for name in one)

@@ -387,9 +387,8 @@ def test_a_skeleton_filled_with_a_models_values_is_that_model(family: str, tmp_p
     assert (skeleton.experts, skeleton.top_k, skeleton.hidden) == (moe.experts, moe.top_k, moe.hidden)
     assert skeleton.fingerprint() == moe.fingerprint()
     assert skeleton.max_length == moe.max_length
-    filled = skeleton.filled(moe.read(), moe.constants())
-    assert filled.weights_hash() == moe.weights_hash()
-    filled.save(tmp_path / "filled")
+    assert skeleton.weights_hash_of(moe.read(), moe.constants()) == moe.weights_hash()
+    skeleton.save_filled(moe.read(), moe.constants(), tmp_path / "filled", Heap(tmp_path / "heap"))
     moe.save(tmp_path / "saved")
     assert files(tmp_path / "filled") == files(tmp_path / "saved")
     assert {value.device.type for value in skeleton.model.parameters()} == {"meta"}
@@ -427,7 +426,7 @@ def test_generation_settings_are_saved_from_a_skeleton_too(tmp_path: Path) -> No
     model.generation_config.max_new_tokens = 17
     model.save_pretrained(tmp_path / "model")
     moe = MoEModel.load(tmp_path / "model")
-    MoEModel.skeleton(tmp_path / "model").filled(moe.read(), moe.constants()).save(tmp_path / "filled")
+    MoEModel.skeleton(tmp_path / "model").save_filled(moe.read(), moe.constants(), tmp_path / "filled")
     assert json.loads((tmp_path / "filled" / "generation_config.json").read_text())["max_new_tokens"] == 17
 
 
@@ -436,10 +435,8 @@ def test_a_checkpoint_of_few_bits_has_the_same_hash_by_either_way(dtype: str, tm
     tiny.build("olmoe").to(getattr(torch, dtype)).save_pretrained(tmp_path)
     moe, skeleton = MoEModel.load(tmp_path), MoEModel.skeleton(tmp_path)
     assert skeleton.fingerprint() == moe.fingerprint()
-    assert skeleton.filled(moe.read(), moe.constants()).weights_hash() == moe.weights_hash()
-    mapped = skeleton.filled(moe.read(), moe.constants(), Heap(tmp_path / "heap"))
-    assert mapped.weights_hash() == moe.weights_hash()
-    assert all(parameter.device.type == "cpu" for parameter in mapped.model.parameters())
+    for heap in (None, Heap(tmp_path / "heap")):
+        assert skeleton.weights_hash_of(moe.read(), moe.constants(), heap) == moe.weights_hash()
 
 
 def test_a_skeleton_is_not_filled_with_less_than_the_model(tmp_path: Path) -> None:
@@ -448,17 +445,17 @@ def test_a_skeleton_is_not_filled_with_less_than_the_model(tmp_path: Path) -> No
     weights, constants = moe.read(), moe.constants()
     assert constants
     with pytest.raises(ValueError, match=r"constants: .*correction_bias is lacking"):
-        skeleton.filled(weights, {})
+        skeleton.weights_hash_of(weights, {})
     with pytest.raises(ValueError, match="constants: more is lacking, or is not of this model"):
-        skeleton.filled(weights, {**constants, "more": torch.zeros(1)})
+        skeleton.weights_hash_of(weights, {**constants, "more": torch.zeros(1)})
     with pytest.raises(ValueError, match="shared: 3 values"):
-        skeleton.filled({**weights, SHARED: torch.zeros(3)}, constants)
+        skeleton.weights_hash_of({**weights, SHARED: torch.zeros(3)}, constants)
     less = {group: value for group, value in weights.items() if group.kind != "gate"}
     with pytest.raises(ValueError, match=r"weights: gate\[0,0\] is lacking"):
-        skeleton.filled(less, constants)
+        skeleton.weights_hash_of(less, constants)
     name = next(iter(constants))
     with pytest.raises(ValueError, match="correction_bias"):
-        skeleton.filled(weights, {**constants, name: constants[name].view(-1)[:1]})
+        skeleton.weights_hash_of(weights, {**constants, name: constants[name].view(-1)[:1]})
 
 
 def test_a_skeleton_says_what_is_wrong_with_a_folder(tmp_path: Path) -> None:

@@ -106,8 +106,7 @@ def test_an_adapter_on_another_base_computes_something_else(tmp_path: Path) -> N
 def test_a_skeleton_that_was_filled_is_held_by_its_values(kind: str, told: str, tmp_path: Path) -> None:
     moe = made(tmp_path, kind)
     skeleton = MoEModel.skeleton(tmp_path / "base", tuning=TuningConfig(kind=kind))  # type: ignore[arg-type] # pytest's words
-    filled = skeleton.filled(moe.read(), moe.constants())
-    filled.save(tmp_path / "model")
+    filled = skeleton.save_filled(moe.read(), moe.constants(), tmp_path / "model")
     assert check(filled, tmp_path, runs=False) == f"names, shapes and values{told}"
     change(tmp_path, lambda values: {name: value * 1.01 for name, value in values.items()})
     with pytest.raises(UserError, match="has other values"):

@@ -8,6 +8,7 @@ from fedalign.errors import UserError
 from fedalign.files import SUMS, replacing
 from fedalign.protocol import EMBEDDINGS, HEAD, SHARED, ParameterGroup, parse_group
 from fedalign.server.checkpoint import Checkpoints, ServerState
+from tests.maths.test_tensor_file import mapped_from
 
 EXPERT = ParameterGroup("expert", 1, 2)
 IDENTITY = {"model": "m", "configuration": "c"}
@@ -134,3 +135,18 @@ def test_a_write_that_breaks_off_leaves_the_old_folder(tmp_path: Path) -> None:
         (folder / "b").write_text("new")
     assert sorted(path.name for path in target.iterdir()) == [SUMS, "b"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_moves_is_used_from_the_file_that_was_saved(tmp_path: Path) -> None:
+    first, second = state(1), state(2)
+    before = {group: weight.clone() for group, weight in second.weights.items()}
+    Checkpoints(tmp_path, IDENTITY).save(first)
+    assert str(tmp_path) not in mapped_from(first.weights[SHARED])
+    checkpoints = Checkpoints(tmp_path, IDENTITY, moving=True)
+    checkpoints.save(second)
+    places = {mapped_from(weight) for weight in second.weights.values()}
+    assert places == {str(tmp_path / "round-00002" / "weights.safetensors")}
+    assert all(torch.equal(second.weights[group], weight) for group, weight in before.items())
+    found = checkpoints.load()
+    assert found is not None
+    assert all(torch.equal(found.weights[group], weight) for group, weight in before.items())

@@ -206,7 +206,7 @@ def test_a_model_in_mapped_files_is_the_model_in_memory(
 ) -> None:
     made: list[int] = []
 
-    def mapped(folder: Path, nbytes: int) -> torch.Tensor:
+    def mapped(folder: Path, nbytes: int) -> memoryview:
         made.append(nbytes)
         return _mapped(folder, nbytes)
 

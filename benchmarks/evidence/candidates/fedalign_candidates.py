@@ -15,7 +15,7 @@ from torch import Tensor
 from fedalign.algorithms.fc_moe import FCMoE
 from fedalign.algorithms.fedalign_moe import TARGET
 from fedalign.algorithms.fedalign_paper import FedAlignPaper
-from fedalign.protocol import LocalRound, Plan, Reports, State, Step, Weights
+from fedalign.protocol import LocalRound, ParameterGroup, Plan, Reports, State, Step
 
 STRENGTH = "layer_strength_L"
 
@@ -49,7 +49,7 @@ class Projected(FedAlignPaper):
         """Go on from a part of what was removed."""
         self._projection.begin(local)
 
-    def keep(self, local: LocalRound, update: Weights) -> Mapping[str, Tensor]:
+    def keep(self, local: LocalRound, update: Mapping[ParameterGroup, Tensor]) -> Mapping[str, Tensor]:
         """What finding it takes."""
         return self._projection.keep(local, update)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from fedalign.algorithms.fedavg import FedAvg, column_shares, option
 from fedalign.maths import torch
-from fedalign.protocol import Ask, LocalRound, Plan, Reports, State, Weights
+from fedalign.protocol import Ask, LocalRound, ParameterGroup, Plan, Reports, State
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +85,7 @@ class FCMoE(FedAvg):
                 if against < 0 < square:
                     local.start[group] = local.received[group] + self.residual * against / square * consensus
 
-    def keep(self, local: LocalRound, update: Weights) -> Mapping[str, Tensor]:
+    def keep(self, local: LocalRound, update: Mapping[ParameterGroup, Tensor]) -> Mapping[str, Tensor]:
         """The experts as received: the next ones, held against them, show where the other clients went."""
         if not self.residual:
             return {}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from fedalign.maths import torch
-from fedalign.protocol import Ask, Kind, LocalRound, Mix, Plan, Reports, State, Step, Weights
+from fedalign.protocol import Ask, Kind, LocalRound, Mix, ParameterGroup, Plan, Reports, State, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +65,6 @@ class FedAvg:
         """None: clients minimise their own loss."""
         return None
 
-    def keep(self, local: LocalRound, update: Weights) -> Mapping[str, Tensor]:
+    def keep(self, local: LocalRound, update: Mapping[ParameterGroup, Tensor]) -> Mapping[str, Tensor]:
         """Nothing."""
         return {}

@@ -51,7 +51,7 @@ class Scaffold(FedAvg):
             shift = local.state[CONTROL] - local.kept.get(CONTROL, torch.zeros(()))
             local.shift = split(shift, {group: len(value) for group, value in local.start.items()})
 
-    def keep(self, local: LocalRound, update: Weights) -> Mapping[str, Tensor]:
+    def keep(self, local: LocalRound, update: Mapping[ParameterGroup, Tensor]) -> Mapping[str, Tensor]:
         """c_i ← c_i − c − Δ_i / (K·η)."""
         control = -join({group: value.cpu() for group, value in update.items()})
         control /= max(1, local.steps) * local.learning_rate

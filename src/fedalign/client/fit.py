@@ -101,6 +101,10 @@ class LocalFit:
         """Flat float32 copies of all that was trained."""
         return self.moe.read(stand_ins=self.masters)
 
+    def trained_of(self, group: ParameterGroup) -> Tensor:
+        """A flat float32 copy of one group."""
+        return self.moe.read([group], self.masters)[group]
+
     @torch.no_grad()
     def _least_used(self, probe: RoutingProbe, count: int) -> Tensor:
         """Boolean [L, E]: all but the `count` experts of each layer that most of the client's tokens go to."""

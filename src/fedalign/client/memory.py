@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from fedalign import parallel
 from fedalign.config.run import ClientLimits
 from fedalign.errors import TrainingFailedError, UserError
 from fedalign.files import KEPT_BY_CLIENTS, damage, fingerprint, forget_old, replacing, rounds_in
-from fedalign.maths.rounding import bytes_of, cut_out
+from fedalign.maths.rounding import SCALE, bytes_of, count, cut_out, shapes_of, wire_dtype
+from fedalign.maths.tensor_file import Named, create
 from fedalign.protocol import (
     DEALT,
     Consent,
@@ -38,7 +40,6 @@ if TYPE_CHECKING:  # handing over an update needs neither a model nor data
 logger = logging.getLogger(__name__)
 UPDATE, KEPT, DIGESTS = "update.safetensors", "kept.safetensors", "digests.json"
 START = "start"  # a folder: what the first round starts from, where the server has to fetch it
-SCALE = ".scale"  # ends the name of a group's scales
 
 
 @dataclass(frozen=True)
@@ -74,25 +75,77 @@ class Kept:
         return cls(**parts | {"prob_L_E": parts["prob_L_E"].get("")})
 
 
+class Keeping:
+    """A round that is being kept; in a process that does not write, nothing is."""
+
+    def __init__(self, folder: Path | None, tensors: Iterable[Named]) -> None:
+        self._folder, self._digests = folder, dict[str, str]()
+        self._places = {} if folder is None else create(folder / UPDATE, tensors)
+
+    def put(self, group: object, packed: Packed) -> None:
+        """Write a packed tensor, and note its digest: they are handed over one by one."""
+        if self._folder is None:
+            return
+        self._places[str(group)].copy_(packed.values)
+        if packed.scale is not None:
+            self._places[f"{group}{SCALE}"].copy_(packed.scale)
+        self._digests[str(group)] = fingerprint(part.numpy().data for part in bytes_of(packed))
+
+    def save(self, kept: Kept) -> None:
+        """Write what the next round starts from."""
+        if self._folder is not None:
+            kept.save(self._folder / KEPT)
+
+    def close(self) -> None:
+        """All of it is written."""
+        if self._folder is not None:
+            (self._folder / DIGESTS).write_text(json.dumps(self._digests), encoding="utf-8")
+
+
 class ClientMemory:
     """A client's memory on its own disk: the update that was not yet handed over, and the state between rounds."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    @parallel.by_the_first
+    @contextmanager
+    def keeping(self, round: int, tensors: Iterable[Named]) -> Iterator[Keeping]:
+        """Keep a round: its update in wire precision, group by group, and what the client's next round starts from.
+
+        Args:
+            round: which.
+            tensors: of the update's file, as of `rounding.shapes_of`.
+        """
+        if parallel.is_first():
+            with replacing(self.folder / f"round-{round:05d}") as folder:
+                keeping = Keeping(folder, tensors)
+                yield keeping
+                keeping.close()
+            forget_old(self.folder, KEPT_BY_CLIENTS)
+        else:
+            yield Keeping(None, ())
+        parallel.wait()
+
     def keep(self, round: int, update: Mapping[ParameterGroup, Packed], kept: Kept) -> None:
-        """Keep a round's update in wire precision, and what the client's next round starts from."""
-        with replacing(self.folder / f"round-{round:05d}") as folder:
-            _write(folder / UPDATE, {str(group): packed for group, packed in update.items()})
-            kept.save(folder / KEPT)
-        forget_old(self.folder, KEPT_BY_CLIENTS)
+        """Keep a round whose update is there whole."""
+        sizes = ((str(group), count(packed), wire_dtype(packed)) for group, packed in update.items())
+        with self.keeping(round, (tensor for one in sizes for tensor in shapes_of(*one))) as keeping:
+            for group, packed in update.items():
+                keeping.put(group, packed)
+            keeping.save(kept)
 
     @parallel.by_the_first
-    def keep_start(self, values: Mapping[str, Tensor]) -> None:
+    def keep_start(self, values: Iterable[tuple[str, Tensor]], tensors: Iterable[Named]) -> None:
         """Keep what the first round starts from, to be handed over in pieces as the update of round 0."""
         with replacing(self.folder / START) as folder:
-            _write(folder / UPDATE, {name: Packed(value) for name, value in values.items()})
+            keeping = Keeping(folder, tensors)
+            for name, value in values:
+                keeping.put(name, Packed(value))
+            keeping.close()
+
+    def forget_start(self) -> None:
+        """Free the disk of what the first round started from."""
+        (self.folder / START / UPDATE).unlink(missing_ok=True)
 
     def hand_over(self, client: str, request: Request) -> Update:
         """Read the asked groups of a kept update; nothing else is loaded, no model is needed.
@@ -177,15 +230,6 @@ class ClientMemory:
         """Free the disk that kept updates take, once a run is complete."""
         for folder in (self.folder / START, *(folder for _, folder in rounds_in(self.folder))):
             (folder / UPDATE).unlink(missing_ok=True)
-
-
-def _write(update: Path, every: Mapping[str, Packed]) -> None:
-    """Write packed tensors, and beside them a digest of each, since they are handed over one by one."""
-    arrays = {name: packed.values for name, packed in every.items()}
-    arrays |= {f"{name}{SCALE}": packed.scale for name, packed in every.items() if packed.scale is not None}
-    save_file(arrays, update)
-    digests = {name: fingerprint(part.numpy().data for part in bytes_of(packed)) for name, packed in every.items()}
-    update.with_name(DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
 
 
 def _mapped(update: Path) -> dict[str, Packed]:

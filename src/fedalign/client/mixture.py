@@ -9,11 +9,11 @@ are in memory meanwhile. The equation is the algorithm's `mix`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedalign.client.fit import make_optimizer
 from fedalign.client.forward import AnswerLogits, answer_logits
@@ -23,7 +23,7 @@ from fedalign.data.batches import Batch, batches
 from fedalign.data.encode import Encoded
 from fedalign.maths.hashing import derive_seed
 from fedalign.moe.model import MoEModel
-from fedalign.protocol import Mix, Weights
+from fedalign.protocol import Mix, ParameterGroup
 
 
 class Mixture:
@@ -34,10 +34,11 @@ class Mixture:
         self.own = copy.deepcopy(server)
         self.mixer = nn.Linear(server.hidden, 1).to(server.device)
 
-    def load(self, kept: Kept, received: Weights) -> None:
+    def load(self, kept: Kept, received: Mapping[ParameterGroup, Tensor]) -> None:
         """Write both models, ready to answer; at first the own model is the server's, and the mixer undecided."""
         self.server.write(received)
-        self.own.write(received | kept.own)
+        self.own.write(received)
+        self.own.write(kept.own)
         self.own.model.eval()
         with torch.no_grad():
             for name, parameter in self.mixer.named_parameters():

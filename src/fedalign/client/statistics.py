@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from fedalign.maths.sketch import Sketch
-from fedalign.protocol import Layout, ParameterGroup, Weights
+from fedalign.protocol import Layout, ParameterGroup
 
 
 def centroid_sketches(centroid_L_E_H: Tensor, width: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -17,7 +19,13 @@ def centroid_sketches(centroid_L_E_H: Tensor, width: int, seed: int) -> tuple[Te
     return (sketch_L_E_D / scale_L[:, None, None]).half(), scale_L
 
 
-def update_sketches(layout: Layout, update: Weights, start: Weights, width: int, seed: int) -> Tensor:
+def update_sketches(
+    layout: Layout,
+    update: Mapping[ParameterGroup, Tensor],
+    start: Mapping[ParameterGroup, Tensor],
+    width: int,
+    seed: int,
+) -> Tensor:
     """Directions of the experts' updates, [L, E, S]; of adapters those of their products, as factors are not unique."""
     sketch = Sketch(width, seed)
 

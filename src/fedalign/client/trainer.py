@@ -7,9 +7,10 @@ difference of float32 masters, rounded to wire precision here, before any engine
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +20,15 @@ from fedalign import parallel
 from fedalign.client.accountant import Terms
 from fedalign.client.evaluation import evaluate
 from fedalign.client.fit import REMEDY, LocalFit
-from fedalign.client.memory import ClientData, Kept
+from fedalign.client.memory import ClientData, Keeping, Kept
 from fedalign.client.mixture import Mixture
 from fedalign.client.noisy import PrivateFit
 from fedalign.client.statistics import centroid_sketches, packed_bits, update_sketches
 from fedalign.config.run import Config
 from fedalign.errors import TrainingFailedError
 from fedalign.maths.hashing import derive_seed
-from fedalign.maths.rounding import pack, unpack, unpack_weights
+from fedalign.maths.lazy import LazyWeights
+from fedalign.maths.rounding import pack, shapes_of, unpack, unpack_weights
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import (
     Algorithm,
@@ -34,7 +36,6 @@ from fedalign.protocol import (
     Evaluation,
     Hello,
     LocalRound,
-    Packed,
     ParameterGroup,
     Statistics,
     Weights,
@@ -75,7 +76,7 @@ class Trainer:
         score = self._score(client, local.received, before) if broadcast.score else None
         self.algorithm.begin(local)
         frozen = client.consent.frozen(self.moe.layout)
-        local.start |= {group: local.received[group] for group in frozen if group in local.received}
+        local.start.update((group, local.received[group]) for group in frozen if group in local.received)
         local.shift = {group: shift for group, shift in local.shift.items() if group not in frozen}
         self.moe.write(local.start)
         seed = derive_seed(self.config.run.seed if client.seed is None else client.seed, broadcast.round, client.name)
@@ -87,27 +88,30 @@ class Trainer:
             if isinstance(fit, PrivateFit) and agreed is not None and client.privacy is not None:
                 fit.agree(agreed, client.privacy.secret, self.config.privacy.max_grad_norm)
             fit.run()
-        trained = fit.trained() | {group: local.start[group].clone() for group in frozen}
-        private = {g: value.cpu().clone() for g, value in trained.items() if g.kind in self.algorithm.private}
-        update = {g: value.sub_(local.start[g].to(value.device)) for g, value in trained.items()}
-        packed, norm_G, lost = self._packed(update, before.lost, seed, frozen)
-        if not bool(norm_G.isfinite().all()):
-            broken = self.moe.layout.groups[int((~norm_G.isfinite()).nonzero()[0])]
-            raise TrainingFailedError(f"its update of {broken} is not finite; {REMEDY}")
-        seconds = time.perf_counter() - started
-        if isinstance(fit, PrivateFit):
-            statistics = self._private_report(client, broadcast.round, fit, norm_G, paid)
-        else:
-            report = self._report(client, broadcast.round, fit, local, update, norm_G, seconds, score)
-            statistics = parallel.agreed(report)
-        local.steps = fit.steps
-        kept = Kept(statistics.prob_L_E, fit.optimizer_state(), private, self.algorithm.keep(local, update), lost)
-        if self.algorithm.mix:
-            mixture = self._mixture(before, local.received)
-            with self._random(derive_seed(seed, "mixture")):
-                mixture.fit(client.train, self.config.training, seed)
-            kept = mixture.add_to(kept)
-        client.memory.keep(broadcast.round, packed, kept)
+        trained = self._trained(fit, local, frozen)
+        private = {g: trained[g].cpu().clone() for g in trained if g.kind in self.algorithm.private}
+        update = LazyWeights({group: partial(_moved, trained, local.start, group) for group in trained})
+        wire, sizes = self.config.wire, self.moe.layout.sizes
+        sent = (one for g in sizes if g not in frozen for one in shapes_of(str(g), sizes[g], wire.dtype))
+        with client.memory.keeping(broadcast.round, sent) as keeping:
+            norm_G, lost = self._keep_update(keeping, update, before.lost, seed, frozen)
+            if not bool(norm_G.isfinite().all()):
+                broken = self.moe.layout.groups[int((~norm_G.isfinite()).nonzero()[0])]
+                raise TrainingFailedError(f"its update of {broken} is not finite; {REMEDY}")
+            seconds = time.perf_counter() - started
+            if isinstance(fit, PrivateFit):
+                statistics = self._private_report(client, broadcast.round, fit, norm_G, paid)
+            else:
+                report = self._report(client, broadcast.round, fit, local, update, norm_G, seconds, score)
+                statistics = parallel.agreed(report)
+            local.steps = fit.steps
+            kept = Kept(statistics.prob_L_E, fit.optimizer_state(), private, self.algorithm.keep(local, update), lost)
+            if self.algorithm.mix:
+                mixture = self._mixture(before, local.received)
+                with self._random(derive_seed(seed, "mixture")):
+                    mixture.fit(client.train, self.config.training, seed)
+                kept = mixture.add_to(kept)
+            keeping.save(kept)
         return statistics
 
     def _agreed(self, client: ClientData, round: int) -> tuple[Terms | None, dict[str, float]]:
@@ -119,31 +123,46 @@ class Trainer:
         agreed = client.privacy.terms(client.examples)
         return agreed, client.privacy.pay(round, agreed)
 
-    def _packed(
-        self, update: Weights, lost: Weights, seed: int, frozen: Sequence[ParameterGroup]
-    ) -> tuple[dict[ParameterGroup, Packed], Tensor, Weights]:
-        """An update in wire precision, the norm of each group [G], and what rounding lost.
+    def _trained(
+        self, fit: LocalFit, local: LocalRound, frozen: Sequence[ParameterGroup]
+    ) -> Mapping[ParameterGroup, Tensor]:
+        """Values after training; unless they are spread over processes, a group is read when it is looked up."""
+        if self.moe.sharded:
+            return fit.trained() | {group: local.start[group] for group in frozen}
+        still = set(frozen)
+        look = {True: local.start.__getitem__, False: fit.trained_of}
+        return LazyWeights({group: partial(look[group in still], group) for group in self.moe.layout.groups})
+
+    def _keep_update(
+        self,
+        keeping: Keeping,
+        update: Mapping[ParameterGroup, Tensor],
+        lost: Weights,
+        seed: int,
+        frozen: Sequence[ParameterGroup],
+    ) -> tuple[Tensor, Weights]:
+        """Keep an update in wire precision; the norm of each group [G], and what rounding lost.
 
         With feedback, what it lost last time is sent along. Of a group that nobody asked for it is gone: neither the
         update nor what was added to it has arrived. Where rounding may lengthen an update, the norms are those sent.
         """
-        wire, groups = self.config.wire, self.moe.layout.groups
-        norm_G = torch.stack([update[group].norm() for group in groups]).cpu()
-        packed: dict[ParameterGroup, Packed] = {}
-        left: Weights = {}
-        for column, group in enumerate(groups):
+        wire, norms, left = self.config.wire, list[Tensor](), Weights()
+        for group in self.moe.layout.groups:
+            delta = update[group]
+            norms.append(delta.norm().cpu())
             if group in frozen:
                 continue
-            delta = update[group].cpu()
+            delta = delta.cpu()
             if wire.feeds_back and group in lost:
                 delta = delta + lost[group]
-            packed[group] = pack(delta, wire.dtype, derive_seed(seed, group))
+            packed = pack(delta, wire.dtype, derive_seed(seed, group))
             if wire.feeds_back or wire.dtype == "int4":
-                sent = unpack(packed[group])
-                norm_G[column] = sent.norm()
+                sent = unpack(packed)
+                norms[-1] = sent.norm()
                 if wire.feeds_back:
                     left[group] = delta - sent
-        return packed, norm_G, left
+            keeping.put(group, packed)
+        return torch.stack(norms), left
 
     @contextmanager
     def _random(self, seed: int) -> Iterator[None]:
@@ -163,7 +182,7 @@ class Trainer:
             learning_rate=self.config.training.learning_rate,
         )
 
-    def _mixture(self, kept: Kept, received: Weights) -> Mixture:
+    def _mixture(self, kept: Kept, received: Mapping[ParameterGroup, Tensor]) -> Mixture:
         """A client's mixture as kept, beside the weights that it received."""
         assert self.algorithm.mix is not None
         self._spare = self._spare or Mixture(self.moe, self.algorithm.mix)
@@ -176,7 +195,7 @@ class Trainer:
         round: int,
         fit: LocalFit,
         local: LocalRound,
-        update: Weights,
+        update: Mapping[ParameterGroup, Tensor],
         norm_G: Tensor,
         seconds: float,
         score: Evaluation | None,
@@ -249,16 +268,25 @@ class Trainer:
             metrics=paid,
         )
 
-    def evaluate(self, client: ClientData, received: Weights, round: int) -> Evaluation | None:
+    def evaluate(self, client: ClientData, received: Mapping[ParameterGroup, Tensor], round: int) -> Evaluation | None:
         """Score the weights after a round on the client's held-out part, if it has one.
 
         Where groups are private, the client's own take their place.
         """
         return self._score(client, received, client.memory.before(round + 1))
 
-    def _score(self, client: ClientData, received: Weights, kept: Kept) -> Evaluation | None:
+    def _score(self, client: ClientData, received: Mapping[ParameterGroup, Tensor], kept: Kept) -> Evaluation | None:
         if client.held_out is None:
             return None
-        self.moe.write(received | kept.private)
+        self.moe.write(received)
+        self.moe.write(kept.private)
         answer = self._mixture(kept, received).answer if self.algorithm.mix else None
         return evaluate(self.moe, client.held_out, self.config.evaluation, self.tokenizer, client.name, answer)
+
+
+def _moved(
+    trained: Mapping[ParameterGroup, Tensor], start: Mapping[ParameterGroup, Tensor], group: ParameterGroup
+) -> Tensor:
+    """By how much a group moved."""
+    value = trained[group]
+    return value - start[group].to(value.device)

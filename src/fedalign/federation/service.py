@@ -10,6 +10,7 @@ import gc
 import json
 import logging
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ from fedalign.federation.messages import VERBS, Message, MessageError, Parcel, d
 from fedalign.federation.received import Received
 from fedalign.federation.transfer import CONSTANT, FIRST, described
 from fedalign.files import write_text
-from fedalign.maths.rounding import unpack_weights
+from fedalign.maths.rounding import shapes_of, unpack_weights
+from fedalign.maths.tensor_file import Named
 from fedalign.protocol import Broadcast, Failure, Fetch, Hello, Lacking, Offer, Packed, Piece, Start
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and handing over an update needs none of it
@@ -107,14 +109,18 @@ class Service:
     def _start(self, _: Parcel) -> Message:
         self._reload()
         trainer = self.client.trainer
-        weights = {group: Packed(value.cpu()) for group, value in trainer.moe.read().items()}
-        constants = {name: value.cpu().contiguous() for name, value in trainer.moe.constants().items()}
-        every = {str(group): packed.values for group, packed in weights.items()}
-        every |= {f"{CONSTANT}{name}": value for name, value in constants.items()}
-        if sum(value.nbytes for value in every.values()) <= min(FIRST, trainer.config.wire.piece_nbytes):
+        moe = trainer.moe
+        constants = {name: value.cpu().contiguous() for name, value in moe.constants().items()}
+        nbytes = 4 * sum(moe.layout.sizes.values()) + sum(value.nbytes for value in constants.values())
+        if nbytes <= min(FIRST, trainer.config.wire.piece_nbytes):
+            weights = {group: Packed(value.cpu()) for group, value in moe.read().items()}
             return Start(self.name, weights, constants)
-        self.memory.keep_start(every)
-        return Start(self.name, {}, {}, {name: described(value) for name, value in every.items()})
+        fixed = {f"{CONSTANT}{name}": value for name, value in constants.items()}
+        tensors = [one for group, size in moe.layout.sizes.items() for one in shapes_of(str(group), size, "float32")]
+        tensors += [Named(name, value.dtype, tuple(value.shape)) for name, value in fixed.items()]
+        values = ((str(group), moe.read([group])[group].cpu()) for group in moe.layout.groups)
+        self.memory.keep_start(chain(values, fixed.items()), tensors)
+        return Start(self.name, {}, {}, {one.name: described(one) for one in tensors})
 
     def _offer(self, parcel: Parcel) -> Message:
         return self.received.offered(decode(parcel, Offer), self.sizes)
@@ -132,6 +138,7 @@ class Service:
         broadcast = self._broadcast(parcel)
         if isinstance(broadcast, Lacking):
             return broadcast
+        self.memory.forget_start()  # whoever asks for training has it
         client, self._as_loaded = self.client, False
         return client.trainer.train(client.data, broadcast)
 

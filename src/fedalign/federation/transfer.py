@@ -24,26 +24,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedalign.files import fingerprint, whole_lines, write_text
-from fedalign.maths.rounding import TORCH_DTYPE, bytes_of, scales, stored
+from fedalign.maths.rounding import SCALE, TORCH_DTYPE, bytes_of, scales, stored
+from fedalign.maths.tensor_file import ABOUT, CODES, Named, Range, head
 from fedalign.protocol import Packed, WireDtype
 
-CODES = {  # of safetensors
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-SCALE = ".scale"  # ends the name of a packed tensor's scales
-ABOUT = "__metadata__"
 FIRST = 32_000_000  # bytes of the first piece that goes to or comes from a site; what is smaller is not cut
 MOST_EDGES = 20_000  # of ranges that a site says at once that it lacks
 MOST_AXES, MOST_VALUES = 64, 1 << 48  # of a tensor: of more no file can be read
-Range = tuple[int, int]  # of bytes of the stream: first, and behind the last
 Part = tuple[Range, ...]  # that travels as one piece
 
 
@@ -85,7 +72,7 @@ def entries_of(sizes: Mapping[str, int], dtype: WireDtype) -> dict[str, Entry]:
 CONSTANT = "constant/"  # begins the name of what is never trained, in what the first round starts from
 
 
-def described(value: Tensor) -> str:
+def described(value: Tensor | Named) -> str:
     """A tensor's type and shape, in a word.
 
     >>> described(torch.zeros(2, 3)), entry_of("float32[2,3]")
@@ -296,34 +283,15 @@ def _write(descriptor: int, data: Tensor, place: int) -> None:
 
 
 def _head(entries: Mapping[str, Entry], about: Mapping[str, str]) -> tuple[bytes, dict[str, list[Range]]]:
-    """The head of a safetensors file, and of each tensor where in the file its values and scales lie, with lengths.
-
-    Scales come first, then what has the largest elements, so that each element lies where its type wants it.
-    """
-    every: list[tuple[str, torch.dtype, tuple[int, ...]]]
-    every = [
-        (name + SCALE, torch.float32, (entry.scales,)) for name, entry in entries.items() if entry.scales is not None
-    ]
-    every += [(name, entry.dtype, entry.shape) for name, entry in entries.items()]
-    at, offsets = 0, {}
-    for name, dtype, shape in sorted(every, key=lambda one: -one[1].itemsize):
-        end = at + dtype.itemsize * math.prod(shape)
-        offsets[name], at = (at, end), end
-    table: dict[str, object] = {ABOUT: dict(about)} if about else {}
-    for name, dtype, shape in sorted(every, key=lambda one: one[0].endswith(SCALE)):  # in the order of the stream
-        table[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": list(offsets[name])}
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    head = len(text).to_bytes(8, "little") + text
+    """The head of a safetensors file, and of each tensor where in the file its values and scales lie, with lengths."""
+    every = [Named(name, entry.dtype, entry.shape) for name, entry in entries.items()]
+    every += [Named(n + SCALE, torch.float32, (one.scales,)) for n, one in entries.items() if one.scales is not None]
+    found, offsets = head(every, about)
+    parts = {name: (name, name + SCALE) if entry.scales is not None else (name,) for name, entry in entries.items()}
     places = {
-        name: [
-            (len(head) + offsets[part][0], offsets[part][1] - offsets[part][0])
-            for part in (name, name + SCALE)
-            if part == name or entries[name].scales is not None
-        ]
-        for name in entries
+        name: [(offsets[part][0], offsets[part][1] - offsets[part][0]) for part in both] for name, both in parts.items()
     }
-    return head, places
+    return found, places
 
 
 def merged(ranges: Iterable[Range]) -> list[Range]:

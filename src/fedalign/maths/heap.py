@@ -7,12 +7,13 @@ have no name: whatever ends the process, the disk has their room again.
 from __future__ import annotations
 
 import mmap
-import os
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from fedalign.maths.tensor_file import reserve
 
 SLAB = 1 << 28  # bytes of a file at least
 ALIGNED = 64  # bytes
@@ -27,7 +28,8 @@ class Heap:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
-        self._rest = torch.empty(0, dtype=torch.uint8)  # of the last file
+        self._file = memoryview(b"")  # the last one
+        self._used = 0  # bytes of it
 
     @property
     def is_mapped(self) -> bool:
@@ -43,13 +45,14 @@ class Heap:
         if self.folder is None or not size:
             return torch.zeros(size, dtype=dtype)
         nbytes = size * dtype.itemsize
-        if nbytes > len(self._rest):
-            self._rest = _mapped(self.folder, max(SLAB, nbytes))
-        part, self._rest = self._rest[:nbytes], self._rest[nbytes + -nbytes % ALIGNED :]
-        return part.view(dtype)
+        if self._used + nbytes > len(self._file):
+            self._file, self._used = _mapped(self.folder, max(SLAB, nbytes)), 0
+        start, self._used = self._used, self._used + nbytes + -nbytes % ALIGNED
+        # a storage of its own: transformers copies tensors that share one before it saves them
+        return torch.frombuffer(self._file, dtype=dtype, count=size, offset=start)
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """The same values [N] in this heap; in memory the tensor itself.
+        """The same values in this heap; in memory the tensor itself.
 
         Raises:
             OSError: The disk has no room for it.
@@ -57,27 +60,19 @@ class Heap:
         return self.copy(tensor) if self.is_mapped else tensor
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """The same values [N] in a tensor of their own.
+        """The same values in a tensor of their own.
 
         Raises:
             OSError: The disk has no room for it.
         """
-        return self.zeros(len(tensor), tensor.dtype).copy_(tensor) if self.is_mapped else tensor.clone()
+        if not self.is_mapped:
+            return tensor.clone()
+        return self.zeros(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def _mapped(folder: Path, nbytes: int) -> Tensor:
-    """Bytes of a new file without a name; the file is gone once no tensor looks at it."""
+def _mapped(folder: Path, nbytes: int) -> memoryview:
+    """A new file without a name; it is gone once no tensor looks at it."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
-        _reserve(file.fileno(), nbytes)
-        return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8)
-
-
-def _reserve(file: int, nbytes: int) -> None:
-    """Take the room on the disk now: where a page of a mapping cannot be had later, the process is killed."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file, 0, nbytes)
-        return
-    zeros = bytes(1 << 20)
-    for start in range(0, nbytes, len(zeros)):
-        os.write(file, zeros[: nbytes - start])
+        reserve(file.fileno(), nbytes)
+        return memoryview(mmap.mmap(file.fileno(), nbytes))

@@ -183,7 +183,8 @@ class Directions:
         part_P_S = torch.zeros(len(PARTS), DIRECTION_WIDTH)
         for group, packed in update.groups.items():
             part = next(part for part, kinds in enumerate(PARTS) if group.kind in kinds)
-            part_P_S[part] += self._sketch.project(unpack(packed)) * self._sign[group]
+            values = packed.values if packed.scale is None else unpack(packed)  # sketched piece by piece
+            part_P_S[part] += self._sketch.project(values) * self._sign[group]
         self._of[update.client] = part_P_S
 
     def against(self, share: float) -> dict[str, float]:

@@ -14,13 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fedalign.maths.hashing import words
-from fedalign.protocol import Packed, ParameterGroup, Weights, WireDtype
+from fedalign.maths.lazy import LazyWeights
+from fedalign.maths.tensor_file import Named
+from fedalign.protocol import Packed, ParameterGroup, WireDtype
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Blocks:
 
 
 BLOCKS: dict[WireDtype, Blocks] = {"int8": Blocks(256, 127, 256), "int4": Blocks(64, 7, 32)}
+SCALE = ".scale"  # ends the name of a group's scales in a file
 CHUNK = 1 << 17  # values packed at a time: they stay in cache
 TORCH_DTYPE: dict[WireDtype, torch.dtype] = {
     "float32": torch.float32,
@@ -168,9 +172,15 @@ def unpack_into(flat: Tensor, packed: Packed, start: int = 0) -> None:
         flat[whole * block.values :].mul_(scale[whole])
 
 
-def unpack_weights(weights: Mapping[ParameterGroup, Packed]) -> Weights:
-    """Wire precision to float32, group by group."""
-    return {group: unpack(packed) for group, packed in weights.items()}
+def unpack_weights(weights: Mapping[ParameterGroup, Packed]) -> LazyWeights:
+    """Wire precision to float32, a group whenever it is looked up."""
+    return LazyWeights({group: partial(unpack, packed) for group, packed in weights.items()})
+
+
+def shapes_of(name: str, size: int, dtype: WireDtype) -> list[Named]:
+    """The tensors of a group of so many values as it is kept: its values, and its scales if the type has any."""
+    values, blocks = Named(name, TORCH_DTYPE[dtype], (stored(size, dtype),)), scales(size, dtype)
+    return [values] if blocks is None else [values, Named(name + SCALE, torch.float32, (blocks,))]
 
 
 def bytes_of(packed: Packed) -> list[Tensor]:

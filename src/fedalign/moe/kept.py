@@ -11,19 +11,23 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedalign.errors import UserError
+from fedalign.maths.tensor_file import Named, create, in_order
 from fedalign.moe.stored import INDEX, WEIGHTS, Loading, at_hand, read, stored
 
 KEPT, TUNED = "model-kept.safetensors", "model-tuned.safetensors"
+LARGEST = "50GB"  # of a file, as transformers has it
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 COUNTS = re.compile(r"num_(nextn_predict|mtp)_\w+|mtp_num_\w+")  # of such layers, in configurations
 
@@ -100,6 +104,30 @@ def save_with_kept(model: Any, folder: str | Path, **options: Any) -> None:
     """Save a model as transformers does, with what its checkpoint held besides."""
     model.save_pretrained(folder, **options)
     kept_of(model).add_to(Path(folder))
+
+
+@contextmanager
+def saving(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """As `save_with_kept`, of values that are yet to come: the files' own tensors, to be written to in the meantime.
+
+    Args:
+        model: which.
+        folder: where.
+        tensors: all of them by the names in the files; they may be on the meta device.
+    """
+    model.save_pretrained(folder, state_dict={}, save_original_format=False)  # all but the weights
+    pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
+    split = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=pattern, max_shard_size=LARGEST)
+    places: dict[str, Tensor] = {}
+    for file, names in split.filename_to_tensors.items():
+        those = [Named(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in names]
+        places |= create(folder / file, in_order(those), {"format": "pt"})
+    if split.is_sharded:
+        about = {"metadata": {"total_parameters": model.num_parameters(), **split.metadata}}
+        text = json.dumps(about | {"weight_map": split.tensor_to_filename}, indent=2, sort_keys=True)
+        (folder / INDEX).write_text(f"{text}\n", encoding="utf-8")
+    yield places
+    kept_of(model).add_to(folder)
 
 
 def kept_of(model: Any) -> Kept:

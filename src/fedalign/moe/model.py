@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from fedalign.maths.heap import Heap
 from fedalign.moe.detect import detect
 from fedalign.moe.families import TOP_K, MoELayer, family_of, is_encoder_decoder
 from fedalign.moe.groups import Slot, find_slots, flat, unwrapped
-from fedalign.moe.kept import Kept, kept_of, save_with_kept
+from fedalign.moe.kept import Kept, kept_of, save_with_kept, saving
 from fedalign.moe.load import (
     DTYPES,
     configuration_of,
@@ -44,6 +44,7 @@ from fedalign.moe.load import (
     quantised_by,
     resolved_source,
 )
+from fedalign.moe.stored import as_stored, by_layer
 from fedalign.moe.tuning import SELECTION_BIAS, beside_text, choosers, freeze, freeze_unreached
 from fedalign.protocol import HEAD, WHOLE, WORDS, Factors, Layout, ParameterGroup, TokenRows, Weights
 
@@ -216,41 +217,22 @@ class MoEModel:
                     model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
         return cls.wrap(freeze_biases(model), tuning)
 
-    def filled(
-        self,
-        weights: Mapping[ParameterGroup, Tensor],
-        constants: Mapping[str, Tensor],
-        heap: Heap | None = None,
-    ) -> Self:
-        """A skeleton's copy on the CPU with these values, to be saved; the skeleton stays one.
-
-        Args:
-            weights: of all groups.
-            constants: of the same model, see `constants`.
-            heap: where the copy lies; of adapters it is always in memory.
+    def _filled(self, weights: Mapping[ParameterGroup, Tensor], constants: Mapping[str, Tensor]) -> Self:
+        """A skeleton's copy whose adapters have these values; the base stays without: an adapter is saved without it.
 
         Raises:
             ValueError: These are not all values of this model.
         """
         model = copy.deepcopy(self.model)
-        if self.adapter is None:
-            heap = heap or Heap()
-            model = model._apply(lambda one: heap.zeros(one.numel(), one.dtype).view(one.shape))  # as `to_empty`
-            model.tie_weights()
-        else:  # the base stays without values: an adapter is saved without it
-            for path in {name.rpartition(".")[0] for name in self._adapter_slots()}:
-                model.get_submodule(path).to_empty(device="cpu", recurse=False)
+        for path in {name.rpartition(".")[0] for name in self._adapter_slots()}:
+            model.get_submodule(path).to_empty(device="cpu", recurse=False)
         moe = type(self)(freeze_biases(model), self.found, self.layers, self.adapter)
         moe._base_digest = constants.get(BASE_DIGEST)
         mine = moe.constants()
-        for what, lacking in (("weights", moe.layout.sizes.keys() - weights), ("constants", mine.keys() ^ constants)):
-            if lacking:
-                raise ValueError(f"{what}: {min(map(str, lacking))} is lacking, or is not of this model")
+        moe._check_whole(weights, constants, mine)
         moe.write(weights)
         with torch.no_grad():
             for name, value in mine.items():
-                if value.shape != constants[name].shape:
-                    raise ValueError(f"{name}: {list(constants[name].shape)}, the model has {list(value.shape)}")
                 value.copy_(constants[name])
         return moe
 
@@ -272,7 +254,67 @@ class MoEModel:
         """64 hex digits over all values: equal if and only if two loaded models are."""
         slots = self._adapter_slots().values() if self.adapter else self.slots
         values = {slot.name: slot.parameter.detach() for slot in slots} | self.constants()
-        return str(_digest(self.fingerprint(), values).hexdigest())
+        return str(_digest(self.fingerprint(), sorted(values.items())).hexdigest())
+
+    def weights_hash_of(
+        self, weights: Mapping[ParameterGroup, Tensor], constants: Mapping[str, Tensor], heap: Heap | None = None
+    ) -> str:
+        """The `weights_hash` that this model, which may be a skeleton, would have with these values.
+
+        Args:
+            weights: of all groups.
+            constants: of the same model, see `constants`.
+            heap: where one parameter after another lies.
+
+        Raises:
+            ValueError: These are not all values of this model.
+        """
+        if self.adapter is not None:  # small
+            return self._filled(weights, constants).weights_hash()
+        self._check_whole(weights, constants, self.constants())
+        values = self._filled_values(weights, constants, heap or Heap())
+        return str(_digest(self.fingerprint(), ((name, make()) for name, make in sorted(values.items()))).hexdigest())
+
+    def _filled_values(
+        self, weights: Mapping[ParameterGroup, Tensor], constants: Mapping[str, Tensor], heap: Heap
+    ) -> Mapping[str, Callable[[], Tensor]]:
+        """What makes each value that is saved, parameters and persistent buffers, by name."""
+        fixed = {name: partial(constants[name].to, value.dtype) for name, value in self.constants().items()}
+        trained = (slot for slot in self.slots if slot.parameter.requires_grad)
+        return {slot.name: partial(self._built, slot, weights, heap) for slot in trained} | fixed
+
+    def _built(self, slot: Slot, weights: Mapping[ParameterGroup, Tensor], heap: Heap) -> Tensor:
+        """A parameter's values out of those of its groups."""
+        whole = heap.zeros(slot.parameter.numel(), slot.parameter.dtype).view(slot.parameter.shape)
+        for group in slot.groups:
+            start, values = 0, weights[group]
+            self._check_size(group, values)
+            for owner in self._owners[group]:
+                if owner is slot:
+                    part = slot.part(whole, group)
+                    part.copy_(values[start : start + slot.size].view_as(part))
+                start += owner.size
+        return whole
+
+    def _check_size(self, group: ParameterGroup, values: Tensor) -> None:
+        if values.numel() != self.layout.sizes.get(group):
+            raise ValueError(
+                f"{group}: {values.numel()} values, the model trains {self.layout.sizes.get(group, 'none such')}"
+            )
+
+    def _check_whole(
+        self,
+        weights: Mapping[ParameterGroup, Tensor],
+        constants: Mapping[str, Tensor],
+        mine: Mapping[str, Tensor],
+    ) -> None:
+        """Refuse weights and constants that are not all of this model's, whose own constants are `mine`."""
+        for what, lacking in (("weights", self.layout.sizes.keys() - weights), ("constants", mine.keys() ^ constants)):
+            if lacking:
+                raise ValueError(f"{what}: {min(map(str, lacking))} is lacking, or is not of this model")
+        for name, value in mine.items():
+            if value.shape != constants[name].shape:
+                raise ValueError(f"{name}: {list(constants[name].shape)}, the model has {list(value.shape)}")
 
     def _adapter_slots(self) -> dict[str, Slot]:
         """The content of an adapter's file: all factors, and routers trained whole, with what is frozen in them."""
@@ -298,7 +340,9 @@ class MoEModel:
                 if slot.name not in adapter:
                     name = slot.name.replace(".base_layer", "")
                     values[name] = self._origins.get(name, slot.parameter.detach())
-            self._base_digest = torch.frombuffer(bytearray(_digest("", values).digest()), dtype=torch.uint8)
+            self._base_digest = torch.frombuffer(
+                bytearray(_digest("", sorted(values.items())).digest()), dtype=torch.uint8
+            )
         return self._base_digest
 
     @property
@@ -489,10 +533,7 @@ class MoEModel:
             ValueError: a group of another model or of another size.
         """
         for group, values in weights.items():
-            if values.numel() != self.layout.sizes.get(group):
-                raise ValueError(
-                    f"{group}: {values.numel()} values, the model trains {self.layout.sizes.get(group, 'none such')}"
-                )
+            self._check_size(group, values)
             for view, start in self._places(group, stand_ins or {}):
                 view.copy_(values[start : start + view.numel()].view_as(view))
 
@@ -525,6 +566,44 @@ class MoEModel:
 
         values = {name: slot.parameter.detach() for name, slot in self._adapter_slots().items()}
         lora.save(self.adapter, values | self._adapter_buffers(), Path(folder), self.base_digest())
+
+    def save_filled(
+        self,
+        weights: Mapping[ParameterGroup, Tensor],
+        constants: Mapping[str, Tensor],
+        folder: str | Path,
+        heap: Heap | None = None,
+    ) -> Self:
+        """Save a skeleton as `save` would if it had these values; it stays one.
+
+        Args:
+            weights: of all groups.
+            constants: of the same model, see `constants`.
+            folder: where.
+            heap: where one layer after another lies before it is written.
+
+        Returns:
+            The model to hold the folder against: this one, with digests of what was written, or adapters with values.
+
+        Raises:
+            ValueError: These are not all values of this model.
+        """
+        if self.adapter is not None:
+            filled = self._filled(weights, constants)
+            filled.save(folder)
+            return filled
+        self._check_whole(weights, constants, self.constants())
+        values, self.written = self._filled_values(weights, constants, heap or Heap()), {}
+        without = {slot.name: slot.parameter.detach() for slot in self.slots} | self.constants()
+        layers = list(by_layer(values))
+        stored = (as_stored(self.model, {name: without[name] for name in names}) for names in layers)
+        with saving(self.model, Path(folder), dict(item for one in stored for item in one.items())) as places:
+            for names in layers:
+                layer = {name: values[name]() for name in names}
+                self.written |= {name: sha256(value) for name, value in layer.items()}
+                for name, value in as_stored(self.model, layer).items():
+                    places[name].copy_(value)
+        return self
 
     def _save_whole(self, folder: str | Path) -> None:
         """Gather one parameter after another in the first process, which alone writes."""
@@ -703,10 +782,10 @@ def _lasting(config: Any) -> Any:
     return {key: _lasting(value) for key, value in config.items() if key not in volatile}
 
 
-def _digest(text: str, values: Mapping[str, Tensor | bytes]) -> Any:
-    """SHA-256 over a text and named values, or digests of them."""
+def _digest(text: str, values: Iterable[tuple[str, Tensor | bytes]]) -> Any:
+    """SHA-256 over a text and named values, or digests of them, in this order."""
     digest = hashlib.sha256(text.encode())
-    for name, value in sorted(values.items()):
+    for name, value in values:
         digest.update(name.encode())
         digest.update(value if isinstance(value, bytes) else sha256(parallel.whole(value)))
     return digest

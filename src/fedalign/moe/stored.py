@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
@@ -14,7 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.utils import cached_file
 
 from fedalign.errors import UserError
@@ -64,6 +71,18 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (OSError, SafetensorError) as error:
         raise UserError(f"{str(path)!r}: cannot be read: {error}. Put it back as it was.") from None
+
+
+def as_stored(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values of a model under the names and in the parts that transformers saves: the inverse of `Loading`."""
+    return dict(revert_weight_conversion(model, dict(values)))
+
+
+def by_layer(names: Iterable[str]) -> Iterator[list[str]]:
+    """A model's names in transformers' order, layer by layer: what it joins or cuts on saving belongs to one."""
+    numbered = re.compile(r".*?\.\d+\.")
+    for _, some in groupby(sorted(names, key=dot_natural_key), lambda name: (at := numbered.match(name)) and at[0]):
+        yield list(some)
 
 
 class Loading:

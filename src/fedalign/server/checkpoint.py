@@ -21,6 +21,7 @@ from torch import Tensor
 from fedalign import parallel
 from fedalign.errors import UserError
 from fedalign.files import KEPT_ROUNDS, SUMS, damage, forget_old, replacing, rounds_in
+from fedalign.maths.tensor_file import move
 from fedalign.protocol import Metrics, Packed, State, Weights, parse_group
 from fedalign.server.public import PublicModel
 
@@ -51,17 +52,18 @@ class ServerState:
 class Checkpoints:
     """The server's checkpoints in one folder, for one model and one configuration."""
 
-    def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, str], *, moving: bool = False) -> None:
         self.folder = folder
+        self.moving = moving  # whether what is saved leaves the place where it was, for the file
         self.identity = dict(identity)  # what must agree on resume: name -> fingerprint
 
     @parallel.by_the_first
     def save(self, state: ServerState) -> None:
-        """Write the state after a complete round."""
+        """Write the state after a complete round; where it moves, its tensors become those of the files."""
         with replacing(self.folder / f"round-{state.round:05d}") as folder:
-            save_file({str(g): w.contiguous() for g, w in state.weights.items()}, folder / "weights.safetensors")
-            save_file({name: t.contiguous() for name, t in state.algorithm.items()}, folder / "algorithm.safetensors")
-            save_file({name: t.contiguous() for name, t in state.moments.items()}, folder / "moments.safetensors")
+            self._write(state.weights, folder / "weights.safetensors")
+            self._write(state.algorithm, folder / "algorithm.safetensors")
+            self._write(state.moments, folder / "moments.safetensors")
             if state.public is not None:
                 save_file(_tensors(state.public), folder / PUBLIC)
             about: dict[str, Any] = {"round": state.round, "identity": self.identity}
@@ -85,6 +87,12 @@ class Checkpoints:
         """Add its line to a round that was saved before it was scored."""
         with replacing(self.folder / f"round-{state.round:05d}" / SCORED) as folder:
             (folder / LINE).write_text(json.dumps(state.history[-1]), encoding="utf-8")
+
+    def _write(self, tensors: dict[Any, Tensor], file: Path) -> None:
+        if self.moving:
+            move(tensors, file)
+        else:
+            save_file({str(key): tensor.contiguous() for key, tensor in tensors.items()}, file)
 
     def load(self) -> ServerState | None:
         """The latest complete round that is not damaged, or None where there is none; what is damaged is told.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedalign.config.run import TrainingConfig
+from fedalign.maths.average import CHUNK
 from fedalign.protocol import Evaluation, Failure, Layout, Plan, Shape, State, Statistics, Weights
 
 MOST = 1e15  # of any number: its square is still one in float32, and so is that of its inverse
@@ -137,7 +138,9 @@ def check_state(state: State) -> str | None:
 
 def check_weights(weights: Weights) -> str | None:
     """Why a round's new weights cannot be kept, or None."""
-    broken = [group for group, value in weights.items() if not bool(value.isfinite().all())]
+    broken = [
+        group for group, value in weights.items() if not all(bool(part.isfinite().all()) for part in value.split(CHUNK))
+    ]
     return f"leads to weights that are not finite: {broken[0]}" if broken else None
 
 

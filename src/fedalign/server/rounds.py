@@ -322,6 +322,8 @@ class Server:
 
     def _packed(self, value: Tensor, dtype: WireDtype) -> Packed:
         """Weights in wire precision; a copy lies where the weights lie."""
+        if self.heap.is_mapped and dtype == "bfloat16":  # what comes to be in memory first leaves holes there
+            return Packed(self.heap.zeros(len(value), torch.bfloat16).copy_(value))
         packed = pack(value, dtype, seed=0)
         return packed if packed.values is value else Packed(self.heap.keep(packed.values), packed.scale)
 

@@ -113,8 +113,8 @@ def resumed_config(out: Path, overrides: Overrides) -> Config:
 def execute(centre: Centre, folder: RunFolder, watch: Observer) -> dict[str, Any]:
     """Run all rounds that `folder` does not hold yet, write the results, return the summary."""
     config = centre.config
-    checkpoints = Checkpoints(folder.checkpoint, centre.identity())
     heap = heap_for(config, centre.layout, folder.checkpoint)
+    checkpoints = Checkpoints(folder.checkpoint, centre.identity(), moving=heap.is_mapped and parallel.world() == 1)
     state = checkpoints.load() or ServerState(0, centre.initial_weights(heap), {}, ())
     folder.amend(config)  # what is refused stays as it was
     if parallel.is_first():
@@ -131,9 +131,9 @@ def execute(centre: Centre, folder: RunFolder, watch: Observer) -> dict[str, Any
         observer=Both(recorder, watch),
         heap=heap,
     )
-    summary = recorder.finish(server.run(state))
-    centre.finish()
-    return summary
+    state = server.run(state)
+    centre.finish()  # the last checkpoint is there: what clients and transfers keep need not lie beside the model
+    return recorder.finish(state)
 
 
 def heap_for(config: Config, layout: Layout, folder: Path) -> Heap:

@@ -31,7 +31,6 @@ from fedalign.federation.transfer import (
     FIRST,
     Entry,
     Part,
-    Range,
     Transfer,
     digest,
     edges_of,
@@ -46,6 +45,7 @@ from fedalign.federation.transfer import (
 )
 from fedalign.files import fingerprint, folder_name, rounds_in
 from fedalign.maths.rounding import bytes_of, cut_out, wire_dtype
+from fedalign.maths.tensor_file import Range
 from fedalign.protocol import (
     PROTOCOL,
     Broadcast,
@@ -67,6 +67,7 @@ from fedalign.units import size
 
 T = TypeVar("T")
 NOTHING = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
+START = "start.safetensors"  # what the first round starts from, as a site sent it
 LONGEST_REASON = 500  # characters of what a site says in a failure
 AHEAD = 2  # pieces on their way to or from a site: one that it works on, one that waits for it
 LEAST = 1_000_000  # bytes of the smallest: pieces grow while one takes less than BRIEF, shrink if more than LONG
@@ -123,6 +124,8 @@ class Carrier:
             for number, folder in rounds_in(self.cargo.folder):
                 if number < broadcast.round:
                     shutil.rmtree(folder, ignore_errors=True)
+            for file in self.cargo.folder.glob(f"{START}*"):  # its journal, too; a checkpoint holds it
+                file.unlink()
         freight = Freight(broadcast)
         meter = Meter("down", self._say)
         for name in clients:
@@ -186,7 +189,7 @@ class Carrier:
         rest = sum(entry.nbytes for entry in entries.values()) - sum(entry.nbytes for entry in weights.values())
         if rest > self.cargo.constants:
             return Failure(name, "join", f"it would send {rest} bytes beside the weights, the model has fewer")
-        upload = Upload(name, 0, self.cargo.folder / "start.safetensors", entries, self._sizes[name])
+        upload = Upload(name, 0, self.cargo.folder / START, entries, self._sizes[name])
         failure = yield from self._fetch(upload, "join")
         if failure is not None:
             return failure

@@ -22,13 +22,13 @@ from fedalign.federation.flower.carrier import Cargo
 from fedalign.federation.flower.link import Link
 from fedalign.federation.flower.sites import Agreement, FlowerFederation
 from fedalign.files import damage, replacing
-from fedalign.maths.heap import SLAB, Heap
-from fedalign.maths.rounding import unpack_weights
+from fedalign.maths.heap import Heap
+from fedalign.maths.rounding import unpack
 from fedalign.moe.load import model_path
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import TELLING, WORDS, Layout, Weights
 from fedalign.server.results import RunFolder
-from fedalign.server.run import Holdings, Marked, identity
+from fedalign.server.run import Holdings, Marked, heap_for, identity
 
 CONSTANTS = "constants.safetensors"
 DIGEST_NBYTES = 1024  # what a model's constants may be larger than all of its values: a digest of an adapter's base
@@ -42,7 +42,7 @@ class Coordinator:
     bench: Workbench  # its model is a skeleton unless there is a test set
     test: TestSet | None
     federation: FlowerFederation
-    _saved: Weights | None = field(default=None, init=False)  # last, of a skeleton
+    _saved: MoEModel | None = field(default=None, init=False)  # what a skeleton was last saved as
     constants: Path  # a folder: what a skeleton's model has besides weights, as a site sent it
 
     @classmethod
@@ -88,10 +88,10 @@ class Coordinator:
         if not self._is_skeleton:
             return self.bench.weights(heap)
         start = self.federation.start()
-        weights = {group: heap.keep(value) for group, value in unpack_weights(start.weights).items()}
+        weights = {group: unpack(packed) for group, packed in start.weights.items()}  # mapped, or less than a piece
         constants = dict(start.constants)
         try:
-            found = self.bench.moe.filled(weights, constants, heap).weights_hash()
+            found = self.bench.moe.weights_hash_of(weights, constants, heap)
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"{start.client}: the weights that it sent do not fit the model: {error}") from None
         if found != self.federation.agreement.weights:
@@ -106,13 +106,12 @@ class Coordinator:
 
     def check_model(self, folder: Path) -> str:
         """Hold what was last saved against plain libraries; how far was looked."""
-        return self.bench.check(folder, None if self._saved is None else self._filled(self._saved))
+        return self.bench.check(folder, self._saved)
 
     def save_model(self, weights: Weights, folder: Path) -> None:
         """Write weights as an ordinary Hugging Face folder, with the tokenizer."""
         if self._is_skeleton:
-            self._saved = weights
-            self._filled(weights).save(folder)
+            self._saved = self.bench.moe.save_filled(weights, self._constants(), folder, self._heap())
             self.bench.tokenizer.save_pretrained(folder)
         else:
             self.bench.save(weights, folder)
@@ -150,10 +149,9 @@ class Coordinator:
     def _is_skeleton(self) -> bool:
         return self.bench.moe.device.type == "meta"
 
-    def _filled(self, weights: Weights) -> MoEModel:
-        """The skeleton's copy with these values. Nobody keeps it, and a large one is mapped: saving makes another."""
-        is_large = 4 * sum(self.layout.sizes.values()) >= SLAB
-        return self.bench.moe.filled(weights, self._constants(), Heap(self.constants.parent if is_large else None))
+    def _heap(self) -> Heap:
+        """Where a model with values lies."""
+        return heap_for(self.config, self.layout, self.constants.parent)
 
     def _constants(self) -> dict[str, Tensor]:
         if problem := damage(self.constants, CONSTANTS):

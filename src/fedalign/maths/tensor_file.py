@@ -1,0 +1,106 @@
+"""Safetensors files of known content, laid out before their values are there, and tensors that move into one."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterable, Mapping, MutableMapping
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+K = TypeVar("K")
+CODES = {  # of safetensors, in its order
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+ABOUT = "__metadata__"
+Range = tuple[int, int]  # of bytes: first, and behind the last
+
+
+class Named(NamedTuple):
+    """A tensor that a file has or will have."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def head(tensors: Iterable[Named], about: Mapping[str, str]) -> tuple[bytes, dict[str, Range]]:
+    """The head of a file of these tensors, and where in the file the values of each lie.
+
+    What has the largest elements comes first, so that each element lies where its type wants it.
+    """
+    every = list(tensors)
+    at, offsets = 0, dict[str, Range]()
+    for name, dtype, shape in sorted(every, key=lambda one: -one[1].itemsize):
+        end = at + dtype.itemsize * math.prod(shape)
+        offsets[name], at = (at, end), end
+    table: dict[str, object] = {ABOUT: dict(about)} if about else {}
+    for name, dtype, shape in every:
+        table[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": list(offsets[name])}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    found = len(text).to_bytes(8, "little") + text
+    return found, {name: (len(found) + start, len(found) + stop) for name, (start, stop) in offsets.items()}
+
+
+def in_order(tensors: Iterable[Named]) -> list[Named]:
+    """In the order in which safetensors itself writes them: by type, then by name."""
+    order = list(CODES)
+    return sorted(tensors, key=lambda one: (order.index(one[1]), one[0]))
+
+
+def create(file: Path, tensors: Iterable[Named], about: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """A new file of zeros; its tensors, mapped, by name: what is written to them is in the file.
+
+    Raises:
+        OSError: The disk has no room for it.
+    """
+    every = list(tensors)
+    start, places = head(every, about or {})
+    nbytes = max([len(start), *(stop for _, stop in places.values())])
+    with file.open("w+b") as opened:
+        opened.write(start)
+        opened.flush()
+        reserve(opened.fileno(), nbytes)
+        whole = torch.frombuffer(mmap.mmap(opened.fileno(), nbytes), dtype=torch.uint8)
+    return {name: whole[slice(*places[name])].view(dtype).view(shape) for name, dtype, shape in every}
+
+
+def move(tensors: MutableMapping[K, Tensor], file: Path) -> None:
+    """Write tensors to a new file, each under its key as text; the file's own, mapped, take their place.
+
+    They do so one by one: what a tensor took elsewhere is free before the next is written.
+
+    Raises:
+        OSError: The disk has no room for it.
+    """
+    there = create(file, (Named(str(key), one.dtype, tuple(one.shape)) for key, one in tensors.items()))
+    for key in tensors:
+        tensors[key] = there.pop(str(key)).copy_(tensors[key])
+    mine = load_file(file)  # whoever writes to these does not change the file
+    for key in tensors:
+        tensors[key] = mine[str(key)]
+
+
+def reserve(file: int, nbytes: int) -> None:
+    """Take the room on the disk now: where a page of a mapping cannot be had later, the process is killed."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, nbytes)
+        return
+    at, zeros = os.fstat(file).st_size, bytes(1 << 20)
+    for start in range(at, nbytes, len(zeros)):
+        os.pwrite(file, zeros[: nbytes - start], start)
