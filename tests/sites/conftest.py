@@ -179,6 +179,7 @@ class Deployment:
     settings: dict[str, Any]
     sites: dict[str, Path] = field(default_factory=dict)
     nodes: dict[str, int] = field(default_factory=dict)  # of those that are registered
+    warm: set[str] = field(default_factory=set)  # sites that keep their model loaded
     _said: dict[str, int] = field(default_factory=dict)  # characters of a site's log before it was last started
 
     def prepare(
@@ -223,6 +224,7 @@ class Deployment:
 
     def start(self, name: str, *, insecure: bool = False) -> None:
         """Start, or start again, a site's SuperNode; an insecure one has neither TLS nor key."""
+        self.warm.discard(name)
         folder = self.sites[name]
         key = folder / "key" if self.loopback.authenticate and not insecure else None
         self._said[name] = len(self.loopback.log(name))
@@ -230,7 +232,8 @@ class Deployment:
             self.loopback.start_supernode(name, {"site": str(folder / "site.toml")}, key, insecure)
 
     def serve(self, name: str) -> None:
-        """Start a site that keeps its model loaded, with its SuperNode."""
+        """Start, or start again, a site that keeps its model loaded, with its SuperNode."""
+        self.warm.add(name)
         self._said[name] = len(self.loopback.log(name))
         with self._changed(self.sites[name]):
             self.loopback._start(name, [sys.executable, "-m", "fedalign", "site", "serve", str(self.sites[name])])
@@ -254,10 +257,22 @@ class Deployment:
     def _is_online(self, site: str) -> bool:
         return "SuperNode ID" in self.loopback.log(site)[self._said[site] :]
 
-    def add(self, name: str, lines: Sequence[dict[str, str]] | None = None, **options: Any) -> Path:
-        """A site, prepared and started."""
+    def again(self, name: str) -> None:
+        """Start a site that has ended, as it was started."""
+        if name in self.warm:
+            self.serve(name)
+        else:
+            self.start(name)
+
+    def add(
+        self, name: str, lines: Sequence[dict[str, str]] | None = None, *, warm: bool = False, **options: Any
+    ) -> Path:
+        """A site, prepared and started; a warm one imports torch once, another for each message."""
         folder = self.prepare(name, share(name) if lines is None else lines, **options)
-        self.start(name)
+        if warm:
+            self.serve(name)
+        else:
+            self.start(name)
         return folder
 
     def apps(self, site: str) -> list[int]:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.sites
 def deployment(tmp_path_factory: pytest.TempPathFactory, olmoe: Path) -> Iterator[Deployment]:
     """One site without a key: Flower refuses a key for a minute after its SuperNode was killed."""
     with deployed(tmp_path_factory.mktemp("pieces") / "deployed", tables_for(olmoe), secure=False) as running:
-        running.add(SITE)
+        running.add(SITE, warm=True)
         running.wait_online()
         yield running
 

@@ -53,7 +53,7 @@ def disturbed(deployment: Deployment, out: str, victim: Victim, way: str, after:
         command.wait(lambda: answered(deployment, run, VERB[way]) >= after, f"piece {after} {way}")
         if victim == "SuperNode":
             deployment.loopback.kill(SITE)
-            deployment.start(SITE)
+            deployment.again(SITE)
             assert command.finish() == 0, command.said
             return run
         if victim == "SuperLink":
