@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any, Protocol
 
 import pytest
 import torch
+from torch import Tensor
 
 from fedalign.client.open import DealtClients, open_site
 from fedalign.config.run import Config
 from fedalign.config.toml import load_config
 from fedalign.errors import UserError
-from fedalign.federation.flower import carrier, talks
+from fedalign.federation.flower import carrier, coordinator, talks
 from fedalign.federation.flower import sites as federation
 from fedalign.federation.flower.coordinator import Coordinator
 from fedalign.federation.flower.link import Reply
@@ -27,7 +29,7 @@ from fedalign.federation.transfer import digest
 from fedalign.files import fingerprint
 from fedalign.maths.heap import Heap
 from fedalign.moe.model import MoEModel
-from fedalign.protocol import PROTOCOL, SHARED, WORDS, Packed, ParameterGroup, Piece, Start
+from fedalign.protocol import PROTOCOL, SHARED, WORDS, Packed, ParameterGroup, Piece, Start, Weights
 from fedalign.server.results import RunFolder
 from fedalign.server.run import execute
 from tests.conftest import SUBJECTS, changed, make_site, rows, write_jsonl
@@ -609,3 +611,24 @@ def test_a_run_that_nobody_scores_ends_well(coordinated: Callable[..., Config], 
     assert summary["final_accuracy"] is None
     assert (summary["final_loss"], summary["best_round"], summary["client_accuracies"]) == (None, None, {})
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_a_large_model_is_filled_in_a_mapped_file_to_be_saved_and_then_let_go(
+    coordinated: Callable[..., Config], house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies, mapped, fill = list[weakref.ref[MoEModel]](), list[bool](), MoEModel.filled
+
+    def filled(skeleton: MoEModel, weights: Weights, constants: Mapping[str, Tensor], heap: Heap) -> MoEModel:
+        assert all(copy() is None for copy in copies)
+        made = fill(skeleton, weights, constants, heap)
+        if mapped:  # the first one is made to look at what a site has sent
+            copies.append(weakref.ref(made))
+        mapped.append(heap.is_mapped)
+        return made
+
+    monkeypatch.setattr(MoEModel, "filled", filled)
+    monkeypatch.setattr(coordinator, "SLAB", 1 << 12)
+    config = coordinated("run.rounds=1", "run.check=false")
+    run(tmp_path / "run", Direct(sites(tmp_path / "sites", house, config)), config)
+    assert mapped == [False, *[True] * len(copies)]
+    assert len(copies) >= 2

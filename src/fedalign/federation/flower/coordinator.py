@@ -6,6 +6,7 @@ sends, checked against the hash that all sites agree on, and what is saved at th
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,6 +114,7 @@ class Coordinator:
         if self._is_skeleton:
             self._saved = weights
             self._filled(weights).save(folder)
+            gc.collect()  # a model's modules refer to each other
             self.bench.tokenizer.save_pretrained(folder)
         else:
             self.bench.save(weights, folder)
