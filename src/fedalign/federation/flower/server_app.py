@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import secrets
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from fedalign.server.results import RunFolder
 from fedalign.server.run import execute
 
 app = ServerApp()
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
 
 
 @app.main()
@@ -32,6 +34,7 @@ def main(grid: Grid, context: Context) -> None:
     """
     log_to_stderr()
     quiet()
+    return_what_is_freed()
     folder = RunFolder(Path(str(context.run_config["out"])).expanduser().absolute())
     source = Path(str(context.run_config["config"])).expanduser()
     try:
@@ -40,6 +43,12 @@ def main(grid: Grid, context: Context) -> None:
     except UserError as error:
         log.error("%s", error)
         raise SystemExit(2) from None
+
+
+def return_what_is_freed() -> None:
+    """Have glibc give blocks of 1 MiB and more back to the system: it keeps those of up to 32, as groups are."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _go(grid: Grid, source: Path, folder: RunFolder, beacon: Beacon) -> None:
