@@ -309,7 +309,10 @@ class MoEModel:
         mine: Mapping[str, Tensor],
     ) -> None:
         """Refuse weights and constants that are not all of this model's, whose own constants are `mine`."""
-        for what, lacking in (("weights", self.layout.sizes.keys() - weights), ("constants", mine.keys() ^ constants)):
+        for what, lacking in (
+            ("weights", self.layout.sizes.keys() ^ weights.keys()),
+            ("constants", mine.keys() ^ constants),
+        ):
             if lacking:
                 raise ValueError(f"{what}: {min(map(str, lacking))} is lacking, or is not of this model")
         for name, value in mine.items():
