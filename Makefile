@@ -50,7 +50,7 @@ check: ## what `make test` checks, in the environment that is there
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
-	@OMP_NUM_THREADS=1 $(BIN)/pytest
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 test-browser: $(VENV)/.tools ## the report in headless Chromium (apt-get install chromium chromium-driver)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m browser

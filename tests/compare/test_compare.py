@@ -117,10 +117,12 @@ def refused(result: tuple[int, str, str], *words: str) -> None:
 def test_a_comparison_from_start_to_finish(
     fedalign: Command, config: str, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One story, since each of its six runs is a real `fedalign run` that imports torch."""
+    """One story: two of its six runs are made here, the others are real ones, each of which imports torch."""
     out = tmp_path / "out"
-    common = ["compare", config, "--seeds", "3,", "--set", "run.rounds=2", "--out", str(out)]
-    code, text, errors = fedalign(*common, "--algorithms", "fedavg,fedalign_moe")
+    common = ["compare", config, "--seeds", "3,", "--set", "run.rounds=2", "--set", "run.threads=1", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(comparing, "run_all", in_this_process)
+        code, text, errors = fedalign(*common, "--algorithms", "fedavg,fedalign_moe")
     assert code == 0, errors + text
     assert re.search(r"^2/2 fed.*, seed 3: accuracy [0-9.]+ %, [0-9:]+, left 0:00$", text, re.MULTILINE)
     assert "Final scores" in text
