@@ -94,6 +94,9 @@ class Nobody:
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_, **__: None
 
+    def mapped(self, state: ServerState) -> ServerState:
+        return state
+
 
 def said(asks: Set[Ask]) -> Sequence[Statistics]:
     """What they say: the last one alone holds the last expert."""

@@ -278,7 +278,7 @@ class MoEModel:
     def _filled_values(
         self, weights: Mapping[ParameterGroup, Tensor], constants: Mapping[str, Tensor], heap: Heap
     ) -> Mapping[str, Callable[[], Tensor]]:
-        """What makes each value that is saved, parameters and persistent buffers, by name."""
+        """Makers of the values that are saved, parameters and persistent buffers, by name."""
         fixed = {name: partial(constants[name].to, value.dtype) for name, value in self.constants().items()}
         trained = (slot for slot in self.slots if slot.parameter.requires_grad)
         return {slot.name: partial(self._built, slot, weights, heap) for slot in trained} | fixed
