@@ -317,6 +317,10 @@ class Nobody:
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_, **__: None
 
+    def mapped(self, state: ServerState) -> ServerState:
+        """Nothing was saved."""
+        return state
+
 
 def shifted(example: Example) -> Example:
     """The class after the right one."""
