@@ -113,6 +113,37 @@ def test_no_example_counts_for_more_than_the_clip() -> None:
     assert not sums[1].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_clip_holds_over_millions_of_values(dtype: torch.dtype) -> None:
+    gradient = torch.full((2048, 2049), 1e-3, dtype=dtype)  # torch's own norm is 0.2 % short of it
+    sums = [torch.zeros(gradient.shape)]
+    norm = add_clipped(sums, [gradient], 0.5)
+    assert norm == pytest.approx(float(gradient.double().norm()), rel=1e-6)
+    assert 0.49999 < float(sums[0].double().norm()) <= 0.5
+
+
+def test_parameters_of_any_shape_have_a_length() -> None:
+    every = [torch.tensor(3.0), torch.zeros(0), torch.ones(300, 2).t(), torch.full((256,), 2.0)]
+    sums = [torch.zeros(one.shape) for one in every]
+    assert add_clipped(sums, every, 1.0) == pytest.approx(math.sqrt(9 + 600 + 1024))
+
+
+def test_a_key_is_longer_than_anybody_can_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's generator of a CPU takes 32 bits of a seed: rows of tokens that nobody has show noise alone."""
+    trainer = private()
+    made = fit(trainer, data(trainer, tmp_path))
+    drawn = []
+    for key in (7, 7 + 2**32, 7 + 2**64, 7 + 2**120):
+        monkeypatch.setattr(made.secret, "draw", lambda *_, key=key: key)
+        sums = [torch.zeros(1000)]
+        made._add_noise(sums, 0)
+        drawn.append(sums[0])
+        sizes = [example[0].example for example in made._sample(0)]
+        assert sizes
+    assert len({tuple(one.tolist()) for one in drawn}) == 4
+    assert max(Secret(None).draw() for _ in range(64)) >= 2**120
+
+
 def test_a_short_gradient_stays_as_it_is_and_a_broken_one_adds_nothing() -> None:
     sums = [torch.zeros(2)]
     add_clipped(sums, [torch.tensor([0.1, 0.2])], 1.0)

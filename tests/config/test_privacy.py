@@ -28,6 +28,8 @@ PRIVATE = ["algorithm.name=fedavg", "evaluation.clients=false", "privacy.epsilon
         (["clients.limits.a.max_experts=2"], "clients.limits.a.max_experts = 2: which experts they are would tell"),
         (["privacy.epsilon=0"], "privacy.epsilon = 0"),
         (["privacy.delta=1"], "privacy.delta = 1"),
+        (["privacy.max_grad_norm=1e-44"], "privacy.max_grad_norm = 1e-44"),  # noise would be rounded to nothing
+        (["privacy.max_grad_norm=1e30"], "privacy.max_grad_norm = 1e+30"),
     ],
 )
 def test_what_has_no_noise_is_refused(settings: list[str], said: str) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
@@ -29,7 +30,8 @@ from fedalign.errors import TrainingFailedError, UserError
 from fedalign.moe.probe import RoutingProbe, balancing_loss
 from fedalign.protocol import Step
 
-SLACK = 1e-5  # relative, of a float32 norm
+SLACK = 1e-5  # relative, of a float32 norm over rows
+ROW = 256  # values whose squares are added in float32: over millions, a CPU loses a hundredth of them
 
 
 class PrivateFit(LocalFit):
@@ -101,8 +103,8 @@ class PrivateFit(LocalFit):
 
     def _sample(self, step: int) -> Iterator[Sequence[Encoded]]:
         """Each example with the same chance, whatever becomes of the others."""
-        drawn = torch.rand(len(self.every), generator=self._generator("sample", step), dtype=torch.float64)
-        for index in (drawn < self.terms.rate).nonzero().flatten().tolist():
+        drawn = self._generator("sample", step).random(len(self.every))
+        for index in (drawn < self.terms.rate).nonzero()[0].tolist():
             yield self.every[index]
 
     def _backward(self, example: Sequence[Encoded], probe: RoutingProbe) -> None:
@@ -124,16 +126,22 @@ class PrivateFit(LocalFit):
 
     def _add_noise(self, sums: Sequence[Tensor], step: int) -> None:
         for number, total in enumerate(sums):
-            generator = self._generator("noise", step, number, device=total.device)
-            noise = torch.randn(total.shape, generator=generator, device=total.device)
+            noise = self._normal(total.shape, total.device, "noise", step, number)
             total.add_(noise, alpha=self.terms.noise * self.clip)
 
     def _clear(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def _generator(self, *place: object, device: torch.device | str = "cpu") -> torch.Generator:
-        return torch.Generator(device).manual_seed(self.secret.draw(self.seed, *place))
+    def _normal(self, shape: torch.Size, device: torch.device, *place: object) -> Tensor:
+        """Normal noise, float32. Of a seed torch's generator takes 64 bits on a GPU, but 32 on a CPU: few enough to try."""
+        if device.type == "cpu":
+            return torch.from_numpy(self._generator(*place).standard_normal(shape, dtype=np.float32))
+        generator = torch.Generator(device).manual_seed(self.secret.draw(self.seed, *place) % 2**64)
+        return torch.randn(shape, generator=generator, device=device)
+
+    def _generator(self, *place: object) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=self.secret.draw(self.seed, *place)))
 
     @torch.no_grad()
     def loads(self) -> Tensor:
@@ -156,7 +164,7 @@ class PrivateFit(LocalFit):
                     load_L_E += torch.cat([stack.load_M_E for stack in captured.stacks]).cpu()
                 share_L_E = load_L_E / load_L_E.sum(1, keepdim=True).clamp_min(1)
                 total_L_E += share_L_E * min(1.0, most / max(float(share_L_E.norm()), most))
-        drawn_L_E = torch.randn(total_L_E.shape, generator=self._generator("loads"), dtype=torch.float64)
+        drawn_L_E = torch.from_numpy(self._generator("loads").standard_normal(total_L_E.shape))
         return possible(total_L_E + noise * most * drawn_L_E, self.terms.examples)
 
 
@@ -175,14 +183,22 @@ def add_clipped(sums: Sequence[Tensor], gradients: Sequence[Tensor | None], most
     if not there:
         return 0.0
     first = there[0][0].device
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32).to(first) for _, gradient in there]
-    norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+    norm = math.hypot(*torch.stack([length(gradient).to(first) for _, gradient in there]).tolist())
     if not math.isfinite(norm):
         return norm
     scale = min(1.0, most / (norm * (1 + SLACK))) if norm else 1.0
     for total, gradient in there:
         total.add_(gradient, alpha=scale)
     return norm
+
+
+def length(gradient: Tensor) -> Tensor:
+    """Euclidean length, a float64 scalar; of rows first, since a float32 sum of many squares comes out too small."""
+    flat = gradient.reshape(-1)
+    rows = flat[: flat.numel() // ROW * ROW].view(-1, ROW)
+    rest = flat[rows.numel() :].view(1, -1)
+    lengths = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in (rows, rest)]
+    return torch.linalg.vector_norm(torch.cat(lengths), dtype=torch.float64)
 
 
 def longest_share(top_k_L: Sequence[int], layers: int) -> float:

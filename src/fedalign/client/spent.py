@@ -127,8 +127,8 @@ class Secret:
         self.seed = seed
 
     def draw(self, *place: object) -> int:
-        """A seed for one use of torch's generator; nobody else can know it unless a seed was asked for."""
-        return secrets.randbits(63) if self.seed is None else derive_seed(self.seed, *place)
+        """A key of 128 bits for one use of a generator; nobody else can know it unless a seed was asked for."""
+        return secrets.randbits(128) if self.seed is None else derive_seed(self.seed, *place)
 
 
 @dataclass(frozen=True)

@@ -525,7 +525,9 @@ class PrivacyConfig(Section):
         None, "or the noise of a step, in lengths of max_grad_norm", ge=0.3, le=1e4, examples=[1.0]
     )
     delta: float = key(1e-5, "chance that epsilon does not hold; below 1 / examples of every site", gt=0, lt=1)
-    max_grad_norm: float = key(1.0, "an example's gradient is cut to it, in place of training.max_grad_norm", gt=0)
+    max_grad_norm: float = key(  # near the least float32 numbers noise would be rounded away
+        1.0, "an example's gradient is cut to it, in place of training.max_grad_norm", ge=1e-6, le=1e6
+    )
     loads_noise: float = key(30.0, "by_use: noise of experts' loads, in shares of an example", ge=1, le=1e6)
     seed: Count | None = key(
         None, "in_process, for studies: noise that can be repeated, and so protects nobody", examples=[0]
