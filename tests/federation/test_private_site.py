@@ -79,7 +79,7 @@ def test_a_spent_budget_stops_the_site_over_runs_and_restarts(
     first = serve(site(tmp_path / "ward", texts, olmoe), config)
     ask(first, "train", broadcast(first.client.trainer.moe))
     spent = Ledger(tmp_path / "ward").spent()
-    here = site(tmp_path / "ward", texts, olmoe, f"epsilon_total = {1.2 * spent}")
+    here = site(tmp_path / "ward", texts, olmoe, f"epsilon_total = {1.02 * spent}")
     again = serve(here, config, "another night")
     before = len(Ledger(here.path).lines())
     refusal = fails(again, "train", broadcast(MoEModel.wrap(again.client.trainer.moe.model)))
@@ -115,3 +115,35 @@ def test_limits_that_noise_cannot_keep_are_refused(
     here = make_site(tmp_path / "ward", site_toml("ward 3", texts / "train.jsonl", olmoe, limit))
     with pytest.raises(UserError, match=said):
         here.localise(private(settings))
+
+
+@pytest.mark.parametrize(
+    ("asked", "left"),
+    [
+        ('data.labels=["animals","food"]', range(1, 81)),
+        ('data.labels=["a rare disease"]', range(1)),
+        ("data.max_length=2", range(1)),
+        ("data.max_train=64", range(81, 82)),
+    ],
+)
+def test_no_row_can_be_asked_for_by_what_is_an_error(
+    asked: str, left: range, settings: list[str], texts: Path, olmoe: Path, tmp_path: Path
+) -> None:
+    """Labels, lengths and sizes that a coordinator chooses choose rows: an error tells whether there are any."""
+    opened = serve(site(tmp_path / "ward", texts, olmoe), private(settings, asked))
+    hello: Hello = ask(opened, "hello")
+    assert opened.client.data.examples in left
+    report: Statistics = ask(opened, "train", broadcast(opened.client.trainer.moe))
+    assert report.examples == hello.examples
+    assert report.steps >= 1
+
+
+def test_rows_themselves_are_too_few_whatever_is_read_of_them(
+    settings: list[str], texts: Path, olmoe: Path, tmp_path: Path
+) -> None:
+    here, config = site(tmp_path / "ward", texts, olmoe), private(settings)
+    ask(serve(here, config), "hello")
+    rows = (texts / "train.jsonl").read_text().splitlines()
+    (tmp_path / "few.jsonl").write_text("\n".join(rows[:3]) + "\n")
+    few = make_site(here.path, site_toml("ward 3", tmp_path / "few.jsonl", olmoe))
+    assert "how many they are stays there" in fails(serve(few, config, "later"), "hello").reason

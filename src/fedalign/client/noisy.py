@@ -134,7 +134,7 @@ class PrivateFit(LocalFit):
             parameter.grad = None
 
     def _normal(self, shape: torch.Size, device: torch.device, *place: object) -> Tensor:
-        """Normal noise, float32. Of a seed torch's generator takes 64 bits on a GPU, but 32 on a CPU: few enough to try."""
+        """Normal noise, float32. Of a seed torch takes 64 bits on a GPU, but 32 on a CPU: few enough to try all."""
         if device.type == "cpu":
             return torch.from_numpy(self._generator(*place).standard_normal(shape, dtype=np.float32))
         generator = torch.Generator(device).manual_seed(self.secret.draw(self.seed, *place) % 2**64)

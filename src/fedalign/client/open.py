@@ -46,10 +46,22 @@ def open_site(folder: SiteFolder, config: Config, run: str) -> OpenClient:
     if config.federation.engine != "flower":
         raise UserError(f'federation.engine = "{config.federation.engine}": a site takes part in runs of "flower".')
     local = folder.localise(config)
+    if config.privacy.on:
+        local = leaving_out(local)
     bench = _own_model(local) if folder.config.model.path else _model_of_the_hub(local)
     client, parts = site_client(folder, bench, config, run)
     parts.save(parts_file(folder))
     return OpenClient(bench.trainer(), client, lambda: describe(bench, client, bench.moe.weights_hash()))
+
+
+def leaving_out(local: Config) -> Config:
+    """A private run leaves out rows that cannot be read, and examples that are too long, and tells this site alone.
+
+    As an error they would tell whether there is one such row: of a class, say, that is not among `data.labels`.
+    """
+    too_long = "truncate" if local.data.too_long == "truncate" else "drop"
+    data = local.data.model_copy(update={"on_bad_row": "skip", "too_long": too_long})
+    return local.model_copy(update={"data": data})
 
 
 def parts_file(folder: SiteFolder) -> Path:
@@ -64,18 +76,20 @@ def site_client(folder: SiteFolder, bench: Workbench, config: Config, run: str) 
         UserError: There are too few examples; the message does not say how many.
         DataError: The data does not fit the configuration.
     """
-    budget = folder.config.privacy
+    budget, private = folder.config.privacy, config.privacy.on
     name, limits, data = folder.config.name, folder.config.limits, bench.config.data.model_copy(update={"max_train": 0})
     least, seed = Least(limits.min_train, limits.min_held_out), folder.seed
     try:
         rows = list(read_rows(data.train, data, "train"))
         keys = row_keys(rows, folder.config.data.columns, seed, roles_of(parts_file(folder)))
-        examples = load_examples(data.train, data, "train", seed)
+        examples = load_examples(data.train, data, "train", seed, may_be_none=private)
     except UserError as error:
         raise DataError(str(error)) from None
     parts = Parts.of(parts_file(folder), keys, limits.held_out, seed, name, least)
     key_of = dict(zip((row.where for row in rows), keys, strict=True))
-    trained, held = parts.trained(config.data.max_train, least.train), frozenset(parts.held_out)
+    # with noise all of them: one row more could halve a beginning, and a score would be told as it is
+    trained = parts.trained(0 if private else config.data.max_train, least.train)
+    held = frozenset[str]() if private else frozenset(parts.held_out)
     try:
         client = bench.client_of(
             name,
@@ -88,11 +102,11 @@ def site_client(folder: SiteFolder, bench: Workbench, config: Config, run: str) 
         )
     except UserError as error:
         raise DataError(str(error)) from None
-    if client.examples < least.train or (held and len(client.held_out or ()) < least.held_out):
+    there = sum(key in trained for key in keys) if private else client.examples  # whatever the run reads of the rows
+    if there < least.train or (held and len(client.held_out or ()) < least.held_out):
         raise UserError(TOO_FEW)
     _tell_difference(config, limits.held_out, len(trained))
-    held_out = None if client.privacy else client.held_out  # a score would be told as it is
-    return replace(client, held_out=held_out, seed=seed, most_steps=limits.steps, consent=folder.consent), parts
+    return replace(client, seed=seed, most_steps=limits.steps, consent=folder.consent), parts
 
 
 def _tell_difference(config: Config, share: float, trained: int) -> None:

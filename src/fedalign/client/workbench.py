@@ -88,6 +88,7 @@ class Workbench:
             moe.is_seq2seq,
             config.data.too_long,
             decoder_start=getattr(moe.model.config, "decoder_start_token_id", None),
+            leaves_out=config.privacy.on and config.federation.engine == "flower",  # an error would tell of one row
         )
         return cls(config, moe, tokenizer, encoder)
 
@@ -147,7 +148,7 @@ class Workbench:
             limits=limits,
             privacy=Privacy(self.config, ledger or Ledger(folder), run, folder, name) if privacy else None,
         )
-        if not client.train:
+        if not client.train and not (privacy and ledger):  # a site with noise does not tell that there is nothing
             raise UserError(
                 f"client {name!r}: all of its examples are longer than {self.encoder.max_length} tokens or have no "
                 'answer that could be trained. Raise data.max_length, or set data.too_long = "truncate".'

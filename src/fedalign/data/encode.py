@@ -82,6 +82,7 @@ class Encoder:
         too_long: "error"; "truncate" cuts the prompt from the left, and text or an answer that is too long by itself
             from the right; "drop" leaves the example out.
         decoder_start: first token of the decoder; None: the padding token, as in T5 and Switch Transformers.
+        leaves_out: whether a chat that its template refuses is left out and told, like one that is too long.
     """
 
     def __init__(
@@ -91,8 +92,10 @@ class Encoder:
         is_seq2seq: bool = False,
         too_long: Literal["error", "truncate", "drop"] = "error",
         decoder_start: int | None = None,
+        leaves_out: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
+        self.leaves_out = leaves_out
         self.max_length = max_length
         self.is_seq2seq = is_seq2seq
         self.too_long = too_long
@@ -170,7 +173,13 @@ class Encoder:
             return [_rendering(example.prompt, example.answer)]
         if self.is_seq2seq:
             raise UserError('data.kind = "chat": not for encoder-decoder models. Choose one of: instruction, text.')
-        return self.chats.renderings(example)
+        try:
+            return self.chats.renderings(example)
+        except UserError as error:
+            if not self.leaves_out:
+                raise
+            say(str(error))
+            return []
 
     def _split(self, renderings: Sequence[Rendering]) -> list[tuple[list[int], list[bool]]]:
         """Tokens of each text, and which of them hold a character of an answer.

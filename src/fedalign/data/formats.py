@@ -98,7 +98,9 @@ class Format:
         return {*named, *of_roles, *several} - {""}
 
 
-def load_examples(source: str, data: DataConfig, split: Split, seed: int) -> list[Example]:
+def load_examples(
+    source: str, data: DataConfig, split: Split, seed: int, *, may_be_none: bool = False
+) -> list[Example]:
     """All examples of one split of `source`, or `max_train` / `max_test` of them drawn at random.
 
     Args:
@@ -109,6 +111,7 @@ def load_examples(source: str, data: DataConfig, split: Split, seed: int) -> lis
         data: kind, columns, labels, template and limits.
         split: "train" or "test".
         seed: of the draw; the same seed draws the same examples.
+        may_be_none: whether it is no error where no row can be read, or none has an answer.
 
     Raises:
         UserError: whatever is wrong with the source or a row of it.
@@ -119,12 +122,15 @@ def load_examples(source: str, data: DataConfig, split: Split, seed: int) -> lis
     if not rows:
         return []
     told = f"data.{split} = {source!r}"
-    _check_named_columns(rows[0], data)
+    if not may_be_none:
+        _check_named_columns(rows[0], data)
     if data.on_bad_row == "skip":
         rows, broken = sift(rows, data, split)
         if broken:
             first = "; ".join(broken[:SKIPPED])
             say(f"{told}: {len(broken):,} rows that cannot be read are left out: {first}")
+        if not rows and may_be_none:
+            return []
         if not rows:
             raise UserError(f"{told}: no row can be read. Look at them with: fedalign data")
     examples = examples_of(rows, data, split)
@@ -138,7 +144,7 @@ def load_examples(source: str, data: DataConfig, split: Split, seed: int) -> lis
     if empty := [example.where for example in examples if not example.answer]:
         say(f"{told}: {name_some(empty)} with nothing to learn from, left out")
         examples = [example for example in examples if example.answer]
-    if not examples:
+    if not examples and not may_be_none:
         raise UserError(f"{told}: no row has an answer to learn from.")
     return drawn(examples, data, split, seed)
 
