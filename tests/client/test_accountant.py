@@ -6,7 +6,18 @@ from statistics import NormalDist
 import pytest
 from opacus.accountants import PRVAccountant
 
-from fedalign.client.accountant import COUNT, LEAST_NOISE, SPENT, Release, Terms, epsilon, fitting, terms
+from fedalign.client.accountant import (
+    COUNT,
+    LEAST_NOISE,
+    MOST_LOSS,
+    SPENT,
+    Release,
+    Terms,
+    epsilon,
+    fitting,
+    loss,
+    terms,
+)
 from fedalign.config.run import Config
 from fedalign.config.toml import load_config
 from fedalign.errors import UserError
@@ -99,3 +110,16 @@ def test_a_run_that_nobody_could_count_is_refused() -> None:
 
 def test_noise_is_never_less_than_can_be_counted_quickly() -> None:
     assert fitting((COUNT,), 1.0, 1, 100.0, 1e-5) == LEAST_NOISE
+
+
+def test_what_hides_nothing_is_not_counted_for_gigabytes() -> None:
+    assert epsilon([Release(0.3, 1.0, 10_000)], 1e-5) == math.inf
+    assert epsilon([Release(0.01), Release(20.0)], 1e-5) == math.inf
+    often = config("privacy.noise_multiplier=0.3", "training.accumulate=100", "training.epochs=1000")
+    with pytest.raises(UserError, match=r"privacy.noise_multiplier = 0.3: hides nothing in .* steps"):
+        terms(often, 1000)
+
+
+@pytest.mark.parametrize("release", [Release(1.0, 2e-3, 1_000_000), Release(0.1), Release(0.5, 0.05, 1000)])
+def test_what_is_worth_counting_is(release: Release) -> None:
+    assert loss([release]) < MOST_LOSS

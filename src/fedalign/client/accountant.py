@@ -6,6 +6,7 @@ is there or is not. Releases of different kinds, rounds and runs are composed, w
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ MOST_STEPS = 1_000_000  # of a run
 SPENT = 0.98  # of an epsilon that was asked for, at least: noise that is nearer to the least takes longer to find
 FINE, QUICK = 1e-4, 5e-4  # steps in which privacy loss is counted, rounded up; the quick one is for the search
 LEAST_NOISE, MOST_NOISE = 0.3, 1e4  # of a step: less hides nothing and takes long to count, more lets nothing be learnt
+MOST_LOSS = 500.0  # of `loss`: beyond it nothing is hidden, and to count it takes gigabytes
 
 
 @dataclass(frozen=True)
@@ -91,19 +93,43 @@ def terms(config: Config, examples: int) -> Terms:
     if noise is None:
         assert privacy.epsilon is not None
         noise = fitting(others, rate, rounds * steps, privacy.epsilon, privacy.delta)
+    if loss((*others, Release(noise, rate, rounds * steps))) > MOST_LOSS:
+        raise UserError(
+            f"privacy.noise_multiplier = {noise:g}: hides nothing in {rounds * steps:,} steps, each of a share of "
+            f"{rate:.3g} of the examples. Choose more noise, fewer steps, or privacy.epsilon instead."
+        )
     return Terms(examples, rate, steps, noise, batch, loads, rounds, privacy.delta)
 
 
 def epsilon(releases: Iterable[Release], delta: float, step: float = FINE) -> float:
-    """Of all of these together; 0: nothing was released.
+    """Of all of these together; 0: nothing was released; infinite: more than is worth counting.
 
     Raises:
         UserError: The extra `privacy` is not installed.
     """
     times: Counter[tuple[float, float]] = Counter()
+    releases = list(releases)
+    if loss(releases) > MOST_LOSS:
+        return math.inf
     for one in releases:
         times[one.noise, one.rate] += one.times
     return _epsilon(tuple(sorted(times.items())), delta, step)
+
+
+def loss(releases: Iterable[Release]) -> float:
+    """About the largest privacy loss of all of these together, nats: its mean, or more, and ten standard deviations.
+
+    The mean of one sampled release is a Kullback-Leibler divergence: at most q / 2σ², by its convexity, and at most
+    q²·(exp(1/σ²) − 1), which is χ².
+
+    >>> loss([Release(1.0)]) == 0.5 + 10, loss([])
+    (True, 0.0)
+    """
+    mean = 0.0
+    for one in releases:
+        sharp = 1 / one.noise**2
+        mean += one.times * min(one.rate * sharp / 2, one.rate**2 * math.expm1(min(sharp, MOST_LOSS)))
+    return mean + 10 * math.sqrt(2 * mean)
 
 
 @lru_cache(maxsize=1024)

@@ -198,7 +198,8 @@ def length(gradient: Tensor) -> Tensor:
     rows = flat[: flat.numel() // ROW * ROW].view(-1, ROW)
     rest = flat[rows.numel() :].view(1, -1)
     lengths = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in (rows, rest)]
-    return torch.linalg.vector_norm(torch.cat(lengths), dtype=torch.float64)
+    whole: Tensor = torch.linalg.vector_norm(torch.cat(lengths), dtype=torch.float64)
+    return whole
 
 
 def longest_share(top_k_L: Sequence[int], layers: int) -> float:
