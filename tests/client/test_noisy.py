@@ -16,6 +16,7 @@ from fedalign.config.toml import load_config
 from fedalign.data.encode import Encoded
 from fedalign.errors import TrainingFailedError, UserError
 from fedalign.moe.model import MoEModel
+from fedalign.moe.probe import RoutingProbe
 from fedalign.protocol import asked_shapes
 from fedalign.server.checks import check_statistics
 from tests.client.test_trainer import broadcast, examples
@@ -165,6 +166,26 @@ def test_noise_has_the_standard_deviation_that_the_accountant_is_told(noise: flo
     delta = moved(trainer, data(trainer, tmp_path), terms, clip=0.2)
     assert float(delta.std()) == pytest.approx(math.sqrt(4) * noise * 0.2 / 10, rel=0.02)
     assert bool((delta != 0).all())  # of idle experts and rows of other tokens, too
+
+
+def test_an_example_that_takes_too_much_memory_adds_nothing_and_is_told_here_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A failure would tell whoever chose the lengths that one example is long."""
+    trainer, backward = private(), PrivateFit._backward
+    every = examples(3)
+
+    def one_is_long(self: PrivateFit, example: list[Encoded], probe: RoutingProbe) -> None:
+        backward(self, example, probe)
+        if example[0].example == 2:
+            raise torch.OutOfMemoryError
+
+    terms = replace(TERMS, rate=1.0, steps=2, noise=1e-12)
+    two = moved(trainer, data(trainer, tmp_path, every[:2]), terms)
+    monkeypatch.setattr(PrivateFit, "_backward", one_is_long)
+    three = moved(trainer, data(trainer, tmp_path, every), terms)
+    torch.testing.assert_close(three, two)
+    assert "does not fit into memory and adds nothing" in caplog.text
 
 
 def test_experts_that_saw_nothing_move_as_others_do(tmp_path: Path) -> None:

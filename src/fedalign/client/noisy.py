@@ -9,6 +9,7 @@ What leaves otherwise follows from the noised weights, from the noised number of
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -30,6 +31,7 @@ from fedalign.errors import TrainingFailedError, UserError
 from fedalign.moe.probe import RoutingProbe, balancing_loss
 from fedalign.protocol import Step
 
+log = logging.getLogger("fedalign")
 SLACK = 1e-5  # relative, of a float32 norm over rows
 ROW = 256  # values whose squares are added in float32: over millions, a CPU loses a hundredth of them
 
@@ -81,7 +83,11 @@ class PrivateFit(LocalFit):
         """One optimizer step; an empty sample is one of noise alone."""
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
         for example in self._sample(step):
-            self._backward(example, probe)
+            try:
+                self._backward(example, probe)
+            except torch.OutOfMemoryError:  # as a failure it would tell of a long example
+                log.error("an example of %d tokens does not fit into memory and adds nothing", tokens(example))
+                continue
             add_clipped(sums, [p.grad for p in self.parameters], self.clip)
         self._add_noise(sums, step)
         self._clear()
@@ -172,6 +178,11 @@ def by_example(every: Sequence[Encoded]) -> list[list[Encoded]]:
     """Sequences of the same example together: the unit that is protected."""
     order = sorted(every, key=lambda one: one.example)
     return [list(group) for _, group in groupby(order, key=lambda one: one.example)]
+
+
+def tokens(example: Sequence[Encoded]) -> int:
+    """Of its longest sequence."""
+    return max(one.tokens for one in example)
 
 
 def add_clipped(sums: Sequence[Tensor], gradients: Sequence[Tensor | None], most: float) -> float:
