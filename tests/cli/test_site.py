@@ -99,7 +99,7 @@ def test_doctor_on_a_site(fedalign: Command, federation: Path, texts: Path, olmo
         (folder / "key").chmod(0o644)
         code, text, errors = fedalign("doctor", federation, "--site", folder / "site.toml")
     assert code == 1, errors
-    assert "mode 0644, must be 0600" in text
+    assert "mode 0644, must be 0600" in " ".join(text.split())
     assert f"chmod 600 {folder / 'key'}" in "".join(line.strip() for line in text.splitlines())
     assert "Not ready: 1 failed, 0 warnings." in text
 
