@@ -328,10 +328,11 @@ def minus(ranges: Iterable[Range], others: Iterable[Range]) -> list[Range]:
     """
     taken, at = merged(others), 0
     found: list[Range] = []
-    for start, stop in ranges:
+    for begin, stop in ranges:
+        start = begin
         while at < len(taken) and taken[at][0] < stop:
             first, after = taken[at]
-            found.append((start, min(first, stop)))
+            found.append((start, first))
             start = max(start, after)
             if after > stop:
                 break  # it may reach into the next range

@@ -477,9 +477,7 @@ def test_pieces_grow_on_a_fast_line_and_shrink_on_a_slow_one(
     assert asked == sizes
 
 
-def test_a_line_that_became_slow_gets_pieces_that_it_can_carry(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_line_that_became_slow_gets_pieces_that_it_can_carry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A site is not lost because its pieces grew while its line was fast."""
     clock = Clock()
     for name, value in (("time", clock), ("FIRST", 100), ("LEAST", 10)):

@@ -70,7 +70,9 @@ NOTHING = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
 START = "start.safetensors"  # what the first round starts from, as a site sent it
 LONGEST_REASON = 500  # characters of what a site says in a failure
 AHEAD = 2  # pieces on their way to or from a site: one that it works on, one that waits for it
-LEAST = 1_000_000  # bytes of the smallest: pieces grow while one takes less than BRIEF, shrink if more than LONG or if lost
+LEAST = (
+    1_000_000  # bytes of the smallest: pieces grow while one takes less than BRIEF, shrink if more than LONG or if lost
+)
 BRIEF, LONG = 10.0, 40.0  # seconds
 TRIES = 5  # times in a row that a site may fail in the midst of a transfer, and times that what arrived may prove wrong
 AWAY = 180.0  # seconds that it may then be away: Flower refuses the key of a SuperNode killed a minute ago
