@@ -6,7 +6,7 @@ import json
 import random
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,9 +22,22 @@ from fedalign.federation import transfer
 from fedalign.federation.flower.carrier import Download, Freight, Upload
 from fedalign.federation.messages import MessageError, decode
 from fedalign.federation.received import Received
-from fedalign.federation.transfer import Part, Transfer, cut, digest, edges_of, entry_for, merged, ranges_of, size_of
+from fedalign.federation.transfer import (
+    Entry,
+    Part,
+    Transfer,
+    cut,
+    digest,
+    edges_of,
+    entry_for,
+    merged,
+    minus,
+    ranges_of,
+    size_of,
+)
 from fedalign.files import fingerprint
 from fedalign.maths.rounding import BLOCKS, bytes_of, pack, packed_nbytes
+from fedalign.maths.tensor_file import Range
 from fedalign.protocol import Broadcast, Lacking, Layout, Offer, Packed, ParameterGroup, Piece, WireDtype, parse_group
 from fedalign.server.public import PublicModel, first, following
 from tests.federation.test_messages import DTYPES, packed, same, travel
@@ -91,6 +104,53 @@ def test_pieces_are_no_larger_and_cut_only_what_is(sizes: list[int], most: int, 
         (first, last), *_ = after
         edge = next((s for s in starts if first < s < last), last)
         assert size_of(part) + min(edge, first + most) - first > most
+
+
+class Edge(int):
+    """An edge that counts how often edges are compared."""
+
+    compared = 0
+
+    def __lt__(self, other: int) -> bool:
+        Edge.compared += 1
+        return int(self) < int(other)
+
+
+@given(st.lists(st.integers(0, 60), max_size=12), st.lists(st.integers(0, 60), max_size=12))
+def test_what_is_left_of_ranges_is_what_others_do_not_hold(edges: list[int], others: list[int]) -> None:
+    ranges = merged(ranges_of(sorted(edges[: len(edges) // 2 * 2])))
+    taken = [(min(pair), max(pair)) for pair in ranges_of(others[: len(others) // 2 * 2])]
+    left = minus(ranges, taken)
+    assert left == sorted(left)
+    of_left, of_ranges, of_taken = ({at for one in some for at in range(*one)} for some in (left, ranges, taken))
+    assert of_left == of_ranges - of_taken
+
+
+def test_a_site_cannot_make_ranges_costly_by_their_number() -> None:
+    number = 3000
+    ranges = [(Edge(3 * i), Edge(3 * i + 1)) for i in range(number)]
+    Edge.compared = 0
+    assert minus(ranges, ranges) == []
+    assert Edge.compared < 50 * number  # of each range with each other: 9 million
+
+
+def test_thousands_of_ranges_are_joined_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    number, joined = 1000, list[int]()
+
+    def counted(ranges: Iterable[Range]) -> list[Range]:
+        every = list(ranges)
+        joined.append(len(every))
+        return merged(every)
+
+    monkeypatch.setattr("fedalign.federation.transfer.merged", counted)
+    entries = {f"group {i}": Entry(torch.uint8, (3,)) for i in range(number)}
+    transfer = Transfer(tmp_path / "file", entries).begin()
+    transfer.write(tuple((3 * i, 3 * i + 1) for i in range(number)), torch.zeros(number, dtype=torch.uint8))
+    loaded = Transfer.load(tmp_path / "file")
+    assert loaded is not None
+    assert loaded.lacking == transfer.lacking
+    assert len(loaded.lacking) == number
+    assert sum(joined) <= 5 * number
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -453,6 +513,32 @@ def test_a_client_restarted_in_the_middle_of_differences_goes_on_where_it_was(
     assert left.ranges == ()
     assert again.take(piece(two, every[-1], left.transfer)).ranges == ()  # the last one, once more
     assert comes_out(again, two)
+
+
+@pytest.mark.parametrize("lone", [False, True], ids=["another model", "a part of it"])
+def test_differences_that_a_kill_left_behind_are_added_to_nothing_else(
+    received: Received, small: WireDtype, lone: bool
+) -> None:
+    one, two = public(small, 2)
+    bring(received, one)
+    answer = received.offered(offered(two), NAMED)
+    files = [received.added, received.added.with_name(f"{received.added.name}.journal")]
+    left = {file: file.read_bytes() for file in files}
+    other = freight_of("bfloat16", seed=7).broadcast
+    groups = list(other.weights)[-1:] if lone else list(other.weights)
+    assert isinstance(
+        received.completed(replace(other, weights={g: other.weights[g] for g in groups}), NAMED), Broadcast
+    )
+    held = received.weights.read_bytes()
+    for file, content in left.items():
+        file.write_bytes(content)
+    for part in pieces(two, answer):
+        said = received.take(piece(two, part, answer.transfer))
+    assert said.transfer == ""
+    assert received.weights.read_bytes() == held
+    assert not any(file.exists() for file in files)
+    bring(received, two)
+    assert comes_out(received, two)
 
 
 def test_a_client_killed_before_it_could_add_adds_then(

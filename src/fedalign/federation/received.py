@@ -68,8 +68,8 @@ class Received:
         if whole is not None and whole.identity == transfer.identity:
             return self._lacking(offer.round, whole)
         if whole is not None and difference is not None and offer.before:
-            had, goal = _digests(whole), {**offer.digests, **offer.before}
-            if all(had.get(name) == digest and whole.entries[name] == entries[name] for name, digest in goal.items()):
+            fits = all(whole.entries.get(name) == entry for name, entry in entries.items())
+            if fits and _holds(whole, {**offer.digests, **offer.before}):
                 smaller = entries_of({name: sizes[name] for name in offer.digests if name in offer.before}, difference)
                 about = about_differences(offer.digests, offer.before, dtype)
                 return self._lacking(offer.round, self._advance(Transfer(self.added, smaller, about).begin()))
@@ -159,14 +159,17 @@ class Received:
         return True
 
     def _advance(self, differences: Transfer) -> Transfer | None:
-        """Add differences that are all there; None: something else came out than was announced.
+        """Add differences that are all there; None: what they are added to is not here, or proved to be damaged.
 
-        The weights that they were added to are then forgotten, and of what came out that which is right is kept.
+        If damaged, it is forgotten, and of what came out that which is as announced is kept.
         """
-        whole = self._whole()
-        if differences.lacking or whole is None:
+        if differences.lacking:
             return differences
-        base, added, digests = whole.read(), differences.read(), _digests(differences)
+        whole, digests = self._whole(), _digests(differences)
+        if whole is None or not _holds(whole, {**digests, **json.loads(differences.about[BEFORE])}):
+            differences.remove()  # a kill left them behind
+            return None
+        base, added = whole.read(), differences.read()
         entries = {name: whole.entries[name] for name in digests}
         arriving = Transfer(self.arriving, entries, about_whole(digests)).begin()
         arriving.take_all((n, advanced(base[n], added[n]) if n in added else base[n]) for n in digests)
@@ -188,6 +191,12 @@ class Received:
 
 def _journal(file: Path) -> Path:
     return file.with_name(f"{file.name}.journal")
+
+
+def _holds(whole: Transfer, digests: Mapping[str, str]) -> bool:
+    """Whether tensors with these digests are in a file, as it says."""
+    had = _digests(whole)
+    return all(had.get(name) == digest for name, digest in digests.items())
 
 
 def _digests(transfer: Transfer) -> dict[str, str]:

@@ -138,7 +138,7 @@ class Transfer:
         found = cls(file, entries, about)
         if not whole:
             return found.begin()
-        found._hold(0, found.nbytes, {})
+        found._hold([(0, found.nbytes)])
         return found if file.stat().st_size == len(found._head) + found.nbytes else None
 
     @property
@@ -153,9 +153,9 @@ class Transfer:
                 mine = opened.read(len(self._head)) == self._head
             first, *lines = whole_lines(self.journal) or [""]
             if mine and first == self.identity and self.file.stat().st_size == len(self._head) + self.nbytes:
-                for line in lines:
-                    start, stop, digests = json.loads(line)
-                    self._hold(start, stop, digests)
+                every = [json.loads(line) for line in lines]
+                self._hold([(start, stop) for start, stop, _ in every])
+                self.digests |= {name: found for _, _, digests in every for name, found in digests.items()}
                 return self
         except (OSError, ValueError):
             pass
@@ -168,9 +168,8 @@ class Transfer:
         write_text(self.journal, f"{self.identity}\n")
         return self
 
-    def _hold(self, start: int, stop: int, digests: Mapping[str, str]) -> None:
-        self._held = merged([*self._held, (start, stop)])
-        self.digests |= digests
+    def _hold(self, ranges: Iterable[Range]) -> None:
+        self._held = merged([*self._held, *ranges])
 
     @property
     def lacking(self) -> list[Range]:
@@ -209,8 +208,8 @@ class Transfer:
         lines = [json.dumps([*one, digests if one is came[0] else {}]) for one in came]
         with self.journal.open("a", encoding="utf-8") as journal:
             journal.write("".join(f"{line}\n" for line in lines))
-        for start, stop in came:
-            self._hold(start, stop, digests)
+        self._hold(came)
+        self.digests |= digests
 
     def _put(self, descriptor: int, start: int, data: Tensor) -> None:
         """Write a part of the stream to its places in the file."""
@@ -319,16 +318,27 @@ def gaps(ranges: Iterable[Range], nbytes: int) -> list[Range]:
     return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
 
 
-def minus(ranges: Iterable[Range], others: Iterable[Range | None]) -> list[Range]:
-    """The parts of some ranges that are in none of the others.
+def minus(ranges: Iterable[Range], others: Iterable[Range]) -> list[Range]:
+    """The parts of some ranges, one behind the other, that are in none of the others.
 
-    >>> minus([(0, 10)], [(2, 4), None, (8, 12)])
-    [(0, 2), (4, 8)]
+    There may be thousands of both: each is looked at once.
+
+    >>> minus([(0, 10), (20, 30)], [(8, 22), (2, 4), (5, 5)])
+    [(0, 2), (4, 8), (22, 30)]
     """
-    found = list(ranges)
-    for start, stop in filter(None, others):
-        found = [part for a, b in found for part in ((a, min(b, start)), (max(a, stop), b)) if part[0] < part[1]]
-    return found
+    taken, at = merged(others), 0
+    found: list[Range] = []
+    for begin, stop in ranges:
+        start = begin
+        while at < len(taken) and taken[at][0] < stop:
+            first, after = taken[at]
+            found.append((start, first))
+            start = max(start, after)
+            if after > stop:
+                break  # it may reach into the next range
+            at += 1
+        found.append((start, stop))
+    return [one for one in found if one[0] < one[1]]
 
 
 def size_of(ranges: Iterable[Range]) -> int:

@@ -20,10 +20,10 @@ from fedalign.federation.flower import sites as federation
 from fedalign.federation.flower.carrier import NOTHING, Cargo, Carrier, Freight
 from fedalign.federation.flower.coordinator import Coordinator
 from fedalign.federation.flower.link import Reply
-from fedalign.federation.flower.talks import Ask, Talk
+from fedalign.federation.flower.talks import WAKE, Ask, Talk
 from fedalign.federation.messages import Parcel, decode, encode
 from fedalign.federation.service import Service
-from fedalign.federation.transfer import edges_of, minus
+from fedalign.federation.transfer import edges_of, minus, size_of
 from fedalign.files import fingerprint
 from fedalign.protocol import SHARED, Broadcast, Failure, Fetch, Lacking, Packed, Piece, Request, Start, Statistics
 from fedalign.server.results import RunFolder
@@ -475,6 +475,31 @@ def test_pieces_grow_on_a_fast_line_and_shrink_on_a_slow_one(
         clock.now += seconds
         asks += talk.send((ask.tag, Reply("", encode(Lacking("lab", 1, transfer.identity, edges_of(lacking)))))) or ()
     assert asked == sizes
+
+
+def test_a_line_that_became_slow_gets_pieces_that_it_can_carry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site is not lost because its pieces grew while its line was fast."""
+    clock = Clock()
+    for name, value in (("time", clock), ("FIRST", 100), ("LEAST", 10)):
+        monkeypatch.setattr(carrier, name, value)
+    post = Carrier(Cargo(tmp_path, {SHARED: 1000}, "float32", 800), 1e6, lambda name: 1, lambda name: 1)
+    broadcast = Broadcast(1, {SHARED: Packed(torch.randn(1000))})
+    transfer, lost, lacking = Freight(broadcast).transfer, list[int](), [(0, 4000)]
+    ((_, talk),) = post.broadcast("train", broadcast, ["lab"], Statistics)
+    asks = deque(next(talk) or ())
+    while (ask := asks.popleft()).verb != "train":
+        clock.now += 20 * (size_of(lacking) < 2500)  # such a piece neither grows nor shrinks
+        if slow := ask.nbytes > 30 and size_of(lacking) < 2500:
+            lost.append(ask.nbytes)
+        else:
+            lacking = minus(lacking, ask.tag or ())
+        said = encode(Lacking("lab", 1, transfer.identity, edges_of(lacking)))
+        asks += talk.send((ask.tag, None if slow else Reply("", said))) or ()
+        while not asks:
+            asks += talk.send((WAKE, None)) or ()
+    assert lacking == []
+    assert lost[0] == 800
+    assert len(lost) <= 5
 
 
 def test_no_piece_stays_in_memory_until_it_is_answered(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import pytest
 
 from fedalign.federation.flower import talks
@@ -58,6 +60,27 @@ def test_patience_follows_the_rate_that_was_measured(clock: Clock) -> None:
     held.link = ScriptedLink(clock, {1: slow})
     assert list(held.hold([("a", asking(10**8))])) == [("a", [False])]  # 100 s and 4 times 10 s are over
     assert list(held.hold([("a", asking(2 * 10**8))])) == [("a", [True])]
+
+
+def test_answers_that_come_together_tell_no_faster_line(clock: Clock) -> None:
+    def ahead() -> Talk[int]:
+        _, first = yield [Ask("piece", Parcel(NOTHING.head, {}), 10**8) for _ in range(2)]
+        _, second = yield []
+        return isinstance(first, Reply) + isinstance(second, Reply)
+
+    class Read(ScriptedLink):
+        def replies(self, messages: Sequence[str]) -> Iterator[Reply]:
+            for reply in super().replies(messages):
+                clock.now += 1e-3
+                yield reply
+
+    held, silent = talking(clock, delay=20)
+    held.link = Read(clock, {1: Node({"piece": lambda _: Failure("a", "train", "heard")}, delay=20)})
+    assert list(held.hold([("a", ahead())])) == [("a", 2)]
+    assert held.rates["a"] <= 10**7
+    held.link = ScriptedLink(clock, {1: Node({"piece": lambda _: Failure("a", "train", "heard")}, delay=130)})
+    assert list(held.hold([("a", asking(10**8))])) == [("a", [True])]
+    assert silent == []
 
 
 def test_a_meter_tells_the_rate_and_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,9 @@ NOTHING = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
 START = "start.safetensors"  # what the first round starts from, as a site sent it
 LONGEST_REASON = 500  # characters of what a site says in a failure
 AHEAD = 2  # pieces on their way to or from a site: one that it works on, one that waits for it
-LEAST = 1_000_000  # bytes of the smallest: pieces grow while one takes less than BRIEF, shrink if more than LONG
+LEAST = (
+    1_000_000  # bytes of the smallest: pieces grow while one takes less than BRIEF, shrink if more than LONG or if lost
+)
 BRIEF, LONG = 10.0, 40.0  # seconds
 TRIES = 5  # times in a row that a site may fail in the midst of a transfer, and times that what arrived may prove wrong
 AWAY = 180.0  # seconds that it may then be away: Flower refuses the key of a SuperNode killed a minute ago
@@ -253,6 +255,8 @@ class Carrier:
                 if not begun or (reply is not None and not isinstance(reply.content, str)):
                     return answer  # the site says so itself, or it was gone from the start
                 loss, since, fails = answer, time.monotonic(), fails + 1
+                if tag is not None:
+                    self._shrink(name, 4)  # on a line that became slow none so large may ever arrive
                 continue
             before = size_of(way.left)
             sound, came = way.take(tag, answer), len(answer.data) if isinstance(answer, Piece) else 0
@@ -281,7 +285,12 @@ class Carrier:
         if seconds < BRIEF:
             self._sizes[name] = min(2 * size, self.cargo.most)
         elif seconds > LONG:
-            self._sizes[name] = min(size, max(size // 2, LEAST))
+            self._shrink(name, 2)
+
+    def _shrink(self, name: str, times: int) -> None:
+        """Make a site's pieces smaller, as far as that helps."""
+        size = self._sizes[name]
+        self._sizes[name] = min(size, max(size // times, LEAST))
 
     def _asks(
         self, name: str, way: Download | Upload, flying: list[Part | None], count: Callable[[int], None]

@@ -153,7 +153,7 @@ class Talks:
 
     def _heard(self, one: _Open[T], reply: Reply) -> _Step[T]:
         (ask, asked), now = one.asked.pop(reply.message), time.monotonic()
-        seconds, one.heard = now - max(asked, one.heard), now
+        seconds, one.heard = now - asked, now  # not since the last answer: two may be found in one look
         if ask.nbytes >= MEASURABLE and not isinstance(reply.content, str) and seconds > 0:
             self.rates[one.name] = ask.nbytes / seconds
         return one, (ask.tag, reply)
