@@ -45,13 +45,33 @@ def wrap(verb, change):
 """
 KEPT = """
 import dataclasses
+from contextlib import contextmanager
+
 import torch
 from fedalign.client.memory import ClientMemory
 
-honest = ClientMemory.keep
+honest = ClientMemory.keeping
+
+class Held:
+    def __init__(self):
+        self.update = {}
+
+    def put(self, group, packed):
+        self.update[group] = packed
+
+    def save(self, kept):
+        self.kept = kept
 
 def wrap(change):
-    ClientMemory.keep = lambda self, round, update, kept: honest(self, round, change(update), kept)
+    @contextmanager
+    def keeping(self, round, tensors):
+        held = Held()
+        yield held
+        ClientMemory.keeping = honest
+        self.keep(round, change(held.update), held.kept)
+        ClientMemory.keeping = keeping
+
+    ClientMemory.keeping = keeping
 
 def change_groups(update, change):
     return {g: dataclasses.replace(p, values=change(p.values)) for g, p in update.items()}
@@ -63,8 +83,8 @@ honest = Service._train
 
 def train(self, parcel):
     from fedalign.client.fit import LocalFit
-    trained = LocalFit.trained
-    LocalFit.trained = lambda fit: {g: value + 1e6 * (value - fit.local.start[g]) for g, value in trained(fit).items()}
+    of = LocalFit.trained_of
+    LocalFit.trained_of = lambda fit, group: of(fit, group) + 1e6 * (of(fit, group) - fit.local.start[group])
     return honest(self, parcel)
 
 Service._train = train
