@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ from fedalign.files import (
     PATIENCE,
     SUMS,
     WATCH,
+    append_private,
     cached,
     check_free,
     check_new,
@@ -95,6 +97,18 @@ def test_links_and_marked_folders_that_are_not_listed_are_kept(run: Path, tmp_pa
         UserError, match=r"holds exported/.fedalign, exported/SHA256SUMS, exported/config.json and 1 more"
     ):
         check_free(run, "run", overwrite=True)
+
+
+def test_lines_are_added_behind_whole_lines_alone(tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    append_private(file, [{"name": "Zoë"}, {"name": "b"}])
+    with file.open("a", encoding="utf-8") as half:
+        half.write('{"name": "Zo')
+    append_private(file, [{"name": "c"}])
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [line["name"] for line in lines] == ["Zoë", "b", "c"]
+    assert all(line["when"].endswith("+00:00") for line in lines)
+    assert file.stat().st_mode & 0o777 == 0o600
 
 
 def test_what_a_kill_left_half_made_is_ours(run: Path) -> None:

@@ -14,6 +14,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import json
 import logging
 import os
 import re
@@ -21,8 +22,9 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO
@@ -145,6 +147,22 @@ def write_private(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as new, open(new, "xb", opener=_privately) as file:
         file.write(content)
+
+
+def append_private(path: Path, records: Iterable[Mapping[str, object]]) -> None:
+    """Add a line of JSON for each record, with the time (UTC, to the second); return when the disk has them.
+
+    Only its owner could ever read the file. Half a line at its end, which a kill left, is cut off.
+    """
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    with open(path, "a+", encoding="utf-8", opener=_privately) as file:
+        file.seek(0)
+        kept, newline, half = file.read().rpartition("\n")
+        if half:
+            file.truncate(len((kept + newline).encode()))
+        file.write("".join(json.dumps({**record, "when": when}) + "\n" for record in records))
+    _flush(path)
+    _flush(path.parent)
 
 
 def cached(name: str, fill: Callable[[Path], object]) -> Path:

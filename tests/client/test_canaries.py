@@ -14,7 +14,7 @@ from scipy.stats import binom
 
 from fedalign.client.memory import ClientData, ClientMemory
 from fedalign.client.noisy import PrivateFit
-from fedalign.client.spent import Ledger, Privacy
+from fedalign.client.spent import Privacy, PrivacyLedger
 from fedalign.client.trainer import Trainer
 from fedalign.config.toml import load_config
 from fedalign.data.encode import Encoded
@@ -57,7 +57,7 @@ def audited(folder: Path, epsilon: float) -> tuple[float, float]:
     model = build("olmoe", vocab_size=FIRST + CANARIES)
     trainer = Trainer(MoEModel.wrap(model), None, config.algorithm.build(), config)
     trained = {number for number in range(CANARIES) if random.Random(number).random() < 0.5}
-    privacy = Privacy(config, Ledger(folder), "here", folder, "c")
+    privacy = Privacy(config, PrivacyLedger(folder), "here", folder, "c")
     every = [canary(number) for number in sorted(trained)]
     client = ClientData("c", every, None, ClientMemory(folder), privacy=privacy)
     table, own = model.get_input_embeddings().weight, []

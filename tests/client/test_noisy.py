@@ -10,7 +10,7 @@ import torch
 from fedalign.client.accountant import Terms
 from fedalign.client.memory import ClientData, ClientMemory, Kept
 from fedalign.client.noisy import PrivateFit, add_clipped, by_example, longest_share, possible
-from fedalign.client.spent import Ledger, Privacy, Secret
+from fedalign.client.spent import Privacy, PrivacyLedger, Secret
 from fedalign.client.trainer import Trainer
 from fedalign.config.toml import load_config
 from fedalign.data.encode import Encoded
@@ -36,7 +36,7 @@ def private(*overrides: str, family: str = "olmoe") -> Trainer:
 
 def data(trainer: Trainer, folder: Path, every: list[Encoded] | None = None) -> ClientData:
     every = examples(20, seq2seq=trainer.moe.is_seq2seq) if every is None else every
-    privacy = Privacy(trainer.config, Ledger(folder), "here", folder, "c")
+    privacy = Privacy(trainer.config, PrivacyLedger(folder), "here", folder, "c")
     return ClientData("c", every, None, ClientMemory(folder), privacy=privacy)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedalign.client.accountant import Release, epsilon
-from fedalign.client.spent import Ledger, Line, Privacy
+from fedalign.client.spent import Line, Privacy, PrivacyLedger
 from fedalign.config.toml import load_config
 from fedalign.errors import TrainingFailedError, UserError
 
@@ -19,11 +19,11 @@ ONE = Line("run-1", 1, "training", 1.0, 0.1, 10)
 
 
 def test_what_is_charged_is_on_disk_and_counts_over_all_runs(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+    ledger = PrivacyLedger(tmp_path)
     ledger.charge([ONE])
-    again = Ledger(tmp_path)
+    again = PrivacyLedger(tmp_path)
     again.charge([Line("run-2", 1, "training", 2.0, 0.1, 5)])
-    assert [line.run for line in Ledger(tmp_path).lines()] == ["run-1", "run-2"]
+    assert [line.run for line in PrivacyLedger(tmp_path).lines()] == ["run-1", "run-2"]
     both = epsilon([Release(1.0, 0.1, 10), Release(2.0, 0.1, 5)], 1e-5)
     assert again.spent() == ledger.spent() == pytest.approx(both)
     assert again.spent(run="run-1") == pytest.approx(epsilon([ONE.release], 1e-5))
@@ -33,18 +33,18 @@ def test_what_is_charged_is_on_disk_and_counts_over_all_runs(tmp_path: Path) -> 
 
 def test_a_budget_stops_before_it_is_overspent(tmp_path: Path) -> None:
     most = 1.5 * epsilon([ONE.release], 1e-5)
-    ledger = Ledger(tmp_path, most)
+    ledger = PrivacyLedger(tmp_path, most)
     ledger.charge([ONE])
     with pytest.raises(TrainingFailedError, match="its privacy budget is spent: with this round epsilon would be"):
         ledger.charge([Line("run-2", 1, "training", 1.0, 0.1, 100)])
     assert len(ledger.lines()) == 1  # what was refused was not written
     assert ledger.spent() <= most
     with pytest.raises(TrainingFailedError):  # nor after a restart
-        Ledger(tmp_path, most).charge([Line("run-2", 1, "training", 1.0, 0.1, 100)])
+        PrivacyLedger(tmp_path, most).charge([Line("run-2", 1, "training", 1.0, 0.1, 100)])
 
 
 def test_half_a_line_is_no_release_and_is_cut_off(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+    ledger = PrivacyLedger(tmp_path)
     ledger.charge([ONE])
     with ledger.file.open("a") as file:
         file.write('{"run": "run-1", "rou')
@@ -55,7 +55,7 @@ def test_half_a_line_is_no_release_and_is_cut_off(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("line", ["{}", "nonsense", '{"run": "r"}', json.dumps(vars(ONE) | {"noise": -1.0})])
 def test_a_line_that_is_no_release_stops_everything(tmp_path: Path, line: str) -> None:
-    ledger = Ledger(tmp_path)
+    ledger = PrivacyLedger(tmp_path)
     ledger.charge([ONE])
     ledger.file.write_text(f"{line}\n{ledger.file.read_text()}")
     with pytest.raises(UserError, match=r"line 1 is no release. Mend it"):
@@ -64,14 +64,14 @@ def test_a_line_that_is_no_release_stops_everything(tmp_path: Path, line: str) -
 
 def _charge_for_ever(folder: str) -> None:
     while True:
-        Ledger(Path(folder)).charge([ONE])
+        PrivacyLedger(Path(folder)).charge([ONE])
 
 
 def test_a_kill_never_loses_what_was_charged(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     process = context.Process(target=_charge_for_ever, args=(str(tmp_path),))
     process.start()
-    ledger = Ledger(tmp_path)
+    ledger = PrivacyLedger(tmp_path)
     while len(ledger.lines()) < 5:
         time.sleep(0.01)
     assert process.pid is not None
@@ -85,7 +85,7 @@ def test_a_kill_never_loses_what_was_charged(tmp_path: Path) -> None:
 
 def private(folder: Path, run: str = "run-1") -> Privacy:
     settings = ["privacy.noise_multiplier=1", "algorithm.name=fedavg", "evaluation.clients=false"]
-    return Privacy(load_config(None, settings), Ledger(folder), run, folder / run, "c")
+    return Privacy(load_config(None, settings), PrivacyLedger(folder), run, folder / run, "c")
 
 
 def test_the_number_of_examples_is_told_once_a_run_with_noise(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_the_number_of_examples_is_told_once_a_run_with_noise(tmp_path: Path) ->
     assert len(set(told)) > 10
     assert all(800 < one < 1200 for one in told)
     assert [private(tmp_path, f"run-{n}").told(1000) for n in range(30)] == told  # another process, the same answer
-    assert len(Ledger(tmp_path).lines()) == 30  # each was paid for once
+    assert len(PrivacyLedger(tmp_path).lines()) == 30  # each was paid for once
 
 
 def test_it_is_never_none(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_round_is_paid_before_it_is_trained_also_when_it_is_asked_for_again(tm
     first = mine.pay(1, agreed)
     second = mine.pay(1, agreed)
     assert second["privacy_epsilon"] > first["privacy_epsilon"] > 0
-    assert [line.kind for line in Ledger(tmp_path).lines()] == ["count", "training", "training"]
+    assert [line.kind for line in PrivacyLedger(tmp_path).lines()] == ["count", "training", "training"]
 
 
 def test_terms_are_kept_for_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedalign.client.accountant import Terms
-from fedalign.client.spent import Ledger, Line
+from fedalign.client.spent import Line, PrivacyLedger
 from fedalign.config.run import Config
 from fedalign.config.toml import load_config
 from fedalign.doctor.privacy import check_privacy, noise_ratio
@@ -22,7 +22,9 @@ def config(*more: str) -> Config:
     return load_config(None, settings)
 
 
-def checks(asked: Config, examples: int = 1000, trained: int = 100, ledger: Ledger | None = None) -> dict[str, Check]:
+def checks(
+    asked: Config, examples: int = 1000, trained: int = 100, ledger: PrivacyLedger | None = None
+) -> dict[str, Check]:
     found = Examination()
     check_privacy(found, asked, examples, trained, 4, ledger)
     return {check.name: check for check in found.checks}
@@ -61,8 +63,8 @@ def test_few_examples_are_mostly_noise() -> None:
 
 
 def test_a_budget_is_held_against_all_that_was_released(tmp_path: Path) -> None:
-    assert checks(config(), ledger=Ledger(tmp_path))["budget"].verdict == "warning"  # there is none
-    enough = Ledger(tmp_path, most=3.0)
+    assert checks(config(), ledger=PrivacyLedger(tmp_path))["budget"].verdict == "warning"  # there is none
+    enough = PrivacyLedger(tmp_path, most=3.0)
     assert checks(config(), ledger=enough)["budget"].verdict == "ok"
     enough.charge([Line("run", 1, "training", 1.0, 0.016, 630)])
     spent = checks(config(), ledger=enough)["budget"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedalign.client.open import open_site
-from fedalign.client.spent import Ledger
+from fedalign.client.spent import PrivacyLedger
 from fedalign.config.run import Config
 from fedalign.config.site import SiteFolder
 from fedalign.config.toml import load_config
@@ -54,7 +54,7 @@ def test_a_private_round_of_a_site(settings: list[str], texts: Path, olmoe: Path
     assert report.held_out_loss is None
     assert report.loss == 0
     assert not report.load_L_E.any()
-    kinds = [line.kind for line in Ledger(here.path).lines("night")]
+    kinds = [line.kind for line in PrivacyLedger(here.path).lines("night")]
     assert kinds == ["count", "training"]
     assert fails(opened, "evaluate", broadcast(opened.client.trainer.moe)).stage == "evaluate"
 
@@ -78,15 +78,15 @@ def test_a_spent_budget_stops_the_site_over_runs_and_restarts(
     config = private(settings)
     first = serve(site(tmp_path / "ward", texts, olmoe), config)
     ask(first, "train", broadcast(first.client.trainer.moe))
-    spent = Ledger(tmp_path / "ward").spent()
+    spent = PrivacyLedger(tmp_path / "ward").spent()
     here = site(tmp_path / "ward", texts, olmoe, f"epsilon_total = {1.02 * spent}")
     again = serve(here, config, "another night")
-    before = len(Ledger(here.path).lines())
+    before = len(PrivacyLedger(here.path).lines())
     refusal = fails(again, "train", broadcast(MoEModel.wrap(again.client.trainer.moe.model)))
     assert "its privacy budget is spent" in refusal.reason
     assert not re.search(r"(?<![\d.])81(?![\d.])", refusal.reason)  # the number of its examples
-    assert len([line for line in Ledger(here.path).lines() if line.kind == "training"]) == 1
-    assert len(Ledger(here.path).lines()) <= before + 1  # at most the number of examples of the new run
+    assert len([line for line in PrivacyLedger(here.path).lines() if line.kind == "training"]) == 1
+    assert len(PrivacyLedger(here.path).lines()) <= before + 1  # at most the number of examples of the new run
     assert not list((here.memory("another night")).glob("round-*"))
 
 
@@ -105,7 +105,7 @@ def test_the_door_hands_the_refusal_on(settings: list[str], texts: Path, olmoe: 
     answer = answer_at(here, "night", "hello", NOTHING, lambda parcel: opened.answer("hello", parcel))
     failure = decode(answer, (Failure,))
     assert "its privacy budget is spent" in failure.reason
-    assert not Ledger(here.path).file.exists()
+    assert not PrivacyLedger(here.path).file.exists()
 
 
 @pytest.mark.parametrize(("limit", "said"), [("max_experts = 2", "limits.max_experts"), ('device = "split"', "device")])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedalign.client.spent import Ledger
+from fedalign.client.spent import PrivacyLedger
 from tests.conftest import Command
 
 PRIVATE = ["evaluation.clients=false", "privacy.noise_multiplier=1.0", "training.epochs=1", "run.rounds=2"]
@@ -31,7 +31,7 @@ def test_a_private_run(fedalign: Command, settings: list[str], tmp_path: Path, m
     ledgers = sorted((tmp_path / "run" / "clients").glob("*/privacy.jsonl"))
     assert len(ledgers) == 3
     kinds = ["training", "loads"] if "algorithm.name=by_use" in more else ["training"]
-    assert [line.kind for line in Ledger(ledgers[0].parent).lines()] == ["count", *kinds, *kinds]
+    assert [line.kind for line in PrivacyLedger(ledgers[0].parent).lines()] == ["count", *kinds, *kinds]
     card, page = tmp_path / "exported", tmp_path / "report.html"
     code, _, err = fedalign("export", tmp_path / "run", "--to", card)
     assert code == 0, err

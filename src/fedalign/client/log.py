@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
-from fedalign.files import LOCK, locked
+from fedalign.files import LOCK, append_private, locked
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,7 @@ class SiteLog:
 
     def append(self, entry: Entry) -> None:
         """Add a line, and return when the disk has it."""
-        when = datetime.now(UTC).isoformat(timespec="seconds")
-        with open(self.file, "a", encoding="utf-8", opener=_privately) as file:
-            file.write(json.dumps(asdict(entry) | {"when": when}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_private(self.file, [asdict(entry)])
 
     def held(self) -> AbstractContextManager[object]:
         """Meanwhile no other process holds the log.
@@ -73,7 +67,3 @@ class SiteLog:
             UserError: Another does, for longer than an answer takes to be written down.
         """
         return locked(self.file.with_name(f".{self.file.name}{LOCK}"), "an answer", patience=60)
-
-
-def _privately(path: str, flags: int) -> int:
-    return os.open(path, flags, mode=0o600)

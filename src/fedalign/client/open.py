@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 
 from fedalign.client.memory import ClientData
 from fedalign.client.parts import TOO_FEW, Least, Parts, roles_of, row_keys
-from fedalign.client.spent import Ledger
+from fedalign.client.spent import PrivacyLedger
 from fedalign.client.trainer import OpenClient
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
@@ -97,7 +97,7 @@ def site_client(folder: SiteFolder, bench: Workbench, config: Config, run: str) 
             [example for example in examples if key_of[example.where] in held],
             folder.memory(run),
             folder.client_limits(config),
-            Ledger(folder.path, budget.epsilon_total, budget.delta),
+            PrivacyLedger(folder.path, budget.epsilon_total, budget.delta),
             run,
         )
     except UserError as error:

@@ -7,18 +7,16 @@ budget and never privacy. A site's budget is held against all of them.
 from __future__ import annotations
 
 import json
-import os
 import random
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from fedalign.client.accountant import COUNT, COUNT_NOISE, Release, Terms, epsilon, terms
 from fedalign.config.run import Config
 from fedalign.errors import TrainingFailedError, UserError
-from fedalign.files import LOCK, locked, write_text
+from fedalign.files import LOCK, append_private, locked, write_text
 from fedalign.maths.hashing import derive_seed
 
 PAID = ("privacy_epsilon", "privacy_delta", "privacy_noise_multiplier", "privacy_sampling_rate")  # metrics of a round
@@ -45,7 +43,7 @@ class Line:
         return Release(self.noise, self.rate, self.times)
 
 
-class Ledger:
+class PrivacyLedger:
     """The lines of a site, or of one client of a simulation.
 
     Args:
@@ -100,24 +98,7 @@ class Ledger:
                         f"its privacy budget is spent: with this round epsilon would be {after:.4g}, and privacy."
                         f"epsilon_total = {self.most:g} at delta = {self.delta:g} in its site.toml"
                     )
-            self._append(new)
-
-    def _append(self, new: Iterable[Line]) -> None:
-        when = datetime.now(UTC).isoformat(timespec="seconds")
-        text = "".join(json.dumps(asdict(line) | {"when": when}) + "\n" for line in new)
-        with open(self.file, "a+", encoding="utf-8", opener=_privately) as file:
-            file.seek(0)
-            kept, newline, half = file.read().rpartition("\n")
-            if half:
-                file.truncate(len((kept + newline).encode()))
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        folder = os.open(self.file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            append_private(self.file, map(asdict, new))
 
 
 class Secret:
@@ -144,7 +125,7 @@ class Privacy:
     """
 
     config: Config
-    ledger: Ledger
+    ledger: PrivacyLedger
     run: str
     folder: Path
     name: str
@@ -201,7 +182,3 @@ class Privacy:
         )
         spent = self.ledger.spent(agreed.delta, self.run)
         return dict(zip(PAID, (spent, agreed.delta, agreed.noise, agreed.rate), strict=True))
-
-
-def _privately(path: str, flags: int) -> int:
-    return os.open(path, flags, mode=0o600)

@@ -13,7 +13,7 @@ from fedalign import parallel
 from fedalign.client.answers import sheet
 from fedalign.client.evaluation import Apply, TestSet, answers
 from fedalign.client.memory import ClientData, ClientMemory
-from fedalign.client.spent import HERE, Ledger, Privacy
+from fedalign.client.spent import HERE, Privacy, PrivacyLedger
 from fedalign.client.trainer import Trainer
 from fedalign.config.run import ClientLimits, Config
 from fedalign.data.chat import choose_template
@@ -131,7 +131,7 @@ class Workbench:
         held_out: Sequence[Example],
         folder: Path,
         limits: ClientLimits,
-        ledger: Ledger | None = None,
+        ledger: PrivacyLedger | None = None,
         run: str = HERE,
     ) -> ClientData:
         """Encode what a client trains on and what it is scored on; `ledger` and `run` are a site's, for private runs.
@@ -146,7 +146,7 @@ class Workbench:
             held_out=TestSet.prepare(held_out, self.encoder),
             memory=ClientMemory(folder),
             limits=limits,
-            privacy=Privacy(self.config, ledger or Ledger(folder), run, folder, name) if privacy else None,
+            privacy=Privacy(self.config, ledger or PrivacyLedger(folder), run, folder, name) if privacy else None,
         )
         if not client.train and not (privacy and ledger):  # a site with noise does not tell that there is nothing
             raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedalign.client.spent import Ledger
+from fedalign.client.spent import PrivacyLedger
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
 from fedalign.config.site import SiteFolder
@@ -82,7 +82,7 @@ def _examine_training(
     if client is not None:
         frozen = sum(bench.moe.layout.sizes[group] for group in folder.consent.frozen(bench.moe.layout))
         budget = folder.config.privacy
-        ledger = Ledger(folder.path, budget.epsilon_total, budget.delta)
+        ledger = PrivacyLedger(folder.path, budget.epsilon_total, budget.delta)
         trained = parameter_counts(bench)[1] - frozen
         check_privacy(found, config, client.examples, trained, asked.federation.min_sites, ledger)
     check_traffic(found, expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fedalign.client.accountant import COUNT_NOISE, Terms, epsilon, terms
-from fedalign.client.spent import Ledger
+from fedalign.client.spent import PrivacyLedger
 from fedalign.config.run import Config
 from fedalign.doctor.report import Examination, Verdict
 
@@ -19,7 +19,7 @@ REMEDY = (
 
 
 def check_privacy(
-    found: Examination, config: Config, examples: int, trained: int, sites: int, ledger: Ledger | None = None
+    found: Examination, config: Config, examples: int, trained: int, sites: int, ledger: PrivacyLedger | None = None
 ) -> None:
     """Say what a private run costs a site with so many examples, and how loud its noise is; nothing is drawn.
 
@@ -68,7 +68,7 @@ def _loads(agreed: Terms) -> str:
     return "" if agreed.loads_noise is None else f"; loads with noise of {agreed.loads_noise:g}"
 
 
-def _check_budget(found: Examination, agreed: Terms, ledger: Ledger) -> None:
+def _check_budget(found: Examination, agreed: Terms, ledger: PrivacyLedger) -> None:
     lines = found.attempt("budget", ledger.lines)
     if lines is None:
         return
