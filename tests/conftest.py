@@ -2,7 +2,7 @@
 
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fedalign.cli.main import main
+from fedalign.client.memory import ClientMemory, Kept
 from fedalign.config.run import Config
 from fedalign.config.site import SiteFolder
 from fedalign.config.toml import load_config
+from fedalign.maths.rounding import count, shapes_of, wire_dtype
+from fedalign.protocol import Packed, ParameterGroup
 from tests.moe.tiny import build, composite
 
 # a shell that starts the tests in the background has them ignore Ctrl-C, nohup a terminal that is gone, and what they
@@ -162,3 +165,12 @@ def fedalign(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
         return code, output.out, output.err
 
     return run
+
+
+def keep_round(memory: ClientMemory, round: int, update: Mapping[ParameterGroup, Packed], kept: Kept) -> None:
+    """Keep a round as a client does that has trained."""
+    sizes = ((str(group), count(packed), wire_dtype(packed)) for group, packed in update.items())
+    with memory.keeping(round, (tensor for one in sizes for tensor in shapes_of(*one))) as keeping:
+        for group, packed in update.items():
+            keeping.put(group, packed)
+        keeping.save(kept)

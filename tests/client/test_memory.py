@@ -10,6 +10,7 @@ import torch
 from fedalign.client.memory import KEPT, UPDATE, ClientMemory, Kept
 from fedalign.errors import TrainingFailedError, UserError
 from fedalign.protocol import SHARED, Packed, ParameterGroup, Request
+from tests.conftest import keep_round
 from tests.server.test_checkpoint import flip
 
 EXPERT = ParameterGroup("expert", 1, 2)
@@ -33,7 +34,7 @@ def prob_L_E(memory: ClientMemory, round: int) -> list[float]:
 @pytest.mark.parametrize("kept", [WHOLE, Kept()])
 def test_what_is_kept_comes_back_field_by_field(kept: Kept, tmp_path: Path) -> None:
     memory = ClientMemory(tmp_path)
-    memory.keep(1, {}, kept)
+    keep_round(memory, 1, {}, kept)
     found = vars(memory.before(2))
     assert list(found) == list(vars(kept))
     for name, value in vars(kept).items():
@@ -49,7 +50,7 @@ def test_what_is_personal_is_the_own_model_over_private_groups() -> None:
 def test_a_client_hands_over_only_what_is_asked(tmp_path: Path) -> None:
     memory = ClientMemory(tmp_path)
     int8 = Packed(torch.tensor([1, -2], dtype=torch.int8), torch.tensor([0.5]))
-    memory.keep(3, {SHARED: Packed(torch.ones(2)), EXPERT: int8}, Kept(torch.ones(1)))
+    keep_round(memory, 3, {SHARED: Packed(torch.ones(2)), EXPERT: int8}, Kept(torch.ones(1)))
     update = memory.hand_over("a", Request("a", 3, (EXPERT,))).groups
     assert list(update) == [EXPERT]
     assert update[EXPERT].values.tolist() == [1, -2]
@@ -61,7 +62,7 @@ def test_a_repeated_round_starts_from_the_round_before_it(tmp_path: Path) -> Non
     memory = ClientMemory(tmp_path)
     assert memory.before(1) == Kept()
     for round in (2, 5):
-        memory.keep(round, {}, Kept(torch.tensor([float(round)])))
+        keep_round(memory, round, {}, Kept(torch.tensor([float(round)])))
     assert prob_L_E(memory, 5) == [2.0]
     assert prob_L_E(memory, 6) == [5.0]
     memory.forget_updates()
@@ -74,7 +75,7 @@ def test_a_flipped_bit_is_noticed_and_the_round_before_is_used(
 ) -> None:
     memory = ClientMemory(tmp_path)
     for round in (1, 2):
-        memory.keep(round, {SHARED: Packed(torch.full((8,), float(round)))}, Kept(torch.tensor([float(round)])))
+        keep_round(memory, round, {SHARED: Packed(torch.full((8,), float(round)))}, Kept(torch.tensor([float(round)])))
     flip(tmp_path / "round-00002" / KEPT)
     assert prob_L_E(memory, 3) == [1.0]
     flip(tmp_path / "round-00002" / UPDATE)

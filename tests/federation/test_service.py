@@ -42,7 +42,7 @@ from fedalign.protocol import (
     Start,
     Statistics,
 )
-from tests.conftest import changed, make_site, site_toml
+from tests.conftest import changed, keep_round, make_site, site_toml
 from tests.federation.test_messages import same, travel
 
 NOTHING = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
@@ -333,7 +333,7 @@ print(json.dumps([answer.head, {name: [p.tolist() for p in pieces] for name, pie
 def test_handing_over_an_update_loads_no_model_and_imports_nothing_for_one(tmp_path: Path) -> None:
     site = make_site(tmp_path, 'name = "ward"\n[data]\ntrain = "nowhere.jsonl"\n[model]\npath = "nowhere"\n')
     service = Service("ward", site.memory("night"), lambda: pytest.fail("nothing to open"))
-    service.memory.keep(2, {SHARED: Packed(torch.tensor([1.0, 2.5]))}, Kept())
+    keep_round(service.memory, 2, {SHARED: Packed(torch.tensor([1.0, 2.5]))}, Kept())
     command = [sys.executable, "-W", "ignore", "-c", UPDATE, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=dict(os.environ))
     head, arrays, heavy = json.loads(done.stdout)

@@ -49,6 +49,7 @@ from contextlib import contextmanager
 
 import torch
 from fedalign.client.memory import ClientMemory
+from fedalign.maths.rounding import count, shapes_of, wire_dtype
 
 honest = ClientMemory.keeping
 
@@ -67,9 +68,12 @@ def wrap(change):
     def keeping(self, round, tensors):
         held = Held()
         yield held
-        ClientMemory.keeping = honest
-        self.keep(round, change(held.update), held.kept)
-        ClientMemory.keeping = keeping
+        update = change(held.update)
+        shapes = [t for g, p in update.items() for t in shapes_of(str(g), count(p), wire_dtype(p))]
+        with honest(self, round, shapes) as inner:
+            for group, packed in update.items():
+                inner.put(group, packed)
+            inner.save(held.kept)
 
     ClientMemory.keeping = keeping
 

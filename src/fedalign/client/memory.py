@@ -17,7 +17,7 @@ from fedalign import parallel
 from fedalign.config.run import ClientLimits
 from fedalign.errors import TrainingFailedError, UserError
 from fedalign.files import KEPT_BY_CLIENTS, damage, fingerprint, forget_old, replacing, rounds_in
-from fedalign.maths.rounding import SCALE, bytes_of, count, cut_out, shapes_of, wire_dtype
+from fedalign.maths.rounding import SCALE, bytes_of, cut_out
 from fedalign.maths.tensor_file import Named, create
 from fedalign.protocol import (
     DEALT,
@@ -125,14 +125,6 @@ class ClientMemory:
         else:
             yield Keeping(None, ())
         parallel.wait()
-
-    def keep(self, round: int, update: Mapping[ParameterGroup, Packed], kept: Kept) -> None:
-        """Keep a round whose update is there whole."""
-        sizes = ((str(group), count(packed), wire_dtype(packed)) for group, packed in update.items())
-        with self.keeping(round, (tensor for one in sizes for tensor in shapes_of(*one))) as keeping:
-            for group, packed in update.items():
-                keeping.put(group, packed)
-            keeping.save(kept)
 
     @parallel.by_the_first
     def keep_start(self, values: Iterable[tuple[str, Tensor]], tensors: Iterable[Named]) -> None:
