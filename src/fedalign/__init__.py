@@ -132,16 +132,14 @@ def run(
         UserError: Something does not fit together; its text is what the command line prints.
         KeyboardInterrupt: It was broken off; complete rounds are kept for `resume`.
     """
-    from rich.console import Console
-
     from fedalign.cli.run import Beginning, asked, carry_out
+    from fedalign.cli.terminal import console
     from fedalign.moe.load import quietly
 
     with quietly():
         settings, folder = asked(config, overrides, _path(out), _path(resume), overwrite)
-        console = Console(highlight=False, quiet=not progress)
-        how = Beginning(resume is None, overwrite)
-        carry_out(settings, folder, console, how, insecure_anywhere=insecure_anywhere)
+        shown, how = console(quiet=not progress), Beginning(resume is None, overwrite)
+        carry_out(settings, folder, shown, how, insecure_anywhere=insecure_anywhere)
     return Run(folder.path)
 
 
@@ -181,16 +179,15 @@ def compare_runs(
         UserError: Something does not fit together; its text is what the command line prints.
         KeyboardInterrupt: It was broken off; the same call goes on.
     """
-    from rich.console import Console
-
     from fedalign.cli.compare import asked, carry_out
+    from fedalign.cli.terminal import console
     from fedalign.moe.load import quietly
 
     names = [algorithms] if isinstance(algorithms, str) else algorithms
     which = str(seeds) if isinstance(seeds, int) else "".join(f"{seed}," for seed in seeds or ())
-    place, kept, console = _path(out), _path(resume), Console(highlight=False, quiet=not progress)
+    place, kept, shown = _path(out), _path(resume), console(quiet=not progress)
     with quietly():
-        comparison = asked(config, names, ablation, which, overrides, tune, place, kept, overwrite, jobs, console)
+        comparison = asked(config, names, ablation, which, overrides, tune, place, kept, overwrite, jobs, shown)
         return carry_out(comparison, overwrite)
 
 

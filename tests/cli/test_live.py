@@ -3,10 +3,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 
 from fedalign.cli import live
 from fedalign.cli.live import COLUMNS, LiveTable, row
+from fedalign.cli.terminal import console
 from fedalign.protocol import Metrics
 from fedalign.server.checkpoint import ServerState
 from fedalign.units import clock, percent, size
@@ -27,8 +27,8 @@ HISTORY: tuple[Metrics, ...] = (
 
 def show(terminal: bool) -> str:
     stream = io.StringIO()
-    console = Console(file=stream, force_terminal=terminal, width=120, highlight=False, color_system=None)
-    with LiveTable(console, rounds=3) as table:
+    shown = console(file=stream, force_terminal=terminal, width=120, color_system=None)
+    with LiveTable(shown, rounds=3) as table:
         table.progress(0, "evaluating", 0, 1)
         table.completed(ServerState(0, {}, {}, HISTORY[:1]), improved=True)
         table.progress(1, "training", 1, 2)
@@ -63,7 +63,7 @@ def test_rows_add_up_what_was_sent_and_fall_back_to_clients() -> None:
 def test_time_left_is_of_the_round_at_work_though_its_line_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    table = LiveTable(Console(quiet=True), rounds=4)
+    table = LiveTable(console(quiet=True), rounds=4)
 
     def line(number: int) -> str:
         table.completed(ServerState(number, {}, {}, tuple({"round": n} for n in range(number + 1))), improved=False)
@@ -100,8 +100,8 @@ def test_a_notebook_sees_one_output_that_changes(monkeypatch: pytest.MonkeyPatch
         return SimpleNamespace(update=display)
 
     monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
-    console = Console(force_jupyter=True, highlight=False)
-    with LiveTable(console, rounds=3) as table:
+    shown = console(force_jupyter=True)
+    with LiveTable(shown, rounds=3) as table:
         table.progress(0, "evaluating", 0, 1)
         table.completed(ServerState(1, {}, {}, HISTORY[:1]), improved=True)
         table.progress(1, "training", 1, 2)
@@ -112,7 +112,7 @@ def test_a_notebook_sees_one_output_that_changes(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_quiet_console_sees_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    with LiveTable(Console(quiet=True, force_terminal=True), rounds=3) as table:
+    with LiveTable(console(quiet=True, force_terminal=True), rounds=3) as table:
         table.completed(ServerState(1, {}, {}, HISTORY), improved=True)
         print("still heard")
     assert capfd.readouterr().out == "still heard\n"
@@ -133,7 +133,7 @@ def test_a_summary_says_which_way_is_better_and_of_how_many_rows() -> None:
 
 
 def test_the_table_says_what_accuracy_is_of() -> None:
-    table = LiveTable(Console(width=120), rounds=1)
+    table = LiveTable(console(width=120), rounds=1)
     table.history = ({"round": 0, "accuracy": 0.5, "loss_nats": 1.0, "test_examples": 1234}, {"round": 1})
     with table.console.capture() as shown:
         table.console.print(table)

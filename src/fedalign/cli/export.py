@@ -125,7 +125,7 @@ def _print(exported: Exported, to: Path) -> None:
     ]
     print_table(f"{snapshot.config.algorithm.name}: exported", [row for row in rows if row[1]])
     for note in exported.notes:
-        out.print(note, style="yellow", markup=False, soft_wrap=True)
+        out.print(note, style="yellow", soft_wrap=True)
     say(f"Written   {to}, with a model card: {CARD}")
     say("Load      " + "\n          ".join(made.load(str(to))))
 

@@ -97,7 +97,7 @@ def chat(
                 continue
             talk.remember(line, talk.answer({talk.role: line}, lambda piece: out.out(piece, end="")))
         except UserError as error:  # the next question may be a better one
-            err.print(str(error), markup=False, soft_wrap=True)
+            err.print(str(error), soft_wrap=True)
 
 
 def generate(

@@ -29,7 +29,9 @@ class LiveTable(JupyterMixin):
         self.console, self.rounds, self.part = console, rounds, part
         self.history: Sequence[Metrics] = ()
         self._begun: dict[int, float] = {}  # when each round of this process was
-        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed}/{task.total}")
+        )
         self._task = self._bar.add_task("starting", total=1)
         self._live = Live(get_renderable=self.__rich__, console=console, refresh_per_second=1 / REFRESH)
         self._cell: Any = None  # what a notebook shows in our place
@@ -73,10 +75,10 @@ class LiveTable(JupyterMixin):
             self.console.print(" | ".join(f"{name} {value}" for name, value in cells), soft_wrap=True)
         for failure in state.history[-1].get("failures", ()):
             text = f"round {state.round}: {failure['client']}, {failure['stage']}: {failure['reason']}"
-            self.console.print(text, style="yellow", markup=False, soft_wrap=True)
+            self.console.print(text, style="yellow", soft_wrap=True)
         if "stopped" in state.history[-1] and state.round < self.rounds:
             text = f"round {state.round} is the last: {state.history[-1]['stopped']}"
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(text, soft_wrap=True)
 
     def time_left(self) -> str:
         """From the rounds that this process has run; the last line may be of the round before the one at work."""

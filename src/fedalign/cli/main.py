@@ -113,13 +113,13 @@ def _give_up(error: Exception) -> NoReturn:
 
     told = " ".join(without_secrets(f"{type(error).__name__}: {error}").split())[:200]
     err.print("Error:", style="bold red", end=" ")
-    err.print(f"{told} The full report: {written(error)}", markup=False, soft_wrap=True)
+    err.print(f"{told} The full report: {written(error)}", soft_wrap=True)
     sys.exit(3)
 
 
 def _refuse(message: str) -> NoReturn:
     err.print("Error:", style="bold red", end=" ")
-    err.print(message, markup=False, soft_wrap=True)
+    err.print(message, soft_wrap=True)
     sys.exit(2)
 
 
@@ -149,7 +149,7 @@ def _threads_in_a_line() -> Iterator[None]:
         if told is None:
             before(about)
         else:
-            err.print(f"{about.thread.name if about.thread else 'a thread'}: {told}", markup=False, soft_wrap=True)
+            err.print(f"{about.thread.name if about.thread else 'a thread'}: {told}", soft_wrap=True)
 
     before, threading.excepthook = threading.excepthook, tell
     try:

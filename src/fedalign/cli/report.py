@@ -36,5 +36,5 @@ def report(
     page = out_.expanduser() if out_ else default_out(folders)
     missing = write_report(folders, page)
     for line in missing:
-        out.print(line, style="yellow", markup=False, soft_wrap=True)
+        out.print(line, style="yellow", soft_wrap=True)
     say(f"Report    {page} ({page.stat().st_size / 1e6:.1f} MB): open it in a browser")

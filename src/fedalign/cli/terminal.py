@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -13,8 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+
+def console(**how: Any) -> Console:
+    """A console that shows text as it is: a name in [brackets] stays, and the :AB: of a fingerprint is no emoji."""
+    return Console(highlight=False, markup=False, emoji=False, **how)
+
+
+out = console()
+err = console(stderr=True)
 InsecureAnywhere = Annotated[
     bool,
     typer.Option(
@@ -42,7 +48,7 @@ def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
 
 def say(text: str, console: Console = out) -> None:
     """Text as it is, so that what is copied from it has no line breaks of ours."""
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 def busy(text: str, console: Console = out) -> AbstractContextManager[object]:

@@ -48,7 +48,7 @@ class Overview:
             self.console.print(Text(text, style="red"), soft_wrap=True)  # a `style` would colour the live view, too
         elif not self.console.is_terminal:
             text = f"{self._counted()} {task.cell.name}: {score(task)}, {clock(task.seconds)}, left {self.time_left()}"
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(text, soft_wrap=True)
 
     def time_left(self) -> str:
         """From the rounds that all runs together have made since the start."""
