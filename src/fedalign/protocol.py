@@ -27,6 +27,12 @@ Between machines updates travel as pieces of at most `wire.piece_mb`, and so doe
     server -> client   Fetch       which bytes of its update a client is to send
     client -> server   Piece       these bytes
 
+With `privacy.masked`, which no engine between machines carries yet, clients conceal what they send, but for its sums::
+
+    client -> server   Concealed   counts, masked: examples, and those that weights are shares of
+    server -> client   Totals      their sums over all clients, of which each makes its own weights
+    client -> server   Concealed   its weighted update, masked
+
 The second half of this page is the seam: what an algorithm is (`Algorithm`), what it sees of a round (`Reports`,
 `Step`, `LocalRound`) and how a round reaches the clients (`Federation`).
 
@@ -474,6 +480,59 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Concealed:
+    """Client to server in a masked round: residues that tell nothing but in the sum over all of `among`.
+
+    Counts are modulo 2^64, values of an update modulo 2^16. See `docs/privacy.md`.
+    """
+
+    client: str
+    round: int
+    among: tuple[str, ...]  # clients whose masks cancel, in the order of their names
+    residues: Mapping[str, Tensor]  # name of a count, or a group's -> integers
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire."""
+        return sum(tensor.nbytes for tensor in self.residues.values())
+
+
+EXAMPLES, LOSS = "examples", "loss"  # counts of a masked round: n_c, and n_c times the mean loss of training
+LOAD, HOLDERS = "load_L_E", "holders_L_E"  # n_c(e), and 1 where that is not 0
+ROWS, MET = "rows_M_V", "met_M_V"  # k_c(v), and 1 where that is not 0
+UNIT = 1 << 20  # of these, holders aside
+SQUARES = "squares "  # and a group: mean squares of the blocks of its update
+CLIPPED = "clipped "  # and a group, beside its update: how many of its values were
+
+
+def count_shapes(layout: Layout, shares: Shares, tells_loss: bool) -> dict[str, tuple[int, ...]]:
+    """Shape of each count but the squares, which are int64 and masked modulo 2^64."""
+    cells: tuple[int, ...] = (layout.layers, layout.experts)
+    shapes: dict[str, tuple[int, ...]] = {EXAMPLES: (1,)}
+    if tells_loss:
+        shapes[LOSS] = (1,)
+    if shares.load:
+        shapes |= dict.fromkeys((LOAD, HOLDERS), cells)
+    if shares.rows != "examples" and layout.token_rows:
+        shapes |= dict.fromkeys((ROWS, MET), layout.token_cells)
+    return shapes
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Server to client in a masked round: the sums of all clients' counts."""
+
+    round: int
+    among: tuple[str, ...]  # clients that were summed
+    counts: Mapping[str, Tensor]  # int64
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire."""
+        return sum(tensor.nbytes for tensor in self.counts.values())
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Scores of one set of examples; `client` is None for the global test set."""
 
@@ -553,6 +612,18 @@ class Reports:
         return Plan(clients, weight_C_G, **({"centred": gate_C_L_E is not None} | more))
 
 
+@dataclass(frozen=True)
+class Shares:
+    """A plan whose weights are each a client's own number over the sum of all clients': sums are all that it needs.
+
+    All that is not named is by examples: n_c / Σ n.
+    """
+
+    load: bool = False  # experts by n_c times the expert's share of the client's load
+    rows: Literal["examples", "tokens", "met"] = "examples"  # token rows by n_c times the token's share, or if met
+    row_holders: int = 1  # rows whose token fewer clients met are by examples
+
+
 @dataclass
 class LocalRound:
     """One client's round on the client, as an algorithm may see and change it. Weights are flat float32, by group."""
@@ -595,6 +666,10 @@ class Algorithm(Protocol):
     @property
     def mix(self) -> Mix | None:
         """How each client mixes the server's model with one of its own, which it then trains; None: it has none."""
+
+    @property
+    def shares(self) -> Shares | None:
+        """The numbers that its weights are shares of; None: it needs more of each client than sums over all of them."""
 
     def plan(self, reports: Reports, state: State) -> Plan:
         """On the server: who counts for how much, and the state for the next round."""
@@ -639,6 +714,24 @@ class Federation(Protocol):
 
     def moved(self, round: int) -> Moved:
         """Bytes that a round has moved so far; what was sent before an interruption counts, what did not travel not."""
+
+
+class MaskedFederation(Federation, Protocol):
+    """A federation whose clients can conceal what they send, but for its sums over all clients of a round."""
+
+    def count(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterable[Concealed | Failure]:
+        """Local training, and the counts of each client, concealed among `clients`; in any order."""
+
+    def recount(self, round: int, left: Sequence[str]) -> Iterable[Concealed | Failure]:
+        """The counts again, concealed among those left; a client answers once a round."""
+
+    def conceal(
+        self, totals: Totals, among: Sequence[str], groups: Sequence[ParameterGroup]
+    ) -> Iterable[Concealed | Failure]:
+        """Each client's share of these groups' updates, one message a group, or several; a client follows another.
+
+        Asked again, a client answers once a round, for groups that are not complete.
+        """
 
 
 Metrics = dict[str, Any]

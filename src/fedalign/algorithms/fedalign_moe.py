@@ -44,7 +44,7 @@ from fedalign.maths.routing import (
     router_log_prob,
     routing_penalty,
 )
-from fedalign.protocol import Ask, Kind, LayerRouting, Plan, Reports, State, Step
+from fedalign.protocol import Ask, Kind, LayerRouting, Plan, Reports, Shares, State, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,6 +121,15 @@ class FedAlignMoE(FedAvg):
     def private(self) -> Set[Kind]:
         """With gate = "local", gates."""
         return frozenset[Kind]({"gate"} if self.gate == "local" else ())
+
+    @property
+    def shares(self) -> Shares | None:
+        """Of load and of token counts; not where routers are aligned, experts are compared, or norms clip them."""
+        clips = self.experts != "average" and self.min_holders > 1
+        if type(self).plan is not FedAlignMoE.plan or self.aligns or self.experts == "semantic" or clips:
+            return None
+        rows: dict[str, Literal["examples", "tokens", "met"]] = {"tokens": "tokens", "clients": "met"}
+        return Shares(self.experts == "load", rows.get(self.vocabulary, "examples"), self.vocabulary_holders)
 
     def plan(self, reports: Reports, state: State) -> Plan:
         """Weights of router rows, experts and token rows from the statistics; the new target becomes the state."""
@@ -217,19 +226,11 @@ class FedAlignMoE(FedAvg):
 
         Rows of tokens that fewer than `vocabulary_holders` met: n_c / Σ n [O].
 
-        By counts, n_c times the token's share of the tokens that c met: it is what RegMean (arXiv 2212.09849) makes of
-        an embedding, as the Gram matrix of its one-hot inputs is diagonal and holds the counts. By clients, n_c of
-        those who met it.
         """
         field = {"tokens": "token_count_M_V", "clients": "token_met_M_B"}.get(self.vocabulary)
         if field is None or not any(getattr(report, field).numel() for report in reports.of):
             return {}
-        size_C_M_V = reports.examples_C[:, None, None].float()
-        if self.vocabulary == "tokens":
-            count_C_M_V = reports.stack(field)
-            size_C_M_V = size_C_M_V * count_C_M_V / count_C_M_V.sum(dim=-1, keepdim=True).clamp_min(1)
-        else:
-            size_C_M_V = size_C_M_V * unpacked(reports.stack(field).byte(), reports.layout.token_cells[1])
+        size_C_M_V = row_sizes(reports, counted=self.vocabulary == "tokens")
         met_C_M_V = size_C_M_V > 0
         enough_1_M_V = met_C_M_V.sum(0, keepdim=True) >= self.vocabulary_holders
         weight_C_M_V = torch.where(enough_1_M_V, column_shares(size_C_M_V), reports.share_C[:, None, None])
@@ -300,6 +301,19 @@ def expert_sizes(reports: Reports) -> Tensor:
     """n_c(e), [C, L, E]: a client's examples times the expert's share of its load; 0 if it does not hold the expert."""
     load_C_L_E = reports.stack("load_L_E")
     return reports.examples_C[:, None, None].float() * load_C_L_E / load_C_L_E.sum(dim=-1, keepdim=True).clamp_min(1)
+
+
+def row_sizes(reports: Reports, counted: bool) -> Tensor:
+    """k_c(v), [C, M, V]: a client's examples times the token's share of the tokens that it met; or if it met it at all.
+
+    By counts it is what RegMean (arXiv 2212.09849) makes of an embedding, as the Gram matrix of its one-hot inputs is
+    diagonal and holds the counts.
+    """
+    size_C_1_1 = reports.examples_C[:, None, None].float()
+    if counted:
+        count_C_M_V = reports.stack("token_count_M_V")
+        return size_C_1_1 * count_C_M_V / count_C_M_V.sum(dim=-1, keepdim=True).clamp_min(1)
+    return size_C_1_1 * unpacked(reports.stack("token_met_M_B").byte(), reports.layout.token_cells[1])
 
 
 def unpacked(byte_C_M_B: Tensor, tokens: int) -> Tensor:

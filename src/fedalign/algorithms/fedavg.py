@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from fedalign.maths import torch
-from fedalign.protocol import Ask, Kind, LocalRound, Mix, ParameterGroup, Plan, Reports, State, Step
+from fedalign.protocol import Ask, Kind, LocalRound, Mix, ParameterGroup, Plan, Reports, Shares, State, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +53,11 @@ class FedAvg:
     def mix(self) -> Mix | None:
         """Clients use the server's model as it is."""
         return None
+
+    @property
+    def shares(self) -> Shares | None:
+        """Of data size, unless a subclass has a plan of its own or asks for more."""
+        return Shares() if type(self).plan is FedAvg.plan and not self.asks else None
 
     def plan(self, reports: Reports, state: State) -> Plan:
         """n_c / Σ n for every group."""

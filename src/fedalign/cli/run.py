@@ -271,6 +271,8 @@ def _print_headline(prepared: Prepared, console: Console) -> None:
         say(config.guard, console)
     if config.privacy.on:
         say(config.privacy.told, console)
+    if config.privacy.masked:
+        say(config.privacy.hidden, console)
     for note in (*([str(moe.saved)] if moe.saved else []), *moe.notes):
         say(note, console)
 

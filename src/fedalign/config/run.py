@@ -515,9 +515,9 @@ NOISED: Mapping[str, bool] = {"fedavg": False, "fedprox": False, "by_use": True}
 
 
 class PrivacyConfig(Section):
-    """Differential privacy of each example at a site: noise on all that leaves it. Off without epsilon and noise.
+    """Noise on all that leaves a site hides each example; masks hide all but sums over sites. Off; see docs/privacy.md.
 
-    Needs the extra `privacy`; see docs/privacy.md.
+    Noise needs epsilon or noise_multiplier, and the extra `privacy`. Masks need the extra `flower`.
     """
 
     epsilon: float | None = key(None, "of the whole run, at each site; the noise follows", gt=0, le=100, examples=[4.0])
@@ -533,6 +533,11 @@ class PrivacyConfig(Section):
         None, "in_process, for studies: noise that can be repeated, and so protects nobody", examples=[0]
     )
 
+    masked: bool = key(False, "in_process: the coordinator learns sums over clients and nothing of one alone")
+    masked_min_holders: int = key(
+        3, "clients of a masked sum at least; experts and words that fewer have go on as under FedAvg", ge=2, le=10**6
+    )
+
     @property
     def on(self) -> bool:
         """Whether there is any noise."""
@@ -546,6 +551,14 @@ class PrivacyConfig(Section):
         if self.seed is None:
             return told
         return f"{told}; but privacy.seed = {self.seed} is known, so it is a study and protects nobody"
+
+    @property
+    def hidden(self) -> str:
+        """The masks, for the first lines of a run."""
+        return (
+            f"masked sums: the server learns sums over clients alone; parts of fewer than {self.masked_min_holders} "
+            "holders go on as under FedAvg. Nobody's update can be looked at: one broken client can spoil the model"
+        )
 
 
 class EvaluationConfig(Section):
@@ -623,6 +636,7 @@ class Config(Section):
         self._check_tuning()
         self._check_engine()
         self._check_privacy()
+        self._check_masked()
         share = self.data.validation
         if self.evaluation.part == "validation" and not share:
             raise UserError(
@@ -711,6 +725,69 @@ class Config(Section):
                 raise UserError(
                     f"clients.limits.{client}.max_experts = {limits.max_experts}: which experts they are would tell of "
                     "its data. With [privacy] choose 0."
+                )
+
+    def _check_masked(self) -> None:
+        """Refuse what needs more of one client than sums over all of them."""
+        if not self.privacy.masked:
+            return
+        algorithm, name, server = self.algorithm.build(), self.algorithm.name, self.server
+        engine, masked = self.federation.engine, "privacy.masked = true"
+        if engine != "in_process":
+            raise UserError(
+                f'federation.engine = "{engine}": {masked} runs in process so far, to study it; sites have no masks '
+                'yet. Choose "in_process", or privacy.masked = false.'
+            )
+        if algorithm.private or algorithm.mix:
+            raise UserError(
+                f'algorithm.name = "{name}": clients keep parts of the model, which {masked} does not sum yet. Choose '
+                "one of: by_use, fedavg, fedprox."
+            )
+        if algorithm.shares is None:
+            raise UserError(
+                f'algorithm.name = "{name}": its weights, with these options, need statistics of each client, and with '
+                f"{masked} there are sums alone. Choose one of: by_use, fedavg, fedprox."
+            )
+        if self.robust != "none":
+            raise UserError(
+                f'server.robust = "{self.robust}": needs the length of each client\'s update, which {masked} hides. '
+                'Choose "none".'
+            )
+        if server.max_norm_ratio:
+            raise UserError(
+                f"server.max_norm_ratio = {server.max_norm_ratio:g}: needs the length of each client's update, which "
+                f"{masked} hides: a broken client can spoil the sum. Choose 0."
+            )
+        if server.optimizer == "fedexp":
+            raise UserError(
+                f'server.optimizer = "fedexp": needs the length of each client\'s update, which {masked} hides. Choose '
+                "one of: average, sgd, adam, yogi."
+            )
+        if self.tuning.averages_products:
+            raise UserError(
+                f'tuning.average = "exact": needs the factors of each client, which {masked} hides. Choose one of: '
+                "factors, freeze_a."
+            )
+        if self.wire.dtype != "float32":
+            raise UserError(
+                f'wire.dtype = "{self.wire.dtype}": with {masked} updates travel in 16 bits of their own. Choose '
+                '"float32", and for broadcasts wire.down.'
+            )
+        if self.evaluation.clients:
+            raise UserError(
+                f"evaluation.clients = true: with {masked} no score of one client is told. Choose false, and give a "
+                "test set (data.test) to see how the model does."
+            )
+        if self.tracking.health == "full":
+            raise UserError(
+                f'tracking.health = "full": needs sketches of each client, which {masked} hides. Choose one of: asked, '
+                "off."
+            )
+        for client, limits in self.clients.limits.items():
+            if limits.max_experts:
+                raise UserError(
+                    f"clients.limits.{client}.max_experts = {limits.max_experts}: which experts they are would tell of "
+                    f"its data. With {masked} choose 0."
                 )
 
     def _check_engine(self) -> None:

@@ -43,6 +43,10 @@ from fedalign.protocol import (
 )
 
 Leaving = Hello | Start | Lacking | Statistics | Piece | Evaluation | Failure
+UNMASKED = (
+    "privacy.masked runs in one process so far, where nothing leaves anybody. A site conceals nothing yet; without "
+    "masks it would send:\n"
+)
 NEVER = "Texts and labels are never sent as they stand; what is sent is made of them, and tells of them."
 FROZEN = "Embeddings and head are not trained, so neither their rows nor counts of tokens leave."
 REFUSED = (

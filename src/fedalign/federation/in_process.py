@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,28 @@ from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
 from fedalign.data.batches import Batch
 from fedalign.data.deal import split_among_clients
-from fedalign.errors import TrainingFailedError
+from fedalign.errors import TrainingFailedError, UserError
 from fedalign.federation.ledger import Tally
+from fedalign.federation.masked_site import MaskedSite, Terms, seen_of
 from fedalign.federation.workers import Workers, check_workers
 from fedalign.files import folder_name
 from fedalign.maths.heap import Heap
 from fedalign.maths.rounding import unpack_weights
 from fedalign.moe.load import pick_device
-from fedalign.protocol import Accumulator, Broadcast, Evaluation, Failure, Layout, Moved, Request, Statistics, Weights
+from fedalign.protocol import (
+    Accumulator,
+    Broadcast,
+    Concealed,
+    Evaluation,
+    Failure,
+    Layout,
+    Moved,
+    ParameterGroup,
+    Request,
+    Statistics,
+    Totals,
+    Weights,
+)
 from fedalign.server.run import Holdings, Marked, digest, identity
 from fedalign.server.trackers import require_trackers
 
@@ -93,6 +109,58 @@ class InProcess:
         return self._tally.of(round)
 
 
+class MaskedInProcess(InProcess):
+    """A `protocol.MaskedFederation`: clients that conceal what leaves them, each with keys of its own."""
+
+    def __init__(self, trainer: Trainer, clients: Mapping[str, ClientData], workers: Workers | None = None) -> None:
+        from fedalign.federation.masks import Masks  # noqa: PLC0415 - cryptography is of the extra `flower`
+
+        super().__init__(trainer, clients, workers)
+        config, shares = trainer.config, trainer.algorithm.shares
+        assert shares is not None  # the configuration was refused else
+        terms = Terms(
+            trainer.moe.layout,
+            shares,
+            config.privacy.masked_min_holders,
+            tells_loss=not config.privacy.on,
+            seed=config.run.seed,
+        )
+        run = secrets.token_hex(16)
+        self.sites = {name: MaskedSite(name, one.memory, terms, Masks(name, run)) for name, one in clients.items()}
+        for site in self.sites.values():
+            site.masks.meet({name: other.masks.public for name, other in self.sites.items()})
+
+    def count(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Concealed | Failure]:
+        """Train clients, in their order, and conceal what they count."""
+        seen = seen_of(broadcast)
+        for outcome in self.train(broadcast, clients):
+            if isinstance(outcome, Failure):
+                yield outcome
+            else:
+                site = self.sites[outcome.client]
+                yield from _told(outcome.client, (site.count(one, seen, clients) for one in [outcome]))
+
+    def recount(self, round: int, left: Sequence[str]) -> Iterator[Concealed | Failure]:
+        """Conceal again what the clients that are left counted."""
+        for name in left:
+            yield from _told(name, (site.recount(round, left) for site in [self.sites[name]]))
+
+    def conceal(
+        self, totals: Totals, among: Sequence[str], groups: Sequence[ParameterGroup]
+    ) -> Iterator[Concealed | Failure]:
+        """Conceal clients' shares of the sums, one client after another, group by group."""
+        for name in among:
+            yield from _told(name, self.sites[name].conceal(totals, among, groups))
+
+
+def _told(name: str, answers: Iterator[Concealed]) -> Iterator[Concealed | Failure]:
+    """A client's answers, one after another, until one is refused."""
+    try:
+        yield from answers
+    except TrainingFailedError as error:
+        yield Failure(name, "update", str(error))
+
+
 def pooled(clients: Mapping[str, ClientData]) -> dict[str, ClientData]:
     """One client that holds what all of them train on, in their order."""
     first = next(iter(clients.values()))
@@ -123,7 +191,8 @@ class Prepared:
     @property
     def federation(self) -> InProcess:
         """The clients, in this process."""
-        return InProcess(self.bench.trainer(), self.clients, self.workers)
+        kind = MaskedInProcess if self.config.privacy.masked else InProcess
+        return kind(self.bench.trainer(), self.clients, self.workers)
 
     def initial_weights(self, heap: Heap) -> Weights:
         """Those that the model was loaded with."""
@@ -164,6 +233,18 @@ class Prepared:
             client.memory.forget_updates()
 
 
+def check_masked() -> None:
+    """Refuse masks where they cannot be made.
+
+    Raises:
+        UserError: Under torchrun, or cryptography is not installed.
+    """
+    if parallel.launched() > 1:
+        raise UserError("privacy.masked = true: not under torchrun. Start fedalign by itself.")
+    if find_spec("cryptography") is None:
+        raise UserError("privacy.masked = true: cryptography is not installed. pip install 'fedalign-moe[flower]'")
+
+
 def prepare(config: Config, client_folder: Path) -> Prepared:
     """Load model and data, and give each client its part.
 
@@ -171,6 +252,8 @@ def prepare(config: Config, client_folder: Path) -> Prepared:
         UserError: Anything in the configuration does not fit the model or the data.
     """
     require_trackers(config.tracking.loggers)
+    if config.privacy.masked:
+        check_masked()
     check_workers(config.run.workers, pick_device(config.run.device))
     examples, parts = split_among_clients(config)
     bench = Workbench.load(config)

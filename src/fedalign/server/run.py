@@ -17,6 +17,7 @@ from fedalign.files import write_text
 from fedalign.maths.heap import Heap
 from fedalign.protocol import Evaluation, Federation, Layout, Plan, Statistics, Weights
 from fedalign.server.checkpoint import Checkpoints, ServerState
+from fedalign.server.masked import MaskedServer
 from fedalign.server.results import Recorder, RunFolder
 from fedalign.server.rounds import Observer, Server
 
@@ -121,7 +122,7 @@ def execute(centre: Centre, folder: RunFolder, watch: Observer) -> dict[str, Any
         write_text(folder.holdings, json.dumps(centre.holdings(), indent=1))
     recorder = Recorder(folder, config, centre, state)
     recorder.mend_best(state.history, checkpoints.weights_after)
-    server = Server(
+    server = (MaskedServer if config.privacy.masked else Server)(
         federation=centre.federation,
         algorithm=config.algorithm.build(),
         layout=centre.layout,

@@ -1,0 +1,101 @@
+"""One client's side of a masked round, masks aside: its counts, its own column of weights, its share of each sum.
+
+A weight is a client's number over the total of all clients', so a client that is told the totals computes its own::
+
+    w(e) = n_c(e) / N(e)   experts        k_c(v) / K(v)   token rows        n_c / N   all else                      [O]
+
+Where fewer than `least` clients hold an expert, or met a token, the sum would show a holder's update nearly by itself:
+such parts go on as under FedAvg, n_c / N over all clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedalign.algorithms.fedalign_moe import expert_sizes, row_sizes
+from fedalign.maths.average import Words
+from fedalign.protocol import (
+    EXAMPLES,
+    HOLDERS,
+    LOAD,
+    LOSS,
+    MET,
+    ROWS,
+    UNIT,
+    Layout,
+    ParameterGroup,
+    Reports,
+    Shares,
+    Statistics,
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One client's weights: its column of the plan."""
+
+    weight_G: Mapping[ParameterGroup, float]
+    row_weight_M_V: Tensor | None  # float32; in place of their group's
+
+    def weighed(self, layout: Layout, group: ParameterGroup, start: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights [N] of some of a group's values, from `start` on, and the values times them."""
+        weight = self.weight_G[group]
+        weights = torch.full_like(values, weight)
+        if self.row_weight_M_V is not None:
+            for matrix, rows in enumerate(layout.token_rows):
+                if rows.group == group:
+                    own_V = self.row_weight_M_V[matrix]
+                    weights = Words(rows, own_V.unsqueeze(0)).spread(own_V[: rows.tokens], weight, start, len(values))
+        return weights, values * weights
+
+
+def counts(report: Statistics, layout: Layout, shares: Shares, tells_loss: bool) -> dict[str, Tensor]:
+    """A client's numbers that the weights are shares of, int64, in units of 1 / UNIT where they need not be whole.
+
+    Args:
+        report: of the round, which stays at the client.
+        layout: the model's groups.
+        shares: what the algorithm asks for.
+        tells_loss: whether the loss of training is summed, too.
+    """
+    alone = Reports([report], layout, 1)
+    told = {EXAMPLES: _units(torch.tensor([float(report.examples)]))}
+    if tells_loss:
+        told[LOSS] = _units(torch.tensor([report.examples * report.loss]).double())
+    if shares.load:
+        told[LOAD] = _units(expert_sizes(alone)[0])
+        told[HOLDERS] = (told[LOAD] > 0).long()
+    if shares.rows != "examples" and layout.token_rows:
+        told[ROWS] = _units(row_sizes(alone, counted=shares.rows == "tokens")[0])
+        told[MET] = (told[ROWS] > 0).long()
+    return told
+
+
+def column(
+    own: Mapping[str, Tensor], totals: Mapping[str, Tensor], layout: Layout, shares: Shares, least: int
+) -> Column:
+    """A client's weights of its own counts and the totals; with fewer than `least` holders those of FedAvg."""
+    by_size = float(own[EXAMPLES]) / float(totals[EXAMPLES])
+    weight_G = dict.fromkeys(layout.groups, by_size)
+    if LOAD in own:
+        weight_L_E = _shared(own[LOAD], totals[LOAD], totals[HOLDERS] >= least, by_size)
+        for group in layout.groups:
+            if group.kind == "expert":
+                weight_G[group] = float(weight_L_E[group.layer, group.expert])
+    if ROWS not in own:
+        return Column(weight_G, None)
+    enough_M_V = totals[MET] >= max(least, shares.row_holders)
+    return Column(weight_G, _shared(own[ROWS], totals[ROWS], enough_M_V, by_size))
+
+
+def _units(values: Tensor) -> Tensor:
+    return (values.double() * UNIT).round().long()
+
+
+def _shared(own: Tensor, total: Tensor, enough: Tensor, by_size: float) -> Tensor:
+    """Own over total, float32, where enough hold it."""
+    return torch.where(enough, own.double() / total.double().clamp_min(1), by_size).float()

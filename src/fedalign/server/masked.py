@@ -1,0 +1,280 @@
+"""A masked round at the server: counts, then updates, as residues of which the sum over clients alone has a meaning.
+
+broadcast -> local training -> masked counts -> their totals -> each client's own weights -> masked shares -> sum
+
+The server holds no key: it adds residues modulo 2^64 and 2^16. Drop-outs: what not all sent means nothing, so it is
+asked for once more, masked among those left; of a group that is complete no second sum is asked for. The weight of a
+client that is lost after the totals were told stays where it is: its part of a group's step is zero. A sum that lacks
+anybody else is never used: the round fails, and the last complete one is kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fedalign.errors import UserError
+from fedalign.maths.fixed_point import BLOCK, decode, limits
+from fedalign.maths.server_step import server_step
+from fedalign.protocol import (
+    CLIPPED,
+    EXAMPLES,
+    HOLDERS,
+    LOSS,
+    MET,
+    SQUARES,
+    UNIT,
+    Concealed,
+    Failure,
+    MaskedFederation,
+    Metrics,
+    ParameterGroup,
+    Shares,
+    Stage,
+    Totals,
+    Weights,
+    count_shapes,
+)
+from fedalign.server.checkpoint import ServerState
+from fedalign.server.checks import check_weights
+from fedalign.server.rounds import Server, select
+from fedalign.server.scores import Traffic
+
+Residues = tuple[tuple[int, ...], torch.dtype]  # shape and type
+
+
+@dataclass
+class Sums:
+    """Residues as they arrive, added modulo 2^64 or 2^16; of whom, name by name.
+
+    Args:
+        round: of the messages.
+        among: who is to send them.
+        shapes: name -> shape and type of residues.
+    """
+
+    round: int
+    among: tuple[str, ...]
+    shapes: Mapping[str, Residues]
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    came: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, message: Concealed) -> Failure | None:
+        """Add one message, or say why none of it was added."""
+        problem = self._problem(message)
+        if problem:
+            return Failure(message.client, "update", problem)
+        for name, residues in message.residues.items():
+            if name in self.sums:
+                self.sums[name] += residues
+            else:
+                self.sums[name] = residues.clone()
+            self.came.setdefault(name, []).append(message.client)
+        return None
+
+    def complete(self, name: str) -> bool:
+        """Whether all have sent it, so that the masks cancel."""
+        return len(self.came.get(name, ())) == len(self.among)
+
+    def of(self) -> tuple[str, ...]:
+        """Clients that sent all names."""
+        return tuple(one for one in self.among if all(one in self.came.get(name, ()) for name in self.shapes))
+
+    def _problem(self, message: Concealed) -> str | None:
+        if message.client not in self.among:
+            return "not a client of this round"
+        if message.round != self.round:
+            return f"its masked numbers are of round {message.round}, not {self.round}"
+        if message.among != self.among:
+            return f"its masks are among {len(message.among)} clients, not the {len(self.among)} asked"
+        for name, residues in message.residues.items():
+            if name not in self.shapes:
+                return f"{name!r:.40}: sent but not requested"
+            if message.client in self.came.get(name, ()):
+                return f"{name}: sent twice"
+            shape, dtype = self.shapes[name]
+            if residues.shape != shape or residues.dtype != dtype:
+                return f"{name}: {residues.dtype} {list(residues.shape)}, expected {dtype} {list(shape)}"
+        return None
+
+
+class MaskedServer(Server):
+    """A server whose rounds are masked; it hears of no client but who takes part, and why one does not."""
+
+    def _round(self, state: ServerState) -> ServerState:
+        started, number, traffic = time.perf_counter(), state.round + 1, Traffic()
+        chosen = select(self.federation.members(), self.config.clients.sample, self.config.run.seed, number)
+        totals, failures = self._count(state, number, tuple(sorted(chosen)), traffic)
+        sums, lost = self._add_up(totals, traffic)
+        summed = self._stepped(state.weights, totals, sums)
+        weights, moments = summed, state.moments
+        if self.config.server.optimizer != "average":
+            options = self.config.server
+            weights, moments = server_step(options, state.weights, summed, moments, 0.0, self.heap.keep)
+        self._refuse(number, check_weights(weights))
+        updates = traffic.updates
+        traffic.take(self.federation.moved(number))
+        traffic.updates = updates
+        for client in totals.among:
+            traffic.down += totals.nbytes
+            traffic.down_by_client[client] = traffic.down_by_client.get(client, 0) + totals.nbytes
+        metrics = {
+            **self._tested(number, weights),
+            **self._described(totals),
+            "clipped_share": self._clipped(totals, sums),
+            "uploaded_share": 1.0,
+            "groups_unchanged": 0,
+            "bytes_up": traffic.statistics + traffic.updates,
+            "bytes_up_statistics": traffic.statistics,
+            "bytes_up_by_client": traffic.up_by_client,
+            "bytes_down": traffic.down,
+            "bytes_down_by_client": traffic.down_by_client,
+            "clients": list(totals.among),
+            "failures": self._named([*failures, *lost]),
+            "round_seconds": time.perf_counter() - started,
+        }
+        after = replace(state, round=number, weights=weights, moments=moments, public=self._public(state, weights))
+        return self._complete(after, metrics)
+
+    @property
+    def _sites(self) -> MaskedFederation:
+        return cast("MaskedFederation", self.federation)
+
+    @property
+    def _shares(self) -> Shares:
+        shares = self.algorithm.shares
+        assert shares is not None  # the configuration was refused else
+        return shares
+
+    def _count(
+        self, state: ServerState, number: int, chosen: tuple[str, ...], traffic: Traffic
+    ) -> tuple[Totals, list[Failure]]:
+        """The totals of all clients that trained, and why others did not; asked again once, if some did not."""
+        self._enough(number, chosen, [])
+        told = count_shapes(self.layout, self._shares, tells_loss=not self.config.privacy.on)
+        squares = {f"{SQUARES}{group}": (-(-size // BLOCK),) for group, size in self.layout.sizes.items() if size}
+        shapes = {name: (shape, torch.int64) for name, shape in (told | squares).items()}
+        self.observer.progress(number, "training", 0, len(chosen))
+        broadcast = self._broadcast(state, number, state.algorithm)
+        first = Sums(number, chosen, shapes)
+        failures = self._take(first, self._sites.count(broadcast, chosen), "train", "training", traffic)
+        left, counted = first.of(), first
+        if left != chosen:
+            self._enough(number, left, failures)
+            counted = Sums(number, left, shapes)
+            again = self._take(counted, self._sites.recount(number, left), "train", "training", traffic)
+            if counted.of() != left:
+                self._fail(number, [*failures, *again])
+        totals = Totals(number, left, counted.sums)
+        self._check(totals)
+        return totals, failures
+
+    def _add_up(self, totals: Totals, traffic: Traffic) -> tuple[dict[str, Tensor], list[Failure]]:
+        """The sums of all shares, and of what was clipped, by name; and why clients are missing in some of them."""
+        number, groups = totals.round, [group for group in self.layout.groups if self.layout.sizes[group]]
+        first = Sums(number, totals.among, self._share_shapes(groups))
+        told = self._sites.conceal(totals, totals.among, groups)
+        failures = self._take(first, told, "update", "summing", traffic)
+        rest = [group for group in groups if not all(map(first.complete, self._share_shapes([group])))]
+        if not rest:
+            return first.sums, failures
+        shapes = self._share_shapes(rest)
+        left = tuple(one for one in totals.among if all(one in first.came.get(name, ()) for name in shapes))
+        self._enough(number, left, failures)
+        again = Sums(number, left, shapes)
+        lost = self._take(again, self._sites.conceal(totals, left, rest), "update", "summing", traffic)
+        if again.of() != left:
+            self._fail(number, [*failures, *lost])
+        return first.sums | again.sums, [*failures, *lost]
+
+    def _share_shapes(self, groups: Sequence[ParameterGroup]) -> dict[str, Residues]:
+        shapes: dict[str, Residues] = {}
+        for group in groups:
+            shapes[str(group)] = (self.layout.sizes[group],), torch.int16
+            shapes[f"{CLIPPED}{group}"] = (1,), torch.int64
+        return shapes
+
+    def _stepped(self, old: Weights, totals: Totals, sums: Mapping[str, Tensor]) -> Weights:
+        new = dict(old)
+        for group in old:
+            if str(group) in sums:
+                change = decode(sums[str(group)], limits(totals.counts[f"{SQUARES}{group}"]))
+                new[group] = self.heap.keep(change.add_(old[group]))
+        return new
+
+    def _take(
+        self, sums: Sums, told: Iterable[Concealed | Failure], stage: Stage, doing: str, traffic: Traffic
+    ) -> list[Failure]:
+        """Add what comes; why some of it was not added."""
+        failures, heard = list[Failure](), set[str]()
+        for message in told:
+            failure = message if isinstance(message, Failure) else sums.add(message)
+            if failure is not None:
+                failures.append(replace(failure, stage=stage))
+            if isinstance(message, Concealed):
+                nbytes = message.nbytes
+                traffic.up(message.client, nbytes)
+                traffic.statistics, traffic.updates = (
+                    (traffic.statistics + nbytes, traffic.updates)
+                    if stage == "train"
+                    else (traffic.statistics, traffic.updates + nbytes)
+                )
+            heard.add(message.client)
+            self.observer.progress(sums.round, doing, len(heard), len(sums.among))
+        return failures
+
+    def _enough(self, number: int, left: Sequence[str], failures: Sequence[Failure]) -> None:
+        """End the run where the sum would be of too few clients."""
+        least = max(self.config.privacy.masked_min_holders, self.config.server.min_clients)
+        if len(left) < least:
+            reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in failures)
+            raise UserError(
+                f"round {number}: {len(left)} clients can be summed, privacy.masked_min_holders and server.min_clients "
+                f"ask for {least}{f' ({reasons})' if reasons else ''}. The last complete round is kept."
+            )
+
+    def _fail(self, number: int, failures: Sequence[Failure]) -> None:
+        reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in failures) or "nobody replied"
+        raise UserError(
+            f"round {number}: clients were lost in a masked sum, and others when it was asked for again ({reasons}). "
+            "A third time would tell of one client. The last complete round is kept."
+        )
+
+    def _check(self, totals: Totals) -> None:
+        """End the run where the totals cannot be sums of what clients count."""
+        most, counts = len(totals.among), totals.counts
+        holders = [counts[name] for name in (HOLDERS, MET) if name in counts]
+        sound = bool(counts[EXAMPLES] > 0) and all(bool((value >= 0).all()) for value in counts.values())
+        if not sound or any(bool((value > most).any()) for value in holders):
+            raise UserError(
+                f"round {totals.round}: the totals of {most} clients are impossible: one of them counts falsely, or "
+                "received another model, so that its masks do not cancel. The last complete round is kept."
+            )
+
+    def _clipped(self, totals: Totals, sums: Mapping[str, Tensor]) -> float:
+        """The share of all values of all clients that lay beyond their limits."""
+        clipped = sum(int(total) for name, total in sums.items() if name.startswith(CLIPPED))
+        return clipped / (len(totals.among) * sum(self.layout.sizes.values()))
+
+    def _described(self, totals: Totals) -> Metrics:
+        """A round's training, as far as totals tell."""
+        counts, clients = totals.counts, len(totals.among)
+        least = self.config.privacy.masked_min_holders
+        examples = float(counts[EXAMPLES]) / UNIT
+        told: Metrics = {"train_examples": round(examples)}
+        if LOSS in counts:
+            told["train_loss_nats"] = float(counts[LOSS]) / UNIT / examples
+        if HOLDERS in counts:
+            told |= {
+                "experts_held_share": float(counts[HOLDERS].double().mean()) / clients,
+                "experts_held_by_nobody": int((counts[HOLDERS] == 0).sum()),
+                "experts_by_size": int((counts[HOLDERS] < least).sum()),
+            }
+        if MET in counts:
+            told["token_rows_by_size"] = int((counts[MET] < max(least, self._shares.row_holders)).sum())
+        return told

@@ -1,0 +1,306 @@
+"""Masked rounds in one process: equal to plain ones but for rounding, and the server sees sums alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from fedalign.client.memory import ClientData, ClientMemory
+from fedalign.client.trainer import Trainer
+from fedalign.config.toml import load_config
+from fedalign.errors import TrainingFailedError, UserError
+from fedalign.federation.in_process import InProcess, MaskedInProcess
+from fedalign.maths.average import StreamingSum
+from fedalign.maths.fixed_point import BLOCK, LEVELS, limits
+from fedalign.maths.rounding import pack
+from fedalign.moe.model import MoEModel
+from fedalign.protocol import (
+    EXAMPLES,
+    SQUARES,
+    Broadcast,
+    Concealed,
+    Failure,
+    ParameterGroup,
+    Reports,
+    Statistics,
+    Totals,
+    Weights,
+)
+from fedalign.server.checkpoint import Checkpoints, ServerState
+from fedalign.server.masked import MaskedServer
+from tests.client.test_trainer import examples
+from tests.moe.tiny import build
+from tests.server.test_rounds import Log
+
+SIZES = {"a": 24, "b": 5, "c": 15, "d": 6, "e": 7}
+MASKED = ["privacy.masked=true", "server.max_norm_ratio=0", "evaluation.clients=false", "run.rounds=1"]
+
+
+@dataclass
+class Seen:
+    """A masked federation as the server meets it: what it is sent, written down; some of it may be lost."""
+
+    inner: MaskedInProcess
+    lost: Callable[[str, Concealed], bool] = lambda stage, message: False
+    messages: list[Concealed] = field(default_factory=list)
+    totals: list[Totals] = field(default_factory=list)
+    asked: list[tuple[str, tuple[str, ...], int]] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+    def _pass(self, stage: str, told: Iterator[Concealed | Failure]) -> Iterator[Concealed | Failure]:
+        gone = set[str]()
+        for message in told:
+            if isinstance(message, Concealed) and (message.client in gone or self.lost(stage, message)):
+                gone.add(message.client)
+                continue
+            if isinstance(message, Concealed):
+                self.messages.append(message)
+            yield message
+        yield from (Failure(name, "train", "gone") for name in sorted(gone))
+
+    def count(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Concealed | Failure]:
+        self.asked.append(("count", tuple(clients), 0))
+        return self._pass("count", self.inner.count(broadcast, clients))
+
+    def recount(self, round: int, left: Sequence[str]) -> Iterator[Concealed | Failure]:
+        self.asked.append(("recount", tuple(left), 0))
+        return self._pass("recount", self.inner.recount(round, left))
+
+    def conceal(
+        self, totals: Totals, among: Sequence[str], groups: Sequence[ParameterGroup]
+    ) -> Iterator[Concealed | Failure]:
+        self.totals.append(totals)
+        again = any(verb == "conceal" for verb, _, _ in self.asked)
+        self.asked.append(("conceal", tuple(among), len(groups)))
+        return self._pass("conceal again" if again else "conceal", self.inner.conceal(totals, among, groups))
+
+
+def federation(folder: Path, *more: str, seeds: dict[str, int] | None = None) -> MaskedInProcess:
+    config = load_config(
+        None,
+        [
+            "training.learning_rate=1e-2",
+            "training.batch_examples=4",
+            "statistics.min_tokens=20",
+            "statistics.min_examples=1",
+            "algorithm.name=by_use",
+            *MASKED,
+            *more,
+        ],
+    )
+    trainer = Trainer(MoEModel.wrap(build("olmoe")), None, config.algorithm.build(), config)
+    clients = {
+        name: ClientData(name, examples(size, seed=(seeds or {}).get(name, size)), None, ClientMemory(folder / name))
+        for name, size in SIZES.items()
+    }
+    return MaskedInProcess(trainer, clients)
+
+
+def one_round(folder: Path, seen: Seen) -> ServerState:
+    moe, config = seen.inner.trainer.moe, seen.inner.trainer.config
+    weights = {group: value.clone() for group, value in moe.read().items()}
+    server = MaskedServer(
+        seen,  # type: ignore[arg-type] # what it does not have itself is the inner one's
+        config.algorithm.build(),
+        moe.layout,
+        config,
+        Checkpoints(folder / "checkpoint", {}),
+        lambda number, weights: None,
+        Log(),
+    )
+    return server.run(ServerState(0, weights, {}, ()))
+
+
+def by_hand(folder: Path, *more: str, lost: str = "") -> tuple[Weights, Weights]:
+    """Old and new weights of the same round without masks, with the same rule for few holders.
+
+    Of a client that is lost neither the update nor its weight is there.
+    """
+    masked = federation(folder, *more)
+    engine = InProcess(masked.trainer, masked.clients)
+    layout = engine.trainer.moe.layout
+    old = {group: value.clone() for group, value in engine.trainer.moe.read().items()}
+    broadcast = Broadcast(1, {group: pack(value, "float32", 0) for group, value in old.items()})
+    reports = [one for one in engine.train(broadcast, engine.members()) if isinstance(one, Statistics)]
+    seen = Reports(reports, layout, len(reports))
+    plan = engine.trainer.algorithm.plan(seen, {})
+    few_L_E = seen.held_C_L_E.sum(0) < 3
+    shared_C, gate_C_L_E, expert_C_L_E = layout.split(plan.weight_C_G)
+    if more != ("algorithm.name=fedavg",):
+        assert bool(few_L_E.any())
+        assert not bool(few_L_E.all())
+        expert_C_L_E = torch.where(few_L_E, shared_C[:, None, None], expert_C_L_E)
+    plan = replace(plan, weight_C_G=layout.table(shared_C, gate_C_L_E, expert_C_L_E))
+    if plan.met_C_M_V is not None:
+        few_M_V = plan.met_C_M_V.sum(0) < 3
+        assert plan.token_weight_C_M_V is not None
+        by_row = torch.where(few_M_V, shared_C[:, None, None], plan.token_weight_C_M_V)
+        plan = replace(plan, token_weight_C_M_V=by_row)
+    if lost:
+        here_C = torch.tensor([client != lost for client in plan.clients])
+        assert plan.token_weight_C_M_V is not None
+        rows_C_M_V = plan.token_weight_C_M_V * here_C[:, None, None]
+        plan = replace(plan, weight_C_G=plan.weight_C_G * here_C[:, None], token_weight_C_M_V=rows_C_M_V)
+    total = StreamingSum(layout, plan, {report.client: report.norm_G for report in reports}, "float32")
+    assert engine.collect([one for one in plan.requests(1, layout) if one.client != lost], total) == []
+    return old, total.result(old)
+
+
+def steps(totals: Totals, group: ParameterGroup, size: int) -> torch.Tensor:
+    """The step of 16 bits at each value of a group."""
+    return (limits(totals.counts[f"{SQUARES}{group}"]) / LEVELS).repeat_interleave(BLOCK)[:size]
+
+
+@pytest.mark.parametrize("more", [("algorithm.name=fedavg",), (), ("algorithm.vocabulary=clients",)])
+def test_the_model_differs_by_rounding_alone(tmp_path: Path, more: tuple[str, ...]) -> None:
+    old, expected = by_hand(tmp_path / "plain", *more)
+    seen = Seen(federation(tmp_path / "masked", *more))
+    state = one_round(tmp_path, seen)
+    for group, value in expected.items():
+        off = (state.weights[group] - value).abs()
+        assert bool((off <= len(SIZES) * steps(seen.totals[0], group, len(value)) + 1e-6).all()), group
+        moved, error = (value - old[group]).norm(), (state.weights[group] - value).norm()
+        assert len(value) == 0 or float(error / moved) < 0.01, group
+
+
+def test_other_keys_give_the_same_bytes(tmp_path: Path) -> None:
+    one, two = (Seen(federation(tmp_path / name)) for name in ("one", "two"))
+    first, second = one_round(tmp_path / "one", one), one_round(tmp_path / "two", two)
+    assert all(torch.equal(first.weights[group], second.weights[group]) for group in first.weights)
+    assert first.history[-1]["train_loss_nats"] == second.history[-1]["train_loss_nats"]
+    for mine, yours in zip(one.messages, two.messages, strict=True):
+        name = next(iter(mine.residues))
+        assert mine.client == yours.client
+        assert mine.residues[name].numel() < 64 or not torch.equal(mine.residues[name], yours.residues[name])
+
+
+def test_what_one_client_sends_is_noise(tmp_path: Path) -> None:
+    """Bytes of its messages are uniform over fresh keys, though the data is the same each time."""
+    counted: dict[str, Counter[int]] = {"counts": Counter(), "update": Counter()}
+    for turn in range(3):
+        seen = Seen(federation(tmp_path / str(turn)))
+        one_round(tmp_path / str(turn), seen)
+        for message in seen.messages:
+            if message.client == "a":
+                kind = "counts" if EXAMPLES in message.residues else "update"
+                for residues in message.residues.values():
+                    counted[kind].update(residues.contiguous().view(-1).view(torch.uint8).tolist())
+    for kind, counts in counted.items():
+        assert sum(counts.values()) > 5 * 256, kind
+        assert chisquare([counts[byte] for byte in range(256)]).pvalue > 1e-6, kind
+
+
+def test_another_clients_data_shows_in_totals_alone(tmp_path: Path) -> None:
+    """Of two runs that differ in the data of e, what a sends is noise in both, and only sums differ."""
+    one = Seen(federation(tmp_path / "one"))
+    two = Seen(federation(tmp_path / "two", seeds={"e": 99}))
+    one_round(tmp_path / "one", one)
+    one_round(tmp_path / "two", two)
+    assert one.totals[0].counts.keys() == two.totals[0].counts.keys()
+    assert any(not torch.equal(one.totals[0].counts[name], two.totals[0].counts[name]) for name in one.totals[0].counts)
+    apart = Counter[int]()
+    for mine, yours in zip(one.messages, two.messages, strict=True):
+        assert (mine.client, mine.round, mine.among) == (yours.client, yours.round, yours.among)
+        assert mine.residues.keys() == yours.residues.keys()
+        for name, residues in mine.residues.items():
+            assert residues.shape == yours.residues[name].shape
+            assert residues.dtype == yours.residues[name].dtype
+            apart.update((residues - yours.residues[name]).contiguous().view(-1).view(torch.uint8).tolist())
+    assert chisquare([apart[byte] for byte in range(256)]).pvalue > 1e-6
+
+
+def test_nothing_of_one_client_stands_in_a_rounds_line(tmp_path: Path) -> None:
+    line = one_round(tmp_path, Seen(federation(tmp_path))).history[-1]
+    by_client = [name for name, value in line.items() if isinstance(value, dict)]
+    assert by_client == ["bytes_up_by_client", "bytes_down_by_client"]
+    assert all(len(set(line[name].values())) == 1 for name in by_client)
+    assert line["clients"] == list(SIZES)
+    assert line["train_examples"] == sum(SIZES.values())
+    assert line["failures"] == []
+
+
+def test_counts_are_asked_for_once_more_among_those_left(tmp_path: Path) -> None:
+    seen = Seen(federation(tmp_path), lost=lambda stage, message: (stage, message.client) == ("count", "b"))
+    line = one_round(tmp_path, seen).history[-1]
+    left = ("a", "c", "d", "e")
+    assert [(verb, among) for verb, among, _ in seen.asked] == [
+        ("count", tuple(SIZES)),
+        ("recount", left),
+        ("conceal", left),
+    ]
+    assert line["clients"] == list(left)
+    assert line["train_examples"] == sum(SIZES[name] for name in left)
+    assert [failure["client"] for failure in line["failures"]] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        (
+            lambda stage, one: stage in ("count", "recount") and one.client == {"count": "b", "recount": "c"}[stage],
+            "lost in",
+        ),
+        (lambda stage, one: stage == "count" and one.client in "bcd", "2 clients can be summed"),
+        (lambda stage, one: stage == "conceal" and one.client in "bcd", "2 clients can be summed"),
+        (lambda stage, one: {"conceal": "b", "conceal again": "c"}.get(stage) == one.client, "lost in"),
+    ],
+)
+def test_a_round_that_cannot_be_summed_fails_and_none_of_it_is_kept(
+    tmp_path: Path, lost: Callable[[str, Concealed], bool], said: str
+) -> None:
+    seen = Seen(federation(tmp_path), lost=lost)
+    with pytest.raises(UserError, match=said) as failed:
+        one_round(tmp_path, seen)
+    assert "\n" not in str(failed.value)
+    loaded = Checkpoints(tmp_path / "checkpoint", {}).load()
+    assert loaded is not None
+    assert loaded.round == 0
+
+
+def test_only_groups_that_are_not_complete_are_summed_again(tmp_path: Path) -> None:
+    """A client lost on the way: complete groups keep their sum, and its share of the others does not move them."""
+    engine = federation(tmp_path / "masked")
+    layout = engine.trainer.moe.layout
+    asked = [group for group in layout.groups if layout.sizes[group]]
+    early, late = asked[: len(asked) // 2], asked[len(asked) // 2 :]
+    seen = Seen(
+        engine, lost=lambda stage, one: (stage, one.client) == ("conceal", "b") and str(late[0]) in one.residues
+    )
+    state = one_round(tmp_path, seen)
+    assert seen.asked[1:] == [("conceal", tuple(SIZES), len(asked)), ("conceal", ("a", "c", "d", "e"), len(late))]
+    sums = Counter(name for message in seen.messages for name in message.residues if message.among == tuple(SIZES))
+    assert all(sums[str(group)] == len(SIZES) for group in early)
+    assert all(sums[str(group)] < len(SIZES) for group in late)
+    for part, lost in ((early, ""), (late, "b")):
+        _, expected = by_hand(tmp_path / f"plain{lost}", lost=lost)
+        for group in part:
+            off = (state.weights[group] - expected[group]).abs()
+            assert bool((off <= len(SIZES) * steps(seen.totals[0], group, len(off)) + 1e-6).all()), group
+
+
+def test_a_client_refuses_what_would_tell_of_it(tmp_path: Path) -> None:
+    seen = Seen(federation(tmp_path))
+    one_round(tmp_path, seen)
+    site, totals = seen.inner.sites["a"], seen.totals[0]
+    group = next(group for group, size in site.terms.layout.sizes.items() if size)
+    assert next(iter(site.conceal(totals, totals.among, [group]))).among == totals.among  # the same once more
+    with pytest.raises(TrainingFailedError, match="2 clients: it takes part in sums of 3 or more"):
+        next(site.conceal(totals, ("a", "b"), [group]))
+    with pytest.raises(TrainingFailedError, match="itself among them"):
+        next(site.conceal(totals, ("b", "c", "d"), [group]))
+    less = replace(totals, counts={**totals.counts, EXAMPLES: totals.counts[EXAMPLES] * 0})
+    with pytest.raises(TrainingFailedError, match="less than it counted itself"):
+        next(site.conceal(less, totals.among, [group]))
+    with pytest.raises(TrainingFailedError, match="not of what it counted"):
+        next(site.conceal(replace(totals, among=("a", "b", "c")), totals.among, [group]))
+    next(site.conceal(totals, ("a", "b", "c"), [group]))
+    with pytest.raises(TrainingFailedError, match="a further sum would tell of one client"):
+        next(site.conceal(totals, ("a", "c", "d"), [group]))

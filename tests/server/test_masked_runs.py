@@ -1,0 +1,110 @@
+"""Whole masked runs in one process: their files tell of no client, and a resumed run is the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedalign.errors import UserError
+from fedalign.federation.in_process import check_masked
+from tests.conftest import Command
+
+MASKED = [
+    "privacy.masked=true",
+    "evaluation.clients=false",
+    "server.max_norm_ratio=0",
+    "training.epochs=1",
+    "run.rounds=2",
+    "run.check=false",
+]
+
+
+def begin(fedalign: Command, folder: Path, settings: list[str], *more: str) -> tuple[int, str, str]:
+    given = [part for setting in [*settings, *MASKED, *more] for part in ("--set", setting)]
+    return fedalign("run", "demo", "--out", folder, *given)
+
+
+def model(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next((folder / "model").glob("*.safetensors")))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["algorithm.name=fedprox", "server.optimizer=adam", "server.learning_rate=0.01"],
+        ["algorithm.name=by_use", "run.workers=2"],
+        ["algorithm.name=by_use", "algorithm.vocabulary=average", "tuning.kind=lora", "privacy.noise_multiplier=1"],
+    ],
+)
+def test_a_masked_run(fedalign: Command, settings: list[str], tmp_path: Path, more: list[str]) -> None:
+    code, out, err = begin(fedalign, tmp_path / "run", settings, *more)
+    assert code == 0, err
+    assert "masked sums: the server learns sums over clients alone" in out
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 3
+    assert ("train_loss_nats" in lines[-1]) == ("privacy.noise_multiplier=1" not in more)
+    assert not any(name.startswith(("client_", "privacy_epsilons", "routing_")) for line in lines for name in line)
+    assert not (tmp_path / "run/health").exists()
+    code, _, err = fedalign("report", tmp_path / "run", "--out", tmp_path / "report.html")
+    assert code == 0, err
+    code, _, err = fedalign("export", tmp_path / "run", "--to", tmp_path / "exported")
+    assert code == 0, err
+
+
+def test_a_resumed_run_has_other_keys_and_the_same_model(
+    fedalign: Command, settings: list[str], tmp_path: Path
+) -> None:
+    for name, rounds in (("once", 2), ("twice", 1)):
+        code, _, err = begin(fedalign, tmp_path / name, settings, "algorithm.name=by_use", f"run.rounds={rounds}")
+        assert code == 0, err
+    code, _, err = fedalign("run", "--resume", tmp_path / "twice", "--set", "run.rounds=2")
+    assert code == 0, err
+    once, twice = model(tmp_path / "once"), model(tmp_path / "twice")
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+def test_too_few_clients_are_told_before_anything_is_trained(
+    fedalign: Command, settings: list[str], tmp_path: Path
+) -> None:
+    code, _, err = begin(fedalign, tmp_path / "run", settings, "algorithm.name=fedavg", "clients.count=2")
+    assert code == 2
+    assert "2 clients can be summed, privacy.masked_min_holders and server.min_clients ask for 3" in err
+
+
+@pytest.mark.parametrize(
+    ("place", "made", "said"),
+    [
+        ("fedalign.federation.in_process.find_spec", lambda name: None, "pip install 'fedalign-moe[flower]'"),
+        ("fedalign.parallel.launched", lambda: 2, "not under torchrun"),
+    ],
+)
+def test_where_masks_cannot_be_made_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, place: str, made: Callable[..., object], said: str
+) -> None:
+    monkeypatch.setattr(place, made)
+    with pytest.raises(UserError, match=r"privacy\.masked = true") as refused:
+        check_masked()
+    assert said in str(refused.value)
+
+
+def test_without_masks_nothing_needs_cryptography() -> None:
+    hidden = "import sys; sys.modules['cryptography'] = None; import fedalign.federation.in_process"
+    subprocess.run([sys.executable, "-c", hidden], check=True)
+
+
+def test_what_leaves_says_that_no_site_conceals_anything_yet(
+    fedalign: Command, settings: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "masked.toml"
+    tables = "[privacy]\nmasked = true\n[server]\nmax_norm_ratio = 0\n[evaluation]\nclients = false\n"
+    file.write_text(f'{tables}[algorithm]\nname = "fedavg"\n')
+    code, out, err = fedalign("doctor", file, "--what-leaves")
+    assert code == 0, err
+    assert "A site conceals nothing yet" in out
