@@ -286,6 +286,25 @@ def test_only_groups_that_are_not_complete_are_summed_again(tmp_path: Path) -> N
             assert bool((off <= len(SIZES) * steps(seen.totals[0], group, len(off)) + 1e-6).all()), group
 
 
+def test_a_client_that_was_told_another_model_spoils_the_round_and_nothing_else(tmp_path: Path) -> None:
+    """Its masks do not cancel, so that the totals are impossible, and no sum of the others' updates is asked for."""
+    seen = Seen(federation(tmp_path))
+    site = seen.inner.sites["c"]
+    count = site.count
+    site.count = lambda report, broadcast, among: count(report, "of another model", among)  # type: ignore[method-assign] # the hash alone differs
+    with pytest.raises(UserError, match="the totals of 5 clients are impossible"):
+        one_round(tmp_path, seen)
+    assert [verb for verb, _, _ in seen.asked] == ["count"]
+
+
+def test_a_round_is_counted_once_with_the_same_keys(tmp_path: Path) -> None:
+    """Else two different updates would be hidden by the same mask, and their difference by none."""
+    seen = Seen(federation(tmp_path))
+    one_round(tmp_path / "first", seen)
+    with pytest.raises(UserError, match="its masks are used up"):
+        one_round(tmp_path / "second", seen)
+
+
 def test_a_client_refuses_what_would_tell_of_it(tmp_path: Path) -> None:
     seen = Seen(federation(tmp_path))
     one_round(tmp_path, seen)
@@ -301,6 +320,11 @@ def test_a_client_refuses_what_would_tell_of_it(tmp_path: Path) -> None:
         next(site.conceal(less, totals.among, [group]))
     with pytest.raises(TrainingFailedError, match="not of what it counted"):
         next(site.conceal(replace(totals, among=("a", "b", "c")), totals.among, [group]))
+    counts = {**totals.counts, EXAMPLES: totals.counts[EXAMPLES] + 1}
+    with pytest.raises(TrainingFailedError, match="other totals of round 1 before"):
+        next(site.conceal(replace(totals, counts=counts), totals.among, [group]))
+    with pytest.raises(TrainingFailedError, match="among others than were counted"):
+        next(site.conceal(totals, ("a", "b", "c", "z"), [group]))
     next(site.conceal(totals, ("a", "b", "c"), [group]))
     with pytest.raises(TrainingFailedError, match="a further sum would tell of one client"):
         next(site.conceal(totals, ("a", "c", "d"), [group]))
