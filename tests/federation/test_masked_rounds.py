@@ -17,7 +17,7 @@ from fedalign.config.toml import load_config
 from fedalign.errors import TrainingFailedError, UserError
 from fedalign.federation.in_process import InProcess, MaskedInProcess
 from fedalign.maths.average import StreamingSum
-from fedalign.maths.fixed_point import BLOCK, LEVELS, limits
+from fedalign.maths.fixed_point import BLOCK, LEVELS, decode, limits
 from fedalign.maths.rounding import pack
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import (
@@ -295,6 +295,29 @@ def test_a_client_that_was_told_another_model_spoils_the_round_and_nothing_else(
     with pytest.raises(UserError, match="the totals of 5 clients are impossible"):
         one_round(tmp_path, seen)
     assert [verb for verb, _, _ in seen.asked] == ["count"]
+
+
+def test_masks_cancel_only_among_those_who_were_told_the_same_totals(tmp_path: Path) -> None:
+    engine = federation(tmp_path)
+    moe = engine.trainer.moe
+    broadcast = Broadcast(1, {group: pack(value, "float32", 0) for group, value in moe.read().items()})
+    among = tuple(SIZES)
+    told = [one for one in engine.count(broadcast, among) if isinstance(one, Concealed)]
+    sums = {name: torch.stack([one.residues[name] for one in told]).sum(0) for name in told[0].residues}
+    totals = Totals(1, among, sums)
+    other = replace(totals, counts={**totals.counts, EXAMPLES: totals.counts[EXAMPLES] + 1})
+    group = max(moe.layout.sizes, key=lambda group: moe.layout.sizes[group])
+    limit = limits(totals.counts[f"{SQUARES}{group}"])
+    lengths = []
+    for misled in ("", "c"):
+        for site in engine.sites.values():
+            site.told, site.answered = {}, {key: value for key, value in site.answered.items() if key[1] == EXAMPLES}
+        shares = [
+            next(site.conceal(other if name == misled else totals, among, [group])).residues[str(group)]
+            for name, site in engine.sites.items()
+        ]
+        lengths.append(float(decode(torch.stack(shares).sum(0, dtype=torch.int16), limit).norm()))
+    assert lengths[1] > 5 * lengths[0]
 
 
 def test_a_round_is_counted_once_with_the_same_keys(tmp_path: Path) -> None:
