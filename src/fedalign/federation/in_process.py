@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,18 @@ from fedalign.files import folder_name
 from fedalign.maths.heap import Heap
 from fedalign.maths.rounding import unpack_weights
 from fedalign.moe.load import pick_device
-from fedalign.protocol import Accumulator, Broadcast, Evaluation, Failure, Layout, Moved, Request, Statistics, Weights
+from fedalign.protocol import (
+    Accumulator,
+    Broadcast,
+    Evaluation,
+    Failure,
+    Layout,
+    Moved,
+    Request,
+    Statistics,
+    Weights,
+    summed,
+)
 from fedalign.server.run import Holdings, Marked, digest, identity
 from fedalign.server.trackers import require_trackers
 
@@ -43,6 +54,11 @@ class InProcess:
     def members(self) -> Sequence[str]:
         """All clients, in the order of the partition."""
         return list(self.clients)
+
+    def labels(self) -> tuple[int, ...]:
+        """Examples of each label at all clients."""
+        least = self.trainer.config.statistics.min_examples
+        return summed(client.labels.told(least) for client in self.scored.values() if client.labels)
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
         """Train clients, in their order; a client whose loss or update is not finite is a Failure."""
@@ -97,7 +113,10 @@ def pooled(clients: Mapping[str, ClientData]) -> dict[str, ClientData]:
     """One client that holds what all of them train on, in their order."""
     first = next(iter(clients.values()))
     memory = ClientMemory(first.memory.folder.with_name(POOLED))
-    return {POOLED: ClientData(POOLED, [e for client in clients.values() for e in client.train], None, memory)}
+    train = [e for client in clients.values() for e in client.train]
+    known = [client.labels for client in clients.values() if client.labels]
+    labels = replace(known[0], examples=summed(one.examples for one in known)) if known else None
+    return {POOLED: ClientData(POOLED, train, None, memory, labels=labels)}
 
 
 @dataclass(frozen=True)
