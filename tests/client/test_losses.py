@@ -21,6 +21,7 @@ from fedalign.config.run import Config, TrainingConfig
 from fedalign.config.site import SiteConsent, SiteFolder
 from fedalign.config.toml import load_config
 from fedalign.data.encode import Encoded
+from fedalign.data.formats import Example
 from fedalign.doctor.what_leaves import labels_told, tokens_told, what_leaves
 from fedalign.errors import TrainingFailedError, UserError
 from fedalign.federation.in_process import prepare
@@ -195,10 +196,28 @@ def test_labels_of_a_client_are_those_that_it_trains_on(settings: list[str], tmp
         counts = tuple(sum(name in text for text in trained) for name in ("animals", "weather", "food"))
         assert client.labels.examples == counts
         assert sum(counts) == client.examples
-        texts = [prepared.bench.tokenizer.decode(list(tokens)) for tokens in client.labels.tokens]
-        assert texts == [" animals", " weather", " food"]
+        texts = [prepared.bench.tokenizer(name)["input_ids"] for name in (" animals", " weather", " food")]
+        assert [sorted(tokens) for tokens in texts] == [list(tokens) for tokens in client.labels.tokens]
         everybody = [n + (count if count >= 5 else 0) for n, count in zip(everybody, counts, strict=True)]
     assert prepared.federation.labels() == tuple(everybody)
+
+
+def test_labels_have_the_tokens_of_every_template(settings: list[str], tmp_path: Path) -> None:
+    bench = prepare(shifted(settings), tmp_path).bench
+    spaced, bare = tuple(" " + name for name in ("animals", "food")), ("animals", "food")
+    mixed = [
+        Example("it rains. Label:", " food", spaced),
+        Example("it rains. Label:", " food", spaced),
+        Example("a dog\n", "animals", bare),
+    ]
+    encoded = bench.encoder.encode(mixed)
+    labels = Labels.of(mixed, encoded, bench.encoder)
+    assert labels is not None
+    assert labels.examples == (1, 2)
+    for one in encoded:
+        answer = {token for token in one.labels if token not in (-100, bench.tokenizer.eos_token_id)}
+        assert answer <= set(labels.tokens[1 if one.example < 2 else 0])
+    assert Labels.of(mixed, [], bench.encoder) is None
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -37,7 +37,7 @@ NONE = 1e-8  # times that fedlc counts a token as seen which the client has not:
 class Labels:
     """Labels of one client's training examples, in the order of `data.labels`."""
 
-    tokens: tuple[tuple[int, ...], ...]  # of each label's text as an answer, without an end token
+    tokens: tuple[tuple[int, ...], ...]  # of each label's text as an answer, in any order, without an end token
     examples: tuple[int, ...]  # of each label
 
     @classmethod
@@ -46,11 +46,13 @@ class Labels:
         trained = [examples[index] for index in sorted({one.example for one in train})]
         if not trained:
             return None
-        first = trained[0]
-        answers = encoder.encode_answers([replace(first, answer=choice) for choice in first.choices])
+        most: list[Counter[int]] = [Counter() for _ in trained[0].choices]
+        for one in {example.choices: example for example in trained}.values():  # with and without a space before them
+            answers = encoder.encode_answers([replace(one, answer=choice) for choice in one.choices])
+            most = [m | Counter(a[: len(a) - len(encoder.end)]) for m, a in zip(most, answers, strict=True)]
         count = Counter(example.choices.index(example.answer) for example in trained)
-        tokens = tuple(tuple(answer[: len(answer) - len(encoder.end)]) for answer in answers)
-        return cls(tokens, tuple(count[index] for index in range(len(first.choices))))
+        tokens = tuple(tuple(sorted(label.elements())) for label in most)
+        return cls(tokens, tuple(count[index] for index in range(len(tokens))))
 
     def told(self, least: int) -> tuple[int, ...]:
         """Examples of each label; fewer than `least` are told as none."""
