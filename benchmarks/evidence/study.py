@@ -14,6 +14,7 @@
     ablation   the paper's five steps under label skew; for tasks see `confirm`
     choices    what merges.py cannot say of the paper's gaps: forms of the pull, momentum of its target, SGD
     losses     IID data, two clients, many clients of which a tenth is asked, tiny clients
+    shift      losses corrected for labels that clients share unevenly: label_shift, FedLC, FedRS
     rounds     more rounds, to count those until FedMoE's final accuracy
 
 Results are in OUT/STUDY/PART: those of `compare`, and about.json. The learning rate of a part is that of three which
@@ -230,6 +231,18 @@ def rounds() -> Iterator[Part]:
         yield Part(regime, regime, ("fedavg", "fedmoe", OURS), "full", 2, (*FULL_TEST, "run.rounds=12"), rate="1e-3")
 
 
+TOPICS = 'data.labels=["world", "sports", "business", "technology"]'
+
+
+def shift() -> Iterator[Part]:
+    """Losses that know how labels are shared out, under FedAvg; then label_shift under others, and under LoRA."""
+    own = tuple(f"fedavg:training.loss={loss}" for loss in ("label_shift", "fedlc", "fedrs"))
+    others = (OURS, f"{OURS}:training.loss=label_shift", "fedalign_moe", "fedalign_moe:training.loss=label_shift")
+    settings = (*LONG, "data.max_test=1000", TOPICS)
+    yield Part("label_skew", "label_skew", ("fedavg", *own, *others), "full", 1, settings, rate="5e-4")
+    yield Part("label_skew-lora", "label_skew", ("fedavg", *own), "lora", 1, settings, rate="1e-3")
+
+
 STUDIES = {
     "short": short,
     "drift": drift,
@@ -243,6 +256,7 @@ STUDIES = {
     "choices": alternatives,
     "losses": losses,
     "rounds": rounds,
+    "shift": shift,
 }
 
 

@@ -56,7 +56,7 @@ from fedalign.maths import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-PROTOCOL = 8  # of these messages; sites that speak another are refused
+PROTOCOL = 9  # of these messages; sites that speak another are refused
 Kind = Literal["shared", "embeddings", "head", "gate", "expert"]
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus", "unknown"]
 WireDtype = Literal["float32", "bfloat16", "int8", "int4"]
@@ -194,6 +194,15 @@ class Consent:
 DEALT = Consent()  # where one person deals the data to all clients, nothing is to be consented to
 
 
+def summed(labels: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """Examples of each label, of those clients that tell it together.
+
+    >>> summed([(1, 2), (), (3, 4)]), summed([(), ()])
+    ((4, 6), ())
+    """
+    return tuple(sum(counts) for counts in zip(*filter(None, labels), strict=True))
+
+
 @dataclass(frozen=True)
 class Packed:
     """One group's values in wire precision: float32, bfloat16, int8, or int4, two to a byte (see `maths.rounding`)."""
@@ -224,6 +233,7 @@ class Hello:
     held_out: int  # to be scored on
     token_counts: bool  # whether it sends them where they are asked for
     embeddings: bool  # whether it trains embeddings and head
+    labels: tuple[int, ...] = ()  # examples of each label, where the loss reads it and the client consents
 
 
 @dataclass(frozen=True)
@@ -251,6 +261,7 @@ class Broadcast:
     kept: Mapping[str, str] = field(default_factory=dict)  # groups not sent whole -> digests, a difference added
     differences: Mapping[ParameterGroup, Packed] = field(default_factory=dict)  # of groups that changed
     before: Mapping[str, str] = field(default_factory=dict)  # digests of what they are added to; does not travel
+    labels: tuple[int, ...] = ()  # examples of each label at all clients that tell it, where the loss reads it
 
     @property
     def nbytes(self) -> int:
@@ -696,6 +707,9 @@ class Federation(Protocol):
 
     def members(self) -> Sequence[str]:
         """Ids of all clients that may be asked, in a fixed order."""
+
+    def labels(self) -> tuple[int, ...]:
+        """Examples of each label at all clients that tell it, together; empty if none does."""
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterable[Statistics | Failure]:
         """Local training, scored before where the broadcast asks for it; results in any order, each as it comes.

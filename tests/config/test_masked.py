@@ -30,6 +30,10 @@ MASKED = ["privacy.masked=true", "algorithm.name=by_use", "server.max_norm_ratio
         (["tuning.kind=lora", "tuning.average=exact"], "Choose one of: factors, freeze_a"),
         (["wire.dtype=int8"], "updates travel in 16 bits of their own"),
         (["evaluation.clients=true"], "no score of one client is told"),
+        (
+            ["training.loss=label_shift", "data.kind=classification", 'data.labels=["a","b"]'],
+            "each client's counts of labels",
+        ),
         (["tracking.health=full"], "needs sketches of each client"),
         (["clients.limits.a.max_experts=2"], "which experts they are would tell"),
         (["privacy.masked_min_holders=1"], "privacy.masked_min_holders = 1"),

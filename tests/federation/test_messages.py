@@ -114,6 +114,8 @@ def every_message(dtype: WireDtype = "float32") -> list[Message]:
         Start("ward", groups, constants),
         Broadcast(3, groups, {"target_L_E": torch.rand(2, 3, dtype=torch.float64)}),
         Broadcast(0, {}, score=True),
+        Broadcast(2, {}, labels=(3, 0, 1 << 62)),
+        hello("ward", labels=(4, 0, 12)),
         statistics(),
         dataclasses.replace(statistics(), held_out=12, held_out_loss=0.75, held_out_accuracy=0.5),
         Start("ward", {}, {}, {"shared": "float32[700]"}),

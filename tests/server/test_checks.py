@@ -66,6 +66,9 @@ class InMemory:
     def members(self) -> Sequence[str]:
         return list(UPDATES)
 
+    def labels(self) -> tuple[int, ...]:
+        return ()
+
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
         for report in self.honest:
             mine = replace(report, round=broadcast.round, norm_G=NORMS[report.client])

@@ -91,6 +91,9 @@ class Scripted:
     def _update(self, client: str) -> Weights:
         return {group: torch.full((LAYOUT.sizes[group],), self.moves[client][1]) for group in LAYOUT.groups}
 
+    def labels(self) -> tuple[int, ...]:
+        return ()
+
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
         for client in self.order(clients):
             self.asked.append(client)

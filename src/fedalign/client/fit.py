@@ -19,6 +19,7 @@ from transformers import get_scheduler
 from fedalign import parallel
 from fedalign.client.forward import answer_logits, own_share
 from fedalign.client.gradients import Unreached
+from fedalign.client.losses import Correction
 from fedalign.client.memory import ClientData, Kept
 from fedalign.config.run import Config, TrainingConfig
 from fedalign.data.batches import Batch, batches
@@ -45,8 +46,10 @@ class LocalFit:
         local: LocalRound,
         round: int,
         kept: Kept,
+        correction: Correction | None = None,
     ) -> None:
         self.moe, self.algorithm, self.options = moe, algorithm, config.training
+        self.correction = correction
         self.client, self.local = client, local
         seed = config.run.seed if client.seed is None else client.seed
         self.seed = derive_seed(seed, round, client.name, "order")
@@ -150,7 +153,8 @@ class LocalFit:
         for batch in group:
             here = own_share(batch).to(self.moe.device)
             with probe.capture(*here.masks()) as captured, autocast():
-                nll_sum = answer_logits(self.moe, here).nll_N.sum()
+                answer = answer_logits(self.moe, here)
+                nll_sum = (answer if self.correction is None else self.correction(answer)).nll_N.sum()
             share = batch.answer_tokens / answer_tokens
             loss = nll_sum / answer_tokens
             for extra in self._penalties(captured):

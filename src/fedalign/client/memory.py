@@ -34,6 +34,7 @@ from fedalign.protocol import (
 
 if TYPE_CHECKING:  # handing over an update needs neither a model nor data
     from fedalign.client.evaluation import TestSet
+    from fedalign.client.losses import Labels
     from fedalign.client.spent import Privacy
     from fedalign.data.encode import Encoded
 
@@ -248,6 +249,7 @@ class ClientData:
     most_steps: int = 0  # of a round; 0: any number
     consent: Consent = DEALT
     privacy: Privacy | None = None  # None: the run has none
+    labels: Labels | None = None  # None: the loss does not read them
 
     @property
     def told(self) -> int:

@@ -164,7 +164,9 @@ class DealtClients:
 
 
 def describe(bench: Workbench, client: ClientData, weights: str) -> Hello:
-    """Versions and hashes that must agree before a site may take part."""
+    """Versions and hashes that must agree before a site may take part, and what it has of each label if it consents."""
+    told = bench.config.training.loss == "label_shift" and client.consent.token_counts
+    labels = client.labels if told else None
     return Hello(
         client=client.name,
         protocol=PROTOCOL,
@@ -179,4 +181,5 @@ def describe(bench: Workbench, client: ClientData, weights: str) -> Hello:
         held_out=len(client.held_out) if client.held_out else 0,
         token_counts=client.consent.token_counts,
         embeddings=client.consent.embeddings,
+        labels=() if labels is None else labels.told(bench.config.statistics.min_examples),
     )

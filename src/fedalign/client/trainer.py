@@ -20,6 +20,7 @@ from fedalign import parallel
 from fedalign.client.accountant import Terms
 from fedalign.client.evaluation import evaluate
 from fedalign.client.fit import REMEDY, LocalFit
+from fedalign.client.losses import Correction, correction
 from fedalign.client.memory import ClientData, Keeping, Kept
 from fedalign.client.mixture import Mixture
 from fedalign.client.noisy import PrivateFit
@@ -84,7 +85,8 @@ class Trainer:
         drawn = seed + parallel.rank()  # other rows want other dropout
         with self.moe.freezing(frozen), self._random(drawn), self.moe.sending_to(client.limits.top_k):
             kind = LocalFit if agreed is None else PrivateFit
-            fit = kind(self.moe, self.algorithm, self.config, client, local, broadcast.round, before)
+            correct = self._correction(client, broadcast)
+            fit = kind(self.moe, self.algorithm, self.config, client, local, broadcast.round, before, correct)
             if isinstance(fit, PrivateFit) and agreed is not None and client.privacy is not None:
                 fit.agree(agreed, client.privacy.secret, self.config.privacy.max_grad_norm)
             fit.run()
@@ -122,6 +124,12 @@ class Trainer:
             raise RuntimeError(f"{client.name} has no ledger for a private run")
         agreed = client.privacy.terms(client.examples)
         return agreed, client.privacy.pay(round, agreed)
+
+    def _correction(self, client: ClientData, broadcast: Broadcast) -> Correction | None:
+        """Of the loss; who does not tell its own labels trains as if there were none."""
+        options = self.config.training
+        silent = options.loss == "label_shift" and not client.consent.token_counts
+        return None if silent else correction(options, client.labels, broadcast.labels)
 
     def _trained(
         self, fit: LocalFit, local: LocalRound, frozen: Sequence[ParameterGroup]

@@ -12,6 +12,7 @@ import torch
 from fedalign import parallel
 from fedalign.client.answers import sheet
 from fedalign.client.evaluation import Apply, TestSet, answers
+from fedalign.client.losses import Labels
 from fedalign.client.memory import ClientData, ClientMemory
 from fedalign.client.spent import HERE, Privacy, PrivacyLedger
 from fedalign.client.trainer import Trainer
@@ -140,13 +141,16 @@ class Workbench:
             UserError: Nothing is left to train on.
         """
         privacy = self.config.privacy.on
+        encoded = self.encoder.encode(train)
+        reads = self.config.training.loss != "plain"
         client = ClientData(
             name=name,
-            train=self.encoder.encode(train),
+            train=encoded,
             held_out=TestSet.prepare(held_out, self.encoder),
             memory=ClientMemory(folder),
             limits=limits,
             privacy=Privacy(self.config, ledger or PrivacyLedger(folder), run, folder, name) if privacy else None,
+            labels=Labels.of(train, encoded, self.encoder) if reads else None,
         )
         if not client.train and not (privacy and ledger):  # a site with noise does not tell that there is nothing
             raise UserError(

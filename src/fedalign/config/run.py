@@ -98,6 +98,8 @@ Names = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_once)]
 Place = Annotated[str, AfterValidator(_place)]
 Template = Annotated[str, AfterValidator(_template)]
 
+Loss = Literal["plain", "label_shift", "fedlc", "fedrs"]
+STRENGTH: Mapping[Loss, float] = {"plain": 0.0, "label_shift": 1.0, "fedlc": 1.0, "fedrs": 0.5}  # see client.losses
 FORMAT_GROUP = "fedalign.formats"  # entry points of other packages: a name for data.kind, and a function of a row
 KINDS = ("chat", "multiple_choice", "instruction", "classification", "text")
 SPELLINGS: dict[str, dict[str, Any]] = {  # what data.kind may say instead: a kind with the columns of a known spelling
@@ -356,6 +358,23 @@ class TrainingConfig(Section):
     balance_coefficient: float = key(0.0, "of the Switch load-balancing loss", ge=0)
     precision: Literal["auto", "float32", "bfloat16"] = key("auto", "autocast; weights and routers stay float32")
     keep_optimizer: bool = key(False, "carry the optimizer's state to the client's next round")
+    loss: Loss = key(
+        "plain",
+        "where labels differ from client to client; classification, data.labels given (label_shift: clients tell how "
+        "many examples each label has; fedlc, fedrs: nothing more leaves)",
+    )
+    loss_strength: float | None = key(
+        None,
+        "label_shift: the shift times it (1); fedlc: tau (1); fedrs: alpha of labels that are not there (0.5)",
+        ge=0,
+        le=100,
+        examples=[0.5],
+    )
+
+    @property
+    def strength(self) -> float:
+        """Of the loss: as given, else its own."""
+        return STRENGTH[self.loss] if self.loss_strength is None else self.loss_strength
 
 
 class TuningConfig(Section):
@@ -637,6 +656,7 @@ class Config(Section):
         self._check_engine()
         self._check_privacy()
         self._check_masked()
+        self._check_loss()
         share = self.data.validation
         if self.evaluation.part == "validation" and not share:
             raise UserError(
@@ -778,6 +798,11 @@ class Config(Section):
                 f"evaluation.clients = true: with {masked} no score of one client is told. Choose false, and give a "
                 "test set (data.test) to see how the model does."
             )
+        if self.training.loss == "label_shift":
+            raise UserError(
+                f'training.loss = "label_shift": needs each client\'s counts of labels, which {masked} does not sum '
+                "yet. Choose one of: plain, fedlc, fedrs."
+            )
         if self.tracking.health == "full":
             raise UserError(
                 f'tracking.health = "full": needs sketches of each client, which {masked} hides. Choose one of: asked, '
@@ -789,6 +814,41 @@ class Config(Section):
                     f"clients.limits.{client}.max_experts = {limits.max_experts}: which experts they are would tell of "
                     f"its data. With {masked} choose 0."
                 )
+
+    def _check_loss(self) -> None:
+        """Refuse a loss that reads labels where there are none to read, or where its reading would tell of examples."""
+        loss, strength = self.training.loss, self.training.loss_strength
+        if loss == "plain":
+            if strength is not None:
+                raise UserError(
+                    f'training.loss_strength = {strength}: training.loss = "plain" has none. Leave it out, or choose '
+                    "one of: label_shift, fedlc, fedrs."
+                )
+            return
+        if loss == "fedrs" and self.training.strength > 1:
+            raise UserError(f'training.loss_strength = {strength}: of training.loss = "fedrs" at most 1.')
+        kinds = {self.data.kind, *(file.kind for file in self.data.files.values() if file.kind)}
+        if kinds != {"classification"}:
+            other = ", ".join(sorted(kinds - {"classification"}))
+            raise UserError(
+                f'training.loss = "{loss}": reads labels, and data.kind = "{other}" has none that all share. Choose '
+                "plain, or data.kind = classification."
+            )
+        if not self.data.labels:
+            raise UserError(
+                f'training.loss = "{loss}": counts labels in the order of data.labels, which is []. Name them there, '
+                'for example data.labels = ["World", "Sports"].'
+            )
+        if self.privacy.on:
+            raise UserError(
+                f'training.loss = "{loss}": counts of labels have no noise, and with [privacy] each would tell of '
+                "examples. Choose plain."
+            )
+        if self.algorithm.build().mix:
+            raise UserError(
+                f'training.loss = "{loss}": algorithm.name = "{self.algorithm.name}" trains a mixture of two models, '
+                "which has no logits to correct. Choose plain, or another algorithm."
+            )
 
     def _check_engine(self) -> None:
         """Refuse settings that cannot be asked of sites."""

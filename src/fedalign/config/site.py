@@ -137,7 +137,9 @@ class SiteConsent(Section):
     """Consent to statistics that tell which words stand in this site's texts. Without a true they never leave."""
 
     token_counts: bool = key(
-        False, "send how often each token stands here, those of fewer than min_examples examples left out"
+        False,
+        "send how often each token stands here, or how many examples each label has where the loss reads that; those "
+        "of fewer than min_examples examples left out",
     )
     embeddings: bool = key(
         False,
@@ -148,15 +150,16 @@ class SiteConsent(Section):
     @property
     def told(self) -> str:
         """The meaning of this consent, whatever the coordinator asks for."""
+        counts = "sent if asked for" if self.token_counts else "never sent"
         if not self.embeddings:
             return (
                 "embeddings and head stay frozen here, so no row of them and no count of tokens leaves; the other "
-                "weights that do can tell of texts, too"
+                f"weights that do can tell of texts, too; how many examples each label has is {counts}"
             )
         return (
             "embeddings and head are trained here if the coordinator has them trained: which of their rows moved shows "
-            f"nearly every token of this site, rare names too; how often each stands here is "
-            f"{'sent if asked for' if self.token_counts else 'never sent'}"
+            f"nearly every token of this site, rare names too; how often each stands here, and how many examples each "
+            f"label has, is {counts}"
         )
 
 

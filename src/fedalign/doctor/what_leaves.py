@@ -61,6 +61,11 @@ COUNTED: dict[Ask, str] = {
     "tokens": "how often each token stands in them",
     "met": "whether each token stands in them",
 }
+LABELS = (
+    "How many examples each label has leaves once, before the first round; each site is sent the sum over sites, of "
+    "which it can take its own counts off. Labels of fewer than {examples} examples count as none."
+)
+NO_LABELS = "Asked for and not sent, for want of consent: how many examples each label has. The site trains as without."
 BESIDES = (
     "Flower itself shows the coordinator this site's public key, its network address and when it answers. Unless "
     "FLWR_TELEMETRY_ENABLED=0, it also tells its makers that it was started."
@@ -119,6 +124,7 @@ MEANINGS: dict[type[Leaving], dict[str, str]] = {
         "held_out": "how many it keeps to be scored on",
         "token_counts": "whether it consents to send counts of tokens",
         "embeddings": "whether it consents to train embeddings and head",
+        "labels": "how many examples each label has, where the loss reads it",
     },
     Start: {
         "client": "the site's name",
@@ -205,14 +211,27 @@ def what_leaves(name: str, moe: MoEModel, config: Config, consent: Consent = DEA
     limits = config.statistics
     withheld = WITHHELD.format(tokens=limits.min_tokens, examples=limits.min_examples)
     every = [_sent(message, withheld) for message in empty_messages(name, moe, config, consent)]
+    if config.training.loss == "label_shift":
+        hello, *rest = every
+        every = [
+            dataclasses.replace(hello, tells=f"How many examples there are. {labels_told(config, consent)}"),
+            *rest,
+        ]
     if not config.privacy.on:
         return every
     tells = {kind.__name__: told for kind, told in NOISED.items()}
     return [dataclasses.replace(sent, tells=tells.get(sent.name, sent.tells)) for sent in every]
 
 
+def labels_told(config: Config, consent: Consent) -> str:
+    """A sentence on what the coordinator learns of a site's labels; empty where the loss does not read them."""
+    if config.training.loss != "label_shift":
+        return ""
+    return LABELS.format(examples=config.statistics.min_examples) if consent.token_counts else NO_LABELS
+
+
 def tokens_told(layout: Layout, config: Config, consent: Consent, *, if_it_consents: bool = False) -> str:
-    """A sentence on what the coordinator learns of the tokens in a site's texts.
+    """A few sentences on what the coordinator learns of the tokens in a site's texts, and of its labels.
 
     Args:
         layout: of the model, tuned as configured.
@@ -220,6 +239,11 @@ def tokens_told(layout: Layout, config: Config, consent: Consent, *, if_it_conse
         consent: the site's.
         if_it_consents: no site in particular; `consent` is what one may consent to.
     """
+    labels = labels_told(config, consent)
+    return f"{_rows_told(layout, config, consent, if_it_consents)}{labels and f' {labels}'}"
+
+
+def _rows_told(layout: Layout, config: Config, consent: Consent, if_it_consents: bool) -> str:
     if not any(layout.sizes[group] for group in WORDS):
         return FROZEN
     if not consent.embeddings:
@@ -237,7 +261,8 @@ def tokens_told(layout: Layout, config: Config, consent: Consent, *, if_it_conse
 def empty_messages(name: str, moe: MoEModel, config: Config, consent: Consent = DEALT) -> list[Leaving]:
     """One message of each kind, its tensors without values."""
     layout, wire, frozen = moe.layout, config.wire.dtype, consent.frozen(moe.layout)
-    said = consent.token_counts, consent.embeddings
+    reads = config.training.loss == "label_shift" and consent.token_counts
+    said = consent.token_counts, consent.embeddings, (NUMBER,) * len(config.data.labels) * reads
     constants = {key: value.to("meta") for key, value in moe.constants().items()}
     trained = {group: size for group, size in layout.sizes.items() if size and group not in frozen}
     version = metadata.version("fedalign-moe")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from fedalign.protocol import (
     Statistics,
     Totals,
     Weights,
+    summed,
 )
 from fedalign.server.run import Holdings, Marked, digest, identity
 from fedalign.server.trackers import require_trackers
@@ -59,6 +60,11 @@ class InProcess:
     def members(self) -> Sequence[str]:
         """All clients, in the order of the partition."""
         return list(self.clients)
+
+    def labels(self) -> tuple[int, ...]:
+        """Examples of each label at all clients."""
+        least = self.trainer.config.statistics.min_examples
+        return summed(client.labels.told(least) for client in self.scored.values() if client.labels)
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
         """Train clients, in their order; a client whose loss or update is not finite is a Failure."""
@@ -165,7 +171,10 @@ def pooled(clients: Mapping[str, ClientData]) -> dict[str, ClientData]:
     """One client that holds what all of them train on, in their order."""
     first = next(iter(clients.values()))
     memory = ClientMemory(first.memory.folder.with_name(POOLED))
-    return {POOLED: ClientData(POOLED, [e for client in clients.values() for e in client.train], None, memory)}
+    train = [e for client in clients.values() for e in client.train]
+    known = [client.labels for client in clients.values() if client.labels]
+    labels = replace(known[0], examples=summed(one.examples for one in known)) if known else None
+    return {POOLED: ClientData(POOLED, train, None, memory, labels=labels)}
 
 
 @dataclass(frozen=True)

@@ -332,6 +332,8 @@ class Server:
     ) -> tuple[list[Statistics], list[Failure]]:
         """Usable reports, and why there are no others; scores of the round before are added to `scores`."""
         broadcast = self._broadcast(state, number, state.algorithm, score=state.pending is not None)
+        if self.config.training.loss == "label_shift":
+            broadcast = replace(broadcast, labels=self.federation.labels())
         reports: dict[str, Statistics] = {}
         failures: list[Failure] = []
         widths = self.config.statistics.centroid_width, self.config.statistics.update_width

@@ -186,6 +186,21 @@ def test_a_run_goes_on_with_those_who_consent_and_says_how_many(
     assert (max(sent.values()) > 1.2 * min(sent.values())) == trained  # who does not consent sends less
 
 
+def test_the_first_lines_say_how_many_sites_tell_their_labels(
+    tmp_path: Path, house: Path, coordinated: Callable[..., Config]
+) -> None:
+    config = coordinated("run.rounds=1", "tuning.kind=lora", "training.loss=label_shift")
+    services = sites(tmp_path, house, config, {"lab": "token_counts = true\n"})
+    link, folder = Direct(services), RunFolder(tmp_path / "run")
+    folder.begin(config)
+    coordinator = Coordinator.connect(link, config, folder)
+    told = "1 of 3 sites consent to tell how many examples each label has; 2 train as with training.loss = "
+    assert coordinator.consents() == f'{told}"plain"'
+    assert coordinator.federation.labels() == coordinator.federation.sites["lab"].hello.labels
+    assert sum(coordinator.federation.labels()) > 0
+    assert execute(coordinator, folder, Silent())["failures"] == []
+
+
 def in_process(out: Path, house: Path, config: Config) -> dict[str, Any]:
     folder = RunFolder(out)
     here = changed(changed(config, "federation", engine="in_process"), "data", train=str(house / "train"))
@@ -224,6 +239,8 @@ def same_runs(one: Path, other: Path, *, resumed: bool = False) -> None:
         ("wire.dtype=int8",),
         ("wire.down=int4", "clients.sample=0.7", "run.rounds=4"),
         ("wire.dtype=int8", "wire.down=bfloat16", "algorithm.name=by_use"),
+        ("training.loss=label_shift", "algorithm.name=by_use"),
+        ("training.loss=fedlc", "algorithm.name=fedavg"),
     ],
     ids=" ".join,
 )

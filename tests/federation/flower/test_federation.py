@@ -614,3 +614,35 @@ def test_the_end_is_told_to_all_that_are_there_and_waited_for_a_little(clock: Cl
     sites.finish()
     assert [kind for kind, _ in link_of(sites).order if kind == "finish"] == ["finish"] * 2
     assert clock.now <= 1032
+
+
+@pytest.mark.parametrize(
+    ("labels", "agreed", "about", "flaw"),
+    [
+        ((10, 30), 2, {}, ""),
+        ((0, 0), 2, {}, ""),
+        ((10, 31), 2, {}, "its counts of labels are none that 40 examples can have"),
+        ((-1, 3), 2, {}, "its counts of labels are none that 40 examples can have"),
+        (
+            (10**16, 0),
+            2,
+            {"examples": 10**16},
+            "its counts of labels are none that 10000000000000000 examples can have",
+        ),
+        ((1, 2, 3), 2, {}, "it tells 3 counts of labels, expected 2"),
+        ((), 2, {}, "it tells 0 counts of labels, expected 2"),
+        ((1, 2), 0, {}, "it tells 2 counts of labels, expected 0"),
+        ((), 2, {"token_counts": False}, ""),
+        ((1, 2), 2, {"token_counts": False}, "it tells 2 counts of labels, expected 0"),
+    ],
+)
+def test_counts_of_labels_are_those_that_were_asked_for_and_can_be(
+    labels: tuple[int, ...], agreed: int, about: dict[str, Any], flaw: str, clock: Clock
+) -> None:
+    odd = site("odd", hello=hello("odd", labels=labels, **about))
+    others = [site(name, hello=hello(name, labels=(5, 3)[:agreed])) for name in ("ward", "lab")]
+    sites = federate(clock, odd, *others, agreement=replace(AGREEMENT, labels=agreed))
+    assert sites.members() == (["lab", "ward"] if flaw else ["lab", "odd", "ward"])
+    assert told(sites) == ({"odd": f"refused: {flaw}"} if flaw else {})
+    own = labels if labels and not flaw else (0,) * agreed
+    assert sites.labels() == tuple(theirs + n for theirs, n in zip((10, 6), own, strict=False))

@@ -61,6 +61,7 @@ class Coordinator:
             layers=moe.layout.layers,
             experts=moe.layout.experts,
             weights=config.model.weights_hash if moe.device.type == "meta" else moe.weights_hash(),
+            labels=len(config.data.labels) if config.training.loss == "label_shift" else 0,
         )
         if config.model.weights_hash not in (None, agreement.weights):
             raise UserError(
@@ -128,8 +129,21 @@ class Coordinator:
         }
 
     def consents(self) -> str:
-        """How many of the sites that are there let leave what tells their tokens; empty where nothing does."""
-        if self.config.federation.engine != "flower" or not any(self.layout.sizes[group] for group in WORDS):
+        """How many of the sites there let leave what tells their tokens or labels; empty where nothing does."""
+        if self.config.federation.engine != "flower":
+            return ""
+        return ". ".join(filter(None, (self._rows_consented(), self._labels_consented())))
+
+    def _labels_consented(self) -> str:
+        if self.config.training.loss != "label_shift":
+            return ""
+        members = [self.federation.sites[name].hello for name in self.federation.members()]
+        told = sum(hello.token_counts for hello in members)
+        rest = f'; {len(members) - told} train as with training.loss = "plain"' if told < len(members) else ""
+        return f"{told} of {len(members)} sites consent to tell how many examples each label has{rest}"
+
+    def _rows_consented(self) -> str:
+        if not any(self.layout.sizes[group] for group in WORDS):
             return ""
         members = [self.federation.sites[name].hello for name in self.federation.members()]
         rows = sum(hello.embeddings for hello in members)

@@ -34,11 +34,13 @@ from fedalign.protocol import (
     Start,
     Statistics,
     Update,
+    summed,
 )
 
 log = logging.getLogger("fedalign")
 
 UNHEARD = "A site that stays so is busy with another run, or its SuperNode has to be started again."
+MOST = 10**15  # examples of a site whose labels are counted: sums over sites are sent on as 64 bits
 FAREWELL = 30.0  # seconds in which sites may hear that the run is complete
 
 
@@ -52,6 +54,7 @@ class Agreement:
     layers: int
     experts: int
     weights: str | None  # None: what most of the first sites have
+    labels: int = 0  # of which a site that consents tells how many examples each has
 
     def refusal(self, hello: Hello) -> str | None:
         """Why a site may not take part, or None."""
@@ -66,6 +69,15 @@ class Agreement:
         ):
             if mine not in (None, its):
                 return f"its {name}: {its:.24}, the coordinator's is {mine:.24}"
+        return self._labels_refusal(hello)
+
+    def _labels_refusal(self, hello: Hello) -> str | None:
+        """Why a site's counts of labels cannot be: it has no more of them than examples, and tells them if it says."""
+        count = self.labels if hello.token_counts else 0
+        if len(hello.labels) != count:
+            return f"it tells {len(hello.labels)} counts of labels, expected {count}"
+        if hello.labels and (min(hello.labels) < 0 or not sum(hello.labels) <= hello.examples <= MOST):
+            return f"its counts of labels are none that {hello.examples} examples can have"
         return None
 
 
@@ -166,6 +178,10 @@ class FlowerFederation:
             if waited > self.policy.wait_seconds:
                 raise UserError(self._too_few(present))
             time.sleep(self._pause)
+
+    def labels(self) -> tuple[int, ...]:
+        """Examples of each label at all sites that have joined and tell it."""
+        return summed(site.hello.labels for site in self.sites.values())
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
         """Local training at all of them at once; replies as they come, until the timeout."""
