@@ -17,7 +17,7 @@ from fedalign.config.toml import load_config
 from fedalign.errors import TrainingFailedError, UserError
 from fedalign.federation.in_process import InProcess, MaskedInProcess
 from fedalign.maths.average import StreamingSum
-from fedalign.maths.fixed_point import BLOCK, LEVELS, decode, limits
+from fedalign.maths.fixed_point import BLOCK, LEVELS, MOST_CLIENTS, decode, limits
 from fedalign.maths.rounding import pack
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import (
@@ -334,8 +334,10 @@ def test_a_client_refuses_what_would_tell_of_it(tmp_path: Path) -> None:
     site, totals = seen.inner.sites["a"], seen.totals[0]
     group = next(group for group, size in site.terms.layout.sizes.items() if size)
     assert next(iter(site.conceal(totals, totals.among, [group]))).among == totals.among  # the same once more
-    with pytest.raises(TrainingFailedError, match="2 clients: it takes part in sums of 3 or more"):
+    with pytest.raises(TrainingFailedError, match="2 clients: it takes part in sums of 3 to 1024"):
         next(site.conceal(totals, ("a", "b"), [group]))
+    with pytest.raises(TrainingFailedError, match="1025 clients: it takes part in sums of 3 to 1024"):
+        site.recount(1, ("a", *map(str, range(MOST_CLIENTS))))
     with pytest.raises(TrainingFailedError, match="itself among them"):
         next(site.conceal(totals, ("b", "c", "d"), [group]))
     less = replace(totals, counts={**totals.counts, EXAMPLES: totals.counts[EXAMPLES] * 0})

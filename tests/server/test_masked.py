@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from fedalign.config.toml import load_config
+from fedalign.errors import UserError
+from fedalign.maths.fixed_point import MOST_CLIENTS
 from fedalign.protocol import Concealed
-from fedalign.server.masked import Sums
+from fedalign.server.masked import MaskedServer, Sums
 
 AMONG = ("a", "b", "c")
+OFF = ("server.max_norm_ratio=0", "evaluation.clients=false")
 SHAPES = {"examples": ((1,), torch.int64), "shared": ((2,), torch.int16)}
 
 
@@ -65,3 +69,13 @@ def test_nobody_is_added_twice() -> None:
     assert failure is not None
     assert failure.reason == "examples: sent twice"
     assert sums.came == {"examples": ["a"], "shared": ["a"]}
+
+
+def test_more_clients_than_a_sum_can_hold_are_refused() -> None:
+    server = object.__new__(MaskedServer)
+    server.config = load_config(None, ["privacy.masked=true", "algorithm.name=by_use", *OFF])
+    server._enough(2, ["one"] * MOST_CLIENTS, [])
+    with pytest.raises(
+        UserError, match=r"^round 2: 1025 clients are to be summed, and a masked sum is of 1024 at most"
+    ):
+        server._enough(2, ["one"] * (MOST_CLIENTS + 1), [])

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedalign.client.masked import column, counts
 from fedalign.client.memory import ClientMemory
 from fedalign.errors import TrainingFailedError
-from fedalign.maths.fixed_point import BLOCK, encode, limits, mean_squares
+from fedalign.maths.fixed_point import BLOCK, MOST_CLIENTS, encode, limits, mean_squares
 from fedalign.maths.hashing import derive_seed
 from fedalign.protocol import (
     CLIPPED,
@@ -124,9 +124,10 @@ class MaskedSite:
 
     def _agree(self, round: int, names: Iterable[str], among: Sequence[str]) -> None:
         """Note that these names are concealed among these clients, or refuse."""
-        if self.name not in among or len(set(among)) != len(among) or len(among) < self.terms.least:
+        possible = self.terms.least <= len(among) <= MOST_CLIENTS  # of more it might wrap
+        if self.name not in among or len(set(among)) != len(among) or not possible:
             raise TrainingFailedError(
-                f"a masked sum of {len(among)} clients: it takes part in sums of {self.terms.least} or more, "
+                f"a masked sum of {len(among)} clients: it takes part in sums of {self.terms.least} to {MOST_CLIENTS}, "
                 "itself among them"
             )
         for name in names:

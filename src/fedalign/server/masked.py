@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedalign.errors import UserError
-from fedalign.maths.fixed_point import BLOCK, decode, limits
+from fedalign.maths.fixed_point import BLOCK, MOST_CLIENTS, decode, limits
 from fedalign.maths.server_step import server_step
 from fedalign.protocol import (
     CLIPPED,
@@ -229,7 +229,12 @@ class MaskedServer(Server):
         return failures
 
     def _enough(self, number: int, left: Sequence[str], failures: Sequence[Failure]) -> None:
-        """End the run where the sum would be of too few clients."""
+        """End the run where the sum would be of too few clients, or of so many that it might wrap."""
+        if len(left) > MOST_CLIENTS:
+            raise UserError(
+                f"round {number}: {len(left)} clients are to be summed, and a masked sum is of {MOST_CLIENTS} at most: "
+                "each may round up by a step. Choose fewer with clients.sample, or privacy.masked = false."
+            )
         least = max(self.config.privacy.masked_min_holders, self.config.server.min_clients)
         if len(left) < least:
             reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in failures)
