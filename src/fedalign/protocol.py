@@ -494,7 +494,7 @@ class Update:
 class Concealed:
     """Client to server in a masked round: residues that tell nothing but in the sum over all of `among`.
 
-    Counts are modulo 2^64, values of an update modulo 2^16. See `docs/privacy.md`.
+    Counts are modulo 2^64, marks of heights modulo 2^32, values of an update modulo 2^16. See `docs/masks.md`.
     """
 
     client: str
@@ -512,12 +512,12 @@ EXAMPLES, LOSS = "examples", "loss"  # counts of a masked round: n_c, and n_c ti
 LOAD, HOLDERS = "load_L_E", "holders_L_E"  # n_c(e), and 1 where that is not 0
 ROWS, MET = "rows_M_V", "met_M_V"  # k_c(v), and 1 where that is not 0
 UNIT = 1 << 20  # of these, holders aside
-SQUARES = "squares "  # and a group: mean squares of the blocks of its update
+HEIGHTS = "heights "  # and a group: of the blocks of its update, as `maths.fixed_point` has them
 CLIPPED = "clipped "  # and a group, beside its update: how many of its values were
 
 
 def count_shapes(layout: Layout, shares: Shares, tells_loss: bool) -> dict[str, tuple[int, ...]]:
-    """Shape of each count but the squares, which are int64 and masked modulo 2^64."""
+    """Shape of each count but the heights, which are int64 and masked modulo 2^64."""
     cells: tuple[int, ...] = (layout.layers, layout.experts)
     shapes: dict[str, tuple[int, ...]] = {EXAMPLES: (1,)}
     if tells_loss:
@@ -531,11 +531,11 @@ def count_shapes(layout: Layout, shares: Shares, tells_loss: bool) -> dict[str, 
 
 @dataclass(frozen=True)
 class Totals:
-    """Server to client in a masked round: the sums of all clients' counts."""
+    """Server to client in a masked round: the sums of all clients' counts, and the largest of their heights."""
 
     round: int
     among: tuple[str, ...]  # clients that were summed
-    counts: Mapping[str, Tensor]  # int64
+    counts: Mapping[str, Tensor]  # int64; heights uint8
 
     @property
     def nbytes(self) -> int:

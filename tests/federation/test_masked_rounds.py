@@ -17,12 +17,12 @@ from fedalign.config.toml import load_config
 from fedalign.errors import TrainingFailedError, UserError
 from fedalign.federation.in_process import InProcess, MaskedInProcess
 from fedalign.maths.average import StreamingSum
-from fedalign.maths.fixed_point import BLOCK, LEVELS, MOST_CLIENTS, decode, limits
+from fedalign.maths.fixed_point import BLOCK, LEVELS, MOST_CLIENTS, limits
 from fedalign.maths.rounding import pack
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import (
     EXAMPLES,
-    SQUARES,
+    HEIGHTS,
     Broadcast,
     Concealed,
     Failure,
@@ -156,7 +156,7 @@ def by_hand(folder: Path, *more: str, lost: str = "") -> tuple[Weights, Weights]
 
 def steps(totals: Totals, group: ParameterGroup, size: int) -> torch.Tensor:
     """The step of 16 bits at each value of a group."""
-    return (limits(totals.counts[f"{SQUARES}{group}"]) / LEVELS).repeat_interleave(BLOCK)[:size]
+    return (limits(totals.counts[f"{HEIGHTS}{group}"]) / LEVELS).repeat_interleave(BLOCK)[:size]
 
 
 @pytest.mark.parametrize("more", [("algorithm.name=fedavg",), (), ("algorithm.vocabulary=clients",)])
@@ -297,27 +297,43 @@ def test_a_client_that_was_told_another_model_spoils_the_round_and_nothing_else(
     assert [verb for verb, _, _ in seen.asked] == ["count"]
 
 
-def test_masks_cancel_only_among_those_who_were_told_the_same_totals(tmp_path: Path) -> None:
+def test_a_client_that_was_told_other_totals_spoils_the_round_and_nothing_else(tmp_path: Path) -> None:
+    """Its masks do not cancel, and the number of clipped values, which is masked, too, is impossible."""
+    seen = Seen(federation(tmp_path))
+    site = seen.inner.sites["c"]
+    conceal = site.conceal
+
+    def misled(totals: Totals, among: Sequence[str], groups: Sequence[ParameterGroup]) -> Iterator[Concealed]:
+        counts = {**totals.counts, EXAMPLES: totals.counts[EXAMPLES] + 1}
+        return conceal(replace(totals, counts=counts), among, groups)
+
+    site.conceal = misled  # type: ignore[method-assign] # the totals alone differ
+    with pytest.raises(UserError, match="the sum of 5 updates is impossible"):
+        one_round(tmp_path, seen)
+    loaded = Checkpoints(tmp_path / "checkpoint", {}).load()
+    assert loaded is not None
+    assert loaded.round == 0
+
+
+def test_no_value_is_clipped(tmp_path: Path) -> None:
+    assert one_round(tmp_path, Seen(federation(tmp_path))).history[-1]["clipped_share"] == 0
+
+
+def test_a_client_whose_update_has_no_limit_says_so(tmp_path: Path) -> None:
+    """What cannot be summed is told by the client, and never wraps."""
     engine = federation(tmp_path)
-    moe = engine.trainer.moe
-    broadcast = Broadcast(1, {group: pack(value, "float32", 0) for group, value in moe.read().items()})
-    among = tuple(SIZES)
-    told = [one for one in engine.count(broadcast, among) if isinstance(one, Concealed)]
-    sums = {name: torch.stack([one.residues[name] for one in told]).sum(0) for name in told[0].residues}
-    totals = Totals(1, among, sums)
-    other = replace(totals, counts={**totals.counts, EXAMPLES: totals.counts[EXAMPLES] + 1})
-    group = max(moe.layout.sizes, key=lambda group: moe.layout.sizes[group])
-    limit = limits(totals.counts[f"{SQUARES}{group}"])
-    lengths = []
-    for misled in ("", "c"):
-        for site in engine.sites.values():
-            site.told, site.answered = {}, {key: value for key, value in site.answered.items() if key[1] == EXAMPLES}
-        shares = [
-            next(site.conceal(other if name == misled else totals, among, [group])).residues[str(group)]
-            for name, site in engine.sites.items()
-        ]
-        lengths.append(float(decode(torch.stack(shares).sum(0, dtype=torch.int16), limit).norm()))
-    assert lengths[1] > 5 * lengths[0]
+    broadcast = Broadcast(1, {group: pack(value, "float32", 0) for group, value in engine.trainer.moe.read().items()})
+    report = next(one for one in engine.train(broadcast, ["a"]) if isinstance(one, Statistics))
+    site = engine.sites["a"]
+    update = site._update(1, list(engine.trainer.moe.layout.sizes))
+    large = {group: torch.full_like(value, 2000.0) for group, value in update.items()}
+    site._update = lambda *_: large  # type: ignore[method-assign] # an update as no training makes it
+    with pytest.raises(TrainingFailedError, match="of 1,024 or more"):
+        site.count(report, "seen", tuple(SIZES))
+    with pytest.raises(TrainingFailedError, match="round 1: nothing was counted in it"):
+        site.recount(1, tuple(SIZES))
+    with pytest.raises(TrainingFailedError, match="a count that is not finite"):
+        site.count(replace(report, loss=float("inf")), "seen", tuple(SIZES))
 
 
 def test_a_round_is_counted_once_with_the_same_keys(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedalign.algorithms.fedalign_moe import expert_sizes, row_sizes
 from fedalign.maths.average import Words
+from fedalign.maths.fixed_point import counted
 from fedalign.protocol import (
     EXAMPLES,
     HOLDERS,
@@ -61,16 +62,19 @@ def counts(report: Statistics, layout: Layout, shares: Shares, tells_loss: bool)
         layout: the model's groups.
         shares: what the algorithm asks for.
         tells_loss: whether the loss of training is summed, too.
+
+    Raises:
+        ValueError: A number is so large, or not finite, that its sum could wrap.
     """
     alone = Reports([report], layout, 1)
-    told = {EXAMPLES: _units(torch.tensor([float(report.examples)]))}
+    told = {EXAMPLES: counted(torch.tensor([float(report.examples)]), UNIT)}
     if tells_loss:
-        told[LOSS] = _units(torch.tensor([report.examples * report.loss]).double())
+        told[LOSS] = counted(torch.tensor([report.examples * report.loss]).double(), UNIT)
     if shares.load:
-        told[LOAD] = _units(expert_sizes(alone)[0])
+        told[LOAD] = counted(expert_sizes(alone)[0], UNIT)
         told[HOLDERS] = (told[LOAD] > 0).long()
     if shares.rows != "examples" and layout.token_rows:
-        told[ROWS] = _units(row_sizes(alone, counted=shares.rows == "tokens")[0])
+        told[ROWS] = counted(row_sizes(alone, counted=shares.rows == "tokens")[0], UNIT)
         told[MET] = (told[ROWS] > 0).long()
     return told
 
@@ -90,10 +94,6 @@ def column(
         return Column(weight_G, None)
     enough_M_V = totals[MET] >= max(least, shares.row_holders)
     return Column(weight_G, _shared(own[ROWS], totals[ROWS], enough_M_V, by_size))
-
-
-def _units(values: Tensor) -> Tensor:
-    return (values.double() * UNIT).round().long()
 
 
 def _shared(own: Tensor, total: Tensor, enough: Tensor, by_size: float) -> Tensor:

@@ -21,8 +21,10 @@ from fedalign.data.deal import split_among_clients
 from fedalign.errors import TrainingFailedError, UserError
 from fedalign.federation.ledger import Tally
 from fedalign.federation.masked_site import MaskedSite, Terms, seen_of
+from fedalign.federation.masks import Masks, Once
 from fedalign.federation.workers import Workers, check_workers
 from fedalign.files import folder_name
+from fedalign.maths.fixed_point import MOST_CLIENTS
 from fedalign.maths.heap import Heap
 from fedalign.maths.rounding import unpack_weights
 from fedalign.moe.load import pick_device
@@ -119,8 +121,6 @@ class MaskedInProcess(InProcess):
     """A `protocol.MaskedFederation`: clients that conceal what leaves them, each with keys of its own."""
 
     def __init__(self, trainer: Trainer, clients: Mapping[str, ClientData], workers: Workers | None = None) -> None:
-        from fedalign.federation.masks import Masks  # noqa: PLC0415 - cryptography is of the extra `flower`
-
         super().__init__(trainer, clients, workers)
         config, shares = trainer.config, trainer.algorithm.shares
         assert shares is not None  # the configuration was refused else
@@ -132,7 +132,10 @@ class MaskedInProcess(InProcess):
             seed=config.run.seed,
         )
         run = secrets.token_hex(16)
-        self.sites = {name: MaskedSite(name, one.memory, terms, Masks(name, run)) for name, one in clients.items()}
+        self.sites = dict[str, MaskedSite]()
+        for name, one in clients.items():
+            once = Once(name, run, terms.least, MOST_CLIENTS)
+            self.sites[name] = MaskedSite(name, one.memory, terms, Masks(name, run, once.key, terms.least), once)
         for site in self.sites.values():
             site.masks.meet({name: other.masks.public for name, other in self.sites.items()})
 

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from fedalign.errors import UserError
-from fedalign.maths.fixed_point import BLOCK, MOST_CLIENTS, decode, limits
+from fedalign.maths.fixed_point import BLOCK, MOST_CLIENTS, POWERS, decode, highest, limits
 from fedalign.maths.server_step import server_step
 from fedalign.protocol import (
     CLIPPED,
     EXAMPLES,
+    HEIGHTS,
     HOLDERS,
     LOSS,
     MET,
-    SQUARES,
     UNIT,
     Concealed,
     Failure,
@@ -111,6 +111,7 @@ class MaskedServer(Server):
         chosen = select(self.federation.members(), self.config.clients.sample, self.config.run.seed, number)
         totals, failures = self._count(state, number, tuple(sorted(chosen)), traffic)
         sums, lost = self._add_up(totals, traffic)
+        clipped = self._clipped(totals, sums)
         summed = self._stepped(state.weights, totals, sums)
         weights, moments = summed, state.moments
         if self.config.server.optimizer != "average":
@@ -126,7 +127,7 @@ class MaskedServer(Server):
         metrics = {
             **self._tested(number, weights),
             **self._described(totals),
-            "clipped_share": self._clipped(totals, sums),
+            "clipped_share": clipped,
             "uploaded_share": 1.0,
             "groups_unchanged": 0,
             "bytes_up": traffic.statistics + traffic.updates,
@@ -157,8 +158,10 @@ class MaskedServer(Server):
         """The totals of all clients that trained, and why others did not; asked again once, if some did not."""
         self._enough(number, chosen, [])
         told = count_shapes(self.layout, self._shares, tells_loss=not self.config.privacy.on)
-        squares = {f"{SQUARES}{group}": (-(-size // BLOCK),) for group, size in self.layout.sizes.items() if size}
-        shapes = {name: (shape, torch.int64) for name, shape in (told | squares).items()}
+        shapes: dict[str, Residues] = {name: (shape, torch.int64) for name, shape in told.items()}
+        for group, size in self.layout.sizes.items():
+            if size:
+                shapes[f"{HEIGHTS}{group}"] = (-(-size // BLOCK), POWERS), torch.int32
         self.observer.progress(number, "training", 0, len(chosen))
         broadcast = self._broadcast(state, number, state.algorithm)
         first = Sums(number, chosen, shapes)
@@ -170,9 +173,7 @@ class MaskedServer(Server):
             again = self._take(counted, self._sites.recount(number, left), "train", "training", traffic)
             if counted.of() != left:
                 self._fail(number, [*failures, *again])
-        totals = Totals(number, left, counted.sums)
-        self._check(totals)
-        return totals, failures
+        return self._totals(number, left, counted.sums), failures
 
     def _add_up(self, totals: Totals, traffic: Traffic) -> tuple[dict[str, Tensor], list[Failure]]:
         """The sums of all shares, and of what was clipped, by name; and why clients are missing in some of them."""
@@ -203,7 +204,7 @@ class MaskedServer(Server):
         new = dict(old)
         for group in old:
             if str(group) in sums:
-                change = decode(sums[str(group)], limits(totals.counts[f"{SQUARES}{group}"]))
+                change = decode(sums[str(group)], limits(totals.counts[f"{HEIGHTS}{group}"]))
                 new[group] = self.heap.keep(change.add_(old[group]))
         return new
 
@@ -250,21 +251,32 @@ class MaskedServer(Server):
             "A third time would tell of one client. The last complete round is kept."
         )
 
-    def _check(self, totals: Totals) -> None:
-        """End the run where the totals cannot be sums of what clients count."""
-        most, counts = len(totals.among), totals.counts
-        holders = [counts[name] for name in (HOLDERS, MET) if name in counts]
-        sound = bool(counts[EXAMPLES] > 0) and all(bool((value >= 0).all()) for value in counts.values())
+    def _totals(self, number: int, among: tuple[str, ...], sums: Mapping[str, Tensor]) -> Totals:
+        """The totals of a round, or the end of the run where they cannot be sums of what clients count."""
+        told = {name: value for name, value in sums.items() if not name.startswith(HEIGHTS)}
+        most, holders = len(among), [told[name] for name in (HOLDERS, MET) if name in told]
+        sound = bool(told[EXAMPLES] > 0) and all(bool((value >= 0).all()) for value in told.values())
+        try:
+            tall = {name: highest(value) for name, value in sums.items() if name not in told}
+        except ValueError:
+            sound = False
         if not sound or any(bool((value > most).any()) for value in holders):
             raise UserError(
-                f"round {totals.round}: the totals of {most} clients are impossible: one of them counts falsely, or "
+                f"round {number}: the totals of {most} clients are impossible: one of them counts falsely, or "
                 "received another model, so that its masks do not cancel. The last complete round is kept."
             )
+        return Totals(number, among, told | tall)
 
     def _clipped(self, totals: Totals, sums: Mapping[str, Tensor]) -> float:
-        """The share of all values of all clients that lay beyond their limits."""
-        clipped = sum(int(total) for name, total in sums.items() if name.startswith(CLIPPED))
-        return clipped / (len(totals.among) * sum(self.layout.sizes.values()))
+        """The share of values that lay beyond their limits, or the end of the run where it cannot be one."""
+        clipped = {name: int(total) for name, total in sums.items() if name.startswith(CLIPPED)}
+        most = {f"{CLIPPED}{group}": len(totals.among) * size for group, size in self.layout.sizes.items()}
+        if any(not 0 <= count <= most[name] for name, count in clipped.items()):
+            raise UserError(
+                f"round {totals.round}: the sum of {len(totals.among)} updates is impossible: one counts falsely, "
+                "or was told other totals, so that its masks do not cancel. The last complete round is kept."
+            )
+        return sum(clipped.values()) / sum(most.values())
 
     def _described(self, totals: Totals) -> Metrics:
         """A round's training, as far as totals tell."""
