@@ -344,6 +344,19 @@ def test_a_round_is_counted_once_with_the_same_keys(tmp_path: Path) -> None:
         one_round(tmp_path / "second", seen)
 
 
+def test_random_marks_are_the_same_again_and_others_among_others(tmp_path: Path) -> None:
+    """Else what is sent twice, or two sums over more and fewer clients, would tell the heights of one."""
+    seen = Seen(federation(tmp_path))
+    one_round(tmp_path, seen)
+    site = seen.inner.sites["a"]
+    site.masks.mask = lambda values, *_: values  # type: ignore[method-assign] # as the numbers are below the masks
+    first, again, fewer = (site.recount(1, among).residues for among in (tuple(SIZES), tuple(SIZES), ("a", "b", "c")))
+    for name, value in first.items():
+        assert torch.equal(value, again[name])
+        moved = bool((site.counts[name] > 0).any())
+        assert torch.equal(value, fewer[name]) != (name.startswith(HEIGHTS) and moved), name
+
+
 def test_a_client_refuses_what_would_tell_of_it(tmp_path: Path) -> None:
     seen = Seen(federation(tmp_path))
     one_round(tmp_path, seen)

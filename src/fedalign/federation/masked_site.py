@@ -91,9 +91,11 @@ class MaskedSite:
         if round != self.round:
             raise TrainingFailedError(f"round {round}: nothing was counted in it")
         self.once.allow(round, self.counts, among)
-        about = ("counts", self.broadcast)
-        told = {name: self._told(name, value, (round, *about)) for name, value in self.counts.items()}
-        return self._concealed(round, told, about, among)
+        masked = dict[str, Tensor]()
+        for name, value in self.counts.items():
+            about = (round, "counts", self.broadcast, name)
+            masked[name] = self.masks.mask(self._told(name, value, (*about, sorted(among))), about, among)
+        return Concealed(self.name, round, tuple(among), masked)
 
     def conceal(self, totals: Totals, among: Sequence[str], groups: Sequence[ParameterGroup]) -> Iterator[Concealed]:
         """This client's share of the sums, group by group; the limits of their values follow from the totals.
@@ -114,22 +116,18 @@ class MaskedSite:
                 part = slice(start, start + PIECE)
                 weights, values = own.weighed(layout, group, start, update[part])
                 limit = limit_B[start // BLOCK : (start + PIECE) // BLOCK]
-                residues[part], beyond = encode(values, weights, limit, seed, start)
+                share, beyond = encode(values, weights, limit, seed, start)
+                residues[part] = self.masks.mask(share, (totals.round, "update", seen, group), among, start)
                 clipped += beyond
-            told = {str(group): residues, f"{CLIPPED}{group}": torch.tensor([clipped])}
-            yield self._concealed(totals.round, told, ("update", seen), among)
+            about = (totals.round, "update", seen, f"{CLIPPED}{group}")
+            told = {f"{CLIPPED}{group}": self.masks.mask(torch.tensor([clipped]), about, among)}
+            yield Concealed(self.name, totals.round, tuple(among), {str(group): residues, **told})
 
-    def _concealed(
-        self, round: int, told: Mapping[str, Tensor], about: tuple[str, str], among: Sequence[str]
-    ) -> Concealed:
-        masked = {name: self.masks.mask(value, (round, *about, name), among) for name, value in told.items()}
-        return Concealed(self.name, round, tuple(among), masked)
-
-    def _told(self, name: str, value: Tensor, about: tuple[object, ...]) -> Tensor:
-        """A count as it is sent: itself, or of heights their marks, the same each time."""
+    def _told(self, name: str, value: Tensor, about: Sequence[object]) -> Tensor:
+        """A count as it is sent: itself, or of heights their marks, the same each time that it is about the same."""
         if not name.startswith(HEIGHTS):
             return value
-        return marks(value, self.masks.noise((len(value), POWERS), torch.int32, (*about, name)))
+        return marks(value, self.masks.noise((len(value), POWERS), torch.int32, about))
 
     def _update(self, round: int, groups: Sequence[ParameterGroup]) -> dict[ParameterGroup, Tensor]:
         """Values of the kept update, float32, mapped from its file."""
