@@ -340,8 +340,20 @@ def test_a_round_is_counted_once_with_the_same_keys(tmp_path: Path) -> None:
     """Else two different updates would be hidden by the same mask, and their difference by none."""
     seen = Seen(federation(tmp_path))
     one_round(tmp_path / "first", seen)
-    with pytest.raises(UserError, match="its masks are used up"):
+    with pytest.raises(UserError, match="other counts and update of round 1 before: its masks are used up"):
         one_round(tmp_path / "second", seen)
+
+
+def test_a_group_is_masked_part_by_part_as_in_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No part of a stream of masks is used twice."""
+    seen = Seen(federation(tmp_path))
+    one_round(tmp_path, seen)
+    site, totals = seen.inner.sites["a"], seen.totals[0]
+    group = max(site.terms.layout.sizes, key=lambda group: site.terms.layout.sizes[group])
+    assert site.terms.layout.sizes[group] > BLOCK
+    whole = next(site.conceal(totals, totals.among, [group])).residues[str(group)]
+    monkeypatch.setattr("fedalign.federation.masked_site.PIECE", BLOCK)
+    assert torch.equal(next(site.conceal(totals, totals.among, [group])).residues[str(group)], whole)
 
 
 def test_random_marks_are_the_same_again_and_others_among_others(tmp_path: Path) -> None:

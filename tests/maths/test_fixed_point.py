@@ -159,6 +159,24 @@ def test_even_the_worst_sum_does_not_wrap(clients: int, sign: int) -> None:
         assert decoded.tolist() == pytest.approx([0.375 * sign] * 3, abs=0.375 * clients / LEVELS)
 
 
+@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.parametrize("clients", [2, 200, MOST_CLIENTS])
+def test_even_if_all_round_away_from_zero_a_sum_does_not_wrap(
+    clients: int, up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each a little above a whole step, all weight used."""
+    monkeypatch.setattr(
+        "fedalign.maths.fixed_point.words", lambda first, count, seed: torch.full((count,), (2**32 - 1) * up)
+    )
+    share = (LEVELS // clients + 1e-4) / LEVELS
+    weights = torch.tensor([share] * (clients - 1) + [1 - share * (clients - 1)])
+    limit_B, total = torch.ones(1, dtype=torch.float64), 0
+    for weight in weights:
+        residues, _ = encode(weight.view(1) * (1 if up else -1), weight.view(1), limit_B, seed=0)
+        total += int(residues)
+    assert LEVELS + clients - 2 < abs(total) <= 2**15 - 1
+
+
 def test_a_block_that_nobody_moved_stays() -> None:
     residues, clipped = encode(torch.zeros(3), torch.ones(3), torch.zeros(1, dtype=torch.float64), seed=0)
     assert residues.tolist() == [0, 0, 0]
