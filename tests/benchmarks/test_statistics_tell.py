@@ -55,14 +55,13 @@ def test_sums_of_rows_are_what_a_site_of_these_rows_measures(settings: list[str]
                 tokens.update(batch)
         found = routing.finish(*thresholds)
         withheld += int((found.load_L_E == 0).sum())
-        near = {"rtol": 1e-4, "atol": 1e-5}
         always = torch.cat([found.prob_L_E.flatten(), found.load_L_E.flatten() / found.tokens])
-        torch.testing.assert_close(features["always"][site], always, **near)
-        torch.testing.assert_close(features["margins"][site], found.margin_L_E.flatten(), **near)
+        torch.testing.assert_close(features["always"][site], always, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(features["margins"][site], found.margin_L_E.flatten(), rtol=1e-4, atol=1e-5)
         centroids = torch.cat([sketch.project(row) for row in found.centroid_L_E_H.flatten(0, 1)])
         torch.testing.assert_close(features["centroids"][site], centroids, rtol=1e-3, atol=1e-3)
         counts = (tokens.finish(thresholds[1]).flatten() / found.tokens).sqrt()
-        torch.testing.assert_close(features["tokens"][site], counts, **near)
+        torch.testing.assert_close(features["tokens"][site], counts, rtol=1e-4, atol=1e-5)
     assert 0 < withheld < 2 * layout.layers * layout.experts  # else thresholds were not tried
 
 
