@@ -20,7 +20,7 @@ from fedalign.server.results import RunFolder
 from tests.conftest import Command
 from tests.server.test_run import start
 
-OWNERS = {"hospital-a": [2], "hospital-b": [3], "bank, c": [4]}
+OWNERS = {"hospital-a": [2], "hospital-b": [3], "bank, c|d": [4]}
 STAY = [0, 1, 2, 4]  # without hospital-b
 
 
@@ -54,7 +54,7 @@ def check(whole: Path, less: Path) -> None:
         assert torch.equal(value, was[STAY] if name.endswith("gate.weight") else was), name
     config = json.loads((less / "config.json").read_text())
     former = json.loads((whole / "config.json").read_text())
-    owners = {"hospital-a": [2], "bank, c": [3]}
+    owners = {"hospital-a": [2], "bank, c|d": [3]}
     assert config == former | {"num_experts": 4, "site_experts": owners}
     assert config["num_experts_per_tok"] == 2
     assert not damage(less)
@@ -78,13 +78,13 @@ def test_a_site_leaves_a_models_folder(fedalign: Command, whole: Path, tmp_path:
     assert digests(whole) == before
     card = (tmp_path / "less" / "README.md").read_text()
     assert "hospital-b took its own part back: expert 3 of each layer" in card
-    assert "| bank, c | 3 | 4 |" in card
+    assert r"| bank, c\|d | 3 | 4 |" in card
     assert digests(tmp_path / "less")["model.safetensors"] in card
     assert "\nlibrary_name: transformers\n" in card
     assert not (tmp_path / "less" / FORMER).exists()
 
 
-@pytest.mark.parametrize("flags", [("--only", "hospital-a", "--only", "bank, c"), ("--without", "hospital-b")])
+@pytest.mark.parametrize("flags", [("--only", "hospital-a", "--only", "bank, c|d"), ("--without", "hospital-b")])
 def test_a_site_leaves_a_run(fedalign: Command, run: Path, tmp_path: Path, flags: Sequence[str]) -> None:
     code, text, errors = fedalign("export", run, *flags, "--to", tmp_path / "less")
     assert code == 0, errors
@@ -119,11 +119,11 @@ def test_several_leave_one_after_another_as_at_once(fedalign: Command, run: Path
     [
         (
             ("--without", "hospital-d"),
-            "--without = 'hospital-d': unknown. Choose one of: bank, c, hospital-a, hospital-b",
+            "--without = 'hospital-d': unknown. Choose one of: bank, c|d, hospital-a, hospital-b",
         ),
         (("--only", "hospital-d"), "--only = 'hospital-d': unknown."),
-        (("--without", "hospital-a,hospital-b", "--without", "bank, c"), "what would be left is the model that they"),
-        (("--only", "hospital-a,hospital-b", "--only", "bank, c"), "so that nobody leaves"),
+        (("--without", "hospital-a,hospital-b", "--without", "bank, c|d"), "what would be left is the model that they"),
+        (("--only", "hospital-a,hospital-b", "--only", "bank, c|d"), "so that nobody leaves"),
         (("--without", "hospital-a", "--only", "hospital-b"), "Give one of them"),
         (("--without", "hospital-a", "--best"), "Leave out --best"),
         (("--without", "hospital-a", "--dtype", "bfloat16"), "Leave out --dtype"),
@@ -138,6 +138,28 @@ def test_a_mistake_is_one_line(fedalign: Command, run: Path, tmp_path: Path, fla
     assert words in message
     assert message.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_files_that_may_hold_the_whole_are_not_copied_and_told(fedalign: Command, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "model")
+    names = ["LICENSE", "consolidated.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf"]
+    for name in names:
+        (tmp_path / "model" / name).write_text("{}")
+    (tmp_path / "model" / "clients").mkdir()
+    code, text, errors = fedalign("export", tmp_path / "model", "--without", "hospital-b", "--to", tmp_path / "out")
+    assert code == 0, errors
+    assert "may be in it: clients, model.gguf, pytorch_model.bin." in " ".join(text.split())
+    there = {file.name for file in (tmp_path / "out").iterdir()}
+    assert "LICENSE" in there
+    assert not there & {"clients", *names[1:]}
+
+
+def test_a_folder_with_an_adapter_is_refused(fedalign: Command, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "model")
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    code, _, errors = fedalign("export", tmp_path / "model", "--without", "hospital-b", "--to", tmp_path / "out")
+    assert code == 2
+    assert "holds an adapter" in errors
 
 
 @pytest.mark.parametrize("flag", ["--best", "--clients", "--merge"])

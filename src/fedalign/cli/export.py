@@ -132,7 +132,8 @@ def _export_folder(model: Path, to: Path, leaving: Leaving, *, overwrite: bool, 
         left = export_folder(model, to, leaving, overwrite=overwrite)
     nbytes = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
     print_table(f"{model}: exported", [("left", str(left)), ("experts", _experts(left)), ("size", size(nbytes))])
-    out.print(left.behind, style="yellow", soft_wrap=True)
+    for note in left.notes:
+        out.print(note, style="yellow", soft_wrap=True)
     say(f"Written   {to}, with a model card: {CARD}")
 
 

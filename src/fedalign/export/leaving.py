@@ -22,7 +22,7 @@ from fedalign.moe.site_experts import KEY, checked
 from fedalign.moe.subset import Cut, check_subset, experts_in, without, write_subset
 
 FORMER = "README-of-the-whole-model.md"
-WEIGHTS = (".safetensors", ".safetensors.index.json")
+BESIDE = (".jinja", ".json", ".md", ".model", ".py", ".tiktoken", ".txt", "LICENSE", "NOTICE")  # ends of names
 ALGORITHM = "site_experts"
 
 
@@ -77,6 +77,7 @@ class Left:
     stay: Mapping[str, Sequence[int]]  # owners' experts, likewise
     cut: Cut
     behind: str = ""  # what remains of those who left, in a sentence; empty: nothing
+    omitted: Sequence[str] = ()  # files and folders of the whole model that are not copied
 
     def table(self) -> list[tuple[str, str, str]]:
         """Owners, their experts here, and in the whole model."""
@@ -84,6 +85,16 @@ class Left:
         public = [expert for expert in self.cut.stay if expert not in owned]
         rows = {"public": public, **self.stay}
         return [(name, _listed(map(self.cut.place, experts)), _listed(experts)) for name, experts in rows.items()]
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes for people, a line each."""
+        omitted = (
+            f"Not copied, since parts of those who left may be in it: {', '.join(self.omitted)}."
+            if self.omitted
+            else ""
+        )
+        return [note for note in (self.behind, omitted) if note]
 
     def __str__(self) -> str:
         return "; ".join(f"{name}: expert {_listed(experts)} of each layer" for name, experts in self.gone.items())
@@ -131,6 +142,8 @@ def copy_without(
     Raises:
         UserError: Nobody of that name is there, or the model cannot be cut.
     """
+    if (whole / "adapter_config.json").exists():
+        raise UserError(f"{leaving}: {str(whole)!r} holds an adapter, whose part of one expert cannot be taken out.")
     if problem := damage(whole) if (whole / SUMS).exists() else "":
         raise UserError(f"{str(whole)!r}: damaged, or changed since it was written: {problem}")
     config = _read(whole / "config.json")
@@ -142,13 +155,23 @@ def copy_without(
     check_subset(config, cut, str(leaving))
     stay = {name: mine for name, mine in record.items() if name not in gone}
     smaller = without(config, cut) | {KEY: {name: [*map(cut.place, mine)] for name, mine in stay.items()}}
-    for file in whole.iterdir():
-        wanted = file.is_file() and file.name not in (MARK, SUMS, CARD, *omit) and not file.name.endswith(WEIGHTS)
-        if wanted:
-            shutil.copyfile(file, folder / file.name)
+    omitted = _copy_beside(whole, folder, {MARK, SUMS, CARD, *omit})
     (folder / "config.json").write_text(json.dumps(smaller, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_subset(whole, folder, cut, trust_remote_code=trust_remote_code)
-    return Left({name: record[name] for name in gone}, stay, cut, behind)
+    return Left({name: record[name] for name in gone}, stay, cut, behind, omitted)
+
+
+def _copy_beside(whole: Path, folder: Path, known: Collection[str]) -> list[str]:
+    """Copy what lies beside the weights, such as a tokenizer; the rest might hold weights, too, and is returned."""
+    omitted = []
+    for file in sorted(whole.iterdir()):
+        if file.name in known or file.name.endswith((".safetensors", ".index.json")):
+            continue
+        if file.is_file() and file.name.endswith(BESIDE):
+            shutil.copyfile(file, folder / file.name)
+        else:
+            omitted.append(file.name)
+    return omitted
 
 
 def export_folder(whole: Path, to: Path, leaving: Leaving, *, overwrite: bool = False) -> Left:

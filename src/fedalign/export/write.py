@@ -548,8 +548,8 @@ def _notes(snapshot: Snapshot, made: Made) -> list[str]:
         notes.append(f"The run is not finished: this is its model after round {snapshot.round} of {rounds}.")
     if made.form == "adapter" and made.local_base:
         notes.append("The adapter names its base by a folder of this machine: for others, name its Hub id with --base.")
-    if made.left is not None and made.left.behind:
-        notes.append(made.left.behind)
+    if made.left is not None:
+        notes += made.left.notes
     if made.clients:
         notes.append(f"Folders in {CLIENTS}/ are called after the clients, and hold what is personal to them.")
     return notes
