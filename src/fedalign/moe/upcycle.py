@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from fedalign.errors import UserError, unknown
 from fedalign.moe.families import FAMILIES, family_of
+from fedalign.moe.site_experts import COUNTS
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,6 @@ TARGETS = {
     "qwen3": Target("qwen3_moe", "qwen3_moe"),
 }
 SHARED_WIDTH = 8  # of Qwen2-MoE's shared expert: as narrow as eight tensor-parallel GPUs can cut
-COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # how configs say "experts"
 PROBE_TOKENS = 32
 
 
