@@ -16,7 +16,7 @@ from fedalign.config.toml import load_config
 from fedalign.errors import UserError
 from fedalign.export.leaving import FORMER, Leaving, _remainder, export_folder, remainder
 from fedalign.files import SUMS, damage
-from fedalign.server.results import RunFolder
+from fedalign.server.results import ROUND, RunFolder
 from tests.conftest import Command
 from tests.server.test_run import start
 
@@ -99,6 +99,14 @@ def test_a_site_leaves_a_run(fedalign: Command, run: Path, tmp_path: Path, flags
     assert "fedalign export run --to model --without hospital-b" in card
     assert "model-index:" not in card  # they are of the whole model
     assert digests(tmp_path / "less")["model.safetensors"] in card
+
+
+def test_a_runs_model_is_a_models_folder_too(run: Path, tmp_path: Path) -> None:
+    left = export_folder(run / "model", tmp_path / "less", Leaving(("hospital-b",)))
+    assert not left.omitted
+    check(run / "model", tmp_path / "less")
+    assert (run / "model" / ROUND).exists()
+    assert not (tmp_path / "less" / ROUND).exists()  # its scores are those of the whole
 
 
 def test_several_leave_one_after_another_as_at_once(fedalign: Command, run: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from fedalign.files import MARK, SUMS, check_free, claimed, damage, digests, rep
 from fedalign.moe.load import auto_class
 from fedalign.moe.site_experts import KEY, checked
 from fedalign.moe.subset import Cut, check_subset, experts_in, without, write_subset
+from fedalign.server.results import ROUND
 
 FORMER = "README-of-the-whole-model.md"
 BESIDE = (".jinja", ".json", ".md", ".model", ".py", ".tiktoken", ".txt", "LICENSE", "NOTICE")  # ends of names
@@ -188,7 +189,7 @@ def export_folder(whole: Path, to: Path, leaving: Leaving, *, overwrite: bool = 
         with claimed(place, "an export"):
             check_free(to, "model", overwrite, "--to")
             with replacing(place, "model") as folder:
-                left = copy_without(whole, folder, leaving, behind=_told(whole))
+                left = copy_without(whole, folder, leaving, behind=_told(whole), omit=(ROUND,))
                 _write_card(whole, folder, place.name, left)
                 return left
     except OSError as error:
