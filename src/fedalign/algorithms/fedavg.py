@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from fedalign.maths import torch
-from fedalign.protocol import Ask, Kind, LocalRound, Mix, ParameterGroup, Plan, Reports, State, Step
+from fedalign.protocol import Ask, Kind, Layout, LocalRound, Mix, ParameterGroup, Part, Plan, Reports, State, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +52,15 @@ class FedAvg:
     @property
     def mix(self) -> Mix | None:
         """Clients use the server's model as it is."""
+        return None
+
+    @property
+    def owned(self) -> bool:
+        """They do not."""
+        return False
+
+    def part(self, layout: Layout, client: str) -> Part | None:
+        """All of it."""
         return None
 
     def plan(self, reports: Reports, state: State) -> Plan:

@@ -27,6 +27,7 @@ from fedalign.maths.heap import Heap
 from fedalign.moe.four_bit import need_cuda
 from fedalign.moe.load import model_path, pick_device
 from fedalign.moe.model import MoEModel, load_model
+from fedalign.moe.rows import refuse_unlike
 from fedalign.moe.saved import check_saved
 from fedalign.protocol import Evaluation, Weights
 
@@ -64,6 +65,7 @@ class Workbench:
             seed=config.run.seed,
         )
         check_scoring(config, moe)
+        check_owners(config, moe)
         if config.federation.engine == "in_process":  # of sites the coordinator asks what they hold
             check_hash(config, moe)
         if several:
@@ -255,6 +257,28 @@ def check_scoring(config: Config, moe: MoEModel) -> None:
         )
 
 
+def check_owners(config: Config, moe: MoEModel) -> None:
+    """Refuse an algorithm of sites' own experts where no site has one.
+
+    Raises:
+        UserError: The model names no owners, or its routers are such that none can have an expert.
+    """
+    if not config.algorithm.build().owned:
+        return
+    if not moe.layout.owners:
+        raise UserError(
+            f'algorithm.name = "{config.algorithm.name}": no expert of model.path = {config.model.path!r} has an '
+            "owner. Make it so: fedalign upcycle MODEL --site-experts NAME,NAME --out DIR."
+        )
+    refuse_unlike(moe)
+    public = moe.experts - sum(map(len, moe.layout.owners.values()))
+    if public < moe.top_k:
+        raise UserError(
+            f"model.path = {config.model.path!r}: a token goes to {moe.top_k} experts, and {public} are public. Give a "
+            f"model with at least {moe.top_k} public ones."
+        )
+
+
 def check_shardable(config: Config) -> None:
     """Refuse what cannot go over the processes that torchrun started.
 
@@ -276,7 +300,7 @@ def check_shardable(config: Config) -> None:
             f'tuning.kind = "{config.tuning.kind}": torchrun does not shard adapters. Leave torchrun out (lora can '
             f'take run.device = "{parallel.SPLIT}"), or choose one of: full, moe, experts, router.'
         )
-    if config.algorithm.build().mix:
+    if config.algorithm.build().mix or config.algorithm.build().owned:
         raise UserError(
             f'algorithm.name = "{config.algorithm.name}": needs a second model, which torchrun cannot shard. Leave '
             "torchrun out, or choose another algorithm."
@@ -293,7 +317,7 @@ def check_splittable(config: Config) -> None:
         raise UserError(
             f'run.device = "{parallel.SPLIT}": not for a 4-bit base. Choose tuning.kind = "lora", or one GPU.'
         )
-    if config.algorithm.build().mix:
+    if config.algorithm.build().mix or config.algorithm.build().owned:
         raise UserError(
             f'run.device = "{parallel.SPLIT}": algorithm.name = "{config.algorithm.name}" has a second model beside. '
             "Choose one GPU, or another algorithm."

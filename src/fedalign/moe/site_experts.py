@@ -23,17 +23,18 @@ def expert_count(config: Any) -> int | None:
     return found[0] if found else None
 
 
-def owners(config: Any) -> dict[str, tuple[int, ...]]:
+def owners(config: Any, experts: int | None = None) -> dict[str, tuple[int, ...]]:
     """Each site's experts, by the site's name; empty: all experts are public.
 
     Args:
         config: a transformers configuration.
+        experts: E; None: as the configuration says.
 
     Raises:
         UserError: The record is broken.
     """
     record = getattr(config, KEY, None)
-    return {} if record is None else checked(record, expert_count(config))
+    return {} if record is None else checked(record, experts or expert_count(config))
 
 
 def with_owners(config: Any, record: Mapping[str, Sequence[int]]) -> Any:
