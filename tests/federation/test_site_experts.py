@@ -85,14 +85,24 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("keeps", ["false", "true"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training__keep_optimizer": "false"},
+        {"training__keep_optimizer": "true"},
+        {"tuning__dtype": "bfloat16"},  # trained in float32 copies of what is trained
+        {"tuning__kind": "moe", "wire__dtype": "bfloat16"},
+        {"training__balance_coefficient": "0.01"},
+    ],
+    ids=str,
+)
 def test_without_b_it_is_byte_for_byte_the_run_in_which_b_never_was(
-    run: Run, fedalign: Command, tmp_path: Path, keeps: str
+    run: Run, fedalign: Command, tmp_path: Path, changes: dict[str, str]
 ) -> None:
-    with_b = run(*SITES, training__keep_optimizer=keeps)
+    with_b = run(*SITES, **changes)
     code, _, errors = fedalign("export", with_b, "--without", "b", "--to", tmp_path / "left")
     assert code == 0, errors
-    never = run("a", "c", training__keep_optimizer=keeps) / "model"
+    never = run("a", "c", **changes) / "model"
     assert (tmp_path / "left" / "model.safetensors").read_bytes() == (never / "model.safetensors").read_bytes()
     configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "left", never)]
     assert configs[0]["site_experts"] == configs[1]["site_experts"] == {"a": [EXPERTS], "c": [EXPERTS + 1]}

@@ -65,7 +65,6 @@ class Workbench:
             seed=config.run.seed,
         )
         check_scoring(config, moe)
-        check_owners(config, moe)
         if config.federation.engine == "in_process":  # of sites the coordinator asks what they hold
             check_hash(config, moe)
         if several:
@@ -76,7 +75,12 @@ class Workbench:
 
     @classmethod
     def around(cls, moe: MoEModel, config: Config) -> Workbench:
-        """The workbench of a model that is there."""
+        """The workbench of a model that is there, which may be a skeleton.
+
+        Raises:
+            UserError: Its owners of experts, or its tokenizer, do not fit.
+        """
+        check_owners(config, moe)
         tokenizer = load_tokenizer(
             model_path(config.model.path),
             trust_remote_code=config.model.trust_remote_code,
