@@ -143,6 +143,7 @@ class Layout:
     softmax_L: tuple[bool, ...] = ()  # whose routing stays if one vector is added to all router rows; empty: nobody's
     top_k_L: tuple[int, ...] = ()  # experts that a token is sent to; clients' limits can lower it; empty: not known
     two_sided: bool = False  # an encoder-decoder: it reads tokens that no router need see
+    owners: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # a site's own experts, the same in each layer
 
     @property
     def token_cells(self) -> tuple[int, int]:
@@ -173,6 +174,14 @@ class Layout:
             part.unflatten(-1, (self.layers, self.experts)) for part in table[..., len(WHOLE) :].chunk(2, dim=-1)
         )
         return table[..., 0], gate, expert
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of the model that a client's forward passes go through, and what it trains of it."""
+
+    experts: tuple[int, ...]  # the same in each layer, in the order that routers have there; those trained are the last
+    trained: frozenset[ParameterGroup]
 
 
 @dataclass(frozen=True)
@@ -681,6 +690,13 @@ class Algorithm(Protocol):
     @property
     def shares(self) -> Shares | None:
         """The numbers that its weights are shares of; None: it needs more of each client than sums over all of them."""
+
+    @property
+    def owned(self) -> bool:
+        """Whether sites own experts of the model, which nobody else trains: nobody's update is held against others'."""
+
+    def part(self, layout: Layout, client: str) -> Part | None:
+        """On a client: the part of the model that it trains, and runs meanwhile; None: all of it."""
 
     def plan(self, reports: Reports, state: State) -> Plan:
         """On the server: who counts for how much, and the state for the next round."""

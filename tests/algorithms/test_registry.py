@@ -167,7 +167,7 @@ def test_an_unknown_name_is_told_what_packages_offer(package: Package) -> None:
     package("new_comer", "largest = new_comer:Largest")
     with pytest.raises(UserError) as caught:
         make("larges", {})
-    assert "largest, local, pfl_moe, scaffold. Did you mean 'largest'?" in str(caught.value)
+    assert "largest, local, pfl_moe, scaffold, site_experts. Did you mean 'largest'?" in str(caught.value)
 
 
 def test_a_built_in_name_cannot_be_replaced(package: Package) -> None:
@@ -199,7 +199,7 @@ def test_a_name_of_two_packages_is_refused(package: Package) -> None:
         (
             "bad = broken_one:Bad",
             "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Bad:\n  x: int = 1",
-            "has no asks, private, mix, shares, plan, begin, penalty, keep: extend",
+            "has no asks, private, mix, shares, owned, part, plan, begin, penalty, keep: extend",
         ),
         ("bad = broken_one:Largest", NEWCOMER.replace("count: int = 1", "count: int"), "without a default: count"),
         ("bad = broken_one:Largest", NEWCOMER.replace("count: int", "count: list"), "nor Literal: count"),

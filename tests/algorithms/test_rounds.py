@@ -15,11 +15,12 @@ from fedalign.federation.in_process import InProcess
 from fedalign.maths.average import StreamingSum
 from fedalign.maths.rounding import pack
 from fedalign.moe.model import MoEModel
+from fedalign.moe.site_experts import with_owners
 from fedalign.protocol import Broadcast, Plan, Reports, State, Statistics, Weights, asked_shapes
 from fedalign.server.checks import check_statistics
 from fedalign.testing import planned
 from tests.client.test_trainer import examples
-from tests.moe.tiny import build
+from tests.moe.tiny import EXPERTS, build
 
 SIZES = {"a": 24, "b": 5, "c": 15}
 
@@ -34,7 +35,11 @@ def federation(folder: Path, name: str) -> InProcess:
             "statistics.min_tokens=20",
         ],
     )
-    trainer = Trainer(MoEModel.wrap(build("olmoe")), None, config.algorithm.build(), config)
+    owned = config.algorithm.build().owned
+    model = build("olmoe", num_experts=7 if owned else EXPERTS)
+    if owned:
+        with_owners(model.config, {client: [expert] for expert, client in enumerate(SIZES, EXPERTS)})
+    trainer = Trainer(MoEModel.wrap(model), None, config.algorithm.build(), config)
     return InProcess(
         trainer,
         {
@@ -79,7 +84,7 @@ def test_two_rounds(name: str, tmp_path: Path) -> None:
         assert bool((plan.weight_C_G >= 0).all())
         total_G = plan.weight_C_G.sum(0)
         assert bool((((total_G - 1).abs() < 1e-6) | (total_G == 0)).all())
-        assert (total_G[0] > 0) == (name != "local")
+        assert (total_G[0] > 0) == (name not in ("local", "site_experts"))
         for group, total in zip(layout.groups, total_G.tolist(), strict=True):
             assert bool(new[group].isfinite().all())
             assert torch.equal(new[group], weights[group]) == (total == 0 or layout.sizes[group] == 0), group

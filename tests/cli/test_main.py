@@ -86,6 +86,18 @@ def test_inspect(fedalign: Command, tmp_path: Path, family: str, words: list[str
         assert word in flowing
 
 
+def test_inspect_says_whose_expert_is_whose(fedalign: Command, tmp_path: Path) -> None:
+    build("olmoe").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "owners" not in fedalign("inspect", str(tmp_path))[1]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"site_experts": {"hospital-a": [2], "bank": [0, 3]}}))
+    code, text, _ = fedalign("inspect", str(tmp_path))
+    assert code == 0
+    assert "owners hospital-a 2; bank 0, 3; public: the other 1" in " ".join(text.split())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"site_experts": {"hospital-a": [4]}}))
+    refused(fedalign("inspect", str(tmp_path)), "site_experts.hospital-a: 4: no such expert")
+
+
 def test_inspect_says_what_adapters_would_leave_out_and_all_that_is_to_be_known(
     fedalign: Command, tmp_path: Path
 ) -> None:

@@ -105,7 +105,7 @@ def test_nothing_but_a_model_is_ever_replaced(fedalign: Command, llama: Path, tm
     for out, words in (
         (notes, "holds no model"),
         (notes / "diary.txt", "is a file"),
-        (llama, "the dense model itself"),
+        (llama, "the model itself"),
     ):
         code, _, errors = fedalign("upcycle", str(llama), "--overwrite", "--out", str(out))
         assert code == 2
@@ -154,3 +154,40 @@ def test_help_says_what_becomes_of_which_model(fedalign: Command) -> None:
     assert code == 0
     for word in ("Mixtral; Qwen2-MoE where some layers stay dense", "fedalign upcycle Qwen/Qwen3-0.6B", "every:4"):
         assert word in " ".join(text.split())
+
+
+def test_sites_get_experts_of_their_own(fedalign: Command, llama: Path, tmp_path: Path) -> None:
+    out, more = tmp_path / "base+2", tmp_path / "base+3"
+    words = ("--experts", "3", "--top-k", "2", "--site-experts", "hospital-a, bank b", "--out", out)
+    code, text, errors = fedalign("upcycle", llama, *words)
+    assert code == 0, errors
+    for word in ("5 a layer, top-2", "hospital-a, bank b: one a layer each", "quiet", "algorithm.name=site_experts"):
+        assert word in " ".join(text.split())
+    assert AutoModelForCausalLM.from_pretrained(out).config.site_experts == {"hospital-a": [3], "bank b": [4]}
+    assert "bank b 4; hospital-a 3; public: the other 3" in " ".join(fedalign("inspect", out)[1].split())
+    code, text, errors = fedalign("upcycle", out, "--site-experts", "c", "--out", more)
+    assert code == 0, errors
+    assert AutoModelForCausalLM.from_pretrained(more).config.site_experts == {
+        "hospital-a": [3],
+        "bank b": [4],
+        "c": [5],
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--site-experts", "a,,b"], "site_experts: '': a site's name"),
+        (["--site-experts", "a,a"], "--site-experts: 'a' is named twice"),
+        (["--site-experts", "a", "--noise", "0"], "an MoE already, to which --site-experts adds experts"),
+        (["--site-experts", "a", "--experts", "4"], "an MoE already, to which --site-experts adds experts"),
+        ([], "--site-experts gives sites experts of their own"),
+    ],
+)
+def test_site_experts_of_an_moe_are_refused_in_one_line(
+    fedalign: Command, olmoe: Path, tmp_path: Path, words: list[str], said: str
+) -> None:
+    code, _, errors = fedalign("upcycle", olmoe, *words, "--out", tmp_path / "out")
+    assert code == 2
+    assert said in " ".join(errors.split())
+    assert not (tmp_path / "out").exists()

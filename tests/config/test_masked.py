@@ -23,6 +23,7 @@ MASKED = ["privacy.masked=true", "algorithm.name=by_use", "server.max_norm_ratio
         (["algorithm.min_holders=2"], "need statistics of each client"),
         (["algorithm.gate=local"], "clients keep parts of the model"),
         (["algorithm.name=pfl_moe"], 'algorithm.name = "pfl_moe"'),
+        (["algorithm.name=site_experts"], "the update of an expert that one client owns is a sum of one"),
         (["algorithm.name=scaffold"], "Choose one of: by_use, fedavg, fedprox"),
         (["server.robust=clip"], 'server.robust = "clip": needs the length of each client\'s update'),
         (["server.max_norm_ratio=100"], "server.max_norm_ratio = 100: needs the length"),

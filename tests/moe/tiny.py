@@ -26,7 +26,7 @@ from transformers.models.auto import modeling_auto
 
 from fedalign.moe.families import FAMILIES, REFUSED, TOP_K
 from fedalign.moe.model import MoEModel
-from fedalign.moe.upcycle import COUNTS
+from fedalign.moe.site_experts import COUNTS
 from tests.families.remote.configuration_deepseek import DeepseekConfig
 from tests.families.remote.modeling_deepseek import DeepseekForCausalLM
 

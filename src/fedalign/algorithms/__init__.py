@@ -31,6 +31,7 @@ from fedalign.algorithms.hfedmoe import HFedMoE
 from fedalign.algorithms.local import Local
 from fedalign.algorithms.pfl_moe import PFLMoE
 from fedalign.algorithms.scaffold import Scaffold
+from fedalign.algorithms.site_experts import SiteExperts
 from fedalign.errors import UserError, unknown
 from fedalign.protocol import Algorithm
 
@@ -50,6 +51,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "local": Local,
     "pfl_moe": PFLMoE,
     "scaffold": Scaffold,
+    "site_experts": SiteExperts,
 }
 
 TITLE = 20  # characters of a name before the colon of a file's first line, at most

@@ -10,7 +10,20 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from fedalign.maths import torch
-from fedalign.protocol import Ask, Kind, LocalRound, Mix, ParameterGroup, Plan, Reports, Shares, State, Step
+from fedalign.protocol import (
+    Ask,
+    Kind,
+    Layout,
+    LocalRound,
+    Mix,
+    ParameterGroup,
+    Part,
+    Plan,
+    Reports,
+    Shares,
+    State,
+    Step,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +71,15 @@ class FedAvg:
     def shares(self) -> Shares | None:
         """Of data size, unless a subclass has a plan of its own or asks for more."""
         return Shares() if type(self).plan is FedAvg.plan and not self.asks else None
+
+    @property
+    def owned(self) -> bool:
+        """They do not."""
+        return False
+
+    def part(self, layout: Layout, client: str) -> Part | None:
+        """All of it."""
+        return None
 
     def plan(self, reports: Reports, state: State) -> Plan:
         """n_c / Σ n for every group."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ from fedalign.cli.terminal import busy, out, print_table, say
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
+    from fedalign.export.leaving import Leaving, Left
     from fedalign.export.push import Push
     from fedalign.export.write import Exported
 
@@ -28,11 +30,20 @@ EXPORT_EXAMPLES = """
   fedalign export runs/a --to models/a --clients             and a model for each client, with its personal parts
 
   fedalign export runs/a --to models/a --push me/model       and to the Hugging Face Hub, as a private repository
+
+  fedalign export runs/a --to models/b --without hospital-b  a site leaves, and takes its own expert along
 """
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, finished or not.", show_default=False)],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="A run's folder, finished or not; with --without or --only also a model's.",
+            show_default=False,
+        ),
+    ],
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where the model goes.", show_default=False)],
     merge: Annotated[
         bool, typer.Option("--merge", help="Add the adapter to its base's weights: a checkpoint without peft.")
@@ -69,6 +80,14 @@ def export(
         typer.Option("--push", metavar="OWNER/NAME", help="Also a repository of the Hugging Face Hub; a private one."),
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="With --push: all may read it.")] = False,
+    without: Annotated[
+        list[str] | None,
+        typer.Option("--without", metavar="SITE,...", help="Leave out the experts of these sites; exact, no training."),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="SITE,...", help="Keep the experts of these sites alone, and the public ones."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the model that --to holds; with --push, the repository's too.")
     ] = False,
@@ -77,13 +96,20 @@ def export(
 
     Without --merge and --dtype, weights are copied as they are, and what was scored is what is loaded.
     """
+    from fedalign.export.leaving import Leaving
     from fedalign.export.write import Wanted
     from fedalign.export.write import export as write
     from fedalign.moe.load import quiet
 
     quiet()
     run, to = run.expanduser(), to.expanduser()
-    wanted = Wanted(run, to, merge, dtype, best, clients, base, overwrite, data_license)
+    leaving = Leaving(without or (), only or ())
+    if leaving and (run / "config.json").is_file() and not (run / "config.toml").exists():
+        given = {"--merge": merge, "--dtype": dtype, "--best": best, "--clients": clients, "--base": base}
+        of_run = given | {"--data-license": data_license, "--push": push, "--public": public}
+        _export_folder(run, to, leaving, overwrite=overwrite, of_run=[flag for flag, value in of_run.items() if value])
+        return
+    wanted = Wanted(run, to, merge, dtype, best, clients, base, overwrite, data_license, leaving)
     hub = _hub(push, public=public, overwrite=overwrite, clients=clients)
     with out.status("Looking at the run ...") as status:
         exported = write(wanted, status.update)
@@ -92,6 +118,27 @@ def export(
         with busy(f"Pushing to {hub.repo} ..."):
             address = hub.send(to, exported.made)
         say(f"Pushed    {address}, {'public' if public else 'private'}")
+
+
+def _export_folder(model: Path, to: Path, leaving: Leaving, *, overwrite: bool, of_run: Sequence[str]) -> None:
+    """Of a model's folder, which is no run's, the part that stays."""
+    from fedalign.export.card import CARD
+    from fedalign.export.leaving import export_folder
+    from fedalign.units import size
+
+    if of_run:
+        raise UserError(f"{of_run[0]}: goes with a run's folder, and {str(model)!r} is a model's. Leave it out.")
+    with out.status("Copying what stays ..."):
+        left = export_folder(model, to, leaving, overwrite=overwrite)
+    nbytes = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
+    print_table(f"{model}: exported", [("left", str(left)), ("experts", _experts(left)), ("size", size(nbytes))])
+    for note in left.notes:
+        out.print(note, style="yellow", soft_wrap=True)
+    say(f"Written   {to}, with a model card: {CARD}")
+
+
+def _experts(left: Left) -> str:
+    return f"{len(left.cut.stay)} of {left.cut.experts} in each layer stay, as they were"
 
 
 def _hub(push: str | None, *, public: bool, overwrite: bool, clients: bool) -> Push | None:
@@ -116,11 +163,14 @@ def _print(exported: Exported, to: Path) -> None:
 
     made, snapshot = exported.made, exported.snapshot
     accuracy = accuracy_of(exported.trained.scored)
+    of_whole = ", with all experts" if exported.left is not None else ""
     rows = [
         ("what", f"{FORMS[made.form]}, {made.dtype}"),
         ("round", f"{snapshot.round} of {snapshot.config.run.rounds}"),
-        ("accuracy", percent(accuracy) if accuracy is not None else ""),
+        ("accuracy", f"{percent(accuracy)}{of_whole}" if accuracy is not None else ""),
         ("of clients", _of_clients(exported)),
+        ("left", str(exported.left or "")),
+        ("experts", _experts(exported.left) if exported.left is not None else ""),
         ("size", size(sum(file.stat().st_size for file in to.rglob("*") if file.is_file()))),
     ]
     print_table(f"{snapshot.config.algorithm.name}: exported", [row for row in rows if row[1]])

@@ -11,7 +11,7 @@ import typer
 from fedalign.cli.terminal import out, print_table
 
 if TYPE_CHECKING:
-    from fedalign.moe.model import Description
+    from fedalign.moe.model import Description, MoEModel
 
 
 INSPECT_EXAMPLES = "[bold]Example[/bold]\n\n  fedalign inspect allenai/OLMoE-1B-7B-0924"
@@ -29,7 +29,8 @@ def inspect(
     quiet()
     with out.status("Loading the model ..."):
         moe = load_model(model, trust_remote_code=trust_remote_code, revision=revision)
-    more = [("not for LoRA", layers) for layers in moe.not_adaptable()] + [("note", note) for note in moe.notes]
+    owned = [("owners", told)] if (told := _owners(moe)) else []
+    more = owned + [("not for LoRA", layers) for layers in moe.not_adaptable()] + [("note", note) for note in moe.notes]
     print_table(model, [*_description_rows(moe.describe()), *more])
 
 
@@ -55,6 +56,16 @@ def _description_rows(about: Description) -> list[tuple[str, str]]:
         ("size of one", "; ".join(groups)),
         ("on the wire", f"{about.trainable_parameters:,} trainable, {about.trainable_megabytes:.1f} MB in float32"),
     ]
+
+
+def _owners(moe: MoEModel) -> str:
+    """Whose expert is whose; empty: all are public."""
+    from fedalign.moe.site_experts import owners
+
+    record = owners(moe.model.config)
+    public = moe.describe().experts - sum(map(len, record.values()))
+    told = [f"{name} {', '.join(map(str, experts))}" for name, experts in record.items()]
+    return "; ".join([*told, f"public: the other {public}"]) if record else ""
 
 
 def _folded(paths: Sequence[str]) -> str:

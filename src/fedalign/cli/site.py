@@ -299,3 +299,5 @@ def withdraw(
     leave(folder, run)
     say(f"{folder.config.name} has withdrawn from run {run}: what it kept for it is gone, and it answers no more.")
     say("What left before cannot be called back: ask the coordinator. fedalign site log says what that was.")
+    say("An expert of this site's own can be taken out of a model: fedalign export RUN --without NAME --to DIR.")
+    say("What remains of a site that has left: docs/opting-out.md.")

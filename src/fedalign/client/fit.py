@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from fedalign.data.batches import Batch, batches
 from fedalign.data.tokens import TokenCounts
 from fedalign.errors import TrainingFailedError
 from fedalign.maths.hashing import derive_seed
+from fedalign.moe.groups import Slot
 from fedalign.moe.model import MoEModel
 from fedalign.moe.probe import Captured, RoutingProbe, RoutingStatistics, balancing_loss, idle_experts
 from fedalign.protocol import Algorithm, LocalRound, ParameterGroup, Step, Weights
@@ -47,6 +48,7 @@ class LocalFit:
         round: int,
         kept: Kept,
         correction: Correction | None = None,
+        frozen: Collection[ParameterGroup] = (),
     ) -> None:
         self.moe, self.algorithm, self.options = moe, algorithm, config.training
         self.correction = correction
@@ -65,7 +67,8 @@ class LocalFit:
         self.views = self.moe.views_of(self.masters)
         if self.masters:  # the model's own values are rounded
             self.moe.write(local.start, self.masters)
-        self.stepped = [self.masters.get(p, p) for p in self.parameters]
+        self._rows = dict(_rows_of(self.moe.slots, frozenset(frozen)))
+        self.stepped = [self._own(p, self.masters.get(p, p)) for p in self.parameters]
         self.optimizer = make_optimizer(self.stepped, self.options)
         trained = [index for index, p in enumerate(self.moe.model.parameters()) if p.requires_grad]
         self.numbered = dict(zip(map(str, trained), self.stepped, strict=True))  # the same whatever else is frozen
@@ -107,6 +110,28 @@ class LocalFit:
     def trained_of(self, group: ParameterGroup) -> Tensor:
         """A flat float32 copy of one group."""
         return self.moe.read([group], self.masters)[group]
+
+    def some_text(self, most: int) -> Iterator[Batch]:
+        """Batches of the first epoch, of at most so many tokens, padding included; one at least."""
+        tokens = 0
+        for batch in self._batches(0):
+            tokens += batch.attention_mask_B_S.numel()
+            if tokens > most and tokens > batch.attention_mask_B_S.numel():
+                return
+            yield batch.to(self.moe.device)
+
+    def put(self, weights: Weights) -> None:
+        """Let some groups have other values than they started from: it counts as trained."""
+        self.moe.write(weights)
+        if self.masters:
+            self.moe.write(weights, self.masters)
+
+    def _own(self, parameter: Tensor, whole: Tensor) -> Tensor:
+        """The trained part of a tensor shaped like a parameter, in place: all of it, or neighbouring groups."""
+        if parameter not in self._rows:
+            return whole
+        slot, start, length = self._rows[parameter]
+        return slot.some(whole.detach(), start, length)
 
     @torch.no_grad()
     def _least_used(self, probe: RoutingProbe, count: int) -> Tensor:
@@ -171,8 +196,10 @@ class LocalFit:
         self.unreached.look()
         if self.local.shift:
             self.moe.shift_gradients(self.local.shift)
-        for parameter, master in self.masters.items():
-            master.grad = parameter.grad.float() if parameter.grad is not None else None
+        for parameter, stepped in zip(self.parameters, self.stepped, strict=True):
+            if stepped is not parameter:
+                gradient = parameter.grad
+                stepped.grad = None if gradient is None else self._own(parameter, gradient).float()
         if self.options.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.stepped, self.options.max_grad_norm)
         with self._holding_still(idle_L_E | self.frozen_L_E):
@@ -208,11 +235,21 @@ class LocalFit:
     @contextlib.contextmanager
     def _holding_still(self, idle_L_E: Tensor) -> Iterator[None]:
         """Idle experts stay where they are: AdamW would move them by momentum, and the plan read that as direction."""
-        cells = [ParameterGroup("expert", *cell) for cell in idle_L_E.nonzero().tolist()]
-        before = [(view, view.clone()) for view in (*(v for cell in cells for v in self.views[cell]), *self.still)]
+        idle = (view for cell in self.moe.cells(idle_L_E) for view in self.views[cell])
+        before = [(view, view.clone()) for view in (*idle, *self.still)]
         yield
         for view, value in before:
             view.copy_(value)
+
+
+def _rows_of(slots: Sequence[Slot], frozen: Set[ParameterGroup]) -> Iterator[tuple[Tensor, tuple[Slot, int, int]]]:
+    """Parameters of which some groups are trained and others frozen: the first trained one, and how many follow."""
+    for slot in slots:
+        trained = [index for index, group in enumerate(slot.groups) if group not in frozen]
+        if slot.parameter.requires_grad and 0 < len(trained) < len(slot.groups):
+            if trained != list(range(trained[0], trained[-1] + 1)):
+                raise RuntimeError(f"{slot.name}: groups that are trained must be neighbours")
+            yield slot.parameter, (slot, trained[0], len(trained))
 
 
 def grouped(items: Iterator[Batch], size: int) -> Iterator[list[Batch]]:

@@ -7,7 +7,7 @@ difference of float32 masters, rounded to wire precision here, before any engine
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,8 @@ from fedalign.maths.hashing import derive_seed
 from fedalign.maths.lazy import LazyWeights
 from fedalign.maths.rounding import pack, shapes_of, unpack, unpack_weights
 from fedalign.moe.model import MoEModel
+from fedalign.moe.part import part_of
+from fedalign.moe.rows import fitted_row, look, public_text, with_row
 from fedalign.protocol import (
     Algorithm,
     Broadcast,
@@ -38,10 +40,13 @@ from fedalign.protocol import (
     Hello,
     LocalRound,
     ParameterGroup,
+    Part,
     Statistics,
     Weights,
     asked_shapes,
 )
+
+TEXT = 8192  # tokens, padding included, of a client's own text that its router row is fitted on
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,26 @@ class Trainer:
         self.algorithm = algorithm
         self.config = config
         self._spare: Mixture | None = None  # made when first needed: a second model
+        self._last: tuple[Part, Trainer] | None = None  # where clients have parts of the model: the last one's
+
+    def _with_part(self, client: ClientData) -> tuple[Trainer, Set[ParameterGroup]]:
+        """The trainer of a client's part of the model, and the groups of it that the client is to leave alone."""
+        part = self.algorithm.part(self.moe.layout, client.name)
+        if part is None:
+            return self, frozenset()
+        if self._last is None or self._last[0] != part:
+            self._last = part, Trainer(part_of(self.moe, part.experts), self.tokenizer, self.algorithm, self.config)
+        return self._last[1], frozenset(self.moe.layout.groups) - part.trained
 
     def train(self, client: ClientData, broadcast: Broadcast) -> Statistics:
+        """As `_train`, on the client's part of the model."""
+        trainer, alone = self._with_part(client)
+        if all(group in alone for group, size in self.moe.layout.sizes.items() if size):
+            named = ", ".join(self.moe.layout.owners)
+            raise TrainingFailedError(f"no expert of this model is its own, so it trains nothing; owners are: {named}")
+        return trainer._train(client, broadcast, alone)
+
+    def _train(self, client: ClientData, broadcast: Broadcast, alone: Set[ParameterGroup]) -> Statistics:
         """Train on the client's own examples, keep the update on its disk, and report.
 
         Where the broadcast asks for it, what was received is scored before, as `evaluate` does after the last round.
@@ -76,7 +99,7 @@ class Trainer:
         local = self._local_round(client, broadcast, before)
         score = self._score(client, local.received, before) if broadcast.score else None
         self.algorithm.begin(local)
-        frozen = client.consent.frozen(self.moe.layout)
+        frozen = alone | {*client.consent.frozen(self.moe.layout)}
         local.start.update((group, local.received[group]) for group in frozen if group in local.received)
         local.shift = {group: shift for group, shift in local.shift.items() if group not in frozen}
         self.moe.write(local.start)
@@ -85,10 +108,12 @@ class Trainer:
         drawn = seed + parallel.rank()  # other rows want other dropout
         with self.moe.freezing(frozen), self._random(drawn), self.moe.sending_to(client.limits.top_k):
             kind = LocalFit if agreed is None else PrivateFit
-            correct = self._correction(client, broadcast)
-            fit = kind(self.moe, self.algorithm, self.config, client, local, broadcast.round, before, correct)
+            correct, at = self._correction(client, broadcast), broadcast.round
+            fit = kind(self.moe, self.algorithm, self.config, client, local, at, before, correct, frozen)
             if isinstance(fit, PrivateFit) and agreed is not None and client.privacy is not None:
                 fit.agree(agreed, client.privacy.secret, self.config.privacy.max_grad_norm)
+            if alone and before.prob_L_E is None:
+                fit.put(self._fitted_rows(fit, local, alone))
             fit.run()
         trained = self._trained(fit, local, frozen)
         private = {g: trained[g].cpu().clone() for g in trained if g.kind in self.algorithm.private}
@@ -132,14 +157,13 @@ class Trainer:
         return None if silent else correction(options, client.labels, broadcast.labels)
 
     def _trained(
-        self, fit: LocalFit, local: LocalRound, frozen: Sequence[ParameterGroup]
+        self, fit: LocalFit, local: LocalRound, frozen: Set[ParameterGroup]
     ) -> Mapping[ParameterGroup, Tensor]:
         """Values after training; unless they are spread over processes, a group is read when it is looked up."""
         if self.moe.sharded:
             return fit.trained() | {group: local.start[group] for group in frozen}
-        still = set(frozen)
         look = {True: local.start.__getitem__, False: fit.trained_of}
-        return LazyWeights({group: partial(look[group in still], group) for group in self.moe.layout.groups})
+        return LazyWeights({group: partial(look[group in frozen], group) for group in self.moe.layout.groups})
 
     def _keep_update(
         self,
@@ -147,7 +171,7 @@ class Trainer:
         update: Mapping[ParameterGroup, Tensor],
         lost: Weights,
         seed: int,
-        frozen: Sequence[ParameterGroup],
+        frozen: Set[ParameterGroup],
     ) -> tuple[Tensor, Weights]:
         """Keep an update in wire precision; the norm of each group [G], and what rounding lost.
 
@@ -180,7 +204,7 @@ class Trainer:
             yield
 
     def _local_round(self, client: ClientData, broadcast: Broadcast, before: Kept) -> LocalRound:
-        received = unpack_weights(broadcast.weights)
+        received = self._here(unpack_weights(broadcast.weights))
         return LocalRound(
             received=received,
             start=received | before.private,
@@ -210,8 +234,10 @@ class Trainer:
     ) -> Statistics:
         options, layout, seed = self.config.statistics, self.moe.layout, self.config.run.seed
         asks = client.consent.granted(self.config.asks)
-        idle = (ParameterGroup("expert", *cell) for cell in fit.frozen_L_E.nonzero().tolist())
+        idle = self.moe.cells(fit.frozen_L_E)
         routing = fit.statistics.finish(options.min_tokens, options.min_examples).without(fit.frozen_L_E)
+        if layout.experts != self.moe.experts:
+            routing = routing.spread(self.moe.layers[0].named, layout.experts)
         count_M_V = fit.tokens.finish(options.min_examples)
         centroid_L_E_D, scale_L = torch.zeros(0, 0, 0).half(), torch.zeros(0)
         if "centroids" in asks:
@@ -281,7 +307,24 @@ class Trainer:
 
         Where groups are private, the client's own take their place.
         """
-        return self._score(client, received, client.memory.before(round + 1))
+        trainer, _ = self._with_part(client)
+        return trainer._score(client, trainer._here(received), client.memory.before(round + 1))
+
+    def _here(self, received: Mapping[ParameterGroup, Tensor]) -> LazyWeights:
+        """The received weights, and nothing of groups that are not in this part of the model."""
+        sizes = self.moe.layout.sizes
+        return LazyWeights({g: partial(received.__getitem__ if sizes[g] else _nothing, g) for g in received})
+
+    def _fitted_rows(self, fit: LocalFit, local: LocalRound, alone: Set[ParameterGroup]) -> Weights:
+        """Router rows of the client's own experts, fitted on its text and on what the model itself writes."""
+        rows = [g for g in self.moe.layout.groups if g.kind == "gate" and g not in alone and self.moe.layout.sizes[g]]
+        own = {group.expert for group in rows}
+        among = [place for place, number in enumerate(self.moe.layers[0].named) if number not in own]
+        public_L = look(self.moe, public_text(self.moe, derive_seed(self.config.run.seed, "public text")), among)
+        text = ((batch.inputs(), batch.attention_mask_B_S) for batch in fit.some_text(TEXT))
+        own_L = look(self.moe, text, among)
+        fitted_L = [fitted_row(mine, public) for mine, public in zip(own_L, public_L, strict=True)]
+        return {group: with_row(self.moe, group, local.start[group], fitted_L[group.layer]) for group in rows}
 
     def _score(self, client: ClientData, received: Mapping[ParameterGroup, Tensor], kept: Kept) -> Evaluation | None:
         if client.held_out is None:
@@ -290,6 +333,10 @@ class Trainer:
         self.moe.write(kept.private)
         answer = self._mixture(kept, received).answer if self.algorithm.mix else None
         return evaluate(self.moe, client.held_out, self.config.evaluation, self.tokenizer, client.name, answer)
+
+
+def _nothing(group: ParameterGroup) -> Tensor:
+    return torch.empty(0)
 
 
 def _moved(

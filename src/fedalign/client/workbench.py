@@ -28,6 +28,7 @@ from fedalign.maths.heap import Heap
 from fedalign.moe.four_bit import need_cuda
 from fedalign.moe.load import model_path, pick_device
 from fedalign.moe.model import MoEModel, load_model
+from fedalign.moe.rows import refuse_unlike
 from fedalign.moe.saved import check_saved
 from fedalign.protocol import Evaluation, Weights
 
@@ -75,7 +76,12 @@ class Workbench:
 
     @classmethod
     def around(cls, moe: MoEModel, config: Config) -> Workbench:
-        """The workbench of a model that is there."""
+        """The workbench of a model that is there, which may be a skeleton.
+
+        Raises:
+            UserError: Its owners of experts, or its tokenizer, do not fit.
+        """
+        check_owners(config, moe)
         tokenizer = load_tokenizer(
             model_path(config.model.path),
             trust_remote_code=config.model.trust_remote_code,
@@ -259,6 +265,28 @@ def check_scoring(config: Config, moe: MoEModel) -> None:
         )
 
 
+def check_owners(config: Config, moe: MoEModel) -> None:
+    """Refuse an algorithm of sites' own experts where no site has one.
+
+    Raises:
+        UserError: The model names no owners, or its routers are such that none can have an expert.
+    """
+    if not config.algorithm.build().owned:
+        return
+    if not moe.layout.owners:
+        raise UserError(
+            f'algorithm.name = "{config.algorithm.name}": no expert of model.path = {config.model.path!r} has an '
+            "owner. Make it so: fedalign upcycle MODEL --site-experts NAME,NAME --out DIR."
+        )
+    refuse_unlike(moe)
+    public = moe.experts - sum(map(len, moe.layout.owners.values()))
+    if public < moe.top_k:
+        raise UserError(
+            f"model.path = {config.model.path!r}: a token goes to {moe.top_k} experts, and {public} are public. Give a "
+            f"model with at least {moe.top_k} public ones."
+        )
+
+
 def check_shardable(config: Config) -> None:
     """Refuse what cannot go over the processes that torchrun started.
 
@@ -280,7 +308,7 @@ def check_shardable(config: Config) -> None:
             f'tuning.kind = "{config.tuning.kind}": torchrun does not shard adapters. Leave torchrun out (lora can '
             f'take run.device = "{parallel.SPLIT}"), or choose one of: full, moe, experts, router.'
         )
-    if config.algorithm.build().mix:
+    if config.algorithm.build().mix or config.algorithm.build().owned:
         raise UserError(
             f'algorithm.name = "{config.algorithm.name}": needs a second model, which torchrun cannot shard. Leave '
             "torchrun out, or choose another algorithm."
@@ -297,7 +325,7 @@ def check_splittable(config: Config) -> None:
         raise UserError(
             f'run.device = "{parallel.SPLIT}": not for a 4-bit base. Choose tuning.kind = "lora", or one GPU.'
         )
-    if config.algorithm.build().mix:
+    if config.algorithm.build().mix or config.algorithm.build().owned:
         raise UserError(
             f'run.device = "{parallel.SPLIT}": algorithm.name = "{config.algorithm.name}" has a second model beside. '
             "Choose one GPU, or another algorithm."

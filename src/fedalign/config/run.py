@@ -657,6 +657,7 @@ class Config(Section):
         self._check_privacy()
         self._check_masked()
         self._check_loss()
+        self._check_owned()
         share = self.data.validation
         if self.evaluation.part == "validation" and not share:
             raise UserError(
@@ -679,7 +680,7 @@ class Config(Section):
         """How the coordinator guards itself against one hostile or broken site."""
         if self.server.robust != "auto":
             return self.server.robust
-        return "clip" if self.federation.engine == "flower" else "none"
+        return "clip" if self.federation.engine == "flower" and not self.algorithm.build().owned else "none"
 
     @property
     def guard(self) -> str:
@@ -700,6 +701,32 @@ class Config(Section):
     def sends_loads(self) -> bool:
         """Whether a site tells which experts its tokens go to; with noise only if the algorithm reads it."""
         return not self.privacy.on or NOISED.get(self.algorithm.name, False)
+
+    def _check_owned(self) -> None:
+        """Refuse what holds a site's update against others', or changes other experts than its own."""
+        if not self.algorithm.build().owned:
+            return
+        name = f'with algorithm.name = "{self.algorithm.name}" nobody but its owner trains an expert'
+        if self.robust != "none":
+            raise UserError(
+                f'server.robust = "{self.robust}": {name}, so there is nobody to hold it against. Choose one of: auto, '
+                "none."
+            )
+        if self.server.optimizer != "average":
+            raise UserError(
+                f'server.optimizer = "{self.server.optimizer}": {name}, and takes it over as it is. Choose: average.'
+            )
+        if self.tuning.kind not in ("full", "moe"):
+            raise UserError(
+                f'tuning.kind = "{self.tuning.kind}": {name}, which it trains whole, with its router row. Choose one '
+                "of: full, moe."
+            )
+
+    @property
+    def norm_ratio(self) -> float:
+        """How many times as long as the median an update may be; 0: any, where norms are clipped or not compared."""
+        held = self.robust == "none" and not self.algorithm.build().owned
+        return self.server.max_norm_ratio if held else 0.0
 
     def _check_privacy(self) -> None:
         """Refuse what would leave a site without noise, or couples its examples."""
@@ -757,6 +784,11 @@ class Config(Section):
             raise UserError(
                 f'federation.engine = "{engine}": {masked} runs in process so far, to study it; sites have no masks '
                 'yet. Choose "in_process", or privacy.masked = false.'
+            )
+        if algorithm.owned:
+            raise UserError(
+                f'algorithm.name = "{name}": the update of an expert that one client owns is a sum of one, which '
+                f"{masked} cannot hide. Choose one of: by_use, fedavg, fedprox."
             )
         if algorithm.private or algorithm.mix:
             raise UserError(

@@ -1,7 +1,8 @@
 """The model card of what is exported: a README.md whose head the Hub reads.
 
 It tells how many clients there were, never their names, and of their data the kind, the size and the classes that the
-model chooses among: no text, no paths. Whoever has the run's folder finds these there.
+model chooses among: no text, no paths. Whoever has the run's folder finds these there. Owners of experts are named
+where one has left: config.json names them too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from string import Formatter
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tomli_w
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
@@ -29,6 +31,9 @@ from fedalign.protocol import Metrics
 from fedalign.server.health import DEAD, OVERLOADED, Round
 from fedalign.server.scores import merit
 from fedalign.units import nats, percent
+
+if TYPE_CHECKING:
+    from fedalign.export.leaving import Left
 
 CARD = "README.md"
 Form = Literal["checkpoint", "merged", "adapter"]
@@ -106,6 +111,7 @@ class Made:
     mixes: bool = False  # it is mixed with the global model by a mixer
     base_license: str | None = None  # None: unknown
     data_license: str | None = None  # None: unknown
+    left: Left | None = None  # sites that took their experts back
 
     @property
     def is_seq2seq(self) -> bool:
@@ -211,7 +217,12 @@ def render(made: Made, trained: Trained, weights: Mapping[str, str] = MappingPro
 def card_data(made: Made, trained: Trained) -> ModelCardData:
     """The metadata that the Hub reads. A base that is a folder has no name there, and licences are not ours to say."""
     config = trained.config
-    as_scored = made.personal is None and config.tuning.kind != "qlora" and made.dtype == config.tuning.loaded_dtype
+    as_scored = (
+        made.personal is None
+        and made.left is None
+        and config.tuning.kind != "qlora"
+        and made.dtype == config.tuning.loaded_dtype
+    )
     results = _results(trained) if as_scored else []
     tags = ["federated-learning", "mixture-of-experts", "fedalign-moe", config.algorithm.name]
     return ModelCardData(
@@ -430,6 +441,7 @@ def _flags(made: Made, trained: Trained) -> str:
         f" --dtype {made.dtype}" if made.dtype != trained.config.tuning.loaded_dtype else "",
         " --best" if trained.best else "",
         " --clients" if made.clients or made.personal is not None else "",
+        "".join(f" --without {shlex.quote(name)}" for name in made.left.gone) if made.left is not None else "",
     ]
     return "".join(given)
 

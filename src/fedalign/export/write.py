@@ -12,7 +12,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from fedalign.config.run import Config
 from fedalign.data.formats import FORMATS
 from fedalign.errors import UserError, unknown
 from fedalign.export.card import MIXER, OF_DOCSTRINGS, Made, Trained, base_license, write_card
+from fedalign.export.leaving import EVERYBODY_STAYS, Leaving, Left, copy_without, remainder
 from fedalign.files import KEPT_BY_CLIENTS, MARK, SUMS, check_free, claimed, damage, folder_name, replacing, rounds_in
 from fedalign.moe.kept import save_with_kept
 from fedalign.moe.load import DTYPES, auto_class, load_plain, model_path
@@ -54,6 +55,7 @@ class Wanted:
     base: str | None = None  # of an adapter; None: as the run's configuration has it
     overwrite: bool = False
     data_license: str | None = None  # of what was trained on, for the card; None: unknown
+    leaving: Leaving = EVERYBODY_STAYS
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ class Exported:
     trained: Trained
     clients: int  # models in `clients/`
     without: int  # clients that have nothing of their own
+    left: Left | None  # sites that took their experts back
     notes: Sequence[str]
 
 
@@ -171,14 +174,19 @@ def _export(
     wanted: Wanted, snapshot: Snapshot, base: Base | None, place: Path, progress: Callable[[str], None]
 ) -> Exported:
     with replacing(place, "model") as folder:
-        personal, without = _write(wanted, snapshot, base, folder, progress)
+        if wanted.leaving:
+            progress("Copying what stays ...")
+            left, personal, without = _write_without(wanted, snapshot, folder), dict[str, Kept](), 0
+        else:
+            left, (personal, without) = None, _write(wanted, snapshot, base, folder, progress)
         progress("Writing the model card ...")
         made, trained = _made(wanted, snapshot, base, folder, len(personal)), _trained(snapshot, wanted.best)
+        made = replace(made, left=left)
         write_card(folder, made, trained)
         for name, kept in personal.items():
             part = folder / CLIENTS / folder_name(name)
             write_card(part, made.of_client(name, mixes=bool(kept.mixer)), trained)
-    return Exported(made, snapshot, trained, len(personal), without, _notes(snapshot, made))
+    return Exported(made, snapshot, trained, len(personal), without, left, _notes(snapshot, made))
 
 
 def find_snapshot(run: Path, best: bool) -> Snapshot:
@@ -266,11 +274,41 @@ def _check(wanted: Wanted, snapshot: Snapshot) -> None:
     for flag, given in (("--merge", wanted.merge), ("--base", wanted.base is not None)):
         if given and not snapshot.config.tuning.adapts:
             raise UserError(f"{flag}: not needed, this run has no adapters (tuning.kind = {kind!r}). Leave out {flag}.")
+    if wanted.leaving:
+        _check_leaving(wanted, snapshot)
     if wanted.clients and engine == "flower":
         raise UserError(
             "--clients: the sites of this run keep what is personal to themselves; the coordinator has the global "
             "model alone. Leave out --clients."
         )
+
+
+def _check_leaving(wanted: Wanted, snapshot: Snapshot) -> None:
+    """Refuse what would not leave the experts that stay as they are."""
+    for flag, given in (("--best", wanted.best), ("--clients", wanted.clients), ("--dtype", wanted.dtype)):
+        if given:
+            raise UserError(f"{wanted.leaving}: takes the run's last model as it is. Leave out {flag}.")
+    if snapshot.config.tuning.adapts:
+        raise UserError(
+            f"{wanted.leaving}: this run trained adapters (tuning.kind = {snapshot.config.tuning.kind!r}), and an "
+            "adapter's part of one expert cannot be taken out. Only a run that trained whole experts can be cut."
+        )
+    if snapshot.kept is None:
+        raise UserError(f"{wanted.leaving}: the run is not finished. Finish it: {_resume(snapshot.folder)}")
+
+
+def _write_without(wanted: Wanted, snapshot: Snapshot, folder: Path) -> Left:
+    """The run's model without the experts of sites that leave."""
+    assert snapshot.kept is not None, "checked before"
+    behind = remainder(snapshot.config)
+    return copy_without(
+        snapshot.kept,
+        folder,
+        wanted.leaving,
+        behind=behind,
+        omit=OF_THE_RUN,
+        trust_remote_code=snapshot.config.model.trust_remote_code,
+    )
 
 
 def _check_free(wanted: Wanted, snapshot: Snapshot, base: Base | None) -> None:
@@ -510,6 +548,8 @@ def _notes(snapshot: Snapshot, made: Made) -> list[str]:
         notes.append(f"The run is not finished: this is its model after round {snapshot.round} of {rounds}.")
     if made.form == "adapter" and made.local_base:
         notes.append("The adapter names its base by a folder of this machine: for others, name its Hub id with --base.")
+    if made.left is not None:
+        notes += made.left.notes
     if made.clients:
         notes.append(f"Folders in {CLIENTS}/ are called after the clients, and hold what is personal to them.")
     return notes

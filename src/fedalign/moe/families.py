@@ -114,6 +114,13 @@ class MoELayer:
     chosen: int
     probabilities: bool = False
     cast: bool = False  # its experts want weights in the type of the model; those of transformers take float32 too
+    whole: int = 0  # experts of the model that it is a part of; 0: it is no part
+    numbers: tuple[int, ...] = ()  # of its E experts in that model; empty: as they come
+
+    @property
+    def named(self) -> tuple[int, ...]:
+        """The numbers that its E experts go by, in their order."""
+        return self.numbers or tuple(range(self.size))
 
 
 def refuse(config: Any) -> None:

@@ -54,14 +54,20 @@ class Slot:
         """The part that belongs to `group` of any tensor shaped like the parameter."""
         owners = self.owners
         whole = whole if owners.shape is None else whole.view(owners.shape)
-        return whole if owners.axis is None else whole.select(owners.axis, group.expert)
+        return whole if owners.axis is None else whole.select(owners.axis, owners.groups.index(group))
+
+    def some(self, whole: Tensor, start: int, length: int) -> Tensor:
+        """The part that belongs to neighbouring groups of any tensor shaped like the parameter."""
+        owners = self.owners
+        whole = whole if owners.shape is None else whole.view(owners.shape)
+        return whole if owners.axis is None else whole.narrow(owners.axis, start, length)
 
     def held(self, sharded: Tensor, group: ParameterGroup) -> tuple[Tensor, int]:
         """This process's piece of that part, in place, flat in its first axes, and its start in the flat part."""
         local, first = parallel.held(sharded)
         if self.owners.axis and self.owners.shape is None:
             row = self.size // len(sharded)
-            return local.select(self.owners.axis, group.expert), first * row
+            return local.select(self.owners.axis, self.groups.index(group)), first * row
         row, skipped = sharded.numel() // len(sharded), self.groups.index(group) * self.size
         begin = max(first * row, skipped)
         end = max(begin, min(first * row + local.numel(), skipped + self.size))
@@ -78,8 +84,8 @@ def find_slots(model: PreTrainedModel, layers: Iterable[MoELayer]) -> Iterator[S
     """Every parameter of the model, with the groups that own its values."""
     owned = _words(model)
     for index, layer in enumerate(layers):
-        owned |= _gate_rows(model.get_submodule(layer.router), index, layer.size)
-        owned |= _expert_slices(model.get_submodule(layer.experts), index, layer.size)
+        owned |= _gate_rows(model.get_submodule(layer.router), index, layer.named)
+        owned |= _expert_slices(model.get_submodule(layer.experts), index, layer.named)
     for name, parameter in model.named_parameters():
         yield Slot(name, parameter, owned.get(parameter, Owners()))
 
@@ -92,20 +98,20 @@ def _words(model: PreTrainedModel) -> dict[nn.Parameter, Owners]:
     return head | {parameter: Owners((EMBEDDINGS,)) for table in tables for parameter in table.parameters()}
 
 
-def _gate_rows(router: nn.Module, layer: int, size: int) -> dict[nn.Parameter, Owners]:
+def _gate_rows(router: nn.Module, layer: int, named: Sequence[int]) -> dict[nn.Parameter, Owners]:
     """Weights [E, H], biases [E] and [1, E]; a norm or scale without an axis of length E stays shared.
 
     Of an adapter B has a row for each expert, and A, which has none, is shared.
     """
-    rows = tuple(ParameterGroup("gate", layer, expert) for expert in range(size))
+    rows, size = tuple(ParameterGroup("gate", layer, expert) for expert in named), len(named)
     cut = [(n, p) for n, p in router.named_parameters() if "lora_A." not in n]
     axes = ((p, axis) for n, p in cut for axis in (p.dim() - 1, 0) if p.dim() and p.shape[axis] == size)
     return {parameter: Owners(rows, axis) for parameter, axis in axes}
 
 
-def _expert_slices(experts: nn.Module, layer: int, size: int) -> dict[nn.Parameter, Owners]:
+def _expert_slices(experts: nn.Module, layer: int, named: Sequence[int]) -> dict[nn.Parameter, Owners]:
     """Tensors [E, ...] slice by slice, E child modules, or tensors [E·F, H] block by block; all else stays shared."""
-    slices = tuple(ParameterGroup("expert", layer, expert) for expert in range(size))
+    slices, size = tuple(ParameterGroup("expert", layer, expert) for expert in named), len(named)
     owned: dict[nn.Parameter, Owners] = {}
     for module in _fused(experts, size):
         owned |= {p: Owners(slices, 0) for p in unwrapped(module).parameters(recurse=False) if p.shape[:1] == (size,)}

@@ -44,6 +44,7 @@ from fedalign.moe.load import (
     quantised_by,
     resolved_source,
 )
+from fedalign.moe.site_experts import owners
 from fedalign.moe.stored import as_stored, by_layer
 from fedalign.moe.tuning import SELECTION_BIAS, beside_text, choosers, freeze, freeze_unreached
 from fedalign.protocol import HEAD, WHOLE, WORDS, Factors, Layout, ParameterGroup, TokenRows, Weights
@@ -462,9 +463,9 @@ class MoEModel:
 
     @contextlib.contextmanager
     def freezing(self, groups: Collection[ParameterGroup]) -> Iterator[None]:
-        """Meanwhile nothing of these groups, whole parameters, is trained; the layout stays."""
-        slots = [slot for group in groups for slot in self._owners.get(group, ())]
-        parameters = [slot.parameter for slot in slots if slot.parameter.requires_grad]
+        """Meanwhile parameters that belong to these groups alone need no gradient; the layout stays."""
+        still = set(groups)
+        parameters = [s.parameter for s in self.slots if s.parameter.requires_grad and still.issuperset(s.groups)]
         try:
             for parameter in parameters:
                 parameter.requires_grad_(False)
@@ -723,13 +724,14 @@ class MoEModel:
         )
 
     def _layout(self) -> Layout:
-        names = Layout(len(self.layers), self.experts, {})
+        names = Layout(len(self.layers), self.layers[0].whole or self.experts, {})
         sizes = {group: sum(slot.size for slot in self._owners.get(group, ())) for group in names.groups}
         factors = {group: found for group in names.groups if self.adapter and (found := tuple(self._factors(group)))}
         softmax_L = tuple(layer.scoring == "softmax" for layer in self.layers)
         top_k_L = tuple(layer.top_k for layer in self.layers)
         rows = tuple(self._token_rows())
-        return Layout(names.layers, names.experts, sizes, factors, rows, softmax_L, top_k_L, self.is_seq2seq)
+        whose = owners(self.model.config, names.experts)
+        return Layout(names.layers, names.experts, sizes, factors, rows, softmax_L, top_k_L, self.is_seq2seq, whose)
 
     def _token_rows(self) -> Iterator[TokenRows]:
         """Embeddings and head, if they are trained whole: where their rows lie in their groups."""
@@ -758,6 +760,12 @@ class MoEModel:
 
     def _views(self, group: ParameterGroup) -> tuple[Tensor, ...]:
         return tuple(slot.view(group) for slot in self._owners.get(group, ()))
+
+    def cells(self, mask_L_E: Tensor) -> list[ParameterGroup]:
+        """The experts that are true in a mask over those that are here, by their numbers in the whole model."""
+        return [
+            ParameterGroup("expert", layer, self.layers[layer].named[e]) for layer, e in mask_L_E.nonzero().tolist()
+        ]
 
     def _shared_experts(self) -> Iterator[str]:
         for layer in self.layers:

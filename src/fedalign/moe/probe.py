@@ -254,6 +254,22 @@ class RoutingSummary(NamedTuple):
             centroid_L_E_H=self.centroid_L_E_H * kept_L_E.unsqueeze(2),
         )
 
+    def spread(self, numbers: Sequence[int], experts: int) -> RoutingSummary:
+        """The same over all experts of a model of which these were here: nothing reached the others."""
+
+        def spread(value_L_E: Tensor) -> Tensor:
+            whole = value_L_E.new_zeros(len(value_L_E), experts, *value_L_E.shape[2:])
+            whole[:, list(numbers)] = value_L_E
+            return whole
+
+        return RoutingSummary(
+            spread(self.prob_L_E),
+            spread(self.load_L_E),
+            spread(self.margin_L_E),
+            spread(self.centroid_L_E_H),
+            self.tokens,
+        )
+
 
 class RoutingStatistics:
     """Sums over the tokens of many batches, kept on `device` in float64; nothing here waits for an accelerator.

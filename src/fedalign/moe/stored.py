@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 from transformers.utils import cached_file
 
 from fedalign.errors import UserError
+from fedalign.maths.tensor_file import CODES, Named
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -64,6 +65,23 @@ def read(tensors: Mapping[str, Path], names: Iterable[str] | None = None) -> Ite
                 yield name, file.get_tensor(name)
 
 
+def shapes(tensors: Mapping[str, Path]) -> dict[str, Named]:
+    """Types and shapes of tensors, by name; no value is read.
+
+    Raises:
+        UserError: A file is gone or damaged, or a type is none that can be trained.
+    """
+    types, found = {code: dtype for dtype, code in CODES.items()}, {}
+    for path, those in groupby(tensors, key=tensors.__getitem__):
+        with _opened(path) as file:
+            for name in those:
+                part = file.get_slice(name)
+                if (code := part.get_dtype()) not in types:
+                    raise UserError(f"{str(path)!r}: {name} is of type {code}. Known are: {', '.join(types)}.")
+                found[name] = Named(name, types[code], tuple(part.get_shape()))
+    return found
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
@@ -90,6 +108,7 @@ class Loading:
 
     Attributes:
         without_place: names of tensors that the model has no place for.
+        targets: where each of the others goes, by its name in the checkpoint: the model's name.
     """
 
     def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
@@ -99,10 +118,12 @@ class Loading:
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._sources: dict[str, list[tuple[str, str | None]]] = {}
         self.without_place: list[str] = []
+        self.targets: dict[str, str] = {}
         for name in sorted(names, key=dot_natural_key):
             target, pattern = self._renamed(name)
             if target in self._own:
                 self._sources.setdefault(target, []).append((name, pattern))
+                self.targets[name] = target
             else:
                 self.without_place.append(name)
 

@@ -28,6 +28,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from fedalign.errors import UserError, unknown
 from fedalign.moe.families import FAMILIES, family_of
+from fedalign.moe.load import DTYPES, load_plain
+from fedalign.moe.site_experts import COUNTS
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,6 @@ TARGETS = {
     "qwen3": Target("qwen3_moe", "qwen3_moe"),
 }
 SHARED_WIDTH = 8  # of Qwen2-MoE's shared expert: as narrow as eight tensor-parallel GPUs can cut
-COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # how configs say "experts"
 PROBE_TOKENS = 32
 
 
@@ -133,12 +134,43 @@ def check_dense(source: DenseSource, recipe: Recipe) -> None:
     moe_config(config, recipe)
 
 
-def load_dense(source: DenseSource) -> PreTrainedModel:
+def is_sparse(source: DenseSource) -> bool:
+    """Whether it is a Mixture-of-Experts model already, by its configuration.
+
+    Raises:
+        UserError: There is no such model.
+    """
+    with _explained(source):
+        return _is_sparse(AutoConfig.from_pretrained(source.place, **source.options))
+
+
+def load_sparse(source: DenseSource, recipe: Recipe) -> PreTrainedModel:
+    """A Mixture-of-Experts model on the CPU, in the precision it was saved in.
+
+    Raises:
+        UserError: There is no such model, it lacks weights, or it is one GGUF file; or the recipe is for a dense one.
+    """
+    if recipe != Recipe(seed=recipe.seed):
+        raise UserError(
+            f"model = {str(source)!r}: an MoE already, to which --site-experts adds experts. --experts, --top-k, "
+            "--layers and --noise are for a dense one. Leave them out."
+        )
+    if source.gguf:
+        raise UserError(f"model = {str(source)!r}: an MoE in a GGUF file. Give the folder that transformers saved.")
+    with _explained(source):
+        dtype = AutoConfig.from_pretrained(source.place, **source.options).get_text_config().dtype
+    named = str(dtype).removeprefix("torch.")
+    return load_plain(source.place, dtype=named if named in DTYPES else "float32", revision=source.revision)
+
+
+def load_dense(source: DenseSource, recipe: Recipe | None = None) -> PreTrainedModel:
     """The dense model on the CPU, in the precision it was saved in (float32 for GGUF).
 
     Raises:
-        UserError: There is no such model, or it lacks weights.
+        UserError: There is no such model, or it lacks weights, or it cannot be upcycled so.
     """
+    if recipe is not None:
+        check_dense(source, recipe)
     with _explained(source):
         model, report = AutoModelForCausalLM.from_pretrained(
             source.place, dtype="auto", output_loading_info=True, **source.options
@@ -232,13 +264,19 @@ def _own(family: str, dense: Any, recipe: Recipe, layers: tuple[int, ...]) -> di
 
 def _refuse_other_than_dense(config: Any) -> None:
     family = family_of(config)
-    if family in FAMILIES or any((getattr(config, name, None) or 0) > 1 for name in COUNTS):
+    if _is_sparse(config):
         raise UserError(
-            f"model = {family}: already a Mixture-of-Experts model, so `fedalign run` takes it as it is. "
+            f"model = {family}: already a Mixture-of-Experts model, so `fedalign run` takes it as it is, and "
+            f"--site-experts gives sites experts of their own. "
             f"Dense families that can be upcycled: {', '.join(sorted(TARGETS))}"
         )
     if family not in TARGETS:
         raise unknown("dense family", family, TARGETS)
+
+
+def _is_sparse(config: Any) -> bool:
+    counts = (getattr(config.get_text_config(), name, None) or 0 for name in COUNTS)
+    return family_of(config) in FAMILIES or any(count > 1 for count in counts)
 
 
 def _refuse_what_no_moe_family_has(config: Any) -> None:

@@ -22,6 +22,7 @@ from fedalign.report.answers import Sheets, sheets
 from fedalign.report.figures import Json
 from fedalign.report.health import ExpertFigures, budget_text, health
 from fedalign.report.material import Material, Run
+from fedalign.report.owners import matrices
 from fedalign.server.health import DEAD, OVERLOADED
 from fedalign.units import percent
 
@@ -61,6 +62,7 @@ def render(material: Material) -> str:
         runs=[_about(material, i) for i in range(len(material.runs))],
         problems=experts.problems,
         answers=answered,
+        owned=matrices(material),
         percent=percent,
         health_note=budget_text(experts.runs) if experts.runs else "",
         dead=f"{100 * DEAD:g} %",

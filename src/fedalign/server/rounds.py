@@ -358,8 +358,7 @@ class Server:
                 failures.append(reply)
             self.observer.progress(number, "training", len(reports) + len(failures), len(chosen))
         usable = [reports[name] for name in chosen if name in reports]  # arrival order must not matter
-        ratio = self.config.server.max_norm_ratio if self.config.robust == "none" else 0  # else they are clipped
-        outliers = find_outliers(usable, ratio)
+        outliers = find_outliers(usable, self.config.norm_ratio)
         names = {failure.client for failure in outliers}
         return [report for report in usable if report.client not in names], [*failures, *outliers]
 

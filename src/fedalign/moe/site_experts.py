@@ -1,0 +1,88 @@
+"""Whose expert is whose: a record in the model's configuration, which plain transformers keeps and does not read.
+
+`"site_experts": {"hospital-a": [8], "hospital-b": [9]}` in config.json names each site's experts, the same in every MoE
+layer. Experts that the record does not name are public.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedalign.errors import UserError
+from fedalign.protocol import LONGEST_NAME, is_name
+
+KEY = "site_experts"
+COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # how configs say "experts"
+
+
+def expert_count(config: Any) -> int | None:
+    """E, experts of each MoE layer, as a configuration says it; None: in no way that is known."""
+    text = config.get_text_config()
+    found = [value for name in COUNTS if isinstance(value := getattr(text, name, None), int)]
+    return found[0] if found else None
+
+
+def owners(config: Any, experts: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Each site's experts, by the site's name; empty: all experts are public.
+
+    Args:
+        config: a transformers configuration.
+        experts: E; None: as the configuration says.
+
+    Raises:
+        UserError: The record is broken.
+    """
+    record = getattr(config, KEY, None)
+    return {} if record is None else checked(record, experts or expert_count(config))
+
+
+def with_owners(config: Any, record: Mapping[str, Sequence[int]]) -> Any:
+    """The same configuration, changed in place: its record says this; an empty one is left out.
+
+    Raises:
+        UserError: The record is broken.
+    """
+    known = checked(record, expert_count(config))
+    if known:
+        setattr(config, KEY, {name: list(experts) for name, experts in known.items()})
+    elif hasattr(config, KEY):
+        delattr(config, KEY)
+    return config
+
+
+def checked(record: Any, experts: int | None) -> dict[str, tuple[int, ...]]:
+    """A record, held against the number of experts.
+
+    Args:
+        record: whatever a file holds there.
+        experts: E; None: not known.
+
+    Raises:
+        UserError: A name that no site can have, or an expert that is not there, or has two owners; or all have one.
+
+    >>> checked({"a": [2], "b": [3]}, 4)
+    {'a': (2,), 'b': (3,)}
+    """
+    if not isinstance(record, Mapping):
+        raise UserError(f"{KEY} = {_short(record)}: must be a table of sites' names and lists of experts.")
+    owner: dict[int, str] = {}
+    for name, mine in record.items():
+        if not isinstance(name, str) or not is_name(name):
+            raise UserError(f"{KEY}: {_short(name)}: a site's name must be 1 to {LONGEST_NAME} printable characters.")
+        if not isinstance(mine, (list, tuple)) or not mine:
+            raise UserError(f"{KEY}.{name} = {_short(mine)}: must be a list of experts, such as [8].")
+        for expert in mine:
+            if type(expert) is not int or expert < 0 or (experts is not None and expert >= experts):
+                last = "" if experts is None else f" to {experts - 1}"
+                raise UserError(f"{KEY}.{name}: {_short(expert)}: no such expert. Choose numbers from 0{last}.")
+            if expert in owner:
+                raise UserError(f"{KEY}.{name}: {expert}: is {owner[expert]}'s already. An expert has one owner.")
+            owner[expert] = name
+    if experts is not None and len(owner) == experts:
+        raise UserError(f"{KEY}: all {experts} experts have an owner. At least one must be public.")
+    return {name: tuple(mine) for name, mine in record.items()}
+
+
+def _short(value: object) -> str:
+    return f"{value!r:.60}"

@@ -1,0 +1,178 @@
+"""Runs in which each site trains an expert of its own: what a site writes, and what is left when it leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedalign.moe.load import load_plain
+from fedalign.moe.model import MoEModel
+from fedalign.moe.part import grown
+from fedalign.moe.site_experts import owners
+from fedalign.protocol import ParameterGroup, Weights
+from tests.conftest import Command, rows, save_tokenizer, write_jsonl
+from tests.moe.tiny import EXPERTS
+
+SITES = ("a", "b", "c")
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def base(model_folder: Callable[..., Path]) -> Path:
+    return model_folder("olmoe", initializer_range=0.2)
+
+
+@pytest.fixture
+def model_of(base: Path, tmp_path: Path) -> Callable[..., Path]:
+    """`model_of("a", "c")`: the base with an expert for each of these sites."""
+
+    def model(*sites: str) -> Path:
+        folder = tmp_path / f"base+{'+'.join(sites)}"
+        grown(MoEModel.wrap(load_plain(base)), sites).model.save_pretrained(folder)
+        save_tokenizer(folder)
+        return folder
+
+    return model
+
+
+@pytest.fixture
+def run(fedalign: Command, model_of: Callable[..., Path], tmp_path: Path) -> Run:
+    """`run("a", "c")`: a run of these sites, each with its own rows, and the folder of it."""
+
+    def of(*sites: str, clients: tuple[str, ...] = (), **changes: Any) -> Path:
+        every = [row | {"client": "abc"[i % 3]} for i, row in enumerate(rows())]
+        there = clients or sites
+        train = write_jsonl(tmp_path / "train.jsonl", [row for row in every if row["client"] in there])
+        out = tmp_path / f"run-{'-'.join(there)}-{len(list(tmp_path.iterdir()))}"
+        settings = {
+            "model.path": model_of(*sites),
+            "data.train": train,
+            "data.test": write_jsonl(tmp_path / "test.jsonl", every[::5]),
+            "clients.partition": "natural",
+            "clients.min_examples": 5,
+            "training.learning_rate": "1e-2",
+            "training.batch_examples": 4,
+            "statistics.min_tokens": 4,
+            "run.rounds": 2,
+            "algorithm.name": "site_experts",
+            **{name.replace("__", "."): value for name, value in changes.items()},
+        }
+        words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+        code, _, errors = fedalign("run", "/dev/null", *words, "--out", out)
+        assert code == 0, errors
+        return out
+
+    return of
+
+
+def weights(folder: Path) -> Weights:
+    return MoEModel.wrap(load_plain(folder)).read()
+
+
+def moved(old: Weights, new: Weights) -> set[ParameterGroup]:
+    return {group for group in old if not torch.equal(old[group], new[group])}
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training__keep_optimizer": "false"},
+        {"training__keep_optimizer": "true"},
+        {"tuning__dtype": "bfloat16"},  # trained in float32 copies of what is trained
+        {"tuning__kind": "moe", "wire__dtype": "bfloat16"},
+        {"training__balance_coefficient": "0.01"},
+    ],
+    ids=str,
+)
+def test_without_b_it_is_byte_for_byte_the_run_in_which_b_never_was(
+    run: Run, fedalign: Command, tmp_path: Path, changes: dict[str, str]
+) -> None:
+    with_b = run(*SITES, **changes)
+    code, _, errors = fedalign("export", with_b, "--without", "b", "--to", tmp_path / "left")
+    assert code == 0, errors
+    never = run("a", "c", **changes) / "model"
+    assert (tmp_path / "left" / "model.safetensors").read_bytes() == (never / "model.safetensors").read_bytes()
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "left", never)]
+    assert configs[0]["site_experts"] == configs[1]["site_experts"] == {"a": [EXPERTS], "c": [EXPERTS + 1]}
+
+
+def test_only_its_owner_writes_an_expert_and_nobody_what_is_public(run: Run, tmp_path: Path) -> None:
+    new = weights(run(*SITES) / "model")
+    old = weights(tmp_path / "base+a+b+c")
+    changed = moved(old, new)
+    owned = {EXPERTS, EXPERTS + 1, EXPERTS + 2}
+    assert {(group.kind, group.expert) for group in changed} == {(k, e) for k in ("gate", "expert") for e in owned}
+    alone = weights(run(*SITES, clients=("b",)) / "model")
+    assert {group.expert for group in moved(old, alone)} == {EXPERTS + 1}
+    b = [group for group in changed if group.expert == EXPERTS + 1]
+    assert all(torch.equal(alone[group], new[group]) for group in b)
+
+
+def test_a_client_that_owns_none_trains_nothing_and_is_told(run: Run, tmp_path: Path) -> None:
+    folder = run("a", "b", clients=SITES)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["clients"] == ["a", "b"] for line in lines[1:])
+    told = [failure for line in lines[1:] for failure in line["failures"]]
+    assert {failure["client"] for failure in told} == {"c"}
+    assert "no expert of this model is its own, so it trains nothing; owners are: a, b" in told[0]["reason"]
+    assert owners(load_plain(folder / "model").config) == {"a": (EXPERTS,), "b": (EXPERTS + 1,)}
+
+
+def test_averaged_shared_parts_move_and_then_leaving_is_not_exact(run: Run, fedalign: Command, tmp_path: Path) -> None:
+    folder = run(*SITES, algorithm__shared="average")
+    kinds = {group.kind for group in moved(weights(tmp_path / "base+a+b+c"), weights(folder / "model"))}
+    assert kinds == {"shared", "embeddings", "head", "gate", "expert"}
+    public = {
+        group.expert
+        for group in moved(weights(tmp_path / "base+a+b+c"), weights(folder / "model"))
+        if group.kind in ("gate", "expert")
+    }
+    assert public == {EXPERTS, EXPERTS + 1, EXPERTS + 2}
+    code, text, errors = fedalign("export", folder, "--without", "b", "--to", tmp_path / "left")
+    assert code == 0, errors
+    assert "Stays behind: parts that all sites share were averaged" in " ".join(text.split())
+    shutil.rmtree(tmp_path / "base+a+c", ignore_errors=True)
+    never = run("a", "c", algorithm__shared="average") / "model"
+    assert any(not torch.equal(value, tensors(never)[name]) for name, value in tensors(tmp_path / "left").items())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("server.robust", "clip", 'server.robust = "clip": with algorithm.name = "site_experts" nobody but its owner'),
+        ("server.optimizer", "adam", 'server.optimizer = "adam": with algorithm.name = "site_experts" nobody'),
+        ("tuning.kind", "lora", 'tuning.kind = "lora": with algorithm.name = "site_experts" nobody'),
+        ("tuning.kind", "experts", "Choose one of: full, moe."),
+        ("privacy.epsilon", "8", 'algorithm.name = "site_experts": with [privacy]'),
+        ("algorithm.shared", "both", "algorithm.shared = 'both': unknown. Choose one of: average, frozen."),
+    ],
+)
+def test_what_it_cannot_do_is_refused_in_one_line(
+    fedalign: Command, settings: list[str], key: str, value: str, said: str
+) -> None:
+    words = [word for change in settings for word in ("--set", change)]
+    mine = ["--set", "algorithm.name=site_experts", "--set", f"{key}={value}", "--set", "clients.held_out=0"]
+    code, _, errors = fedalign("run", "/dev/null", *words, *mine, "--set", "evaluation.clients=false", "--out", "/x")
+    assert code == 2
+    assert said in " ".join(errors.split())
+
+
+def test_a_model_without_owners_is_refused(fedalign: Command, settings: list[str], tmp_path: Path) -> None:
+    words = [word for change in settings for word in ("--set", change)]
+    code, _, errors = fedalign(
+        "run", "/dev/null", *words, "--set", "algorithm.name=site_experts", "--out", tmp_path / "run"
+    )
+    assert code == 2
+    assert "has an owner. Make it so: fedalign upcycle MODEL --site-experts" in " ".join(errors.split())

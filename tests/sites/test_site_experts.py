@@ -1,0 +1,50 @@
+"""Each of three real sites trains an expert of its own; one that leaves leaves the model of a run without it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedalign.export.leaving import Leaving, export_folder
+from fedalign.moe.load import load_plain
+from fedalign.moe.model import MoEModel
+from fedalign.moe.part import grown
+from tests.conftest import save_tokenizer
+from tests.moe.tiny import EXPERTS
+from tests.sites.conftest import SITES, deployed, merged, on_one_machine, settings
+
+pytestmark = pytest.mark.sites
+STAY = ("north", "west")
+CHANGES = {"algorithm": {"name": "site_experts"}, "server": {"robust": "auto"}}  # nobody's update is held to another's
+
+
+@pytest.fixture(scope="module")
+def model_of(olmoe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    def model(*sites: str) -> Path:
+        folder = tmp_path_factory.mktemp("base")
+        grown(MoEModel.wrap(load_plain(olmoe)), sites).model.save_pretrained(folder)
+        save_tokenizer(folder)
+        return folder
+
+    return model
+
+
+def test_without_a_site_it_is_the_run_in_which_it_never_was(model_of: Callable[..., Path], tmp_path: Path) -> None:
+    with deployed(tmp_path / "deployed", merged(settings(model_of(*SITES)), {}) | CHANGES) as running:
+        for site in SITES:
+            running.add(site)
+        run, said = running.run("whole", run__rounds=2)
+    assert run.summary["failures"] == []
+    assert 'server.robust = "none"' in said
+    everyone = on_one_machine(tmp_path / "everyone", "in_process", settings(model_of(*SITES)) | CHANGES, run__rounds=2)
+    assert run.model == everyone.model
+    left = tmp_path / "left"
+    export_folder(run.path / "model", left, Leaving(without=["south"]))
+    tables = settings(model_of(*STAY)) | CHANGES
+    never = on_one_machine(tmp_path / "never", "in_process", tables, STAY, run__rounds=2)
+    assert (left / "model.safetensors").read_bytes() == never.model
+    record = json.loads((left / "config.json").read_text())["site_experts"]
+    assert record == {"north": [EXPERTS], "west": [EXPERTS + 1]}
