@@ -176,7 +176,13 @@ def test_all_that_the_protocol_says_may_travel_does() -> None:
         protocol.Update,
         protocol.Moved,
     }  # of a message, or the server's
-    parts |= {protocol.LayerRouting, protocol.Step, protocol.LocalRound, protocol.Reports}  # what algorithms see
+    parts |= {
+        protocol.LayerRouting,
+        protocol.Step,
+        protocol.LocalRound,
+        protocol.Reports,
+        protocol.Part,
+    }  # of algorithms
     parts |= {protocol.Concealed, protocol.Shares, protocol.Totals}  # of masked rounds, which stay in one process
     assert classes - parts == set(MESSAGES.values())
 
