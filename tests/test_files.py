@@ -99,6 +99,14 @@ def test_links_and_marked_folders_that_are_not_listed_are_kept(run: Path, tmp_pa
         check_free(run, "run", overwrite=True)
 
 
+@pytest.mark.parametrize("part", ["model", "rounds", "new", "new/model", "model/clients/a"])
+@pytest.mark.parametrize("kind", ["run", "model", "comparison"])
+def test_a_part_of_a_run_or_a_model_is_no_place_of_its_own(run: Path, part: str, kind: str) -> None:
+    said = rf"--to '{run}/{part}': lies in '{run}(/model)?', a run or a model\. Give another folder"
+    with pytest.raises(UserError, match=said):
+        check_free(run / part, kind, overwrite=True, option="--to")
+
+
 def test_lines_are_added_behind_whole_lines_alone(tmp_path: Path) -> None:
     file = tmp_path / "lines.jsonl"
     append_private(file, [{"name": "Zoë"}, {"name": "b"}])
@@ -141,7 +149,7 @@ def test_an_empty_folder_is_free_and_a_lock_stays(tmp_path: Path, there: tuple[s
     check_free(tmp_path, "run", overwrite=False)
     take(tmp_path, "run", WRITTEN)
     assert names(tmp_path) == sorted([MARK, *there])
-    check_free(tmp_path / "new", "run", overwrite=False)
+    check_free(tmp_path.with_name("new"), "run", overwrite=False)
 
 
 def test_a_linked_folder_is_emptied_not_unlinked(run: Path, tmp_path: Path) -> None:

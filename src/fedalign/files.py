@@ -433,6 +433,8 @@ def is_bare(path: Path) -> bool:
 def check_free(path: Path, kind: str, overwrite: bool, option: str = "--out", go_on: str = "") -> None:
     """Refuse a place where anything would be lost but a `kind` of ours that may be replaced.
 
+    A part of a run or of a model is no place of its own: `best/` is marked as a model, and is its run's.
+
     Args:
         path: where something is to be written.
         kind: what that is, in a word.
@@ -443,6 +445,9 @@ def check_free(path: Path, kind: str, overwrite: bool, option: str = "--out", go
     Raises:
         UserError: Something would be lost.
     """
+    for above in path.resolve().parents:
+        if _marks(above, "run") or _marks(above, "model"):
+            raise UserError(f"{option} {str(path)!r}: lies in {str(above)!r}, a run or a model. Give another folder.")
     if not holds(path, kind, option):
         return
     if not overwrite:

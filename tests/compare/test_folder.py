@@ -131,8 +131,9 @@ def test_what_is_no_comparison_is_never_touched(ask: Ask, run: RunFolder, tmp_pa
         with pytest.raises(UserError, match="holds no comparison"):
             ComparisonFolder(run.path).check(ask("fedavg"), overwrite)
     assert tree(run.path) == before
+    (tmp_path / "thesis.tex").touch()
     with pytest.raises(UserError, match="is a file"):
-        ComparisonFolder(run.config).check(ask("fedavg"), overwrite=True)
+        ComparisonFolder(tmp_path / "thesis.tex").check(ask("fedavg"), overwrite=True)
     with pytest.raises(UserError, match=r"holds no comparison \(no comparison\.toml\)"):
         ComparisonFolder(tmp_path / "none").read()
     (run.path / "comparison.toml").write_text("seeds = 3")

@@ -537,7 +537,7 @@ def test_nothing_is_overwritten_unless_asked_for(made: Made, tmp_path: Path) -> 
 @pytest.mark.parametrize("part", [".", "model", "best", "checkpoint", "clients/new", ".."])
 def test_no_part_of_a_run_is_overwritten(made: Made, tmp_path: Path, part: str) -> None:
     run = made(LORA)
-    with pytest.raises(UserError, match=r"--to .* (the run|a part of the run)"):
+    with pytest.raises(UserError, match=r"--to .*: (is the run,|lies in .* a run or a model\.)"):
         exported(run, run / part, overwrite=True)
     base = Path(read_config((run / "config.toml").read_text()).model.path)
     with pytest.raises(UserError, match="the model that the run began with"):

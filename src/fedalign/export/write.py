@@ -322,9 +322,6 @@ def _check_free(wanted: Wanted, snapshot: Snapshot, base: Base | None) -> None:
     for what, path in precious:
         if path.is_relative_to(place):
             raise UserError(f"{said}: is {what}, or a folder that holds it. Give another folder.")
-    for own in (run.model, run.best, run.checkpoint, run.clients, run.health):
-        if place.is_relative_to(own.resolve()):
-            raise UserError(f"{said}: is a part of the run. Give another folder.")
     check_free(to, "model", wanted.overwrite, "--to")
 
 
