@@ -459,6 +459,13 @@ def test_the_head_of_a_card_is_what_the_hub_reads(made: Made, tmp_path: Path) ->
     ("section", "values", "said"),
     [
         ("federation", {"engine": "flower"}, ["3 sites that kept their data", "without secure aggregation"]),
+        (
+            "privacy",
+            {"masked": True, "epsilon": 4.0},
+            ["Differential privacy, epsilon 4 at most at delta 1e-05, of which each site knows what it spent, of one "],
+        ),
+        ("privacy", {"masked": True, "noise_multiplier": 2.0}, ["Differential privacy, noise of 2 a step at delta"]),
+        ("privacy", {"epsilon": 4.0, "seed": 1}, ["a study, which protects nobody."]),
         ("data", {"kind": "chat"}, ["conversations", "chat template"]),
         ("data", {"kind": "text"}, ["plain text"]),
         ("data", {"kind": "instruction"}, [r'`"Instruction: {prompt}\nResponse:"`']),
@@ -477,6 +484,7 @@ def test_a_card_of_another_run(
     text = render(result.made, replace(result.trained, config=other))
     for words in said:
         assert words in text, text
+    assert ("No differential privacy" in text) == (section != "privacy")
     assert ("Miller" in text) == ("template" in values)
 
 

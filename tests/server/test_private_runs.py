@@ -36,7 +36,11 @@ def test_a_private_run(fedalign: Command, settings: list[str], tmp_path: Path, m
     code, _, err = fedalign("export", tmp_path / "run", "--to", card)
     assert code == 0, err
     told = f"({max(last.values()):.3g}, 1e-05)-differential privacy of one example at one site"
-    assert told in (card / "README.md").read_text()
+    assert f"epsilon up to {max(last.values()):.3g} at delta 1e-05 for one example" in out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["privacy_epsilon"], summary["privacy_delta"]) == (max(last.values()), 1e-5)
+    assert (card / "README.md").read_text().count(told) == 2  # beside how it was trained, and under Privacy
+    assert "No differential privacy" not in (card / "README.md").read_text()
     code, _, err = fedalign("report", tmp_path / "run", "--out", page)
     assert code == 0, err
     assert f"Runs with noise: epsilon up to {max(last.values()):.3g} at delta 1e-05" in page.read_text()

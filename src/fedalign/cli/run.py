@@ -308,6 +308,7 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
         ("by client", _by_client(summary["client_accuracies"], summary["client_examples"])),
         ("sent up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),
         ("faults", _counted(summary["failures"])),
+        ("privacy", _spent(summary)),
         ("time", clock(summary["seconds"])),
         ("model/ checked", summary["checked"] or "not at all"),
     ]
@@ -353,6 +354,14 @@ def _by_client(accuracies: Mapping[str, float], rows: Mapping[str, int], most: i
         for name, accuracy in list(accuracies.items())[:most]
     ]
     return ", ".join(shown) + (f", and {len(accuracies) - most} more" if len(accuracies) > most else "")
+
+
+def _spent(summary: Mapping[str, Any]) -> str:
+    """What noise promises any one example, and for which cost; empty: nobody told."""
+    epsilon = summary["privacy_epsilon"]
+    if epsilon is None:
+        return ""
+    return f"epsilon up to {epsilon:.3g} at delta {summary['privacy_delta']:g} for one example"
 
 
 def _counted(failures: Sequence[Mapping[str, Any]]) -> str:

@@ -29,7 +29,7 @@ from fedalign.data.formats import FORMATS
 from fedalign.files import digests
 from fedalign.protocol import Metrics
 from fedalign.server.health import DEAD, OVERLOADED, Round
-from fedalign.server.scores import merit
+from fedalign.server.scores import epsilon_spent, merit
 from fedalign.units import nats, percent
 
 if TYPE_CHECKING:
@@ -207,6 +207,7 @@ def render(made: Made, trained: Trained, weights: Mapping[str, str] = MappingPro
         scores=score_rows(made, trained),
         weights=weights,
         routing=routing_sentences(trained),
+        privacy=privacy_told(config, trained.history),
         flags=_flags(made, trained),
         settings=public_settings(made, config),
         prompt=prompt_format(config.data),
@@ -293,7 +294,7 @@ def training_rows(trained: Trained) -> list[tuple[str, str]]:
         ("split among clients", _split(config)),
         ("clients a round", f"{100 * config.clients.sample:g} % of them"),
         ("tuning", _tuning(config)),
-        ("privacy", privacy_told(trained.config, trained.history)),
+        ("privacy", noise_told(trained.config, trained.history)),
         (
             "local training",
             f"epochs a round: {training.epochs}; {training.optimizer}, learning rate {training.learning_rate:g}, "
@@ -312,18 +313,42 @@ def _split(config: Config) -> str:
     return PARTITIONS["files" if at_sites else config.clients.partition].format(**config.clients.model_dump())
 
 
-def privacy_told(config: Config, history: Sequence[Metrics]) -> str:
-    """The promise of a run to any single example, and its limits; empty: there is none."""
-    spent = [value for line in history for value in line.get("privacy_epsilons", {}).values()]
-    if not config.privacy.on or not spent:
+def noise_told(config: Config, history: Sequence[Metrics]) -> str:
+    """The promise of a run's noise to any single example, and its limits; empty: there was none."""
+    if not config.privacy.on:
         return ""
     if config.privacy.seed is not None:
         return "noise from a seed that is written down: a study, which protects nobody"
+    spent = epsilon_spent(history)
+    if spent is not None:
+        cost = f"({spent[0]:.3g}, {spent[1]:g})-differential privacy"
+    else:  # masked: each site alone knows
+        much = config.privacy.epsilon
+        by = f"noise of {config.privacy.noise_multiplier:g} a step" if much is None else f"epsilon {much:g} at most"
+        cost = f"differential privacy, {by} at delta {config.privacy.delta:g}, of which each site knows what it spent,"
     return (
-        f"({max(spent):.3g}, {config.privacy.delta:g})-differential privacy of one example at one site, against "
-        "whoever sees all that left it: Poisson sampling, each example's gradient cut to "
-        f"{config.privacy.max_grad_norm:g}, noise at the site. Not covered: other runs on the same data, the choice of "
-        "settings by their results, examples of the same person, and what the test set told"
+        f"{cost} of one example at one site, against whoever sees all that left it: Poisson sampling, each example's "
+        f"gradient cut to {config.privacy.max_grad_norm:g}, noise at the site. Not covered: other runs on the same "
+        "data, the choice of settings by their results, examples of the same person, and what the test set told"
+    )
+
+
+def privacy_told(config: Config, history: Sequence[Metrics]) -> list[str]:
+    """What hides one example, and what hides one site: a sentence or more for each."""
+    noise = noise_told(config, history)
+    none = "No differential privacy was used, and nothing here bounds what can be learnt about single examples from the"
+    return [f"{noise[0].upper()}{noise[1:]}." if noise else f"{none} model.", _seen(config)]
+
+
+def _seen(config: Config) -> str:
+    """What was seen of one client's data."""
+    if config.federation.engine != "flower":
+        return "Clients were simulated on one machine, which held the data of all."
+    if config.privacy.masked:
+        return "Data stayed at the sites; of updates and statistics the coordinator learnt sums over sites alone."
+    return (
+        "Data stayed at the sites; updates and statistics of them reached the coordinator as they were, without secure "
+        "aggregation."
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fedalign.algorithms import ABLATION
 from fedalign.compare.plan import Design, Point, point_title
@@ -22,6 +21,7 @@ from fedalign.compare.tables import (
     values_by_seed,
 )
 from fedalign.report.material import Material
+from fedalign.server.scores import epsilon_spent
 
 ONE_SEED = "One seed: these are single runs, and no ground for saying which algorithm is better."
 
@@ -64,7 +64,7 @@ def verdicts(material: Material) -> list[str]:
 
 def privacy_spent(runs: Sequence[Finished]) -> str:
     """A sentence on private runs: the most that one of them cost an example; empty: there is none."""
-    costs = [(cost, line["privacy_delta"]) for run in runs for line in run.history for cost in _epsilons(line)]
+    costs = [spent for run in runs if (spent := epsilon_spent(run.history)) is not None]
     if not costs:
         return ""
     most, delta = max(costs)
@@ -72,10 +72,6 @@ def privacy_spent(runs: Sequence[Finished]) -> str:
         f"Runs with noise: epsilon up to {most:.3g} at delta {delta:g} for an example at one site and one run, by "
         "Poisson sampling; runs on the same data add up, and the choice among them is not covered."
     )
-
-
-def _epsilons(line: Mapping[str, Any]) -> list[float]:
-    return list(line.get("privacy_epsilons", {}).values())
 
 
 def _verdict(design: Design, runs: Sequence[Finished], column: Column, point: Point) -> str:

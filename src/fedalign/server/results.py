@@ -31,7 +31,7 @@ from fedalign.files import LOCK, WATCH, check_free, damage, locked, refuse_held,
 from fedalign.protocol import Evaluation, Layout, Metrics, Plan, Statistics, Weights
 from fedalign.server.checkpoint import ServerState
 from fedalign.server.health import write_health
-from fedalign.server.scores import accuracy_of, best_of, loss_of, merit, scored_on, spent
+from fedalign.server.scores import accuracy_of, best_of, epsilon_spent, loss_of, merit, scored_on, spent
 from fedalign.server.trackers import TrackedRun, open_trackers
 
 logger = logging.getLogger(__name__)
@@ -314,6 +314,7 @@ def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
     scored: list[Metrics] = [line for line in history if merit(line) is not None] or [{}]
     first, last, best = scored[0], scored[-1], best_of(history) or {}
     rounds = history[-1]["round"]
+    epsilon, delta = epsilon_spent(history) or (None, None)
     return {
         "algorithm": config.algorithm.name,
         "seed": config.run.seed,
@@ -335,6 +336,8 @@ def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
         "bytes_up": sum(line.get("bytes_up", 0) for line in history),
         "bytes_down": sum(line.get("bytes_down", 0) for line in history),
         "failures": [failure | {"round": line["round"]} for line in history for failure in line.get("failures", ())],
+        "privacy_epsilon": epsilon,
+        "privacy_delta": delta,
         "seconds": sum(line.get("round_seconds", 0.0) for line in history),
         "versions": versions(),
     }

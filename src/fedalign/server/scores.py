@@ -176,6 +176,16 @@ def describe_training(reports: Sequence[Statistics], private: bool = False) -> M
     }
 
 
+def epsilon_spent(history: Sequence[Metrics]) -> tuple[float, float] | None:
+    """The largest epsilon that a client has spent in a run so far, and delta; None: no client has told any.
+
+    >>> epsilon_spent([{"round": 0}, {"privacy_epsilons": {"a": 1.5, "b": 2.0}, "privacy_delta": 1e-5}])
+    (2.0, 1e-05)
+    """
+    told = [(cost, line["privacy_delta"]) for line in history for cost in line.get("privacy_epsilons", {}).values()]
+    return max(told, default=None)
+
+
 def routing_divergence(prob_C_L_E: Tensor) -> float:
     """Mean over clients and layers of KL(p̄_c ‖ mean over clients of p̄_c), nats.
 
