@@ -1,16 +1,19 @@
 """Attacks of one site of ten, or of three, on the demo: accuracy after five rounds, without and with the defences.
 
-    python benchmarks/attacks.py --out runs/attacks --minutes 60     # goes on where it stopped
-    python benchmarks/attacks.py --out runs/attacks --table          # writes the table into docs/security.md
+    python benchmarks/attacks.py --minutes 60               # goes on where benchmarks/results/attacks.jsonl stops
+    python benchmarks/attacks.py --share 2/2 --minutes 60   # beside --share 1/2: every second cell
+    python benchmarks/attacks.py --table                    # writes the table into docs/security.md
 
 An attack is a client of the in-process engine that lies: about its data, in its report, or in its update. A cell is one
-attack on one way of summing, at one seed and one skew of the data; each is a line of cells.jsonl. The cells that tell
-most come first. Clients are scored after the last round alone, on the global test set.
+attack on one way of summing, at one seed and one skew of the data; each is a line of attacks.jsonl. The cells that tell
+most come first. Clients are scored after the last round alone, on the global test set. What a client trains in round 1
+is the same in many cells: it is trained once.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import statistics
@@ -18,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ from fedalign.data.encode import Encoded
 from fedalign.data.formats import Example
 from fedalign.errors import UserError
 from fedalign.federation.in_process import InProcess
+from fedalign.federation.masked_site import seen_of
 from fedalign.moe.load import quiet
 from fedalign.protocol import (
     EMBEDDINGS,
@@ -105,20 +110,61 @@ ATTACKS: dict[str, Attack] = {
 }
 
 
+class Beginnings:
+    """First rounds of clients, each trained once for all cells in which the client starts from the same.
+
+    Args:
+        folder: where updates are kept.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.known = folder, dict[str, Statistics]()
+
+    def key(self, trainer: Trainer, broadcast: Broadcast, client: ClientData) -> str:
+        """SHA-256 of all that training reads; of the configuration the algorithm alone differs between cells."""
+        read = (
+            trainer.config.algorithm,
+            seen_of(broadcast),
+            broadcast.labels,
+            broadcast.score,
+            client.name,
+            client.train,
+        )
+        return hashlib.sha256(repr(read).encode()).hexdigest()
+
+    def recall(self, key: str, client: ClientData, round: int) -> Statistics | None:
+        """The report of a client that has trained on this before, whose memory is then as it was after it."""
+        if key in self.known:
+            shutil.copytree(self.folder / key, client.memory.folder / f"round-{round:05d}")
+        return self.known.get(key)
+
+    def keep(self, key: str, client: ClientData, report: Statistics) -> None:
+        """Keep what a client reported, and its memory."""
+        shutil.copytree(client.memory.folder / f"round-{report.round:05d}", self.folder / key)
+        self.known[key] = report
+
+
 class Attacked(InProcess):
     """The in-process engine, some of whose clients lie."""
 
     def __init__(
-        self, trainer: Trainer, clients: Mapping[str, ClientData], liars: Sequence[str], attack: Attack, trigger: int
+        self,
+        trainer: Trainer,
+        clients: Mapping[str, ClientData],
+        liars: Sequence[str],
+        attack: Attack,
+        trigger: int,
+        beginnings: Beginnings | None = None,
     ) -> None:
         super().__init__(trainer, clients)
         self.liars, self.attack, self.layout = set(liars), attack, trainer.moe.layout
         self.rows = [(rows.group, rows.start + trigger * rows.width, rows.width) for rows in self.layout.token_rows]
         self.lies: dict[str, Update] = {}
+        self.beginnings = beginnings
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
         """Train all of them; liars, who have heard the others, report what the attack wants."""
-        said = list(super().train(broadcast, clients))
+        said = [self._trained(broadcast, name) for name in clients]
         length = [float(r.norm_G.norm()) for r in said if isinstance(r, Statistics) and r.client not in self.liars]
         for report in said:
             if isinstance(report, Failure) or report.client not in self.liars:
@@ -128,6 +174,20 @@ class Attacked(InProcess):
                 self.lies[report.client] = lie
                 norm_G = torch.stack([lie.groups[group].values.norm() for group in self.layout.groups])
                 yield self.attack.report(replace(report, norm_G=norm_G))
+
+    def _trained(self, broadcast: Broadcast, name: str) -> Statistics | Failure:
+        """What honest training gives."""
+        if self.beginnings is None or broadcast.round > 1:
+            return next(iter(super().train(broadcast, [name])))
+        client = self.clients[name]
+        key = self.beginnings.key(self.trainer, broadcast, client)
+        known = self.beginnings.recall(key, client, broadcast.round)
+        if known is not None:
+            return known
+        report = next(iter(super().train(broadcast, [name])))
+        if isinstance(report, Statistics):
+            self.beginnings.keep(key, client, report)
+        return report
 
     def collect(self, requests: Sequence[Request], accumulator: Accumulator) -> list[Failure]:
         """Hand over; liars hand over what the attack wants."""
@@ -234,6 +294,8 @@ class Bench:
 
     def __init__(self, alpha: float, seed: int, *more: str) -> None:
         self.alpha, self.seed = alpha, seed
+        self._folder = tempfile.TemporaryDirectory(prefix="fedalign-attacks-")  # gone with this bench
+        self.beginnings = Beginnings(Path(self._folder.name))
         self.settings = [
             f"clients.alpha={alpha}",
             f"run.seed={seed}",
@@ -267,7 +329,7 @@ class Bench:
             name: self._client(config, name, folder / name, attack if name in liars else honest) for name in self.parts
         }
         bench = replace(self.bench, config=config)
-        federation = Attacked(bench.trainer(), clients, liars, attack, self.trigger)
+        federation = Attacked(bench.trainer(), clients, liars, attack, self.trigger, self.beginnings)
         quietly: Any = Nobody()
         algorithm = config.algorithm.build()
         server = Server(
@@ -335,19 +397,20 @@ def targeted(example: Example) -> Example:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/attacks"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of attacks.jsonl")
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--share", type=_share, default=(1, 1), metavar="K/N", help="cells K, K + N, ... alone")
     parser.add_argument("--table", action="store_true", help="write what there is into docs/security.md, and end")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "cells.jsonl"
+    file = args.out / "attacks.jsonl"
     if args.table:
         write_table(read(file))
         return
     quiet()
     torch.set_num_threads(1)
     end, bench = time.monotonic() + 60 * args.minutes, None
-    for cell in cells():
+    for cell in islice(cells(), args.share[0] - 1, None, args.share[1]):
         if time.monotonic() > end:
             break
         if found(read(file), cell) is not None:
@@ -358,6 +421,13 @@ def main() -> None:
         with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(cell.key | answer | {"machine": machine("torch", "transformers")}) + "\n")
         print(cell, answer, flush=True)
+
+
+def _share(text: str) -> tuple[int, int]:
+    which, _, of = text.partition("/")
+    if not (which.isdecimal() and of.isdecimal() and 1 <= int(which) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text!r}: K/N with K from 1 to N, as 1/2")
+    return int(which), int(of)
 
 
 def read(file: Path) -> list[dict[str, Any]]:

@@ -62,6 +62,32 @@ def test_liars_lie_and_what_they_send_is_as_long_as_they_say(settings: list[str]
     assert float(cosine) == pytest.approx(-1, abs=1e-4)
 
 
+def test_a_first_round_that_was_trained_before_is_the_same_and_another_is_trained_anew(
+    settings: list[str], tmp_path: Path
+) -> None:
+    config = load_config(None, [*settings, "training.epochs=1"])
+    beginnings = attacks.Beginnings(tmp_path / "beginnings")
+
+    def round(number: int, of: int) -> tuple[list[Statistics], Collected]:
+        prepared = prepare(config, tmp_path / str(number))
+        weights, names = prepared.initial_weights(Heap()), list(prepared.clients)
+        start = {group: pack(value * of, broadcast_dtype("float32"), seed=0) for group, value in weights.items()}
+        nobody = attacks.ATTACKS["none"]
+        federation = attacks.Attacked(prepared.bench.trainer(), prepared.clients, [], nobody, 7, beginnings)
+        reports = [r for r in federation.train(Broadcast(1, start), names) if isinstance(r, Statistics)]
+        collected = Collected()
+        assert not federation.collect([Request(client, 1, (SHARED,)) for client in names], collected)
+        return reports, collected
+
+    first, again, other = round(1, 1), round(2, 1), round(3, 2)
+    assert len(beginnings.known) == 2 * len(first[0])
+    for one, two, three in zip(first[0], again[0], other[0], strict=True):
+        assert two is one
+        assert not torch.equal(three.norm_G, one.norm_G)
+        values = [got.updates[one.client].groups[SHARED].values for _, got in (first, again)]
+        assert torch.equal(*values)
+
+
 def test_cells_are_each_there_once_and_a_stored_one_must_be_of_the_same_settings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
