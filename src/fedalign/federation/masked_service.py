@@ -23,7 +23,7 @@ from fedalign.errors import TrainingFailedError
 from fedalign.federation.masked_site import MaskedSite, Terms, seen_of
 from fedalign.federation.masks import Masks, Once, public_key, signed, verify
 from fedalign.federation.messages import Message, MessageError, Parcel, decode
-from fedalign.federation.service import Service
+from fedalign.federation.service import Service, log
 from fedalign.federation.transfer import FIRST
 from fedalign.files import LOCK, locked, write_text
 from fedalign.maths.fixed_point import MOST_CLIENTS
@@ -95,6 +95,8 @@ class MaskedService(Service):
             return broadcast
         if broadcast.score:
             raise MessageError("it is asked for a score, and in a masked run no site tells one")
+        if not self.masking.known:
+            log.warning("%s: whose mask keys these are is the coordinator's word (site.toml: node_keys)", self.name)
         self.memory.forget_start()
         among, seen = tuple(broadcast.keys), seen_of(broadcast)
         self._write_layout()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from fedalign.client.open import open_site
 from fedalign.config.run import Config
 from fedalign.config.site import SiteFolder
 from fedalign.config.toml import load_config
+from fedalign.errors import UserError
 from fedalign.federation.flower import carrier, talks
 from fedalign.federation.flower import sites as federation
 from fedalign.federation.flower.coordinator import Coordinator
+from fedalign.federation.flower.keys import make_node_key
 from fedalign.federation.in_process import prepare
 from fedalign.federation.masked_service import RECORD
 from fedalign.federation.messages import MESSAGES, Parcel, decode, encode
@@ -31,7 +33,7 @@ from fedalign.server.results import RunFolder
 from fedalign.server.run import execute
 from tests.conftest import SUBJECTS, changed, make_site, rows, write_jsonl
 from tests.federation.flower.scripted import Clock
-from tests.federation.flower.test_coordinator import Direct, same_runs
+from tests.federation.flower.test_coordinator import Direct, Tampering, same_runs
 from tests.federation.test_messages import travel
 from tests.server.test_run import Silent, metrics
 
@@ -269,3 +271,138 @@ def test_a_site_that_was_started_again_goes_on_and_does_not_train_anew(
         trained = [one.heard.count("train") for one in services.values()]
         assert sum(trained) <= sum(before) + len(SITES) - more or stage == "summing"
         assert all(len(concealed_of(one.folder)) == 1 for one in services.values())
+
+
+def test_a_second_sum_that_was_interrupted_goes_on_and_no_other_is_made(
+    masked: Callable[..., Config], house: Path, tmp_path: Path
+) -> None:
+    """Ward is lost half-way; the coordinator is killed in the second sum, and ward is back when it is resumed."""
+    config = masked("run.rounds=1", SMALL)
+    pieces = rehearsed(tmp_path, house, config).count("update")
+    models = []
+    for turn, killed in enumerate((False, True)):
+        services = sites(tmp_path / f"sites-{turn}", house, config)
+        lost(services["ward"], "update", after=pieces // 2)
+        heard = list[int]()
+
+        def second(number: int, stage: str, done: int, heard: list[int] = heard) -> bool:
+            heard += [done] if stage == "summing" else []
+            return heard[-2:] == [len(SITES), 1]  # the first sum is over, and the second has begun
+
+        out = tmp_path / f"run-{turn}"
+        if killed:
+            with pytest.raises(KeyboardInterrupt):
+                run(out, link(services), config, watch=Silent(second))
+            services["ward"].before = lambda verb, parcel: None
+        run(out, link(services), config, resume=killed)
+        models.append((out / "model/model.safetensors").read_bytes())
+        first, again = concealed_of(services["east"].folder)
+        assert set(again) < set(first)
+    assert models[0] == models[1]
+
+
+def test_a_site_that_lost_its_record_has_another_key_and_the_sum_is_right_or_none(
+    masked: Callable[..., Config], house: Path, tmp_path: Path
+) -> None:
+    config = masked()
+    in_process(tmp_path / "here", house, config)
+    services = sites(tmp_path / "sites", house, config)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", link(services), config, watch=Silent(lambda *where: where == (2, "training", 2)))
+    (services["lab"].folder.memory("run") / RECORD).unlink()
+    run(tmp_path / "run", link(services), config, resume=True)
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == (
+        tmp_path / "here/model/model.safetensors"
+    ).read_bytes()
+
+
+def test_a_round_that_cannot_be_summed_ends_the_run_in_one_line(
+    masked: Callable[..., Config], house: Path, tmp_path: Path
+) -> None:
+    config = masked()
+    services = sites(tmp_path / "sites", house, config)
+    lost(services["ward"], "train")
+    lost(services["north"], "train")
+    with pytest.raises(UserError, match=r"round 1: 2 clients can be summed, .* ask for 3") as failed:
+        run(tmp_path / "run", link(services), config)
+    assert "\n" not in str(failed.value)
+    for site in services.values():
+        site.before = lambda verb, parcel: None
+    run(tmp_path / "run", link(services), config, resume=True)  # all are back
+    assert [line["clients"] for line in metrics(tmp_path / "run")[1:]] == [[*SITES]] * 2
+
+
+# ------------------------------------------------------------------------------------------------- keys and refusals
+
+
+def test_keys_are_held_against_the_node_keys_that_a_site_was_given(
+    masked: Callable[..., Config], house: Path, tmp_path: Path
+) -> None:
+    config = masked("run.rounds=1")
+    publics = {name: make_node_key(tmp_path / "sites" / name / "key").read_text().strip() for name in SITES}
+    privacy = {
+        name: "node_keys = {" + ", ".join(f'{one} = "{key}"' for one, key in publics.items() if one != name) + "}"
+        for name in SITES
+    }
+    services = sites(tmp_path / "sites", house, config, privacy)
+    assert run(tmp_path / "run", link(services), config)["failures"] == []
+
+    strangers = sites(tmp_path / "strangers", house, config, {"east": privacy["east"]})  # east knows other keys
+    (failure,) = run(tmp_path / "again", link(strangers), config)["failures"]
+    assert (failure["client"], failure["stage"]) == ("east", "train")
+    assert failure["reason"] == "mask key of 'lab': not signed with its node key for this run"
+    assert not any(isinstance(one, Concealed) for one in strangers["east"].sent)
+    assert metrics(tmp_path / "again")[-1]["clients"] == ["lab", "north", "ward"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda hello: replace(hello, mask_key=""), "its mask key '' or the signature of it is none"),
+        (lambda hello: replace(hello, mask_key="A" * 64), "or the signature of it is none"),
+        (lambda hello: replace(hello, mask_signature="30" * 500), "or the signature of it is none"),
+        (lambda hello: replace(hello, examples=40), "it tells how many examples it has, in a masked run"),
+    ],
+)
+def test_a_hello_that_does_not_fit_a_masked_run_is_refused(
+    masked: Callable[..., Config], house: Path, tmp_path: Path, change: Callable[[Hello], Hello], said: str
+) -> None:
+    config = masked("run.rounds=1")
+    services: dict[str, Any] = dict(sites(tmp_path / "sites", house, config))
+    services["lab"] = Tampering(services["lab"], "hello", change)
+    summary = run(tmp_path / "run", Direct(services), config)
+    (failure,) = summary["failures"]
+    assert (failure["client"], failure["stage"]) == ("lab", "join")
+    assert said in failure["reason"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda one: replace(one, round=9), "its masked numbers are of another sum"),
+        (lambda one: replace(one, among=("lab",)), "its masked numbers are of another sum"),
+        (lambda one: replace(one, residues={"examples": torch.zeros(1)}), "its masked numbers of"),
+        (lambda one: replace(one, residues={**one.residues, "z": torch.zeros(9).long()}), "its masked numbers of 'z'"),
+        (
+            lambda one: replace(one, residues={**one.residues, "examples": torch.zeros(1 << 20).long()}),
+            "its masked numbers of 'examples' are not those asked for",
+        ),
+        (lambda one: replace(one, residues={}), "it keeps no update of round 1"),
+        (lambda one: Failure("lab", "train", "no"), "no"),
+        (lambda one: replace(one, client="east"), "it answers as 'east'"),
+    ],
+)
+def test_what_a_site_says_that_was_not_asked_for_is_not_summed(
+    masked: Callable[..., Config], house: Path, tmp_path: Path, change: Callable[[Concealed], Any], said: str
+) -> None:
+    config = masked("run.rounds=1")
+    services: dict[str, Any] = dict(sites(tmp_path / "sites", house, config))
+    services["lab"] = Tampering(services["lab"], "train", change)
+    run(tmp_path / "run", Direct(services), config)
+    (failure,) = metrics(tmp_path / "run")[-1]["failures"]
+    assert (failure["client"], failure["stage"]) == ("lab", "train")
+    assert said in failure["reason"]
+    in_process(tmp_path / "here", house, config, without=["lab"])
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == (
+        tmp_path / "here/model/model.safetensors"
+    ).read_bytes()

@@ -113,7 +113,10 @@ class MaskedFlowerFederation(FlowerFederation):
             for one in places
         )
         for _, (concealed, failure) in self._talks.hold(every, at_once):
-            yield from (answer for answer in (concealed, failure) if answer is not None)
+            if concealed is not None and (failure is None or stage == "update"):  # counts are of use as a whole alone
+                yield concealed
+            if failure is not None:
+                yield failure
 
     def _ask_all(self, verb: str, message: Message, clients: Sequence[str], nbytes: int) -> Talking:
         parcel = encode(message)
