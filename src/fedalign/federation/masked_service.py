@@ -51,7 +51,7 @@ PATIENCE = 600.0  # seconds for which one answer waits for another that is at wo
 
 @dataclass(frozen=True)
 class Masking:
-    """What a client of a masked run knows beside its data.
+    """The facts that a client of a masked run knows beside its data.
 
     Args:
         run: a text that no other run has.
@@ -142,7 +142,7 @@ class MaskedService(Service):
     def _leaving(
         self, round: int, among: Sequence[str], tensors: Sequence[Named], values: Iterable[tuple[str, Tensor]]
     ) -> Concealed:
-        """What was concealed, or where it is larger than a piece an empty message: it is kept, to be fetched."""
+        """A message with all that is concealed; where it is larger than a piece an empty one: it is kept, to be fetched."""
         nbytes = sum(one.dtype.itemsize * torch.Size(one.shape).numel() for one in tensors)
         if nbytes <= min(FIRST, self.masking.config.wire.piece_nbytes):
             return Concealed(self.name, round, tuple(among), dict(values))

@@ -14,14 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import chisquare
 
-from fedalign.client.open import open_site
+from fedalign.client.open import DealtClients, open_site
 from fedalign.config.run import Config
 from fedalign.config.site import SiteFolder
 from fedalign.config.toml import load_config
 from fedalign.errors import UserError
 from fedalign.federation.flower import carrier, talks
 from fedalign.federation.flower import sites as federation
+from fedalign.federation.flower.client_app import _dealt_service
 from fedalign.federation.flower.coordinator import Coordinator
 from fedalign.federation.flower.keys import make_node_key
 from fedalign.federation.in_process import prepare
@@ -38,6 +40,7 @@ from tests.federation.test_messages import travel
 from tests.server.test_run import Silent, metrics
 
 SITES = ("east", "lab", "north", "ward")
+MASKED = ("privacy.masked=true", "server.max_norm_ratio=0", "evaluation.clients=false")
 LIMITS = "min_tokens = 4\nmin_examples = 4\nmin_train = 4\nmin_held_out = 1\n"
 SMALL = "wire.piece_mb=0.05"  # counts and updates are larger, and travel in pieces
 
@@ -73,10 +76,8 @@ def masked(olmoe: Path) -> Callable[..., Config]:
                 "federation.engine=flower",
                 "clients.partition=files",
                 "algorithm.name=by_use",
-                "privacy.masked=true",
-                "server.max_norm_ratio=0",
+                *MASKED,
                 "server.robust=none",
-                "evaluation.clients=false",
                 *overrides,
             ],
         )
@@ -163,6 +164,24 @@ def test_a_masked_run_over_sites_is_the_run_in_one_process(
     assert metrics(tmp_path / "run")[-1]["clients"] == list(SITES)
 
 
+def test_a_masked_simulation_is_the_run_in_one_process(settings: list[str], tmp_path: Path) -> None:
+    more = [*MASKED, "server.robust=none", "run.rounds=2", "training.epochs=1", "federation.engine=simulation"]
+    config = load_config(None, [*settings, "algorithm.name=by_use", *more])
+    out = tmp_path / "simulated"
+    dealt = DealtClients(config, out / "clients")
+    services: dict[str, Any] = {
+        name: _dealt_service(number, config.to_toml(), out / "clients", "run")
+        for number, name in enumerate(dealt.names)
+    }
+    run(out, Direct(services), config)
+    here = changed(config, "federation", engine="in_process")
+    folder = RunFolder(tmp_path / "here")
+    prepared = prepare(here, folder.clients)
+    folder.begin(here)
+    execute(prepared, folder, Silent())
+    same_runs(out, tmp_path / "here")
+
+
 def test_nothing_but_residues_leaves(masked: Callable[..., Config], house: Path, tmp_path: Path) -> None:
     config = masked(SMALL, "run.rounds=1")
     services = sites(tmp_path / "sites", house, config)
@@ -172,8 +191,7 @@ def test_nothing_but_residues_leaves(masked: Callable[..., Config], house: Path,
         assert {one.examples + one.held_out for one in site.sent if isinstance(one, Hello)} == {0}
         assert any(isinstance(one, Concealed) and not one.residues for one in site.sent)
         data = torch.cat([one.data for one in site.sent if isinstance(one, Piece) and one.round])
-        share_B = torch.bincount(data.long(), minlength=256) / len(data)
-        assert float((share_B - 1 / 256).abs().max()) < 5 * (1 / 256 / len(data)) ** 0.5, "not uniform"
+        assert chisquare(torch.bincount(data.long(), minlength=256)).pvalue > 1e-6
         assert not list(site.folder.path.rglob("counts.safetensors"))  # forgotten at the end
 
 
