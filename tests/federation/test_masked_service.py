@@ -18,7 +18,7 @@ from fedalign.config.toml import load_config
 from fedalign.errors import UserError
 from fedalign.federation.flower.client_app import site_answer
 from fedalign.federation.flower.keys import make_node_key
-from fedalign.federation.masked_service import RECORD
+from fedalign.federation.masked_service import COUNTS, RECORD
 from fedalign.federation.masks import fresh_key, public_key, signed, signer
 from fedalign.federation.messages import MESSAGES, Message, Parcel, decode, encode
 from fedalign.federation.site import service_of
@@ -196,7 +196,27 @@ def test_other_weights_in_the_same_round_are_refused(ward: SiteFolder, config: C
     keys = keys_of(ward, config, peers)
     ask(ward, config, "train", broadcast(config, keys))
     reason = fails(ward, config, "train", broadcast(config, keys, shift=0.1))
+    assert reason == "round 1 began with other weights: its masks are used up"
+    told = ask(ward, config, "train", broadcast(config, keys))  # what was trained is still there
+    asked = Sum(1, tuple(keys), totals_of(told), keys, (SHARED,))
+    assert isinstance(ask(ward, config, "conceal", asked), Concealed)
+    (ward.memory("night") / COUNTS).unlink()  # and were it trained anew, nothing of that would be concealed
+    reason = fails(ward, config, "train", broadcast(config, keys, shift=0.1))
     assert reason == "other counts and update of round 1 before: its masks are used up"
+
+
+def test_another_update_is_not_concealed_under_the_mask_of_the_first(
+    ward: SiteFolder, config: Config, peers: dict[str, str]
+) -> None:
+    """The difference of both would be that of the updates."""
+    keys = keys_of(ward, config, peers)
+    told = ask(ward, config, "train", broadcast(config, keys))
+    asked = Sum(1, tuple(keys), totals_of(told), keys, (SHARED,))
+    assert isinstance(ask(ward, config, "conceal", asked), Concealed)
+    other = open_site(ward, config, "night")
+    assert other.trainer.train(other.data, broadcast(config, {}, shift=0.1)).round == 1  # by a process beside it
+    reason = "other counts and update of round 1 before: its masks are used up"
+    assert fails(ward, config, "conceal", asked) == reason
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ class MaskedService(Service):
     def _leaving(
         self, round: int, among: Sequence[str], tensors: Sequence[Named], values: Iterable[tuple[str, Tensor]]
     ) -> Concealed:
-        """A message with all that is concealed; where it is larger than a piece an empty one: it is kept, to be fetched."""
+        """A message with all that is concealed; an empty one where that is larger than a piece, and is kept."""
         nbytes = sum(one.dtype.itemsize * torch.Size(one.shape).numel() for one in tensors)
         if nbytes <= min(FIRST, self.masking.config.wire.piece_nbytes):
             return Concealed(self.name, round, tuple(among), dict(values))

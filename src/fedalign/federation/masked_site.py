@@ -89,8 +89,14 @@ class MaskedSite:
             self.round = 0
 
     def has(self, round: int, broadcast: str) -> bool:
-        """Whether it has counted in this round, which began with this."""
-        return (self.round, self.broadcast) == (round, broadcast)
+        """Whether it has counted in this round, which began with this.
+
+        Raises:
+            TrainingFailedError: It has, and the round began with something else: what it trained then must stay.
+        """
+        if self.round == round and self.broadcast != broadcast:
+            raise TrainingFailedError(f"round {round} began with other weights: its masks are used up")
+        return self.round == round
 
     def count(self, report: Statistics, broadcast: str, among: Sequence[str]) -> Concealed:
         """Keep what was counted in a round that has been trained, and conceal it.
@@ -99,14 +105,13 @@ class MaskedSite:
             TrainingFailedError: As of `recount`; or other numbers of the round were concealed before, or none can be.
         """
         self.round, self.frozen = 0, frozenset(report.frozen)
-        groups = [group for group in self.terms.layout.groups if self.terms.layout.sizes[group]]
         try:
             told = counts(report, self.terms.layout, self.terms.shares, self.terms.tells_loss)
-            update = self._update(report.round, groups)
+            update = self._update(report.round)
             told |= {f"{HEIGHTS}{group}": heights(values) for group, values in update.items()}
         except ValueError as error:
             raise TrainingFailedError(str(error)) from None
-        self.content = fingerprint_of(told | {str(group): values for group, values in update.items()}, broadcast)
+        self.content = content_of(told, update, broadcast)
         self.once.bind(report.round, COUNTED, self.content)
         self.round, self.counts, self.broadcast = report.round, told, broadcast
         self._keep()
@@ -136,10 +141,13 @@ class MaskedSite:
         """
         seen = fingerprint_of(totals.counts, self.broadcast, *totals.among)
         self._check(totals, seen, among)
+        kept = self._update(totals.round)
+        self.once.bind(totals.round, COUNTED, content_of(self.counts, kept, self.broadcast))
         self.once.allow(totals.round, map(str, groups), among)
         layout, terms = self.terms.layout, self.terms
         own = column(self.counts, totals.counts, layout, terms.shares, terms.least)
-        for group, update in self._update(totals.round, groups).items():
+        for group in groups:
+            update = kept[group]
             limit_B = limits(totals.counts[f"{HEIGHTS}{group}"])
             seed = derive_seed(terms.seed, totals.round, self.name, group, "masked")
             residues, clipped = torch.empty(len(update), dtype=torch.int16), 0
@@ -160,11 +168,12 @@ class MaskedSite:
             return value
         return marks(value, self.masks.noise((len(value), POWERS), torch.int32, about))
 
-    def _update(self, round: int, groups: Sequence[ParameterGroup]) -> dict[ParameterGroup, Tensor]:
+    def _update(self, round: int) -> dict[ParameterGroup, Tensor]:
         """Values of the kept update, float32, mapped from its file; zeros of what was not trained."""
+        sizes = self.terms.layout.sizes
+        groups = [group for group in self.terms.layout.groups if sizes[group]]
         trained = tuple(group for group in groups if group not in self.frozen)
         kept = self.memory.hand_over(self.name, Request(self.name, round, trained)).groups
-        sizes = self.terms.layout.sizes
         return {group: kept[group].values if group in kept else torch.zeros(sizes[group]) for group in groups}
 
     def _keep(self) -> None:
@@ -190,6 +199,11 @@ class MaskedSite:
         if any(name.startswith(HEIGHTS) and bool((value >= POWERS).any()) for name, value in totals.counts.items()):
             raise TrainingFailedError(f"the totals of round {totals.round} have heights that no update may have")
         self.once.bind(totals.round, "totals", seen)
+
+
+def content_of(counts: Mapping[str, Tensor], update: Mapping[ParameterGroup, Tensor], broadcast: str) -> str:
+    """SHA-256 of all that a client conceals in a round that began with this."""
+    return fingerprint_of({**counts, **{str(group): values for group, values in update.items()}}, broadcast)
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor], *more: str) -> str:

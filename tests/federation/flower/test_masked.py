@@ -116,6 +116,8 @@ def sites(
         toml += f"[privacy]\nmasked = true\n{(privacy or {}).get(name, '')}\n"
         toml += f"[consent]\ntoken_counts = {json.dumps(consent)}\nembeddings = {json.dumps(consent)}\n"
         made[name] = Cold(make_site(folder / name, toml), config)
+        if not (folder / name / "key").exists():
+            make_node_key(folder / name / "key")
     return made
 
 

@@ -139,7 +139,8 @@ class MaskedFlowerFederation(FlowerFederation):
         """Where the messages of these sites lie, one for each; under other keys they would be others."""
         entries = {name: Entry(dtype, shape) for name, (shape, dtype) in residues.items()}
         among, folder = tuple(keys), self._folder(round)
-        about = {"keys": json.dumps(dict(keys)), **(about or {})}
+        public = [key.partition(" ")[0] for key in keys.values()]  # a signature is another each time
+        about = {"keys": " ".join(public), **(about or {})}
         return [
             Place(name, round, among, folder / f"{folder_name(name)}.{kind}.safetensors", entries, about)
             for name in keys
