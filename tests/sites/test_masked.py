@@ -46,13 +46,13 @@ def tables(olmoe: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, tables: dict[str, Any]) -> Run:
-    """What these runs must come to."""
-    return on_one_machine(tmp_path_factory.mktemp("whole") / "run", "in_process", tables, run__rounds=2)
+    """The same in one process."""
+    return on_one_machine(tmp_path_factory.mktemp("whole") / "run", "in_process", tables)
 
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory, tables: dict[str, Any]) -> Iterator[Deployment]:
-    """Sites that take part in masked runs alone, and know each other's keys; west keeps its model loaded."""
+    """Sites that take part in masked runs alone, and know each other's keys."""
     with deployed(tmp_path_factory.mktemp("masked") / "deployed", tables) as running:
         for site in SITES:
             running.prepare(site, share(site), change=HELD)
@@ -61,7 +61,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, tables: dict[str, Any])
             others = {name: key for name, key in keys.items() if name != site}
             with (running.sites[site] / "site.toml").open("a") as file:
                 file.write(tomli_w.dumps({"privacy": {"masked": True, "masked_min_holders": 2, "node_keys": others}}))
-            running.serve(site) if site == "west" else running.start(site)
+            running.serve(site)
         running.wait_online()
         yield running
 
@@ -90,8 +90,11 @@ def concealed(deployment: Deployment, run: Run, site: str) -> list[dict[str, Any
     return [one for one in map(json.loads, lines[1:]) if "names" in one and "examples" not in one["names"]]
 
 
-def test_a_masked_run_over_sites_is_the_run_in_one_process(deployment: Deployment, whole: Run) -> None:
-    run, said = deployment.run("whole", run__rounds=2)
+def test_a_masked_run_over_sites_is_the_run_in_one_process(
+    deployment: Deployment, tables: dict[str, Any], tmp_path: Path
+) -> None:
+    run, said = deployment.run("two", run__rounds=2)
+    whole = on_one_machine(tmp_path / "two", "in_process", tables, run__rounds=2)
     assert run.model == whole.model
     assert run.measured == whole.measured
     assert run.summary["failures"] == []
@@ -105,7 +108,7 @@ def test_a_masked_run_over_sites_is_the_run_in_one_process(deployment: Deploymen
 
 
 def test_a_coordinator_that_is_killed_in_the_sum_goes_on_with_the_same_sum(deployment: Deployment, whole: Run) -> None:
-    with deployment.started("resumed", run__rounds=2) as (run, command), held(deployment, "north"):
+    with deployment.started("resumed") as (run, command), held(deployment, "north"):
         command.wait(
             lambda: run.reached(1, "summing", 1) and "update" in asked(deployment, run, "west"),
             "west has sent its update",
@@ -115,7 +118,7 @@ def test_a_coordinator_that_is_killed_in_the_sum_goes_on_with_the_same_sum(deplo
     deployment.resume(run)
     assert run.model == whole.model
     assert run.summary["failures"] == []
-    assert len(concealed(deployment, run, "west")) == 1  # of the last round
+    assert len(concealed(deployment, run, "west")) == 1
 
 
 def test_a_site_killed_between_totals_and_update_costs_its_share(deployment: Deployment, whole: Run) -> None:

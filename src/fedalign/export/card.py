@@ -282,7 +282,11 @@ def _algorithm(config: Config) -> str:
 
 
 def _sizes(examples: Sequence[int]) -> str:
-    """Sites whose sums are masked tell nobody how many they have."""
+    """How many examples clients have; sites whose sums are masked tell nobody.
+
+    >>> _sizes([1200, 40]), _sizes([0, 0])
+    ('1,240 in all, 40 to 1,200 a client', 'not told by any of 2 sites')
+    """
     if not any(examples):
         return f"not told by any of {len(examples)} sites"
     return f"{sum(examples):,} in all, {min(examples):,} to {max(examples):,} a client"
