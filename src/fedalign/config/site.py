@@ -333,8 +333,8 @@ class SiteFolder:
             )
         if run.masked and run.masked_min_holders < own.masked_min_holders:
             raise UserError(
-                f"privacy.masked_min_holders = {run.masked_min_holders}: this site is summed with so many that they "
-                f"are {own.masked_min_holders} or more."
+                f"privacy.masked_min_holders = {run.masked_min_holders}: this site takes part in masked sums of "
+                f"{own.masked_min_holders} or more ([privacy] in its site.toml). Choose {own.masked_min_holders}."
             )
         if run.masked and self.config.limits.max_experts:
             raise UserError(

@@ -321,6 +321,22 @@ def test_a_second_sum_that_was_interrupted_goes_on_and_no_other_is_made(
     assert models[0] == models[1]
 
 
+def test_a_site_that_is_away_when_a_round_goes_on_was_counted_all_the_same(
+    masked: Callable[..., Config], house: Path, tmp_path: Path
+) -> None:
+    config = masked("run.rounds=1", "federation.min_sites=3")
+    services = sites(tmp_path / "sites", house, config)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", link(services), config, watch=Silent(lambda *where: where == (1, "training", 4)))
+    away = link(services)
+    away.away = {SITES.index("east")}
+    run(tmp_path / "run", away, config, resume=True)
+    line = metrics(tmp_path / "run")[-1]
+    assert line["clients"] == list(SITES)
+    assert [(fault["client"], fault["reason"]) for fault in line["failures"]] == [("east", "not connected")]
+    assert [len(concealed_of(site.folder)) for site in services.values()][1:] == [2, 2, 2]
+
+
 def test_a_site_that_lost_its_record_has_another_key_and_the_sum_is_right_or_none(
     masked: Callable[..., Config], house: Path, tmp_path: Path
 ) -> None:

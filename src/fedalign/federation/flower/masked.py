@@ -77,9 +77,11 @@ class MaskedFlowerFederation(FlowerFederation):
         there = [name for name in clients if name in self.sites]
         talks = dict(self._carrier.broadcast("train", replace(broadcast, keys=keys), there, Concealed))
         for answer in self._hold("train", talks, self._places(broadcast.round, keys, "counts", self.counts)):
-            if isinstance(answer, Concealed):
+            if answer.client not in self.sites:  # what it sent before an interruption is here still
+                pass
+            elif isinstance(answer, Concealed):
                 self.sites[answer.client].missed = 0
-            elif answer.client in self.sites:
+            else:
                 self._count_missed(answer.client)
             yield answer
 
