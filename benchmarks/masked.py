@@ -4,9 +4,10 @@
     python benchmarks/masked.py --only cost --peers 9 --megabytes 100
 
 **Cost.** One client of 1 + PEERS conceals a whole round: its counts, with the heights of each block, then its update,
-by the code that a round runs. The update lies in memory. Seconds are medians of REPEATS; `counts` has the hash of the
-update, under which a mask is used once. Memory is the peak above the update, a process a row; it grows with the largest
-group, 2 bytes a value. Bytes are compared with int8 unmasked, which has a scale for each 256 values, and with float32.
+by the code that a round runs. The update lies in memory. Seconds are medians of REPEATS; both parts have the hash of
+the update, under which a mask is used once. Memory is the peak above the update, a process a row; it grows with the
+largest group, 2 bytes a value. Bytes are compared with int8 unmasked, which has a scale for each 256 values, and with
+float32.
 `sum` is the server's: it adds one client's message.
 
 **Error.** Bits of signal: log2 of the sum's root mean square over that of its error. Clients' updates have nothing in
@@ -27,7 +28,7 @@ import statistics as stats
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -51,8 +52,8 @@ class Site(MaskedSite):
 
     update: dict[ParameterGroup, Tensor]
 
-    def _update(self, round: int, groups: Sequence[ParameterGroup]) -> dict[ParameterGroup, Tensor]:
-        return {group: self.update[group] for group in groups}
+    def _update(self, round: int) -> dict[ParameterGroup, Tensor]:
+        return {group: values for group, values in self.update.items() if len(values)}
 
 
 def layout_of(values: int) -> Layout:

@@ -27,11 +27,15 @@ Between machines updates travel as pieces of at most `wire.piece_mb`, and so doe
     server -> client   Fetch       which bytes of its update a client is to send
     client -> server   Piece       these bytes
 
-With `privacy.masked`, which no engine between machines carries yet, clients conceal what they send, but for its sums::
+With `privacy.masked` clients conceal what they send, but for its sums; in place of Statistics and Updates then travel::
 
+    server -> client   Broadcast   with it the mask keys of all clients that are to be summed
     client -> server   Concealed   counts, masked: examples, and those that weights are shares of
-    server -> client   Totals      their sums over all clients, of which each makes its own weights
+    server -> client   Recount     if a client was lost: to conceal them again among those left
+    server -> client   Totals      their sums over all clients, of which each makes its own weights; in a Sum
     client -> server   Concealed   its weighted update, masked
+
+What is larger than a piece is fetched in pieces, as updates are.
 
 The second half of this page is the seam: what an algorithm is (`Algorithm`), what it sees of a round (`Reports`,
 `Step`, `LocalRound`) and how a round reaches the clients (`Federation`).
@@ -56,7 +60,7 @@ from fedalign.maths import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-PROTOCOL = 9  # of these messages; sites that speak another are refused
+PROTOCOL = 10  # of these messages; sites that speak another are refused
 Kind = Literal["shared", "embeddings", "head", "gate", "expert"]
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus", "unknown"]
 WireDtype = Literal["float32", "bfloat16", "int8", "int4"]
@@ -243,6 +247,8 @@ class Hello:
     token_counts: bool  # whether it sends them where they are asked for
     embeddings: bool  # whether it trains embeddings and head
     labels: tuple[int, ...] = ()  # examples of each label, where the loss reads it and the client consents
+    mask_key: str = ""  # masked runs: 64 hex digits of its public X25519 key; examples and held_out are 0 then
+    mask_signature: str = ""  # and of its node key's signature of that; empty where it has no node key
 
 
 @dataclass(frozen=True)
@@ -271,6 +277,7 @@ class Broadcast:
     differences: Mapping[ParameterGroup, Packed] = field(default_factory=dict)  # of groups that changed
     before: Mapping[str, str] = field(default_factory=dict)  # digests of what they are added to; does not travel
     labels: tuple[int, ...] = ()  # examples of each label at all clients that tell it, where the loss reads it
+    keys: Mapping[str, str] = field(default_factory=dict)  # masked runs: as of `Recount`
 
     @property
     def nbytes(self) -> int:
@@ -509,7 +516,7 @@ class Concealed:
     client: str
     round: int
     among: tuple[str, ...]  # clients whose masks cancel, in the order of their names
-    residues: Mapping[str, Tensor]  # name of a count, or a group's -> integers
+    residues: Mapping[str, Tensor]  # name of a count, or a group's -> integers; empty: kept, to be fetched in pieces
 
     @property
     def nbytes(self) -> int:
@@ -550,6 +557,39 @@ class Totals:
     def nbytes(self) -> int:
         """Bytes on the wire."""
         return sum(tensor.nbytes for tensor in self.counts.values())
+
+
+@dataclass(frozen=True)
+class Recount:
+    """Server to client in a masked round: conceal your counts once more, among those left."""
+
+    round: int
+    keys: Mapping[str, str]  # of all that are summed, by name: mask key and signature, as of `Hello`, and a space
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Server to client in a masked round: the totals, and of which groups a share is asked for, among whom."""
+
+    round: int
+    counted: tuple[str, ...]  # as in `Totals`, and
+    counts: Mapping[str, Tensor]
+    keys: Mapping[str, str]  # as of `Recount`
+    groups: tuple[ParameterGroup, ...]
+
+    @property
+    def totals(self) -> Totals:
+        """The totals alone."""
+        return Totals(self.round, self.counted, self.counts)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """How far the sums of a round had come when the server was interrupted; it goes on among the same clients."""
+
+    counted: tuple[str, ...] = ()  # among whom counts were last asked for; empty: they were not
+    left: tuple[str, ...] = ()  # among whom a second sum of updates was asked for, and
+    groups: tuple[ParameterGroup, ...] = ()  # of which groups; no other sum of these may be asked for
 
 
 @dataclass(frozen=True)
@@ -748,6 +788,9 @@ class Federation(Protocol):
 
 class MaskedFederation(Federation, Protocol):
     """A federation whose clients can conceal what they send, but for its sums over all clients of a round."""
+
+    def begun(self, round: int) -> Begun:
+        """How far the sums of a round had come before an interruption; nowhere where clients have other keys now."""
 
     def count(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterable[Concealed | Failure]:
         """Local training, and the counts of each client, concealed among `clients`; in any order."""

@@ -16,8 +16,10 @@ MASKED = ["privacy.masked=true", "algorithm.name=by_use", "server.max_norm_ratio
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["federation.engine=simulation"], 'federation.engine = "simulation": privacy.masked = true runs in process'),
-        (["federation.engine=flower", 'data.labels=["a","b"]'], "sites have no masks yet. Choose"),
+        (
+            ["federation.engine=flower", 'data.labels=["a","b"]'],
+            'server.robust = "auto", over sites "clip": needs the length',
+        ),
         (["algorithm.name=fedalign_moe"], "need statistics of each client"),
         (["algorithm.gate=rows"], "need statistics of each client"),
         (["algorithm.min_holders=2"], "need statistics of each client"),

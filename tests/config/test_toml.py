@@ -16,7 +16,7 @@ from fedalign import algorithms
 from fedalign.algorithms.fedalign_moe import FedAlignMoE
 from fedalign.algorithms.fedavg import FedAvg
 from fedalign.config.run import AlgorithmConfig, ClientLimits, ClientsConfig, Config, FileConfig, ModelConfig
-from fedalign.config.site import SiteConfig, SiteFile, SiteFolder
+from fedalign.config.site import SiteConfig, SiteFile, SiteFolder, SitePrivacy
 from fedalign.config.toml import every_key, explained, load_config
 from fedalign.errors import UserError
 
@@ -25,6 +25,12 @@ SITE = {"name": "ward", "data": {"train": "notes.jsonl"}}
 TABLES: dict[str, tuple[type[BaseModel], str]] = {
     str(dict[str, kind]): (kind, f"{name}.")  # type: ignore[valid-type] # a type is a value here
     for kind, name in ((ClientLimits, "client-00"), (FileConfig, "north.csv"), (SiteFile, "north.csv"))
+}
+
+
+EXAMPLES = {  # tables of any names
+    str(dict[str, str]): ".text",
+    str(SitePrivacy.model_fields["node_keys"].annotation): ".hospital-b",
 }
 
 
@@ -40,7 +46,7 @@ def keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str 
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from keys(kind, f"{prefix}{name}.{key}")
         else:
-            yield f"{prefix}{name}{'.text' if about.annotation == dict[str, str] else ''}", about.description
+            yield f"{prefix}{name}{EXAMPLES.get(str(about.annotation), '')}", about.description
 
 
 def flat(tables: dict[str, object], prefix: str = "") -> dict[str, object]:

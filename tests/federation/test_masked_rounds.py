@@ -325,7 +325,7 @@ def test_a_client_whose_update_has_no_limit_says_so(tmp_path: Path) -> None:
     broadcast = Broadcast(1, {group: pack(value, "float32", 0) for group, value in engine.trainer.moe.read().items()})
     report = next(one for one in engine.train(broadcast, ["a"]) if isinstance(one, Statistics))
     site = engine.sites["a"]
-    update = site._update(1, list(engine.trainer.moe.layout.sizes))
+    update = site._update(1)
     large = {group: torch.full_like(value, 2000.0) for group, value in update.items()}
     site._update = lambda *_: large  # type: ignore[method-assign] # an update as no training makes it
     with pytest.raises(TrainingFailedError, match="of 1,024 or more"):

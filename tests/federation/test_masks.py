@@ -252,7 +252,9 @@ def test_a_client_answers_twice_at_most_and_for_fewer_of_the_same(tmp_path: Path
         with pytest.raises(TrainingFailedError, match="x of round 1 was concealed already: a further sum"):
             again().allow(1, ["x"], other)
     again().allow(1, ["x"], ("a", "b", "c", "d"))
-    again().allow(1, ["x"], ALL)
+    again().allow(1, ["x"], ("d", "c", "b", "a"))
+    with pytest.raises(TrainingFailedError, match="x of round 1 was concealed already"):
+        again().allow(1, ["x"], ALL)  # both sums together would tell of e
     with pytest.raises(TrainingFailedError, match="x of round 1 was concealed already"):
         again().allow(1, ["x"], ("a", "b", "c"))
     with pytest.raises(TrainingFailedError, match="x of round 1"):

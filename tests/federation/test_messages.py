@@ -34,6 +34,7 @@ from fedalign.protocol import (
     PROTOCOL,
     SHARED,
     Broadcast,
+    Concealed,
     Evaluation,
     Failure,
     Fetch,
@@ -44,8 +45,10 @@ from fedalign.protocol import (
     Packed,
     ParameterGroup,
     Piece,
+    Recount,
     Start,
     Statistics,
+    Sum,
     WireDtype,
     parse_group,
 )
@@ -109,6 +112,13 @@ def statistics(client: str = "ward", round: int = 3) -> Statistics:
 def every_message(dtype: WireDtype = "float32") -> list[Message]:
     groups = packed({SHARED: 700, GROUPS[1]: 0, GROUPS[9]: 257}, dtype)
     constants = {"a.bias": torch.arange(3), "b.flag": torch.tensor([True]), "c.step": torch.tensor(7.0)}
+    totals = {
+        "examples": torch.tensor([7]),
+        "heights shared": torch.arange(3).byte(),
+        "load_L_E": torch.ones(2, 3).long(),
+    }
+    residues = {"clipped shared": torch.tensor([-1]), "heights shared": torch.ones(3, 48).int()}
+    residues |= {"load_L_E": torch.zeros(2, 3).long(), "shared": torch.arange(-300, 400).short()}
     return [
         hello(),
         Start("ward", groups, constants),
@@ -134,6 +144,12 @@ def every_message(dtype: WireDtype = "float32") -> list[Message]:
         Evaluation("ward", 10, 0.75, 0.5),
         Evaluation(None, 10, 0.75, None),
         Failure("ward", "train", "its loss is nan"),
+        hello("ward", examples=0, held_out=0, mask_key="a" * 64, mask_signature="3066" * 50),
+        Broadcast(5, {}, keys={"east": "b" * 64, "ward": "a" * 64 + " 3066"}),
+        Recount(5, {"ward": "a" * 64 + " " + "f" * 208}),
+        Sum(5, ("east", "ward"), totals, {"east": "b" * 64}, (SHARED, GROUPS[9])),
+        Concealed("ward", 5, ("east", "ward"), residues),
+        Concealed("ward", 5, ("ward",), {}),
     ]
 
 
@@ -175,6 +191,8 @@ def test_all_that_the_protocol_says_may_travel_does() -> None:
         protocol.Request,
         protocol.Update,
         protocol.Moved,
+        protocol.Totals,
+        protocol.Begun,
     }  # of a message, or the server's
     parts |= {
         protocol.LayerRouting,
@@ -182,8 +200,8 @@ def test_all_that_the_protocol_says_may_travel_does() -> None:
         protocol.LocalRound,
         protocol.Reports,
         protocol.Part,
+        protocol.Shares,
     }  # of algorithms
-    parts |= {protocol.Concealed, protocol.Shares, protocol.Totals}  # of masked rounds, which stay in one process
     assert classes - parts == set(MESSAGES.values())
 
 
@@ -218,6 +236,19 @@ def test_groups_are_put_together_into_few_arrays(monkeypatch: pytest.MonkeyPatch
     parcel = encode(Broadcast(1, packed(sizes, "float32")))
     assert [sum(map(len, pieces)) for pieces in parcel.arrays.values()] == [30, 1000, 25, 0]
     assert parcel.arrays["weights.1"][0].dtype == torch.float32
+
+
+def test_tensors_of_one_type_are_one_array_and_as_many_values_as_announced() -> None:
+    residues = {"a": torch.arange(6).short().view(2, 3), "b": torch.zeros(0).short(), "c": torch.tensor([7])}
+    parcel = travel(encode(Concealed("ward", 1, ("ward",), residues)))
+    assert {name: len(pieces[0]) for name, pieces in parcel.arrays.items()} == {
+        "residues/int16": 6,
+        "residues/int64": 1,
+    }
+    for wrong in (["int16", [2, 2]], ["int16", [2, 4]], ["int64", [2, 3]], ["int16", [-2, -3]], ["int16", 6], "int16"):
+        head = {**parcel.head, "residues": {**parcel.head["residues"], "a": wrong}}
+        with pytest.raises(MessageError, match="damaged concealed"):
+            decode(Parcel(head, parcel.arrays), Concealed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

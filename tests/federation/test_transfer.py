@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from fedalign.federation import received as received_module
 from fedalign.federation import transfer
-from fedalign.federation.flower.carrier import Download, Freight, Upload
+from fedalign.federation.flower.carrier import Download, Freight, Upload, taken_over
 from fedalign.federation.messages import MessageError, decode
 from fedalign.federation.received import Received
 from fedalign.federation.transfer import (
@@ -412,7 +412,7 @@ def test_an_update_that_a_power_cut_left_half_written_is_fetched_again(tmp_path:
     nbytes = sum(entries[name].nbytes for name in last)
     content[-nbytes:] = bytes(nbytes)
     file.file.write_bytes(content)
-    upload = Upload("ward", 1, file.file, entries, MOST)
+    upload = Upload("ward", 1, taken_over(Transfer(file.file, entries)), MOST)
     assert upload.unsure
     assert upload.take(None, Piece("ward", 1, "", (), torch.empty(0, dtype=torch.uint8), ""))
     assert upload.left == [(file.nbytes - nbytes, file.nbytes)]

@@ -99,7 +99,7 @@ def test_without_masks_nothing_needs_cryptography() -> None:
     subprocess.run([sys.executable, "-c", hidden], check=True)
 
 
-def test_what_leaves_says_that_no_site_conceals_anything_yet(
+def test_what_leaves_lists_what_is_concealed_and_nothing_beside_it(
     fedalign: Command, settings: list[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "masked.toml"
@@ -107,4 +107,9 @@ def test_what_leaves_says_that_no_site_conceals_anything_yet(
     file.write_text(f'{tables}[algorithm]\nname = "fedavg"\n')
     code, out, err = fedalign("doctor", file, "--what-leaves")
     assert code == 0, err
-    assert "A site conceals nothing yet" in out
+    told = " ".join(out.split())
+    assert "tells nothing but in the sum over the sites of a round, 3 or more" in told
+    assert "Whose mask keys this site is handed is the coordinator's word" in told
+    assert [line.partition(":")[0] for line in out.splitlines() if line[:1].isupper() and ": " in line[:14]] == [
+        *("Hello", "Start", "Lacking", "Concealed", "Concealed", "Piece", "Failure")
+    ]

@@ -130,7 +130,7 @@ def _print_verdict(found: Examination) -> None:
 def _what_leaves(folder: SiteFolder | None, settings: Config | None) -> None:
     from fedalign.config.run import Config
     from fedalign.doctor.model import skeleton_bench
-    from fedalign.doctor.what_leaves import BESIDES, NEVER, UNMASKED, tokens_told, what_leaves
+    from fedalign.doctor.what_leaves import BESIDES, NEVER, masks_told, tokens_told, what_leaves
     from fedalign.protocol import DEALT
 
     if settings is None and (folder is None or folder.config.model.path is None):
@@ -142,8 +142,8 @@ def _what_leaves(folder: SiteFolder | None, settings: Config | None) -> None:
     with out.status("Reading the model's configuration ..."):
         moe = skeleton_bench(local).moe
     say(f"What leaves {name} when it trains {local.model.path} ({moe.family}). {NEVER}\n")
-    if local.privacy.masked:
-        say(UNMASKED)
+    if masks := masks_told(local, folder.config.privacy.node_keys if folder else {}):
+        say(f"{masks}\n")
     say(tokens_told(moe.layout, local, consent, if_it_consents=folder is None) + "\n")
     for sent in what_leaves(name, moe, local, consent):
         _print_sent(sent)

@@ -194,6 +194,8 @@ def _on_flower(
     say(f"{settings.algorithm.name}: sites behind Flower, {reached}; {settings.guard}", console)
     if settings.privacy.on:
         say(settings.privacy.told, console)
+    if settings.privacy.masked:
+        say(settings.privacy.hidden, console)
     return _watched(
         settings,
         folder,

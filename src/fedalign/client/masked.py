@@ -57,6 +57,8 @@ class Column:
 def counts(report: Statistics, layout: Layout, shares: Shares, tells_loss: bool) -> dict[str, Tensor]:
     """A client's numbers that the weights are shares of, int64, in units of 1 / UNIT where they need not be whole.
 
+    Without consent to counts of tokens it counts as one that met none.
+
     Args:
         report: of the round, which stays at the client.
         layout: the model's groups.
@@ -74,7 +76,8 @@ def counts(report: Statistics, layout: Layout, shares: Shares, tells_loss: bool)
         told[LOAD] = counted(expert_sizes(alone)[0], UNIT)
         told[HOLDERS] = (told[LOAD] > 0).long()
     if shares.rows != "examples" and layout.token_rows:
-        told[ROWS] = counted(row_sizes(alone, counted=shares.rows == "tokens")[0], UNIT)
+        size_M_V = row_sizes(alone, counted=shares.rows == "tokens")[0]
+        told[ROWS] = counted(size_M_V if size_M_V.numel() else torch.zeros(layout.token_cells), UNIT)
         told[MET] = (told[ROWS] > 0).long()
     return told
 

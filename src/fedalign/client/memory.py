@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # handing over an update needs neither a model nor data
 logger = logging.getLogger(__name__)
 UPDATE, KEPT, DIGESTS = "update.safetensors", "kept.safetensors", "digests.json"
 START = "start"  # a folder: what the first round starts from, where the server has to fetch it
+CONCEALED = "concealed"  # a folder: what was last concealed in a masked run, where the server has to fetch it
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,17 @@ class ClientMemory:
     @parallel.by_the_first
     def keep_start(self, values: Iterable[tuple[str, Tensor]], tensors: Iterable[Named]) -> None:
         """Keep what the first round starts from, to be handed over in pieces as the update of round 0."""
-        with replacing(self.folder / START) as folder:
+        self._keep_to_hand_over(START, values, tensors)
+
+    def keep_concealed(self, values: Iterable[tuple[str, Tensor]], tensors: Iterable[Named]) -> None:
+        """Keep what a masked round's message holds, to be handed over in pieces in place of an update."""
+        self._keep_to_hand_over(CONCEALED, values, tensors)
+
+    def _keep_to_hand_over(self, name: str, values: Iterable[tuple[str, Tensor]], tensors: Iterable[Named]) -> None:
+        with replacing(self.folder / name) as folder:
             keeping = Keeping(folder, tensors)
-            for name, value in values:
-                keeping.put(name, Packed(value))
+            for key, value in values:
+                keeping.put(key, Packed(value))
             keeping.close()
 
     def forget_start(self) -> None:
@@ -157,13 +165,18 @@ class ClientMemory:
             raise TrainingFailedError(f"its update of round {request.round} has no {lacking[0]}")
         return Update(client, request.round, {group: kept[group] for group in request.groups})
 
-    def hand_piece(self, client: str, fetch: Fetch) -> Piece:
+    def hand_piece(self, client: str, fetch: Fetch, kept_in: str = "") -> Piece:
         """Read the asked bytes of a kept update, and whether what the server has of it from before is still the same.
+
+        Args:
+            client: who hands it over.
+            fetch: what is asked for.
+            kept_in: the folder, if it is not the one of the round; empty: that one.
 
         Raises:
             TrainingFailedError: As of `hand_over`.
         """
-        folder = self.folder / (f"round-{fetch.round:05d}" if fetch.round else START)
+        folder = self.folder / (kept_in or (f"round-{fetch.round:05d}" if fetch.round else START))
         if not (folder / UPDATE).exists():
             raise TrainingFailedError(f"it keeps no update of round {fetch.round}")
         if problem := damage(folder, DIGESTS):
@@ -221,7 +234,7 @@ class ClientMemory:
     @parallel.by_the_first
     def forget_updates(self) -> None:
         """Free the disk that kept updates take, once a run is complete."""
-        for folder in (self.folder / START, *(folder for _, folder in rounds_in(self.folder))):
+        for folder in (self.folder / START, self.folder / CONCEALED, *(folder for _, folder in rounds_in(self.folder))):
             (folder / UPDATE).unlink(missing_ok=True)
 
 

@@ -552,7 +552,7 @@ class PrivacyConfig(Section):
         None, "in_process, for studies: noise that can be repeated, and so protects nobody", examples=[0]
     )
 
-    masked: bool = key(False, "in_process: the coordinator learns sums over clients and nothing of one alone")
+    masked: bool = key(False, "the coordinator learns sums over clients and nothing of one alone")
     masked_min_holders: int = key(
         3, "clients of a masked sum at least; experts and words that fewer have go on as under FedAvg", ge=2, le=10**6
     )
@@ -779,12 +779,7 @@ class Config(Section):
         if not self.privacy.masked:
             return
         algorithm, name, server = self.algorithm.build(), self.algorithm.name, self.server
-        engine, masked = self.federation.engine, "privacy.masked = true"
-        if engine != "in_process":
-            raise UserError(
-                f'federation.engine = "{engine}": {masked} runs in process so far, to study it; sites have no masks '
-                'yet. Choose "in_process", or privacy.masked = false.'
-            )
+        masked = "privacy.masked = true"
         if algorithm.owned:
             raise UserError(
                 f'algorithm.name = "{name}": the update of an expert that one client owns is a sum of one, which '
@@ -801,9 +796,10 @@ class Config(Section):
                 f"{masked} there are sums alone. Choose one of: by_use, fedavg, fedprox."
             )
         if self.robust != "none":
+            over_sites = f', over sites "{self.robust}"' if server.robust == "auto" else ""
             raise UserError(
-                f'server.robust = "{self.robust}": needs the length of each client\'s update, which {masked} hides. '
-                'Choose "none".'
+                f'server.robust = "{server.robust}"{over_sites}: needs the length of each client\'s update, which '
+                f'{masked} hides. Choose "none".'
             )
         if server.max_norm_ratio:
             raise UserError(

@@ -47,6 +47,7 @@ from fedalign.protocol import Consent, is_name
 
 FILE = "site.toml"
 HUB_ID = re.compile(r"(?!.*(\.\.|--))\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
+NODE_KEY = re.compile(r"ecdsa-sha2-nistp(256|384|521) [A-Za-z0-9+/=.]+", re.ASCII)
 HEAD = """\
 # A site: what this organisation decides itself. The coordinator decides how to train.
 # Check it, from this folder: fedalign doctor --site .
@@ -60,7 +61,14 @@ def _name(text: str) -> str:
     return text
 
 
+def _node_key(text: str) -> str:
+    if not NODE_KEY.match(text):
+        raise ValueError("must be the line of a site's key.pub: ecdsa-sha2-nistp384 and its text.")
+    return text
+
+
 SiteName = Annotated[str, AfterValidator(_name)]
+NodeKey = Annotated[str, AfterValidator(_node_key)]
 
 
 class SiteColumns(Columns):
@@ -166,11 +174,22 @@ class SiteConsent(Section):
 class SitePrivacy(Section):
     """A budget of example-level differential privacy over all runs, counted in privacy.jsonl beside this file.
 
-    With one, this site takes part only in runs with [privacy], and in none that overspends it; see docs/privacy.md.
+    With one, this site takes part only in runs with [privacy], and in none that overspends it; see docs/privacy.md. Of
+    masked sums see docs/masks.md.
     """
 
     epsilon_total: float | None = key(None, "that all runs together may spend, for ever", gt=0, examples=[8.0])
     delta: float = key(1e-5, "chance that it does not hold", gt=0, lt=1)
+    masked: bool = key(False, "take part only in runs with masked sums: nothing else of this site is told")
+    masked_min_holders: int = key(
+        3, "clients of a masked sum at least; runs that allow fewer are refused", ge=2, le=10**6
+    )
+    node_keys: dict[SiteName, NodeKey] = key(
+        {},
+        "key.pub of the other sites, as each of them gave it to you: masks are made with these sites alone. Without it "
+        "whose keys they are is the coordinator's word",
+        examples=[{"hospital-b": "ecdsa-sha2-nistp384 AAAA..."}],
+    )
 
 
 class SiteLink(Section):
@@ -300,8 +319,32 @@ class SiteFolder:
             }
         )
 
+    def check_masked(self, config: Config) -> None:
+        """Refuse a run that tells more of this site than it allows, or sums of fewer.
+
+        Raises:
+            UserError: It does.
+        """
+        own, run = self.config.privacy, config.privacy
+        if own.masked and not run.masked:
+            raise UserError(
+                "privacy.masked = false: this site takes part only in runs with masked sums ([privacy] in its "
+                "site.toml). Choose true."
+            )
+        if run.masked and run.masked_min_holders < own.masked_min_holders:
+            raise UserError(
+                f"privacy.masked_min_holders = {run.masked_min_holders}: this site takes part in masked sums of "
+                f"{own.masked_min_holders} or more ([privacy] in its site.toml). Choose {own.masked_min_holders}."
+            )
+        if run.masked and self.config.limits.max_experts:
+            raise UserError(
+                "privacy.masked = true: this site trains only the experts that its data uses most (limits.max_experts "
+                "in its site.toml), and which they are would tell of it. It has to set 0."
+            )
+
     def _refuse(self, config: Config) -> None:
         """Refuse settings that this site does not allow."""
+        self.check_masked(config)
         limits, data = self.config.limits, config.data
         if self.config.model.path is None and not is_hub_id(config.model.path):
             raise UserError(NO_MODEL)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -27,6 +27,7 @@ from fedalign.protocol import (
     TELLING,
     WORDS,
     Ask,
+    Concealed,
     Consent,
     Evaluation,
     Failure,
@@ -41,11 +42,21 @@ from fedalign.protocol import (
     WireDtype,
     asked_shapes,
 )
+from fedalign.server.masked import Residues, count_residues, share_residues
 
-Leaving = Hello | Start | Lacking | Statistics | Piece | Evaluation | Failure
-UNMASKED = (
-    "privacy.masked runs in one process so far, where nothing leaves anybody. A site conceals nothing yet; without "
-    "masks it would send:\n"
+Leaving = Hello | Start | Lacking | Statistics | Piece | Evaluation | Failure | Concealed
+SUMS = (
+    "privacy.masked: what is concealed tells nothing but in the sum over the sites of a round, {least} or more. The "
+    "sum tells what the sites have together; what one of them alone has stands in it, without its name."
+)
+CHECKED = "Masks are made with these sites alone, whose node keys are in site.toml: {names}."
+UNCHECKED = (
+    "Whose mask keys this site is handed is the coordinator's word. One that makes sites up can read what this site "
+    "conceals: list the others' key.pub in site.toml ([privacy] node_keys)."
+)
+MASKED_ROWS = (
+    "Rows of embeddings and counts of tokens leave concealed, if at all: a token that one site alone has stands in the "
+    "sums, without the site's name."
 )
 NEVER = "Texts and labels are never sent as they stand; what is sent is made of them, and tells of them."
 FROZEN = "Embeddings and head are not trained, so neither their rows nor counts of tokens leave."
@@ -77,6 +88,7 @@ WITHHELD = (
 )
 SCORE = "two means over the held-out part, which is never smaller than the site says (limits.min_held_out)."
 HASH = "0" * 64
+SIGNATURE = "0" * 206  # of ECDSA over P-384: 202 to 208 hex digits
 REASON = "its loss is nan at step 1"
 NUMBER, MEAN = 100_000, 1 / 3  # stand for counts and means, whose length depends on their value
 
@@ -86,6 +98,8 @@ WHEN: dict[type[Leaving], str] = {
     Lacking: "when weights come in pieces, for each of them; or it does not keep what it was sent",
     Statistics: "each round, after training",
     Piece: "each round, if the plan asks for its update; here with every group; in pieces of wire.piece_mb",
+    Concealed: "masked runs, each round: counts after training, then its share of each sum; of either once more among "
+    "the others if a site was lost",
     Evaluation: "after the last round, and where only some sites train or the run may end; else statistics hold it",
     Failure: "when something goes wrong",
 }
@@ -98,6 +112,7 @@ TELLS: dict[type[Leaving], str] = {
     Piece: "The most telling message: rows of embeddings that moved name the tokens, where they are trained; with "
     "effort, pieces of the text can be guessed from changed weights, most of all where examples are few. No noise is "
     "added, and the coordinator sees each site's update by itself.",
+    Concealed: "Nothing by itself: as good as random numbers, to all but two sites who put together what they know.",
     Evaluation: f"{SCORE[0].upper()}{SCORE[1:]}",
     Failure: "A sentence that never quotes the data and names no folder of the site; it may name a setting.",
 }
@@ -108,6 +123,10 @@ NOISED: dict[type[Leaving], str] = {
     "is the same whatever the data is.",
     Piece: "Noise hides each single example in it. What many examples have in common still shows.",
     Evaluation: "Not sent: no score has noise.",
+}
+HIDDEN: dict[type[Leaving], str] = {
+    Hello: "That it takes part, and with which key; nothing of what data there is.",
+    Piece: "What is concealed, where it is larger than a piece (wire.piece_mb); nothing by itself.",
 }
 MEANINGS: dict[type[Leaving], dict[str, str]] = {
     Hello: {
@@ -125,6 +144,8 @@ MEANINGS: dict[type[Leaving], dict[str, str]] = {
         "token_counts": "whether it consents to send counts of tokens",
         "embeddings": "whether it consents to train embeddings and head",
         "labels": "how many examples each label has, where the loss reads it",
+        "mask_key": "its public mask key of a masked run",
+        "mask_signature": "its node key's signature of that",
     },
     Start: {
         "client": "the site's name",
@@ -170,6 +191,12 @@ MEANINGS: dict[type[Leaving], dict[str, str]] = {
         "digest": "checksum of these bytes",
         "digests": "checksum of each group's update",
         "stale": "groups of which another update was sent before the coordinator was restarted",
+    },
+    Concealed: {
+        "client": "the site's name",
+        "round": "number of the round",
+        "among": "the sites whose sum is made",
+        "residues": "counts, or a weighed update, and masks; empty where they follow in pieces",
     },
     Evaluation: {
         "client": "the site's name",
@@ -217,10 +244,22 @@ def what_leaves(name: str, moe: MoEModel, config: Config, consent: Consent = DEA
             dataclasses.replace(hello, tells=f"How many examples there are. {labels_told(config, consent)}"),
             *rest,
         ]
-    if not config.privacy.on:
-        return every
-    tells = {kind.__name__: told for kind, told in NOISED.items()}
+    instead = (NOISED if config.privacy.on else {}) | (HIDDEN if config.privacy.masked else {})
+    tells = {kind.__name__: told for kind, told in instead.items()}
     return [dataclasses.replace(sent, tells=tells.get(sent.name, sent.tells)) for sent in every]
+
+
+def masks_told(config: Config, known: Collection[str]) -> str:
+    """A few sentences on who could read what is concealed; empty where nothing is.
+
+    Args:
+        config: the run's.
+        known: the sites whose node keys this site has.
+    """
+    if not config.privacy.masked:
+        return ""
+    checked = CHECKED.format(names=", ".join(sorted(known))) if known else UNCHECKED
+    return f"{SUMS.format(least=config.privacy.masked_min_holders)} {checked}"
 
 
 def labels_told(config: Config, consent: Consent) -> str:
@@ -248,6 +287,8 @@ def _rows_told(layout: Layout, config: Config, consent: Consent, if_it_consents:
         return FROZEN
     if not consent.embeddings:
         return REFUSED
+    if config.privacy.masked:
+        return MASKED_ROWS
     asked = [COUNTED[ask] for ask in sorted(config.asks & TELLING)]
     if not asked:
         counted = "Counts of tokens are not asked for."
@@ -266,8 +307,23 @@ def empty_messages(name: str, moe: MoEModel, config: Config, consent: Consent = 
     constants = {key: value.to("meta") for key, value in moe.constants().items()}
     trained = {group: size for group, size in layout.sizes.items() if size and group not in frozen}
     version = metadata.version("fedalign-moe")
+    hashes = (HASH, HASH, HASH, HASH)
+    shares = config.algorithm.build().shares
+    if config.privacy.masked and shares is not None:
+        every = {group: size for group, size in layout.sizes.items() if size}  # what is not trained is sent as zeros
+        piece = _bytes(every, "bfloat16")  # 16 bits a value, too
+        digests = dict.fromkeys(map(str, every), HASH[:32])
+        return [
+            Hello(name, PROTOCOL, version, *hashes, layout.layers, layout.experts, 0, 0, *said, HASH, SIGNATURE),
+            Start(name, _groups(layout.sizes, "float32"), constants),
+            Lacking(name, NUMBER, HASH[:32], ()),
+            _concealed(name, count_residues(layout, shares, tells_loss=not config.privacy.on)),
+            _concealed(name, share_residues(every, every)),
+            Piece(name, 1, "", (), piece, HASH[:32], digests),
+            Failure(name, "train", REASON),
+        ]
     return [
-        Hello(name, PROTOCOL, version, HASH, HASH, HASH, HASH, layout.layers, layout.experts, NUMBER, NUMBER, *said),
+        Hello(name, PROTOCOL, version, *hashes, layout.layers, layout.experts, NUMBER, NUMBER, *said),
         Start(name, _groups(layout.sizes, "float32"), constants),
         Lacking(name, NUMBER, HASH[:32], ()),
         _statistics(name, layout, config, consent),
@@ -275,6 +331,11 @@ def empty_messages(name: str, moe: MoEModel, config: Config, consent: Consent = 
         Evaluation(name, NUMBER, MEAN, MEAN),
         Failure(name, "train", REASON),
     ]
+
+
+def _concealed(name: str, residues: Mapping[str, Residues]) -> Concealed:
+    tensors = {key: _empty(*shape, dtype=dtype) for key, (shape, dtype) in residues.items()}
+    return Concealed(name, 1, (name, "B", "C"), tensors)
 
 
 def _statistics(name: str, layout: Layout, config: Config, consent: Consent) -> Statistics:

@@ -282,6 +282,17 @@ def _algorithm(config: Config) -> str:
     return about.strip().splitlines()[0]
 
 
+def _sizes(examples: Sequence[int]) -> str:
+    """How many examples clients have; sites whose sums are masked tell nobody.
+
+    >>> _sizes([1200, 40]), _sizes([0, 0])
+    ('1,240 in all, 40 to 1,200 a client', 'not told by any of 2 sites')
+    """
+    if not any(examples):
+        return f"not told by any of {len(examples)} sites"
+    return f"{sum(examples):,} in all, {min(examples):,} to {max(examples):,} a client"
+
+
 def training_rows(trained: Trained) -> list[tuple[str, str]]:
     """How it was trained, as names and values."""
     config, training = trained.config, trained.config.training
@@ -290,7 +301,7 @@ def training_rows(trained: Trained) -> list[tuple[str, str]]:
         ("algorithm", f"`{config.algorithm.name}`{_listed(config.algorithm.model_extra or {})}"),
         ("rounds", f"{trained.round} of {config.run.rounds}{', the best one' if trained.best else ''}"),
         ("data", _data(trained)),
-        ("examples to train on", f"{sum(examples):,} in all, {min(examples):,} to {max(examples):,} a client"),
+        ("examples to train on", _sizes(examples)),
         ("split among clients", _split(config)),
         ("clients a round", f"{100 * config.clients.sample:g} % of them"),
         ("tuning", _tuning(config)),

@@ -30,6 +30,7 @@ from fedalign.maths.rounding import unpack_weights
 from fedalign.moe.load import pick_device
 from fedalign.protocol import (
     Accumulator,
+    Begun,
     Broadcast,
     Concealed,
     Evaluation,
@@ -138,6 +139,10 @@ class MaskedInProcess(InProcess):
             self.sites[name] = MaskedSite(name, one.memory, terms, Masks(name, run, once.key, terms.least), once)
         for site in self.sites.values():
             site.masks.meet({name: other.masks.public for name, other in self.sites.items()})
+
+    def begun(self, round: int) -> Begun:
+        """Nowhere: whoever resumes has other keys."""
+        return Begun()
 
     def count(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Concealed | Failure]:
         """Train clients, in their order, and conceal what they count."""

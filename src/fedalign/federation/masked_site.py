@@ -1,22 +1,28 @@
 """One client's side of a masked round with its masks: what leaves it, wherever it is.
 
 What it counted, and its update, stay with it. It conceals its counts once a round, and once more among those left; a
-group of its update likewise, for which it takes the totals that it is told, never a weight of another's making.
+group of its update likewise, for which it takes the totals that it is told, never a weight of another's making. What it
+counted may be kept in a file: whoever is started again goes on with that, and need not train the round anew.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fedalign.client.masked import column, counts
 from fedalign.client.memory import ClientMemory
 from fedalign.errors import TrainingFailedError
+from fedalign.files import replacing_file
 from fedalign.maths.fixed_point import BLOCK, POWERS, encode, heights, limits, marks
 from fedalign.maths.hashing import derive_seed
 from fedalign.protocol import (
@@ -31,12 +37,14 @@ from fedalign.protocol import (
     Shares,
     Statistics,
     Totals,
+    parse_group,
 )
 
 if TYPE_CHECKING:
     from fedalign.federation.masks import Masks, Once
 
 PIECE = 1 << 20  # values concealed at a time; a whole number of blocks
+COUNTED = "counts and update"  # of a round, as `Once` calls what may not change under a mask
 
 
 @dataclass(frozen=True)
@@ -59,9 +67,36 @@ class MaskedSite:
     terms: Terms
     masks: Masks
     once: Once
+    file: Path | None = None  # where it keeps what follows; None: nowhere
     round: int = 0  # at work
     counts: dict[str, Tensor] = field(default_factory=dict)  # of it
     broadcast: str = ""  # hash of what that round began with
+    content: str = ""  # hash of counts and update
+    frozen: frozenset[ParameterGroup] = frozenset()  # groups that it did not train: its update of them is zero
+
+    def __post_init__(self) -> None:
+        """Go on with what is kept; what cannot be read is as if it were not there."""
+        try:
+            if self.file is None or not self.file.exists():
+                return
+            with safe_open(self.file, "pt") as kept:
+                about = json.loads(kept.metadata()["about"])
+                self.counts = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118 # no mapping
+            self.broadcast, self.content = about["broadcast"], about["content"]
+            self.frozen = frozenset(map(parse_group, about["frozen"]))
+            self.round = about["round"]
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError):
+            self.round = 0
+
+    def has(self, round: int, broadcast: str) -> bool:
+        """Whether it has counted in this round, which began with this.
+
+        Raises:
+            TrainingFailedError: It has, and the round began with something else: what it trained then must stay.
+        """
+        if self.round == round and self.broadcast != broadcast:
+            raise TrainingFailedError(f"round {round} began with other weights: its masks are used up")
+        return self.round == round
 
     def count(self, report: Statistics, broadcast: str, among: Sequence[str]) -> Concealed:
         """Keep what was counted in a round that has been trained, and conceal it.
@@ -69,17 +104,17 @@ class MaskedSite:
         Raises:
             TrainingFailedError: As of `recount`; or other numbers of the round were concealed before, or none can be.
         """
-        self.round = 0
-        groups = [group for group in self.terms.layout.groups if self.terms.layout.sizes[group]]
+        self.round, self.frozen = 0, frozenset(report.frozen)
         try:
             told = counts(report, self.terms.layout, self.terms.shares, self.terms.tells_loss)
-            update = self._update(report.round, groups)
+            update = self._update(report.round)
             told |= {f"{HEIGHTS}{group}": heights(values) for group, values in update.items()}
         except ValueError as error:
             raise TrainingFailedError(str(error)) from None
-        content = told | {str(group): values for group, values in update.items()}
-        self.once.bind(report.round, "counts and update", fingerprint_of(content, broadcast))
+        self.content = content_of(told, update, broadcast)
+        self.once.bind(report.round, COUNTED, self.content)
         self.round, self.counts, self.broadcast = report.round, told, broadcast
+        self._keep()
         return self.recount(report.round, among)
 
     def recount(self, round: int, among: Sequence[str]) -> Concealed:
@@ -90,6 +125,7 @@ class MaskedSite:
         """
         if round != self.round:
             raise TrainingFailedError(f"round {round}: nothing was counted in it")
+        self.once.bind(round, COUNTED, self.content)
         self.once.allow(round, self.counts, among)
         masked = dict[str, Tensor]()
         for name, value in self.counts.items():
@@ -105,10 +141,13 @@ class MaskedSite:
         """
         seen = fingerprint_of(totals.counts, self.broadcast, *totals.among)
         self._check(totals, seen, among)
+        kept = self._update(totals.round)
+        self.once.bind(totals.round, COUNTED, content_of(self.counts, kept, self.broadcast))
         self.once.allow(totals.round, map(str, groups), among)
         layout, terms = self.terms.layout, self.terms
         own = column(self.counts, totals.counts, layout, terms.shares, terms.least)
-        for group, update in self._update(totals.round, groups).items():
+        for group in groups:
+            update = kept[group]
             limit_B = limits(totals.counts[f"{HEIGHTS}{group}"])
             seed = derive_seed(terms.seed, totals.round, self.name, group, "masked")
             residues, clipped = torch.empty(len(update), dtype=torch.int16), 0
@@ -129,22 +168,42 @@ class MaskedSite:
             return value
         return marks(value, self.masks.noise((len(value), POWERS), torch.int32, about))
 
-    def _update(self, round: int, groups: Sequence[ParameterGroup]) -> dict[ParameterGroup, Tensor]:
-        """Values of the kept update, float32, mapped from its file."""
-        kept = self.memory.hand_over(self.name, Request(self.name, round, tuple(groups))).groups
-        return {group: packed.values for group, packed in kept.items()}
+    def _update(self, round: int) -> dict[ParameterGroup, Tensor]:
+        """Values of the kept update, float32, mapped from its file; zeros of what was not trained."""
+        sizes = self.terms.layout.sizes
+        groups = [group for group in self.terms.layout.groups if sizes[group]]
+        trained = tuple(group for group in groups if group not in self.frozen)
+        kept = self.memory.hand_over(self.name, Request(self.name, round, trained)).groups
+        return {group: kept[group].values if group in kept else torch.zeros(sizes[group]) for group in groups}
+
+    def _keep(self) -> None:
+        """Return when the disk has it."""
+        if self.file is not None:
+            about = {"round": self.round, "broadcast": self.broadcast, "content": self.content}
+            about |= {"frozen": [str(group) for group in self.frozen]}
+            with replacing_file(self.file) as new:
+                save_file(self.counts, new, {"about": json.dumps(about)})
 
     def _check(self, totals: Totals, seen: str, among: Sequence[str]) -> None:
         """Refuse totals that are less than what this client counted itself, of another sum, or that were others."""
-        names = {name: value.shape for name, value in self.counts.items()}
-        told = {name: value.shape for name, value in totals.counts.items()}
+        names, told = (
+            {name: (value.shape, value.dtype) for name, value in counts.items()}
+            for counts in (self.counts, totals.counts)
+        )
         if names != told or frozenset(totals.among) not in self.once.among(totals.round, EXAMPLES):
             raise TrainingFailedError(f"the totals of round {totals.round} are not of what it counted")
         if not set(among) <= set(totals.among):
             raise TrainingFailedError(f"a sum of round {totals.round} is asked for among others than were counted")
         if any(bool((totals.counts[name] < value).any()) for name, value in self.counts.items()):
             raise TrainingFailedError(f"the totals of round {totals.round} are less than it counted itself")
+        if any(name.startswith(HEIGHTS) and bool((value >= POWERS).any()) for name, value in totals.counts.items()):
+            raise TrainingFailedError(f"the totals of round {totals.round} have heights that no update may have")
         self.once.bind(totals.round, "totals", seen)
+
+
+def content_of(counts: Mapping[str, Tensor], update: Mapping[ParameterGroup, Tensor], broadcast: str) -> str:
+    """SHA-256 of all that a client conceals in a round that began with this."""
+    return fingerprint_of({**counts, **{str(group): values for group, values in update.items()}}, broadcast)
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor], *more: str) -> str:

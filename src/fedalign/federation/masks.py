@@ -220,7 +220,7 @@ class Once:
     def allow(self, round: int, names: Iterable[str], among: Sequence[str]) -> None:
         """Note that things of a round are about to be concealed among these clients, or refuse all of them.
 
-        The same may be asked for again. Else it is asked for twice at most, the second time among some of the first.
+        The last may be asked for again. Else it is asked for twice at most, the second time among some of the first.
 
         Raises:
             TrainingFailedError: It would tell of one client, these clients are too few, or a later round has begun.
@@ -232,7 +232,7 @@ class Once:
                 "among them"
             )
         self._enter(round)
-        new = [name for name in dict.fromkeys(names) if asked not in self.among(round, name)]
+        new = [name for name in dict.fromkeys(names) if asked not in self.among(round, name)[-1:]]
         for name in new:
             before = self._among.get(name, [])
             if len(before) == 2 or (before and not asked < before[0]):

@@ -22,6 +22,7 @@ from fedalign.maths.rounding import SCALED, TORCH_DTYPE
 from fedalign.protocol import (
     PROTOCOL,
     Broadcast,
+    Concealed,
     Evaluation,
     Failure,
     Fetch,
@@ -31,15 +32,31 @@ from fedalign.protocol import (
     Packed,
     ParameterGroup,
     Piece,
+    Recount,
     Stage,
     Start,
     Statistics,
+    Sum,
     is_name,
     parse_group,
 )
 from fedalign.units import shown
 
-Message = Hello | Start | Offer | Lacking | Piece | Broadcast | Statistics | Fetch | Evaluation | Failure
+Message = (
+    Hello
+    | Start
+    | Offer
+    | Lacking
+    | Piece
+    | Broadcast
+    | Statistics
+    | Fetch
+    | Evaluation
+    | Failure
+    | Recount
+    | Sum
+    | Concealed
+)
 MESSAGES: dict[str, type[Any]] = {
     "hello": Hello,
     "start": Start,
@@ -51,12 +68,14 @@ MESSAGES: dict[str, type[Any]] = {
     "fetch": Fetch,
     "evaluation": Evaluation,
     "failure": Failure,
+    "recount": Recount,
+    "sum": Sum,
+    "concealed": Concealed,
 }
 SLAB = 1 << 25  # bytes that an array of groups holds at least, but for the last
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8)
-} | {"uint8": torch.uint8, "bool": torch.bool}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*FLOATS, *INTEGERS, torch.bool)}
 WIRE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH_DTYPE.values()}
 Arrays = dict[str, tuple[Tensor, ...]]
 
@@ -75,6 +94,8 @@ VERBS: Mapping[str, Verb] = {
     "offer": Verb("train", needs_model=False),
     "piece": Verb("train", needs_model=False),
     "train": Verb("train", needs_model=True),
+    "count": Verb("train", needs_model=False),
+    "conceal": Verb("update", needs_model=False),
     "update": Verb("update", needs_model=False),
     "evaluate": Verb("evaluate", needs_model=True),
     "finish": Verb("join", needs_model=False),
@@ -280,18 +301,33 @@ def _tensor(name: str, tensor: Tensor, arrays: Arrays) -> list[Any]:
 
 def _read_tensor(name: str, about: Any, arrays: Arrays) -> Tensor:
     dtype, shape = about
-    flat = _take(name, DTYPES[dtype], arrays)
-    if not isinstance(shape, list) or not all(type(length) is int and length >= 0 for length in shape):
-        raise ValueError(f"{name}: shape {shape!r:.40}")
-    return flat.view(shape)
+    return _take(name, DTYPES[dtype], arrays).view(_shape(name, shape))
 
 
 def _tensors(name: str, named: Mapping[str, Tensor], arrays: Arrays) -> Any:
-    return {key: _tensor(f"{name}/{key}", tensor, arrays) for key, tensor in sorted(named.items())}
+    """All tensors of one type in one array, one behind the other."""
+    about = {}
+    for key, tensor in sorted(named.items()):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        arrays[f"{name}/{dtype}"] = (*arrays.get(f"{name}/{dtype}", ()), tensor.contiguous().reshape(-1))
+        about[key] = [dtype, list(tensor.shape)]
+    return about
 
 
 def _read_tensors(name: str, about: Any, arrays: Arrays) -> dict[str, Tensor]:
-    return {_text(key): _read_tensor(f"{name}/{key}", entry, arrays) for key, entry in about.items()}
+    shapes = {_text(key): (dtype, _shape(key, shape)) for key, (dtype, shape) in about.items()}
+    found = dict[str, Tensor]()
+    for dtype in {dtype for dtype, _ in shapes.values()}:
+        same = {key: shape for key, (one, shape) in shapes.items() if one == dtype}
+        parts = _take(f"{name}/{dtype}", DTYPES[dtype], arrays).split([math.prod(shape) for shape in same.values()])
+        found |= {key: part.view(shape) for (key, shape), part in zip(same.items(), parts, strict=True)}
+    return {key: found[key] for key in shapes}
+
+
+def _shape(name: str, shape: Any) -> list[int]:
+    if not isinstance(shape, list) or not all(type(length) is int and length >= 0 for length in shape):
+        raise ValueError(f"{name}: shape {shape!r:.40}")
+    return shape
 
 
 def _take(name: str, dtype: torch.dtype, arrays: Arrays) -> Tensor:

@@ -134,6 +134,11 @@ class Service:
             raise MessageError(f"round = {broadcast.round}: must be 0 or more")
         return self.received.completed(broadcast, self.sizes)
 
+    def _count(self, _: Parcel) -> Message:
+        raise MessageError("its sums are not masked in this run")
+
+    _conceal = _count
+
     def _train(self, parcel: Parcel) -> Message:
         broadcast = self._broadcast(parcel)
         if isinstance(broadcast, Lacking):

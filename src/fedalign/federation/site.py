@@ -10,20 +10,52 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedalign.client.log import Entry, SiteLog
+from fedalign.config.run import Config
 from fedalign.config.site import SiteFolder
 from fedalign.errors import UserError
+from fedalign.federation.masked_service import MaskedService, Masking, began_masked
+from fedalign.federation.masks import signer
 from fedalign.federation.messages import Parcel, encode, stage_of
-from fedalign.federation.service import SEE_LOG
+from fedalign.federation.service import SEE_LOG, Service
 from fedalign.files import folder_name
 from fedalign.protocol import LONGEST_NAME, Failure, is_name
 from fedalign.units import shown
 
+if TYPE_CHECKING:
+    from fedalign.client.trainer import OpenClient
+
 WITHDREW = "this site withdrew from the run"
 WITHDRAWN = "withdrawn"  # a file in what is kept of a run, after which nothing else is
 log = logging.getLogger("fedalign")
+
+
+def service_of(folder: SiteFolder, config: Config, run: str, open_client: Callable[[], OpenClient]) -> Service:
+    """The service that answers for a site in a run: one that conceals where the run is masked.
+
+    Raises:
+        UserError: It is not, and this site, or what it keeps of the run, demands that.
+    """
+    folder.check_masked(config)
+    name, memory = folder.config.name, folder.memory(run)
+    if not config.privacy.masked:
+        if began_masked(memory):
+            raise UserError(
+                "privacy.masked = false: this run began with masked sums, and what is kept of it is not told."
+            )
+        return Service(name, memory, open_client)
+    key = folder.path / folder.config.coordinator.key
+    sign = partial(_sign, key) if key.exists() else None
+    return MaskedService(name, memory, open_client, Masking(run, config, sign, folder.config.privacy.node_keys))
+
+
+def _sign(key: Path, text: bytes) -> bytes:
+    """A text signed with a node key, which is read when it is needed."""
+    return signer(key)(text)
 
 
 def answer_at(folder: SiteFolder, run: str, verb: str, parcel: Parcel, answer: Callable[[Parcel], Parcel]) -> Parcel:

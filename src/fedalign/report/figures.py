@@ -164,7 +164,7 @@ def _clients(material: Material, point: Point, seed: int, runs: Sequence[Run]) -
         "seed": seed,
         "names": names,
         "of": len(everyone),
-        "examples": [held[name].examples if name in held else None for name in names],
+        "examples": [(held[name].examples or None) if name in held else None for name in names],  # masked: not told
         "tested": [tested.get(name) for name in names],
         "labels": labels,
         "counts": [[held[name].labels.get(label, 0) if name in held else None for label in labels] for name in names],

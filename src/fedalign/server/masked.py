@@ -5,7 +5,8 @@ broadcast -> local training -> masked counts -> their totals -> each client's ow
 The server holds no key: it adds residues modulo 2^64 and 2^16. Drop-outs: what not all sent means nothing, so it is
 asked for once more, masked among those left; of a group that is complete no second sum is asked for. The weight of a
 client that is lost after the totals were told stays where it is: its part of a group's step is zero. A sum that lacks
-anybody else is never used: the round fails, and the last complete one is kept.
+anybody else is never used: the round fails, and the last complete one is kept. A round that was interrupted goes on
+among the same clients: sums over others beside it would tell of those who are in one of them alone.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from fedalign.protocol import (
     LOSS,
     MET,
     UNIT,
+    Begun,
     Concealed,
     Failure,
+    Layout,
     MaskedFederation,
     Metrics,
     ParameterGroup,
@@ -46,6 +49,26 @@ from fedalign.server.rounds import Server, select
 from fedalign.server.scores import Traffic
 
 Residues = tuple[tuple[int, ...], torch.dtype]  # shape and type
+
+
+def count_residues(layout: Layout, shares: Shares, tells_loss: bool) -> dict[str, Residues]:
+    """Shape and type of all counts of a client, concealed."""
+    told: dict[str, Residues] = {
+        name: (shape, torch.int64) for name, shape in count_shapes(layout, shares, tells_loss).items()
+    }
+    for group, size in layout.sizes.items():
+        if size:
+            told[f"{HEIGHTS}{group}"] = (-(-size // BLOCK), POWERS), torch.int32
+    return told
+
+
+def share_residues(sizes: Mapping[ParameterGroup, int], groups: Iterable[ParameterGroup]) -> dict[str, Residues]:
+    """Shape and type of a client's share of these groups' sums, concealed."""
+    shapes: dict[str, Residues] = {}
+    for group in groups:
+        shapes[str(group)] = (sizes[group],), torch.int16
+        shapes[f"{CLIPPED}{group}"] = (1,), torch.int64
+    return shapes
 
 
 @dataclass
@@ -108,9 +131,10 @@ class MaskedServer(Server):
 
     def _round(self, state: ServerState) -> ServerState:
         started, number, traffic = time.perf_counter(), state.round + 1, Traffic()
+        begun = self._sites.begun(number)
         chosen = select(self.federation.members(), self.config.clients.sample, self.config.run.seed, number)
-        totals, failures = self._count(state, number, tuple(sorted(chosen)), traffic)
-        sums, lost = self._add_up(totals, traffic)
+        totals, failures = self._count(state, number, begun.counted or tuple(sorted(chosen)), traffic)
+        sums, lost = self._add_up(totals, begun, traffic)
         clipped = self._clipped(totals, sums)
         summed = self._stepped(state.weights, totals, sums)
         weights, moments = summed, state.moments
@@ -157,11 +181,7 @@ class MaskedServer(Server):
     ) -> tuple[Totals, list[Failure]]:
         """The totals of all clients that trained, and why others did not; asked again once, if some did not."""
         self._enough(number, chosen, [])
-        told = count_shapes(self.layout, self._shares, tells_loss=not self.config.privacy.on)
-        shapes: dict[str, Residues] = {name: (shape, torch.int64) for name, shape in told.items()}
-        for group, size in self.layout.sizes.items():
-            if size:
-                shapes[f"{HEIGHTS}{group}"] = (-(-size // BLOCK), POWERS), torch.int32
+        shapes = count_residues(self.layout, self._shares, tells_loss=not self.config.privacy.on)
         self.observer.progress(number, "training", 0, len(chosen))
         broadcast = self._broadcast(state, number, state.algorithm)
         first = Sums(number, chosen, shapes)
@@ -175,17 +195,21 @@ class MaskedServer(Server):
                 self._fail(number, [*failures, *again])
         return self._totals(number, left, counted.sums), failures
 
-    def _add_up(self, totals: Totals, traffic: Traffic) -> tuple[dict[str, Tensor], list[Failure]]:
+    def _add_up(self, totals: Totals, begun: Begun, traffic: Traffic) -> tuple[dict[str, Tensor], list[Failure]]:
         """The sums of all shares, and of what was clipped, by name; and why clients are missing in some of them."""
-        number, groups = totals.round, [group for group in self.layout.groups if self.layout.sizes[group]]
+        number, groups = totals.round, [g for g in self.layout.groups if self.layout.sizes[g] and g not in begun.groups]
         first = Sums(number, totals.among, self._share_shapes(groups))
         told = self._sites.conceal(totals, totals.among, groups)
         failures = self._take(first, told, "update", "summing", traffic)
-        rest = [group for group in groups if not all(map(first.complete, self._share_shapes([group])))]
+        lacking = [group for group in groups if not all(map(first.complete, self._share_shapes([group])))]
+        rest, left = lacking or begun.groups, begun.left
         if not rest:
             return first.sums, failures
         shapes = self._share_shapes(rest)
-        left = tuple(one for one in totals.among if all(one in first.came.get(name, ()) for name in shapes))
+        if lacking and begun.groups:
+            self._fail(number, failures)
+        if lacking:
+            left = tuple(one for one in totals.among if all(one in first.came.get(name, ()) for name in shapes))
         self._enough(number, left, failures)
         again = Sums(number, left, shapes)
         lost = self._take(again, self._sites.conceal(totals, left, rest), "update", "summing", traffic)
@@ -194,11 +218,7 @@ class MaskedServer(Server):
         return first.sums | again.sums, [*failures, *lost]
 
     def _share_shapes(self, groups: Sequence[ParameterGroup]) -> dict[str, Residues]:
-        shapes: dict[str, Residues] = {}
-        for group in groups:
-            shapes[str(group)] = (self.layout.sizes[group],), torch.int16
-            shapes[f"{CLIPPED}{group}"] = (1,), torch.int64
-        return shapes
+        return share_residues(self.layout.sizes, groups)
 
     def _stepped(self, old: Weights, totals: Totals, sums: Mapping[str, Tensor]) -> Weights:
         new = dict(old)

@@ -7,6 +7,7 @@ was started again, since what has arrived lies on its disk until the round is co
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections import defaultdict
@@ -49,6 +50,7 @@ from fedalign.maths.tensor_file import Range
 from fedalign.protocol import (
     PROTOCOL,
     Broadcast,
+    Concealed,
     Failure,
     Fetch,
     Lacking,
@@ -76,6 +78,39 @@ LEAST = (
 BRIEF, LONG = 10.0, 40.0  # seconds
 TRIES = 5  # times in a row that a site may fail in the midst of a transfer, and times that what arrived may prove wrong
 AWAY = 180.0  # seconds that it may then be away: Flower refuses the key of a SuperNode killed a minute ago
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one concealed message of a client lies at the coordinator."""
+
+    client: str
+    round: int
+    among: tuple[str, ...]  # whose sum it is for
+    file: Path
+    entries: Mapping[str, Entry]
+    about: Mapping[str, str]  # what it was asked about: of anything else nothing is taken over
+
+    def transfer(self) -> Transfer:
+        """The file, with what has arrived of it."""
+        return taken_over(Transfer(self.file, self.entries, {"among": json.dumps(self.among), **self.about}))
+
+    def flaw(self, answer: Concealed, stage: Stage) -> Failure | None:
+        """Why an answer is none to what was asked, or None; one without residues says that they are to be fetched."""
+        told = {name: (value.dtype, tuple(value.shape)) for name, value in answer.residues.items()}
+        expected = {name: (entry.dtype, entry.shape) for name, entry in self.entries.items()}
+        if (answer.round, answer.among) != (self.round, self.among):
+            return Failure(self.client, stage, "its masked numbers are of another sum than was asked for")
+        if told and told != expected:
+            wrong = min(name for name in {**told, **expected} if told.get(name) != expected.get(name))
+            return Failure(self.client, stage, f"its masked numbers of {wrong!r:.40} are not those asked for")
+        return None
+
+    def read(self, transfer: Transfer) -> Concealed | None:
+        """As much of it as is here and sound, mapped from the disk; None: nothing."""
+        found, names = transfer.read(), transfer.whole_names()
+        sound = {name: found[name].values for name in names if digest(found[name]) == transfer.digests[name]}
+        return Concealed(self.client, self.round, self.among, sound) if sound else None
 
 
 @dataclass(frozen=True)
@@ -169,7 +204,9 @@ class Carrier:
         name, number = request.client, request.round
         file = self.cargo.folder / f"round-{number:05d}" / f"{folder_name(name)}.safetensors"
         sizes = {str(group): self.cargo.sizes[group] for group in request.groups}
-        upload = Upload(name, number, file, entries_of(sizes, self.cargo.dtype), self._sizes[name])
+        upload = Upload(
+            name, number, taken_over(Transfer(file, entries_of(sizes, self.cargo.dtype))), self._sizes[name]
+        )
         failure = yield from self._fetch(upload, "update")
         if failure is not None:
             return failure
@@ -191,7 +228,8 @@ class Carrier:
         rest = sum(entry.nbytes for entry in entries.values()) - sum(entry.nbytes for entry in weights.values())
         if rest > self.cargo.constants:
             return Failure(name, "join", f"it would send {rest} bytes beside the weights, the model has fewer")
-        upload = Upload(name, 0, self.cargo.folder / START, entries, self._sizes[name])
+        transfer = taken_over(Transfer(self.cargo.folder / START, entries))
+        upload = Upload(name, 0, transfer, self._sizes[name])
         failure = yield from self._fetch(upload, "join")
         if failure is not None:
             return failure
@@ -201,6 +239,28 @@ class Carrier:
             {parse_group(key): every[key] for key in weights},
             {key.removeprefix(CONSTANT): every[key].values for key in every if key not in weights},
         )
+
+    def concealed(
+        self, talk: Talk[Concealed | Failure], place: Place, stage: Stage
+    ) -> Talk[tuple[Concealed | None, Failure | None]]:
+        """A talk whose answer is concealed: what of it is here and sound, and why not all of it is.
+
+        It is kept on disk until the round is complete, however it came, so that a round that is interrupted goes on
+        with what has arrived.
+        """
+        upload = Upload(place.client, place.round, place.transfer(), self._sizes[place.client])
+        failure: Failure | None = None
+        if not upload.is_whole:
+            answer = yield from talk
+            failure = answer if isinstance(answer, Failure) else place.flaw(answer, stage)
+            if isinstance(answer, Concealed) and failure is None:
+                if answer.residues:
+                    packed = {name: Packed(value) for name, value in answer.residues.items()}
+                    upload.transfer.take_all(packed.items(), {name: digest(one) for name, one in packed.items()})
+                else:
+                    meter = Meter("up", self._say)
+                    failure = yield from self._carry(place.client, stage, upload, meter, lambda _: None)
+        return place.read(upload.transfer), failure
 
     def _fetch(self, upload: Upload, stage: Stage) -> Talk[Failure | None]:
         """Bring what a site keeps to this machine's disk; why that failed, or None."""
@@ -464,9 +524,8 @@ class Upload:
 
     expected = Piece
 
-    def __init__(self, client: str, round: int, file: Path, entries: Mapping[str, Entry], piece: int) -> None:
-        self.client, self.round = client, round
-        self.transfer = taken_over(Transfer(file, entries))
+    def __init__(self, client: str, round: int, transfer: Transfer, piece: int) -> None:
+        self.client, self.round, self.transfer = client, round, transfer
         self.nbytes = self.transfer.nbytes
         self.unsure = bool(self.transfer.held_names())
         self.undone = 0  # times that its digests did not agree with what had arrived
@@ -476,6 +535,11 @@ class Upload:
     def left(self) -> list[Range]:
         """The part that is not here yet."""
         return self.transfer.lacking
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is here, and sound."""
+        return not self.transfer.lacking and not self._forget_wrong()
 
     def question(self) -> Ask:
         """Is what is here still the same?"""
@@ -527,9 +591,12 @@ class Upload:
 
 
 def taken_over(transfer: Transfer) -> Transfer:
-    """The transfer begun, with what an earlier one in its place holds of it: the same groups were asked for before."""
+    """The transfer begun, with what an earlier one in its place holds of it: the same groups were asked for before.
+
+    What is about something else is begun anew.
+    """
     old = Transfer.load(transfer.file)
-    if old is None or old.identity == transfer.identity:
+    if old is None or old.identity == transfer.identity or old.about != transfer.about:
         return transfer.begin()
     old.move(transfer.file.with_name(f"{transfer.file.name}.before"))
     same = [name for name in old.whole_names() if transfer.entries.get(name) == old.entries[name]]

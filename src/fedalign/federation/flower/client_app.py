@@ -19,9 +19,10 @@ from fedalign.config.site import SiteFolder
 from fedalign.config.toml import read_config
 from fedalign.errors import UserError
 from fedalign.federation.flower.link import RunAbout, from_records, to_records
-from fedalign.federation.messages import VERBS, MessageError, Parcel, encode
+from fedalign.federation.masked_service import MaskedService, Masking
+from fedalign.federation.messages import VERBS, MessageError, Parcel, encode, stage_of
 from fedalign.federation.service import SEE_LOG, Service, log_to_stderr
-from fedalign.federation.site import answer_at
+from fedalign.federation.site import answer_at, service_of
 from fedalign.files import folder_name
 from fedalign.protocol import Failure
 
@@ -48,7 +49,8 @@ def _answer(verb: str, parcel: Parcel, run: RunAbout, context: Context) -> Parce
         raise UserError("this node names no site. Start it with: flower-supernode --node-config 'site=\"...\"'")
     if site is None:
         folder = Path(run.out) / "clients"
-        return _dealt_service(int(context.node_config["partition-id"]), run.config, folder).answer(verb, parcel)
+        partition = int(context.node_config["partition-id"])
+        return _dealt_service(partition, run.config, folder, run.key).answer(verb, parcel)
     try:
         mine = SiteFolder.load(Path(str(site)))
     except UserError as error:
@@ -64,13 +66,18 @@ def site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: Pa
 
 def _site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel) -> Parcel:
     """From the site's warm trainer where the model is needed and the trainer is there, else from here."""
+    try:
+        service = service_of(folder, read_config(config), run, lambda: _open_site(folder, config, run))
+    except (UserError, ValueError, RecursionError) as error:  # the last two: it is no TOML
+        reason = str(error) if isinstance(error, UserError) else "the run's configuration cannot be read"
+        return encode(Failure(folder.config.name, stage_of(verb), reason))
     if VERBS[verb].needs_model:
         from fedalign.federation.flower.warm import ask
 
         answer = ask(folder, config, run, verb, parcel)
         if answer is not None:
             return answer
-    return Service(folder.config.name, folder.memory(run), lambda: _open_site(folder, config, run)).answer(verb, parcel)
+    return service.answer(verb, parcel)
 
 
 def _open_site(folder: SiteFolder, config: str, run: str) -> OpenClient:
@@ -82,12 +89,15 @@ def _open_site(folder: SiteFolder, config: str, run: str) -> OpenClient:
 
 
 @cache
-def _dealt_service(partition: int, config: str, folder: Path) -> Service:
-    clients = _dealt(config, folder)
+def _dealt_service(partition: int, config: str, folder: Path, run: str) -> Service:
+    clients, settings = _dealt(config, folder), read_config(config)
     if partition >= len(clients.names):
         raise MessageError(f"partition {partition}: the configuration deals data to {len(clients.names)} clients alone")
     name = clients.names[partition]
-    return Service(name, folder / folder_name(name), lambda: clients.open(name))
+    memory = folder / folder_name(name)
+    if settings.privacy.masked:
+        return MaskedService(name, memory, lambda: clients.open(name), Masking(run, settings))
+    return Service(name, memory, lambda: clients.open(name))
 
 
 @lru_cache(maxsize=1)

@@ -20,6 +20,7 @@ from fedalign.data.formats import FORMATS
 from fedalign.errors import UserError
 from fedalign.federation.flower.carrier import Cargo
 from fedalign.federation.flower.link import Link
+from fedalign.federation.flower.masked import MaskedFlowerFederation
 from fedalign.federation.flower.sites import Agreement, FlowerFederation
 from fedalign.files import damage, replacing
 from fedalign.maths.heap import Heap
@@ -27,6 +28,7 @@ from fedalign.maths.rounding import unpack
 from fedalign.moe.load import model_path
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import TELLING, WORDS, Layout, Weights
+from fedalign.server.masked import count_residues
 from fedalign.server.results import RunFolder
 from fedalign.server.run import Holdings, Marked, heap_for, identity
 
@@ -62,6 +64,7 @@ class Coordinator:
             experts=moe.layout.experts,
             weights=config.model.weights_hash if moe.device.type == "meta" else moe.weights_hash(),
             labels=len(config.data.labels) if config.training.loss == "label_shift" else 0,
+            masked=config.privacy.masked,
         )
         if config.model.weights_hash not in (None, agreement.weights):
             raise UserError(
@@ -76,6 +79,9 @@ class Coordinator:
             constants=sum(tensor.nbytes for tensor in own) + DIGEST_NBYTES,
         )
         federation = FlowerFederation(link, config.federation, agreement, cargo)
+        if config.privacy.masked and (shares := config.algorithm.build().shares):
+            counts = count_residues(moe.layout, shares, tells_loss=not config.privacy.on)
+            federation = MaskedFlowerFederation(link, config.federation, agreement, cargo, counts)
         federation.settle_weights()
         return cls(config, bench, test, federation, folder.checkpoint / "constants")
 

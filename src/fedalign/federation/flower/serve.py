@@ -17,6 +17,7 @@ from fedalign.federation.flower.programs import check_plaintext, environment, fr
 from fedalign.federation.flower.ready import ready
 from fedalign.federation.flower.warm import serve
 from fedalign.federation.service import Service, log_to_stderr
+from fedalign.federation.site import service_of
 from fedalign.files import LOCK, locked
 from fedalign.moe.load import quiet
 
@@ -52,7 +53,8 @@ def serve_site(folder: SiteFolder, *, supernode: bool, insecure_anywhere: bool, 
 
 def _serve(folder: SiteFolder, ready: Callable[[], None]) -> None:
     def service(config: str, run: str) -> Service:
-        return Service(folder.config.name, folder.memory(run), lambda: open_site(folder, read_config(config), run))
+        settings = read_config(config)
+        return service_of(folder, settings, run, lambda: open_site(folder, settings, run))
 
     with contextlib.suppress(KeyboardInterrupt):
         serve(folder, service, ready)

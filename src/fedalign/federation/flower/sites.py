@@ -8,6 +8,7 @@ fault has a name: see `faults`.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,7 @@ log = logging.getLogger("fedalign")
 
 UNHEARD = "A site that stays so is busy with another run, or its SuperNode has to be started again."
 MOST = 10**15  # examples of a site whose labels are counted: sums over sites are sent on as 64 bits
+MASK_KEY, SIGNATURE = re.compile("[0-9a-f]{64}"), re.compile("([0-9a-f]{2}){0,160}")
 FAREWELL = 30.0  # seconds in which sites may hear that the run is complete
 
 
@@ -55,6 +57,7 @@ class Agreement:
     experts: int
     weights: str | None  # None: what most of the first sites have
     labels: int = 0  # of which a site that consents tells how many examples each has
+    masked: bool = False  # whether what leaves sites is concealed
 
     def refusal(self, hello: Hello) -> str | None:
         """Why a site may not take part, or None."""
@@ -69,7 +72,16 @@ class Agreement:
         ):
             if mine not in (None, its):
                 return f"its {name}: {its:.24}, the coordinator's is {mine:.24}"
-        return self._labels_refusal(hello)
+        return self._labels_refusal(hello) or self._mask_refusal(hello)
+
+    def _mask_refusal(self, hello: Hello) -> str | None:
+        """Why a site's mask key is none; that it is whose it says sites check themselves."""
+        if not self.masked:
+            return None
+        key, signature = hello.mask_key, hello.mask_signature
+        if not MASK_KEY.fullmatch(key) or not SIGNATURE.fullmatch(signature):
+            return f"its mask key {key!r:.24} or the signature of it is none"
+        return "it tells how many examples it has, in a masked run" if hello.examples or hello.held_out else None
 
     def _labels_refusal(self, hello: Hello) -> str | None:
         """Why a site's counts of labels cannot be: it has no more of them than examples, and tells them if it says."""
@@ -185,10 +197,7 @@ class FlowerFederation:
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
         """Local training at all of them at once; replies as they come, until the timeout."""
-        self._round = broadcast.round
-        for absent in self._absent(set(self.link.nodes())):
-            if absent.client not in clients:
-                self._count_missed(absent.client)
+        self._begin(broadcast.round, clients)
         for name, answer in self._talks.hold(self._carrier.broadcast("train", broadcast, clients, Statistics)):
             hello = self.sites[name].hello
             reply = self._within("train", answer, hello.examples)
@@ -200,6 +209,13 @@ class FlowerFederation:
             else:
                 self._count_missed(reply.client)
             yield reply
+
+    def _begin(self, round: int, clients: Sequence[str]) -> None:
+        """A round of these clients begins; of the others those miss it that cannot be asked."""
+        self._round = round
+        for absent in self._absent(set(self.link.nodes())):
+            if absent.client not in clients:
+                self._count_missed(absent.client)
 
     def evaluate(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Evaluation | Failure]:
         """Scores of all sites that hold something out."""
@@ -291,7 +307,7 @@ class FlowerFederation:
             self._refuse(node, hello.client, reason)
             return
         self.sites[hello.client] = replace(there, hello=hello, node=node) if there else Site(hello, node)
-        log.info("%s has joined with %d examples", hello.client, hello.examples)
+        log.info("%s has joined%s", hello.client, f" with {hello.examples} examples" if hello.examples else "")
 
     def _name_refusal(self, name: str, registered: str | None) -> str | None:
         """Why a site may not be called so: who holds a key has the name that the key was registered with."""
@@ -387,7 +403,7 @@ class FlowerFederation:
 
     def _silent(self, message: str, name: str, ask: Ask, asked: float) -> None:
         """Remember what was not answered in time; of a piece another will be asked for."""
-        if ask.verb in ("train", "evaluate", "update"):
+        if ask.verb in ("train", "count", "conceal", "evaluate", "update"):
             self._late[message] = Late(name, VERBS[ask.verb].stage, self._round, asked)
 
     def _read(self, name: str, stage: Stage, reply: Reply, expected: type[Any]) -> Any:
