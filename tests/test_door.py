@@ -174,6 +174,11 @@ def test_adapters_come_on_their_base(
             lambda: door.compare_runs("demo", ["fedavg"], seeds=[1, 1]),
             ["compare", "demo", "--algorithms", "fedavg", "--seeds", "1,1"],
         ),
+        (
+            lambda: door.compare_runs("demo", ["fedavg"], seeds=[]),
+            ["compare", "demo", "--algorithms", "fedavg", "--seeds", ""],
+        ),
+        (lambda: door.compare_runs(resume="none", seeds=[]), ["compare", "--resume", "none", "--seeds", ""]),
         (lambda: door.compare_runs(resume="none", seeds=2), ["compare", "--resume", "none", "--seeds", 2]),
     ],
 )

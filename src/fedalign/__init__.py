@@ -184,7 +184,8 @@ def compare_runs(
     from fedalign.moe.load import quietly
 
     names = [algorithms] if isinstance(algorithms, str) else algorithms
-    which = str(seeds) if isinstance(seeds, int) else "".join(f"{seed}," for seed in seeds or ())
+    several = None if seeds is None or isinstance(seeds, int) else "".join(f"{seed}," for seed in seeds)
+    which = str(seeds) if isinstance(seeds, int) else several
     place, kept, shown = _path(out), _path(resume), console(quiet=not progress)
     with quietly():
         comparison = asked(config, names, ablation, which, overrides, tune, place, kept, overwrite, jobs, shown)

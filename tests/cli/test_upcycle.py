@@ -177,7 +177,10 @@ def test_sites_get_experts_of_their_own(fedalign: Command, llama: Path, tmp_path
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--site-experts", "a,,b"], "site_experts: '': a site's name"),
+        (["--site-experts", ""], "--site-experts '': has an empty name"),
+        (["--site-experts", " , ,"], "--site-experts ' , ,': has an empty name"),
+        (["--site-experts", "a,,b"], "--site-experts 'a,,b': has an empty name"),
+        (["--site-experts", "\t\0"], "site_experts: '\\x00': a site's name"),
         (["--site-experts", "a,a"], "--site-experts: 'a' is named twice"),
         (["--site-experts", "a", "--noise", "0"], "an MoE already, to which --site-experts adds experts"),
         (["--site-experts", "a", "--experts", "4"], "an MoE already, to which --site-experts adds experts"),

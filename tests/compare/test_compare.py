@@ -238,6 +238,8 @@ def test_tuning_then_comparing(fedalign: Command, config: str, tmp_path: Path, a
     [
         (["--algorithms", "fedavg,fedalgin"], ["fedalgin", "Choose one of", "fedprox", "Did you mean"]),
         (["--algorithms", "fedavg", "--seeds", "0"], ["--seeds 0: no runs at all"]),
+        (["--algorithms", "fedavg", "--seeds", ""], ["--seeds '': give how many"]),
+        (["--algorithms", ""], ["--algorithms '': has an empty part"]),
         (["--algorithms", "fedavg", "--seeds", "1,1"], ["'1' is given twice"]),
         (["--algorithms", "fedavg,fedavg"], ["'fedavg' is given twice"]),
         ([], ["what is to be compared", "--ablation"]),

@@ -142,8 +142,8 @@ def asked(
     from fedalign.config.toml import as_texts, load_config, stem
 
     out, resume = at_home(out), at_home(resume)
-    given = source is not None or algorithms or ablation or seeds or overrides or tune or out or overwrite
-    if resume is not None and given:
+    given = source is not None or algorithms or ablation or overrides or tune or out or overwrite
+    if resume is not None and (given or seeds is not None):
         raise UserError("--resume: takes the comparison's folder and --jobs alone. Leave out everything else.")
     if resume is not None:
         return _comparison(None, resume, jobs, console)
@@ -156,7 +156,8 @@ def asked(
         )
     choices = plan.ablation() if ablation else plan.parse_algorithms(algorithms)
     single, grid = plan.parse_grid(as_texts(overrides))
-    design = plan.make_design(load_config(source, single), choices, grid, plan.parse_seeds(seeds or "3"), tune)
+    which = plan.parse_seeds("3" if seeds is None else seeds)
+    design = plan.make_design(load_config(source, single), choices, grid, which, tune)
     folder = out or Path("runs") / f"{'ablation' if ablation else 'compare'}-{stem(source)}"
     return _comparison(design, folder, jobs, console)
 

@@ -58,14 +58,14 @@ def upcycle(
         ),
     ] = 0.01,
     site_experts: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--site-experts",
             metavar="NAME,NAME",
             help="Sites that get an expert of their own in each MoE layer, beside the public ones. MODEL may be an "
             "MoE, or the demo's, then.",
         ),
-    ] = "",
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of random routers, noise, and the text that models write.")] = 0,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that --out holds.")] = False,
@@ -138,15 +138,15 @@ def upcycle(
     say(f"Train     fedalign run my.toml --set model.path={quoted}{how}")
 
 
-def _named(sites: str) -> list[str]:
-    """Names between commas.
+def _named(sites: str | None) -> list[str]:
+    """Sites that get an expert; none where the option is not given.
 
     Raises:
-        UserError: One cannot be a site's, or is named twice.
+        UserError: A name is empty, cannot be a site's, or is given twice.
     """
-    from fedalign.moe.site_experts import checked
+    from fedalign.moe.site_experts import checked, parted
 
-    names = [name.strip() for name in sites.split(",")] if sites else []
+    names = [] if sites is None else parted("--site-experts", sites)
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--site-experts: {twice!r} is named twice. Name each site once.")
     return list(checked({name: [number] for number, name in enumerate(names)}, None))

@@ -18,7 +18,7 @@ from fedalign.errors import UserError, unknown
 from fedalign.export.card import CARD, settings_of
 from fedalign.files import MARK, SUMS, check_free, claimed, damage, digests, replacing
 from fedalign.moe.load import auto_class
-from fedalign.moe.site_experts import KEY, checked
+from fedalign.moe.site_experts import KEY, checked, parted
 from fedalign.moe.subset import Cut, check_subset, experts_in, without, write_subset
 from fedalign.server.results import ROUND
 
@@ -45,14 +45,14 @@ class Leaving:
         """Names of the sites that leave, in the order of the record.
 
         Raises:
-            UserError: A name is of no site, or nobody would leave, or nobody would stay.
+            UserError: A name is empty or of no site, or nobody would leave, or nobody would stay.
         """
         if self.without and self.only:
             raise UserError("--without, --only: one says who leaves, the other who stays. Give one of them.")
         if not record:
             raise UserError(f"{self}: no expert of this model belongs to a site (config.json has no {KEY}).")
         flag, given = ("--without", self.without) if self.without else ("--only", self.only)
-        named = [name for value in given for name in ([value] if value in record else value.split(","))]
+        named = [name for value in given for name in ([value] if value in record else parted(flag, value))]
         for name in named:
             if name not in record:
                 raise unknown(flag, name, record)

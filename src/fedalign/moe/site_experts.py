@@ -23,6 +23,21 @@ def expert_count(config: Any) -> int | None:
     return found[0] if found else None
 
 
+def parted(flag: str, text: str) -> list[str]:
+    """Names between commas, as a user gives them to an option.
+
+    >>> parted("--without", "hospital-a, bank b")
+    ['hospital-a', 'bank b']
+
+    Raises:
+        UserError: One is empty.
+    """
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise UserError(f"{flag} {text!r}: has an empty name. Name sites with commas between them: {flag} NAME,NAME")
+    return names
+
+
 def owners(config: Any, experts: int | None = None) -> dict[str, tuple[int, ...]]:
     """Each site's experts, by the site's name; empty: all experts are public.
 
