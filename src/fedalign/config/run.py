@@ -339,6 +339,7 @@ class ClientsConfig(Section):
     min_examples: Positive = key(10, "a client with fewer is an error")
     held_out: Part = key(0.1, "share of its own examples that a client keeps for testing; 0: none")
     sample: Share = key(1.0, "share of the clients asked each round")
+    only: Names[str] = key((), "names of the clients that take part, others have no part in the run; []: all of them")
     limits: dict[str, ClientLimits] = key({}, "", examples=[{"client-00": ClientLimits(top_k=1, max_experts=2)}])
 
 
@@ -906,6 +907,12 @@ class Config(Section):
             raise UserError(
                 f"data.kind = {self.data.kind!r}: a format of a package may read any column, which sites do not let "
                 f"it. Choose one of: {', '.join(KINDS)}."
+            )
+        only, least = self.clients.only, self.federation.min_sites
+        if engine != "in_process" and 0 < len(only) < least:
+            raise UserError(
+                f"federation.min_sites = {least}: no round would begin, since clients.only names {len(only)}. Choose "
+                f"1 to {len(only)}."
             )
         if engine != "in_process" and "data" in self.asks:
             raise UserError(

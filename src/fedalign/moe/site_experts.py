@@ -84,5 +84,20 @@ def checked(record: Any, experts: int | None) -> dict[str, tuple[int, ...]]:
     return {name: tuple(mine) for name, mine in record.items()}
 
 
+def named(option: str, sites: str) -> list[str]:
+    """Names between commas, as a user gives them.
+
+    Raises:
+        UserError: One cannot be a site's, or is named twice.
+
+    >>> named("--join", "a, ward b")
+    ['a', 'ward b']
+    """
+    names = [name.strip() for name in sites.split(",")] if sites else []
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{option}: {twice!r} is named twice. Name each site once.")
+    return list(checked({name: [number] for number, name in enumerate(names)}, None))
+
+
 def _short(value: object) -> str:
     return f"{value!r:.60}"

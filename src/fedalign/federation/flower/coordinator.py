@@ -62,6 +62,7 @@ class Coordinator:
             experts=moe.layout.experts,
             weights=config.model.weights_hash if moe.device.type == "meta" else moe.weights_hash(),
             labels=len(config.data.labels) if config.training.loss == "label_shift" else 0,
+            only=config.clients.only,
         )
         if config.model.weights_hash not in (None, agreement.weights):
             raise UserError(
