@@ -324,6 +324,7 @@ class ClientLimits(Section):
     top_k: Count = key(0, "experts that a token is sent to in training; 0: the model's own number")
     max_experts: Count = key(0, "experts of a layer that are trained, those that its own data uses most; 0: all")
     rank: Count = key(0, 'components of adapters that are trained, with tuning.average = "exact"; 0: all')
+    max_norm: float = key(0.0, "length of an update at most, before it is rounded; a longer one is cut; 0: any", ge=0)
 
 
 class ClientsConfig(Section):
