@@ -226,7 +226,7 @@ def test_averaged_shared_parts_move_and_then_leaving_is_not_exact(run: Run, feda
         ("server.optimizer", "adam", 'server.optimizer = "adam": with algorithm.name = "site_experts" nobody'),
         ("tuning.kind", "lora", 'tuning.kind = "lora": with algorithm.name = "site_experts" nobody'),
         ("tuning.kind", "experts", "Choose one of: full, moe."),
-        ("privacy.epsilon", "8", 'algorithm.name = "site_experts": with [privacy]'),
+        ("privacy.epsilon", "8", "with [privacy] the fit of a site's router row would leave without noise"),
         ("algorithm.shared", "both", "algorithm.shared = 'both': unknown. Choose one of: average, frozen."),
     ],
 )

@@ -749,6 +749,11 @@ class Config(Section):
                 f"privacy.seed = {privacy.seed}: sites draw their noise themselves. Leave it out, or choose "
                 'federation.engine = "in_process".'
             )
+        if self.algorithm.build().owned:
+            raise UserError(
+                f'algorithm.name = "{name}": with [privacy] the fit of a site\'s router row would leave without noise '
+                f"(docs/privacy.md). Choose one of: {', '.join(NOISED)}."
+            )
         if name not in NOISED:
             raise UserError(
                 f'algorithm.name = "{name}": with [privacy] its statistics would need noise of their own. Choose one '
