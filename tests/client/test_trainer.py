@@ -14,7 +14,7 @@ from fedalign.client.fit import LocalFit, grouped, make_autocast
 from fedalign.client.forward import answer_logits
 from fedalign.client.memory import ClientData, ClientMemory, Kept
 from fedalign.client.trainer import Trainer
-from fedalign.config.run import Config
+from fedalign.config.run import ClientLimits, Config
 from fedalign.config.toml import load_config
 from fedalign.data.batches import batches
 from fedalign.data.encode import Encoded
@@ -93,6 +93,21 @@ def test_a_round_of_one_client(family: str, tmp_path: Path) -> None:
     assert float(statistics.norm_G.max()) < 1e3
     for name, value in moe.model.named_buffers():  # such as e_score_correction_bias
         assert torch.equal(value, buffers[name]), name
+
+
+def test_an_update_is_no_longer_than_its_client_allows(tmp_path: Path) -> None:
+    step, sent = trainer("olmoe"), []
+    start = broadcast(step.moe)
+    for most in (0.0, 1e3, 0.25):
+        data = replace(client(tmp_path / str(most)), limits=ClientLimits(max_norm=most))
+        told = step.train(data, start)
+        update = data.memory.hand_over("c", Request("c", 1, step.moe.layout.groups))
+        sent.append(torch.cat([unpack(packed) for packed in update.groups.values()]))
+        assert torch.isclose(told.norm_G.norm(), sent[-1].norm())
+    assert torch.equal(sent[0], sent[1])
+    assert float(sent[0].norm()) > 0.25
+    assert float(sent[2].norm()) == pytest.approx(0.25, rel=1e-5)
+    assert torch.allclose(sent[2], sent[0] * (0.25 / sent[0].norm()), atol=1e-7)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3"])

@@ -107,6 +107,13 @@ def test_a_client_is_encoded_from_its_own_examples_alone(site_config: Config, te
     assert again.train == client.train
 
 
+def test_who_takes_part_changes_nothing_of_what_each_holds(site_config: Config, texts: Path) -> None:
+    config = changed(changed(site_config, "data", train=str(texts / "train.jsonl")), "clients", count=3)
+    _, parts = split_among_clients(config)
+    _, some = split_among_clients(changed(config, "clients", only=("client-02", "client-00")))
+    assert some == {name: parts[name] for name in ("client-00", "client-02")}
+
+
 def test_scoring_writes_the_weights_that_are_scored(site_config: Config, texts: Path) -> None:
     config = changed(site_config, "data", train=str(texts / "train.jsonl"), test=str(texts / "test.jsonl"))
     bench = Workbench.load(config)

@@ -235,6 +235,8 @@ def test_what_a_site_can_do_is_its_own_to_say(tmp_path: Path) -> None:
     exact = ["tuning.kind=lora", "tuning.average=exact", "tuning.rank=4"]  # ranks may differ, up to the run's
     assert site.client_limits(load_config(None, exact)) == ClientLimits(top_k=1, max_experts=2, rank=4)
     assert make_site(tmp_path, LEAST).client_limits(load_config()) == ClientLimits()
+    bound = make_site(tmp_path, LEAST + "[limits]\nmax_norm = 2.5\n")
+    assert bound.client_limits(load_config()) == ClientLimits(max_norm=2.5)
 
 
 def test_the_supernode_of_a_site(tmp_path: Path) -> None:

@@ -47,13 +47,13 @@ def model_of(base: Path, tmp_path: Path) -> Callable[..., Path]:
 def run(fedalign: Command, model_of: Callable[..., Path], tmp_path: Path) -> Run:
     """`run("a", "c")`: a run of these sites, each with its own rows, and the folder of it."""
 
-    def of(*sites: str, clients: tuple[str, ...] = (), **changes: Any) -> Path:
+    def of(*sites: str, clients: tuple[str, ...] = (), join: str = "", **changes: Any) -> Path:
         every = [row | {"client": "abc"[i % 3]} for i, row in enumerate(rows())]
         there = clients or sites
         train = write_jsonl(tmp_path / "train.jsonl", [row for row in every if row["client"] in there])
         out = tmp_path / f"run-{'-'.join(there)}-{len(list(tmp_path.iterdir()))}"
         settings = {
-            "model.path": model_of(*sites),
+            "model.path": changes.pop("model__path", None) or model_of(*sites),
             "data.train": train,
             "data.test": write_jsonl(tmp_path / "test.jsonl", every[::5]),
             "clients.partition": "natural",
@@ -62,11 +62,11 @@ def run(fedalign: Command, model_of: Callable[..., Path], tmp_path: Path) -> Run
             "training.batch_examples": 4,
             "statistics.min_tokens": 4,
             "run.rounds": 2,
-            "algorithm.name": "site_experts",
+            **({} if join else {"algorithm.name": "site_experts"}),
             **{name.replace("__", "."): value for name, value in changes.items()},
         }
         words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-        code, _, errors = fedalign("run", "/dev/null", *words, "--out", out)
+        code, _, errors = fedalign("run", "/dev/null", *words, *(["--join", join] if join else []), "--out", out)
         assert code == 0, errors
         return out
 
@@ -120,6 +120,77 @@ def test_only_its_owner_writes_an_expert_and_nobody_what_is_public(run: Run, tmp
     assert all(torch.equal(alone[group], new[group]) for group in b)
 
 
+def test_who_joins_later_gives_the_model_of_a_run_in_which_it_was_from_the_start(run: Run) -> None:
+    first = run("a", "b")
+    later, together = run(*SITES, join="c", model__path=first), run(*SITES)
+    files = [folder / "model" / "model.safetensors" for folder in (later, together)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    before, after = weights(first / "model"), weights(later / "model")
+    assert all(torch.equal(after[group], value) for group, value in before.items())
+    assert owners(load_plain(later / "model").config) == {name: (EXPERTS + i,) for i, name in enumerate(SITES)}
+    lines = [json.loads(line) for line in (later / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["clients"] == ["c"] and not line["failures"] for line in lines[1:])
+
+
+def test_a_site_that_retrains_replaces_its_own_alone(run: Run) -> None:
+    first = run(*SITES)
+    again = run(*SITES, model__path=first / "model", clients__only='["b"]')
+    changed = moved(weights(first / "model"), weights(again / "model"))
+    assert {(group.kind, group.expert) for group in changed} == {("gate", EXPERTS + 1), ("expert", EXPERTS + 1)}
+
+
+def test_a_run_in_which_somebody_joins_resumes(run: Run, fedalign: Command) -> None:
+    first = run("a", "b")
+    whole, half = (run(*SITES, join="c", model__path=first, run__rounds=rounds) for rounds in (2, 1))
+    shutil.rmtree(first)
+    code, _, errors = fedalign("run", "--resume", half, "--set", "run.rounds=2")
+    assert code == 0, errors
+    assert moved(weights(whole / "model"), weights(half / "model")) == set()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--join", "a"], "--site-experts: 'a' has an expert already."),
+        (["--join", "c", "--set", "algorithm.name=by_use"], "--join c: algorithm.name = 'by_use' would train what"),
+        (["--join", "c", "--set", "algorithm.shared=average"], "shared = 'average' would train what others have."),
+        (["--join", "c", "--set", 'clients.only=["a"]'], "--join c: clients.only = a says otherwise."),
+        (["--join", "c", "--set", "tuning.dtype=bfloat16"], "would round the rows of others' routers"),
+        (["--join", "c,c"], "--join: 'c' is named twice."),
+        (["--join", "z"], "clients.only = 'z': unknown. Choose one of: a, b, c."),
+        (["--join", "c", "--set", "federation.engine=flower", "--set", "federation.min_sites=1"], "fedalign upcycle"),
+        (
+            ["--set", 'clients.only=["c"]', "--set", "federation.engine=simulation"],
+            "federation.min_sites = 2: no round",
+        ),
+    ],
+    ids=str,
+)
+def test_who_cannot_join_is_told_in_one_line(
+    model_of: Callable[..., Path], fedalign: Command, tmp_path: Path, words: list[str], said: str
+) -> None:
+    data = write_jsonl(tmp_path / "train.jsonl", [row | {"client": "abc"[i % 3]} for i, row in enumerate(rows())])
+    settings = (f"model.path={model_of('a', 'b')}", f"data.train={data}", "clients.partition=natural")
+    given = [word for setting in settings for word in ("--set", setting)]
+    code, _, errors = fedalign("run", "/dev/null", *given, *words, "--out", tmp_path / "run")
+    assert code == 2
+    assert said in " ".join(errors.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unfinished_run_cannot_be_joined_nor_one_resumed_so(run: Run, fedalign: Command, tmp_path: Path) -> None:
+    first = run("a", "b")
+    code, _, errors = fedalign("run", "--resume", first, "--join", "c")
+    assert code == 2
+    assert "--join: begins a new run" in errors
+    (first / "summary.json").unlink()
+    code, _, errors = fedalign(
+        "run", "/dev/null", "--set", f"model.path={first}", "--join", "c", "--out", tmp_path / "no"
+    )
+    assert code == 2
+    assert "is not finished. Go on with it: fedalign run --resume" in " ".join(errors.split())
+
+
 def test_a_client_that_owns_none_trains_nothing_and_is_told(run: Run, tmp_path: Path) -> None:
     folder = run("a", "b", clients=SITES)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -155,7 +226,7 @@ def test_averaged_shared_parts_move_and_then_leaving_is_not_exact(run: Run, feda
         ("server.optimizer", "adam", 'server.optimizer = "adam": with algorithm.name = "site_experts" nobody'),
         ("tuning.kind", "lora", 'tuning.kind = "lora": with algorithm.name = "site_experts" nobody'),
         ("tuning.kind", "experts", "Choose one of: full, moe."),
-        ("privacy.epsilon", "8", 'algorithm.name = "site_experts": with [privacy]'),
+        ("privacy.epsilon", "8", "with [privacy] the fit of a site's router row would leave without noise"),
         ("algorithm.shared", "both", "algorithm.shared = 'both': unknown. Choose one of: average, frozen."),
     ],
 )

@@ -323,6 +323,7 @@ def test_a_site_that_withdraws_forgets_and_answers_no_more(attack: Attack, fedal
     code, text, _ = fedalign("site", "withdraw", site.site.path, "--run", "night")
     assert code == 0
     assert "has withdrawn from run night" in text
+    assert f"take it out: fedalign export RUN --without {site.site.config.name} --to DIR" in " ".join(text.split())
     assert [path.name for path in kept.iterdir()] == ["withdrawn"]
     for verb in EVERY_VERB:
         assert site.refused(verb) == "this site withdrew from the run"

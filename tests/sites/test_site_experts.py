@@ -48,3 +48,15 @@ def test_without_a_site_it_is_the_run_in_which_it_never_was(model_of: Callable[.
     assert (left / "model.safetensors").read_bytes() == never.model
     record = json.loads((left / "config.json").read_text())["site_experts"]
     assert record == {"north": [EXPERTS], "west": [EXPERTS + 1]}
+
+
+def test_a_site_trains_alone_while_others_are_connected(model_of: Callable[..., Path], tmp_path: Path) -> None:
+    tables = settings(model_of(*SITES)) | CHANGES
+    alone = merged(tables, {"clients__only": ["south"], "federation__min_sites": 1})
+    with deployed(tmp_path / "deployed", alone) as running:
+        for site in ("north", "south"):
+            running.add(site)
+        run, _ = running.run("alone", run__rounds=2)
+    assert {(failure["client"], failure["stage"]) for failure in run.summary["failures"]} <= {("north", "join")}
+    here = on_one_machine(tmp_path / "here", "in_process", tables, clients__only=["south"], run__rounds=2)
+    assert run.model == here.model

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,6 +40,9 @@ RUN_EXAMPLES = """
   fedalign run my.toml --dry-run      what it would take, without training
 
   fedalign run --resume runs/a        after a crash or Ctrl-C
+
+  fedalign run my.toml --set model.path=runs/a --join bank-d
+                                      bank-d joins the finished model of sites' own experts in runs/a
 """
 
 
@@ -53,6 +58,15 @@ def run(
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="DIR", help="Resume that run after its last complete round.")
     ] = None,
+    join: Annotated[
+        str | None,
+        typer.Option(
+            "--join",
+            metavar="NAME,NAME",
+            help="Who joins a finished model, a run's or a folder's at model.path: each gets an expert of its own, and "
+            "nobody else trains.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that --out holds.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate memory, time and bytes; train nothing.")] = False,
     no_check: Annotated[
@@ -61,15 +75,22 @@ def run(
     insecure_anywhere: InsecureAnywhere = False,
 ) -> None:
     """Fine-tune one MoE model across clients that keep their data."""
-    settings, folder = asked(
-        config, [*(set_ or []), *(["run.check=false"] if no_check else [])], out_, resume, overwrite, dry_run
-    )
+    from fedalign.moe.site_experts import named
+
+    who = named("--join", join)
+    if who and resume is not None:
+        raise UserError("--join: begins a new run, and --resume goes on with one. Leave one of them out.")
+    words = [*_joining(who), *(set_ or []), *(["run.check=false"] if no_check else [])]
+    settings, folder = asked(config, words, out_, resume, overwrite, dry_run)
     from fedalign.moe.load import quiet
 
     quiet()
     if dry_run:
-        _rehearse(settings, folder)
+        with TemporaryDirectory() as place:
+            _rehearse(_joined(settings, who, Path(place) / "model") if who else settings, folder)
         return
+    if who:
+        settings = _joined(settings, who, folder.path.with_name(f"{folder.path.name}-start"))
     how = Beginning(fresh=resume is None, overwrite=overwrite)
     if resume is not None and (done := folder.finished()) >= settings.run.rounds:
         say(f"All {done} rounds are complete. For more: fedalign run --resume {resume} --set run.rounds={2 * done}")
@@ -130,6 +151,57 @@ def asked(
             raise UserError(f"--dry-run: not in {parallel.launched()} processes. Leave torchrun out.")
         check_shardable(settings)
     return settings, folder
+
+
+def _joining(who: Sequence[str]) -> list[str]:
+    """Overrides of a run in which these alone train experts of their own; the user's own come after them."""
+    return ['algorithm.name="site_experts"', f"clients.only={json.dumps(list(who))}"] if who else []
+
+
+def _joined(settings: Config, who: Sequence[str], place: Path) -> Config:
+    """The settings of a run from the finished model with an expert for each who joins, which is written to `place`.
+
+    Raises:
+        UserError: Others would train, too, or would have to be asked; or the model cannot have more experts.
+    """
+    from fedalign.export.leaving import ALGORITHM
+    from fedalign.files import check_free, replacing
+    from fedalign.moe.load import model_path
+    from fedalign.moe.upcycle import DenseSource, write_grown
+    from fedalign.server.results import RunFolder
+
+    said, path = f"--join {','.join(who)}", settings.model.path
+    shared = getattr(settings.algorithm.build(), "shared", None)
+    if settings.algorithm.name != ALGORITHM or shared != "frozen":
+        chosen = f"algorithm.name = {settings.algorithm.name!r}" + (f", shared = {shared!r}" if shared else "")
+        raise UserError(
+            f'{said}: {chosen} would train what others have. Choose algorithm.name = "{ALGORITHM}" with shared = '
+            '"frozen", or leave it out.'
+        )
+    if settings.tuning.dtype != "float32":
+        raise UserError(
+            f'{said}: tuning.dtype = "{settings.tuning.dtype}": would round the rows of others\' routers, which are to '
+            'stay as they are. Choose "float32".'
+        )
+    if set(settings.clients.only) != set(who):
+        raise UserError(f"{said}: clients.only = {', '.join(settings.clients.only)} says otherwise. Leave one out.")
+    if settings.federation.engine == "flower":
+        raise UserError(
+            f"{said}: the site needs the model before the run begins. Make it with: fedalign upcycle "
+            f"{shlex.quote(path)} --site-experts {','.join(who)} --out DIR; give it to the site, and run with "
+            f"model.path = DIR and {_joining(who)[1]}."
+        )
+    run = RunFolder(Path(path).expanduser())
+    if run.config.is_file() and not run.finished():
+        raise UserError(f"{said}: the run in {path!r} is not finished. Go on with it: fedalign run --resume {path}")
+    model = str(run.model) if run.config.is_file() else model_path(path)
+    check_free(place, "model", overwrite=True)
+    with out.status("Adding experts ..."), replacing(place, "model") as fresh:
+        write_grown(DenseSource.find(model, settings.model.revision), who, settings.run.seed, fresh)
+    say(f"{said}: an expert a layer each, beside those of {model}, which stay as they are; it starts from {place}")
+    return settings.model_copy(
+        update={"model": settings.model.model_copy(update={"path": str(place), "revision": None})}
+    )
 
 
 @dataclass(frozen=True)

@@ -299,5 +299,6 @@ def withdraw(
     leave(folder, run)
     say(f"{folder.config.name} has withdrawn from run {run}: what it kept for it is gone, and it answers no more.")
     say("What left before cannot be called back: ask the coordinator. fedalign site log says what that was.")
-    say("An expert of this site's own can be taken out of a model: fedalign export RUN --without NAME --to DIR.")
-    say("What remains of a site that has left: docs/opting-out.md.")
+    taken = f"fedalign export RUN --without {shlex.quote(folder.config.name)} --to DIR"
+    say(f"If an expert of its model is this site's own, the coordinator should now take it out: {taken}")
+    say("Then it deletes the whole model and RUN. What remains of a site that has left: docs/opting-out.md.")

@@ -83,13 +83,14 @@ def upcycle(
     from fedalign.moe.load import model_path, quiet
     from fedalign.moe.model import MoEModel
     from fedalign.moe.part import grown
+    from fedalign.moe.site_experts import named
     from fedalign.moe.upcycle import DenseSource, Recipe, is_sparse, load_dense, load_sparse, probe_logits
     from fedalign.moe.upcycle import upcycle as make_sparse
     from fedalign.units import size
 
     quiet()
     out_ = out_.expanduser()
-    sites = _named(site_experts)
+    sites = named("--site-experts", site_experts)
     recipe, source = Recipe(experts, top_k, layers, noise, seed), DenseSource.find(model_path(dense), revision)
     if out_.resolve() == Path(source.place).resolve():
         raise UserError(f"--out {str(out_)!r}: is the model itself. Give another folder.")
@@ -136,20 +137,6 @@ def upcycle(
     say(f"Look      fedalign inspect {quoted}")
     how = " --set algorithm.name=site_experts" if sites else ""
     say(f"Train     fedalign run my.toml --set model.path={quoted}{how}")
-
-
-def _named(sites: str | None) -> list[str]:
-    """Sites that get an expert; none where the option is not given.
-
-    Raises:
-        UserError: A name is empty, cannot be a site's, or is given twice.
-    """
-    from fedalign.moe.site_experts import checked, parted
-
-    names = [] if sites is None else parted("--site-experts", sites)
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"--site-experts: {twice!r} is named twice. Name each site once.")
-    return list(checked({name: [number] for number, name in enumerate(names)}, None))
 
 
 def _own_rows(more: Grown, sites: list[str]) -> list[tuple[str, str]]:

@@ -6,6 +6,8 @@ difference of float32 masters, rounded to wire precision here, before any engine
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
@@ -46,6 +48,7 @@ from fedalign.protocol import (
     asked_shapes,
 )
 
+log = logging.getLogger("fedalign")
 TEXT = 8192  # tokens, padding included, of a client's own text that its router row is fitted on
 
 
@@ -118,6 +121,7 @@ class Trainer:
         trained = self._trained(fit, local, frozen)
         private = {g: trained[g].cpu().clone() for g in trained if g.kind in self.algorithm.private}
         update = LazyWeights({group: partial(_moved, trained, local.start, group) for group in trained})
+        update = _cut(update, client.limits.max_norm)
         wire, sizes = self.config.wire, self.moe.layout.sizes
         sent = (one for g in sizes if g not in frozen for one in shapes_of(str(g), sizes[g], wire.dtype))
         with client.memory.keeping(broadcast.round, sent) as keeping:
@@ -337,6 +341,24 @@ class Trainer:
 
 def _nothing(group: ParameterGroup) -> Tensor:
     return torch.empty(0)
+
+
+def _cut(update: LazyWeights, most: float) -> LazyWeights:
+    """An update as it is, or if it is longer than `most` of this length; with 0 as it is.
+
+    The length is Euclidean, over all groups. The bound is the client's own, and depends neither on data nor on others.
+    """
+    if not most:
+        return update
+    length = math.sqrt(sum(float(update[group].double().square().sum()) for group in update))
+    if not length > most:
+        return update
+    log.info("an update of length %.4g is cut to %g (limits.max_norm)", length, most)
+    return LazyWeights({group: partial(_scaled, update, group, most / length) for group in update})
+
+
+def _scaled(update: Mapping[ParameterGroup, Tensor], group: ParameterGroup, factor: float) -> Tensor:
+    return update[group] * factor
 
 
 def _moved(

@@ -111,7 +111,10 @@ class Workbench:
 
     def check_limits(self, clients: Collection[str]) -> None:
         """Refuse limits of clients that there are not, or that the model cannot keep."""
+        only = self.config.clients.only
         for name, limits in self.config.clients.limits.items():
+            if name not in clients and only and name not in only:
+                continue  # it takes no part in this run
             if name not in clients:
                 raise UserError(f"clients.limits.{name}: no such client. Choose one of: {', '.join(clients)}.")
             try:

@@ -324,6 +324,7 @@ class ClientLimits(Section):
     top_k: Count = key(0, "experts that a token is sent to in training; 0: the model's own number")
     max_experts: Count = key(0, "experts of a layer that are trained, those that its own data uses most; 0: all")
     rank: Count = key(0, 'components of adapters that are trained, with tuning.average = "exact"; 0: all')
+    max_norm: float = key(0.0, "length of an update at most, before it is rounded; a longer one is cut; 0: any", ge=0)
 
 
 class ClientsConfig(Section):
@@ -339,6 +340,7 @@ class ClientsConfig(Section):
     min_examples: Positive = key(10, "a client with fewer is an error")
     held_out: Part = key(0.1, "share of its own examples that a client keeps for testing; 0: none")
     sample: Share = key(1.0, "share of the clients asked each round")
+    only: Names[str] = key((), "names of the clients that take part, others have no part in the run; []: all of them")
     limits: dict[str, ClientLimits] = key({}, "", examples=[{"client-00": ClientLimits(top_k=1, max_experts=2)}])
 
 
@@ -747,6 +749,11 @@ class Config(Section):
                 f"privacy.seed = {privacy.seed}: sites draw their noise themselves. Leave it out, or choose "
                 'federation.engine = "in_process".'
             )
+        if self.algorithm.build().owned:
+            raise UserError(
+                f'algorithm.name = "{name}": with [privacy] the fit of a site\'s router row would leave without noise '
+                f"(docs/privacy.md). Choose one of: {', '.join(NOISED)}."
+            )
         if name not in NOISED:
             raise UserError(
                 f'algorithm.name = "{name}": with [privacy] its statistics would need noise of their own. Choose one '
@@ -902,6 +909,12 @@ class Config(Section):
             raise UserError(
                 f"data.kind = {self.data.kind!r}: a format of a package may read any column, which sites do not let "
                 f"it. Choose one of: {', '.join(KINDS)}."
+            )
+        only, least = self.clients.only, self.federation.min_sites
+        if engine != "in_process" and 0 < len(only) < least:
+            raise UserError(
+                f"federation.min_sites = {least}: no round would begin, since clients.only names {len(only)}. Choose "
+                f"1 to {len(only)}."
             )
         if engine != "in_process" and "data" in self.asks:
             raise UserError(

@@ -279,7 +279,7 @@ class SiteFolder:
         """How much of a round this site can do; its own rank where the run lets ranks differ."""
         own = self.config.limits
         rank = min(own.rank, config.tuning.rank) if config.tuning.averages_products else 0
-        return ClientLimits(top_k=own.top_k, max_experts=own.max_experts, rank=rank)
+        return ClientLimits(top_k=own.top_k, max_experts=own.max_experts, rank=rank, max_norm=own.max_norm)
 
     def localise(self, config: Config) -> Config:
         """The coordinator's configuration as this site runs it.

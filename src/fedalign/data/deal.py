@@ -7,13 +7,23 @@ import random
 from fedalign.config.run import Config
 from fedalign.data.formats import Example, load_examples
 from fedalign.data.partition import Partition, partition
-from fedalign.errors import UserError
+from fedalign.errors import UserError, unknown
 
 
 def split_among_clients(config: Config) -> tuple[list[Example], Partition]:
-    """The training examples and which client holds which of them, as a simulation deals them."""
+    """The training examples and which client holds which of them, as a simulation deals them.
+
+    Who takes part changes nothing of what each of them holds.
+
+    Raises:
+        UserError: It cannot be dealt so, or one who is to take part holds nothing.
+    """
     examples, _ = set_aside(config)
-    return examples, partition(examples, config.clients, config.run.seed)
+    parts, only = partition(examples, config.clients, config.run.seed), config.clients.only
+    for name in only:
+        if name not in parts:
+            raise unknown("clients.only", name, parts)
+    return examples, {name: part for name, part in parts.items() if name in only or not only}
 
 
 def set_aside(config: Config) -> tuple[list[Example], list[Example]]:

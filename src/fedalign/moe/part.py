@@ -114,7 +114,8 @@ class Grown:
 def grown(moe: MoEModel, sites: Sequence[str], seed: int = 0) -> Grown:
     """A model with one more expert in each layer for each site: a copy of the public one that is used most.
 
-    Its router row is a quiet one (see `rows`); usage is that of public text.
+    Its router row is a quiet one (see `rows`); usage is that of public text. Both are seen in the public experts alone,
+    so that a site which joins later gets what it would have got at the start, whoever has trained meanwhile.
 
     Args:
         moe: used up. Owners that it has keep their experts.
@@ -135,9 +136,10 @@ def grown(moe: MoEModel, sites: Sequence[str], seed: int = 0) -> Grown:
         raise UserError(f"model = {moe.family}: {beside[0]} is kept as it was, and has no place for more experts.")
     taken = {expert for experts in moe.layout.owners.values() for expert in experts}
     public = [expert for expert in range(moe.experts) if expert not in taken]
-    text = public_text(moe, seed)
-    seen_L = look(moe, text, range(moe.experts))
-    copied_L = tuple(max(public, key=seen.load_E.tolist().__getitem__) for seen in seen_L)
+    anchor = part_of(moe, public) if taken else moe
+    text = public_text(anchor, seed)
+    seen_L = look(anchor, text, range(len(public)))
+    copied_L = tuple(public[int(seen.load_E.argmax())] for seen in seen_L)
     rows = [quiet_row(seen) for seen in seen_L]
     bigger = MoEModel.wrap(picked(moe, [*range(moe.experts), *[public[0]] * len(sites)]))
     for layer, (copied, (row_H, _)) in enumerate(zip(copied_L, rows, strict=True)):

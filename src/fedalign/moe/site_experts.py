@@ -99,5 +99,20 @@ def checked(record: Any, experts: int | None) -> dict[str, tuple[int, ...]]:
     return {name: tuple(mine) for name, mine in record.items()}
 
 
+def named(option: str, sites: str | None) -> list[str]:
+    """Sites that get an expert, as a user names them; none where the option is not given.
+
+    Raises:
+        UserError: A name is empty, cannot be a site's, or is given twice.
+
+    >>> named("--join", "a, ward b")
+    ['a', 'ward b']
+    """
+    names = [] if sites is None else parted(option, sites)
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{option}: {twice!r} is named twice. Name each site once.")
+    return list(checked({name: [number] for number, name in enumerate(names)}, None))
+
+
 def _short(value: object) -> str:
     return f"{value!r:.60}"

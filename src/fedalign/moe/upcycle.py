@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from fedalign.errors import UserError, unknown
 from fedalign.moe.families import FAMILIES, family_of
+from fedalign.moe.kept import save_with_kept
 from fedalign.moe.load import DTYPES, load_plain
+from fedalign.moe.model import MoEModel
+from fedalign.moe.part import Grown, grown
 from fedalign.moe.site_experts import COUNTS
 
 
@@ -161,6 +164,18 @@ def load_sparse(source: DenseSource, recipe: Recipe) -> PreTrainedModel:
         dtype = AutoConfig.from_pretrained(source.place, **source.options).get_text_config().dtype
     named = str(dtype).removeprefix("torch.")
     return load_plain(source.place, dtype=named if named in DTYPES else "float32", revision=source.revision)
+
+
+def write_grown(source: DenseSource, sites: Sequence[str], seed: int, folder: Path) -> Grown:
+    """Fill an empty folder with an MoE in which these sites have an expert of their own more, and its tokenizer.
+
+    Raises:
+        UserError: There is no such model or tokenizer, or it cannot have them.
+    """
+    more = grown(MoEModel.wrap(load_sparse(source, Recipe(seed=seed))), sites, seed)
+    save_with_kept(more.model, folder)
+    load_tokenizer(source).save_pretrained(folder)
+    return more
 
 
 def load_dense(source: DenseSource, recipe: Recipe | None = None) -> PreTrainedModel:

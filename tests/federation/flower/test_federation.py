@@ -285,6 +285,13 @@ def test_most_sites_settle_what_the_weights_are(clock: Clock) -> None:
     assert list(told(sites)) == ["d"]
 
 
+def test_a_site_that_is_to_take_no_part_is_refused_and_told(clock: Clock) -> None:
+    nodes = [site(name) for name in ("a", "b")]
+    sites = federate(clock, *nodes, agreement=replace(AGREEMENT, only=("b",)), min_sites=1)
+    assert list(sites.members()) == ["b"]
+    assert told(sites) == {"a": "refused: it takes no part in this run: clients.only = b"}
+
+
 def test_a_tie_about_the_weights_is_the_users_to_decide(clock: Clock) -> None:
     nodes = [weighing("a", "1" * 64), weighing("b", "2" * 64)]
     sites = federate(clock, *nodes, agreement=replace(AGREEMENT, weights=None))

@@ -65,6 +65,7 @@ class Coordinator:
             weights=config.model.weights_hash if moe.device.type == "meta" else moe.weights_hash(),
             labels=len(config.data.labels) if config.training.loss == "label_shift" else 0,
             masked=config.privacy.masked,
+            only=config.clients.only,
         )
         if config.model.weights_hash not in (None, agreement.weights):
             raise UserError(

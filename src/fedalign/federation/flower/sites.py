@@ -58,11 +58,14 @@ class Agreement:
     weights: str | None  # None: what most of the first sites have
     labels: int = 0  # of which a site that consents tells how many examples each has
     masked: bool = False  # whether what leaves sites is concealed
+    only: Sequence[str] = ()  # names of those that take part; empty: all
 
     def refusal(self, hello: Hello) -> str | None:
         """Why a site may not take part, or None."""
         if hello.protocol != PROTOCOL:
             return f"it speaks protocol {hello.protocol}, this is {PROTOCOL}: install the same version"
+        if self.only and hello.client not in self.only:
+            return f"it takes no part in this run: clients.only = {', '.join(self.only)}"
         for name, its, mine in (
             ("MoE layout differs", _layout(hello.layers, hello.experts), _layout(self.layers, self.experts)),
             ("model architecture differs", hello.architecture, self.architecture),
