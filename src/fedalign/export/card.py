@@ -345,14 +345,14 @@ def noise_told(config: Config, history: Sequence[Metrics]) -> str:
 
 
 def privacy_told(config: Config, history: Sequence[Metrics]) -> list[str]:
-    """What hides one example, and what hides one site: a sentence or more for each."""
+    """A sentence on how an example is hidden, and one on how a site is."""
     noise = noise_told(config, history)
     none = "No differential privacy was used, and nothing here bounds what can be learnt about single examples from the"
     return [f"{noise[0].upper()}{noise[1:]}." if noise else f"{none} model.", _seen(config)]
 
 
 def _seen(config: Config) -> str:
-    """What was seen of one client's data."""
+    """A sentence on how much of one client was seen by others."""
     if config.federation.engine != "flower":
         return "Clients were simulated on one machine, which held the data of all."
     if config.privacy.masked:
