@@ -1,0 +1,279 @@
+"""What experts of sites' own cost, and what a site takes along when it leaves: the numbers of docs/opting-out.md.
+
+    python benchmarks/opting_out.py --out runs/opting-out            # goes on where it stopped
+    python benchmarks/opting_out.py --out runs/opting-out --table    # writes docs/opting-out.md
+
+The demo's model gets an expert for each client (`fedalign upcycle`), and is tuned by each of ALGORITHMS as a comparison
+(`fedalign compare`, one run after another). Of the frozen model of `site_experts` three more things are measured, on
+rows that clients held out: how it answers them as a whole, where a client answers by the public experts and its own;
+how many of their tokens go to whose expert; and how it answers them without each client (`fedalign export --without`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics as stats
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import fedalign
+from fedalign.cli.upcycle import upcycle
+from fedalign.client.evaluation import evaluate
+from fedalign.client.memory import ClientData
+from fedalign.client.workbench import Workbench
+from fedalign.config.run import Config
+from fedalign.config.toml import as_texts
+from fedalign.data.batches import batches
+from fedalign.data.deal import split_among_clients
+from fedalign.errors import UserError
+from fedalign.export.leaving import Leaving, export_folder
+from fedalign.files import write_text
+from fedalign.moe.load import quiet
+from fedalign.moe.rows import Text, look, public_text
+from fedalign.server.results import RunFolder
+from fedalign.units import size
+from watching import machine
+
+PAGE = Path(__file__).parents[1] / "docs" / "opting-out.md"
+BEGIN, END = "<!-- written by benchmarks/opting_out.py -->", "<!-- until here -->"
+FROZEN = "site_experts"
+ALGORITHMS = {"by_use": "`by_use`", "fedavg": "`fedavg`", FROZEN: "`site_experts`"} | {
+    f"{FROZEN}:shared=average": '`site_experts`, `shared = "average"`'
+}
+WRITES = "what the untrained model writes"
+ABOUT, FOUND = "about.json", "found.json"
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def sites_of(args: argparse.Namespace) -> list[str]:
+    """Names of the clients of a run in one process."""
+    return [f"client-{number:02}" for number in range(args.clients)]
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the folder must have been made by to be gone on with."""
+    return {name: getattr(args, name) for name in ("clients", "seeds", "rounds", "rows", "set")}
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Make what the folder does not hold yet; a line for each algorithm and seed, the frozen ones with what was found.
+
+    Raises:
+        UserError: The folder holds runs of other settings.
+    """
+    quiet()
+    args.out.mkdir(parents=True, exist_ok=True)
+    about, base = args.out / ABOUT, args.out / "base"
+    if about.exists() and (there := json.loads(about.read_text())["settings"]) != settings(args):
+        raise UserError(
+            f"--out {str(args.out)!r}: holds runs of {there}, not of {settings(args)}. Choose another folder."
+        )
+    write_text(about, json.dumps({"settings": settings(args), "machine": machine("torch", "transformers")}) + "\n")
+    if not base.exists():
+        upcycle(args.model, base, site_experts=",".join(sites_of(args)))
+    asked = {"model.path": str(base), "clients.count": args.clients, "run.rounds": args.rounds}
+    texts = [*as_texts(asked | {"data.max_train": args.rows}), *args.set]
+    outcome = fedalign.compare_runs(
+        "demo", list(ALGORITHMS), seeds=args.seeds, overrides=texts, out=args.out / "runs", jobs=1, progress=False
+    )
+    if outcome.failed:
+        raise UserError("; ".join(f"{name}: {reason}" for name, reason in outcome.failed.items()))
+    lines = []
+    for row in outcome.rows:
+        history = [json.loads(one) for one in (Path(row["folder"]) / "metrics.jsonl").read_text().splitlines()]
+        lines.append(
+            {
+                "algorithm": row["algorithm"],
+                "seed": row["seed"],
+                "global": row["final_accuracy"],
+                "own": history[-1]["client_accuracy_weighted"],
+                "bytes_up": stats.fmean(line["bytes_up"] for line in history if line["round"]),
+                **({"frozen": frozen(Path(row["folder"]), base)} if row["algorithm"] == FROZEN else {}),
+            }
+        )
+        print(json.dumps(lines[-1]), flush=True)
+    write_text(args.out / FOUND, json.dumps(lines, indent=1) + "\n")
+    return lines
+
+
+def frozen(folder: Path, base: Path) -> dict[str, Any]:
+    """What the model of a run of `site_experts` is as a whole, and without each of its sites; kept beside the run."""
+    kept = folder.with_name(f"{folder.name}.json")
+    if kept.exists():
+        return dict(json.loads(kept.read_text()))
+    model, config = RunFolder(folder).model, RunFolder(folder).read_config("--out")
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        clients = Clients(config, model, Path(place) / "clients")
+        found: dict[str, Any] = {
+            "rows": {name: len(client.held_out or ()) for name, client in clients.data.items()},
+            "whole": clients.scores(),
+            "without": {},
+            "reached": clients.reached(public_text(Workbench.load(_at(config, base)).moe, config.run.seed)),
+        }
+        for name in clients.data:
+            less = Path(place) / name
+            export_folder(model, less, Leaving(without=(name,)))
+            found["without"][name] = Clients(config, less, Path(place) / f"of-{name}").scores()
+    write_text(kept, json.dumps(found) + "\n")
+    return found
+
+
+def _at(config: Config, model: Path) -> Config:
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(model)})})
+
+
+class Clients:
+    """Clients of a run with the rows that they held out, and a model that answers them.
+
+    Args:
+        config: of the run.
+        model: a folder; the run's own or another one.
+        folder: for what clients keep.
+    """
+
+    def __init__(self, config: Config, model: Path, folder: Path) -> None:
+        self.bench = Workbench.load(_at(config, model))
+        examples, parts = split_among_clients(config)
+        self.data: dict[str, ClientData] = {
+            name: self.bench.client(name, examples, part, folder / name) for name, part in parts.items()
+        }
+
+    def scores(self) -> dict[str, float | None]:
+        """Accuracy of the whole model on each client's rows; None: it held out none."""
+        config, bench = self.bench.config.evaluation, self.bench
+        return {
+            name: evaluate(bench.moe, client.held_out, config, bench.tokenizer, name).accuracy
+            if client.held_out
+            else None
+            for name, client in self.data.items()
+        }
+
+    def reached(self, written: Sequence[Text]) -> dict[str, dict[str, list[float]]]:
+        """Of each site's expert the share of tokens that it gets in each layer, by whose tokens they are."""
+        moe, options = self.bench.moe, self.bench.config.training
+        texts: dict[str, Iterable[Text]] = {
+            name: [
+                (one.inputs(), one.attention_mask_B_S)
+                for one in batches(client.held_out.encoded, options.batch_tokens, options.batch_examples)
+            ]
+            for name, client in self.data.items()
+            if client.held_out
+        }
+        found: dict[str, dict[str, list[float]]] = {name: {} for name in moe.layout.owners}
+        for whose, text in {**texts, WRITES: written}.items():
+            for seen in look(moe, text, range(moe.experts)):
+                for name, experts in moe.layout.owners.items():
+                    share = float(seen.load_E[list(experts)].sum()) / len(seen.last_T)
+                    found[name].setdefault(whose, []).append(share)
+        return found
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def percent(values: Iterable[float | None]) -> str:
+    """The mean, and beyond one value the range.
+
+    >>> percent([0.5]), percent([0.5, 0.25]), percent([None])
+    ('50.0 %', '37.5 % (25.0 to 50.0)', '-')
+    """
+    there = [100 * value for value in values if value is not None]
+    if not there:
+        return "-"
+    spread = f" ({min(there):.1f} to {max(there):.1f})" if len(there) > 1 else ""
+    return f"{stats.fmean(there):.1f} %{spread}"
+
+
+def weighted(scores: dict[str, float | None], rows: dict[str, int]) -> float | None:
+    """Of all clients' rows together.
+
+    >>> weighted({"a": 1.0, "b": 0.0, "c": None}, {"a": 3, "b": 1, "c": 0})
+    0.75
+    """
+    told = {name: score for name, score in scores.items() if score is not None}
+    return sum(rows[name] * score for name, score in told.items()) / sum(rows[name] for name in told) if told else None
+
+
+def table(lines: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
+    """All numbers of the page."""
+    head = "| | global test set | own rows | sent up a round |\n|---|--:|--:|--:|\n"
+    body = ""
+    for name, shown in ALGORITHMS.items():
+        here = [line for line in lines if line["algorithm"] == name]
+        sent = size(round(stats.fmean(line["bytes_up"] for line in here)))
+        told = [percent(line[which] for line in here) for which in ("global", "own")]
+        body += f"| {shown} | {told[0]} | {told[1]} | {sent} |\n"
+    found = [line["frozen"] for line in lines if "frozen" in line]
+    names = list(found[0]["rows"])
+    whole = [weighted(one["whole"], one["rows"]) for one in found]
+    less = f"| who left | {' | '.join(f'rows of {name}' for name in names)} |\n|---|{'--:|' * len(names)}\n"
+    cells: list[tuple[str, Callable[[dict[str, Any]], dict[str, float | None]]]] = [
+        ("nobody", lambda one: one["whole"]),
+        *((gone, lambda one, gone=gone: one["without"][gone]) for gone in names),
+    ]
+    for gone, scores in cells:
+        less += f"| {gone} | {' | '.join(percent(scores(one)[name] for one in found) for name in names)} |\n"
+    layers = range(len(found[0]["reached"][names[0]][WRITES]))
+    whose = [*names, WRITES]
+    reach = f"| expert of | {' | '.join(f'tokens of {name}' if name in names else name for name in whose)} |\n"
+    reach += f"|---|{'---|' * len(whose)}\n"
+    for owner in names:
+        shares = (
+            ", ".join(
+                f"{100 * stats.fmean(one['reached'][owner][name][layer] for one in found):.0f}" for layer in layers
+            )
+            if all(name in one["reached"][owner] for one in found)
+            else "-"
+            for name in whose
+        )
+        reach += f"| {owner} | {' | '.join(shares)} |\n"
+    rows = " and ".join(", ".join(str(one["rows"][name]) for name in names) for one in found)
+    made = about["settings"]
+    several = f"Mean and range of {len(made['seeds'])} seeds. " if len(made["seeds"]) > 1 else ""
+    return (
+        f"{head}{body}\n"
+        f"The frozen model as a whole answers own rows at {percent(whole)}. Each client's own rows by it, and after "
+        f"one has left:\n\n{less}\n"
+        f"Rows that clients held out: {rows}. Shares of their tokens, in %, that the whole frozen model sends to a "
+        f"site's expert, layer by layer:\n\n{reach}\n"
+        f"{several}Run on: {about['machine']}. Settings: `{json.dumps(made)}`.\n"
+    )
+
+
+def write_table(args: argparse.Namespace) -> None:
+    """Write the numbers of a folder into the page.
+
+    Raises:
+        UserError: There is no finished run in the folder.
+    """
+    if not (args.out / FOUND).exists():
+        raise UserError(f"--out {str(args.out)!r}: no {FOUND} there. Run it without --table first.")
+    lines, text = json.loads((args.out / FOUND).read_text()), PAGE.read_text()
+    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    PAGE.write_text(f"{before}\n{table(lines, json.loads((args.out / ABOUT).read_text()))}{after}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, or write the page's numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/opting-out"))
+    parser.add_argument("--model", default="demo", help="that gets the experts")
+    parser.add_argument("--clients", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=1500, help="data.max_train")
+    parser.add_argument("--set", nargs="*", default=[], help="further settings of a configuration")
+    parser.add_argument("--table", action="store_true", help="write the numbers into docs/opting-out.md")
+    args = parser.parse_args(arguments)
+    try:
+        write_table(args) if args.table else run(args)
+    except UserError as error:
+        parser.exit(2, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()
