@@ -43,7 +43,7 @@ FROZEN = "site_experts"
 ALGORITHMS = {"by_use": "`by_use`", "fedavg": "`fedavg`", FROZEN: "`site_experts`"} | {
     f"{FROZEN}:shared=average": '`site_experts`, `shared = "average"`'
 }
-WRITES = "what the model writes"
+WRITES = "what the untrained model writes"
 ABOUT, FOUND = "about.json", "found.json"
 
 # ---------------------------------------------------------------------------------------------------------------- runs

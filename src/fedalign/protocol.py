@@ -154,6 +154,16 @@ class Layout:
         """M matrices and V tokens of `token_rows`."""
         return len(self.token_rows), max((rows.tokens for rows in self.token_rows), default=0)
 
+    @property
+    def public(self) -> tuple[int, ...]:
+        """Experts of each layer that no site owns.
+
+        >>> Layout(1, 4, {}, owners={"hospital-a": (1, 3)}).public
+        (0, 2)
+        """
+        owned = {expert for experts in self.owners.values() for expert in experts}
+        return tuple(expert for expert in range(self.experts) if expert not in owned)
+
     @cached_property
     def groups(self) -> tuple[ParameterGroup, ...]:
         """All G = 3 + 2·L·E groups in plan order: shared, embeddings, head; gates, then experts, layer by layer."""

@@ -1,10 +1,12 @@
-"""The numbers of docs/opting-out.md: what was found becomes a table, and nothing is written without it."""
+"""What experts of sites' own cost: a small run gives all numbers of the page, is gone on with, and is no other one."""
 
 from __future__ import annotations
 
+import doctest
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,31 +14,64 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import opting_out
 
 
-def frozen(own: float) -> dict[str, Any]:
-    reached = {"a": {"a": [0.5], "b": [0.2], opting_out.WRITES: [0.1]}, "b": {"a": [0.3], opting_out.WRITES: [0.1]}}
-    scores: dict[str, float | None] = {"a": own, "b": None}
-    return {"rows": {"a": 4, "b": 0}, "whole": scores, "without": {"a": scores, "b": scores}, "reached": reached}
+def test_examples_in_docstrings() -> None:
+    found = doctest.testmod(opting_out)
+    assert found.attempted > 0
+    assert found.failed == 0
 
 
-def test_the_table_gives_means_and_ranges_over_seeds_and_no_number_where_there_is_none() -> None:
-    lines = [
-        {"algorithm": name, "seed": seed, "global": 0.5, "own": 0.25 * seed, "bytes_up": 1e6}
-        | ({"frozen": frozen(0.25 * seed)} if name == opting_out.FROZEN else {})
-        for name in opting_out.ALGORITHMS
-        for seed in (1, 2)
-    ]
-    told = opting_out.table(lines, {"settings": {"seeds": [1, 2]}, "machine": "a machine"})
-    assert "| `by_use` | 50.0 % (50.0 to 50.0) | 37.5 % (25.0 to 50.0) | 1.0 MB |" in told
-    assert "| nobody | 37.5 % (25.0 to 50.0) | - |" in told
-    assert "| b | 30 | - | 10 |" in told
-    assert "The frozen model as a whole answers own rows at 37.5 %" in told
-    assert "Mean and range of 2 seeds. Run on: a machine." in told
+def test_a_run_gives_the_numbers_of_the_page(
+    settings: list[str],
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, page = tmp_path / "out", tmp_path / "page.md"
+    data = [one for one in settings if one.startswith(("data.", "clients.alpha", "clients.min"))]
+    model = model_folder("olmoe", initializer_range=0.2)
+    sizes = ["--clients", "2", "--rounds", "1", "--rows", "80"]
+    asked = [*sizes, "--model", str(model), "--out", str(out), "--set", *data, "training.batch_examples=32"]
+    with pytest.raises(SystemExit):
+        opting_out.main(["--out", str(out), "--table"])
+    assert "no found.json there. Run it without --table first" in capsys.readouterr().err
+    opting_out.main(asked)
+    lines = json.loads((out / "found.json").read_text())
+    assert [line["algorithm"] for line in lines] == list(opting_out.ALGORITHMS)
+    (found,) = [line["frozen"] for line in lines if "frozen" in line]
+    names = ["client-00", "client-01"]
+    assert list(found["rows"]) == list(found["whole"]) == list(found["without"]) == list(found["reached"]) == names
+    assert all(sum(found["rows"].values()) > 0 and list(found["without"][gone]) == names for gone in names)
+    for owner in names:
+        assert list(found["reached"][owner]) == [*names, opting_out.WRITES]
+        assert all(0 <= share <= 1 for shares in found["reached"][owner].values() for share in shares)
+    whole = opting_out.weighted(found["whole"], found["rows"])
+    sent = {line["algorithm"]: line["bytes_up"] for line in lines}
+    assert sent["site_experts"] < sent["site_experts:shared=average"] < sent["fedavg"]
 
+    monkeypatch.setattr(opting_out, "Clients", None)  # what was measured is not measured again
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("metrics.jsonl")}
+    opting_out.main(asked)
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("metrics.jsonl")} == before
+    assert json.loads((out / "found.json").read_text()) == lines
 
-def test_without_a_finished_run_the_page_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = opting_out.PAGE.read_text()
-    with pytest.raises(SystemExit, match="2"):
-        opting_out.main(["--out", str(tmp_path), "--table"])
-    assert "no found.json there" in capsys.readouterr().err
-    assert opting_out.PAGE.read_text() == before
-    assert before.count(opting_out.BEGIN) == before.count(opting_out.END) == 1
+    page.write_text(f"before\n{opting_out.BEGIN}\nold\n{opting_out.END}\nafter\n")
+    monkeypatch.setattr(opting_out, "PAGE", page)
+    opting_out.main(["--out", str(out), "--table"])
+    text = page.read_text()
+    assert text.startswith("before")
+    assert text.endswith("after\n")
+    assert "\nold\n" not in text
+    for word in (
+        "| `by_use` |",
+        "| nobody |",
+        "| client-01 |",
+        f"own rows at {opting_out.percent([whole])}",
+        "Python 3.",
+    ):
+        assert word in text
+
+    with pytest.raises(SystemExit) as stopped:
+        opting_out.main([*asked, "--seeds", "1"])
+    assert stopped.value.code == 2
+    assert "Choose another folder" in capsys.readouterr().err

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from fedalign.config.toml import load_config
 from fedalign.errors import UserError
-from fedalign.maths.fixed_point import MOST_CLIENTS
-from fedalign.protocol import Concealed
+from fedalign.maths.fixed_point import MOST_CLIENTS, POWERS, encode, heights, limits
+from fedalign.maths.heap import Heap
+from fedalign.protocol import (
+    CLIPPED,
+    EXAMPLES,
+    HEIGHTS,
+    HOLDERS,
+    LOSS,
+    MET,
+    UNIT,
+    Concealed,
+    Failure,
+    Layout,
+    ParameterGroup,
+    Stage,
+    Totals,
+)
 from fedalign.server.masked import MaskedServer, Sums
+from fedalign.server.scores import Traffic
 
 AMONG = ("a", "b", "c")
 OFF = ("server.max_norm_ratio=0", "evaluation.clients=false")
+SHARED = ParameterGroup("shared")
 SHAPES = {"examples": ((1,), torch.int64), "shared": ((2,), torch.int16)}
 
 
@@ -79,3 +96,116 @@ def test_more_clients_than_a_sum_can_hold_are_refused() -> None:
         UserError, match=r"^round 2: 1025 clients are to be summed, and a masked sum is of 1024 at most"
     ):
         server._enough(2, ["one"] * (MOST_CLIENTS + 1), [])
+
+
+def test_who_sent_some_names_alone_did_not_send_all() -> None:
+    sums = Sums(4, AMONG, SHAPES)
+    sums.add(message("a"))
+    sums.add(message("b", residues={"shared": torch.tensor([1, 2]).short()}))
+    assert sums.of() == ("a",)
+    sums.add(message("b", residues={"examples": torch.tensor([1])}))
+    assert sums.of() == ("a", "b")
+    sums.add(message("c", residues={"shared": torch.tensor([1, 2]).short()}))
+    assert sums.complete("shared")
+    assert not sums.complete("examples")
+
+
+class Silent:
+    """An observer that is told how far it is."""
+
+    def __init__(self) -> None:
+        self.told = list[tuple[int, str, int, int]]()
+
+    def progress(self, *told: Any) -> None:
+        self.told.append(told)
+
+
+def server_of(*more: str) -> MaskedServer:
+    """One without clients, of a model with 3 shared values."""
+    server: Any = object.__new__(MaskedServer)
+    server.config = load_config(None, ["privacy.masked=true", "algorithm.name=by_use", *OFF, *more])
+    server.layout = Layout(1, 2, {SHARED: 3})
+    server.observer = Silent()
+    return cast("MaskedServer", server)
+
+
+@pytest.mark.parametrize("stage", ["train", "update"])
+def test_bytes_of_all_messages_are_counted_those_that_were_refused_too(stage: Stage) -> None:
+    server, sums, traffic = server_of(), Sums(4, AMONG, SHAPES), Traffic(statistics=100, updates=1000)
+    told: list[Concealed | Failure] = [
+        message("a"),
+        Failure("b", "evaluate", "gone"),
+        message("a"),
+        message("c"),
+    ]
+    failures = server._take(sums, told, stage, "summing", traffic)
+    assert [(one.client, one.stage, one.reason) for one in failures] == [
+        ("b", stage, "gone"),
+        ("a", stage, "examples: sent twice"),
+    ]
+    each = 8 + 2 * 2  # one int64, two int16
+    assert traffic.up_by_client == {"a": 2 * each, "c": each}
+    counted = (100 + 3 * each, 1000) if stage == "train" else (100, 1000 + 3 * each)
+    assert (traffic.statistics, traffic.updates) == counted
+    assert server.observer.told == [(4, "summing", n, 3) for n in (1, 2, 2, 3)]  # type: ignore[attr-defined]
+
+
+def totals_of(**changes: Any) -> dict[str, torch.Tensor]:
+    """Sums of the counts of three clients."""
+    marked = torch.zeros(1, POWERS, dtype=torch.int32)
+    marked[0, :5] = 1
+    good = {EXAMPLES: torch.tensor([30 * UNIT]), HOLDERS: torch.tensor([[3, 0]]), MET: torch.tensor([[1, 3]])}
+    return good | {f"{HEIGHTS}{SHARED}": marked} | changes
+
+
+def test_totals_that_may_be_are_taken() -> None:
+    assert server_of()._totals(4, AMONG, totals_of()).counts[f"{HEIGHTS}{SHARED}"].tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {EXAMPLES: torch.tensor([0])},
+        {EXAMPLES: torch.tensor([-1])},
+        {HOLDERS: torch.tensor([[4, 0]])},
+        {HOLDERS: torch.tensor([[3, -1]])},
+        {MET: torch.tensor([[1, 4]])},
+        {LOSS: torch.tensor([-1])},
+        {f"{HEIGHTS}{SHARED}": torch.ones(1, POWERS, dtype=torch.int32)},
+    ],
+)
+def test_totals_that_cannot_be_end_the_run(changes: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(UserError, match=r"^round 4: the totals of 3 clients are impossible"):
+        server_of()._totals(4, AMONG, totals_of(**changes))
+
+
+def test_a_share_of_clipped_values_is_of_all_clients_values() -> None:
+    totals, name = Totals(4, AMONG, {}), f"{CLIPPED}{SHARED}"
+    clipped = server_of()._clipped
+    assert clipped(totals, {name: torch.tensor([9])}) == 1.0
+    assert clipped(totals, {name: torch.tensor([0])}) == 0.0
+    for count in (-1, 10):
+        with pytest.raises(UserError, match=r"^round 4: the sum of 3 updates is impossible"):
+            clipped(totals, {name: torch.tensor([count])})
+
+
+@pytest.mark.parametrize("more", ["privacy.masked_min_holders=4", "server.min_clients=4"])
+def test_too_few_clients_end_the_run_with_the_reasons(more: str) -> None:
+    server = server_of(more)
+    server._enough(2, "abcd", [])
+    with pytest.raises(UserError, match=r"^round 2: 3 clients can be summed, .* ask for 4 \(d: gone\)\. The last"):
+        server._enough(2, "abc", [Failure("d", "train", "gone")])
+
+
+def test_a_group_without_a_sum_stays() -> None:
+    server: Any = server_of()
+    server.heap = Heap(None)
+    other = ParameterGroup("head")
+    old = {SHARED: torch.tensor([1.0, 2.0, 3.0]), other: torch.tensor([7.0])}
+    height = heights(torch.tensor([0.5]))
+    one = encode(torch.tensor([0.5, 0.0, -0.5]), torch.ones(3), limits(height), seed=0)[0]
+    totals = Totals(4, AMONG, {f"{HEIGHTS}{SHARED}": height})
+    new = server._stepped(old, totals, {str(SHARED): one})
+    torch.testing.assert_close(new[SHARED], torch.tensor([1.5, 2.0, 2.5]), rtol=0, atol=1e-4)
+    assert new[other] is old[other]
+    assert old[SHARED].tolist() == [1.0, 2.0, 3.0]

@@ -37,13 +37,11 @@ class SiteExperts(FedAvg):
     def part(self, layout: Layout, client: str) -> Part:
         """The public experts and its own, of which it trains its own."""
         own = layout.owners.get(client, ())
-        taken = {expert for experts in layout.owners.values() for expert in experts}
-        public = tuple(expert for expert in range(layout.experts) if expert not in taken)
         cells = (
             ParameterGroup(kind, layer, expert) for kind in CELLS for layer in range(layout.layers) for expert in own
         )
         common = WHOLE if own and self.shared == "average" else ()
-        return Part((*public, *own), frozenset((*common, *cells)))
+        return Part((*layout.public, *own), frozenset((*common, *cells)))
 
     def plan(self, reports: Reports, state: State) -> Plan:
         """1 for the owner of an expert, 0 for all others."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedalign.cli.terminal import busy, out, print_table, say
+from fedalign.cli.terminal import busy, on_disk, out, print_table, say
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -124,14 +124,12 @@ def _export_folder(model: Path, to: Path, leaving: Leaving, *, overwrite: bool, 
     """Of a model's folder, which is no run's, the part that stays."""
     from fedalign.export.card import CARD
     from fedalign.export.leaving import export_folder
-    from fedalign.units import size
 
     if of_run:
         raise UserError(f"{of_run[0]}: goes with a run's folder, and {str(model)!r} is a model's. Leave it out.")
     with out.status("Copying what stays ..."):
         left = export_folder(model, to, leaving, overwrite=overwrite)
-    nbytes = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
-    print_table(f"{model}: exported", [("left", str(left)), ("experts", _experts(left)), ("size", size(nbytes))])
+    print_table(f"{model}: exported", [("left", str(left)), ("experts", _experts(left)), ("size", on_disk(to))])
     for note in left.notes:
         out.print(note, style="yellow", soft_wrap=True)
     say(f"Written   {to}, with a model card: {CARD}")
@@ -159,7 +157,7 @@ def _hub(push: str | None, *, public: bool, overwrite: bool, clients: bool) -> P
 def _print(exported: Exported, to: Path) -> None:
     from fedalign.export.card import CARD
     from fedalign.server.scores import accuracy_of
-    from fedalign.units import percent, size
+    from fedalign.units import percent
 
     made, snapshot = exported.made, exported.snapshot
     accuracy = accuracy_of(exported.trained.scored)
@@ -171,7 +169,7 @@ def _print(exported: Exported, to: Path) -> None:
         ("of clients", _of_clients(exported)),
         ("left", str(exported.left or "")),
         ("experts", _experts(exported.left) if exported.left is not None else ""),
-        ("size", size(sum(file.stat().st_size for file in to.rglob("*") if file.is_file()))),
+        ("size", on_disk(to)),
     ]
     print_table(f"{snapshot.config.algorithm.name}: exported", [row for row in rows if row[1]])
     for note in exported.notes:

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedalign.units import size
+
 
 def console(**how: Any) -> Console:
     """A console that shows text as it is: a name in [brackets] stays, and the :AB: of a fingerprint is no emoji."""
@@ -34,6 +36,11 @@ InsecureAnywhere = Annotated[
 def at_home(path: Path | None) -> Path | None:
     """A path with ~ as the home of the user, which a shell leaves as it is in --out=~/x."""
     return None if path is None else path.expanduser()
+
+
+def on_disk(folder: Path) -> str:
+    """Bytes of all files in a folder, for people."""
+    return size(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
 
 
 def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedalign.cli.terminal import out, print_table, say
+from fedalign.cli.terminal import on_disk, out, print_table, say
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,7 +86,6 @@ def upcycle(
     from fedalign.moe.site_experts import named
     from fedalign.moe.upcycle import DenseSource, Recipe, is_sparse, load_dense, load_sparse, probe_logits
     from fedalign.moe.upcycle import upcycle as make_sparse
-    from fedalign.units import size
 
     quiet()
     out_ = out_.expanduser()
@@ -131,9 +130,8 @@ def upcycle(
         ("tokenizer", tokenizer_found),
     ]
     print_table(f"{source} upcycled", rows)
-    bytes_written = sum(file.stat().st_size for file in out_.iterdir())
     quoted = shlex.quote(str(out_))
-    say(f"Written   {out_} ({size(bytes_written)}): load it with transformers")
+    say(f"Written   {out_} ({on_disk(out_)}): load it with transformers")
     say(f"Look      fedalign inspect {quoted}")
     how = " --set algorithm.name=site_experts" if sites else ""
     say(f"Train     fedalign run my.toml --set model.path={quoted}{how}")

@@ -282,7 +282,7 @@ def check_owners(config: Config, moe: MoEModel) -> None:
             "owner. Make it so: fedalign upcycle MODEL --site-experts NAME,NAME --out DIR."
         )
     refuse_unlike(moe)
-    public = moe.experts - sum(map(len, moe.layout.owners.values()))
+    public = len(moe.layout.public)
     if public < moe.top_k:
         raise UserError(
             f"model.path = {config.model.path!r}: a token goes to {moe.top_k} experts, and {public} are public. Give a "

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tomli_w
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from fedalign.config.run import Config, DataConfig
 from fedalign.data.formats import FORMATS
@@ -187,16 +187,21 @@ def write_card(folder: Path, made: Made, trained: Trained) -> None:
     (folder / CARD).write_text(f"{render(made, trained, weights)}\n", encoding="utf-8")
 
 
-def render(made: Made, trained: Trained, weights: Mapping[str, str] = MappingProxyType({})) -> str:
-    """The whole card; `weights`: SHA-256 of the files that hold them."""
+def template(name: str) -> Template:
+    """The template NAME.md.jinja, which refuses names that it is not given."""
     environment = Environment(
         loader=PackageLoader("fedalign.export", "."),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return environment.get_template(f"{name}.md.jinja")
+
+
+def render(made: Made, trained: Trained, weights: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The whole card; `weights`: SHA-256 of the files that hold them."""
     config = trained.config
-    return environment.get_template("card.md.jinja").render(
+    return template("card").render(
         head=card_data(made, trained).to_yaml().strip(),
         made=made,
         trained=trained,

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedalign.config.run import Config
 from fedalign.errors import UserError, unknown
-from fedalign.export.card import CARD, settings_of
+from fedalign.export.card import CARD, settings_of, template
 from fedalign.files import MARK, SUMS, check_free, claimed, damage, digests, replacing
 from fedalign.moe.load import auto_class
 from fedalign.moe.site_experts import KEY, checked, parted
@@ -213,10 +212,7 @@ def _told(whole: Path) -> str:
 def _write_card(whole: Path, folder: Path, name: str, left: Left) -> None:
     if (whole / CARD).is_file():
         shutil.copyfile(whole / CARD, folder / FORMER)
-    environment = Environment(
-        loader=PackageLoader("fedalign.export", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    text = environment.get_template("subset.md.jinja").render(
+    text = template("subset").render(
         head=ModelCardData(library_name="transformers", tags=["mixture-of-experts", "fedalign-moe"]).to_yaml().strip(),
         name=name,
         former=FORMER if (whole / CARD).is_file() else "",

@@ -29,7 +29,6 @@ The primitives are those of `cryptography`, of the extra `flower`, imported when
 
 from __future__ import annotations
 
-import hmac
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -89,7 +88,7 @@ class Masks:
                 shared = X25519PrivateKey.from_private_bytes(self._key).exchange(X25519PublicKey.from_public_bytes(key))
             except ValueError:  # of another length, or of a point that has the same secret with everybody
                 raise ValueError(f"{name}: its mask key is no X25519 public key") from None
-            self._public[name], self._shared[name] = key, _extract(shared)
+            self._public[name], self._shared[name] = key, shared
 
     def mask(self, values: Tensor, about: Sequence[object], among: Sequence[str], first: int = 0) -> Tensor:
         """Integers of any width plus this client's masks, modulo that width.
@@ -124,7 +123,7 @@ class Masks:
         """Uniform integers that this client alone knows, the same for the same `about`."""
         drawn = torch.zeros(math.prod(shape), dtype=dtype)
         if len(drawn):
-            key = _expand(_extract(self._key), ["noise", self._run, [str(part) for part in about]])
+            key = _derived(self._key, ["noise", self._run, [str(part) for part in about]])
             stream = self._stream(key, 0, drawn.nbytes)
             drawn = torch.frombuffer(bytearray(stream.update(bytes(drawn.nbytes))), dtype=dtype)
         return drawn.view(*shape)
@@ -139,7 +138,7 @@ class Masks:
 
     def _pair(self, peer: str, about: Sequence[object], among: Sequence[str]) -> bytes:
         keys = [self._public[name].hex() for name in sorted((self.name, peer))]
-        return _expand(self._shared[peer], [self._run, [str(part) for part in about], sorted(among), keys])
+        return _derived(self._shared[peer], [self._run, [str(part) for part in about], sorted(among), keys])
 
     @staticmethod
     def _stream(key: bytes, start: int, nbytes: int) -> CipherContext:
@@ -169,14 +168,12 @@ def public_key(key: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(key).public_key().public_bytes_raw()
 
 
-def _extract(secret: bytes) -> bytes:
-    """The first half of HKDF-SHA256, without salt."""
-    return hmac.digest(bytes(32), secret, "sha256")
+def _derived(secret: bytes, info: object) -> bytes:
+    """A key of 32 bytes for one purpose: HKDF-SHA256 without salt. JSON of lists and texts tells where each ends."""
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-
-def _expand(secret: bytes, info: object) -> bytes:
-    """The second half, for 32 bytes. JSON of lists and texts tells where each of them ends."""
-    return hmac.digest(secret, json.dumps(info).encode() + b"\x01", "sha256")
+    return HKDF(SHA256(), 32, None, json.dumps(info).encode()).derive(secret)
 
 
 class Once:

@@ -27,6 +27,7 @@ from fedalign.protocol import Scoring
 
 Dispatch = Literal["index", "one_hot", "logits"]
 GROUP = "fedalign.families"  # entry points of other packages: a model_type, and a row
+GROUPS = ("n_group", "num_expert_group", "n_groups_of_experts")  # how configurations say that experts form groups
 TOP_K = (  # how routers, blocks, experts and configurations say to how many experts a token goes
     "top_k",
     "num_experts_per_tok",

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from fedalign.errors import UserError
 from fedalign.maths.tensor_file import Named, create, in_order
-from fedalign.moe.stored import INDEX, WEIGHTS, Loading, at_hand, read, stored
+from fedalign.moe.stored import INDEX, WEIGHTS, Loading, at_hand, read, stored, write_index
 
 KEPT, TUNED = "model-kept.safetensors", "model-tuned.safetensors"
 LARGEST = "50GB"  # of a file, as transformers has it
@@ -177,9 +177,7 @@ def _write_index(folder: Path, places: dict[str, str]) -> None:
     if (folder / WEIGHTS).exists():
         (folder / WEIGHTS).rename(folder / TUNED)
         places = {name: TUNED if place == WEIGHTS else place for name, place in places.items()}
-    size = sum((folder / name).stat().st_size for name in set(places.values()))
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_index(folder, places)
 
 
 def _folded(names: Iterable[str]) -> list[str]:

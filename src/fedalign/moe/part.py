@@ -134,9 +134,8 @@ def grown(moe: MoEModel, sites: Sequence[str], seed: int = 0) -> Grown:
     refuse_unlike(moe)
     if beside := [name for name in kept_of(moe.model).tensors if "expert" in name]:
         raise UserError(f"model = {moe.family}: {beside[0]} is kept as it was, and has no place for more experts.")
-    taken = {expert for experts in moe.layout.owners.values() for expert in experts}
-    public = [expert for expert in range(moe.experts) if expert not in taken]
-    anchor = part_of(moe, public) if taken else moe
+    public = moe.layout.public
+    anchor = part_of(moe, public) if moe.layout.owners else moe
     text = public_text(anchor, seed)
     seen_L = look(anchor, text, range(len(public)))
     copied_L = tuple(public[int(seen.load_E.argmax())] for seen in seen_L)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fedalign.errors import UserError
-from fedalign.moe.families import MoELayer, router_weight
+from fedalign.moe.families import GROUPS, MoELayer, router_weight
 from fedalign.moe.model import MoEModel
 from fedalign.moe.probe import RoutingProbe
 from fedalign.moe.tuning import SELECTION_BIAS
@@ -55,7 +55,7 @@ def refuse_unlike(moe: MoEModel) -> None:
     text = moe.model.config.get_text_config()
     unlike = {f"scores experts by {layer.scoring}": layer.scoring != "softmax" for layer in moe.layers} | {
         "has biases that only choose": any(name.endswith(SELECTION_BIAS) for name in moe.model.state_dict()),
-        "has experts in groups": any((getattr(text, name, None) or 1) > 1 for name in ("n_group", "num_expert_group")),
+        "has experts in groups": any((getattr(text, name, None) or 1) > 1 for name in GROUPS),
         "is an encoder-decoder": moe.is_seq2seq,
     }
     if why := next((reason for reason, true in unlike.items() if true), None):

@@ -53,6 +53,13 @@ def stored(source: str, revision: str | None = None) -> dict[str, Path]:
     return {name: file for name, place in places.items() if (file := files.get(place))}  # none beside the checkpoint
 
 
+def write_index(folder: Path, places: Mapping[str, str]) -> None:
+    """Write the index of a checkpoint in several files, which are there: each tensor's file by its name."""
+    size = sum((folder / name).stat().st_size for name in set(places.values()))
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def read(tensors: Mapping[str, Path], names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Tensors by name in this order, one after another; neighbours in one file are read from it at once.
 

@@ -7,7 +7,6 @@ stay are copied, whole matrices or blocks of rows of a stack. Every byte that is
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +19,12 @@ from torch import Tensor
 
 from fedalign.errors import UserError
 from fedalign.maths.tensor_file import Named, create, in_order
-from fedalign.moe.families import TOP_K
+from fedalign.moe.families import GROUPS, TOP_K
 from fedalign.moe.load import configuration_of, explaining, quantised_by
 from fedalign.moe.site_experts import COUNTS
-from fedalign.moe.stored import INDEX, WEIGHTS, Loading, read, shapes, stored
+from fedalign.moe.stored import WEIGHTS, Loading, read, shapes, stored, write_index
 
 NUMBERED = re.compile(r"(.*\bexperts\.)(\d+)(\..+)")  # the name of one expert's own tensor
-GROUPS = ("n_group", "num_expert_group", "n_groups_of_experts")  # how configurations say that experts form groups
 Shape = tuple[int, ...]
 
 
@@ -122,9 +120,7 @@ def write_subset(source: Path, folder: Path, cut: Cut, *, trust_remote_code: boo
     for file, those in groupby(sorted(parts, key=lambda name: (places[name], name)), key=places.__getitem__):
         written |= _write(folder / file.name, {name: places[name] for name in those}, parts, cut)
     if WEIGHTS not in written.values():
-        size = sum((folder / name).stat().st_size for name in set(written.values()))
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(written.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_index(folder, written)
 
 
 def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
