@@ -183,6 +183,12 @@ def test_counts_of_other_labels_are_refused(sent: tuple[int, ...], tmp_path: Pat
         step(tmp_path, "label_shift", sent=sent)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_without_labels_there_is_nothing_to_correct(loss: str) -> None:
+    assert correction(config_of(loss).training, None, ALL) is None
+    assert correction(config_of(loss).training, LABELS, ALL) is not None
+
+
 def shifted(settings: list[str], *more: str, loss: str = "label_shift") -> Config:
     return load_config(None, [*settings, NAMES, f"training.loss={loss}", *more])
 
@@ -218,6 +224,12 @@ def test_labels_have_the_tokens_of_every_template(settings: list[str], tmp_path:
         answer = {token for token in one.labels if token not in (-100, bench.tokenizer.eos_token_id)}
         assert answer <= set(labels.tokens[1 if one.example < 2 else 0])
     assert Labels.of(mixed, [], bench.encoder) is None
+    other = replace(mixed[0], choices=(" animals", " weather"), answer=" animals")
+    twice = [mixed[0], other]
+    alone, both = (Labels.of(some, bench.encoder.encode(some), bench.encoder) for some in (twice[:1], twice))
+    assert alone is not None
+    assert both is not None
+    assert alone.tokens[0] == both.tokens[0]  # a token that stands in both spellings counts once
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -228,6 +228,7 @@ def test_noise_of_ones_own_is_the_same_again_and_nobody_elses() -> None:
     assert torch.equal(one, met()["a"].noise((3, 5), torch.int32, ("x",)))
     assert not torch.equal(one, masks["a"].noise((3, 5), torch.int32, ("y",)))
     assert not torch.equal(one, masks["b"].noise((3, 5), torch.int32, ("x",)))
+    assert not torch.equal(one, Masks("a", "another run", key_of("a")).noise((3, 5), torch.int32, ("x",)))
     assert masks["a"].noise((0, 5), torch.int32, ("x",)).shape == (0, 5)
 
 
@@ -302,6 +303,9 @@ def test_a_restart_keeps_the_key_and_another_run_has_another(tmp_path: Path) -> 
     last.allow(7, ["y"], ("a", "b", "c"))
     assert once(file).among(7, "y") == [frozenset("abc")]
     assert once(file).among(7, "x") == [frozenset(ALL)]
+    copied = tmp_path / "copied"
+    copied.write_bytes(file.read_bytes())
+    assert Once("b", "run", 3, 6, copied).key != first.key  # nor has another client
     other = once(file, "another run")
     assert other.key != first.key
     assert other.among(7, "x") == []

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.testing import assert_close
 
 from fedalign.maths.fixed_point import (
     BLOCK,
+    CHUNK,
     LEVELS,
     LOWEST,
     MOST_CLIENTS,
@@ -93,6 +95,10 @@ def test_the_sum_of_marks_tells_neither_who_nor_how_many() -> None:
 def test_what_is_no_sum_of_marks_is_refused() -> None:
     with pytest.raises(ValueError, match="no sum of heights"):
         highest(noise(1, 0))
+    of_one_block = torch.zeros(2, POWERS, dtype=torch.int32)
+    of_one_block[1, -1] = 1
+    with pytest.raises(ValueError, match="no sum of heights"):
+        highest(of_one_block)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0])
@@ -139,6 +145,17 @@ def test_pieces_are_rounded_as_the_whole() -> None:
     for block in (1, 17):
         part, _ = encode(values[block * BLOCK :], weight[block * BLOCK :], limit_B[block:], seed=3, first=block * BLOCK)
         assert torch.equal(whole[block * BLOCK :], part)
+
+
+def test_each_block_is_read_by_its_own_limit() -> None:
+    """More values than are worked on at a time, and blocks that differ by a factor of a million."""
+    blocks = 2 * CHUNK // BLOCK + 1
+    values = torch.full((blocks * BLOCK,), 0.5)
+    values[CHUNK:] *= 1e-6
+    limit_B = limits(heights(values))
+    residues, clipped = encode(values, torch.ones(len(values)), limit_B, seed=0)
+    assert clipped == 0
+    assert_close(decode(residues, limit_B), values, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("clients", [2, 3, 50, 200, MOST_CLIENTS])
