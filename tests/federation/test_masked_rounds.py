@@ -119,6 +119,14 @@ def one_round(folder: Path, seen: Seen) -> ServerState:
     return server.run(ServerState(0, weights, {}, ()))
 
 
+def counted(folder: Path) -> MaskedInProcess:
+    """A federation in which all have been counted once, and nobody was told totals."""
+    engine = federation(folder)
+    start = {group: pack(value, "float32", 0) for group, value in engine.trainer.moe.read().items()}
+    assert all(isinstance(one, Concealed) for one in engine.count(Broadcast(1, start), tuple(SIZES)))
+    return engine
+
+
 def by_hand(folder: Path, *more: str, lost: str = "") -> tuple[Weights, Weights]:
     """Old and new weights of the same round without masks, with the same rule for few holders.
 
@@ -180,6 +188,31 @@ def test_other_keys_give_the_same_bytes(tmp_path: Path) -> None:
         name = next(iter(mine.residues))
         assert mine.client == yours.client
         assert mine.residues[name].numel() < 64 or not torch.equal(mine.residues[name], yours.residues[name])
+
+
+def test_a_group_whose_values_all_came_is_asked_for_once_whatever_else_is_lost(tmp_path: Path) -> None:
+    """Its values and the count of clipped ones may come in two pieces; two whole sums would tell of one client."""
+    seen, cut = Seen(federation(tmp_path)), list[str]()
+    conceal = seen.inner.conceal
+
+    def without_clipped(
+        totals: Totals, among: Sequence[str], groups: Sequence[ParameterGroup]
+    ) -> Iterator[Concealed | Failure]:
+        for message in conceal(totals, among, groups):
+            if isinstance(message, Failure) or message.client != "b":
+                yield message
+            elif not cut:
+                cut.extend(message.residues)
+                yield replace(message, residues={cut[0]: message.residues[cut[0]]})  # the values of its first group
+                yield Failure("b", "update", "gone")
+
+    seen.inner.conceal = without_clipped  # type: ignore[method-assign]
+    state = one_round(tmp_path, seen)
+    whole = [one for one in seen.messages if cut[0] in one.residues]
+    assert sorted(one.client for one in whole) == sorted(SIZES)
+    assert {one.among for one in whole} == {tuple(SIZES)}
+    assert ("conceal", tuple(name for name in SIZES if name != "b")) in {one[:2] for one in seen.asked}
+    assert 0 <= state.history[-1]["clipped_share"] <= 1
 
 
 def test_what_one_client_sends_is_noise(tmp_path: Path) -> None:
@@ -358,9 +391,7 @@ def test_a_group_is_masked_part_by_part_as_in_the_whole(tmp_path: Path, monkeypa
 
 def test_random_marks_are_the_same_again_and_others_among_others(tmp_path: Path) -> None:
     """Else what is sent twice, or two sums over more and fewer clients, would tell the heights of one."""
-    seen = Seen(federation(tmp_path))
-    one_round(tmp_path, seen)
-    site = seen.inner.sites["a"]
+    site = counted(tmp_path).sites["a"]
     site.masks.mask = lambda values, *_: values  # type: ignore[method-assign] # as the numbers are below the masks
     first, again, fewer = (site.recount(1, among).residues for among in (tuple(SIZES), tuple(SIZES), ("a", "b", "c")))
     for name, value in first.items():
@@ -378,7 +409,7 @@ def test_a_client_refuses_what_would_tell_of_it(tmp_path: Path) -> None:
     with pytest.raises(TrainingFailedError, match="2 clients: it takes part in sums of 3 to 1024"):
         next(site.conceal(totals, ("a", "b"), [group]))
     with pytest.raises(TrainingFailedError, match="1025 clients: it takes part in sums of 3 to 1024"):
-        site.recount(1, ("a", *map(str, range(MOST_CLIENTS))))
+        counted(tmp_path / "other").sites["a"].recount(1, ("a", *map(str, range(MOST_CLIENTS))))
     with pytest.raises(TrainingFailedError, match="itself among them"):
         next(site.conceal(totals, ("b", "c", "d"), [group]))
     less = replace(totals, counts={**totals.counts, EXAMPLES: totals.counts[EXAMPLES] * 0})

@@ -28,6 +28,7 @@ from fedalign.moe.model import MoEModel
 from fedalign.protocol import (
     EXAMPLES,
     HEIGHTS,
+    HOLDERS,
     PROTOCOL,
     SHARED,
     Broadcast,
@@ -275,10 +276,60 @@ def test_others_keys_are_held_against_their_node_keys(
         assert (answer.reason if isinstance(answer, Failure) else "") == expected
     invented = vouched | {"e": public_key(fresh_key()).hex()}
     reason = fails(knows, config, "train", broadcast(config, invented))
-    assert reason == "mask key of 'e': its node key is not known here; known are b, c, d"
+    assert reason == "mask key of 'e': its node key is not among those that are known here"
 
 
 def test_a_node_key_in_site_toml_is_one(ward: SiteFolder) -> None:
     text = (ward.path / "site.toml").read_text() + '\n[privacy.node_keys]\nb = "ssh-ed25519 AAAA"\n'
     with pytest.raises(UserError, match=r"must be the line of a site's key\.pub"):
         make_site(ward.path, text)
+
+
+def shared_load(config: Config) -> Config:
+    """A run whose experts are summed by what each client sent them."""
+    return config.model_copy(update={"algorithm": load_config(None, ["algorithm.name=by_use"]).algorithm})
+
+
+@pytest.mark.parametrize(
+    ("section", "values"), [("privacy", {"masked_min_holders": 4}), ("run", {"seed": 7}), ("algorithm", {"rows": 2})]
+)
+def test_under_other_terms_nothing_more_of_a_round_is_told(
+    ward: SiteFolder, config: Config, peers: dict[str, str], section: str, values: dict[str, int]
+) -> None:
+    config, keys = shared_load(config), keys_of(ward, config, peers)
+    told = ask(ward, config, "train", broadcast(config, keys))
+    assert isinstance(told, Concealed)
+    totals = totals_of(told)
+    totals[HOLDERS] = torch.full_like(totals[HOLDERS], 3)  # enough for 3, and too few for 4
+    asked = Sum(1, tuple(keys), totals, keys, (SHARED,))
+    first = ask(ward, config, "conceal", asked)
+    assert isinstance(first, Concealed)
+    if section == "algorithm":
+        rows = load_config(None, ["algorithm.name=by_use", "algorithm.vocabulary_holders=2"]).algorithm
+        other = config.model_copy(update={"algorithm": rows})
+    else:
+        other = changed(config, section, **values)
+    assert "other totals of round 1 before: its masks are used up" in fails(ward, other, "conceal", asked)
+    again = ask(ward, config, "conceal", asked)
+    assert isinstance(again, Concealed)
+    assert all(torch.equal(again.residues[name], first.residues[name]) for name in first.residues)
+
+
+def test_once_totals_were_told_counts_are_concealed_among_nobody_else(
+    ward: SiteFolder, config: Config, peers: dict[str, str]
+) -> None:
+    keys = keys_of(ward, config, peers)
+    told = ask(ward, config, "train", broadcast(config, keys))
+    assert isinstance(told, Concealed)
+    ask(ward, config, "conceal", Sum(1, tuple(keys), totals_of(told), keys, (SHARED,)))
+    left = {name: keys[name] for name in keys if name != "d"}
+    assert "were summed: other sums of them would tell of one client" in fails(ward, config, "count", Recount(1, left))
+    assert isinstance(ask(ward, config, "count", Recount(1, keys)), Concealed)  # the same once more
+
+
+def test_a_site_does_not_tell_whom_it_knows(ward: SiteFolder, config: Config, peers: dict[str, str]) -> None:
+    privacy = ward.config.privacy.model_copy(update={"node_keys": {"secret-partner": "ecdsa-sha2-nistp384 AAAA"}})
+    ward = replace(ward, config=ward.config.model_copy(update={"privacy": privacy}))
+    reason = fails(ward, config, "train", broadcast(config, keys_of(ward, config, peers)))
+    assert "its node key is not among those that are known here" in reason
+    assert "secret-partner" not in reason

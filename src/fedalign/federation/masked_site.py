@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from fedalign.federation.masks import Masks, Once
 
 PIECE = 1 << 20  # values concealed at a time; a whole number of blocks
-COUNTED = "counts and update"  # of a round, as `Once` calls what may not change under a mask
+COUNTED, TOTALS = "counts and update", "totals"  # of a round, as `Once` calls what may not change under a mask
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,13 @@ class Terms:
     least: int  # clients of a sum, and holders of a part that has weights of its own
     tells_loss: bool
     seed: int  # of rounding
+
+    @property
+    def told(self) -> str:
+        """All of them, as a text that goes into the keys of masks: who was told others has masks that do not cancel."""
+        sizes = sorted((str(group), size) for group, size in self.layout.sizes.items())
+        rows = [str(rows) for rows in self.layout.token_rows]
+        return json.dumps([sizes, rows, str(self.shares), self.least, self.tells_loss, self.seed])
 
 
 @dataclass
@@ -121,15 +128,20 @@ class MaskedSite:
         """The counts of a round, concealed among these clients.
 
         Raises:
-            TrainingFailedError: Nothing was counted, they are too few, or it was concealed twice already.
+            TrainingFailedError: Nothing was counted, they are too few, or it was concealed twice already, or its sum is
+                known.
         """
         if round != self.round:
             raise TrainingFailedError(f"round {round}: nothing was counted in it")
         self.once.bind(round, COUNTED, self.content)
+        if self.once.knows(round, TOTALS) and frozenset(among) not in self.once.among(round, EXAMPLES)[-1:]:
+            raise TrainingFailedError(
+                f"counts of round {round} were summed: other sums of them would tell of one client"
+            )
         self.once.allow(round, self.counts, among)
         masked = dict[str, Tensor]()
         for name, value in self.counts.items():
-            about = (round, "counts", self.broadcast, name)
+            about = (round, "counts", self.broadcast, self.terms.told, name)
             masked[name] = self.masks.mask(self._told(name, value, (*about, sorted(among))), about, among)
         return Concealed(self.name, round, tuple(among), masked)
 
@@ -139,7 +151,7 @@ class MaskedSite:
         Raises:
             TrainingFailedError: As of `recount`; or the totals are not of what this client counted.
         """
-        seen = fingerprint_of(totals.counts, self.broadcast, *totals.among)
+        seen = fingerprint_of(totals.counts, self.broadcast, self.terms.told, *totals.among)
         self._check(totals, seen, among)
         kept = self._update(totals.round)
         self.once.bind(totals.round, COUNTED, content_of(self.counts, kept, self.broadcast))
@@ -198,7 +210,7 @@ class MaskedSite:
             raise TrainingFailedError(f"the totals of round {totals.round} are less than it counted itself")
         if any(name.startswith(HEIGHTS) and bool((value >= POWERS).any()) for name, value in totals.counts.items()):
             raise TrainingFailedError(f"the totals of round {totals.round} have heights that no update may have")
-        self.once.bind(totals.round, "totals", seen)
+        self.once.bind(totals.round, TOTALS, seen)
 
 
 def content_of(counts: Mapping[str, Tensor], update: Mapping[ParameterGroup, Tensor], broadcast: str) -> str:

@@ -176,6 +176,17 @@ def _derived(secret: bytes, info: object) -> bytes:
     return HKDF(SHA256(), 32, None, json.dumps(info).encode()).derive(secret)
 
 
+def is_public_key(key: bytes) -> bool:
+    """Whether others can agree on a secret with who has this key; with some points everybody has the same one."""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+
+    try:
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(key))
+    except ValueError:
+        return False
+    return True
+
+
 class Once:
     """A client's record of a run: what it has concealed, so that nothing is concealed twice in a way that tells of it.
 
@@ -213,6 +224,10 @@ class Once:
         if what not in self._seen:
             self._note({"round": round, "what": what, "seen": seen})
             self._seen[what] = seen
+
+    def knows(self, round: int, what: str) -> bool:
+        """Whether something of a round was noted."""
+        return round == self._round and what in self._seen
 
     def allow(self, round: int, names: Iterable[str], among: Sequence[str]) -> None:
         """Note that things of a round are about to be concealed among these clients, or refuse all of them.
@@ -315,9 +330,7 @@ def verify(run: str, keys: Mapping[str, tuple[bytes, bytes]], known: Mapping[str
 
     for name, (public, signature) in keys.items():
         if name not in known:
-            raise TrainingFailedError(
-                f"mask key of {name!r}: its node key is not known here; known are {_listed(known)}"
-            )
+            raise TrainingFailedError(f"mask key of {name!r}: its node key is not among those that are known here")
         try:
             node = load_ssh_public_key(known[name].encode())
         except (ValueError, UnsupportedAlgorithm):

@@ -201,21 +201,23 @@ class MaskedServer(Server):
         first = Sums(number, totals.among, self._share_shapes(groups))
         told = self._sites.conceal(totals, totals.among, groups)
         failures = self._take(first, told, "update", "summing", traffic)
-        lacking = [group for group in groups if not all(map(first.complete, self._share_shapes([group])))]
+        # a group whose values all came is never asked for again, also where a count of what was clipped did not come
+        lacking = [group for group in groups if not first.complete(str(group))]
+        had = {name: total for name, total in first.sums.items() if first.complete(name)}
         rest, left = lacking or begun.groups, begun.left
         if not rest:
-            return first.sums, failures
+            return had, failures
         shapes = self._share_shapes(rest)
         if lacking and begun.groups:
             self._fail(number, failures)
         if lacking:
-            left = tuple(one for one in totals.among if all(one in first.came.get(name, ()) for name in shapes))
+            left = tuple(one for one in totals.among if all(one in first.came.get(str(group), ()) for group in rest))
         self._enough(number, left, failures)
         again = Sums(number, left, shapes)
         lost = self._take(again, self._sites.conceal(totals, left, rest), "update", "summing", traffic)
         if again.of() != left:
             self._fail(number, [*failures, *lost])
-        return first.sums | again.sums, [*failures, *lost]
+        return had | again.sums, [*failures, *lost]
 
     def _share_shapes(self, groups: Sequence[ParameterGroup]) -> dict[str, Residues]:
         return share_residues(self.layout.sizes, groups)
@@ -288,7 +290,7 @@ class MaskedServer(Server):
         return Totals(number, among, told | tall)
 
     def _clipped(self, totals: Totals, sums: Mapping[str, Tensor]) -> float:
-        """The share of values that lay beyond their limits, or the end of the run where it cannot be one."""
+        """The share of values that lay beyond their limits, of groups that tell it, or the end of the run."""
         clipped = {name: int(total) for name, total in sums.items() if name.startswith(CLIPPED)}
         most = {f"{CLIPPED}{group}": len(totals.among) * size for group, size in self.layout.sizes.items()}
         if any(not 0 <= count <= most[name] for name, count in clipped.items()):
@@ -296,7 +298,7 @@ class MaskedServer(Server):
                 f"round {totals.round}: the sum of {len(totals.among)} updates is impossible: one counts falsely, "
                 "or was told other totals, so that its masks do not cancel. The last complete round is kept."
             )
-        return sum(clipped.values()) / sum(most.values())
+        return sum(clipped.values()) / max(sum(most[name] for name in clipped), 1)
 
     def _described(self, totals: Totals) -> Metrics:
         """A round's training, as far as totals tell."""

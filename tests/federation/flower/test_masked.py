@@ -30,7 +30,7 @@ from fedalign.federation.in_process import prepare
 from fedalign.federation.masked_service import RECORD
 from fedalign.federation.messages import MESSAGES, Parcel, decode, encode
 from fedalign.federation.site import service_of
-from fedalign.protocol import Concealed, Failure, Hello, Piece, Statistics
+from fedalign.protocol import PROTOCOL, Concealed, Failure, Hello, Piece, Statistics
 from fedalign.server.results import RunFolder
 from fedalign.server.run import execute
 from tests.conftest import SUBJECTS, changed, make_site, rows, write_jsonl
@@ -396,6 +396,7 @@ def test_keys_are_held_against_the_node_keys_that_a_site_was_given(
     [
         (lambda hello: replace(hello, mask_key=""), "its mask key '' or the signature of it is none"),
         (lambda hello: replace(hello, mask_key="A" * 64), "or the signature of it is none"),
+        (lambda hello: replace(hello, mask_key="00" * 32), "is no X25519 public key"),
         (lambda hello: replace(hello, mask_signature="30" * 500), "or the signature of it is none"),
         (lambda hello: replace(hello, examples=40), "it tells how many examples it has, in a masked run"),
     ],
@@ -410,6 +411,18 @@ def test_a_hello_that_does_not_fit_a_masked_run_is_refused(
     (failure,) = summary["failures"]
     assert (failure["client"], failure["stage"]) == ("lab", "join")
     assert said in failure["reason"]
+
+
+def test_a_site_that_shows_the_key_of_another_is_refused(
+    masked: Callable[..., Config], house: Path, tmp_path: Path
+) -> None:
+    config = masked("run.rounds=1")
+    services: dict[str, Any] = dict(sites(tmp_path / "sites", house, config))
+    own = decode(services["east"].answer("hello", Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})), Hello)
+    services["lab"] = Tampering(services["lab"], "hello", lambda hello: replace(hello, mask_key=own.mask_key))
+    (failure,) = run(tmp_path / "run", Direct(services), config)["failures"]
+    assert (failure["client"], failure["stage"]) == ("lab", "join")
+    assert failure["reason"] == "its mask key is that of east"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from fedalign.federation.flower.carrier import NOTHING, Cargo, Carrier, read
 from fedalign.federation.flower.link import Link, Reply
 from fedalign.federation.flower.programs import register_command
 from fedalign.federation.flower.talks import Ask, Talks
+from fedalign.federation.masks import is_public_key
 from fedalign.federation.messages import VERBS, Parcel
 from fedalign.protocol import (
     PROTOCOL,
@@ -84,6 +85,8 @@ class Agreement:
         key, signature = hello.mask_key, hello.mask_signature
         if not MASK_KEY.fullmatch(key) or not SIGNATURE.fullmatch(signature):
             return f"its mask key {key!r:.24} or the signature of it is none"
+        if not is_public_key(bytes.fromhex(key)):
+            return f"its mask key {key!r:.24} is no X25519 public key"
         return "it tells how many examples it has, in a masked run" if hello.examples or hello.held_out else None
 
     def _labels_refusal(self, hello: Hello) -> str | None:
@@ -305,12 +308,18 @@ class FlowerFederation:
         if there is not None and there.node != node and there.node in set(self.link.nodes()):
             self._refuse(node, hello.client, "another connected site has the same name", there.node)
             return
-        reason = self.agreement.refusal(hello)
+        reason = self.agreement.refusal(hello) or self._key_refusal(hello)
         if reason is not None:
             self._refuse(node, hello.client, reason)
             return
         self.sites[hello.client] = replace(there, hello=hello, node=node) if there else Site(hello, node)
         log.info("%s has joined%s", hello.client, f" with {hello.examples} examples" if hello.examples else "")
+
+    def _key_refusal(self, hello: Hello) -> str | None:
+        """Why a site may not have its mask key: it would end the round of whoever is handed both."""
+        others = (site.hello for name, site in self.sites.items() if name != hello.client)
+        same = next((other.client for other in others if other.mask_key == hello.mask_key != ""), None)
+        return f"its mask key is that of {same}" if same else None
 
     def _name_refusal(self, name: str, registered: str | None) -> str | None:
         """Why a site may not be called so: who holds a key has the name that the key was registered with."""
