@@ -23,6 +23,7 @@ from fedalign.moe.model import MoEModel
 from fedalign.protocol import (
     EXAMPLES,
     HEIGHTS,
+    LOAD,
     Broadcast,
     Concealed,
     Failure,
@@ -415,6 +416,11 @@ def test_a_client_refuses_what_would_tell_of_it(tmp_path: Path) -> None:
     less = replace(totals, counts={**totals.counts, EXAMPLES: totals.counts[EXAMPLES] * 0})
     with pytest.raises(TrainingFailedError, match="less than it counted itself"):
         next(site.conceal(less, totals.among, [group]))
+    loads = totals.counts[LOAD].clone()
+    cell = tuple(site.counts[LOAD].nonzero()[0].tolist())
+    loads[cell] = site.counts[LOAD][cell] - 1  # of one expert alone
+    with pytest.raises(TrainingFailedError, match="less than it counted itself"):
+        next(site.conceal(replace(totals, counts={**totals.counts, LOAD: loads}), totals.among, [group]))
     with pytest.raises(TrainingFailedError, match="not of what it counted"):
         next(site.conceal(replace(totals, among=("a", "b", "c")), totals.among, [group]))
     counts = {**totals.counts, EXAMPLES: totals.counts[EXAMPLES] + 1}

@@ -30,6 +30,7 @@ def test_no_record_means_that_all_experts_are_public() -> None:
         ([8], "site_experts = [8]: must be a table"),
         ({"": [8]}, "site_experts: '': a site's name"),
         ({"\x1b[2J": [8]}, "a site's name must be 1 to 64 printable characters"),
+        ({8: [8]}, "site_experts: 8: a site's name must be"),
         ({"a": 8}, "site_experts.a = 8: must be a list"),
         ({"a": []}, "site_experts.a = []: must be a list"),
         ({"a": [10]}, "site_experts.a: 10: no such expert. Choose numbers from 0 to 9."),
