@@ -156,6 +156,7 @@ def test_a_run_in_which_somebody_joins_resumes(run: Run, fedalign: Command) -> N
         (["--join", "c", "--set", "algorithm.shared=average"], "shared = 'average' would train what others have."),
         (["--join", "c", "--set", 'clients.only=["a"]'], "--join c: clients.only = a says otherwise."),
         (["--join", "c", "--set", "tuning.dtype=bfloat16"], "would round the rows of others' routers"),
+        (["--join", "c", "--set", "model.weights_hash=5f0c"], "model.weights_hash is of the model without its expert."),
         (["--join", "c,c"], "--join: 'c' is named twice."),
         (["--join", "z"], "clients.only = 'z': unknown. Choose one of: a, b, c."),
         (["--join", "c", "--set", "federation.engine=flower", "--set", "federation.min_sites=1"], "fedalign upcycle"),
@@ -178,8 +179,14 @@ def test_who_cannot_join_is_told_in_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unfinished_run_cannot_be_joined_nor_one_resumed_so(run: Run, fedalign: Command, tmp_path: Path) -> None:
+def test_what_is_unfinished_or_somebody_elses_is_left_alone(run: Run, fedalign: Command, tmp_path: Path) -> None:
     first = run("a", "b")
+    (tmp_path / "new-start").mkdir()
+    (tmp_path / "new-start" / "notes.txt").write_text("mine")
+    words = ("--set", f"model.path={first}", "--join", "c", "--out", tmp_path / "new")
+    code, _, errors = fedalign("run", "/dev/null", *words)
+    assert code == 2
+    assert f"{tmp_path / 'new-start'}" in errors
     code, _, errors = fedalign("run", "--resume", first, "--join", "c")
     assert code == 2
     assert "--join: begins a new run" in errors

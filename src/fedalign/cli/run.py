@@ -75,9 +75,7 @@ def run(
     insecure_anywhere: InsecureAnywhere = False,
 ) -> None:
     """Fine-tune one MoE model across clients that keep their data."""
-    from fedalign.moe.site_experts import named
-
-    who = named("--join", join)
+    who = _named(join) if join else []
     if who and resume is not None:
         raise UserError("--join: begins a new run, and --resume goes on with one. Leave one of them out.")
     words = [*_joining(who), *(set_ or []), *(["run.check=false"] if no_check else [])]
@@ -87,10 +85,10 @@ def run(
     quiet()
     if dry_run:
         with TemporaryDirectory() as place:
-            _rehearse(_joined(settings, who, Path(place) / "model") if who else settings, folder)
+            _rehearse(_joined(settings, who, Path(place) / "model", overwrite) if who else settings, folder)
         return
     if who:
-        settings = _joined(settings, who, folder.path.with_name(f"{folder.path.name}-start"))
+        settings = _joined(settings, who, folder.path.with_name(f"{folder.path.name}-start"), overwrite)
     how = Beginning(fresh=resume is None, overwrite=overwrite)
     if resume is not None and (done := folder.finished()) >= settings.run.rounds:
         say(f"All {done} rounds are complete. For more: fedalign run --resume {resume} --set run.rounds={2 * done}")
@@ -153,12 +151,18 @@ def asked(
     return settings, folder
 
 
+def _named(join: str) -> list[str]:
+    from fedalign.moe.site_experts import named
+
+    return named("--join", join)
+
+
 def _joining(who: Sequence[str]) -> list[str]:
     """Overrides of a run in which these alone train experts of their own; the user's own come after them."""
     return ['algorithm.name="site_experts"', f"clients.only={json.dumps(list(who))}"] if who else []
 
 
-def _joined(settings: Config, who: Sequence[str], place: Path) -> Config:
+def _joined(settings: Config, who: Sequence[str], place: Path, overwrite: bool) -> Config:
     """The settings of a run from the finished model with an expert for each who joins, which is written to `place`.
 
     Raises:
@@ -185,17 +189,19 @@ def _joined(settings: Config, who: Sequence[str], place: Path) -> Config:
         )
     if set(settings.clients.only) != set(who):
         raise UserError(f"{said}: clients.only = {', '.join(settings.clients.only)} says otherwise. Leave one out.")
-    if settings.federation.engine == "flower":
-        raise UserError(
-            f"{said}: the site needs the model before the run begins. Make it with: fedalign upcycle "
-            f"{shlex.quote(path)} --site-experts {','.join(who)} --out DIR; give it to the site, and run with "
-            f"model.path = DIR and {_joining(who)[1]}."
-        )
+    if settings.model.weights_hash is not None:
+        raise UserError(f"{said}: model.weights_hash is of the model without its expert. Leave it out.")
     run = RunFolder(Path(path).expanduser())
     if run.config.is_file() and not run.finished():
         raise UserError(f"{said}: the run in {path!r} is not finished. Go on with it: fedalign run --resume {path}")
     model = str(run.model) if run.config.is_file() else model_path(path)
-    check_free(place, "model", overwrite=True)
+    if settings.federation.engine == "flower":
+        raise UserError(
+            f"{said}: the site needs the model before the run begins. Make it with: fedalign upcycle "
+            f"{shlex.quote(model)} --site-experts {shlex.quote(','.join(who))} --out DIR; give it to the site, "
+            f"and run with model.path = DIR and {_joining(who)[1]}."
+        )
+    check_free(place, "model", overwrite)
     with out.status("Adding experts ..."), replacing(place, "model") as fresh:
         write_grown(DenseSource.find(model, settings.model.revision), who, settings.run.seed, fresh)
     say(f"{said}: an expert a layer each, beside those of {model}, which stay as they are; it starts from {place}")
