@@ -207,7 +207,7 @@ def test_a_group_whose_values_all_came_is_asked_for_once_whatever_else_is_lost(t
                 yield replace(message, residues={cut[0]: message.residues[cut[0]]})  # the values of its first group
                 yield Failure("b", "update", "gone")
 
-    seen.inner.conceal = without_clipped  # type: ignore[method-assign]
+    seen.inner.conceal = without_clipped  # type: ignore[method-assign] # a line that breaks
     state = one_round(tmp_path, seen)
     whole = [one for one in seen.messages if cut[0] in one.residues]
     assert sorted(one.client for one in whole) == sorted(SIZES)

@@ -147,7 +147,7 @@ def test_bytes_of_all_messages_are_counted_those_that_were_refused_too(stage: St
     assert traffic.up_by_client == {"a": 2 * each, "c": each}
     counted = (100 + 3 * each, 1000) if stage == "train" else (100, 1000 + 3 * each)
     assert (traffic.statistics, traffic.updates) == counted
-    assert server.observer.told == [(4, "summing", n, 3) for n in (1, 2, 2, 3)]  # type: ignore[attr-defined]
+    assert server.observer.told == [(4, "summing", n, 3) for n in (1, 2, 2, 3)]  # type: ignore[attr-defined] # a Log
 
 
 def totals_of(**changes: Any) -> dict[str, torch.Tensor]:
