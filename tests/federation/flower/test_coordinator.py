@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,27 +90,28 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def as_coordinator(olmoe: Path, *overrides: str) -> Config:
+    """A run's configuration by one who has neither data nor weights; two rounds."""
+    return load_config(
+        None,
+        [
+            f"model.path={olmoe}",
+            f"data.labels={json.dumps(sorted(SUBJECTS))}",
+            "training.learning_rate=1e-2",
+            "statistics.min_tokens=4",
+            "run.rounds=2",
+            "tracking.loggers=[]",
+            "federation.engine=flower",
+            "clients.partition=files",
+            *overrides,
+        ],
+    )
+
+
 @pytest.fixture
 def coordinated(olmoe: Path, house: Path) -> Callable[..., Config]:
-    """`coordinated(*overrides)`: as one who has neither data nor weights configures it; two rounds."""
-
-    def make(*overrides: str) -> Config:
-        return load_config(
-            None,
-            [
-                f"model.path={olmoe}",
-                f"data.labels={json.dumps(sorted(SUBJECTS))}",
-                "training.learning_rate=1e-2",
-                "statistics.min_tokens=4",
-                "run.rounds=2",
-                "tracking.loggers=[]",
-                "federation.engine=flower",
-                "clients.partition=files",
-                *overrides,
-            ],
-        )
-
-    return make
+    """`coordinated(*overrides)`: as `as_coordinator`."""
+    return partial(as_coordinator, olmoe)
 
 
 ALL = "token_counts = true\nembeddings = true\n"

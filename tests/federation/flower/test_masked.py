@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ from fedalign.federation.site import service_of
 from fedalign.protocol import PROTOCOL, Concealed, Failure, Hello, Piece, Statistics
 from fedalign.server.results import RunFolder
 from fedalign.server.run import execute
-from tests.conftest import SUBJECTS, changed, make_site, rows, write_jsonl
+from tests.conftest import changed, make_site, rows, write_jsonl
 from tests.federation.flower.scripted import Clock
-from tests.federation.flower.test_coordinator import Direct, Tampering, same_runs
+from tests.federation.flower.test_coordinator import Direct, Tampering, as_coordinator, same_runs
 from tests.federation.test_messages import travel
 from tests.server.test_run import Silent, metrics
 
@@ -63,26 +64,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def masked(olmoe: Path) -> Callable[..., Config]:
-    def make(*overrides: str) -> Config:
-        return load_config(
-            None,
-            [
-                f"model.path={olmoe}",
-                f"data.labels={json.dumps(sorted(SUBJECTS))}",
-                "training.learning_rate=1e-2",
-                "statistics.min_tokens=4",
-                "run.rounds=2",
-                "tracking.loggers=[]",
-                "federation.engine=flower",
-                "clients.partition=files",
-                "algorithm.name=by_use",
-                *MASKED,
-                "server.robust=none",
-                *overrides,
-            ],
-        )
-
-    return make
+    """`masked(*overrides)`: as a coordinator configures a masked run of two rounds."""
+    return partial(as_coordinator, olmoe, "algorithm.name=by_use", *MASKED, "server.robust=none")
 
 
 @dataclass
