@@ -6,7 +6,7 @@ COMPARED := fedavg,fedprox,fedmoe,pfl_moe,by_use,fedalign_paper,fedalign_moe
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-sites compare test test-browser test-families test-installed test-kills test-sites models examples docs check format bench clean
+.PHONY: help venv demo demo-sites compare test test-browser test-families test-installed test-kills test-sites test-sites-all models examples docs check format bench clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -59,6 +59,9 @@ test-installed: $(VENV)/.tools ## what a newcomer has: the wheel alone, a new al
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m installed
 
 test-sites: $(VENV)/.simulation ## real Flower processes on loopback: keys, kills, faults, equal engines
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m 'sites and not variant' --durations 20 --durations-min 30
+
+test-sites-all: $(VENV)/.simulation ## those, and all others of their kinds: which process is killed, by which signal, when
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m sites
 
 test-families: $(VENV)/.tools ## every model family: capture, groups, a round, loading with plain libraries; docs/models.md

@@ -2,6 +2,7 @@
 
     python benchmarks/attacks.py --minutes 60               # goes on where benchmarks/results/attacks.jsonl stops
     python benchmarks/attacks.py --share 2/2 --minutes 60   # beside --share 1/2: every second cell
+    python benchmarks/attacks.py --columns fedavg "default, clip"   # these ways of summing alone
     python benchmarks/attacks.py --table                    # writes the table into docs/security.md
 
 An attack is a client of the in-process engine that lies: about its data, in its report, or in its update. A cell is one
@@ -399,6 +400,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of attacks.jsonl")
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=tuple(COLUMNS), help="ways of summing to run")
     parser.add_argument("--share", type=_share, default=(1, 1), metavar="K/N", help="cells K, K + N, ... alone")
     parser.add_argument("--table", action="store_true", help="write what there is into docs/security.md, and end")
     args = parser.parse_args()
@@ -410,7 +412,8 @@ def main() -> None:
     quiet()
     torch.set_num_threads(1)
     end, bench = time.monotonic() + 60 * args.minutes, None
-    for cell in islice(cells(), args.share[0] - 1, None, args.share[1]):
+    asked = (cell for cell in cells() if cell.column in args.columns)
+    for cell in islice(asked, args.share[0] - 1, None, args.share[1]):
         if time.monotonic() > end:
             break
         if found(read(file), cell) is not None:

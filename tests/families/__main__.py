@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 HERE = Path(__file__).parent
+CASE = "case of the matrix"  # conftest.py's
 
 
 class Outcomes:
-    """Which tests of the matrix failed, by family and kind."""
+    """Which tests of the matrix failed, by family and kind; workers tell it by their reports (conftest.py)."""
 
     def __init__(self) -> None:
         self.failed: dict[tuple[str, str], list[str]] = defaultdict(list)
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item: pytest.Function) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        report = yield
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if "test_matrix.py" in item.nodeid and parameters.keys() >= {"family", "kind"}:
-            names = self.failed[str(parameters["family"]), str(parameters["kind"])]
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        told: dict[str, Any] = dict(report.user_properties)
+        if CASE in told:
+            family, kind, name = told[CASE]
+            names = self.failed[family, kind]
             if not report.passed:
-                names.append(item.originalname)
-        return report
+                names.append(name)
 
 
 def main(write: bool) -> int:
     outcomes = Outcomes()
     stale = [f"--ignore={HERE / 'test_table.py'}"] if write else []
-    status = pytest.main(["-m", "families or not families", *stale, str(HERE.parent / "moe"), str(HERE)], [outcomes])
+    asked = ["-m", "families or not families", "--numprocesses", "2", "--dist", "worksteal"]
+    status = pytest.main([*asked, *stale, str(HERE.parent / "moe"), str(HERE)], [outcomes])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return int(status)
     from tests.families.table import DOCUMENT, render  # noqa: PLC0415  # pytest is first to import what it may rewrite

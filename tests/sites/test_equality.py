@@ -76,7 +76,7 @@ def test_intruders_have_no_part(deployment: Deployment, by_sites: tuple[Run, str
     assert "Connection attempt failed" in deployment.loopback.log("plaintext")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.variant), "int8"])
 def test_a_simulation_gives_the_model_of_one_process(
     folder: Path, olmoe: Path, in_process: Run, request: pytest.FixtureRequest, dtype: str
 ) -> None:

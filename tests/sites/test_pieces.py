@@ -29,6 +29,6 @@ def whole(deployment: Deployment) -> Run:
     return run
 
 
-@pytest.mark.parametrize("way", ["down", "up"])
+@pytest.mark.parametrize("way", [pytest.param("down", marks=pytest.mark.variant), "up"])
 def test_a_supernode_killed_in_a_transfer_costs_a_piece(deployment: Deployment, whole: Run, way: str) -> None:
     assert_as_undisturbed(deployment, disturbed(deployment, f"killed-{way}", "SuperNode", way, after=1), whole)

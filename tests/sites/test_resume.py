@@ -66,6 +66,7 @@ def assert_whole(run: Run, whole: Run, said: str) -> None:
     assert "fedalign_paper after 2 rounds" in said
 
 
+@pytest.mark.variant
 def test_the_coordinator_killed_between_rounds(deployment: Deployment, whole: Run) -> None:
     with deployment.started("between") as (run, command):
         command.wait(lambda: run.rounds == [0, 1], "round 1 is complete")
@@ -88,6 +89,7 @@ def test_the_coordinator_killed_in_mid_round(deployment: Deployment, whole: Run)
     assert_whole(run, whole, deployment.resume(run))
 
 
+@pytest.mark.variant
 def test_who_watches_killed_and_the_coordinator_goes_on(deployment: Deployment, whole: Run) -> None:
     with deployment.started("watched") as (run, command):
         command.wait(lambda: run.reached(1, "training", 0), "round 1 has begun")
@@ -125,7 +127,11 @@ def federation_file(run: Run) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "told"), [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Ended by SIGTERM")]
+    ("number", "code", "told"),
+    [
+        pytest.param(signal.SIGINT, 130, "Interrupted", marks=pytest.mark.variant),
+        (signal.SIGTERM, 143, "Ended by SIGTERM"),
+    ],
 )
 def test_who_is_asked_to_end_stops_the_run_and_it_can_be_resumed(
     deployment: Deployment, whole: Run, number: int, code: int, told: str
