@@ -600,6 +600,7 @@ class Begun:
     counted: tuple[str, ...] = ()  # among whom counts were last asked for; empty: they were not
     left: tuple[str, ...] = ()  # among whom a second sum of updates was asked for, and
     groups: tuple[ParameterGroup, ...] = ()  # of which groups; no other sum of these may be asked for
+    broken: tuple[ParameterGroup, ...] = ()  # groups without a sum, as `MaskedFederation.broken` told then
 
 
 @dataclass(frozen=True)
@@ -814,6 +815,12 @@ class MaskedFederation(Federation, Protocol):
         """Each client's share of these groups' updates, one message a group, or several; a client follows another.
 
         Asked again, a client answers once a round, for groups that are not complete.
+        """
+
+    def broken(self, round: int) -> Iterable[ParameterGroup]:
+        """Groups of which a part of a client's share is here, and never the rest.
+
+        A second sum of these, made without that client, would tell the part.
         """
 
 

@@ -154,6 +154,10 @@ class MaskedInProcess(InProcess):
                 site = self.sites[outcome.client]
                 yield from _told(outcome.client, (site.count(one, seen, clients) for one in [outcome]))
 
+    def broken(self, round: int) -> Iterator[ParameterGroup]:
+        """None: a share is here whole, or not at all."""
+        return iter(())
+
     def recount(self, round: int, left: Sequence[str]) -> Iterator[Concealed | Failure]:
         """Conceal again what the clients that are left counted."""
         for name in left:

@@ -3,7 +3,8 @@
 broadcast -> local training -> masked counts -> their totals -> each client's own weights -> masked shares -> sum
 
 The server holds no key: it adds residues modulo 2^64 and 2^16. Drop-outs: what not all sent means nothing, so it is
-asked for once more, masked among those left; of a group that is complete no second sum is asked for. The weight of a
+asked for once more, masked among those left; of a group that is complete no second sum is asked for, nor of one of
+which a lost client's share broke off: the difference of both would tell its part. That group stays. The weight of a
 client that is lost after the totals were told stays where it is: its part of a group's step is zero. A sum that lacks
 anybody else is never used: the round fails, and the last complete one is kept. A round that was interrupted goes on
 among the same clients: sums over others beside it would tell of those who are in one of them alone.
@@ -153,7 +154,7 @@ class MaskedServer(Server):
             **self._described(totals),
             "clipped_share": clipped,
             "uploaded_share": 1.0,
-            "groups_unchanged": 0,
+            "groups_unchanged": sum(1 for group, size in self.layout.sizes.items() if size and str(group) not in sums),
             "bytes_up": traffic.statistics + traffic.updates,
             "bytes_up_statistics": traffic.statistics,
             "bytes_up_by_client": traffic.up_by_client,
@@ -197,19 +198,22 @@ class MaskedServer(Server):
 
     def _add_up(self, totals: Totals, begun: Begun, traffic: Traffic) -> tuple[dict[str, Tensor], list[Failure]]:
         """The sums of all shares, and of what was clipped, by name; and why clients are missing in some of them."""
-        number, groups = totals.round, [g for g in self.layout.groups if self.layout.sizes[g] and g not in begun.groups]
+        number, later = totals.round, {*begun.groups, *begun.broken}
+        groups = [group for group in self.layout.groups if self.layout.sizes[group] and group not in later]
         first = Sums(number, totals.among, self._share_shapes(groups))
         told = self._sites.conceal(totals, totals.among, groups)
         failures = self._take(first, told, "update", "summing", traffic)
         # a group whose values all came is never asked for again, also where a count of what was clipped did not come
         lacking = [group for group in groups if not first.complete(str(group))]
         had = {name: total for name, total in first.sums.items() if first.complete(name)}
-        rest, left = lacking or begun.groups, begun.left
+        if lacking and begun.groups:
+            self._fail(number, failures)
+        broken = {*self._sites.broken(number)} if lacking else set()
+        rest: Sequence[ParameterGroup] = [group for group in lacking if group not in broken] or begun.groups
+        left = begun.left
         if not rest:
             return had, failures
         shapes = self._share_shapes(rest)
-        if lacking and begun.groups:
-            self._fail(number, failures)
         if lacking:
             left = tuple(one for one in totals.among if all(one in first.came.get(str(group), ()) for group in rest))
         self._enough(number, left, failures)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,7 +32,7 @@ from fedalign.federation.in_process import prepare
 from fedalign.federation.masked_service import RECORD
 from fedalign.federation.messages import MESSAGES, Parcel, decode, encode
 from fedalign.federation.site import service_of
-from fedalign.protocol import PROTOCOL, Concealed, Failure, Hello, Piece, Statistics
+from fedalign.protocol import PROTOCOL, Concealed, Failure, Fetch, Hello, Piece, Statistics
 from fedalign.server.results import RunFolder
 from fedalign.server.run import execute
 from tests.conftest import changed, make_site, rows, write_jsonl
@@ -239,6 +240,60 @@ def test_of_a_site_that_is_lost_between_totals_and_update_no_group_has_two_sums(
     assert len(names) == 2
     assert names[1] <= names[0]
     assert (names[1] < names[0]) == bool(after)  # groups that were complete keep their sum
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_of_a_group_of_which_a_lost_sites_share_broke_off_no_second_sum_is_made(
+    masked: Callable[..., Config], house: Path, tmp_path: Path, killed: bool
+) -> None:
+    """The difference of the first pieces of both sums would be its share of them; so the group stays as it was.
+
+    Also where the coordinator is killed in the second sum, and the site is back when it goes on.
+    """
+    config = masked("run.rounds=1", "wire.piece_mb=0.003")
+    pieces = rehearsed(tmp_path, house, config).count("update")
+    services = sites(tmp_path / "sites", house, config)
+    came = Counter[str]()  # bytes of each group that ward has handed over
+    sizes: dict[str, int] = {}
+
+    def before(verb: str, parcel: Parcel) -> str | None:
+        updates = services["ward"].heard.count("update")
+        broken = [name for name, nbytes in came.items() if nbytes < sizes[name]]
+        if updates > pieces // 3 and broken and verb != "hello":  # from here on it is gone
+            return "gone"
+        if verb == "conceal":
+            layout = json.loads((services["ward"].folder.memory("run") / "layout.json").read_text())
+            sizes.update({name: 2 * size for name, size in layout["sizes"].items()})
+        if verb == "update":
+            asked, start = decode(parcel, Fetch), 0
+            for name in asked.names:
+                stop = start + sizes.get(name, 8)  # "clipped ..." is one number
+                if name in sizes:
+                    came[name] += max(min(stop, asked.start + asked.nbytes) - max(start, asked.start), 0)
+                start = stop
+        return None
+
+    services["ward"].before = before
+    out, summing = tmp_path / "run", list[int]()
+
+    def second(number: int, stage: str, done: int) -> bool:
+        summing.extend([done] if stage == "summing" else [])
+        return killed and summing[-2:] == [len(SITES), 1]
+
+    if killed:
+        with pytest.raises(KeyboardInterrupt):
+            run(out, link(services), config, watch=Silent(second))
+        services["ward"].before = lambda verb, parcel: None
+    run(out, link(services), config, resume=killed)
+    broken = {name for name, nbytes in came.items() if 0 < nbytes < sizes[name]}
+    whole = {name for name, nbytes in came.items() if nbytes == sizes[name]}
+    assert broken
+    assert whole
+    first, again = (set(names) for names in concealed_of(services["east"].folder))
+    assert again == {name for name in first if name in sizes} - broken - whole
+    line = metrics(out)[-1]
+    assert line["groups_unchanged"] == len(broken)
+    assert {fault["client"] for fault in line["failures"]} <= {"ward"}
 
 
 def rehearsed(tmp_path: Path, house: Path, config: Config) -> list[str]:

@@ -112,6 +112,12 @@ class Place:
         sound = {name: found[name].values for name in names if digest(found[name]) == transfer.digests[name]}
         return Concealed(self.client, self.round, self.among, sound) if sound else None
 
+    def broken(self) -> set[str]:
+        """The names of which a part is here, or all of it and damaged."""
+        transfer = self.transfer()
+        found = self.read(transfer)
+        return {*transfer.held_names()} - {*(found.residues if found else ())}
+
 
 @dataclass(frozen=True)
 class Cargo:

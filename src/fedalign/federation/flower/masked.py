@@ -63,12 +63,14 @@ class MaskedFlowerFederation(FlowerFederation):
     ) -> None:
         super().__init__(link, policy, agreement, cargo, pause)
         self.cargo, self.counts = cargo, counts
+        self._broken = set[str]()  # groups of the round's first sum of which a lost site's share is here in part
 
     def begun(self, round: int) -> Begun:
         """How far the sums of a round had come when the coordinator was interrupted."""
         noted = self._noted(round)
         groups = map(parse_group, noted.get("groups", ()))
-        return Begun(tuple(noted.get("counted", ())), tuple(noted.get("left", ())), tuple(groups))
+        broken = map(parse_group, noted.get("broken", ()))
+        return Begun(tuple(noted.get("counted", ())), tuple(noted.get("left", ())), tuple(groups), tuple(broken))
 
     def count(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Concealed | Failure]:
         """Local training at all of them at once, and their counts, concealed; replies as they come."""
@@ -97,14 +99,26 @@ class MaskedFlowerFederation(FlowerFederation):
         """Shares of the sums, of a few sites at a time; of a site that is lost what has arrived, and why not more."""
         again = tuple(among) != totals.among
         if again:
-            self._note(totals.round, left=[*among], groups=[str(group) for group in groups])
+            more = {"groups": [str(group) for group in groups], "broken": sorted(self._broken)}
+            self._note(totals.round, left=[*among], **more)
         keys = self._keys(totals.round, among)
         asked = Sum(totals.round, totals.among, totals.counts, keys, tuple(groups))
         about = {"totals": fingerprint_of(totals.counts, *totals.among)}
         kind: Kind = "shares-again" if again else "shares"
         places = self._places(totals.round, keys, kind, share_residues(self.cargo.sizes, groups), about)
         talks = self._ask_all("conceal", asked, among, totals.nbytes)
-        yield from self._hold("update", talks, places, self.policy.in_flight)
+        lost = set[str]()
+        for answer in self._hold("update", talks, places, self.policy.in_flight):
+            if isinstance(answer, Failure):
+                lost.add(answer.client)
+            yield answer
+        if not again:
+            names = {name for place in places if place.client in lost for name in place.broken()}
+            self._broken = {str(group) for group in groups} & names
+
+    def broken(self, round: int) -> Iterator[ParameterGroup]:
+        """Groups of which a lost site's share broke off half way; they are written down with the second sum."""
+        return map(parse_group, sorted(self._broken))
 
     def _hold(
         self, stage: Stage, talks: Talking, places: Sequence[Place], at_once: int | None = None
