@@ -121,6 +121,21 @@ def test_doctor_shows_the_data_on_a_terminal_alone(
     assert "do not pass it on" in screen.getvalue()
 
 
+def test_doctor_looks_at_a_configuration_that_is_changed(fedalign: Command, federation: Path) -> None:
+    """Not all of them need a file of their own."""
+    shown = [fedalign("doctor", federation, "--what-leaves", *more)[1] for more in ((), ("--set", "wire.dtype=int8"))]
+    assert shown[0] != shown[1]
+    code, _, errors = fedalign("doctor", federation, "--set", "wire.dtype=int7")
+    assert code == 2
+    assert "int7" in errors
+    code, _, errors = fedalign("doctor", "--set", "wire.dtype=int8")
+    assert code == 2
+    assert (
+        errors
+        == "Error: --set wire.dtype=int8: changes a key of a configuration, and none is given: name CONFIG.toml too.\n"
+    )
+
+
 def test_a_long_example_is_cut(capfd: pytest.CaptureFixture[str]) -> None:
     doctor_cli._print_preview([("x" * 5000, False), (" yes", True)])
     text = capfd.readouterr().out

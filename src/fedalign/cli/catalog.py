@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedalign.cli.terminal import out, say
+from fedalign.cli.terminal import SetOption, out, say
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ FAMILIES_EXAMPLES = "[bold]Example[/bold]\n\n  fedalign families"
 
 def config(
     source: Annotated[Path | None, typer.Argument(metavar="CONFIG", help='TOML file, or "demo".')] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key; may be repeated.")
-    ] = None,
+    set_: SetOption = None,
     every: Annotated[bool, typer.Option("--all", help="Every key, also those at their defaults.")] = False,
 ) -> None:
     """Print a configuration as TOML, each key with its meaning."""

@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fedalign.cli.terminal import busy, out, print_table, say
+from fedalign.cli.terminal import SetOption, busy, out, print_table, say
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ def data(
     model: Annotated[
         str | None, typer.Option("--model", metavar="PATH_OR_HUB_ID", help="Whose tokenizer and length to use.")
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key; may be repeated.")
-    ] = None,
+    set_: SetOption = None,
     every: Annotated[bool, typer.Option("--all", help="All broken rows, classes and clients.")] = False,
 ) -> None:
     """Show what is read of your data: files, columns, broken rows, classes, clients, lengths, and three examples.

@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fedalign.cli.terminal import out, say
+from fedalign.cli.terminal import SetOption, out, say
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ DOCTOR_EXAMPLES = """
   fedalign doctor federation.toml                        the coordinator
 
   fedalign doctor --site hospital-a federation.toml --what-leaves
+
+  fedalign doctor federation.toml --set algorithm.name=fedavg --what-leaves      before you decide
 """
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 PREVIEW = 600  # characters of a piece of the example that are shown at most
@@ -40,11 +42,12 @@ HIDDEN = "(tells of the data: shown on a terminal only)"
 def doctor(
     config: Annotated[
         Path | None,
-        typer.Argument(metavar="CONFIG.toml", help="The coordinator's configuration.", show_default=False),
+        typer.Argument(metavar="CONFIG.toml", help='The coordinator\'s configuration, or "demo".', show_default=False),
     ] = None,
     site: Annotated[
         Path | None, typer.Option("--site", metavar="DIR", help="A site's folder, or its site.toml.")
     ] = None,
+    set_: SetOption = None,
     leaves: Annotated[
         bool, typer.Option("--what-leaves", help="List every field that leaves a site, and its size; check nothing.")
     ] = False,
@@ -56,7 +59,9 @@ def doctor(
     from fedalign.config.site import SiteFolder
     from fedalign.config.toml import load_config
 
-    settings = load_config(config) if config is not None else None
+    if set_ and config is None:
+        raise UserError(f"--set {set_[0]}: changes a key of a configuration, and none is given: name CONFIG.toml too.")
+    settings = load_config(config, set_ or ()) if config is not None else None
     folder = SiteFolder.load(site) if site is not None else None
     if settings is None and folder is None and not leaves:
         raise UserError("fedalign doctor: nothing to look at. Give a site (--site DIR), a CONFIG.toml, or both.")

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedalign.cli.terminal import at_home, busy, err, out, print_table, say
+from fedalign.cli.terminal import SetOption, at_home, busy, err, out, print_table, say
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,10 +56,6 @@ Place = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an expor
 Best = Annotated[bool, typer.Option("--best", help="Of a run: the best round instead of the last.")]
 Start = Annotated[bool, typer.Option("--start", help="Of a run: the model that it started from.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the configuration; may be repeated."),
-]
 Most = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of an answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")]
 MOST = 256

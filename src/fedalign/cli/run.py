@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedalign.cli.terminal import InsecureAnywhere, at_home, busy, out, print_table, say
+from fedalign.cli.terminal import InsecureAnywhere, SetOption, at_home, busy, out, print_table, say
 from fedalign.errors import Stopped, UserError
 
 if TYPE_CHECKING:
@@ -48,9 +48,7 @@ RUN_EXAMPLES = """
 
 def run(
     config: Annotated[Path | None, typer.Argument(help='TOML file, or "demo".', show_default=False)] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key; may be repeated.")
-    ] = None,
+    set_: SetOption = None,
     out_: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", help="Where results go; without it: runs/NAME-ALGORITHM-SEED."),

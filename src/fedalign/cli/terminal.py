@@ -23,6 +23,10 @@ def console(**how: Any) -> Console:
 
 out = console()
 err = console(stderr=True)
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the configuration; may be repeated."),
+]
 InsecureAnywhere = Annotated[
     bool,
     typer.Option(
