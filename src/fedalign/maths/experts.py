@@ -236,8 +236,8 @@ class _Pairs:
         self._holders_E = self._held_E_C.sum(dim=1)
         self._place_P = torch.arange(min(PARTNERS, len(held_C_E)))
         gram_E_D_D = torch.bmm(self._centroid_E_C_D.transpose(1, 2), self._centroid_E_C_D).double()
-        wide_E_C_D = self._centroid_E_C_D.double()
-        sum_E_D, square_E_C = wide_E_C_D.sum(dim=1), wide_E_C_D.square_().sum(dim=2)
+        sum_E_D = self._centroid_E_C_D.sum(dim=1, dtype=torch.float64)
+        square_E_C = self._centroid_E_C_D.square().sum(dim=2, dtype=torch.float64)
         bar_E = self._threshold(gram_E_D_D, sum_E_D, square_E_C, beta) - ROUNDING
         self._bar_E_1_1 = bar_E.to(centroid_C_E_D.dtype)[:, None, None]
         along_E_D = _principal(gram_E_D_D, sum_E_D, self._holders_E).to(centroid_C_E_D.dtype)
