@@ -2,11 +2,15 @@
 
     OMP_NUM_THREADS=1 python benchmarks/workers.py                 # 4 minutes on two idle cores
     python benchmarks/workers.py --workers 4 --config my.toml
+    python benchmarks/workers.py --evaluation                      # seconds, after the model and the data are loaded
 
 Runs take turns, one worker first, each a command of its own. Told of each: median seconds of a round (round 1 and what
 comes before it are not counted), CPU seconds of all of its processes, how busy the cores were while rounds went on, and
 the highest sum of PSS of its processes, in which a page that several share counts once. `model/` and metrics.jsonl, but
 for seconds, have to be the same byte for byte. Only ratios of runs on idle cores say anything about seconds.
+
+`--evaluation` scores the first weights on the global test set, whose batches workers share, and tells how long cores
+had nothing to do: no more than that is won where the next round trains meanwhile.
 """
 
 from __future__ import annotations
@@ -27,7 +31,11 @@ from statistics import median
 from typing import Any
 
 import psutil
+import torch
 
+from fedalign.config.toml import load_config
+from fedalign.federation.in_process import prepare
+from fedalign.maths.heap import Heap
 from watching import machine
 
 
@@ -50,9 +58,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--evaluation", action="store_true", help="only of the global test set, --repeats times")
     args = parser.parse_args()
     print(machine("torch", "transformers"))
     print(f"load before: {os.getloadavg()[0]:.2f}; {args.config}, {args.rounds} rounds, one thread each\n")
+    if args.evaluation:
+        evaluation(args.config, args.workers, args.repeats)
+        return
     print(f"{'workers':>8}{'s/round':>9}{'whole s':>9}{'CPU s':>8}{'cores busy':>12}{'peak PSS MB':>13}")
     found: dict[int, list[Taken]] = {1: [], args.workers: []}
     with tempfile.TemporaryDirectory(prefix="fedalign-workers-") as name:
@@ -70,6 +82,22 @@ def main() -> None:
     print(f"\n{args.workers} workers: {alone / together:.2f} times as fast; model/ and metrics ", end="")
     print("the same byte for byte" if same else "DIFFER")
     sys.exit(not same)
+
+
+def evaluation(config: str, workers: int, repeats: int) -> None:
+    """Seconds of an evaluation, and of that how long a core was idle."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="fedalign-workers-") as name:
+        prepared = prepare(load_config(Path(config), [f"run.workers={workers}"]), Path(name))
+        weights = prepared.initial_weights(Heap(None))
+        found = []
+        for _ in range(repeats):
+            started, before = time.monotonic(), children() + time.process_time()
+            prepared.evaluate(weights)
+            wall, cpu = time.monotonic() - started, children() + time.process_time() - before
+            found.append((wall, wall - cpu / workers))
+    wall, idle = (median(row[i] for row in found) for i in (0, 1))
+    print(f"evaluation, {workers} workers: {wall:.2f} s, {idle:.2f} s of it idle on average; {repeats} times, medians")
 
 
 def run(config: str, rounds: int, workers: int, out: Path) -> Taken:

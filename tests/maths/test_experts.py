@@ -231,6 +231,15 @@ def test_a_sample_of_all_holders_is_all_pairs(consensus: Consensus, min_agreemen
     assert (modes > 5 / 9).all()
 
 
+@pytest.mark.parametrize("holders", [2, 40, module.PARTNERS])
+def test_few_holders_among_many_clients_are_all_pairs(holders: int) -> None:
+    centroid, update, size, _ = roles(400)
+    held = (torch.arange(400) % 3 == 0)[:, None] & (torch.arange(400) < 3 * holders)[:, None] & (size > 0)
+    centroid, update = centred_directions(centroid, held.float()), directions(update * held.unsqueeze(-1))
+    some, _ = sampled_weights(centroid, update, size * held, held, min_agreement=0.5)
+    assert_close(some, expert_weights(cosines(centroid), cosines(update), size * held, held, min_agreement=0.5))
+
+
 def test_a_sample_leaves_out_whom_all_pairs_leave_out() -> None:
     centroid, update, size, held = roles(500)
     every = expert_weights(cosines(centroid), cosines(update), size, held, min_agreement=0.5)
@@ -244,13 +253,13 @@ def test_a_sample_leaves_out_whom_all_pairs_leave_out() -> None:
 
 
 def test_pairs_that_are_looked_at_grow_with_the_clients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs, whole = [0], module._Pairs._share
+    pairs, whole = [0], module._share
 
-    def counted(self: module._Pairs, rows: Tensor, partners: Tensor, size: Tensor) -> Tensor:
-        pairs[-1] += len(rows) * len(partners)
-        return whole(self, rows, partners, size)
+    def counted(gated: Tensor, size: Tensor, own: Tensor) -> Tensor:
+        pairs[-1] += gated.numel()
+        return whole(gated, size, own)
 
-    monkeypatch.setattr(module._Pairs, "_share", counted)
+    monkeypatch.setattr(module, "_share", counted)
     for clients in (400, 800):
         sampled_weights(*roles(clients))
         pairs.append(0)

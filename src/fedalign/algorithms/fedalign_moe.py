@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from fedalign.algorithms.fedavg import FedAvg, column_shares, option
 from fedalign.maths import torch
 from fedalign.maths.experts import (
+    PARTNERS,
     Consensus,
     bimodality,
     centred_directions,
@@ -277,6 +278,7 @@ def stacked_by_part(reports: Reports) -> Iterator[Part]:
     layers, experts = load_C_L_E.shape[1:]
     widths = reports.of[0].centroid_L_E_D.shape[-1] + reports.of[0].update_L_E_S.shape[-1]
     some = max(1, STACKED // (len(reports.of) * widths))
+    beside = max(1, PAIRS // (len(reports.of) * PARTNERS))
     total_L_D = torch.zeros(layers, reports.of[0].centroid_L_E_D.shape[-1], dtype=torch.float64)
     for report in reports.of:
         sum_L_1_D = report.load_L_E.unsqueeze(1) @ report.centroid_L_E_D.float()
@@ -288,13 +290,14 @@ def stacked_by_part(reports: Reports) -> Iterator[Part]:
             part = slice(first, first + some)
             centroid_C_E_D = torch.stack([report.centroid_L_E_D[layer, part] for report in reports.of])
             update_C_E_S = torch.stack([report.update_L_E_S[layer, part] for report in reports.of])
-            for expert in range(centroid_C_E_D.shape[1]):
-                here = slice(first + expert, first + expert + 1)
-                centroid_C_1_D = centroid_C_E_D[:, expert : expert + 1].float() * scale_C_1_1
-                unit_C_1_D = directions_from(mean_L_D[layer], centroid_C_1_D, load_C_L_E[:, layer, here])
+            for begin in range(0, centroid_C_E_D.shape[1], beside):
+                these = slice(begin, begin + beside)
+                here = slice(first + begin, first + begin + len(centroid_C_E_D[0, these]))
+                unit_C_E_D = centroid_C_E_D[:, these].float() * scale_C_1_1
+                unit_C_E_D = directions_from(mean_L_D[layer], unit_C_E_D, load_C_L_E[:, layer, here])
                 # squares of half precision stay within float32, so no peak is looked for
-                unit_C_1_S = torch.nn.functional.normalize(update_C_E_S[:, expert : expert + 1].float(), dim=-1)
-                yield layer, here, unit_C_1_D, unit_C_1_S
+                unit_C_E_S = torch.nn.functional.normalize(update_C_E_S[:, these].float(), dim=-1)
+                yield layer, here, unit_C_E_D, unit_C_E_S
 
 
 def expert_sizes(reports: Reports) -> Tensor:

@@ -41,8 +41,12 @@ ROUNDING = 1e-6  # float32 noise of a cosine, or of a difference relative to its
 def directions(vector_C_E_H: Tensor) -> Tensor:
     """Each vector scaled to unit norm; zero vectors stay zero."""
     vector_C_E_H = full(vector_C_E_H)
+    return _scaled(vector_C_E_H, _peak(vector_C_E_H))
+
+
+def _scaled(vector_C_E_H: Tensor, peak_C_E_1: Tensor) -> Tensor:
+    """As `directions`, for callers that have the peaks."""
     # dividing by the largest entry first keeps squares of very small or large vectors within float32
-    peak_C_E_1 = _peak(vector_C_E_H)
     vector_C_E_H = vector_C_E_H / peak_C_E_1.where(peak_C_E_1 > 0, torch.ones_like(peak_C_E_1))
     norm_C_E_1: Tensor = torch.linalg.vector_norm(vector_C_E_H, dim=-1, keepdim=True)
     return vector_C_E_H / norm_C_E_1.clamp_min(0.5)  # at least 1 now, unless the vector is zero
@@ -68,11 +72,11 @@ def centred_directions(centroid_C_E_H: Tensor, load_C_E: Tensor) -> Tensor:
 
 def directions_from(mean_H: Tensor, centroid_C_E_H: Tensor, load_C_E: Tensor) -> Tensor:
     """As `centred_directions`, for callers that have the mean."""
-    held_C_E_1 = (load_C_E > 0).unsqueeze(-1)
-    centroid_C_E_H = full(centroid_C_E_H).masked_fill(~held_C_E_1, 0)
+    centroid_C_E_H = full(centroid_C_E_H)
     centred_C_E_H = centroid_C_E_H - mean_H
-    noise_C_E_1 = _peak(centred_C_E_H) <= ROUNDING * torch.maximum(_peak(centroid_C_E_H), _peak(mean_H))
-    return directions(centred_C_E_H.masked_fill(noise_C_E_1 | ~held_C_E_1, 0))
+    peak_C_E_1 = _peak(centred_C_E_H)
+    noise_C_E_1 = peak_C_E_1 <= ROUNDING * torch.maximum(_peak(centroid_C_E_H), _peak(mean_H))
+    return _scaled(centred_C_E_H, peak_C_E_1).masked_fill_(noise_C_E_1 | ~(load_C_E > 0).unsqueeze(-1), 0)
 
 
 def cosines(unit_C_E_H: Tensor) -> Tensor:
@@ -142,10 +146,10 @@ def bimodality(similarity_E_C_C: Tensor, held_C_E: Tensor) -> Tensor:
     """
     similarity_E_C_C = full(similarity_E_C_C)
     held_E_C = held_C_E.bool().T
-    pair_E_C_C = (held_E_C.unsqueeze(2) & held_E_C.unsqueeze(1)).triu_(1)
+    pair_E_C_C = (held_E_C.unsqueeze(2) & held_E_C.unsqueeze(1)).to(similarity_E_C_C.dtype).triu_(1)
     pairs_E = pair_E_C_C.sum(dim=(1, 2)).clamp_min(1)
-    mean_E = similarity_E_C_C.masked_fill(~pair_E_C_C, 0).sum(dim=(1, 2)) / pairs_E
-    deviation_E_C_C = (similarity_E_C_C - mean_E[:, None, None]).masked_fill_(~pair_E_C_C, 0)
+    mean_E = (similarity_E_C_C * pair_E_C_C).sum(dim=(1, 2)) / pairs_E
+    deviation_E_C_C = (similarity_E_C_C - mean_E[:, None, None]).mul_(pair_E_C_C)
     square_E_C_C = deviation_E_C_C.square()
     second_E = square_E_C_C.sum(dim=(1, 2)) / pairs_E
     third_E = deviation_E_C_C.mul_(square_E_C_C).sum(dim=(1, 2)) / pairs_E
@@ -214,97 +218,125 @@ def sampled_weights(
     """
     held_C_E = held_C_E.bool()
     size_C_E = _relative(full(size_C_E), held_C_E)
-    agreement_C_E, modes_E = torch.zeros_like(size_C_E), torch.zeros_like(size_C_E[0])
-    for expert in range(held_C_E.shape[1]):
-        holders = held_C_E[:, expert].nonzero().squeeze(1)
-        if len(holders) < 2:
-            continue
-        unit_C_D, unit_C_S = (unit[:, expert].index_select(0, holders) for unit in (centroid_C_E_D, update_C_E_S))
-        pairs = _Pairs(unit_C_D, unit_C_S, beta, consensus)
-        agreement_C = pairs.agreement(size_C_E[holders, expert].double(), min_agreement)
-        agreement_C_E[holders, expert] = agreement_C.to(size_C_E.dtype)
-        modes_E[expert] = pairs.bimodality()
-    return _backed(agreement_C_E, size_C_E, held_C_E, min_agreement), modes_E
+    pairs = _Pairs(centroid_C_E_D, update_C_E_S, held_C_E, beta, consensus)
+    agreement_C_E = pairs.agreement(size_C_E.T.double(), min_agreement).T.to(size_C_E.dtype)
+    return _backed(agreement_C_E, size_C_E, held_C_E, min_agreement), pairs.bimodality()
 
 
 class _Pairs:
-    """Pairs of the C holders of one expert, as many as are looked at. Unit vectors of centroids and updates."""
+    """Pairs of the holders of each expert, as many as are looked at; other clients' vectors are zero, their sizes 0."""
 
-    def __init__(self, centroid_C_D: Tensor, update_C_S: Tensor, beta: float, consensus: Consensus) -> None:
-        self._centroid_C_D, self._update_C_S, self._consensus = centroid_C_D, update_C_S, consensus
-        self._all = torch.arange(len(centroid_C_D))
-        gram_D_D, sum_D = centroid_C_D.T @ centroid_C_D, centroid_C_D.double().sum(dim=0)
-        self._bar = self._threshold(gram_D_D.double(), sum_D, beta) - ROUNDING
-        self._sorted = (centroid_C_D @ _principal(gram_D_D.double(), sum_D, len(centroid_C_D))).argsort(stable=True)
+    def __init__(
+        self, centroid_C_E_D: Tensor, update_C_E_S: Tensor, held_C_E: Tensor, beta: float, consensus: Consensus
+    ) -> None:
+        self._held_E_C, self._consensus = held_C_E.T, consensus
+        held_E_C_1 = held_C_E.T.unsqueeze(2).to(centroid_C_E_D.dtype)
+        self._centroid_E_C_D = centroid_C_E_D.transpose(0, 1) * held_E_C_1
+        self._update_E_C_S = update_C_E_S.transpose(0, 1) * held_E_C_1
+        self._holders_E = self._held_E_C.sum(dim=1)
+        self._place_P = torch.arange(min(PARTNERS, len(held_C_E)))
+        gram_E_D_D = torch.bmm(self._centroid_E_C_D.transpose(1, 2), self._centroid_E_C_D).double()
+        sum_E_D = self._centroid_E_C_D.sum(dim=1, dtype=torch.float64)
+        square_E_C = self._centroid_E_C_D.square().sum(dim=2, dtype=torch.float64)
+        bar_E = self._threshold(gram_E_D_D, sum_E_D, square_E_C, beta) - ROUNDING
+        self._bar_E_1_1 = bar_E.to(centroid_C_E_D.dtype)[:, None, None]
+        along_E_D = _principal(gram_E_D_D, sum_E_D, self._holders_E).to(centroid_C_E_D.dtype)
+        along_E_C = (self._centroid_E_C_D * along_E_D.unsqueeze(1)).sum(dim=2)
+        self._sorted_E_C = self._last(along_E_C).argsort(dim=1, stable=True)  # holders, then the others
 
-    def _threshold(self, gram_D_D: Tensor, sum_D: Tensor, beta: float) -> float:
+    def _threshold(self, gram_E_D_D: Tensor, sum_E_D: Tensor, square_E_C: Tensor, beta: float) -> Tensor:
         """τ, as `adaptive_threshold`."""
-        count, square_C = len(self._all), self._centroid_C_D.double().square().sum(dim=1)
-        pairs = count * (count - 1)  # each counts twice
-        mean = (sum_D.square().sum() - square_C.sum()) / pairs
-        variance = (gram_D_D.square().sum() - square_C.square().sum()) / pairs - mean.square()
-        return float(mean - beta * variance.clamp_min(0).sqrt())
+        pairs_E = (self._holders_E * (self._holders_E - 1)).clamp_min(1)  # each counts twice
+        mean_E = (sum_E_D.square().sum(dim=1) - square_E_C.sum(dim=1)) / pairs_E
+        squared_E = (gram_E_D_D.square().sum(dim=(1, 2)) - square_E_C.square().sum(dim=1)) / pairs_E
+        return mean_E - beta * (squared_E - mean_E.square()).clamp_min(0).sqrt()
 
-    def agreement(self, size_C: Tensor, min_agreement: float) -> Tensor:
-        """a_c, float64 [C]: against a sample, but for those of whom the bar makes most."""
-        if len(self._all) <= PARTNERS or not size_C.any():
-            return self._share(self._all, self._all, size_C)
-        partners, stands_for_P = self._partners(size_C)
-        agreement_C = self._share(self._all, partners, stands_for_P)
-        for score_C, some in ((-agreement_C, TOP), (None, DOUBTFUL)):
-            away_C = (agreement_C - min_agreement * agreement_C.max()).abs() if score_C is None else score_C
-            rows = away_C.topk(min(some, len(away_C)), largest=False).indices
-            agreement_C[rows] = self._share(rows, self._all, size_C)
-        return agreement_C
+    def agreement(self, size_E_C: Tensor, min_agreement: float) -> Tensor:
+        """a_c, float64 [E, C]: against a sample, but for those of whom the bar makes most; 0 of others than holders."""
+        agreement_E_C = self._sampled(size_E_C) * self._held_E_C
+        agreement_E_C = self._corrected(agreement_E_C, -agreement_E_C, TOP, size_E_C)
+        bar_E_1 = min_agreement * agreement_E_C.amax(dim=1, keepdim=True)
+        return self._corrected(agreement_E_C, (agreement_E_C - bar_E_1).abs(), DOUBTFUL, size_E_C)
 
-    def _partners(self, size_C: Tensor) -> tuple[Tensor, Tensor]:
+    def _corrected(self, agreement_E_C: Tensor, away_E_C: Tensor, some: int, size_E_C: Tensor) -> Tensor:
+        """The same, but of the holders that are least `away` against all holders."""
+        rows_E_R = self._last(away_E_C).topk(min(some, away_E_C.shape[1]), largest=False).indices
+        return agreement_E_C.scatter(1, rows_E_R, self._exact(rows_E_R, size_E_C)) * self._held_E_C
+
+    def _sampled(self, size_E_C: Tensor) -> Tensor:
+        """a_c of all, against some holders."""
+        partners_E_P, stands_for_E_P = self._partners(size_E_C)
+        gated_E_C_P = self._gated(None, partners_E_P).scatter_(1, partners_E_P.unsqueeze(1), 0)  # none backs itself
+        own_E_C = torch.zeros_like(size_E_C).scatter_add_(1, partners_E_P, stands_for_E_P)
+        return _share(gated_E_C_P, stands_for_E_P, own_E_C)
+
+    def _exact(self, rows_E_R: Tensor, size_E_C: Tensor) -> Tensor:
+        """a_c of some, against all holders."""
+        gated_E_R_C = self._gated(rows_E_R, None).scatter_(2, rows_E_R.unsqueeze(2), 0)
+        return _share(gated_E_R_C, size_E_C, size_E_C.gather(1, rows_E_R))
+
+    def _partners(self, size_E_C: Tensor) -> tuple[Tensor, Tensor]:
         """Some holders, and how much data each stands for: large ones for their own, others for as much of their like.
 
         The others are a systematic sample along the sorted holders, in proportion to size.
         """
-        largest_C = size_C.argsort(descending=True)
-        falling_C = size_C[largest_C]
-        from_C = falling_C.flip(0).cumsum(dim=0).flip(0)
-        alike_C = falling_C[:PARTNERS] * torch.arange(PARTNERS, 0, -1) <= from_C[:PARTNERS]
-        sure = int(alike_C.nonzero()[0])
-        one = from_C[sure] / (PARTNERS - sure)
-        mass_C = size_C.index_fill(0, largest_C[:sure], 0)[self._sorted].cumsum(dim=0)
-        points_P = (torch.arange(PARTNERS - sure) + 0.5) * one
-        sampled = self._sorted[torch.searchsorted(mass_C, points_P).clamp_max(len(self._all) - 1)]
-        return torch.cat([largest_C[:sure], sampled]), torch.cat([falling_C[:sure], one.expand(PARTNERS - sure)])
+        place_P, count = self._place_P, len(self._place_P)
+        falling_E_C, largest_E_C = size_E_C.sort(dim=1, descending=True, stable=True)
+        from_E_P = falling_E_C.flip(1).cumsum(dim=1).flip(1)[:, :count]
+        falling_E_P, largest_E_P = falling_E_C[:, :count], largest_E_C[:, :count]
+        sure_E_1 = (falling_E_P * (count - place_P) <= from_E_P).byte().argmax(dim=1, keepdim=True)
+        one_E_1 = from_E_P.gather(1, sure_E_1) / (count - sure_E_1)
+        sure_E_P = place_P < sure_E_1
+        rest_E_C = size_E_C.scatter(1, largest_E_P, falling_E_P.masked_fill(sure_E_P, 0))
+        mass_E_C = rest_E_C.gather(1, self._sorted_E_C).cumsum(dim=1)
+        at_E_P = torch.searchsorted(mass_E_C, (place_P - sure_E_1 + 0.5) * one_E_1).clamp_max(len(mass_E_C[0]) - 1)
+        sampled_E_P = self._sorted_E_C.gather(1, at_E_P)
+        return torch.where(sure_E_P, largest_E_P, sampled_E_P), torch.where(sure_E_P, falling_E_P, one_E_1)
 
-    def _share(self, rows: Tensor, partners: Tensor, size_P: Tensor) -> Tensor:
-        """The share, by data, of its partners other than itself that each row agrees with; 0 without any."""
-        similar_R_P, weight_R_P = (
-            self._some(unit_C_X, rows) @ self._some(unit_C_X, partners).T
-            for unit_C_X in (self._centroid_C_D, self._update_C_S)
+    def _gated(self, rows_E_R: Tensor | None, partners_E_P: Tensor | None) -> Tensor:
+        """γ between some and some; None: all."""
+        similar_E_R_P, gated_E_R_P = (
+            torch.bmm(_some(unit_E_C_X, rows_E_R), _some(unit_E_C_X, partners_E_P).transpose(1, 2))
+            for unit_E_C_X in (self._centroid_E_C_D, self._update_E_C_S)
         )
-        weight_R_P.clamp_(-1, 1)
-        weight_R_P = weight_R_P.add_(1).div_(2) if self._consensus == "half" else weight_R_P.clamp_(min=0)
-        weight_R_P *= (similar_R_P >= self._bar).logical_and_(rows.unsqueeze(1) != partners)
-        own_R = torch.zeros(len(self._all), dtype=torch.float64).index_add_(0, partners, size_P)[rows]
-        others_R = size_P.sum() - own_R
-        share_R = (weight_R_P @ size_P.to(weight_R_P.dtype)).double() / others_R.where(others_R > 0, 1.0)
-        return share_R.clamp_(0, 1)
+        gated_E_R_P.clamp_(-1, 1)
+        gated_E_R_P = gated_E_R_P.add_(1).div_(2) if self._consensus == "half" else gated_E_R_P.clamp_(min=0)
+        return gated_E_R_P.mul_(similar_E_R_P.ge_(self._bar_E_1_1))  # by 1 or 0: booleans take ten times as long
 
-    def _some(self, unit_C_X: Tensor, which: Tensor) -> Tensor:
-        return unit_C_X if which is self._all else unit_C_X.index_select(0, which)
+    def _last(self, value_E_C: Tensor) -> Tensor:
+        """The same, so that in rising order holders come first."""
+        return value_E_C.masked_fill(~self._held_E_C, torch.inf)
 
     def bimodality(self) -> Tensor:
         """As `bimodality`, over holders evenly along their order."""
-        count = min(len(self._all), PARTNERS)
-        some = ((torch.arange(count) + 0.5) * (len(self._all) / count)).long()
-        similarity_1_P_P = cosines(self._centroid_C_D[self._sorted[some]].unsqueeze(1))
-        return bimodality(similarity_1_P_P, torch.ones(len(some), 1, dtype=torch.bool)).squeeze(0)
+        count = len(self._place_P)
+        step_E_1 = (self._holders_E.double() / count).clamp_min(1).unsqueeze(1)
+        some_E_P = self._sorted_E_C.gather(1, ((self._place_P + 0.5) * step_E_1).long())
+        similarity_E_P_P = cosines(_some(self._centroid_E_C_D, some_E_P).transpose(0, 1))
+        return bimodality(similarity_E_P_P, (self._place_P < self._holders_E.unsqueeze(1)).T)
 
 
-def _principal(gram_D_D: Tensor, sum_D: Tensor, count: int) -> Tensor:
-    """About the first principal direction of vectors, float32 [D], from their Gram matrix and sum."""
-    scatter_D_D = gram_D_D - torch.outer(sum_D, sum_D) / count
-    vector_D = scatter_D_D[:, scatter_D_D.diagonal().argmax()]
+def _some(unit_E_C_X: Tensor, which_E_R: Tensor | None) -> Tensor:
+    """The vectors of some clients of each expert, [E, R, X]; None: of all."""
+    return unit_E_C_X if which_E_R is None else unit_E_C_X[torch.arange(len(which_E_R)).unsqueeze(1), which_E_R]
+
+
+def _share(gated_E_R_P: Tensor, size_E_P: Tensor, own_E_R: Tensor) -> Tensor:
+    """The share, by data, of its partners other than itself that each row agrees with, [E, R]; 0 without any."""
+    others_E_R = size_E_P.sum(dim=1, keepdim=True) - own_E_R
+    agreeing_E_R = gated_E_R_P.mul_(size_E_P.to(gated_E_R_P.dtype).unsqueeze(1)).sum(dim=2).double()
+    return (agreeing_E_R / others_E_R.where(others_E_R > 0, 1.0)).clamp_(0, 1)
+
+
+def _principal(gram_E_D_D: Tensor, sum_E_D: Tensor, count_E: Tensor) -> Tensor:
+    """About the first principal direction of vectors, [E, D], from their Gram matrices and sums."""
+    mean_E_D = sum_E_D / count_E.clamp_min(1).unsqueeze(1)
+    scatter_E_D_D = gram_E_D_D - sum_E_D.unsqueeze(2) * mean_E_D.unsqueeze(1)
+    widest_E_1_1 = scatter_E_D_D.diagonal(dim1=1, dim2=2).argmax(dim=1)[:, None, None]
+    vector_E_D_1 = torch.take_along_dim(scatter_E_D_D, widest_E_1_1, dim=2)
     for _ in range(POWER_STEPS):
-        vector_D = torch.nn.functional.normalize(scatter_D_D @ vector_D, dim=0)
-    return vector_D.float()
+        vector_E_D_1 = torch.nn.functional.normalize(torch.bmm(scatter_E_D_D, vector_E_D_1), dim=1)
+    return vector_E_D_1.squeeze(2)
 
 
 def _relative(size_C_E: Tensor, held_C_E: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from fedalign.federation.flower import hand_over
-from fedalign.federation.flower.ready import PROGRAM, ready
+from fedalign.federation.flower.ready import BOUND, BOUND_NBYTES, PROGRAM, ready
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is forked")
 FORKED = """
@@ -52,6 +52,13 @@ def test_a_task_that_nobody_is_ready_for_starts_flowers_own_program(original: di
         folder = environment["PATH"].split(os.pathsep)[0]
         assert Path(folder).stat().st_mode & 0o077 == 0  # who could write there would be given tasks
     assert not Path(folder).exists()
+
+
+def test_what_is_set_already_stays(original: dict[str, str]) -> None:
+    with ready(original) as (environment, _):
+        assert environment[BOUND] == str(BOUND_NBYTES)
+    with ready({**original, BOUND: "7"}) as (environment, _):
+        assert environment[BOUND] == "7"
 
 
 @linux

@@ -30,6 +30,9 @@ PROGRAM = "flwr-clientapp"
 CLIENT_APP = "fedalign.federation.flower.client_app"
 TASK_SECONDS = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"  # between two looks of the SuperExec for a message that has come
 LARGEST = 1 << 16  # bytes of arguments
+# glibc keeps freed blocks, on each thread, unless they are larger than a bound, which grows with what is freed. So it
+# kept Flower's chunks of 5 MB, a third of a ClientApp's memory. A bound that is set does not grow.
+BOUND, BOUND_NBYTES = "MALLOC_MMAP_THRESHOLD_", 1 << 20
 
 
 @contextlib.contextmanager
@@ -47,7 +50,7 @@ def ready(environment: Mapping[str, str]) -> Iterator[tuple[dict[str, str], int]
         handed = [sys.executable, "-IS", hand_over.__file__, str(place), executable(PROGRAM, environment)]
         program.write_text(f'#!/bin/sh\nexec {shlex.join(handed)} "$@"\n', encoding="utf-8")
         program.chmod(0o700)
-        environment = {TASK_SECONDS: "0.1", **environment}
+        environment = {TASK_SECONDS: "0.1", BOUND: str(BOUND_NBYTES), **environment}
         if sys.platform == "linux":  # elsewhere a fork of what uses the system's own libraries may crash
             command = [sys.executable, "-m", __name__, str(place)]
             process = subprocess.Popen(command, env=environment, stdin=alive, start_new_session=True)
