@@ -3,18 +3,18 @@
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from fedalign.client.evaluation import TestSet
-from fedalign.client.fit import LocalFit, grouped, make_autocast
+from fedalign.client.fit import LocalFit, grouped, make_autocast, make_optimizer
 from fedalign.client.forward import answer_logits
 from fedalign.client.memory import ClientData, ClientMemory, Kept
 from fedalign.client.trainer import Trainer
-from fedalign.config.run import ClientLimits, Config
+from fedalign.config.run import ClientLimits, Config, TrainingConfig
 from fedalign.config.toml import load_config
 from fedalign.data.batches import batches
 from fedalign.data.encode import Encoded
@@ -260,6 +260,16 @@ def test_schedules_end_at_zero_within_the_round(tmp_path: Path, schedule: str) -
     assert max(rates) == rates[2] == 1e-2
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert fit.optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_step_of_a_part_leaves_what_lies_between_its_values(optimizer: Literal["adamw", "sgd"]) -> None:
+    whole = torch.zeros(4, 6)
+    part = whole.view(4, 3, 2)[:, :, 1:]  # as B of the second of two experts lies
+    part.grad = torch.ones(4, 3, 1)
+    make_optimizer([part], TrainingConfig(optimizer=optimizer, learning_rate=0.1)).step()
+    assert bool((whole[:, 1::2] < -0.05).all())
+    assert bool((whole[:, 0::2] == 0).all())
 
 
 def test_the_balancing_loss_spreads_tokens_over_experts(tmp_path: Path) -> None:

@@ -11,11 +11,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedalign.config.run import Config
+from fedalign.config.run import Config, TuningConfig
 from fedalign.config.toml import load_config
 from fedalign.errors import UserError
-from fedalign.export.leaving import FORMER, Leaving, _remainder, export_folder, remainder
+from fedalign.export.leaving import FORMER, Leaving, _remainder, copy_without, export_folder, remainder
 from fedalign.files import SUMS, damage
+from fedalign.moe.load import load_plain
+from fedalign.moe.lora import put_upon
+from fedalign.moe.model import MoEModel
+from fedalign.moe.part import grown, part_of
 from fedalign.server.results import ROUND, RunFolder
 from tests.conftest import Command
 from tests.server.test_run import start
@@ -188,11 +192,53 @@ def test_a_model_without_owners_is_refused(fedalign: Command, olmoe: Path, tmp_p
     assert "--without hospital-a: no expert of this model belongs to a site (config.json has no site_experts)" in errors
 
 
-def test_adapters_are_refused(fedalign: Command, whole: Path, settings: list[str], tmp_path: Path) -> None:
+def test_adapters_are_merged_before_a_site_leaves(
+    fedalign: Command, whole: Path, settings: list[str], tmp_path: Path
+) -> None:
     start(tmp_path / "run", settings, f"model.path={whole}", "run.rounds=1", "tuning.kind=lora")
-    code, _, errors = fedalign("export", tmp_path / "run", "--to", tmp_path / "out", "--without", "hospital-a")
+    words = ("export", tmp_path / "run", "--to", tmp_path / "out", "--without", "hospital-b")
+    code, _, errors = fedalign(*words)
     assert code == 2
-    assert "this run trained adapters (tuning.kind = 'lora')" in errors
+    assert "--without hospital-b: this run trained an adapter" in errors
+    assert "add --merge" in errors
+    code, text, errors = fedalign(*words, "--merge")
+    assert code == 0, errors
+    assert "Stays behind: fedalign_moe trained one model" in " ".join(text.split())
+    fedalign("export", tmp_path / "run", "--to", tmp_path / "merged", "--merge")
+    check(tmp_path / "merged", tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["olmoe", "flex_olmo", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe"])
+def test_of_low_rank_experts_plain_peft_and_transformers_load_all_and_what_stays(
+    model_folder: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    grown(MoEModel.wrap(load_plain(model_folder(family, initializer_range=0.2))), ["a", "b"]).model.save_pretrained(
+        tmp_path / "base"
+    )
+    moe = MoEModel.load(tmp_path / "base", tuning=TuningConfig(kind="lora", targets=("experts",), rank=3))
+    experts = moe.experts
+    moe.write({g: torch.randn(size) / 10 for g, size in moe.layout.sizes.items() if size and g.expert >= experts - 2})
+    moe.save(tmp_path / "adapter")
+    plain = put_upon(load_plain(tmp_path / "base"), tmp_path / "adapter").eval()
+    ids_B_S = torch.arange(3, 63).view(2, 30)
+    with torch.no_grad():
+        whole = plain(ids_B_S).logits
+        assert torch.allclose(moe.model.eval()(ids_B_S).logits, whole, atol=1e-5)
+        assert plain.generate(input_ids=ids_B_S, min_new_tokens=3, max_new_tokens=3).shape == (2, 33)
+        plain.merge_and_unload().save_pretrained(tmp_path / "merged")
+        copy_without(tmp_path / "merged", made(tmp_path / "less"), Leaving(without=("a",)))
+        less, report = AutoModelForCausalLM.from_pretrained(tmp_path / "less", output_loading_info=True)
+        assert not any(report.values())
+        found = less.eval()(ids_B_S).logits
+        part = part_of(moe, [e for e in range(experts) if e != experts - 2]).model.eval()
+        assert torch.allclose(part(ids_B_S).logits, found, atol=1e-4)
+        assert not torch.allclose(found, whole, atol=1e-3)
+        assert less.generate(ids_B_S, min_new_tokens=3, max_new_tokens=3).shape == (2, 33)
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def test_an_unfinished_run_is_refused(fedalign: Command, run: Path, tmp_path: Path) -> None:

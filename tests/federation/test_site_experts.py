@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -73,6 +75,19 @@ def run(fedalign: Command, model_of: Callable[..., Path], tmp_path: Path) -> Run
     return of
 
 
+@pytest.fixture
+def exported(fedalign: Command, tmp_path: Path) -> Callable[..., Path]:
+    """`exported(run, "--merge")`: the folder that `fedalign export` wrote."""
+
+    def of(folder: Path, *words: str) -> Path:
+        out = tmp_path / f"exported-{len(list(tmp_path.iterdir()))}"
+        code, _, errors = fedalign("export", folder, *words, "--to", out)
+        assert code == 0, errors
+        return out
+
+    return of
+
+
 def weights(folder: Path) -> Weights:
     return MoEModel.wrap(load_plain(folder)).read()
 
@@ -108,6 +123,44 @@ def test_without_b_it_is_byte_for_byte_the_run_in_which_b_never_was(
     assert configs[0]["site_experts"] == configs[1]["site_experts"] == {"a": [EXPERTS], "c": [EXPERTS + 1]}
 
 
+LOW_RANK = {"tuning__kind": "lora", "tuning__targets": '["experts"]', "tuning__rank": "2"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tuning__average": "freeze_a", "training__keep_optimizer": "true"}, {"tuning__dtype": "bfloat16"}],
+    ids=str,
+)
+def test_of_low_rank_experts_it_is_byte_for_byte_that_run_too(
+    run: Run, exported: Callable[..., Path], changes: dict[str, str]
+) -> None:
+    with_b, never = (run(*sites, **LOW_RANK | changes) for sites in (SITES, ("a", "c")))
+    left, whole = exported(with_b, "--merge", "--without", "b"), exported(never, "--merge")
+    assert (left / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert owners(load_plain(left).config) == owners(load_plain(whole).config) == {"a": (EXPERTS,), "c": (EXPERTS + 1,)}
+
+
+def test_a_low_rank_expert_is_a_few_directions_beside_what_it_started_from(
+    run: Run, exported: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = run(*SITES, **LOW_RANK)
+    merged, start = exported(folder, "--merge"), tmp_path / "base+a+b+c"
+    changed = moved(weights(start), weights(merged))
+    owned = {EXPERTS, EXPERTS + 1, EXPERTS + 2}
+    assert {(group.kind, group.expert) for group in changed} == {(k, e) for k in ("gate", "expert") for e in owned}
+    before, after = tensors(start), tensors(merged)
+    own = [name for name in before if f".experts.{EXPERTS}." in name]
+    assert own
+    assert all(torch.linalg.matrix_rank(after[name] - before[name], atol=1e-5) == 2 for name in own)
+    whole, low = (json.loads((one / "metrics.jsonl").read_text().splitlines()[-1]) for one in (run(*SITES), folder))
+    assert low["bytes_up"] < whole["bytes_up"] / 2
+    ids_B_S = torch.arange(12).view(2, 6)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft's own
+        adapted = AutoPeftModelForCausalLM.from_pretrained(exported(folder)).eval()(ids_B_S).logits
+    assert torch.allclose(adapted, load_plain(merged).eval()(ids_B_S).logits, atol=1e-5)
+
+
 def test_only_its_owner_writes_an_expert_and_nobody_what_is_public(run: Run, tmp_path: Path) -> None:
     new = weights(run(*SITES) / "model")
     old = weights(tmp_path / "base+a+b+c")
@@ -130,6 +183,20 @@ def test_who_joins_later_gives_the_model_of_a_run_in_which_it_was_from_the_start
     assert owners(load_plain(later / "model").config) == {name: (EXPERTS + i,) for i, name in enumerate(SITES)}
     lines = [json.loads(line) for line in (later / "metrics.jsonl").read_text().splitlines()]
     assert all(line["clients"] == ["c"] and not line["failures"] for line in lines[1:])
+
+
+def test_who_joins_a_low_rank_run_takes_its_merged_model(
+    run: Run, fedalign: Command, exported: Callable[..., Path], tmp_path: Path
+) -> None:
+    first = run("a", "b", **LOW_RANK)
+    code, _, errors = fedalign(
+        "run", "/dev/null", "--set", f"model.path={first}", "--join", "c", "--out", tmp_path / "no"
+    )
+    assert code == 2
+    assert "holds a PEFT adapter, not a model. Merge it into its base first" in " ".join(errors.split())
+    later = run(*SITES, join="c", model__path=exported(first, "--merge"), **LOW_RANK)
+    files = [exported(one, "--merge") / "model.safetensors" for one in (later, run(*SITES, **LOW_RANK))]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_a_site_that_retrains_replaces_its_own_alone(run: Run) -> None:
@@ -232,8 +299,9 @@ def test_averaged_shared_parts_move_and_then_leaving_is_not_exact(run: Run, feda
     [
         ("server.robust", "clip", 'server.robust = "clip": with algorithm.name = "site_experts" nobody but its owner'),
         ("server.optimizer", "adam", 'server.optimizer = "adam": with algorithm.name = "site_experts" nobody'),
-        ("tuning.kind", "lora", 'tuning.kind = "lora": with algorithm.name = "site_experts" nobody'),
-        ("tuning.kind", "experts", "Choose one of: full, moe."),
+        ("tuning.kind", "lora", 'and with algorithm.shared = "frozen" nothing else. Choose: ["experts"].'),
+        ("tuning.kind", "qlora", "Choose one of: full, moe, lora."),
+        ("tuning.kind", "experts", "Choose one of: full, moe, lora."),
         ("privacy.epsilon", "8", "with [privacy] the fit of a site's router row would leave without noise"),
         ("algorithm.shared", "both", "algorithm.shared = 'both': unknown. Choose one of: average, frozen."),
     ],
@@ -244,6 +312,25 @@ def test_what_it_cannot_do_is_refused_in_one_line(
     words = [word for change in settings for word in ("--set", change)]
     mine = ["--set", "algorithm.name=site_experts", "--set", f"{key}={value}", "--set", "clients.held_out=0"]
     code, _, errors = fedalign("run", "/dev/null", *words, *mine, "--set", "evaluation.clients=false", "--out", "/x")
+    assert code == 2
+    assert said in " ".join(errors.split())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("tuning.router=lora", 'tuning.router = "lora": with algorithm.name = "site_experts" nobody'),
+        ("tuning.router=frozen", "Choose: full."),
+        ("tuning.average=exact", "so there are no products to average. Choose one of: factors, freeze_a."),
+        ('tuning.targets=["attention", "experts"]', "tuning.targets = ['attention', 'experts']: with algorithm.name"),
+        ('tuning.targets=["attention"]', 'Choose: ["experts"].'),
+    ],
+)
+def test_adapters_that_an_expert_could_not_have_alone_are_refused(
+    fedalign: Command, settings: list[str], change: str, said: str
+) -> None:
+    given = (*settings, "algorithm.name=site_experts", "tuning.kind=lora", 'tuning.targets=["experts"]', change)
+    code, _, errors = fedalign("run", "/dev/null", *(word for one in given for word in ("--set", one)), "--out", "/x")
     assert code == 2
     assert said in " ".join(errors.split())
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
 from fedalign.moe.model import MoEModel
 from fedalign.moe.part import grown, part_of, picked
 from fedalign.moe.rows import Seen, fitted_row, look, public_text, quiet_row
 from fedalign.moe.site_experts import owners
-from fedalign.protocol import ParameterGroup
+from fedalign.protocol import CELLS, ParameterGroup
 from tests.moe import tiny
 
 FAMILIES = ("olmoe", "flex_olmo", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe", "phimoe")
@@ -95,6 +98,47 @@ def test_a_part_computes_what_the_whole_does_without_the_others(family: str) -> 
     part.write({one: torch.ones(sizes[one])})
     assert bool((part.model.get_submodule(part.layers[1].experts).down_proj[2] == 1).all())
     assert torch.equal(whole.read([one])[one], old[one])
+
+
+def adapted(family: str, *sites: str) -> MoEModel:
+    """A model in which sites have low-rank experts of their own, as if these and the public ones had been trained."""
+    tuning = TuningConfig(kind="lora", targets=("experts",), rank=3)
+    moe = MoEModel.wrap(grown(model(family), sites).model, tuning)
+    torch.manual_seed(1)
+    for slot in moe.slots:
+        if ".lora_B." in slot.name:
+            slot.parameter.data.normal_(0, 0.3)
+    return moe
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_part_with_adapters_computes_what_it_does_when_they_are_merged(family: str) -> None:
+    whole, here = adapted(family, "a", "b"), (0, 1, 2, NEW + 1)
+    part = part_of(whole, here)
+    assert {group.expert for group, size in part.layout.sizes.items() if size and group.kind == "expert"} == {*here}
+    found = logits(part.model, family)
+    for module in whole.model.modules():
+        if isinstance(module, ParamWrapper):
+            module.merge()
+    expected = logits(picked(whole, here), family)
+    assert torch.allclose(found, expected, atol=1e-4)
+    one = ParameterGroup("expert", 1, NEW + 1)
+    part.write({one: torch.ones(part.layout.sizes[one])})
+    views = part.views[one]
+    assert all(bool((view == 1).all()) for view in views)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "granitemoe"])
+def test_a_low_rank_expert_starts_alike_whoever_else_has_one(family: str) -> None:
+    tuning = TuningConfig(kind="lora", targets=("experts",), rank=3)
+    three, one = (
+        MoEModel.wrap(grown(model(family), sites).model, tuning, seed=5).read() for sites in (["a", "b"], ["b"])
+    )
+    for kind, layer in itertools.product(CELLS, range(2)):
+        b = three[ParameterGroup(kind, layer, NEW + 1)]
+        assert torch.equal(b, one[ParameterGroup(kind, layer, NEW)])
+    a, b = (three[ParameterGroup("expert", 0, NEW + number)] for number in range(2))
+    assert not torch.equal(a, b)
 
 
 def test_who_has_an_expert_keeps_it_when_others_come() -> None:

@@ -6,9 +6,11 @@
 
 A site trains with the public experts and its own: no other's is in its forward passes [P]. With shared = "frozen"
 nothing that a site computes depends on another, so the model without one of them is that of a run in which it never
-was. The row is fitted on the site's own text before it first trains (`moe.rows`) [O].
+was. The row is fitted on the site's own text before it first trains (`moe.rows`) [O]. With adapters θ_e are the factors
+of a low-rank change of the expert, beside the public one that it was copied from [FlexMoRE].
 
-Marks: [P] FlexOlmo (Shi et al. 2025), [O] our choice. BAR (Ai2 2026) averages what is shared when it fine-tunes.
+Marks: [P] FlexOlmo (Shi et al. 2025), [O] our choice. BAR (Ai2 2026) averages what is shared when it fine-tunes;
+FlexMoRE (arXiv 2602.08818) has low-rank experts.
 """
 
 from __future__ import annotations

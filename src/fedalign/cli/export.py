@@ -104,7 +104,8 @@ def export(
     quiet()
     run, to = run.expanduser(), to.expanduser()
     leaving = Leaving(without or (), only or ())
-    if leaving and (run / "config.json").is_file() and not (run / "config.toml").exists():
+    of_model = any((run / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if leaving and of_model and not (run / "config.toml").exists():
         given = {"--merge": merge, "--dtype": dtype, "--best": best, "--clients": clients, "--base": base}
         of_run = given | {"--data-license": data_license, "--push": push, "--public": public}
         _export_folder(run, to, leaving, overwrite=overwrite, of_run=[flag for flag, value in of_run.items() if value])

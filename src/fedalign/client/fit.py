@@ -267,7 +267,8 @@ def make_optimizer(parameters: Sequence[Tensor], options: TrainingConfig) -> Opt
     groups = [group for group in groups if group["params"]]
     if options.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=options.learning_rate)
-    return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
+    whole = all(p.is_contiguous() for p in parameters)  # of others the fused step writes between the values
+    return torch.optim.AdamW(groups, lr=options.learning_rate, fused=whole)
 
 
 def dump_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

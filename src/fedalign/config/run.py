@@ -718,10 +718,26 @@ class Config(Section):
             raise UserError(
                 f'server.optimizer = "{self.server.optimizer}": {name}, and takes it over as it is. Choose: average.'
             )
-        if self.tuning.kind not in ("full", "moe"):
+        if self.tuning.kind not in ("full", "moe", "lora"):
             raise UserError(
-                f'tuning.kind = "{self.tuning.kind}": {name}, which it trains whole, with its router row. Choose one '
-                "of: full, moe."
+                f'tuning.kind = "{self.tuning.kind}": {name}, which it trains whole or by adapters, with its router '
+                "row. Choose one of: full, moe, lora."
+            )
+        if self.tuning.adapts:
+            self._check_owned_adapters(name)
+
+    def _check_owned_adapters(self, name: str) -> None:
+        """Refuse adapters that sites' own experts could not have alone."""
+        tuning, frozen = self.tuning, getattr(self.algorithm.build(), "shared", None) == "frozen"
+        if "experts" not in tuning.targets or (frozen and set(tuning.targets) != {"experts"}):
+            what = 'and with algorithm.shared = "frozen" nothing else' if frozen else "which must be among them"
+            raise UserError(f'tuning.targets = {list(tuning.targets)}: {name}, {what}. Choose: ["experts"].')
+        if tuning.router != "full":
+            raise UserError(f'tuning.router = "{tuning.router}": {name}, and its router row whole. Choose: full.')
+        if tuning.average == "exact":
+            raise UserError(
+                f'tuning.average = "exact": {name}, so there are no products to average. Choose one of: factors, '
+                "freeze_a."
             )
 
     @property

@@ -143,7 +143,10 @@ def copy_without(
         UserError: Nobody of that name is there, or the model cannot be cut.
     """
     if (whole / "adapter_config.json").exists():
-        raise UserError(f"{leaving}: {str(whole)!r} holds an adapter, whose part of one expert cannot be taken out.")
+        raise UserError(
+            f"{leaving}: {str(whole)!r} holds an adapter, whose base has all experts. Merge the two from the run: "
+            f"fedalign export RUN {leaving} --merge --to DIR."
+        )
     if problem := damage(whole) if (whole / SUMS).exists() else "":
         raise UserError(f"{str(whole)!r}: damaged, or changed since it was written: {problem}")
     config = _read(whole / "config.json")

@@ -176,7 +176,7 @@ def _export(
     with replacing(place, "model") as folder:
         if wanted.leaving:
             progress("Copying what stays ...")
-            left, personal, without = _write_without(wanted, snapshot, folder), dict[str, Kept](), 0
+            left, personal, without = _write_without(wanted, snapshot, base, folder, progress), dict[str, Kept](), 0
         else:
             left, (personal, without) = None, _write(wanted, snapshot, base, folder, progress)
         progress("Writing the model card ...")
@@ -288,27 +288,33 @@ def _check_leaving(wanted: Wanted, snapshot: Snapshot) -> None:
     for flag, given in (("--best", wanted.best), ("--clients", wanted.clients), ("--dtype", wanted.dtype)):
         if given:
             raise UserError(f"{wanted.leaving}: takes the run's last model as it is. Leave out {flag}.")
-    if snapshot.config.tuning.adapts:
+    if snapshot.config.tuning.adapts and not wanted.merge:
         raise UserError(
-            f"{wanted.leaving}: this run trained adapters (tuning.kind = {snapshot.config.tuning.kind!r}), and an "
-            "adapter's part of one expert cannot be taken out. Only a run that trained whole experts can be cut."
+            f"{wanted.leaving}: this run trained an adapter (tuning.kind = {snapshot.config.tuning.kind!r}), and its "
+            "base has all experts. Merge the two: add --merge."
         )
     if snapshot.kept is None:
         raise UserError(f"{wanted.leaving}: the run is not finished. Finish it: {_resume(snapshot.folder)}")
 
 
-def _write_without(wanted: Wanted, snapshot: Snapshot, folder: Path) -> Left:
-    """The run's model without the experts of sites that leave."""
+def _write_without(
+    wanted: Wanted, snapshot: Snapshot, base: Base | None, folder: Path, progress: Callable[[str], None]
+) -> Left:
+    """The run's model without the experts of sites that leave; adapters are merged before."""
     assert snapshot.kept is not None, "checked before"
-    behind = remainder(snapshot.config)
-    return copy_without(
-        snapshot.kept,
-        folder,
-        wanted.leaving,
-        behind=behind,
-        omit=OF_THE_RUN,
-        trust_remote_code=snapshot.config.model.trust_remote_code,
-    )
+    with tempfile.TemporaryDirectory(dir=folder) as merged:
+        whole = snapshot.kept
+        if base is not None:
+            whole = Path(merged)
+            _write(wanted, snapshot, base, whole, progress)
+        return copy_without(
+            whole,
+            folder,
+            wanted.leaving,
+            behind=remainder(snapshot.config),
+            omit=OF_THE_RUN,
+            trust_remote_code=snapshot.config.model.trust_remote_code,
+        )
 
 
 def _check_free(wanted: Wanted, snapshot: Snapshot, base: Base | None) -> None:

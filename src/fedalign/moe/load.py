@@ -153,15 +153,24 @@ def freeze_biases(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Refuse a folder of an adapter where a model is wanted.
+
+    Raises:
+        UserError: It is one.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"model = {str(folder)!r}: holds a PEFT adapter, not a model. Merge it into its base first: "
+            "`fedalign export RUN --to DIR --merge`, or peft's merge_and_unload"
+        )
+
+
 def resolved_source(path_or_id: str | Path) -> str:
     """The folder, or else the Hub id; a UserError if it is clearly meant as a folder and is none."""
     path, text = Path(path_or_id).expanduser(), str(path_or_id)
     if path.is_dir():
-        if (path / "adapter_config.json").is_file():
-            raise UserError(
-                f"model = {text!r}: holds a PEFT adapter, not a model. Merge it into its base first: "
-                "`fedalign export RUN --to DIR --merge`, or peft's merge_and_unload"
-            )
+        refuse_adapter(path)
         if not (path / "config.json").is_file():
             raise UserError(f"model = {text!r}: the folder must hold a config.json and weights")
         return str(path)

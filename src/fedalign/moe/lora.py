@@ -7,6 +7,7 @@ e, A[e·rank : (e+1)·rank] and B[:, e::E].
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,9 @@ from transformers.core_model_loading import WeightRenaming
 
 from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
+from fedalign.maths.hashing import derive_seed
 from fedalign.moe.families import MoELayer, family_of, is_encoder_decoder
+from fedalign.moe.site_experts import owners
 from fedalign.moe.tuning import UNREACHED, beside_text, choosers, chosen
 
 NAME = ".default"  # peft's name of the one adapter, in the names of parameters but not of files
@@ -88,7 +91,25 @@ def inject(model: PreTrainedModel, layers: Sequence[MoELayer], options: TuningCo
             parameter.requires_grad_(options.average != "freeze_a" or ".lora_B." in name)
     for parameter in trainable:
         parameter.requires_grad_(True)
+    _draw_own(model, layers, seed)
     return Adapters(config, _names_in_files(model, config), left_out)
+
+
+@torch.no_grad()
+def _draw_own(model: PreTrainedModel, layers: Sequence[MoELayer], seed: int) -> None:
+    """Draw each A of an expert that a site owns by the site's name: it is the same whoever else has one."""
+    whose = owners(model.config, layers[0].size).items()
+    own = [(name, number, expert) for name, experts in whose for number, expert in enumerate(experts)]
+    for layer in layers if own else ():
+        for path, module in model.get_submodule(layer.experts).named_modules():
+            if not isinstance(module, ParamWrapper):
+                continue
+            factor, shape, _ = next(fused_factors(module, layer.size))
+            for name, number, expert in own:
+                drawn = torch.Generator().manual_seed(derive_seed(seed, "adapter", name, number, layer.experts, path))
+                own_R_N = torch.empty(shape[1:])
+                nn.init.kaiming_uniform_(own_R_N, a=math.sqrt(5), generator=drawn)  # as peft does
+                factor.view(shape)[expert].copy_(own_R_N)
 
 
 def _kind(model: PreTrainedModel) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def part_of(moe: MoEModel, experts: Sequence[int]) -> MoEModel:
         UserError: As `picked`.
     """
     layers = tuple(replace(one, size=len(experts), whole=one.size, numbers=tuple(experts)) for one in moe.layers)
-    return MoEModel(picked(moe, experts), moe.found, layers)
+    return MoEModel(picked(moe, experts), moe.found, layers, moe.adapter)
 
 
 @torch.no_grad()
@@ -45,13 +45,11 @@ def picked(moe: MoEModel, experts: Sequence[int]) -> PreTrainedModel:
     """A model with these experts and router rows, in this order; one that comes again is copied. No site owns any.
 
     Raises:
-        UserError: It has adapters or is spread over processes, its experts are modules of their own, or there would be
+        UserError: It is in 4 bits or spread over processes, its experts are modules of their own, or there would be
             fewer than a token is sent to.
     """
-    if moe.adapter is not None or moe.sharded:
-        raise UserError(
-            f"model = {moe.family}: with adapters, or over processes of torchrun, experts cannot be picked."
-        )
+    if moe.saved is not None or moe.sharded:
+        raise UserError(f"model = {moe.family}: in 4 bits, or over processes of torchrun, experts cannot be picked.")
     if len(experts) < moe.top_k:
         raise UserError(f"model = {moe.family}: {len(experts)} experts are fewer than the {moe.top_k} of a token.")
     if alone := [slot.name for slot in moe.slots if slot.kind == "expert" and slot.owners.axis is None]:
@@ -79,14 +77,17 @@ def _picked(slot: Slot, index: Tensor) -> nn.Parameter:
         return parameter
     whole = parameter.detach().view(slot.owners.shape or parameter.shape)
     chosen = whole.index_select(axis, index.to(parameter.device))
-    return nn.Parameter(chosen.flatten(0, 1) if slot.owners.shape else chosen, parameter.requires_grad)
+    if slot.owners.shape is not None:
+        chosen = chosen.flatten(0, 1) if axis == 0 else chosen.flatten(1)
+    return nn.Parameter(chosen, parameter.requires_grad)
 
 
 def _holders(model: PreTrainedModel, layer: MoELayer) -> Collection[nn.Module]:
     """Modules that may say how many experts they have."""
     places = (layer.router, layer.router.rpartition(".")[0], layer.experts)
     found = [unwrapped(model.get_submodule(path)) for path in places]
-    return [*found, *found[0].children(), *found[2].children()]
+    around = [module for module in model.get_submodule(layer.experts).modules() if unwrapped(module) is not module]
+    return [*found, *found[0].children(), *found[2].children(), *around]
 
 
 def _configurations(config: Any) -> list[Any]:

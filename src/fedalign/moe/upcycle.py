@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from fedalign.errors import UserError, unknown
 from fedalign.moe.families import FAMILIES, family_of
 from fedalign.moe.kept import save_with_kept
-from fedalign.moe.load import DTYPES, load_plain
+from fedalign.moe.load import DTYPES, load_plain, refuse_adapter
 from fedalign.moe.model import MoEModel
 from fedalign.moe.part import Grown, grown
 from fedalign.moe.site_experts import COUNTS
@@ -91,12 +91,13 @@ class DenseSource:
         """A folder saved by transformers, a GGUF file, a folder with one, or else a Hub id.
 
         Raises:
-            UserError: It is clearly meant as a path, and no model lies there.
+            UserError: It is clearly meant as a path, and no model lies there, or an adapter.
         """
         path = Path(path_or_id).expanduser()
         if path.suffix == ".gguf" and path.is_file():
             return cls(str(path.parent), path.name)
         if path.is_dir():
+            refuse_adapter(path)
             return cls(str(path), None if (path / "config.json").is_file() else _only_gguf(path))
         if path.suffix == ".gguf" or path.is_absolute() or path_or_id[:1] in (".", "~") or path_or_id.count("/") > 1:
             raise UserError(
