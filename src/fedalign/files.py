@@ -149,6 +149,16 @@ def write_private(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+@contextmanager
+def for_its_owner() -> Iterator[None]:
+    """Meanwhile only its owner can read what this process makes: files, and folders, whoever writes them."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def append_private(path: Path, records: Iterable[Mapping[str, object]]) -> None:
     """Add a line of JSON for each record, with the time (UTC, to the second); return when the disk has them.
 

@@ -21,7 +21,7 @@ from fedalign.federation.flower.keys import make_node_key
 from fedalign.federation.masked_service import COUNTS, RECORD
 from fedalign.federation.masks import fresh_key, public_key, signed, signer
 from fedalign.federation.messages import MESSAGES, Message, Parcel, decode, encode
-from fedalign.federation.site import service_of
+from fedalign.federation.site import service_of, withdraw
 from fedalign.maths.fixed_point import MOST_CLIENTS
 from fedalign.maths.rounding import pack
 from fedalign.moe.model import MoEModel
@@ -187,6 +187,33 @@ def test_keys_that_are_none_are_refused_before_anything_is_trained(
 def test_two_names_with_one_key_are_refused(ward: SiteFolder, config: Config, peers: dict[str, str]) -> None:
     keys = keys_of(ward, config, peers)
     assert "has the mask key of" in fails(ward, config, "train", broadcast(config, keys | {"b": keys["c"]}))
+
+
+def test_a_run_that_is_complete_leaves_no_key_on_the_disk(
+    ward: SiteFolder, config: Config, peers: dict[str, str]
+) -> None:
+    keys = keys_of(ward, config, peers)
+    told = ask(ward, config, "train", broadcast(config, keys))
+    asked = Sum(1, tuple(keys), totals_of(told), keys, (SHARED,))
+    assert isinstance(ask(ward, config, "conceal", asked), Concealed)
+    private = record(ward)[0]["key"]
+    ask(ward, config, "finish")
+    kept = [file for file in ward.path.rglob("*") if file.is_file()]
+    for text in (private.encode(), bytes.fromhex(private)):
+        assert [file.name for file in kept if text in file.read_bytes()] == []
+    assert record(ward)[0]["key"] == ""
+    goes_on = keys_of(ward, config, peers)  # as under `fedalign run --resume`, with more rounds
+    assert goes_on[OWN] != keys[OWN]
+    assert isinstance(ask(ward, config, "train", broadcast(config, goes_on, round=2)), Concealed)
+    assert "has another mask key than before" in fails(ward, config, "conceal", asked)
+    with pytest.raises(UserError, match="began with masked sums"):
+        service_of(ward, changed(config, "privacy", masked=False), "night", lambda: open_site(ward, config, "night"))
+
+
+def test_a_site_that_withdraws_has_no_key_of_the_run(ward: SiteFolder, config: Config, peers: dict[str, str]) -> None:
+    keys_of(ward, config, peers)
+    withdraw(ward, "night")
+    assert [path.name for path in ward.memory("night").iterdir()] == ["withdrawn"]
 
 
 def record(site: SiteFolder) -> list[dict[str, Any]]:

@@ -312,6 +312,30 @@ def test_a_restart_keeps_the_key_and_another_run_has_another(tmp_path: Path) -> 
     assert once(file).key not in (first.key, other.key)  # who comes back to a run has forgotten it, and its key
 
 
+def test_who_forgets_its_key_has_another_and_what_was_concealed_stays_noted(tmp_path: Path) -> None:
+    """Else whoever says that the run is over could ask for further sums of the same round."""
+    file = tmp_path / "once"
+    first = once(file)
+    first.bind(7, "update", "one")
+    first.allow(7, ["x"], ALL)
+    key = first.key
+    first.forget()
+    assert key.hex() not in file.read_text()
+    assert file.stat().st_mode & 0o777 == 0o600
+    second = once(file)
+    assert second.key not in (key, b"")
+    assert once(file).key == second.key
+    assert second.among(7, "x") == [frozenset(ALL)]
+    second.allow(7, ["x"], ("a", "b", "c"))
+    for again in (second, once(file)):
+        with pytest.raises(TrainingFailedError, match="a further sum would tell of one client"):
+            again.allow(7, ["x"], ("a", "b", "d"))
+        with pytest.raises(TrainingFailedError, match="other update of round 7 before"):
+            again.bind(7, "update", "two")
+        with pytest.raises(TrainingFailedError, match="no earlier one is summed again"):
+            again.allow(6, ["x"], ALL)
+
+
 @pytest.mark.parametrize(
     "text", ["", "{}\n", "[1]\n", "none\n", '{"client": "a", "run": "run", "key": "z", "round": 1}\n']
 )

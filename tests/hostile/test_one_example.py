@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -364,6 +365,25 @@ def test_a_site_withdraws_also_while_a_piece_is_taken(attack: Attack, monkeypatc
         withdraw(site.site, "night")
     assert [path.name for path in kept.iterdir()] == ["withdrawn"]
     assert "withdraw" in [entry.verb for entry in SiteLog(site.site.path).entries()]
+
+
+def test_what_a_site_keeps_of_a_run_only_its_owner_can_read(attack: Attack) -> None:
+    site = attack()
+    runs = site.site.memory("night").parent
+    runs.mkdir(mode=0o755)  # by a version that left it open
+    runs.chmod(0o755)
+    before = os.umask(0o022)
+    try:
+        for verb in ("hello", "train", "update"):
+            site.ask(verb)
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(before)
+    kept = [runs, *runs.rglob("*")]
+    assert any(path.name == "update.safetensors" for path in kept)
+    assert {path.name: path.stat().st_mode & 0o077 for path in kept if path.stat().st_mode & 0o077} == {}
+    own = [path for path in site.site.path.iterdir() if path.name not in ("data.jsonl", "site.toml")]
+    assert {path.name: path.stat().st_mode & 0o077 for path in own if path.stat().st_mode & 0o077} == {}
 
 
 def test_a_run_that_a_site_does_not_know_is_not_withdrawn_from(attack: Attack, tmp_path: Path) -> None:

@@ -132,7 +132,10 @@ class MaskedService(Service):
         raise MessageError("it is asked for a score, and in a masked run no site tells one")
 
     def _finish(self, parcel: Parcel) -> Message:
-        (self.memory.folder / COUNTS).unlink(missing_ok=True)
+        with self._locked():
+            (self.memory.folder / COUNTS).unlink(missing_ok=True)
+            if began_masked(self.memory.folder):
+                self._once().forget()
         return super()._finish(parcel)
 
     def _counted(self, told: Concealed) -> Concealed:

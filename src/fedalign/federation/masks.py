@@ -190,7 +190,8 @@ def is_public_key(key: bytes) -> bool:
 class Once:
     """A client's record of a run: what it has concealed, so that nothing is concealed twice in a way that tells of it.
 
-    It keeps the client's private key of the run, too: who forgets what was concealed with a key forgets the key.
+    It keeps the client's private key of the run, too: who forgets what was concealed with a key forgets the key. The
+    other way round the record outlives the key: see `forget`.
 
     Args:
         name: of the client.
@@ -208,9 +209,19 @@ class Once:
         self._round = 0
         self._seen: dict[str, str] = {}  # of that round
         self._among: dict[str, list[frozenset[str]]] = {}
-        self.key = self._load() or fresh_key()
-        if not self._round:
-            self._begin(0)
+        self._lines = list[str]()  # of the file, but for the first
+        known = self._load()
+        self.key = known or fresh_key()
+        if not known:
+            self._write()
+
+    def forget(self) -> None:
+        """Forget the key, for nobody may unmask what was sent; who goes on with the run has another.
+
+        What was concealed in the last round stays noted, so that no further sum of it is made under another key either.
+        """
+        self.key = b""
+        self._write()
 
     def bind(self, round: int, what: str, seen: str) -> None:
         """Note that something of a round is `seen`, a hash, or refuse where it was another.
@@ -268,31 +279,37 @@ class Once:
             self._begin(round)
 
     def _begin(self, round: int) -> None:
-        self._round, self._seen, self._among = round, {}, {}
+        self._round, self._seen, self._among, self._lines = round, {}, {}, []
+        self._write()
+
+    def _write(self) -> None:
+        """Replace the file; return when the disk has it."""
         if self._file is not None:
-            head = {"client": self.name, "run": self.run, "key": self.key.hex(), "round": round}
-            write_private(self._file, f"{json.dumps(head)}\n".encode())
+            head = {"client": self.name, "run": self.run, "key": self.key.hex(), "round": self._round}
+            write_private(self._file, "".join(f"{line}\n" for line in (json.dumps(head), *self._lines)).encode())
 
     def _note(self, line: Mapping[str, object]) -> None:
         """Return when the disk has it: it must be known before anything leaves."""
+        self._lines.append(json.dumps(line))
         if self._file is not None:
             append_private(self._file, [line])
 
     def _load(self) -> bytes | None:
-        """The key, if the file is of this run."""
+        """The key, if the file is of this run and has one; what was concealed is known then in either case."""
         try:
             if self._file is None or not self._file.exists():
                 return None
-            head, *lines = [json.loads(line) for line in self._file.read_text("utf-8").split("\n")[:-1]]
+            first, *texts = self._file.read_text("utf-8").split("\n")[:-1]
+            head = json.loads(first)
             if (head["client"], head["run"]) != (self.name, self.run):
                 return None
-            for line in lines:
+            for line in map(json.loads, texts):
                 if "what" in line:
                     self._seen[line["what"]] = line["seen"]
                 for name in line.get("names", ()):
                     self._among.setdefault(name, []).append(frozenset(line["among"]))
-            self._round = head["round"]
-            return bytes.fromhex(head["key"])
+            self._round, self._lines = head["round"], texts
+            return bytes.fromhex(head["key"]) or None
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise UserError(
                 f"{str(self._file)!r}: tells what was concealed in this run, and cannot be read. Remove it: the client "

@@ -22,7 +22,7 @@ from fedalign.federation.masked_service import MaskedService, Masking, began_mas
 from fedalign.federation.masks import signer
 from fedalign.federation.messages import Parcel, encode, stage_of
 from fedalign.federation.service import SEE_LOG, Service
-from fedalign.files import folder_name
+from fedalign.files import folder_name, for_its_owner
 from fedalign.protocol import LONGEST_NAME, Failure, is_name
 from fedalign.units import shown
 
@@ -61,8 +61,8 @@ def _sign(key: Path, text: bytes) -> bytes:
 def answer_at(folder: SiteFolder, run: str, verb: str, parcel: Parcel, answer: Callable[[Parcel], Parcel]) -> Parcel:
     """A site's answer to a message, or its refusal; either is in its log before it leaves.
 
-    A call for training that asks for a score as well counts as both. Where the site has scored all that it will, it
-    trains and does not score.
+    What the site keeps of it is for its owner's eyes alone. A call for training that asks for a score as well counts as
+    both. Where the site has scored all that it will, it trains and does not score.
 
     Args:
         folder: the site.
@@ -71,6 +71,18 @@ def answer_at(folder: SiteFolder, run: str, verb: str, parcel: Parcel, answer: C
         parcel: the message.
         answer: makes the answer to the message that it is given.
     """
+    with for_its_owner():
+        _close(folder.memory(run).parent)
+        return _answer_at(folder, run, verb, parcel, answer)
+
+
+def _close(runs: Path) -> None:
+    """Let nobody else see what the site keeps of runs."""
+    if runs.exists():
+        runs.chmod(0o700)
+
+
+def _answer_at(folder: SiteFolder, run: str, verb: str, parcel: Parcel, answer: Callable[[Parcel], Parcel]) -> Parcel:
     lines = SiteLog(folder.path)
     reason = _refusal(folder, lines, run, verb)
     if not reason and verb == "offer" and (spent := _refusal(folder, lines, run, "train")):

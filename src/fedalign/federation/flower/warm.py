@@ -20,7 +20,7 @@ from pathlib import Path
 from fedalign.config.site import SiteFolder
 from fedalign.federation.messages import MessageError, Parcel, from_wire, to_wire
 from fedalign.federation.service import Service
-from fedalign.files import write_private
+from fedalign.files import for_its_owner, write_private
 
 log = logging.getLogger("fedalign")
 
@@ -66,7 +66,9 @@ def serve(folder: SiteFolder, open_service: Callable[[str, str], Service], ready
                             if current is not None:
                                 current[1].close()  # the old model goes before the new one comes
                             current = (key, open_service(*key))
-                        send(connection, current[1].answer(str(about["verb"]), receive(connection)))
+                        with for_its_owner():
+                            answer = current[1].answer(str(about["verb"]), receive(connection))
+                        send(connection, answer)
                 except Exception as error:  # whoever it was went away or does not know the secret: on to the next
                     log.warning("a message came to nothing: %s", type(error).__name__)
         finally:

@@ -1,0 +1,48 @@
+"""The script on what noise costs: its cells, the settings of a run, and a table that tells what was not run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedalign.config.toml import load_config
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import private
+
+
+def test_a_seed_comes_after_another_and_noise_is_all_that_differs() -> None:
+    cells = list(private.cells("demo"))
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+    assert len({cell.kind for cell in cells[:6]}) == 2
+    for cell in cells[:6]:
+        config = load_config("demo", private.settings(cell, None))
+        assert (config.tuning.kind, config.privacy.epsilon) == (cell.kind, cell.epsilon)
+        same = load_config("demo", private.settings(private.Cell("demo", cell.kind, None, cell.seed), None))
+        assert config.model_copy(update={"privacy": same.privacy}) == same
+
+
+def test_data_of_ones_own_is_dealt_as_it_is(tmp_path: Path) -> None:
+    config = load_config("demo", private.settings(next(private.cells("mine")), tmp_path))
+    assert config.clients.partition == "natural"
+    assert config.data.test == str(tmp_path / "test.jsonl")
+
+
+def test_the_table_has_what_was_run_and_says_what_was_not() -> None:
+    ran = [cell for cell in private.cells("demo") if (cell.kind, cell.epsilon) == ("lora", 8.0)]
+    lines = [cell.key | {"before": 0.2, "accuracy": 0.4 + cell.seed / 10, "machine": "one"} for cell in ran]
+    stale = next(cell for cell in private.cells("demo") if cell.kind == "full").key | {"accuracy": 1.0, "revision": 0}
+    audit = {"audit": 2.0, "noise": False, "claimed": 1.9, "refuted": 3.9, "revision": private.REVISION}
+    told = private.tables([*lines, stale, audit])
+    assert "| demo | lora | 20.0 (1) | not run | 50.0 | not run |" in told
+    assert "| demo | full | not run | not run | not run | not run |" in told
+    assert "Not run: 15 of 18 runs." in told
+    assert "- Audit at epsilon 2, noise off: claimed 1.90, refuted up to 3.90, which refutes it." in told
+
+
+def test_guesses_refute_no_more_than_they_can() -> None:
+    assert private.least_epsilon(80, 160) == pytest.approx(0, abs=1e-9)
+    assert private.least_epsilon(160, 160) > 3
+    assert private.least_epsilon(120, 160) < private.least_epsilon(140, 160)
