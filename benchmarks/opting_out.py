@@ -4,9 +4,10 @@
     python benchmarks/opting_out.py --out runs/opting-out --table    # writes docs/opting-out.md
 
 The demo's model gets an expert for each client (`fedalign upcycle`), and is tuned by each of ALGORITHMS as a comparison
-(`fedalign compare`, one run after another). Of the frozen model of `site_experts` three more things are measured, on
-rows that clients held out: how it answers them as a whole, where a client answers by the public experts and its own;
-how many of their tokens go to whose expert; and how it answers them without each client (`fedalign export --without`).
+(`fedalign compare`, one run after another), and with the same settings by low-rank experts. Of the frozen model of
+`site_experts` three more things are measured, on rows that clients held out: how it answers them as a whole, where a
+client answers by the public experts and its own; how many of their tokens go to whose expert; and how it answers them
+without each client (`fedalign export --without`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import json
 import statistics as stats
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ FROZEN = "site_experts"
 ALGORITHMS = {"by_use": "`by_use`", "fedavg": "`fedavg`", FROZEN: "`site_experts`"} | {
     f"{FROZEN}:shared=average": '`site_experts`, `shared = "average"`'
 }
+LOW_RANK = "site_experts, low rank"
+ADAPTERS = {"tuning.kind": "lora", "tuning.targets": ["experts"]}
 WRITES = "what the untrained model writes"
 ABOUT, FOUND = "about.json", "found.json"
 
@@ -77,13 +80,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         upcycle(args.model, base, site_experts=",".join(sites_of(args)))
     asked = {"model.path": str(base), "clients.count": args.clients, "run.rounds": args.rounds}
     texts = [*as_texts(asked | {"data.max_train": args.rows}), *args.set]
-    outcome = fedalign.compare_runs(
-        "demo", list(ALGORITHMS), seeds=args.seeds, overrides=texts, out=args.out / "runs", jobs=1, progress=False
-    )
-    if outcome.failed:
-        raise UserError("; ".join(f"{name}: {reason}" for name, reason in outcome.failed.items()))
+    low = [row | {"algorithm": LOW_RANK} for row in compared(args, [FROZEN], texts, "low-rank", ADAPTERS)]
     lines = []
-    for row in outcome.rows:
+    for row in [*compared(args, list(ALGORITHMS), texts, "runs"), *low]:
         history = [json.loads(one) for one in (Path(row["folder"]) / "metrics.jsonl").read_text().splitlines()]
         lines.append(
             {
@@ -98,6 +97,28 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         print(json.dumps(lines[-1]), flush=True)
     write_text(args.out / FOUND, json.dumps(lines, indent=1) + "\n")
     return lines
+
+
+def compared(
+    args: argparse.Namespace, algorithms: Sequence[str], texts: Sequence[str], place: str, more: Mapping[str, Any] = {}
+) -> list[dict[str, Any]]:
+    """A line for each algorithm and seed, of runs in this place of the folder.
+
+    Raises:
+        UserError: One failed.
+    """
+    outcome = fedalign.compare_runs(
+        "demo",
+        algorithms,
+        seeds=args.seeds,
+        overrides=[*as_texts(more), *texts],
+        out=args.out / place,
+        jobs=1,
+        progress=False,
+    )
+    if outcome.failed:
+        raise UserError("; ".join(f"{name}: {reason}" for name, reason in outcome.failed.items()))
+    return list(outcome.rows)
 
 
 def frozen(folder: Path, base: Path) -> dict[str, Any]:
@@ -202,7 +223,7 @@ def table(lines: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
     """All numbers of the page."""
     head = "| | global test set | own rows | sent up a round |\n|---|--:|--:|--:|\n"
     body = ""
-    for name, shown in ALGORITHMS.items():
+    for name, shown in {**ALGORITHMS, LOW_RANK: "`site_experts`, low rank"}.items():
         here = [line for line in lines if line["algorithm"] == name]
         sent = size(round(stats.fmean(line["bytes_up"] for line in here)))
         told = [percent(line[which] for line in here) for which in ("global", "own")]

@@ -37,7 +37,7 @@ def test_a_run_gives_the_numbers_of_the_page(
     assert "no found.json there. Run it without --table first" in capsys.readouterr().err
     opting_out.main(asked)
     lines = json.loads((out / "found.json").read_text())
-    assert [line["algorithm"] for line in lines] == list(opting_out.ALGORITHMS)
+    assert [line["algorithm"] for line in lines] == [*opting_out.ALGORITHMS, opting_out.LOW_RANK]
     (found,) = [line["frozen"] for line in lines if "frozen" in line]
     names = ["client-00", "client-01"]
     assert list(found["rows"]) == list(found["whole"]) == list(found["without"]) == list(found["reached"]) == names
@@ -47,7 +47,7 @@ def test_a_run_gives_the_numbers_of_the_page(
         assert all(0 <= share <= 1 for shares in found["reached"][owner].values() for share in shares)
     whole = opting_out.weighted(found["whole"], found["rows"])
     sent = {line["algorithm"]: line["bytes_up"] for line in lines}
-    assert sent["site_experts"] < sent["site_experts:shared=average"] < sent["fedavg"]
+    assert sent["site_experts, low rank"] < sent["site_experts"] < sent["site_experts:shared=average"] < sent["fedavg"]
 
     monkeypatch.setattr(opting_out, "Clients", None)  # what was measured is not measured again
     before = {file: file.stat().st_mtime_ns for file in out.rglob("metrics.jsonl")}

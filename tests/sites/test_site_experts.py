@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedalign.export.leaving import Leaving, export_folder
+from fedalign.export.write import Wanted, export
 from fedalign.moe.load import load_plain
 from fedalign.moe.model import MoEModel
 from fedalign.moe.part import grown
@@ -48,6 +49,20 @@ def test_without_a_site_it_is_the_run_in_which_it_never_was(model_of: Callable[.
     assert (left / "model.safetensors").read_bytes() == never.model
     record = json.loads((left / "config.json").read_text())["site_experts"]
     assert record == {"north": [EXPERTS], "west": [EXPERTS + 1]}
+
+
+def test_low_rank_experts_leave_as_if_they_never_were(model_of: Callable[..., Path], tmp_path: Path) -> None:
+    low = CHANGES | {"tuning": {"kind": "lora", "targets": ["experts"], "rank": 2}}
+    with deployed(tmp_path / "deployed", merged(settings(model_of(*SITES)), {}) | low) as running:
+        for site in SITES:
+            running.add(site)
+        run, _ = running.run("whole", run__rounds=2)
+    assert run.summary["failures"] == []
+    never = on_one_machine(tmp_path / "never", "in_process", settings(model_of(*STAY)) | low, STAY, run__rounds=2)
+    left, whole = tmp_path / "left", tmp_path / "merged"
+    export(Wanted(run.path, left, merge=True, leaving=Leaving(without=["south"])), print)
+    export(Wanted(never.path, whole, merge=True), print)
+    assert (left / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_a_site_trains_alone_while_others_are_connected(model_of: Callable[..., Path], tmp_path: Path) -> None:
