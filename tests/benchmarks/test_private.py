@@ -24,6 +24,16 @@ def test_a_seed_comes_after_another_and_noise_is_all_that_differs() -> None:
         assert config.model_copy(update={"privacy": same.privacy}) == same
 
 
+@pytest.mark.parametrize("epsilon", [None, 8.0])
+def test_a_cell_is_a_run(monkeypatch: pytest.MonkeyPatch, settings: list[str], epsilon: float | None) -> None:
+    monkeypatch.setattr(private, "SETTINGS", [*private.SETTINGS, *settings, "run.rounds=1", "training.epochs=1"])
+    told = private.run(private.Cell("demo", "lora", epsilon, 0), None)
+    assert told["rows"] == 30
+    assert 0 <= told["accuracy"] <= 1
+    assert ("spent" in told) == (epsilon is not None)
+    assert told.get("spent", 0) <= 8
+
+
 def test_data_of_ones_own_is_dealt_as_it_is(tmp_path: Path) -> None:
     config = load_config("demo", private.settings(next(private.cells("mine")), tmp_path))
     assert config.clients.partition == "natural"

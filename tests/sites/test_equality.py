@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.sites.conftest import SITES, Deployment, Run, deployed, on_one_machine, settings, share
+from tests.sites.conftest import SITES, Deployment, Run, deployed, merged, on_one_machine, settings, share
 
 pytestmark = pytest.mark.sites
 
 OWN = ("seconds", "versions", "checked")  # of a summary: what engines do not share
+SIMULATED: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "int8": {"wire__dtype": "int8"},
+    "masked": {
+        "algorithm__name": "by_use",
+        "privacy__masked": True,
+        "server__max_norm_ratio": 0,
+        "evaluation__clients": False,
+    },
+}
 INTRUDERS = ("unregistered", "plaintext")
 
 
@@ -76,14 +87,16 @@ def test_intruders_have_no_part(deployment: Deployment, by_sites: tuple[Run, str
     assert "Connection attempt failed" in deployment.loopback.log("plaintext")
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.variant), "int8"])
+@pytest.mark.parametrize("kind", [pytest.param("float32", marks=pytest.mark.variant), "int8", "masked"])
 def test_a_simulation_gives_the_model_of_one_process(
-    folder: Path, olmoe: Path, in_process: Run, request: pytest.FixtureRequest, dtype: str
+    folder: Path, olmoe: Path, request: pytest.FixtureRequest, kind: str
 ) -> None:
     pytest.importorskip("ray", reason="Flower's simulation engine needs Ray: make test-sites installs it")
-    tables = settings(olmoe) | {"wire": {"dtype": dtype}}
-    simulated = on_one_machine(folder / f"simulated-{dtype}", "simulation", tables, run__rounds=2)
-    if dtype == "int8":
-        in_process = on_one_machine(folder / f"in-process-{dtype}", "in_process", tables, run__rounds=2)
-    assert_equal(simulated, in_process)
+    tables = merged(settings(olmoe), SIMULATED[kind])
+    simulated = on_one_machine(folder / f"simulated-{kind}", "simulation", tables, run__rounds=2)
+    if SIMULATED[kind]:
+        expected = on_one_machine(folder / f"in-process-{kind}", "in_process", tables, run__rounds=2)
+    else:
+        expected = request.getfixturevalue("in_process")
+    assert_equal(simulated, expected)
     assert simulated.summary["failures"] == []
