@@ -99,7 +99,8 @@ class MaskedFlowerFederation(FlowerFederation):
         """Shares of the sums, of a few sites at a time; of a site that is lost what has arrived, and why not more."""
         again = tuple(among) != totals.among
         if again:
-            more = {"groups": [str(group) for group in groups], "broken": sorted(self._broken)}
+            broken = self._broken.union(self._noted(totals.round).get("broken", ()))
+            more = {"groups": [str(group) for group in groups], "broken": sorted(broken)}
             self._note(totals.round, left=[*among], **more)
         keys = self._keys(totals.round, among)
         asked = Sum(totals.round, totals.among, totals.counts, keys, tuple(groups))
