@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -35,6 +36,7 @@ def main(write: bool) -> int:
     status = pytest.main([*asked, *stale, str(HERE.parent / "moe"), str(HERE)], [outcomes])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return int(status)
+    logging.disable(logging.WARNING)  # handlers made meanwhile write to what pytest had put in the place of stderr
     from tests.families.table import DOCUMENT, render  # noqa: PLC0415  # pytest is first to import what it may rewrite
 
     page = render({case: sorted(set(names)) for case, names in outcomes.failed.items()})
