@@ -51,6 +51,7 @@ def test_without_a_site_it_is_the_run_in_which_it_never_was(model_of: Callable[.
     assert record == {"north": [EXPERTS], "west": [EXPERTS + 1]}
 
 
+@pytest.mark.variant
 def test_low_rank_experts_leave_as_if_they_never_were(model_of: Callable[..., Path], tmp_path: Path) -> None:
     low = CHANGES | {"tuning": {"kind": "lora", "targets": ["experts"], "rank": 2}}
     with deployed(tmp_path / "deployed", merged(settings(model_of(*SITES)), {}) | low) as running:
