@@ -146,10 +146,10 @@ def bimodality(similarity_E_C_C: Tensor, held_C_E: Tensor) -> Tensor:
     """
     similarity_E_C_C = full(similarity_E_C_C)
     held_E_C = held_C_E.bool().T
-    pair_E_C_C = (held_E_C.unsqueeze(2) & held_E_C.unsqueeze(1)).to(similarity_E_C_C.dtype).triu_(1)
+    pair_E_C_C = (held_E_C.unsqueeze(2) & held_E_C.unsqueeze(1)).triu_(1)
     pairs_E = pair_E_C_C.sum(dim=(1, 2)).clamp_min(1)
-    mean_E = (similarity_E_C_C * pair_E_C_C).sum(dim=(1, 2)) / pairs_E
-    deviation_E_C_C = (similarity_E_C_C - mean_E[:, None, None]).mul_(pair_E_C_C)
+    mean_E = similarity_E_C_C.masked_fill(~pair_E_C_C, 0).sum(dim=(1, 2)) / pairs_E
+    deviation_E_C_C = (similarity_E_C_C - mean_E[:, None, None]).masked_fill_(~pair_E_C_C, 0)
     square_E_C_C = deviation_E_C_C.square()
     second_E = square_E_C_C.sum(dim=(1, 2)) / pairs_E
     third_E = deviation_E_C_C.mul_(square_E_C_C).sum(dim=(1, 2)) / pairs_E
@@ -230,9 +230,9 @@ class _Pairs:
         self, centroid_C_E_D: Tensor, update_C_E_S: Tensor, held_C_E: Tensor, beta: float, consensus: Consensus
     ) -> None:
         self._held_E_C, self._consensus = held_C_E.T, consensus
-        held_E_C_1 = held_C_E.T.unsqueeze(2).to(centroid_C_E_D.dtype)
-        self._centroid_E_C_D = centroid_C_E_D.transpose(0, 1) * held_E_C_1
-        self._update_E_C_S = update_C_E_S.transpose(0, 1) * held_E_C_1
+        other_E_C_1 = ~held_C_E.T.unsqueeze(2)
+        self._centroid_E_C_D = centroid_C_E_D.transpose(0, 1).masked_fill(other_E_C_1, 0)
+        self._update_E_C_S = update_C_E_S.transpose(0, 1).masked_fill(other_E_C_1, 0)
         self._holders_E = self._held_E_C.sum(dim=1)
         self._place_P = torch.arange(min(PARTNERS, len(held_C_E)))
         gram_E_D_D = torch.bmm(self._centroid_E_C_D.transpose(1, 2), self._centroid_E_C_D).double()
