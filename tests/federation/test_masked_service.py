@@ -193,9 +193,7 @@ def test_a_run_that_is_complete_leaves_no_key_on_the_disk(
     ward: SiteFolder, config: Config, peers: dict[str, str]
 ) -> None:
     keys = keys_of(ward, config, peers)
-    told = ask(ward, config, "train", broadcast(config, keys))
-    asked = Sum(1, tuple(keys), totals_of(told), keys, (SHARED,))
-    assert isinstance(ask(ward, config, "conceal", asked), Concealed)
+    asked = concealed(ward, config, keys)
     private = record(ward)[0]["key"]
     ask(ward, config, "finish")
     kept = [file for file in ward.path.rglob("*") if file.is_file()]
@@ -216,6 +214,14 @@ def test_a_site_that_withdraws_has_no_key_of_the_run(ward: SiteFolder, config: C
     assert [path.name for path in ward.memory("night").iterdir()] == ["withdrawn"]
 
 
+def concealed(site: SiteFolder, config: Config, keys: dict[str, str]) -> Sum:
+    """Round 1 as far as the site's share of the sum; what it was asked for."""
+    told = ask(site, config, "train", broadcast(config, keys))
+    asked = Sum(1, tuple(keys), totals_of(told), keys, (SHARED,))
+    assert isinstance(ask(site, config, "conceal", asked), Concealed)
+    return asked
+
+
 def record(site: SiteFolder) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (site.memory("night") / RECORD).read_text().splitlines()]
 
@@ -225,9 +231,7 @@ def test_other_weights_in_the_same_round_are_refused(ward: SiteFolder, config: C
     ask(ward, config, "train", broadcast(config, keys))
     reason = fails(ward, config, "train", broadcast(config, keys, shift=0.1))
     assert reason == "round 1 began with other weights: its masks are used up"
-    told = ask(ward, config, "train", broadcast(config, keys))  # what was trained is still there
-    asked = Sum(1, tuple(keys), totals_of(told), keys, (SHARED,))
-    assert isinstance(ask(ward, config, "conceal", asked), Concealed)
+    concealed(ward, config, keys)  # what was trained is still there
     (ward.memory("night") / COUNTS).unlink()  # and were it trained anew, nothing of that would be concealed
     reason = fails(ward, config, "train", broadcast(config, keys, shift=0.1))
     assert reason == "other counts and update of round 1 before: its masks are used up"
@@ -238,9 +242,7 @@ def test_another_update_is_not_concealed_under_the_mask_of_the_first(
 ) -> None:
     """The difference of both would be that of the updates."""
     keys = keys_of(ward, config, peers)
-    told = ask(ward, config, "train", broadcast(config, keys))
-    asked = Sum(1, tuple(keys), totals_of(told), keys, (SHARED,))
-    assert isinstance(ask(ward, config, "conceal", asked), Concealed)
+    asked = concealed(ward, config, keys)
     other = open_site(ward, config, "night")
     assert other.trainer.train(other.data, broadcast(config, {}, shift=0.1)).round == 1  # by a process beside it
     reason = "other counts and update of round 1 before: its masks are used up"
