@@ -80,12 +80,13 @@ def test_vectors_of_clients_that_do_not_hold_an_expert_never_matter() -> None:
     """Whatever they are: their pairs are no pairs, of all clients or of some."""
     held, size = torch.ones(8, 2, dtype=torch.bool), torch.ones(8, 2)
     held[6, 0] = held[7, 1] = False
-    whole = [directions(normal(8, 2, 6, seed=seed)) for seed in range(2)]
-    spoilt = [unit.masked_fill(~held.unsqueeze(2), torch.nan) for unit in whole]
-    for told, expected in zip(sampled_weights(*spoilt, size, held), sampled_weights(*whole, size, held), strict=True):
-        assert_close(told, expected)
-        assert expected.any()
-    assert_close(bimodality(cosines(spoilt[0]), held), bimodality(cosines(whole[0]), held))
+    centroid, update = directions(normal(8, 2, 6)), directions(normal(8, 2, 6, seed=1))
+    spoilt, unlike = (unit.masked_fill(~held.unsqueeze(2), torch.nan) for unit in (centroid, update))
+    told, expected = sampled_weights(spoilt, unlike, size, held), sampled_weights(centroid, update, size, held)
+    for mine, right in zip(told, expected, strict=True):
+        assert_close(mine, right)
+        assert right.any()
+    assert_close(bimodality(cosines(spoilt), held), bimodality(cosines(centroid), held))
 
 
 def test_direction_consensus_by_hand() -> None:
