@@ -7,8 +7,8 @@
 
 An attack is a client of the in-process engine that lies: about its data, in its report, or in its update. A cell is one
 attack on one way of summing, at one seed and one skew of the data; each is a line of attacks.jsonl. The cells that tell
-most come first. Clients are scored after the last round alone, on the global test set. What a client trains in round 1
-is the same in many cells: it is trained once.
+most come first. Clients are scored after the last round alone, on the global test set. What a client trains
+is the same in many cells, in round 1 or as long as liars are left out: it is trained once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -111,19 +112,30 @@ ATTACKS: dict[str, Attack] = {
 }
 
 
-class Beginnings:
-    """First rounds of clients, each trained once for all cells in which the client starts from the same.
+class Trained:
+    """What clients have trained, once for all cells in which a client has trained on the same from its first round on.
+
+    A liar that is left out leaves the others the rounds of a cell in which another is left out.
 
     Args:
         folder: where updates are kept.
+        most: trainings that are kept, those used last; one is 13 MB of the demo's model.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.known = folder, dict[str, Statistics]()
+    def __init__(self, folder: Path, most: int = 600) -> None:
+        self.folder, self.most, self.known = folder, most, dict[str, Statistics]()
 
-    def key(self, trainer: Trainer, broadcast: Broadcast, client: ClientData) -> str:
-        """SHA-256 of all that training reads; of the configuration the algorithm alone differs between cells."""
+    def key(self, before: str, trainer: Trainer, broadcast: Broadcast, client: ClientData) -> str:
+        """SHA-256 of all that training reads.
+
+        Args:
+            before: the key of the client's round before; empty: this is its first.
+            trainer: of its configuration the algorithm alone differs between cells.
+            broadcast: what the round begins with.
+            client: who trains.
+        """
         read = (
+            before,
             trainer.config.algorithm,
             seen_of(broadcast),
             broadcast.labels,
@@ -135,14 +147,21 @@ class Beginnings:
 
     def recall(self, key: str, client: ClientData, round: int) -> Statistics | None:
         """The report of a client that has trained on this before, whose memory is then as it was after it."""
-        if key in self.known:
-            shutil.copytree(self.folder / key, client.memory.folder / f"round-{round:05d}")
-        return self.known.get(key)
+        report = self.known.pop(key, None)
+        if report is not None:
+            self.known[key] = report  # used last
+            shutil.copytree(self.folder / key, client.memory.folder / f"round-{round:05d}", copy_function=os.link)
+        return report
 
     def keep(self, key: str, client: ClientData, report: Statistics) -> None:
         """Keep what a client reported, and its memory."""
-        shutil.copytree(client.memory.folder / f"round-{report.round:05d}", self.folder / key)
+        kept = client.memory.folder / f"round-{report.round:05d}"
+        shutil.copytree(kept, self.folder / key, copy_function=os.link)
         self.known[key] = report
+        while len(self.known) > self.most:
+            oldest = next(iter(self.known))
+            del self.known[oldest]
+            shutil.rmtree(self.folder / oldest)
 
 
 class Attacked(InProcess):
@@ -155,13 +174,13 @@ class Attacked(InProcess):
         liars: Sequence[str],
         attack: Attack,
         trigger: int,
-        beginnings: Beginnings | None = None,
+        trained: Trained | None = None,
     ) -> None:
         super().__init__(trainer, clients)
         self.liars, self.attack, self.layout = set(liars), attack, trainer.moe.layout
         self.rows = [(rows.group, rows.start + trigger * rows.width, rows.width) for rows in self.layout.token_rows]
         self.lies: dict[str, Update] = {}
-        self.beginnings = beginnings
+        self.trained, self.before = trained, dict[str, str]()
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
         """Train all of them; liars, who have heard the others, report what the attack wants."""
@@ -178,16 +197,16 @@ class Attacked(InProcess):
 
     def _trained(self, broadcast: Broadcast, name: str) -> Statistics | Failure:
         """What honest training gives."""
-        if self.beginnings is None or broadcast.round > 1:
+        if self.trained is None:
             return next(iter(super().train(broadcast, [name])))
         client = self.clients[name]
-        key = self.beginnings.key(self.trainer, broadcast, client)
-        known = self.beginnings.recall(key, client, broadcast.round)
+        key = self.before[name] = self.trained.key(self.before.get(name, ""), self.trainer, broadcast, client)
+        known = self.trained.recall(key, client, broadcast.round)
         if known is not None:
             return known
         report = next(iter(super().train(broadcast, [name])))
         if isinstance(report, Statistics):
-            self.beginnings.keep(key, client, report)
+            self.trained.keep(key, client, report)
         return report
 
     def collect(self, requests: Sequence[Request], accumulator: Accumulator) -> list[Failure]:
@@ -303,7 +322,7 @@ class Bench:
     def __init__(self, alpha: float, seed: int, *more: str) -> None:
         self.alpha, self.seed = alpha, seed
         self._folder = tempfile.TemporaryDirectory(prefix="fedalign-attacks-")  # gone with this bench
-        self.beginnings = Beginnings(Path(self._folder.name))
+        self.trained = Trained(Path(self._folder.name))
         self.settings = [
             f"clients.alpha={alpha}",
             f"run.seed={seed}",
@@ -337,7 +356,7 @@ class Bench:
             name: self._client(config, name, folder / name, attack if name in liars else honest) for name in self.parts
         }
         bench = replace(self.bench, config=config)
-        federation = Attacked(bench.trainer(), clients, liars, attack, self.trigger, self.beginnings)
+        federation = Attacked(bench.trainer(), clients, liars, attack, self.trigger, self.trained)
         quietly: Any = Nobody()
         algorithm = config.algorithm.build()
         server = Server(

@@ -62,30 +62,44 @@ def test_liars_lie_and_what_they_send_is_as_long_as_they_say(settings: list[str]
     assert float(cosine) == pytest.approx(-1, abs=1e-4)
 
 
-def test_a_first_round_that_was_trained_before_is_the_same_and_another_is_trained_anew(
-    settings: list[str], tmp_path: Path
-) -> None:
+def test_what_was_trained_before_is_the_same_and_another_is_trained_anew(settings: list[str], tmp_path: Path) -> None:
     config = load_config(None, [*settings, "training.epochs=1"])
-    beginnings = attacks.Beginnings(tmp_path / "beginnings")
+    trained = attacks.Trained(tmp_path / "trained", most=12)
 
-    def round(number: int, of: int) -> tuple[list[Statistics], Collected]:
+    def rounds(number: int, *of: int) -> tuple[list[list[Statistics]], Collected]:
         prepared = prepare(config, tmp_path / str(number))
         weights, names = prepared.initial_weights(Heap()), list(prepared.clients)
-        start = {group: pack(value * of, broadcast_dtype("float32"), seed=0) for group, value in weights.items()}
         nobody = attacks.ATTACKS["none"]
-        federation = attacks.Attacked(prepared.bench.trainer(), prepared.clients, [], nobody, 7, beginnings)
-        reports = [r for r in federation.train(Broadcast(1, start), names) if isinstance(r, Statistics)]
+        federation = attacks.Attacked(prepared.bench.trainer(), prepared.clients, [], nobody, 7, trained)
+        told = []
+        for round, factor in enumerate(of, start=1):
+            start = {g: pack(value * factor, broadcast_dtype("float32"), seed=0) for g, value in weights.items()}
+            said = federation.train(Broadcast(round, start), names)
+            told.append([report for report in said if isinstance(report, Statistics)])
         collected = Collected()
-        assert not federation.collect([Request(client, 1, (SHARED,)) for client in names], collected)
-        return reports, collected
+        assert not federation.collect([Request(client, len(of), (SHARED,)) for client in names], collected)
+        return told, collected
 
-    first, again, other = round(1, 1), round(2, 1), round(3, 2)
-    assert len(beginnings.known) == 2 * len(first[0])
-    for one, two, three in zip(first[0], again[0], other[0], strict=True):
-        assert two is one
-        assert not torch.equal(three.norm_G, one.norm_G)
-        values = [got.updates[one.client].groups[SHARED].values for _, got in (first, again)]
-        assert torch.equal(*values)
+    (first, second), got = rounds(1, 1, 2)
+    clients = len(first)
+    assert len(trained.known) == 2 * clients
+    (again, other), _ = rounds(2, 1, 3)
+    (last_first, last_second), last = rounds(3, 1, 2)
+    assert all(two is one and three is one for one, two, three in zip(first, again, last_first, strict=True))
+    assert all(two is one for one, two in zip(second, last_second, strict=True))
+    assert not any(torch.equal(two.norm_G, one.norm_G) for one, two in zip(second, other, strict=True))
+    for name, update in got.updates.items():
+        assert torch.equal(update.groups[SHARED].values, last.updates[name].groups[SHARED].values)
+    # the same broadcast after another past is trained anew: what a client keeps of it may matter
+    (_, elsewhere), _ = rounds(4, 4, 2)
+    assert not any(two is one for one, two in zip(second, elsewhere, strict=True))
+    # of so many those used last stay
+    assert clients == 3
+    assert len(trained.known) == len(list(trained.folder.iterdir())) == 12
+    (latest, gone), _ = rounds(5, 1, 3)
+    assert all(two is one for one, two in zip(first, latest, strict=True))
+    assert not any(two is one for one, two in zip(other, gone, strict=True))
+    assert all(torch.equal(two.norm_G, one.norm_G) for one, two in zip(other, gone, strict=True))
 
 
 def test_cells_are_each_there_once_and_a_stored_one_must_be_of_the_same_settings(
