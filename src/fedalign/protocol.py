@@ -743,8 +743,11 @@ class Algorithm(Protocol):
         """The numbers that its weights are shares of; None: it needs more of each client than sums over all of them."""
 
     @property
-    def owned(self) -> bool:
-        """Whether sites own experts of the model, which nobody else trains: nobody's update is held against others'."""
+    def shared(self) -> Literal["frozen", "average"] | None:
+        """What becomes of all parts but sites' own experts, which nobody else trains; None: sites own none.
+
+        Where they do, nobody's update is held against others'.
+        """
 
     def part(self, layout: Layout, client: str) -> Part | None:
         """On a client: the part of the model that it trains, and runs meanwhile; None: all of it."""

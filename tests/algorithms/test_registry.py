@@ -199,7 +199,7 @@ def test_a_name_of_two_packages_is_refused(package: Package) -> None:
         (
             "bad = broken_one:Bad",
             "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Bad:\n  x: int = 1",
-            "has no asks, private, mix, shares, owned, part, plan, begin, penalty, keep: extend",
+            "has no asks, private, mix, shares, shared, part, plan, begin, penalty, keep: extend",
         ),
         ("bad = broken_one:Largest", NEWCOMER.replace("count: int = 1", "count: int"), "without a default: count"),
         ("bad = broken_one:Largest", NEWCOMER.replace("count: int", "count: list"), "nor Literal: count"),

@@ -35,7 +35,7 @@ def federation(folder: Path, name: str) -> InProcess:
             "statistics.min_tokens=20",
         ],
     )
-    owned = config.algorithm.build().owned
+    owned = config.algorithm.build().shared is not None
     model = build("olmoe", num_experts=7 if owned else EXPERTS)
     if owned:
         with_owners(model.config, {client: [expert] for expert, client in enumerate(SIZES, EXPERTS)})

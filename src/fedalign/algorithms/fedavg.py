@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from fedalign.maths import torch
 from fedalign.protocol import (
@@ -73,9 +73,9 @@ class FedAvg:
         return Shares() if type(self).plan is FedAvg.plan and not self.asks else None
 
     @property
-    def owned(self) -> bool:
-        """They do not."""
-        return False
+    def shared(self) -> Literal["frozen", "average"] | None:
+        """Sites own no experts."""
+        return None
 
     def part(self, layout: Layout, client: str) -> Part | None:
         """All of it."""

@@ -31,11 +31,6 @@ class SiteExperts(FedAvg):
         "frozen", "what experts share: stays, and leaving is exact; or average: trained by all sites"
     )
 
-    @property
-    def owned(self) -> bool:
-        """They do."""
-        return True
-
     def part(self, layout: Layout, client: str) -> Part:
         """The public experts and its own, of which it trains its own."""
         own = layout.owners.get(client, ())

@@ -173,7 +173,7 @@ def _joined(settings: Config, who: Sequence[str], place: Path, overwrite: bool) 
     from fedalign.server.results import RunFolder
 
     said, path = f"--join {','.join(who)}", settings.model.path
-    shared = getattr(settings.algorithm.build(), "shared", None)
+    shared = settings.algorithm.build().shared
     if settings.algorithm.name != ALGORITHM or shared != "frozen":
         chosen = f"algorithm.name = {settings.algorithm.name!r}" + (f", shared = {shared!r}" if shared else "")
         raise UserError(

@@ -274,7 +274,7 @@ def check_owners(config: Config, moe: MoEModel) -> None:
     Raises:
         UserError: The model names no owners, or its routers are such that none can have an expert.
     """
-    if not config.algorithm.build().owned:
+    if config.algorithm.build().shared is None:
         return
     if not moe.layout.owners:
         raise UserError(
@@ -311,7 +311,7 @@ def check_shardable(config: Config) -> None:
             f'tuning.kind = "{config.tuning.kind}": torchrun does not shard adapters. Leave torchrun out (lora can '
             f'take run.device = "{parallel.SPLIT}"), or choose one of: full, moe, experts, router.'
         )
-    if config.algorithm.build().mix or config.algorithm.build().owned:
+    if config.algorithm.build().mix or config.algorithm.build().shared is not None:
         raise UserError(
             f'algorithm.name = "{config.algorithm.name}": needs a second model, which torchrun cannot shard. Leave '
             "torchrun out, or choose another algorithm."
@@ -328,7 +328,7 @@ def check_splittable(config: Config) -> None:
         raise UserError(
             f'run.device = "{parallel.SPLIT}": not for a 4-bit base. Choose tuning.kind = "lora", or one GPU.'
         )
-    if config.algorithm.build().mix or config.algorithm.build().owned:
+    if config.algorithm.build().mix or config.algorithm.build().shared is not None:
         raise UserError(
             f'run.device = "{parallel.SPLIT}": algorithm.name = "{config.algorithm.name}" has a second model beside. '
             "Choose one GPU, or another algorithm."

@@ -682,7 +682,7 @@ class Config(Section):
         """How the coordinator guards itself against one hostile or broken site."""
         if self.server.robust != "auto":
             return self.server.robust
-        return "clip" if self.federation.engine == "flower" and not self.algorithm.build().owned else "none"
+        return "clip" if self.federation.engine == "flower" and self.algorithm.build().shared is None else "none"
 
     @property
     def guard(self) -> str:
@@ -706,7 +706,7 @@ class Config(Section):
 
     def _check_owned(self) -> None:
         """Refuse what holds a site's update against others', or changes other experts than its own."""
-        if not self.algorithm.build().owned:
+        if self.algorithm.build().shared is None:
             return
         name = f'with algorithm.name = "{self.algorithm.name}" nobody but its owner trains an expert'
         if self.robust != "none":
@@ -728,7 +728,7 @@ class Config(Section):
 
     def _check_owned_adapters(self, name: str) -> None:
         """Refuse adapters that sites' own experts could not have alone."""
-        tuning, frozen = self.tuning, getattr(self.algorithm.build(), "shared", None) == "frozen"
+        tuning, frozen = self.tuning, self.algorithm.build().shared == "frozen"
         if "experts" not in tuning.targets or (frozen and set(tuning.targets) != {"experts"}):
             what = 'and with algorithm.shared = "frozen" nothing else' if frozen else "which must be among them"
             raise UserError(f'tuning.targets = {list(tuning.targets)}: {name}, {what}. Choose: ["experts"].')
@@ -743,7 +743,7 @@ class Config(Section):
     @property
     def norm_ratio(self) -> float:
         """How many times as long as the median an update may be; 0: any, where norms are clipped or not compared."""
-        held = self.robust == "none" and not self.algorithm.build().owned
+        held = self.robust == "none" and self.algorithm.build().shared is None
         return self.server.max_norm_ratio if held else 0.0
 
     def _check_privacy(self) -> None:
@@ -765,7 +765,7 @@ class Config(Section):
                 f"privacy.seed = {privacy.seed}: sites draw their noise themselves. Leave it out, or choose "
                 'federation.engine = "in_process".'
             )
-        if self.algorithm.build().owned:
+        if self.algorithm.build().shared is not None:
             raise UserError(
                 f'algorithm.name = "{name}": with [privacy] the fit of a site\'s router row would leave without noise '
                 f"(docs/privacy.md). Choose one of: {', '.join(NOISED)}."
@@ -803,7 +803,7 @@ class Config(Section):
             return
         algorithm, name, server = self.algorithm.build(), self.algorithm.name, self.server
         masked = "privacy.masked = true"
-        if algorithm.owned:
+        if algorithm.shared is not None:
             raise UserError(
                 f'algorithm.name = "{name}": the update of an expert that one client owns is a sum of one, which '
                 f"{masked} cannot hide. Choose one of: by_use, fedavg, fedprox."

@@ -103,10 +103,10 @@ class Left:
 def remainder(config: Config) -> str:
     """The remainder in a run's model of a site whose expert is taken out, in a sentence; empty: nothing."""
     algorithm = config.algorithm
-    return _remainder(algorithm.name, getattr(algorithm.build(), "shared", None))
+    return _remainder(algorithm.name, algorithm.build().shared)
 
 
-def _remainder(algorithm: str, shared: object) -> str:
+def _remainder(algorithm: str, shared: str | None) -> str:
     if algorithm != ALGORITHM:
         return (
             f"Stays behind: {algorithm} trained one model on all sites' data, so what a site taught is in every part "
