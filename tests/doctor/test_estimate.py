@@ -42,12 +42,12 @@ def examples(bench: Workbench) -> Sequence[Encoded]:
 
 def test_a_skeleton_is_estimated_as_the_model_is(config: Config) -> None:
     skeleton = Workbench.around(MoEModel.skeleton(config.model.path), config)
-    assert estimate_site(skeleton, DEALT) == estimate_site(Workbench.load(config), DEALT)
+    assert estimate_site(skeleton, "ward", DEALT) == estimate_site(Workbench.load(config), "ward", DEALT)
 
 
 def test_bytes_are_those_of_the_messages(config: Config, tmp_path: Path) -> None:
     bench = Workbench.load(config)
-    expected = estimate_site(bench, DEALT)
+    expected = estimate_site(bench, "ward", DEALT)
     wire = broadcast_dtype(config.wire.dtype)
     every = bench.moe.read()
     broadcast = Broadcast(1, {group: pack(value, wire, 0) for group, value in every.items()})
@@ -67,7 +67,7 @@ def test_a_kept_optimizer_is_on_the_disk_too(config: Config) -> None:
     bench = Workbench.around(MoEModel.skeleton(config.model.path), config)
     keeps = config.model_copy(update={"training": config.training.model_copy(update={"keep_optimizer": True})})
     trained = sum(bench.moe.layout.sizes.values())
-    more = estimate_site(replace(bench, config=keeps), DEALT).disk - estimate_site(bench, DEALT).disk
+    more = estimate_site(replace(bench, config=keeps), "ward", DEALT).disk - estimate_site(bench, "ward", DEALT).disk
     assert more == 4 * 2 * 4 * trained
 
 
@@ -85,7 +85,7 @@ def test_what_is_frozen_needs_neither_gradient_nor_moments(
     config = load_config(None, [*settings, *tuning])
     moe = MoEModel.skeleton(config.model.path, tuning=config.tuning)
     total, trained = sum(p.numel() for p in moe.model.parameters()), sum(moe.layout.sizes.values())
-    assert estimate_site(Workbench.around(moe, config), DEALT).training == nbytes(total, trained)
+    assert estimate_site(Workbench.around(moe, config), "ward", DEALT).training == nbytes(total, trained)
 
 
 def test_a_bfloat16_model_has_masters(settings: list[str]) -> None:
@@ -94,7 +94,7 @@ def test_a_bfloat16_model_has_masters(settings: list[str]) -> None:
     total = sum(p.numel() for p in moe.model.parameters())
     routers = sum(size for group, size in moe.layout.sizes.items() if group.kind == "gate")
     # weights and gradients of 2 bytes; masters, their gradients and two moments of 4; routers are float32 themselves
-    assert estimate_site(Workbench.around(moe, config), DEALT).training == 20 * (total - routers) + 16 * routers
+    assert estimate_site(Workbench.around(moe, config), "ward", DEALT).training == 20 * (total - routers) + 16 * routers
 
 
 def test_activations_are_what_the_backward_pass_reads() -> None:

@@ -15,11 +15,15 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fedalign.config.toml import load_config
+from fedalign.doctor.estimate import estimate, estimate_site
+from fedalign.federation.in_process import prepare
 from fedalign.moe.load import load_plain
 from fedalign.moe.model import MoEModel
 from fedalign.moe.part import grown
 from fedalign.moe.site_experts import owners
-from fedalign.protocol import ParameterGroup, Weights
+from fedalign.protocol import DEALT, ParameterGroup, Weights
+from fedalign.server.results import RunFolder
 from tests.conftest import Command, rows, save_tokenizer, write_jsonl
 from tests.moe.tiny import EXPERTS
 
@@ -342,3 +346,15 @@ def test_a_model_without_owners_is_refused(fedalign: Command, settings: list[str
     )
     assert code == 2
     assert "has an owner. Make it so: fedalign upcycle MODEL --site-experts" in " ".join(errors.split())
+
+
+@pytest.mark.parametrize("changes", [{"algorithm__shared": '"frozen"'}, {"algorithm__shared": '"average"'}])
+def test_bytes_are_told_before_of_what_each_site_trains(run: Run, changes: dict[str, str], tmp_path: Path) -> None:
+    out = run(*SITES, **changes, run__rounds=1)
+    line = json.loads((out / "metrics.jsonl").read_text().splitlines()[1])
+    prepared = prepare(load_config(RunFolder(out).config), tmp_path / "again")
+    told = estimate(prepared).bytes_up_a_round_at_most
+    assert line["bytes_up"] == pytest.approx(told, rel=0.05)  # no site of the run sends less
+    for name, sent in line["bytes_up_by_client"].items():
+        expected = estimate_site(prepared.bench, name, DEALT).up_a_round_at_most
+        assert sent == pytest.approx(expected, rel=0.05)

@@ -40,6 +40,7 @@ from fedalign.protocol import (
     Broadcast,
     Evaluation,
     Hello,
+    Layout,
     LocalRound,
     ParameterGroup,
     Part,
@@ -50,6 +51,11 @@ from fedalign.protocol import (
 
 log = logging.getLogger("fedalign")
 TEXT = 8192  # tokens, padding included, of a client's own text that its router row is fitted on
+
+
+def left_alone(part: Part | None, layout: Layout) -> frozenset[ParameterGroup]:
+    """The groups that a client never trains, since they are not of its part of the model; none, if it has all of it."""
+    return frozenset() if part is None else frozenset(layout.groups) - part.trained
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Trainer:
             return self, frozenset()
         if self._last is None or self._last[0] != part:
             self._last = part, Trainer(part_of(self.moe, part.experts), self.tokenizer, self.algorithm, self.config)
-        return self._last[1], frozenset(self.moe.layout.groups) - part.trained
+        return self._last[1], left_alone(part, self.moe.layout)
 
     def train(self, client: ClientData, broadcast: Broadcast) -> Statistics:
         """As `_train`, on the client's part of the model."""

@@ -76,7 +76,7 @@ def _examine_training(
     device: str | None,
 ) -> None:
     """Checks of model, data and machine together; the weights are loaded only if they fit."""
-    expected, config = estimate_site(bench, folder.consent), bench.config
+    expected, config = estimate_site(bench, folder.config.name, folder.consent), bench.config
     fits = bool(examples) and check_lengths(found, bench, examples)
     client = check_parts(found, bench, asked, folder) if fits else None
     if client is not None:

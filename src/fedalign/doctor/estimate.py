@@ -16,6 +16,7 @@ from fedalign.client.evaluation import TestSet
 from fedalign.client.fit import make_autocast
 from fedalign.client.forward import answer_logits
 from fedalign.client.memory import ClientData
+from fedalign.client.trainer import left_alone
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
 from fedalign.data.batches import batches
@@ -77,6 +78,7 @@ def estimate_run(
     config, layout = bench.config, bench.moe.layout
     total, trained = parameter_counts(bench)
     statistics = statistics_nbytes(config, layout)
+    updates = sorted((update_nbytes(config, layout, name) for name in clients), reverse=True)
     largest = max(clients.values(), key=lambda client: len(client.train))
     step = measure_step(bench, largest.train)
     held = [client.held_out for client in clients.values()]
@@ -96,7 +98,7 @@ def estimate_run(
             (weights_nbytes if config.clients.sample < 1 else broadcast_nbytes)(config, layout) * clients_a_round
         ),
         bytes_down_first_round=weights_nbytes(config, layout) * clients_a_round,
-        bytes_up_a_round_at_most=(update_nbytes(config, layout) + statistics) * clients_a_round,
+        bytes_up_a_round_at_most=sum(updates[:clients_a_round]) + statistics * clients_a_round,
         bytes_statistics_a_client=statistics,
         memory=frozen + together * own + server_nbytes(trained, config, clients_a_round),
         seconds_a_round=seconds,
@@ -104,11 +106,11 @@ def estimate_run(
     )
 
 
-def estimate_site(bench: Workbench, consent: Consent) -> SiteEstimate:
+def estimate_site(bench: Workbench, site: str, consent: Consent) -> SiteEstimate:
     """A site's needs for this model; a skeleton of it is enough."""
     config, layout = bench.config, bench.moe.layout
     _, trained = parameter_counts(bench)
-    weights, update = weights_nbytes(config, layout), update_nbytes(config, layout, consent)
+    weights, update = weights_nbytes(config, layout), update_nbytes(config, layout, site, consent)
     statistics = statistics_nbytes(config, layout, consent)
     remembered = 4 * layout.layers * layout.experts + (4 * trained * moments(config) * config.training.keep_optimizer)
     remembered += 4 * trained * config.wire.feeds_back  # what rounding lost
@@ -141,9 +143,9 @@ def broadcast_nbytes(config: Config, layout: Layout) -> int:
     return sum(packed_nbytes(size, config.wire.broadcasts) for size in layout.sizes.values())
 
 
-def update_nbytes(config: Config, layout: Layout, consent: Consent = DEALT) -> int:
-    """Bytes of a whole update on its way to the server."""
-    kept = consent.frozen(layout)
+def update_nbytes(config: Config, layout: Layout, client: str, consent: Consent = DEALT) -> int:
+    """Bytes of a client's whole update on its way to the server."""
+    kept = {*consent.frozen(layout), *left_alone(config.algorithm.build().part(layout, client), layout)}
     return sum(packed_nbytes(size, config.wire.dtype) for group, size in layout.sizes.items() if group not in kept)
 
 
