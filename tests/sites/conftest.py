@@ -341,6 +341,33 @@ sys.meta_path.insert(0, Afterwards())
 """
 
 
+# the change of a site that `held` holds
+HELD = """
+import time
+from pathlib import Path
+from fedalign.federation.service import Service
+honest = Service._train
+
+def train(self, parcel):
+    while Path(__file__).with_name("hold").exists():
+        time.sleep(0.1)
+    return honest(self, parcel)
+
+Service._train = train
+"""
+
+
+@contextmanager
+def held(deployment: Deployment, site: str) -> Iterator[None]:
+    """Meanwhile the site trains on and on, its ClientApp alive: one that is stopped counts as dead after a minute."""
+    hold = deployment.sites[site] / "change" / "hold"
+    hold.touch()
+    try:
+        yield
+    finally:
+        hold.unlink()
+
+
 @contextmanager
 def deployed(folder: Path, tables: dict[str, Any], *, secure: bool = True) -> Iterator[Deployment]:
     """A SuperLink, to which sites can be added; whatever was started is gone afterwards."""

@@ -6,30 +6,16 @@ Those that come back at once have no keys: Flower refuses a key for a minute aft
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.sites.conftest import SITES, Deployment, Run, deployed, is_finite, merged, settings, weights_of
+from tests.sites.conftest import HELD, SITES, Deployment, Run, deployed, held, is_finite, merged, settings, weights_of
 
 pytestmark = pytest.mark.sites
 
-HELD = """
-import time
-from pathlib import Path
-from fedalign.federation.service import Service
-honest = Service._train
-
-def train(self, parcel):
-    while Path(__file__).with_name("hold").exists():
-        time.sleep(0.1)
-    return honest(self, parcel)
-
-Service._train = train
-"""
 GONE = ("its SuperNode is gone", "not connected", "its process ended")
 
 
@@ -57,17 +43,6 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, tables: dict[str, Any])
             running.add(site, change=HELD)
         running.wait_online()
         yield running
-
-
-@contextmanager
-def held(deployment: Deployment, site: str) -> Iterator[None]:
-    """Meanwhile the site trains on and on, its ClientApp alive: one that is stopped counts as dead after a minute."""
-    hold = deployment.sites[site] / "change" / "hold"
-    hold.touch()
-    try:
-        yield
-    finally:
-        hold.unlink()
 
 
 @pytest.fixture(scope="module")

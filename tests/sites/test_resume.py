@@ -6,13 +6,14 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedalign.federation.flower.status import is_running
-from tests.sites.conftest import Deployment, Run, deployed, merged, on_one_machine, settings
+from tests.sites.conftest import HELD, Deployment, Run, deployed, held, merged, on_one_machine, settings
 
 pytestmark = pytest.mark.sites
 
@@ -43,7 +44,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tables: dict[str, Any]) -> R
 def deployment(tmp_path_factory: pytest.TempPathFactory, tables: dict[str, Any]) -> Iterator[Deployment]:
     with deployed(tmp_path_factory.mktemp("resume") / "deployed", tables) as running:
         for site in PAIR:
-            running.add(site)
+            running.add(site, warm=True, change=HELD)
         yield running
 
 
@@ -104,21 +105,25 @@ def test_who_watches_killed_and_the_coordinator_goes_on(deployment: Deployment, 
 
 
 def test_a_lost_terminal_does_not_end_the_run(deployment: Deployment, whole: Run) -> None:
-    with deployment.started("terminal") as (run, command):
-        command.wait(lambda: run.reached(1, "training", 0), "round 1 has begun")
-        with deployment.command("run", "--resume", run.path) as second:  # it is watched already
-            assert second.finish() == 2, second.said
-            assert f"a run is at work there (process {command.process.pid} on" in second.said
-        os.kill(command.process.pid, signal.SIGHUP)
-        assert command.finish(60) == 129, command.said
-        assert f"The run goes on at the SuperLink; go on with: fedalign run --resume {run.path}" in (command.said)
-    coordinator = run.status["pid"]
-    with deployment.command("run", federation_file(run), "--out", run.path, "--overwrite") as anew:
-        assert anew.finish() == 2, anew.said
-        assert f"a run is at work there (process {coordinator} on" in anew.said
-    said = deployment.resume(run)
+    with ExitStack() as stack:
+        with held(deployment, "north"):
+            with deployment.started("terminal") as (run, command):
+                command.wait(lambda: run.reached(1, "training", 0), "round 1 has begun")
+                with deployment.command("run", "--resume", run.path) as second:  # it is watched already
+                    assert second.finish() == 2, second.said
+                    assert f"a run is at work there (process {command.process.pid} on" in second.said
+                os.kill(command.process.pid, signal.SIGHUP)
+                assert command.finish(60) == 129, command.said
+                assert f"The run goes on at the SuperLink; go on with: fedalign run --resume {run.path}" in command.said
+            coordinator = run.status["pid"]
+            with deployment.command("run", federation_file(run), "--out", run.path, "--overwrite") as anew:
+                assert anew.finish() == 2, anew.said
+                assert f"a run is at work there (process {coordinator} on" in anew.said
+            again = stack.enter_context(deployment.command("run", "--resume", run.path))
+            again.wait(lambda: "round 0" in again.said, "the run is watched again")
+        assert again.finish() == 0, again.said
     assert run.status["pid"] == coordinator
-    assert_whole(run, whole, said)
+    assert_whole(run, whole, again.said)
 
 
 def federation_file(run: Run) -> Path:

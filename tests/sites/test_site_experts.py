@@ -36,7 +36,7 @@ def model_of(olmoe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 def test_without_a_site_it_is_the_run_in_which_it_never_was(model_of: Callable[..., Path], tmp_path: Path) -> None:
     with deployed(tmp_path / "deployed", merged(settings(model_of(*SITES)), {}) | CHANGES) as running:
         for site in SITES:
-            running.add(site)
+            running.add(site, warm=True)
         run, said = running.run("whole", run__rounds=2)
     assert run.summary["failures"] == []
     assert 'server.robust = "none"' in said
@@ -56,7 +56,7 @@ def test_low_rank_experts_leave_as_if_they_never_were(model_of: Callable[..., Pa
     low = CHANGES | {"tuning": {"kind": "lora", "targets": ["experts"], "rank": 2}}
     with deployed(tmp_path / "deployed", merged(settings(model_of(*SITES)), {}) | low) as running:
         for site in SITES:
-            running.add(site)
+            running.add(site, warm=True)
         run, _ = running.run("whole", run__rounds=2)
     assert run.summary["failures"] == []
     never = on_one_machine(tmp_path / "never", "in_process", settings(model_of(*STAY)) | low, STAY, run__rounds=2)
@@ -71,7 +71,7 @@ def test_a_site_trains_alone_while_others_are_connected(model_of: Callable[..., 
     alone = merged(tables, {"clients__only": ["south"], "federation__min_sites": 1})
     with deployed(tmp_path / "deployed", alone) as running:
         for site in ("north", "south"):
-            running.add(site)
+            running.add(site, warm=True)
         run, _ = running.run("alone", run__rounds=2)
     assert {(failure["client"], failure["stage"]) for failure in run.summary["failures"]} <= {("north", "join")}
     here = on_one_machine(tmp_path / "here", "in_process", tables, clients__only=["south"], run__rounds=2)

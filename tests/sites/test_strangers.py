@@ -130,7 +130,7 @@ def tables(olmoe: Path) -> dict[str, Any]:
 def deployment(tmp_path_factory: pytest.TempPathFactory, tables: dict[str, Any]) -> Iterator[Deployment]:
     with deployed(tmp_path_factory.mktemp("strangers") / "deployed", tables, secure=False) as running:
         for site in GOOD:
-            running.add(site)
+            running.add(site, warm=True)
         yield running
 
 
@@ -157,12 +157,12 @@ def refused(deployment: Deployment, olmoe: Path, tmp_path_factory: pytest.TempPa
     """A run to which four sites come that do not fit, and three whose statistics cannot be used."""
     models = tmp_path_factory.mktemp("models")
     lines = share("west")
-    deployment.add("other-weights", lines, model=other_model(models / "weights", seed=1))
-    deployment.add("other-layout", lines, model=other_model(models / "layout", num_experts=8))
-    deployment.add("other-tokenizer", lines, model=other_tokenizer(olmoe, models / "tokenizer"))
+    deployment.add("other-weights", lines, model=other_model(models / "weights", seed=1), warm=True)
+    deployment.add("other-layout", lines, model=other_model(models / "layout", num_experts=8), warm=True)
+    deployment.add("other-tokenizer", lines, model=other_tokenizer(olmoe, models / "tokenizer"), warm=True)
     deployment.add("other-protocol", lines, change=NEWER_PROTOCOL)
     for site, change in IN_TRAINING.items():
-        deployment.add(site, lines, change=change)
+        deployment.add(site, lines, change=change, warm=True)
     deployment.wait_online()
     done = deployment.run("refused")
     for site in deployment.sites.keys() - set(GOOD):
@@ -208,7 +208,7 @@ def test_the_model_is_that_of_the_others_alone(
 def harmed(deployment: Deployment, refused: tuple[Run, str], texts: Path) -> tuple[Run, str]:
     """A run to which four sites come whose statistics are good and whose updates are not."""
     for site, change in IN_UPDATE.items():
-        deployment.add(site, share("west")[:12], change=change)
+        deployment.add(site, share("west")[:12], change=change, warm=True)
     deployment.wait_online(*IN_UPDATE)
     return deployment.run("harmed", data__test=str(texts / "test.jsonl"), evaluation__clients=False)
 
