@@ -27,9 +27,13 @@ from fedalign.federation.service import Service, log
 from fedalign.federation.transfer import FIRST
 from fedalign.files import LOCK, locked, write_text
 from fedalign.maths.fixed_point import MOST_CLIENTS
+from fedalign.maths.rounding import unpack_weights
 from fedalign.maths.tensor_file import Named
 from fedalign.protocol import (
     CLIPPED,
+    HELD_OUT,
+    SCORED,
+    Broadcast,
     Concealed,
     Fetch,
     Hello,
@@ -90,16 +94,11 @@ class MaskedService(Service):
         return replace(hello, examples=0, held_out=0, mask_key=key.hex(), mask_signature=signature.hex())
 
     def _train(self, parcel: Parcel) -> Message:
-        broadcast = self._broadcast(parcel)
+        broadcast = self._asked(parcel, scores=parcel.head.get("score") is True)
         if isinstance(broadcast, Lacking):
             return broadcast
-        if broadcast.score:
-            raise MessageError("it is asked for a score, and in a masked run no site tells one")
-        if not self.masking.known:
-            log.warning("%s: whose mask keys these are is the coordinator's word (site.toml: node_keys)", self.name)
         self.memory.forget_start()
         among, seen = tuple(broadcast.keys), seen_of(broadcast)
-        self._write_layout()
         with self._site(broadcast.keys) as site:
             if site.has(broadcast.round, seen):  # trained before the coordinator was started again
                 return self._counted(site.recount(broadcast.round, among))
@@ -107,6 +106,30 @@ class MaskedService(Service):
         report = client.trainer.train(client.data, replace(broadcast, keys={}))
         with self._site(broadcast.keys) as site:
             return self._counted(site.count(report, seen, among))
+
+    def _evaluate(self, parcel: Parcel) -> Message:
+        broadcast = self._asked(parcel, scores=True)
+        if isinstance(broadcast, Lacking):
+            return broadcast
+        among, seen = tuple(broadcast.keys), seen_of(broadcast)
+        with self._site(broadcast.keys) as site:
+            if site.has(broadcast.round, seen, SCORED):
+                return self._counted(site.recount(broadcast.round, among))
+        client, self._as_loaded = self.client, False
+        score = client.trainer.evaluate(client.data, unpack_weights(broadcast.weights), broadcast.round)
+        with self._site(broadcast.keys) as site:
+            return self._counted(site.score(broadcast.round, score, seen, among))
+
+    def _asked(self, parcel: Parcel, *, scores: bool) -> Broadcast | Lacking:
+        """Weights to train or to score, if this run asks for scores at all."""
+        if scores and HELD_OUT not in self.masking.config.tells:
+            raise MessageError("it is asked for a score, and this run has none of clients (evaluation.clients)")
+        broadcast = self._broadcast(parcel)
+        if isinstance(broadcast, Broadcast):
+            if not self.masking.known:
+                log.warning("%s: whose mask keys these are is the coordinator's word (site.toml: node_keys)", self.name)
+            self._write_layout()
+        return broadcast
 
     def _count(self, parcel: Parcel) -> Message:
         recount: Recount = decode(parcel, Recount)
@@ -127,9 +150,6 @@ class MaskedService(Service):
     def _update(self, parcel: Parcel) -> Message:
         fetch: Fetch = decode(parcel, Fetch)  # of round 0: the model as it was loaded
         return self.memory.hand_piece(self.name, fetch, CONCEALED if fetch.round else "")
-
-    def _evaluate(self, parcel: Parcel) -> Message:
-        raise MessageError("it is asked for a score, and in a masked run no site tells one")
 
     def _finish(self, parcel: Parcel) -> Message:
         with self._locked():
@@ -159,9 +179,9 @@ class MaskedService(Service):
         Raises:
             TrainingFailedError: Keys are none, not signed as they have to be, or too many.
         """
-        privacy, shares = self.masking.config.privacy, self.masking.config.algorithm.build().shares
+        config, shares = self.masking.config, self.masking.config.algorithm.build().shares
         assert shares is not None  # the configuration was refused else
-        terms = Terms(self._layout(), shares, privacy.masked_min_holders, not privacy.on, self.masking.config.run.seed)
+        terms = Terms(self._layout(), shares, config.privacy.masked_min_holders, config.tells, config.run.seed)
         with self._locked():
             once = self._once()
             masks = Masks(self.name, self.masking.run, once.key, terms.least)
