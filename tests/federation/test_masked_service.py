@@ -262,6 +262,18 @@ def test_a_run_that_is_complete_leaves_no_key_on_the_disk(
         service_of(ward, changed(config, "privacy", masked=False), "night", lambda: open_site(ward, config, "night"))
 
 
+def test_a_site_forgets_its_update_where_its_record_cannot_be_read(
+    ward: SiteFolder, config: Config, peers: dict[str, str]
+) -> None:
+    keys, memory = keys_of(ward, config, peers), ward.memory("night")
+    ask(ward, config, "train", broadcast(config, keys))
+    assert list(memory.rglob("round-*/update.safetensors"))
+    (memory / RECORD).write_text("no record\n")
+    assert "tells what was concealed in this run, and cannot be read. Remove it" in fails(ward, config, "finish")
+    assert not list(memory.rglob("update.safetensors"))
+    assert not (memory / COUNTS).exists()
+
+
 def test_a_site_that_withdraws_has_no_key_of_the_run(ward: SiteFolder, config: Config, peers: dict[str, str]) -> None:
     keys_of(ward, config, peers)
     withdraw(ward, "night")

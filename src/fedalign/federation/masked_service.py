@@ -152,11 +152,12 @@ class MaskedService(Service):
         return self.memory.hand_piece(self.name, fetch, CONCEALED if fetch.round else "")
 
     def _finish(self, parcel: Parcel) -> Message:
+        heard = super()._finish(parcel)  # updates go even where the record of what was concealed cannot be read
         with self._locked():
             (self.memory.folder / COUNTS).unlink(missing_ok=True)
             if began_masked(self.memory.folder):
                 self._once().forget()
-        return super()._finish(parcel)
+        return heard
 
     def _counted(self, told: Concealed) -> Concealed:
         tensors = [Named(name, value.dtype, tuple(value.shape)) for name, value in told.residues.items()]
