@@ -613,12 +613,12 @@ class Sum:
 
 @dataclass(frozen=True)
 class Begun:
-    """How far the sums of a round had come when the server was interrupted; it goes on among the same clients."""
+    """How far the sums of a round have come; a server that was interrupted goes on among the same clients."""
 
     counted: tuple[str, ...] = ()  # among whom counts were last asked for; empty: they were not
     left: tuple[str, ...] = ()  # among whom a second sum of updates was asked for, and
     groups: tuple[ParameterGroup, ...] = ()  # of which groups; no other sum of these may be asked for
-    broken: tuple[ParameterGroup, ...] = ()  # groups without a sum, as `MaskedFederation.broken` told then
+    broken: tuple[ParameterGroup, ...] = ()  # of the first sum: a lost client's share is here in part
     score: bool = False  # whether scores of the weights that the round began with were asked for with the counts
     scored: tuple[str, ...] = ()  # among whom those that it ended with were last to be scored by themselves
 
@@ -821,7 +821,7 @@ class MaskedFederation(Federation, Protocol):
     """A federation whose clients can conceal what they send, but for its sums over all clients of a round."""
 
     def begun(self, round: int) -> Begun:
-        """How far the sums of a round had come before an interruption; nowhere where clients have other keys now."""
+        """How far the sums of a round have come; before an interruption, too, unless clients have other keys now."""
 
     def count(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterable[Concealed | Failure]:
         """Local training, and the counts of each client, concealed among `clients`; in any order."""
@@ -837,13 +837,9 @@ class MaskedFederation(Federation, Protocol):
     ) -> Iterable[Concealed | Failure]:
         """Each client's share of these groups' updates, one message a group, or several; a client follows another.
 
-        Asked again, a client answers once a round, for groups that are not complete.
-        """
-
-    def broken(self, round: int) -> Iterable[ParameterGroup]:
-        """Groups of which a part of a client's share is here, and never the rest.
-
-        A second sum of these, made without that client, would tell the part.
+        Asked again, a client answers once a round, for groups that are not complete. A group of which a lost client's
+        share is here in part is among those that `begun` then tells as broken: a second sum of it, made without that
+        client, would tell the part.
         """
 
 

@@ -142,7 +142,7 @@ class MaskedInProcess(InProcess):
             site.masks.meet({name: other.masks.public for name, other in self.sites.items()})
 
     def begun(self, round: int) -> Begun:
-        """Nowhere: whoever resumes has other keys."""
+        """Nowhere: whoever resumes has other keys, and a share is here whole, or not at all."""
         return Begun()
 
     def count(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Concealed | Failure]:
@@ -162,10 +162,6 @@ class MaskedInProcess(InProcess):
         for name in clients:
             told = (site.score(broadcast.round, scores.get(name), seen, clients) for site in [self.sites[name]])
             yield from _told(name, told)
-
-    def broken(self, round: int) -> Iterator[ParameterGroup]:
-        """None: a share is here whole, or not at all."""
-        return iter(())
 
     def recount(self, round: int, left: Sequence[str], stage: Stage) -> Iterator[Concealed | Failure]:
         """Conceal again what the clients that are left counted or scored last."""

@@ -241,7 +241,7 @@ class MaskedServer(Server):
 
     def _add_up(self, totals: Totals, begun: Begun, traffic: Traffic) -> tuple[dict[str, Tensor], list[Failure]]:
         """The sums of all shares, and of what was clipped, by name; and why clients are missing in some of them."""
-        number, later = totals.round, {*begun.groups, *begun.broken}
+        number, later = totals.round, {*begun.groups, *begun.broken} if begun.groups else set()
         groups = [group for group in self.layout.groups if self.layout.sizes[group] and group not in later]
         first = Sums(number, totals.among, self._share_shapes(groups))
         told = self._sites.conceal(totals, totals.among, groups)
@@ -251,7 +251,7 @@ class MaskedServer(Server):
         had = {name: total for name, total in first.sums.items() if first.complete(name)}
         if lacking and begun.groups:
             self._fail(number, failures)
-        broken = {*self._sites.broken(number)} if lacking else set()
+        broken = {*self._sites.begun(number).broken} if lacking else set()
         rest: Sequence[ParameterGroup] = [group for group in lacking if group not in broken] or begun.groups
         left = begun.left
         if not rest:

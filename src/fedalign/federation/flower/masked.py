@@ -63,10 +63,9 @@ class MaskedFlowerFederation(FlowerFederation):
     ) -> None:
         super().__init__(link, policy, agreement, cargo, pause)
         self.cargo, self.counts = cargo, counts
-        self._broken = set[str]()  # groups of the round's first sum of which a lost site's share is here in part
 
     def begun(self, round: int) -> Begun:
-        """How far the sums of a round had come when the coordinator was interrupted."""
+        """How far the sums of a round have come, as it is written down."""
         noted = self._noted(round)
         groups = map(parse_group, noted.get("groups", ()))
         broken = map(parse_group, noted.get("broken", ()))
@@ -119,9 +118,7 @@ class MaskedFlowerFederation(FlowerFederation):
         """Shares of the sums, of a few sites at a time; of a site that is lost what has arrived, and why not more."""
         again = tuple(among) != totals.among
         if again:
-            broken = self._broken.union(self._noted(totals.round).get("broken", ()))
-            more = {"groups": [str(group) for group in groups], "broken": sorted(broken)}
-            self._note(totals.round, left=[*among], **more)
+            self._note(totals.round, left=[*among], groups=[str(group) for group in groups])
         keys = self._keys(totals.round, among)
         asked = Sum(totals.round, totals.among, totals.counts, keys, tuple(groups))
         about = {"totals": fingerprint_of(totals.counts, *totals.among)}
@@ -135,11 +132,9 @@ class MaskedFlowerFederation(FlowerFederation):
             yield answer
         if not again:
             names = {name for place in places if place.client in lost for name in place.broken()}
-            self._broken = {str(group) for group in groups} & names
-
-    def broken(self, round: int) -> Iterator[ParameterGroup]:
-        """Groups of which a lost site's share broke off half way; they are written down with the second sum."""
-        return map(parse_group, sorted(self._broken))
+            noted = self._noted(totals.round)
+            before = noted.get("broken", ()) if "groups" in noted else ()  # without a second sum all are asked for anew
+            self._note(totals.round, broken=sorted(({str(group) for group in groups} & names).union(before)))
 
     def _hold(
         self, stage: Stage, talks: Talking, places: Sequence[Place], at_once: int | None = None
