@@ -94,7 +94,7 @@ class MaskedService(Service):
         return replace(hello, examples=0, held_out=0, mask_key=key.hex(), mask_signature=signature.hex())
 
     def _train(self, parcel: Parcel) -> Message:
-        broadcast = self._asked(parcel, scores=parcel.head.get("score") is True)
+        broadcast = self._asked(parcel)
         if isinstance(broadcast, Lacking):
             return broadcast
         self.memory.forget_start()
@@ -120,15 +120,16 @@ class MaskedService(Service):
         with self._site(broadcast.keys) as site:
             return self._counted(site.score(broadcast.round, score, seen, among))
 
-    def _asked(self, parcel: Parcel, *, scores: bool) -> Broadcast | Lacking:
-        """Weights to train or to score, if this run asks for scores at all."""
-        if scores and HELD_OUT not in self.masking.config.tells:
-            raise MessageError("it is asked for a score, and this run has none of clients (evaluation.clients)")
+    def _asked(self, parcel: Parcel, *, scores: bool = False) -> Broadcast | Lacking:
+        """Weights to train or to score, if the run's configuration has scores of clients at all."""
         broadcast = self._broadcast(parcel)
-        if isinstance(broadcast, Broadcast):
-            if not self.masking.known:
-                log.warning("%s: whose mask keys these are is the coordinator's word (site.toml: node_keys)", self.name)
-            self._write_layout()
+        if isinstance(broadcast, Lacking):
+            return broadcast
+        if (scores or broadcast.score) and HELD_OUT not in self.masking.config.tells:
+            raise MessageError("it is asked for a score, and this run has none of clients (evaluation.clients)")
+        if not self.masking.known:
+            log.warning("%s: whose mask keys these are is the coordinator's word (site.toml: node_keys)", self.name)
+        self._write_layout()
         return broadcast
 
     def _count(self, parcel: Parcel) -> Message:

@@ -164,11 +164,8 @@ class MaskedSite:
             raise TrainingFailedError(f"round {round}: nothing was counted in it")
         kind = SCORES if SCORED in self.counts else COUNTED
         self.once.bind(round, kind, self.content)
-        if (
-            kind == COUNTED
-            and self.once.knows(round, TOTALS)
-            and frozenset(among) not in self.once.among(round, EXAMPLES)[-1:]
-        ):
+        summed = kind == COUNTED and self.once.knows(round, TOTALS)
+        if summed and frozenset(among) not in self.once.among(round, EXAMPLES)[-1:]:
             raise TrainingFailedError(
                 f"counts of round {round} were summed: other sums of them would tell of one client"
             )
@@ -232,9 +229,8 @@ class MaskedSite:
 
     def _check(self, totals: Totals, seen: str, among: Sequence[str]) -> None:
         """Refuse totals that are less than what this client counted itself, of another sum, or that were others."""
-        own = {
-            name: value for name, value in self.counts.items() if name != HELD_OUT
-        }  # of which nobody is told the sum
+        own = {**self.counts}
+        own.pop(HELD_OUT, None)  # of which no client is told the sum
         names, told = (
             {name: (value.shape, value.dtype) for name, value in counts.items()} for counts in (own, totals.counts)
         )
