@@ -39,7 +39,7 @@ from fedalign.federation.masked_site import MaskedSite, Terms
 from fedalign.federation.masks import Masks, Once, fresh_key, public_key
 from fedalign.maths.fixed_point import BLOCK, LEVELS, MOST_CLIENTS, decode, encode, heights, limits
 from fedalign.maths.rounding import packed_nbytes
-from fedalign.protocol import Concealed, Layout, ParameterGroup, Shares, Statistics, Totals
+from fedalign.protocol import LOSS, Concealed, Layout, ParameterGroup, Shares, Statistics, Totals
 from watching import machine
 
 LAYERS, EXPERTS = 4, 16
@@ -66,7 +66,7 @@ def layout_of(values: int) -> Layout:
 def site_of(layout: Layout, peers: int) -> tuple[Site, tuple[str, ...]]:
     """A client with an update, and the names of all."""
     among = tuple(f"site-{number:03}" for number in range(peers + 1))
-    terms = Terms(layout, Shares(), 3, tells_loss=True, seed=0)
+    terms = Terms(layout, Shares(), 3, {LOSS}, seed=0)
     once = Once(among[0], "benchmark", 3, MOST_CLIENTS)
     site = Site(among[0], ClientMemory(Path()), terms, Masks(among[0], once.run, once.key, 3), once)
     site.masks.meet({name: public_key(fresh_key()) for name in among[1:]})

@@ -30,12 +30,12 @@ Between machines updates travel as pieces of at most `wire.piece_mb`, and so doe
 With `privacy.masked` clients conceal what they send, but for its sums; in place of Statistics and Updates then travel::
 
     server -> client   Broadcast   with it the mask keys of all clients that are to be summed
-    client -> server   Concealed   counts, masked: examples, and those that weights are shares of
+    client -> server   Concealed   counts, masked: examples, those that weights are shares of, and the score
     server -> client   Recount     if a client was lost: to conceal them again among those left
     server -> client   Totals      their sums over all clients, of which each makes its own weights; in a Sum
     client -> server   Concealed   its weighted update, masked
 
-What is larger than a piece is fetched in pieces, as updates are.
+and in place of an Evaluation a Concealed, too. What is larger than a piece is fetched in pieces, as updates are.
 
 The second half of this page is the seam: what an algorithm is (`Algorithm`), what it sees of a round (`Reports`,
 `Step`, `LocalRound`) and how a round reaches the clients (`Federation`).
@@ -53,7 +53,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 from fedalign.maths import torch
 
@@ -537,17 +537,35 @@ class Concealed:
 EXAMPLES, LOSS = "examples", "loss"  # counts of a masked round: n_c, and n_c times the mean loss of training
 LOAD, HOLDERS = "load_L_E", "holders_L_E"  # n_c(e), and 1 where that is not 0
 ROWS, MET = "rows_M_V", "met_M_V"  # k_c(v), and 1 where that is not 0
-UNIT = 1 << 20  # of these, holders aside
+HELD_OUT = "held_out"  # a `HeldOut`, of the weights that the round began with
+SCORED = "scored"  # a `HeldOut`, of the weights that the round ended with, where these are scored by themselves
+UNIT = 1 << 20  # of these, holders and held-out examples aside
+MOST_LOSS = 100.0  # nats a token: a client's loss on its held-out part that is higher, or none, counts as this
 HEIGHTS = "heights "  # and a group: of the blocks of its update, as `maths.fixed_point` has them
 CLIPPED = "clipped "  # and a group, beside its update: how many of its values were
 
 
-def count_shapes(layout: Layout, shares: Shares, tells_loss: bool) -> dict[str, tuple[int, ...]]:
-    """Shape of each count but the heights, which are int64 and masked modulo 2^64."""
+class HeldOut(NamedTuple):
+    """Scores on held-out parts, of one client or the sum over all; zeros of a client that has no such part."""
+
+    clients: int  # that scored
+    examples: int  # of theirs
+    judged: int  # examples of clients that tell an accuracy
+    right: int  # of these
+    loss: int  # each client's examples times its mean loss, nats; in 1 / UNIT
+
+
+def count_shapes(layout: Layout, shares: Shares, tells: Set[str]) -> dict[str, tuple[int, ...]]:
+    """Shape of each count but the heights, which are int64 and masked modulo 2^64.
+
+    Args:
+        layout: of the model.
+        shares: of the algorithm.
+        tells: which of LOSS and HELD_OUT are summed beside what weights are shares of.
+    """
     cells: tuple[int, ...] = (layout.layers, layout.experts)
     shapes: dict[str, tuple[int, ...]] = {EXAMPLES: (1,)}
-    if tells_loss:
-        shapes[LOSS] = (1,)
+    shapes |= {name: shape for name, shape in {LOSS: (1,), HELD_OUT: (len(HeldOut._fields),)}.items() if name in tells}
     if shares.load:
         shapes |= dict.fromkeys((LOAD, HOLDERS), cells)
     if shares.rows != "examples" and layout.token_rows:
@@ -557,7 +575,7 @@ def count_shapes(layout: Layout, shares: Shares, tells_loss: bool) -> dict[str, 
 
 @dataclass(frozen=True)
 class Totals:
-    """Server to client in a masked round: the sums of all clients' counts, and the largest of their heights."""
+    """Server to client in a masked round: the sums of all clients' counts but scores, the largest of their heights."""
 
     round: int
     among: tuple[str, ...]  # clients that were summed
@@ -595,12 +613,14 @@ class Sum:
 
 @dataclass(frozen=True)
 class Begun:
-    """How far the sums of a round had come when the server was interrupted; it goes on among the same clients."""
+    """How far the sums of a round have come; a server that was interrupted goes on among the same clients."""
 
     counted: tuple[str, ...] = ()  # among whom counts were last asked for; empty: they were not
     left: tuple[str, ...] = ()  # among whom a second sum of updates was asked for, and
     groups: tuple[ParameterGroup, ...] = ()  # of which groups; no other sum of these may be asked for
-    broken: tuple[ParameterGroup, ...] = ()  # groups without a sum, as `MaskedFederation.broken` told then
+    broken: tuple[ParameterGroup, ...] = ()  # of the first sum: a lost client's share is here in part
+    score: bool = False  # whether scores of the weights that the round began with were asked for with the counts
+    scored: tuple[str, ...] = ()  # among whom those that it ended with were last to be scored by themselves
 
 
 @dataclass(frozen=True)
@@ -804,26 +824,25 @@ class MaskedFederation(Federation, Protocol):
     """A federation whose clients can conceal what they send, but for its sums over all clients of a round."""
 
     def begun(self, round: int) -> Begun:
-        """How far the sums of a round had come before an interruption; nowhere where clients have other keys now."""
+        """How far the sums of a round have come; before an interruption, too, unless clients have other keys now."""
 
     def count(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterable[Concealed | Failure]:
         """Local training, and the counts of each client, concealed among `clients`; in any order."""
 
-    def recount(self, round: int, left: Sequence[str]) -> Iterable[Concealed | Failure]:
-        """The counts again, concealed among those left; a client answers once a round."""
+    def score(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterable[Concealed | Failure]:
+        """The scores of the broadcast weights, concealed among `clients`; training on nothing."""
+
+    def recount(self, round: int, left: Sequence[str], stage: Stage) -> Iterable[Concealed | Failure]:
+        """The counts ("train") or scores ("evaluate") again, concealed among those left; a client answers once."""
 
     def conceal(
         self, totals: Totals, among: Sequence[str], groups: Sequence[ParameterGroup]
     ) -> Iterable[Concealed | Failure]:
         """Each client's share of these groups' updates, one message a group, or several; a client follows another.
 
-        Asked again, a client answers once a round, for groups that are not complete.
-        """
-
-    def broken(self, round: int) -> Iterable[ParameterGroup]:
-        """Groups of which a part of a client's share is here, and never the rest.
-
-        A second sum of these, made without that client, would tell the part.
+        Asked again, a client answers once a round, for groups that are not complete. A group of which a lost client's
+        share is here in part is among those that `begun` then tells as broken: a second sum of it, made without that
+        client, would tell the part.
         """
 
 

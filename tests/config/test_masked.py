@@ -32,7 +32,10 @@ MASKED = ["privacy.masked=true", "algorithm.name=by_use", "server.max_norm_ratio
         (["server.optimizer=fedexp"], "Choose one of: average, sgd, adam, yogi"),
         (["tuning.kind=lora", "tuning.average=exact"], "Choose one of: factors, freeze_a"),
         (["wire.dtype=int8"], "updates travel in 16 bits of their own"),
-        (["evaluation.clients=true"], "no score of one client is told"),
+        (
+            ["algorithm.vocabulary=average", "evaluation.clients=true", "privacy.epsilon=4"],
+            "with [privacy] sites send no scores",
+        ),
         (
             ["training.loss=label_shift", "data.kind=classification", 'data.labels=["a","b"]'],
             "each client's counts of labels",
@@ -64,6 +67,7 @@ def test_every_other_algorithm_is_refused(name: str) -> None:
         ["algorithm.vocabulary=clients", "algorithm.vocabulary_holders=2"],
         ["tuning.kind=lora", "tuning.average=freeze_a"],
         ["wire.down=bfloat16"],
+        ["evaluation.clients=true", "run.patience=2"],
         ["algorithm.vocabulary=average", "privacy.epsilon=4"],
     ],
 )

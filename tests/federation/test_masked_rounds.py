@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch import Tensor
 
+from fedalign.client.evaluation import TestSet
+from fedalign.client.masked import held_out as client_held_out
 from fedalign.client.memory import ClientData, ClientMemory
 from fedalign.client.trainer import Trainer
 from fedalign.config.toml import load_config
@@ -23,18 +26,26 @@ from fedalign.moe.model import MoEModel
 from fedalign.protocol import (
     EXAMPLES,
     HEIGHTS,
+    HELD_OUT,
     LOAD,
+    MOST_LOSS,
+    SCORED,
+    UNIT,
     Broadcast,
     Concealed,
+    Evaluation,
     Failure,
+    HeldOut,
     ParameterGroup,
     Reports,
+    Stage,
     Statistics,
     Totals,
     Weights,
 )
 from fedalign.server.checkpoint import Checkpoints, ServerState
-from fedalign.server.masked import MaskedServer
+from fedalign.server.masked import LOST, MaskedServer
+from fedalign.server.scores import describe_clients, rows_of
 from tests.client.test_trainer import examples
 from tests.moe.tiny import build
 from tests.server.test_rounds import Log
@@ -71,9 +82,14 @@ class Seen:
         self.asked.append(("count", tuple(clients), 0))
         return self._pass("count", self.inner.count(broadcast, clients))
 
-    def recount(self, round: int, left: Sequence[str]) -> Iterator[Concealed | Failure]:
-        self.asked.append(("recount", tuple(left), 0))
-        return self._pass("recount", self.inner.recount(round, left))
+    def score(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Concealed | Failure]:
+        self.asked.append(("score", tuple(clients), 0))
+        return self._pass("score", self.inner.score(broadcast, clients))
+
+    def recount(self, round: int, left: Sequence[str], stage: Stage) -> Iterator[Concealed | Failure]:
+        verb = "rescore" if stage == "evaluate" else "recount"
+        self.asked.append((verb, tuple(left), 0))
+        return self._pass(verb, self.inner.recount(round, left, stage))
 
     def conceal(
         self, totals: Totals, among: Sequence[str], groups: Sequence[ParameterGroup]
@@ -84,7 +100,22 @@ class Seen:
         return self._pass("conceal again" if again else "conceal", self.inner.conceal(totals, among, groups))
 
 
-def federation(folder: Path, *more: str, seeds: dict[str, int] | None = None) -> MaskedInProcess:
+def held_out(name: str) -> TestSet | None:
+    """Examples of which one client's have two choices each, another holds none, and the others' have none."""
+    encoded = examples(SIZES[name] // 2, seed=7)
+    if name == "a":
+        others = [replace(one, input_ids=[*one.input_ids[:-1], 3], labels=[*one.labels[:-1], 3]) for one in encoded]
+        both = [[one, other] for one, other in zip(encoded, others, strict=True)]
+        return TestSet(encoded, both, torch.zeros(len(encoded), dtype=torch.int64))
+    return None if name == "e" else TestSet(encoded, answers=[[0]] * len(encoded))
+
+
+def federation(
+    folder: Path,
+    *more: str,
+    seeds: dict[str, int] | None = None,
+    held: Callable[[str], TestSet | None] = lambda name: None,
+) -> MaskedInProcess:
     config = load_config(
         None,
         [
@@ -99,7 +130,9 @@ def federation(folder: Path, *more: str, seeds: dict[str, int] | None = None) ->
     )
     trainer = Trainer(MoEModel.wrap(build("olmoe")), None, config.algorithm.build(), config)
     clients = {
-        name: ClientData(name, examples(size, seed=(seeds or {}).get(name, size)), None, ClientMemory(folder / name))
+        name: ClientData(
+            name, examples(size, seed=(seeds or {}).get(name, size)), held(name), ClientMemory(folder / name)
+        )
         for name, size in SIZES.items()
     }
     return MaskedInProcess(trainer, clients)
@@ -180,6 +213,89 @@ def test_the_model_differs_by_rounding_alone(tmp_path: Path, more: tuple[str, ..
         assert len(value) == 0 or float(error / moved) < 0.01, group
 
 
+SCORES = ("evaluation.clients=true", "run.rounds=2")
+
+
+def test_scores_are_the_weighted_means_of_the_clients_and_of_no_client_alone(tmp_path: Path) -> None:
+    seen = Seen(federation(tmp_path, *SCORES, held=held_out))
+    state = one_round(tmp_path, seen)
+    plain = InProcess(seen.inner.trainer, seen.inner.clients)
+    assert [line["round"] for line in state.history] == [0, 1, 2]
+    asked = Broadcast(2, {group: pack(value, "float32", 0) for group, value in state.weights.items()})
+    scores = [one for one in plain.evaluate(asked, plain.members()) if isinstance(one, Evaluation)]
+    expected, line = describe_clients(scores, all_asked=True), state.history[-1]
+    assert len(scores) == 4
+    assert line["client_loss_mean_nats"] == pytest.approx(expected["client_loss_mean_nats"], abs=1e-6)
+    assert line["client_accuracy_weighted"] == pytest.approx(expected["client_accuracy_weighted"], abs=1e-12)
+    assert line["held_out_examples"] == sum(expected["client_examples"].values()) == rows_of(line)
+    assert not {"client_losses_nats", "client_accuracies", "client_examples", "client_accuracy_worst"} & line.keys()
+    assert [verb for verb, _, _ in seen.asked] == ["count", "conceal", "count", "conceal", "score"]
+    losses = [line["client_loss_mean_nats"] for line in state.history]
+    assert len(set(losses)) == 3
+    assert not any(HELD_OUT in totals.counts for totals in seen.totals)
+
+
+@pytest.mark.parametrize(
+    ("lost", "asked", "told"),
+    [
+        ({"score": "b"}, ["score", "rescore"], {"held_out_examples": 12 + 7 + 3}),
+        ({"score": "b", "rescore": "c"}, ["score", "rescore"], {"unscored": LOST}),
+        ({"score": "bcd"}, ["score"], {"unscored": "2 clients can be summed"}),
+        ({"score": "bc"}, ["score", "rescore"], {"unscored": "2 clients hold out something to be scored on"}),
+    ],
+)
+def test_a_client_that_is_lost_while_it_scores_costs_no_round(
+    tmp_path: Path, lost: dict[str, str], asked: list[str], told: dict[str, object]
+) -> None:
+    engine = federation(tmp_path, "evaluation.clients=true", held=held_out)
+    seen = Seen(engine, lost=lambda stage, one: one.client in lost.get(stage, ""))
+    line = one_round(tmp_path, seen).history[-1]
+    assert [verb for verb, _, _ in seen.asked if "score" in verb] == asked
+    (name, value), *_ = told.items()
+    assert line[name] == value if isinstance(value, int) else str(value) in line[name]
+    assert ("client_loss_mean_nats" in line) == (name != "unscored")
+    assert {failure["stage"] for failure in line["failures"]} == {"evaluate"}
+    assert {failure["client"] for failure in line["failures"]} == {*"".join(lost.values())}
+
+
+def test_a_client_that_alone_was_asked_for_its_score_spoils_the_round_and_tells_nothing(tmp_path: Path) -> None:
+    seen = Seen(federation(tmp_path, *SCORES, held=held_out))
+    site = seen.inner.sites["c"]
+    count = site.count
+    site.count = lambda report, broadcast, among: count(report, f"{broadcast}, scored", among)  # type: ignore[method-assign] # as `seen_of` has it
+    with pytest.raises(UserError, match="the totals of 5 clients are impossible"):
+        one_round(tmp_path, seen)
+
+
+def test_a_client_that_scored_other_weights_spoils_the_score_and_nothing_else(tmp_path: Path) -> None:
+    seen = Seen(federation(tmp_path, "evaluation.clients=true", held=held_out))
+    site = seen.inner.sites["c"]
+    first = site._first
+
+    def misled(round: int, told: dict[str, Tensor], update: Weights, broadcast: str, among: Sequence[str]) -> Concealed:
+        return first(round, told, update, "others" if SCORED in told else broadcast, among)
+
+    site._first = misled  # type: ignore[method-assign,assignment] # the hash alone differs
+    line = one_round(tmp_path, seen).history[-1]
+    assert line["round"] == 1
+    assert "the scores of 5 clients together are impossible" in line["unscored"]
+    assert not any(name.startswith("client_") for name in line)
+
+
+@pytest.mark.parametrize(("loss", "counted"), [(1e9, MOST_LOSS), (float("nan"), MOST_LOSS), (-1e-9, 0.0), (0.5, 0.5)])
+def test_a_loss_is_cut_to_what_everybody_knows(loss: float, counted: float) -> None:
+    told = HeldOut(*client_held_out(Evaluation("a", 10, loss, None)).tolist())
+    assert told == HeldOut(1, 10, 0, 0, int(10 * counted * UNIT))
+
+
+def test_where_some_clients_train_all_are_scored_at_the_start_and_the_end(tmp_path: Path) -> None:
+    seen = Seen(federation(tmp_path, *SCORES, "clients.sample=0.6", held=held_out))
+    state = one_round(tmp_path, seen)
+    assert [verb for verb, _, _ in seen.asked] == ["score", "count", "conceal", "count", "conceal", "score"]
+    assert ["client_loss_mean_nats" in line for line in state.history] == [True, False, True]
+    assert {len(among) for verb, among, _ in seen.asked if verb == "count"} == {3}
+
+
 def test_other_keys_give_the_same_bytes(tmp_path: Path) -> None:
     one, two = (Seen(federation(tmp_path / name)) for name in ("one", "two"))
     first, second = one_round(tmp_path / "one", one), one_round(tmp_path / "two", two)
@@ -220,11 +336,11 @@ def test_what_one_client_sends_is_noise(tmp_path: Path) -> None:
     """Bytes of its messages are uniform over fresh keys, though the data is the same each time."""
     counted: dict[str, Counter[int]] = {"counts": Counter(), "update": Counter()}
     for turn in range(3):
-        seen = Seen(federation(tmp_path / str(turn)))
+        seen = Seen(federation(tmp_path / str(turn), *SCORES, held=held_out))
         one_round(tmp_path / str(turn), seen)
         for message in seen.messages:
             if message.client == "a":
-                kind = "counts" if EXAMPLES in message.residues else "update"
+                kind = "counts" if {EXAMPLES, SCORED} & message.residues.keys() else "update"
                 for residues in message.residues.values():
                     counted[kind].update(residues.contiguous().view(-1).view(torch.uint8).tolist())
     for kind, counts in counted.items():

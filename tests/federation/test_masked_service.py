@@ -19,6 +19,7 @@ from fedalign.errors import UserError
 from fedalign.federation.flower.client_app import site_answer
 from fedalign.federation.flower.keys import make_node_key
 from fedalign.federation.masked_service import COUNTS, RECORD
+from fedalign.federation.masked_site import seen_of
 from fedalign.federation.masks import fresh_key, public_key, signed, signer
 from fedalign.federation.messages import MESSAGES, Message, Parcel, decode, encode
 from fedalign.federation.site import service_of, withdraw
@@ -28,8 +29,10 @@ from fedalign.moe.model import MoEModel
 from fedalign.protocol import (
     EXAMPLES,
     HEIGHTS,
+    HELD_OUT,
     HOLDERS,
     PROTOCOL,
+    SCORED,
     SHARED,
     Broadcast,
     Concealed,
@@ -87,8 +90,9 @@ def keys_of(site: SiteFolder, config: Config, peers: Mapping[str, str]) -> dict[
 
 def totals_of(told: Concealed, examples: int = 10**12) -> dict[str, torch.Tensor]:
     """Totals that are large enough for any client."""
-    counts = {name: torch.full_like(value, examples) for name, value in told.residues.items() if "heights" not in name}
-    heights = {n: torch.full((len(v),), 46, dtype=torch.uint8) for n, v in told.residues.items() if "heights" in n}
+    named = {name: value for name, value in told.residues.items() if name != HELD_OUT}
+    counts = {name: torch.full_like(value, examples) for name, value in named.items() if "heights" not in name}
+    heights = {n: torch.full((len(v),), 46, dtype=torch.uint8) for n, v in named.items() if "heights" in n}
     return counts | heights
 
 
@@ -120,13 +124,63 @@ def test_what_is_not_concealed_does_not_leave(ward: SiteFolder, config: Config, 
     hello: Hello = ask(ward, config, "hello")
     assert (hello.examples, hello.held_out) == (0, 0)
     keys = keys_of(ward, config, peers)
+    without = changed(config, "evaluation", clients=False)
     scored = replace(broadcast(config, keys), score=True)
-    assert "in a masked run no site tells one" in fails(ward, config, "train", scored)
-    assert "in a masked run no site tells one" in fails(ward, config, "evaluate", broadcast(config, keys))
+    assert "this run has none of clients (evaluation.clients)" in fails(ward, without, "train", scored)
+    assert "this run has none of clients (evaluation.clients)" in fails(ward, without, "evaluate", scored)
     ask(ward, config, "train", broadcast(config, keys))
     assert list(ward.memory("night").rglob("round-*/update.safetensors"))
     fetch = Fetch(OWN, 1, (str(SHARED),), 0, 100)
     assert fails(ward, config, "update", fetch) == "it keeps no update of round 1"
+
+
+def test_a_score_by_itself_by_processes_that_end_with_each_message(
+    ward: SiteFolder, config: Config, peers: dict[str, str]
+) -> None:
+    keys = keys_of(ward, config, peers)
+    ask(ward, config, "train", broadcast(config, keys))
+    trained = broadcast(config, keys, shift=0.01)
+    told = ask(ward, config, "evaluate", trained)
+    assert isinstance(told, Concealed)
+    assert (told.round, told.among) == (1, tuple(keys))
+    assert {name: tuple(value.shape) for name, value in told.residues.items()} == {SCORED: (5,)}
+    assert torch.equal(ask(ward, config, "evaluate", trained).residues[SCORED], told.residues[SCORED])
+    left = {name: keys[name] for name in ("b", "c", OWN)}
+    fewer = ask(ward, config, "count", Recount(1, left))
+    assert fewer.among == tuple(left)
+    assert not torch.equal(fewer.residues[SCORED], told.residues[SCORED])
+    other = {name: keys[name] for name in ("c", "d", OWN)}
+    assert "a further sum would tell of one client" in fails(ward, config, "count", Recount(1, other))
+    reason = fails(ward, config, "evaluate", broadcast(config, keys, shift=0.02))
+    assert reason == "round 1 began with other weights: its masks are used up"
+    assert "not of what it counted" in fails(ward, config, "conceal", Sum(1, tuple(keys), {}, keys, (SHARED,)))
+
+
+def test_who_is_asked_for_a_score_and_others_are_not_has_masks_that_do_not_cancel(
+    ward: SiteFolder, config: Config, peers: dict[str, str]
+) -> None:
+    """Else a coordinator could ask one site alone, and read its score in the sum."""
+    asked = broadcast(config, {})
+    assert seen_of(asked) != seen_of(replace(asked, score=True))
+    assert seen_of(asked) == seen_of(replace(asked, keys=peers))
+
+
+def test_a_site_that_has_scored_all_that_it_will_does_not_train_where_a_score_is_asked_for(
+    ward: SiteFolder, config: Config, peers: dict[str, str]
+) -> None:
+    text = (ward.path / "site.toml").read_text().replace("[limits]", "[limits]\nevaluations = 1")
+    ward, toml = make_site(ward.path, text), changed(config, "server", robust="none", max_norm_ratio=0.0).to_toml()
+    keys = keys_of(ward, config, peers)
+
+    def said(round: int, score: bool) -> Any:
+        asked = encode(replace(broadcast(config, keys, round), score=score))
+        return decode(travel(site_answer(ward, toml, "night", "train", travel(asked))), (Concealed, Failure))
+
+    assert isinstance(said(1, score=True), Concealed)
+    refused = said(2, score=True)
+    assert isinstance(refused, Failure)
+    assert "limits.evaluations = 1" in refused.reason
+    assert isinstance(said(2, score=False), Concealed)
 
 
 @pytest.mark.parametrize("verb", ["hello", "start", "train", "update", "evaluate", "count", "conceal"])
@@ -206,6 +260,18 @@ def test_a_run_that_is_complete_leaves_no_key_on_the_disk(
     assert "has another mask key than before" in fails(ward, config, "conceal", asked)
     with pytest.raises(UserError, match="began with masked sums"):
         service_of(ward, changed(config, "privacy", masked=False), "night", lambda: open_site(ward, config, "night"))
+
+
+def test_a_site_forgets_its_update_where_its_record_cannot_be_read(
+    ward: SiteFolder, config: Config, peers: dict[str, str]
+) -> None:
+    keys, memory = keys_of(ward, config, peers), ward.memory("night")
+    ask(ward, config, "train", broadcast(config, keys))
+    assert list(memory.rglob("round-*/update.safetensors"))
+    (memory / RECORD).write_text("no record\n")
+    assert "tells what was concealed in this run, and cannot be read. Remove it" in fails(ward, config, "finish")
+    assert not list(memory.rglob("update.safetensors"))
+    assert not (memory / COUNTS).exists()
 
 
 def test_a_site_that_withdraws_has_no_key_of_the_run(ward: SiteFolder, config: Config, peers: dict[str, str]) -> None:

@@ -16,17 +16,21 @@ from fedalign.protocol import (
     CLIPPED,
     EXAMPLES,
     HEIGHTS,
+    HELD_OUT,
     HOLDERS,
     LOSS,
     MET,
+    MOST_LOSS,
     UNIT,
     Concealed,
     Failure,
+    HeldOut,
     Layout,
     ParameterGroup,
     Stage,
     Totals,
 )
+from fedalign.server.checks import check_held_out
 from fedalign.server.masked import MaskedServer, Sums
 from fedalign.server.scores import Traffic
 
@@ -159,7 +163,38 @@ def totals_of(**changes: Any) -> dict[str, torch.Tensor]:
 
 
 def test_totals_that_may_be_are_taken() -> None:
-    assert server_of()._totals(4, AMONG, totals_of()).counts[f"{HEIGHTS}{SHARED}"].tolist() == [5]
+    assert server_of()._totals(4, AMONG, totals_of())[0].counts[f"{HEIGHTS}{SHARED}"].tolist() == [5]
+
+
+def test_totals_of_scores_are_told_to_nobody() -> None:
+    scored = HeldOut(3, 12, 8, 8, 12 * UNIT)
+    totals, held_out = server_of()._totals(4, AMONG, totals_of(**{HELD_OUT: torch.tensor(scored)}))
+    assert HELD_OUT not in totals.counts
+    assert held_out == scored
+
+
+@pytest.mark.parametrize(
+    ("scored", "sound"),
+    [
+        (HeldOut(3, 12, 12, 12, int(12 * MOST_LOSS) * UNIT), True),
+        (HeldOut(0, 0, 0, 0, 0), True),
+        (HeldOut(4, 12, 0, 0, 0), False),  # more clients than were summed
+        (HeldOut(3, 2, 0, 0, 0), False),  # a client that scored nothing
+        (HeldOut(0, 2, 0, 0, 0), False),
+        (HeldOut(-1, 2, 0, 0, 0), False),
+        (HeldOut(3, 12, 13, 0, 0), False),
+        (HeldOut(3, 12, 4, 5, 0), False),
+        (HeldOut(3, 12, 4, -1, 0), False),
+        (HeldOut(3, 12, 0, 0, -1), False),
+        (HeldOut(3, 12, 0, 0, int(12 * MOST_LOSS) * UNIT + 1), False),
+        (HeldOut(1, 2**62, 0, 0, 0), False),
+    ],
+)
+def test_sums_of_scores_that_cannot_be_are_not_used(scored: HeldOut, sound: bool) -> None:
+    assert (check_held_out(scored, 3) is None) == sound
+    told = server_of()._held_out(scored, 3)
+    assert ("impossible" in told.get("unscored", "")) != sound
+    assert ("client_loss_mean_nats" in told) == (sound and scored.clients > 0)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,32 @@ def test_a_masked_run(fedalign: Command, settings: list[str], tmp_path: Path, mo
     assert code == 0, err
 
 
+def test_a_masked_run_that_is_scored_by_its_clients_alone(
+    fedalign: Command, settings: list[str], tmp_path: Path
+) -> None:
+    """Without a test set the sum of scores is what the run is known by: the best model, patience, report and card."""
+    run, scores = tmp_path / "run", ["evaluation.clients=true", "run.patience=1", "run.rounds=4"]
+    given = [one for one in settings if not one.startswith("data.test")]
+    code, out, err = begin(fedalign, run, given, "algorithm.name=by_use", "training.learning_rate=1.0", *scores)
+    assert code == 0, err
+    assert "accuracy and loss: clients' held-out parts, weighted by examples, n = " in out
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= line["client_accuracy_weighted"] <= 1 for line in lines)
+    assert not any("by_client" not in key and isinstance(value, dict) for line in lines for key, value in line.items())
+    assert len(lines) < 5
+    assert lines[-1]["stopped"].startswith("run.patience = 1: the best score is of round")
+    summary = json.loads((run / "summary.json").read_text())
+    best = max(lines, key=lambda line: line["client_accuracy_weighted"])
+    assert summary["best_round"] == best["round"] == json.loads((run / "best/round.json").read_text())["round"]
+    assert summary["scored_on"].endswith(f"n = {best['held_out_examples']:,}")
+    assert (summary["client_accuracies"], summary["unscored"]) == ({}, None)
+    code, _, err = fedalign("report", run, "--out", tmp_path / "report.html")
+    assert code == 0, err
+    code, _, err = fedalign("export", run, "--to", tmp_path / "exported")
+    assert code == 0, err
+    assert "accuracy, clients' held-out examples, together" in (tmp_path / "exported/README.md").read_text()
+
+
 def test_a_resumed_run_has_other_keys_and_the_same_model(
     fedalign: Command, settings: list[str], tmp_path: Path
 ) -> None:
@@ -110,6 +136,12 @@ def test_what_leaves_lists_what_is_concealed_and_nothing_beside_it(
     told = " ".join(out.split())
     assert "tells nothing but in the sum over the sites of a round, 3 or more" in told
     assert "Whose mask keys this site is handed is the coordinator's word" in told
-    assert [line.partition(":")[0] for line in out.splitlines() if line[:1].isupper() and ": " in line[:14]] == [
-        *("Hello", "Start", "Lacking", "Concealed", "Concealed", "Piece", "Failure")
-    ]
+    assert said(out) == ["Hello", "Start", "Lacking", "Concealed", "Concealed", "Piece", "Failure"]
+    code, out, err = fedalign("doctor", file, "--what-leaves", "--set", "evaluation.clients=true")
+    assert code == 0, err
+    assert said(out) == ["Hello", "Start", "Lacking", *["Concealed"] * 3, "Piece", "Failure"]
+
+
+def said(out: str) -> list[str]:
+    """The messages that are listed."""
+    return [line.partition(":")[0] for line in out.splitlines() if line[:1].isupper() and ": " in line[:14]]

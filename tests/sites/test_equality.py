@@ -20,7 +20,6 @@ SIMULATED: dict[str, dict[str, Any]] = {
         "algorithm__name": "by_use",
         "privacy__masked": True,
         "server__max_norm_ratio": 0,
-        "evaluation__clients": False,
     },
 }
 INTRUDERS = ("unregistered", "plaintext")

@@ -38,7 +38,6 @@ def tables(olmoe: Path) -> dict[str, Any]:
         "privacy__masked": True,
         "privacy__masked_min_holders": 2,
         "server__max_norm_ratio": 0,
-        "evaluation__clients": False,
         "wire__piece_mb": 0.06,  # counts fit, updates do not
     }
     return merged(settings(olmoe) | {"algorithm": {"name": "by_use"}}, changes)
@@ -87,7 +86,8 @@ def concealed(deployment: Deployment, run: Run, site: str) -> list[dict[str, Any
     """The sums of updates that a site took part in."""
     key = (run.path / "run-key").read_text()
     lines = (deployment.sites[site] / "runs" / key / "masks.jsonl").read_text().splitlines()
-    return [one for one in map(json.loads, lines[1:]) if "names" in one and "examples" not in one["names"]]
+    noted = [one for one in map(json.loads, lines[1:]) if "names" in one]
+    return [one for one in noted if not {"examples", "scored"} & {*one["names"]}]
 
 
 def test_a_masked_run_over_sites_is_the_run_in_one_process(
@@ -100,6 +100,7 @@ def test_a_masked_run_over_sites_is_the_run_in_one_process(
     assert run.summary["failures"] == []
     assert run.lines[2]["clients"] == list(SITES)
     assert run.lines[2]["train_loss_nats"] < run.lines[1]["train_loss_nats"]
+    assert all(line["held_out_examples"] == run.lines[0]["held_out_examples"] > 0 for line in run.lines)
     assert "masked sums: the server learns sums over clients alone" in said
     for site in SITES:
         log = SiteLog(deployment.sites[site])

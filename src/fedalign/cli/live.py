@@ -76,6 +76,9 @@ class LiveTable(JupyterMixin):
         for failure in state.history[-1].get("failures", ()):
             text = f"round {state.round}: {failure['client']}, {failure['stage']}: {failure['reason']}"
             self.console.print(text, style="yellow", soft_wrap=True)
+        if "unscored" in state.history[-1]:
+            text = f"round {state.round}: clients' scores are not told: {state.history[-1]['unscored']}"
+            self.console.print(text, style="yellow", soft_wrap=True)
         if "stopped" in state.history[-1] and state.round < self.rounds:
             text = f"round {state.round} is the last: {state.history[-1]['stopped']}"
             self.console.print(text, soft_wrap=True)

@@ -382,7 +382,7 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
         ("loss, nats a token", _from_to(summary["initial_loss"], summary["final_loss"], nats)),
         ("best", _best(summary)),
         ("ended early", summary["stopped"] or ""),
-        ("scored on", summary["scored_on"] or "nothing: no test set, and no client's held-out rows"),
+        ("scored on", summary["scored_on"] or f"nothing: no test set, and {_unscored(summary)}"),
         ("by client", _by_client(summary["client_accuracies"], summary["client_examples"])),
         ("sent up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),
         ("faults", _counted(summary["failures"])),
@@ -403,6 +403,11 @@ def _with_baseline(name: str) -> str:
     from fedalign.config.run import AlgorithmConfig
 
     return f"{BASELINE},{name if name != BASELINE else AlgorithmConfig().name}"
+
+
+def _unscored(summary: Mapping[str, Any]) -> str:
+    """Why clients have no score."""
+    return summary.get("unscored") or "no client's held-out rows"
 
 
 def _from_to(first: float | None, last: float | None, told: Callable[[float | None], str]) -> str:

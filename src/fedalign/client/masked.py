@@ -10,7 +10,8 @@ such parts go on as under FedAvg, n_c / N over all clients.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +22,16 @@ from fedalign.maths.average import Words
 from fedalign.maths.fixed_point import counted
 from fedalign.protocol import (
     EXAMPLES,
+    HELD_OUT,
     HOLDERS,
     LOAD,
     LOSS,
     MET,
+    MOST_LOSS,
     ROWS,
     UNIT,
+    Evaluation,
+    HeldOut,
     Layout,
     ParameterGroup,
     Reports,
@@ -54,7 +59,7 @@ class Column:
         return weights, values * weights
 
 
-def counts(report: Statistics, layout: Layout, shares: Shares, tells_loss: bool) -> dict[str, Tensor]:
+def counts(report: Statistics, layout: Layout, shares: Shares, tells: Set[str]) -> dict[str, Tensor]:
     """A client's numbers that the weights are shares of, int64, in units of 1 / UNIT where they need not be whole.
 
     Without consent to counts of tokens it counts as one that met none.
@@ -63,15 +68,17 @@ def counts(report: Statistics, layout: Layout, shares: Shares, tells_loss: bool)
         report: of the round, which stays at the client.
         layout: the model's groups.
         shares: what the algorithm asks for.
-        tells_loss: whether the loss of training is summed, too.
+        tells: which of LOSS and HELD_OUT are summed, too.
 
     Raises:
         ValueError: A number is so large, or not finite, that its sum could wrap.
     """
     alone = Reports([report], layout, 1)
     told = {EXAMPLES: counted(torch.tensor([float(report.examples)]), UNIT)}
-    if tells_loss:
+    if LOSS in tells:
         told[LOSS] = counted(torch.tensor([report.examples * report.loss]).double(), UNIT)
+    if HELD_OUT in tells:
+        told[HELD_OUT] = held_out(report.score)
     if shares.load:
         told[LOAD] = counted(expert_sizes(alone)[0], UNIT)
         told[HOLDERS] = (told[LOAD] > 0).long()
@@ -80,6 +87,23 @@ def counts(report: Statistics, layout: Layout, shares: Shares, tells_loss: bool)
         told[ROWS] = counted(size_M_V if size_M_V.numel() else torch.zeros(layout.token_cells), UNIT)
         told[MET] = (told[ROWS] > 0).long()
     return told
+
+
+def held_out(score: Evaluation | None) -> Tensor:
+    """A `HeldOut` of one client's score, int64 [5].
+
+    >>> held_out(Evaluation("a", 4, 0.5, 0.75)).tolist() == [1, 4, 4, 3, 2 * UNIT], held_out(None).tolist()
+    (True, [0, 0, 0, 0, 0])
+
+    Raises:
+        ValueError: Examples times loss is so large that its sum could wrap.
+    """
+    if score is None:
+        return torch.zeros(len(HeldOut._fields), dtype=torch.int64)
+    loss = min(max(score.loss, 0.0), MOST_LOSS) if math.isfinite(score.loss) else MOST_LOSS
+    nats = counted(torch.tensor([score.examples * loss], dtype=torch.float64), UNIT)
+    judged, right = (0, 0) if score.accuracy is None else (score.examples, round(score.examples * score.accuracy))
+    return torch.tensor(HeldOut(1, score.examples, judged, right, int(nats)))
 
 
 def column(

@@ -165,6 +165,8 @@ def rows_scored(runs: Sequence[Finished]) -> str:
         each = _from_to([count for counts in held for count in counts])
         whose = f"all clients together, {each} each" if any(len(counts) > 1 for counts in held) else "the one client"
         parts.append(f"{_from_to([sum(counts) for counts in held])} held-out rows of {whose}")
+    if together := [line["held_out_examples"] for line in scored if "held_out_examples" in line]:  # masked
+        parts.append(f"{_from_to(together)} held-out rows of all clients together")
     return " and ".join(parts)
 
 

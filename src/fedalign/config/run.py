@@ -19,7 +19,18 @@ from pydantic_core import PydanticCustomError
 
 from fedalign.algorithms import ALGORITHMS, make, offered, options, spans_rounds
 from fedalign.errors import UserError
-from fedalign.protocol import KEEPS_ALL, SKETCHES, TELLING, Algorithm, Ask, Robust, ServerOptimizer, WireDtype
+from fedalign.protocol import (
+    HELD_OUT,
+    KEEPS_ALL,
+    LOSS,
+    SKETCHES,
+    TELLING,
+    Algorithm,
+    Ask,
+    Robust,
+    ServerOptimizer,
+    WireDtype,
+)
 
 T = TypeVar("T")
 
@@ -704,6 +715,12 @@ class Config(Section):
         """Whether a site tells which experts its tokens go to; with noise only if the algorithm reads it."""
         return not self.privacy.on or NOISED.get(self.algorithm.name, False)
 
+    @property
+    def tells(self) -> Set[str]:
+        """The sums of a masked round beside those that weights are shares of, as of `protocol.count_shapes`."""
+        told = {LOSS: not self.privacy.on, HELD_OUT: self.evaluation.clients}
+        return {name for name, is_told in told.items() if is_told}
+
     def _check_owned(self) -> None:
         """Refuse what holds a site's update against others', or changes other experts than its own."""
         if self.algorithm.build().shared is None:
@@ -843,11 +860,6 @@ class Config(Section):
             raise UserError(
                 f'wire.dtype = "{self.wire.dtype}": with {masked} updates travel in 16 bits of their own. Choose '
                 '"float32", and for broadcasts wire.down.'
-            )
-        if self.evaluation.clients:
-            raise UserError(
-                f"evaluation.clients = true: with {masked} no score of one client is told. Choose false, and give a "
-                "test set (data.test) to see how the model does."
             )
         if self.training.loss == "label_shift":
             raise UserError(

@@ -42,7 +42,7 @@ from fedalign.protocol import (
     WireDtype,
     asked_shapes,
 )
-from fedalign.server.masked import Residues, count_residues, share_residues
+from fedalign.server.masked import SCORE_RESIDUES, Residues, count_residues, share_residues
 
 Leaving = Hello | Start | Lacking | Statistics | Piece | Evaluation | Failure | Concealed
 SUMS = (
@@ -98,8 +98,8 @@ WHEN: dict[type[Leaving], str] = {
     Lacking: "when weights come in pieces, for each of them; or it does not keep what it was sent",
     Statistics: "each round, after training",
     Piece: "each round, if the plan asks for its update; here with every group; in pieces of wire.piece_mb",
-    Concealed: "masked runs, each round: counts after training, then its share of each sum; of either once more among "
-    "the others if a site was lost",
+    Concealed: "masked runs, each round: counts after training, the score among them, then its share of each sum; a "
+    "score by itself after the last; each once more among the others if a site was lost",
     Evaluation: "after the last round, and where only some sites train or the run may end; else statistics hold it",
     Failure: "when something goes wrong",
 }
@@ -196,7 +196,7 @@ MEANINGS: dict[type[Leaving], dict[str, str]] = {
         "client": "the site's name",
         "round": "number of the round",
         "among": "the sites whose sum is made",
-        "residues": "counts, or a weighed update, and masks; empty where they follow in pieces",
+        "residues": "counts, or a weighed update, or a score, and masks; empty where they follow in pieces",
     },
     Evaluation: {
         "client": "the site's name",
@@ -317,8 +317,9 @@ def empty_messages(name: str, moe: MoEModel, config: Config, consent: Consent = 
             Hello(name, PROTOCOL, version, *hashes, layout.layers, layout.experts, 0, 0, *said, HASH, SIGNATURE),
             Start(name, _groups(layout.sizes, "float32"), constants),
             Lacking(name, NUMBER, HASH[:32], ()),
-            _concealed(name, count_residues(layout, shares, tells_loss=not config.privacy.on)),
+            _concealed(name, count_residues(layout, shares, config.tells)),
             _concealed(name, share_residues(every, every)),
+            *([_concealed(name, SCORE_RESIDUES)] if config.evaluation.clients else []),
             Piece(name, 1, "", (), piece, HASH[:32], digests),
             Failure(name, "train", REASON),
         ]

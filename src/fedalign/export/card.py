@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 Form = Literal["checkpoint", "merged", "adapter"]
+TOGETHER = "clients' held-out examples, together"
 MIXER = "mixer.safetensors"
 OF_DOCSTRINGS = "that of the library that each docstring is from"
 PACKAGES = ("fedalign-moe", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
@@ -251,6 +252,8 @@ def _results(trained: Trained) -> list[EvalResult]:
         ("client_accuracy_mean", "accuracy", "clients' held-out examples", "held out", "mean over clients"),
         ("client_accuracy_worst", "accuracy", "clients' held-out examples", "held out", "worst client"),
     ]
+    if "client_accuracies" not in trained.scored:  # masked: of no client alone
+        numbers.append(("client_accuracy_weighted", "accuracy", TOGETHER, "held out", None))
     return [
         EvalResult(
             task_type="text-generation",
@@ -406,6 +409,7 @@ def score_rows(made: Made, trained: Trained) -> list[tuple[str, str, str]]:
         ("accuracy", f"accuracy, {everyone}"),
         ("client_accuracy_mean", "accuracy, clients' held-out examples, mean over clients"),
         ("client_accuracy_worst", "accuracy, worst client"),
+        *([] if "client_accuracies" in after else [("client_accuracy_weighted", f"accuracy, {TOGETHER}")]),
         ("client_accuracy_spread", "accuracy, standard deviation over clients"),
     ]
     losses = [

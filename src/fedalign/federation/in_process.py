@@ -39,6 +39,7 @@ from fedalign.protocol import (
     Moved,
     ParameterGroup,
     Request,
+    Stage,
     Statistics,
     Totals,
     Weights,
@@ -129,8 +130,8 @@ class MaskedInProcess(InProcess):
             trainer.moe.layout,
             shares,
             config.privacy.masked_min_holders,
-            tells_loss=not config.privacy.on,
-            seed=config.run.seed,
+            config.tells,
+            config.run.seed,
         )
         run = secrets.token_hex(16)
         self.sites = dict[str, MaskedSite]()
@@ -141,7 +142,7 @@ class MaskedInProcess(InProcess):
             site.masks.meet({name: other.masks.public for name, other in self.sites.items()})
 
     def begun(self, round: int) -> Begun:
-        """Nowhere: whoever resumes has other keys."""
+        """Nowhere: whoever resumes has other keys, and a share is here whole, or not at all."""
         return Begun()
 
     def count(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Concealed | Failure]:
@@ -154,12 +155,16 @@ class MaskedInProcess(InProcess):
                 site = self.sites[outcome.client]
                 yield from _told(outcome.client, (site.count(one, seen, clients) for one in [outcome]))
 
-    def broken(self, round: int) -> Iterator[ParameterGroup]:
-        """None: a share is here whole, or not at all."""
-        return iter(())
+    def score(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Concealed | Failure]:
+        """Score each client's held-out part, and conceal the scores."""
+        seen = seen_of(broadcast)
+        scores = {one.client: one for one in self.evaluate(broadcast, clients) if isinstance(one, Evaluation)}
+        for name in clients:
+            told = (site.score(broadcast.round, scores.get(name), seen, clients) for site in [self.sites[name]])
+            yield from _told(name, told)
 
-    def recount(self, round: int, left: Sequence[str]) -> Iterator[Concealed | Failure]:
-        """Conceal again what the clients that are left counted."""
+    def recount(self, round: int, left: Sequence[str], stage: Stage) -> Iterator[Concealed | Failure]:
+        """Conceal again what the clients that are left counted or scored last."""
         for name in left:
             yield from _told(name, (site.recount(round, left) for site in [self.sites[name]]))
 

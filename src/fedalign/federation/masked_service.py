@@ -27,9 +27,13 @@ from fedalign.federation.service import Service, log
 from fedalign.federation.transfer import FIRST
 from fedalign.files import LOCK, locked, write_text
 from fedalign.maths.fixed_point import MOST_CLIENTS
+from fedalign.maths.rounding import unpack_weights
 from fedalign.maths.tensor_file import Named
 from fedalign.protocol import (
     CLIPPED,
+    HELD_OUT,
+    SCORED,
+    Broadcast,
     Concealed,
     Fetch,
     Hello,
@@ -90,16 +94,11 @@ class MaskedService(Service):
         return replace(hello, examples=0, held_out=0, mask_key=key.hex(), mask_signature=signature.hex())
 
     def _train(self, parcel: Parcel) -> Message:
-        broadcast = self._broadcast(parcel)
+        broadcast = self._asked(parcel)
         if isinstance(broadcast, Lacking):
             return broadcast
-        if broadcast.score:
-            raise MessageError("it is asked for a score, and in a masked run no site tells one")
-        if not self.masking.known:
-            log.warning("%s: whose mask keys these are is the coordinator's word (site.toml: node_keys)", self.name)
         self.memory.forget_start()
         among, seen = tuple(broadcast.keys), seen_of(broadcast)
-        self._write_layout()
         with self._site(broadcast.keys) as site:
             if site.has(broadcast.round, seen):  # trained before the coordinator was started again
                 return self._counted(site.recount(broadcast.round, among))
@@ -107,6 +106,31 @@ class MaskedService(Service):
         report = client.trainer.train(client.data, replace(broadcast, keys={}))
         with self._site(broadcast.keys) as site:
             return self._counted(site.count(report, seen, among))
+
+    def _evaluate(self, parcel: Parcel) -> Message:
+        broadcast = self._asked(parcel, scores=True)
+        if isinstance(broadcast, Lacking):
+            return broadcast
+        among, seen = tuple(broadcast.keys), seen_of(broadcast)
+        with self._site(broadcast.keys) as site:
+            if site.has(broadcast.round, seen, SCORED):
+                return self._counted(site.recount(broadcast.round, among))
+        client, self._as_loaded = self.client, False
+        score = client.trainer.evaluate(client.data, unpack_weights(broadcast.weights), broadcast.round)
+        with self._site(broadcast.keys) as site:
+            return self._counted(site.score(broadcast.round, score, seen, among))
+
+    def _asked(self, parcel: Parcel, *, scores: bool = False) -> Broadcast | Lacking:
+        """Weights to train or to score, if the run's configuration has scores of clients at all."""
+        broadcast = self._broadcast(parcel)
+        if isinstance(broadcast, Lacking):
+            return broadcast
+        if (scores or broadcast.score) and HELD_OUT not in self.masking.config.tells:
+            raise MessageError("it is asked for a score, and this run has none of clients (evaluation.clients)")
+        if not self.masking.known:
+            log.warning("%s: whose mask keys these are is the coordinator's word (site.toml: node_keys)", self.name)
+        self._write_layout()
+        return broadcast
 
     def _count(self, parcel: Parcel) -> Message:
         recount: Recount = decode(parcel, Recount)
@@ -128,15 +152,13 @@ class MaskedService(Service):
         fetch: Fetch = decode(parcel, Fetch)  # of round 0: the model as it was loaded
         return self.memory.hand_piece(self.name, fetch, CONCEALED if fetch.round else "")
 
-    def _evaluate(self, parcel: Parcel) -> Message:
-        raise MessageError("it is asked for a score, and in a masked run no site tells one")
-
     def _finish(self, parcel: Parcel) -> Message:
+        heard = super()._finish(parcel)  # updates go even where the record of what was concealed cannot be read
         with self._locked():
             (self.memory.folder / COUNTS).unlink(missing_ok=True)
             if began_masked(self.memory.folder):
                 self._once().forget()
-        return super()._finish(parcel)
+        return heard
 
     def _counted(self, told: Concealed) -> Concealed:
         tensors = [Named(name, value.dtype, tuple(value.shape)) for name, value in told.residues.items()]
@@ -159,9 +181,9 @@ class MaskedService(Service):
         Raises:
             TrainingFailedError: Keys are none, not signed as they have to be, or too many.
         """
-        privacy, shares = self.masking.config.privacy, self.masking.config.algorithm.build().shares
+        config, shares = self.masking.config, self.masking.config.algorithm.build().shares
         assert shares is not None  # the configuration was refused else
-        terms = Terms(self._layout(), shares, privacy.masked_min_holders, not privacy.on, self.masking.config.run.seed)
+        terms = Terms(self._layout(), shares, config.privacy.masked_min_holders, config.tells, config.run.seed)
         with self._locked():
             once = self._once()
             masks = Masks(self.name, self.masking.run, once.key, terms.least)

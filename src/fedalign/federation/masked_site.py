@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedalign.client.masked import column, counts
+from fedalign.client.masked import column, counts, held_out
 from fedalign.client.memory import ClientMemory
 from fedalign.errors import TrainingFailedError
 from fedalign.files import replacing_file
@@ -29,8 +29,12 @@ from fedalign.protocol import (
     CLIPPED,
     EXAMPLES,
     HEIGHTS,
+    HELD_OUT,
+    LOSS,
+    SCORED,
     Broadcast,
     Concealed,
+    Evaluation,
     Layout,
     ParameterGroup,
     Request,
@@ -44,7 +48,8 @@ if TYPE_CHECKING:
     from fedalign.federation.masks import Masks, Once
 
 PIECE = 1 << 20  # values concealed at a time; a whole number of blocks
-COUNTED, TOTALS = "counts and update", "totals"  # of a round, as `Once` calls what may not change under a mask
+COUNTED, TOTALS = "counts and update", "totals"  # of a round, as `Once` calls what may not change under a mask;
+SCORES = "scores"  # likewise
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Terms:
     layout: Layout
     shares: Shares
     least: int  # clients of a sum, and holders of a part that has weights of its own
-    tells_loss: bool
+    tells: Set[str]  # as of `protocol.count_shapes`
     seed: int  # of rounding
 
     @property
@@ -62,7 +67,7 @@ class Terms:
         """All of them, as a text that goes into the keys of masks: who was told others has masks that do not cancel."""
         sizes = sorted((str(group), size) for group, size in self.layout.sizes.items())
         rows = [str(rows) for rows in self.layout.token_rows]
-        return json.dumps([sizes, rows, str(self.shares), self.least, self.tells_loss, self.seed])
+        return json.dumps([sizes, rows, str(self.shares), self.least, LOSS in self.tells, self.seed])
 
 
 @dataclass
@@ -76,7 +81,7 @@ class MaskedSite:
     once: Once
     file: Path | None = None  # where it keeps what follows; None: nowhere
     round: int = 0  # at work
-    counts: dict[str, Tensor] = field(default_factory=dict)  # of it
+    counts: dict[str, Tensor] = field(default_factory=dict)  # of it, or its score once that is asked for by itself
     broadcast: str = ""  # hash of what that round began with
     content: str = ""  # hash of counts and update
     frozen: frozenset[ParameterGroup] = frozenset()  # groups that it did not train: its update of them is zero
@@ -93,17 +98,18 @@ class MaskedSite:
             self.frozen = frozenset(map(parse_group, about["frozen"]))
             self.round = about["round"]
         except (SafetensorError, OSError, ValueError, LookupError, TypeError):
-            self.round = 0
+            self.counts = {}
 
-    def has(self, round: int, broadcast: str) -> bool:
-        """Whether it has counted in this round, which began with this.
+    def has(self, round: int, broadcast: str, name: str = EXAMPLES) -> bool:
+        """Whether it has counted in a round that began with this; with SCORED, whether it has scored these weights.
 
         Raises:
             TrainingFailedError: It has, and the round began with something else: what it trained then must stay.
         """
-        if self.round == round and self.broadcast != broadcast:
+        there = self.round == round and name in self.counts
+        if there and self.broadcast != broadcast:
             raise TrainingFailedError(f"round {round} began with other weights: its masks are used up")
-        return self.round == round
+        return there
 
     def count(self, report: Statistics, broadcast: str, among: Sequence[str]) -> Concealed:
         """Keep what was counted in a round that has been trained, and conceal it.
@@ -111,37 +117,62 @@ class MaskedSite:
         Raises:
             TrainingFailedError: As of `recount`; or other numbers of the round were concealed before, or none can be.
         """
-        self.round, self.frozen = 0, frozenset(report.frozen)
+        self.counts, self.frozen = {}, frozenset(report.frozen)
         try:
-            told = counts(report, self.terms.layout, self.terms.shares, self.terms.tells_loss)
+            told = counts(report, self.terms.layout, self.terms.shares, self.terms.tells)
             update = self._update(report.round)
             told |= {f"{HEIGHTS}{group}": heights(values) for group, values in update.items()}
         except ValueError as error:
             raise TrainingFailedError(str(error)) from None
+        return self._first(report.round, told, update, broadcast, among)
+
+    def score(self, round: int, score: Evaluation | None, broadcast: str, among: Sequence[str]) -> Concealed:
+        """Keep the score of a round's weights, None without a held-out part, and conceal it.
+
+        Raises:
+            TrainingFailedError: As of `count`.
+        """
+        self.counts = {}
+        try:
+            told = {SCORED: held_out(score)}
+        except ValueError as error:
+            raise TrainingFailedError(str(error)) from None
+        return self._first(round, told, {}, broadcast, among)
+
+    def _first(
+        self,
+        round: int,
+        told: dict[str, Tensor],
+        update: Mapping[ParameterGroup, Tensor],
+        broadcast: str,
+        among: Sequence[str],
+    ) -> Concealed:
         self.content = content_of(told, update, broadcast)
-        self.once.bind(report.round, COUNTED, self.content)
-        self.round, self.counts, self.broadcast = report.round, told, broadcast
+        self.once.bind(round, SCORES if SCORED in told else COUNTED, self.content)
+        self.round, self.counts, self.broadcast = round, told, broadcast
         self._keep()
-        return self.recount(report.round, among)
+        return self.recount(round, among)
 
     def recount(self, round: int, among: Sequence[str]) -> Concealed:
-        """The counts of a round, concealed among these clients.
+        """The counts of a round, or its score if that was asked for since, concealed among these clients.
 
         Raises:
             TrainingFailedError: Nothing was counted, they are too few, or it was concealed twice already, or its sum is
                 known.
         """
-        if round != self.round:
+        if round != self.round or not self.counts:
             raise TrainingFailedError(f"round {round}: nothing was counted in it")
-        self.once.bind(round, COUNTED, self.content)
-        if self.once.knows(round, TOTALS) and frozenset(among) not in self.once.among(round, EXAMPLES)[-1:]:
+        kind = SCORES if SCORED in self.counts else COUNTED
+        self.once.bind(round, kind, self.content)
+        summed = kind == COUNTED and self.once.knows(round, TOTALS)
+        if summed and frozenset(among) not in self.once.among(round, EXAMPLES)[-1:]:
             raise TrainingFailedError(
                 f"counts of round {round} were summed: other sums of them would tell of one client"
             )
         self.once.allow(round, self.counts, among)
         masked = dict[str, Tensor]()
         for name, value in self.counts.items():
-            about = (round, "counts", self.broadcast, self.terms.told, name)
+            about = (round, "counts", self.broadcast, self.terms.told, name)  # a score's name is like no count's
             masked[name] = self.masks.mask(self._told(name, value, (*about, sorted(among))), about, among)
         return Concealed(self.name, round, tuple(among), masked)
 
@@ -198,15 +229,16 @@ class MaskedSite:
 
     def _check(self, totals: Totals, seen: str, among: Sequence[str]) -> None:
         """Refuse totals that are less than what this client counted itself, of another sum, or that were others."""
+        own = {**self.counts}
+        own.pop(HELD_OUT, None)  # of which no client is told the sum
         names, told = (
-            {name: (value.shape, value.dtype) for name, value in counts.items()}
-            for counts in (self.counts, totals.counts)
+            {name: (value.shape, value.dtype) for name, value in counts.items()} for counts in (own, totals.counts)
         )
         if names != told or frozenset(totals.among) not in self.once.among(totals.round, EXAMPLES):
             raise TrainingFailedError(f"the totals of round {totals.round} are not of what it counted")
         if not set(among) <= set(totals.among):
             raise TrainingFailedError(f"a sum of round {totals.round} is asked for among others than were counted")
-        if any(bool((totals.counts[name] < value).any()) for name, value in self.counts.items()):
+        if any(bool((totals.counts[name] < value).any()) for name, value in own.items()):
             raise TrainingFailedError(f"the totals of round {totals.round} are less than it counted itself")
         if any(name.startswith(HEIGHTS) and bool((value >= POWERS).any()) for name, value in totals.counts.items()):
             raise TrainingFailedError(f"the totals of round {totals.round} have heights that no update may have")
@@ -228,10 +260,12 @@ def fingerprint_of(tensors: Mapping[str, Tensor], *more: str) -> str:
 
 
 def seen_of(broadcast: Broadcast) -> str:
-    """SHA-256 of what a round began with."""
+    """SHA-256 of what a round began with; who is asked for a score, and others are not, has other masks than they."""
     parts = {f"state {name}": tensor for name, tensor in broadcast.state.items()}
     for group, packed in broadcast.weights.items():
         parts[f"values {group}"] = packed.values
         if packed.scale is not None:
             parts[f"scale {group}"] = packed.scale
-    return fingerprint_of({name: tensor.reshape(-1) for name, tensor in parts.items()}, str(broadcast.round))
+    return fingerprint_of(
+        {name: tensor.reshape(-1) for name, tensor in parts.items()}, str(broadcast.round), *["score"] * broadcast.score
+    )

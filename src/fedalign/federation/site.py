@@ -62,7 +62,8 @@ def answer_at(folder: SiteFolder, run: str, verb: str, parcel: Parcel, answer: C
     """A site's answer to a message, or its refusal; either is in its log before it leaves.
 
     What the site keeps of it is for its owner's eyes alone. A call for training that asks for a score as well counts as
-    both. Where the site has scored all that it will, it trains and does not score.
+    both. Where the site has scored all that it will, it trains and does not score; in a masked run it does neither,
+    since who was asked for a score has masks of its own.
 
     Args:
         folder: the site.
@@ -88,8 +89,11 @@ def _answer_at(folder: SiteFolder, run: str, verb: str, parcel: Parcel, answer: 
     if not reason and verb == "offer" and (spent := _refusal(folder, lines, run, "train")):
         reason = spent if _refusal(folder, lines, run, "evaluate") else ""  # weights for nothing are not taken
     if not reason and _scores(verb, parcel) and (spent := _refusal(folder, lines, run, "evaluate")):
-        log.warning("%s: not scored: %s", folder.config.name, spent)
-        parcel = replace(parcel, head={**parcel.head, "score": False})
+        if began_masked(folder.memory(run)):
+            reason = spent
+        else:
+            log.warning("%s: not scored: %s", folder.config.name, spent)
+            parcel = replace(parcel, head={**parcel.head, "score": False})
     begun = not reason
     reply = answer(parcel) if begun else None
     try:

@@ -21,7 +21,7 @@ from fedalign.compare.tables import (
     values_by_seed,
 )
 from fedalign.report.material import Material
-from fedalign.server.scores import epsilon_spent
+from fedalign.server.scores import epsilon_spent, held_out_rows
 
 ONE_SEED = "One seed: these are single runs, and no ground for saying which algorithm is better."
 
@@ -212,7 +212,7 @@ def _rows(runs: Sequence[Finished], column: Column) -> str:
     """Of how many rows a score is, where all runs have as many."""
     lines = [run.history[-1] for run in runs]
     overall = column.title.startswith(("accuracy", "loss"))
-    counts = {line.get("test_examples") if overall else sum(line.get("client_examples", {}).values()) for line in lines}
+    counts = {line.get("test_examples") if overall else held_out_rows(line) for line in lines}
     (count,) = counts if len(counts) == 1 else (None,)
     return f", n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{count:,} rows" if count else ""
 

@@ -14,7 +14,19 @@ from torch import Tensor
 
 from fedalign.config.run import TrainingConfig
 from fedalign.maths.average import CHUNK
-from fedalign.protocol import Evaluation, Failure, Layout, Plan, Shape, State, Statistics, Weights
+from fedalign.protocol import (
+    MOST_LOSS,
+    UNIT,
+    Evaluation,
+    Failure,
+    HeldOut,
+    Layout,
+    Plan,
+    Shape,
+    State,
+    Statistics,
+    Weights,
+)
 
 MOST = 1e15  # of any number: its square is still one in float32, and so is that of its inverse
 WITHHELD = ("token_count_M_V", "token_met_M_B")  # what a client may keep to itself
@@ -151,6 +163,19 @@ def check_evaluation(score: Evaluation) -> str | None:
     if score.accuracy is not None and not 0 <= score.accuracy <= 1:
         return f"its accuracy is {score.accuracy}"
     return None
+
+
+def check_held_out(total: HeldOut, clients: int) -> str | None:
+    """Why the sum of so many clients' scores cannot be one, or None."""
+    one_by_one = 0 <= total.clients <= min(clients, total.examples) and total.examples <= total.clients * MOST
+    right = 0 <= total.right <= total.judged <= total.examples
+    loss = 0 <= total.loss <= total.examples * MOST_LOSS * UNIT
+    if one_by_one and right and loss:
+        return None
+    return (
+        f"the scores of {clients} clients together are impossible: one of them counts falsely, or scored other "
+        "weights, so that its masks do not cancel"
+    )
 
 
 def find_outliers(reports: Sequence[Statistics], ratio: float) -> list[Failure]:

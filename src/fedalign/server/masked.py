@@ -13,7 +13,7 @@ among the same clients: sums over others beside it would tell of those who are i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -27,13 +27,17 @@ from fedalign.protocol import (
     CLIPPED,
     EXAMPLES,
     HEIGHTS,
+    HELD_OUT,
     HOLDERS,
     LOSS,
     MET,
+    SCORED,
     UNIT,
     Begun,
+    Broadcast,
     Concealed,
     Failure,
+    HeldOut,
     Layout,
     MaskedFederation,
     Metrics,
@@ -45,17 +49,19 @@ from fedalign.protocol import (
     count_shapes,
 )
 from fedalign.server.checkpoint import ServerState
-from fedalign.server.checks import check_weights
+from fedalign.server.checks import check_held_out, check_weights
 from fedalign.server.rounds import Server, select
-from fedalign.server.scores import Traffic
+from fedalign.server.scores import Traffic, describe_held_out
 
+LOST = "clients were lost in a masked sum, and others when it was asked for again"
 Residues = tuple[tuple[int, ...], torch.dtype]  # shape and type
+SCORE_RESIDUES: Mapping[str, Residues] = {SCORED: ((len(HeldOut._fields),), torch.int64)}  # of a score by itself
 
 
-def count_residues(layout: Layout, shares: Shares, tells_loss: bool) -> dict[str, Residues]:
-    """Shape and type of all counts of a client, concealed."""
+def count_residues(layout: Layout, shares: Shares, tells: Set[str]) -> dict[str, Residues]:
+    """Shape and type of all counts of a client, concealed; `tells` as of `protocol.count_shapes`."""
     told: dict[str, Residues] = {
-        name: (shape, torch.int64) for name, shape in count_shapes(layout, shares, tells_loss).items()
+        name: (shape, torch.int64) for name, shape in count_shapes(layout, shares, tells).items()
     }
     for group, size in layout.sizes.items():
         if size:
@@ -134,7 +140,15 @@ class MaskedServer(Server):
         started, number, traffic = time.perf_counter(), state.round + 1, Traffic()
         begun = self._sites.begun(number)
         chosen = select(self.federation.members(), self.config.clients.sample, self.config.run.seed, number)
-        totals, failures = self._count(state, number, begun.counted or tuple(sorted(chosen)), traffic)
+        every = self.config.clients.sample == 1  # of some clients there is no mean
+        scores = begun.score if begun.counted else state.pending is not None and every
+        broadcast = self._broadcast(state, number, state.algorithm, score=scores)
+        totals, held_out, failures = self._count(broadcast, begun.counted or tuple(sorted(chosen)), traffic)
+        if state.pending is not None:
+            trained = time.perf_counter()
+            told = self._held_out(held_out, len(totals.among)) if scores and held_out else {}
+            state = self._scored(state, state.pending, told, [])
+            started += time.perf_counter() - trained  # saving the round before is no part of this one
         sums, lost = self._add_up(totals, begun, traffic)
         clipped = self._clipped(totals, sums)
         summed = self._stepped(state.weights, totals, sums)
@@ -178,27 +192,56 @@ class MaskedServer(Server):
         return shares
 
     def _count(
-        self, state: ServerState, number: int, chosen: tuple[str, ...], traffic: Traffic
-    ) -> tuple[Totals, list[Failure]]:
-        """The totals of all clients that trained, and why others did not; asked again once, if some did not."""
+        self, broadcast: Broadcast, chosen: tuple[str, ...], traffic: Traffic
+    ) -> tuple[Totals, HeldOut | None, list[Failure]]:
+        """The totals of all clients that trained, of their scores if they tell any, and why others did not train."""
+        number = broadcast.round
         self._enough(number, chosen, [])
-        shapes = count_residues(self.layout, self._shares, tells_loss=not self.config.privacy.on)
-        self.observer.progress(number, "training", 0, len(chosen))
-        broadcast = self._broadcast(state, number, state.algorithm)
+        shapes = count_residues(self.layout, self._shares, self.config.tells)
         first = Sums(number, chosen, shapes)
-        failures = self._take(first, self._sites.count(broadcast, chosen), "train", "training", traffic)
-        left, counted = first.of(), first
-        if left != chosen:
-            self._enough(number, left, failures)
-            counted = Sums(number, left, shapes)
-            again = self._take(counted, self._sites.recount(number, left), "train", "training", traffic)
-            if counted.of() != left:
-                self._fail(number, [*failures, *again])
-        return self._totals(number, left, counted.sums), failures
+        told = self._sites.count(broadcast, chosen)
+        counted, failures = self._again(first, told, "train", "training", traffic)
+        self._enough(number, counted.among, failures)
+        if counted.of() != counted.among:
+            self._fail(number, failures)
+        return *self._totals(number, counted.among, counted.sums), failures
+
+    def _evaluated(self, state: ServerState) -> tuple[Metrics, Sequence[Failure]]:
+        """The scores of all clients together; where they cannot be summed the run goes on, and the line says why."""
+        number, members = state.round, self.federation.members()
+        among = self._sites.begun(number).scored or tuple(sorted(members))
+        if problem := self._unsummed(among):
+            return {"unscored": problem}, []
+        told = self._sites.score(self._broadcast(state, number, {}), among)
+        scored, failures = self._again(Sums(number, among, SCORE_RESIDUES), told, "evaluate", "evaluating", Traffic())
+        problem = self._unsummed(scored.among) or (LOST if scored.of() != scored.among else "")
+        if problem:
+            return {"unscored": problem}, failures
+        return self._held_out(HeldOut(*scored.sums[SCORED].tolist()), len(scored.among)), failures
+
+    def _held_out(self, total: HeldOut, clients: int) -> Metrics:
+        """The scores of so many clients together, or why they are not told."""
+        if problem := check_held_out(total, clients):
+            return {"unscored": problem}
+        return describe_held_out(total, self.config.privacy.masked_min_holders)
+
+    def _again(
+        self, first: Sums, told: Iterable[Concealed | Failure], stage: Stage, doing: str, traffic: Traffic
+    ) -> tuple[Sums, list[Failure]]:
+        """Counts or scores of all, or, if some are missing and enough are left, of these; and why some are missing."""
+        self.observer.progress(first.round, doing, 0, len(first.among))
+        failures = self._take(first, told, stage, doing, traffic)
+        left = first.of()
+        if left == first.among:
+            return first, failures
+        again = Sums(first.round, left, first.shapes)
+        if not self._unsummed(left):
+            failures += self._take(again, self._sites.recount(first.round, left, stage), stage, doing, traffic)
+        return again, failures
 
     def _add_up(self, totals: Totals, begun: Begun, traffic: Traffic) -> tuple[dict[str, Tensor], list[Failure]]:
         """The sums of all shares, and of what was clipped, by name; and why clients are missing in some of them."""
-        number, later = totals.round, {*begun.groups, *begun.broken}
+        number, later = totals.round, {*begun.groups, *begun.broken} if begun.groups else set()
         groups = [group for group in self.layout.groups if self.layout.sizes[group] and group not in later]
         first = Sums(number, totals.among, self._share_shapes(groups))
         told = self._sites.conceal(totals, totals.among, groups)
@@ -208,7 +251,7 @@ class MaskedServer(Server):
         had = {name: total for name, total in first.sums.items() if first.complete(name)}
         if lacking and begun.groups:
             self._fail(number, failures)
-        broken = {*self._sites.broken(number)} if lacking else set()
+        broken = {*self._sites.begun(number).broken} if lacking else set()
         rest: Sequence[ParameterGroup] = [group for group in lacking if group not in broken] or begun.groups
         left = begun.left
         if not rest:
@@ -257,33 +300,40 @@ class MaskedServer(Server):
 
     def _enough(self, number: int, left: Sequence[str], failures: Sequence[Failure]) -> None:
         """End the run where the sum would be of too few clients, or of so many that it might wrap."""
+        if problem := self._unsummed(left):
+            reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in failures)
+            told = f" ({reasons})" if reasons else ""
+            raise UserError(f"round {number}: {problem}{told}. The last complete round is kept.")
+
+    def _unsummed(self, left: Sequence[str]) -> str:
+        """Why there is no sum of these clients; empty: there may be one."""
         if len(left) > MOST_CLIENTS:
-            raise UserError(
-                f"round {number}: {len(left)} clients are to be summed, and a masked sum is of {MOST_CLIENTS} at most: "
-                "each may round up by a step. Choose fewer with clients.sample, or privacy.masked = false."
+            return (
+                f"{len(left)} clients are to be summed, and a masked sum is of {MOST_CLIENTS} at most, since each may "
+                "round up by a step: choose fewer with clients.sample, or privacy.masked = false"
             )
         least = max(self.config.privacy.masked_min_holders, self.config.server.min_clients)
         if len(left) < least:
-            reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in failures)
-            raise UserError(
-                f"round {number}: {len(left)} clients can be summed, privacy.masked_min_holders and server.min_clients "
-                f"ask for {least}{f' ({reasons})' if reasons else ''}. The last complete round is kept."
-            )
+            asked = "privacy.masked_min_holders and server.min_clients ask for"
+            return f"{len(left)} clients can be summed, {asked} {least}"
+        return ""
 
     def _fail(self, number: int, failures: Sequence[Failure]) -> None:
         reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in failures) or "nobody replied"
-        raise UserError(
-            f"round {number}: clients were lost in a masked sum, and others when it was asked for again ({reasons}). "
-            "A third time would tell of one client. The last complete round is kept."
-        )
+        third = "A third time would tell of one client"
+        raise UserError(f"round {number}: {LOST} ({reasons}). {third}. The last complete round is kept.")
 
-    def _totals(self, number: int, among: tuple[str, ...], sums: Mapping[str, Tensor]) -> Totals:
-        """The totals of a round, or the end of the run where they cannot be sums of what clients count."""
-        told = {name: value for name, value in sums.items() if not name.startswith(HEIGHTS)}
+    def _totals(self, number: int, among: tuple[str, ...], sums: Mapping[str, Tensor]) -> tuple[Totals, HeldOut | None]:
+        """The totals of a round, or the end of the run where they cannot be sums of what clients count.
+
+        Totals are told to all clients; those of scores are not, and stand beside them.
+        """
+        told = {name: value for name, value in sums.items() if not name.startswith(HEIGHTS) and name != HELD_OUT}
+        held_out = HeldOut(*sums[HELD_OUT].tolist()) if HELD_OUT in sums else None
         most, holders = len(among), [told[name] for name in (HOLDERS, MET) if name in told]
         sound = bool(told[EXAMPLES] > 0) and all(bool((value >= 0).all()) for value in told.values())
         try:
-            tall = {name: highest(value) for name, value in sums.items() if name not in told}
+            tall = {name: highest(value) for name, value in sums.items() if name.startswith(HEIGHTS)}
         except ValueError:
             sound = False
         if not sound or any(bool((value > most).any()) for value in holders):
@@ -291,7 +341,7 @@ class MaskedServer(Server):
                 f"round {number}: the totals of {most} clients are impossible: one of them counts falsely, or "
                 "received another model, so that its masks do not cancel. The last complete round is kept."
             )
-        return Totals(number, among, told | tall)
+        return Totals(number, among, told | tall), held_out
 
     def _clipped(self, totals: Totals, sums: Mapping[str, Tensor]) -> float:
         """The share of values that lay beyond their limits, of groups that tell it, or the end of the run."""

@@ -331,6 +331,7 @@ def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
         "final_loss": loss_of(last),
         "best_loss": loss_of(best),
         "scored_on": scored_on(last, config.evaluation.part),
+        "unscored": history[-1].get("unscored"),
         "client_examples": last.get("client_examples", {}),
         "client_accuracies": last.get("client_accuracies", {}),
         "bytes_up": sum(line.get("bytes_up", 0) for line in history),

@@ -181,7 +181,8 @@ class Server:
             )
         if state.pending is not None:
             trained = time.perf_counter()
-            state = self._scored(state, state.pending, scores, all_asked=len(chosen) == len(members))
+            told = describe_clients(scores.of, all_asked=len(chosen) == len(members))
+            state = self._scored(state, state.pending, told, scores.failures)
             started += time.perf_counter() - trained  # saving the round before is no part of this one
         reports, silent, left_out = self._on_trial(state, reports)
         on_trial = [*(report.client for report in silent), *(failure.client for failure in left_out)]
@@ -466,12 +467,8 @@ class Server:
 
     def _score(self, state: ServerState, line: Metrics) -> ServerState:
         """Have all clients score a round by itself, and complete its line."""
-        started, scores, members = time.perf_counter(), Scores(), self.federation.members()
-        broadcast = self._broadcast(state, state.round, {})
-        self.observer.progress(state.round, "evaluating", 0, len(members))
-        for reply in self.federation.evaluate(broadcast, members):
-            scores.add(reply)
-            self.observer.progress(state.round, "evaluating", len(scores), max(len(scores), len(members)))
+        started = time.perf_counter()
+        told, failures = self._evaluated(state)
         down = self.federation.moved(state.round).down
         now = {
             "bytes_down": sum(down.values()),
@@ -480,12 +477,22 @@ class Server:
             "round_seconds": line.get("round_seconds", 0.0) + time.perf_counter() - started,
         }
         line = {name: now.get(name, value) for name, value in line.items()}
-        return self._scored(state, line, scores, all_asked=True)
+        return self._scored(state, line, told, failures)
 
-    def _scored(self, state: ServerState, line: Metrics, scores: Scores, *, all_asked: bool) -> ServerState:
+    def _evaluated(self, state: ServerState) -> tuple[Metrics, Sequence[Failure]]:
+        """The scores of all clients, by name, and why some are missing."""
+        scores, members = Scores(), self.federation.members()
+        broadcast = self._broadcast(state, state.round, {})
+        self.observer.progress(state.round, "evaluating", 0, len(members))
+        for reply in self.federation.evaluate(broadcast, members):
+            scores.add(reply)
+            self.observer.progress(state.round, "evaluating", len(scores), max(len(scores), len(members)))
+        return describe_clients(scores.of, all_asked=True), scores.failures
+
+    def _scored(self, state: ServerState, line: Metrics, told: Metrics, failures: Sequence[Failure]) -> ServerState:
         """A round's line is complete; it is kept before it is told."""
-        line = line | describe_clients(scores.of, all_asked=all_asked)
-        line["failures"] = [*line["failures"], *map(vars, scores.failures)]
+        line = line | told
+        line["failures"] = [*line["failures"], *map(vars, failures)]
         after = replace(state, history=(*state.history, self._last(state, line)), pending=None)
         self.checkpoints.save_scored(after)
         self._tell(after)

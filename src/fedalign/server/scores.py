@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedalign.protocol import Evaluation, Failure, Layout, Metrics, Moved, Plan, Statistics
+from fedalign.protocol import UNIT, Evaluation, Failure, HeldOut, Layout, Metrics, Moved, Plan, Statistics
 from fedalign.server.checks import check_evaluation
 
 
@@ -78,7 +78,17 @@ def rows_of(metrics: Mapping[str, Any]) -> int | None:
     (30, 5, None)
     """
     overall: int | None = metrics.get("test_examples")
-    return overall or sum(metrics.get("client_examples", {}).values()) or None
+    return overall or held_out_rows(metrics) or None
+
+
+def held_out_rows(metrics: Mapping[str, Any]) -> int:
+    """The held-out examples that clients scored in a round, all together; also where no client tells its own.
+
+    >>> held_out_rows({"client_examples": {"a": 2, "b": 3}}), held_out_rows({"held_out_examples": 7}), held_out_rows({})
+    (5, 7, 0)
+    """
+    together: int = metrics.get("held_out_examples", sum(metrics.get("client_examples", {}).values()))
+    return together
 
 
 def scored_on(metrics: Mapping[str, Any], part: str) -> str:
@@ -157,6 +167,21 @@ def describe_clients(replies: Sequence[Evaluation], *, all_asked: bool) -> Metri
             "client_accuracy_spread": stats.pstdev(accuracies.values()),
         }
     return metrics
+
+
+def describe_held_out(total: HeldOut, least: int) -> Metrics:
+    """Scores over held-out parts by name, of the sum over all clients; none where fewer than `least` have scored.
+
+    >>> describe_held_out(HeldOut(3, 10, 8, 6, 5 * UNIT), 3)
+    {'held_out_examples': 10, 'client_loss_mean_nats': 0.5, 'client_accuracy_weighted': 0.75}
+    >>> describe_held_out(HeldOut(2, 10, 8, 6, 5 * UNIT), 3)
+    {'unscored': '2 clients hold out something to be scored on, privacy.masked_min_holders = 3'}
+    """
+    if total.clients < least:
+        held = f"{total.clients} client{'' if total.clients == 1 else 's'} hold{'s' * (total.clients == 1)} out"
+        return {"unscored": f"{held} something to be scored on, privacy.masked_min_holders = {least}"}
+    told = {"held_out_examples": total.examples, "client_loss_mean_nats": total.loss / UNIT / total.examples}
+    return told | ({"client_accuracy_weighted": total.right / total.judged} if total.judged else {})
 
 
 def describe_training(reports: Sequence[Statistics], private: bool = False) -> Metrics:

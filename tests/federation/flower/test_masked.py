@@ -32,7 +32,7 @@ from fedalign.federation.in_process import prepare
 from fedalign.federation.masked_service import RECORD
 from fedalign.federation.messages import MESSAGES, Parcel, decode, encode
 from fedalign.federation.site import service_of
-from fedalign.protocol import PROTOCOL, Concealed, Failure, Fetch, Hello, Piece, Statistics
+from fedalign.protocol import PROTOCOL, Concealed, Evaluation, Failure, Fetch, Hello, Piece, Statistics
 from fedalign.server.results import RunFolder
 from fedalign.server.run import execute
 from tests.conftest import changed, make_site, rows, write_jsonl
@@ -43,6 +43,7 @@ from tests.server.test_run import Silent, metrics
 
 SITES = ("east", "lab", "north", "ward")
 MASKED = ("privacy.masked=true", "server.max_norm_ratio=0", "evaluation.clients=false")
+SCORES = "evaluation.clients=true"
 LIMITS = "min_tokens = 4\nmin_examples = 4\nmin_train = 4\nmin_held_out = 1\n"
 SMALL = "wire.piece_mb=0.05"  # counts and updates are larger, and travel in pieces
 
@@ -132,9 +133,9 @@ def in_process(out: Path, house: Path, config: Config, without: Sequence[str] = 
     "more",
     [
         (),
-        (SMALL,),
+        (SMALL, SCORES),
         ("algorithm.name=fedprox", "server.optimizer=adam", "wire.down=int8"),
-        ("algorithm.vocabulary=clients", "tuning.kind=lora", "tuning.average=freeze_a"),
+        ("algorithm.vocabulary=clients", "tuning.kind=lora", "tuning.average=freeze_a", SCORES, "run.patience=1"),
     ],
     ids=" ".join,
 )
@@ -147,11 +148,14 @@ def test_a_masked_run_over_sites_is_the_run_in_one_process(
     assert summary["failures"] == []
     in_process(tmp_path / "here", house, config)
     same_runs(tmp_path / "run", tmp_path / "here")
-    assert metrics(tmp_path / "run")[-1]["clients"] == list(SITES)
+    last = metrics(tmp_path / "run")[-1]
+    assert last["clients"] == list(SITES)
+    assert ("client_accuracy_weighted" in last) == (SCORES in more)
+    assert not any("by_client" not in name and isinstance(value, dict) for name, value in last.items())
 
 
 def test_a_masked_simulation_is_the_run_in_one_process(settings: list[str], tmp_path: Path) -> None:
-    more = [*MASKED, "server.robust=none", "run.rounds=2", "training.epochs=1", "federation.engine=simulation"]
+    more = [*MASKED, SCORES, "server.robust=none", "run.rounds=2", "training.epochs=1", "federation.engine=simulation"]
     config = load_config(None, [*settings, "algorithm.name=by_use", *more])
     out = tmp_path / "simulated"
     dealt = DealtClients(config, out / "clients")
@@ -166,14 +170,15 @@ def test_a_masked_simulation_is_the_run_in_one_process(settings: list[str], tmp_
     folder.begin(here)
     execute(prepared, folder, Silent())
     same_runs(out, tmp_path / "here")
+    assert all("client_accuracy_weighted" in line for line in metrics(out))
 
 
 def test_nothing_but_residues_leaves(masked: Callable[..., Config], house: Path, tmp_path: Path) -> None:
-    config = masked(SMALL, "run.rounds=1")
+    config = masked(SMALL, SCORES, "run.rounds=1")
     services = sites(tmp_path / "sites", house, config)
     run(tmp_path / "run", link(services), config)
     for site in services.values():
-        assert not any(isinstance(one, Statistics) for one in site.sent)
+        assert not any(isinstance(one, Statistics | Evaluation) for one in site.sent)
         assert {one.examples + one.held_out for one in site.sent if isinstance(one, Hello)} == {0}
         assert any(isinstance(one, Concealed) and not one.residues for one in site.sent)
         data = torch.cat([one.data for one in site.sent if isinstance(one, Piece) and one.round])
@@ -306,8 +311,8 @@ def rehearsed(tmp_path: Path, house: Path, config: Config) -> list[str]:
 
 def concealed_of(folder: SiteFolder) -> list[list[str]]:
     """The groups that a site concealed, first and second."""
-    lines = [json.loads(line) for line in (folder.memory("run") / RECORD).read_text().splitlines()[1:]]
-    return [line["names"] for line in lines if "names" in line and "examples" not in line["names"]]
+    named = [line["names"] for line in recorded(folder) if "names" in line]
+    return [names for names in named if not {"examples", "scored"} & {*names}]
 
 
 def test_a_site_that_was_started_again_goes_on_and_does_not_train_anew(
@@ -405,6 +410,48 @@ def test_a_round_that_cannot_be_summed_ends_the_run_in_one_line(
         site.before = lambda verb, parcel: None
     run(tmp_path / "run", link(services), config, resume=True)  # all are back
     assert [line["clients"] for line in metrics(tmp_path / "run")[1:]] == [[*SITES]] * 2
+
+
+# -------------------------------------------------------------------------------------------------------------- scores
+
+
+def test_a_site_that_is_lost_while_it_scores_costs_its_score(
+    masked: Callable[..., Config], house: Path, tmp_path: Path
+) -> None:
+    config = masked("run.rounds=1", SCORES)
+    services = sites(tmp_path / "sites", house, config)
+    lost(services["north"], "evaluate")
+    run(tmp_path / "run", link(services), config)
+    all_of_them, line = metrics(tmp_path / "run")
+    assert [(fault["client"], fault["stage"], fault["reason"]) for fault in line["failures"]] == [
+        ("north", "evaluate", "gone")
+    ]
+    assert 0 < line["held_out_examples"] < all_of_them["held_out_examples"]
+    assert "client_accuracy_weighted" in line
+    assert services["east"].heard.count("count") == 1  # once more, among those left
+    assert services["east"].heard.count("evaluate") == 1
+
+
+@pytest.mark.parametrize("at", [(1, "evaluating", 2), (2, "summing", 1)])
+def test_a_coordinator_that_was_killed_goes_on_with_the_same_scores(
+    masked: Callable[..., Config], house: Path, tmp_path: Path, at: tuple[int, str, int]
+) -> None:
+    """In the midst of scores, where one site stays away afterwards; or when those of the round before are there."""
+    config = masked("run.rounds=1" if at[0] == 1 else "run.rounds=2", SCORES)
+    in_process(tmp_path / "here", house, config)
+    services = sites(tmp_path / "sites", house, config)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", link(services), config, watch=Silent(lambda *where: where == at))
+    run(tmp_path / "run", link(services), config, resume=True)
+    same_runs(tmp_path / "run", tmp_path / "here", resumed=True)
+    for site in services.values():
+        scored = [one for one in recorded(site.folder) if "scored" in one.get("names", ())]
+        assert [one["among"] for one in scored] == [list(SITES)]
+
+
+def recorded(folder: SiteFolder) -> list[dict[str, Any]]:
+    """The lines that a site has written down of the last round."""
+    return [json.loads(line) for line in (folder.memory("run") / RECORD).read_text().splitlines()[1:]]
 
 
 # ------------------------------------------------------------------------------------------------- keys and refusals

@@ -81,7 +81,7 @@ class Coordinator:
         )
         federation = FlowerFederation(link, config.federation, agreement, cargo)
         if config.privacy.masked and (shares := config.algorithm.build().shares):
-            counts = count_residues(moe.layout, shares, tells_loss=not config.privacy.on)
+            counts = count_residues(moe.layout, shares, config.tells)
             federation = MaskedFlowerFederation(link, config.federation, agreement, cargo, counts)
         federation.settle_weights()
         return cls(config, bench, test, federation, folder.checkpoint / "constants")

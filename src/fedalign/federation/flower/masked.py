@@ -34,9 +34,9 @@ from fedalign.protocol import (
     Totals,
     parse_group,
 )
-from fedalign.server.masked import Residues, share_residues
+from fedalign.server.masked import SCORE_RESIDUES, Residues, share_residues
 
-Kind = Literal["counts", "shares", "shares-again"]
+Kind = Literal["counts", "scores", "shares", "shares-again"]
 Talking = Mapping[str, Talk[Concealed | Failure]]  # by site
 
 
@@ -63,22 +63,20 @@ class MaskedFlowerFederation(FlowerFederation):
     ) -> None:
         super().__init__(link, policy, agreement, cargo, pause)
         self.cargo, self.counts = cargo, counts
-        self._broken = set[str]()  # groups of the round's first sum of which a lost site's share is here in part
 
     def begun(self, round: int) -> Begun:
-        """How far the sums of a round had come when the coordinator was interrupted."""
+        """How far the sums of a round have come, as it is written down."""
         noted = self._noted(round)
         groups = map(parse_group, noted.get("groups", ()))
         broken = map(parse_group, noted.get("broken", ()))
-        return Begun(tuple(noted.get("counted", ())), tuple(noted.get("left", ())), tuple(groups), tuple(broken))
+        counted, left, scored = (tuple(noted.get(name, ())) for name in ("counted", "left", "scored"))
+        return Begun(counted, left, tuple(groups), tuple(broken), bool(noted.get("score")), scored)
 
     def count(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Concealed | Failure]:
         """Local training at all of them at once, and their counts, concealed; replies as they come."""
         self._begin(broadcast.round, clients)
-        keys = self._agree(broadcast.round, clients)
-        there = [name for name in clients if name in self.sites]
-        talks = dict(self._carrier.broadcast("train", replace(broadcast, keys=keys), there, Concealed))
-        for answer in self._hold("train", talks, self._places(broadcast.round, keys, "counts", self.counts)):
+        self._note(broadcast.round, score=broadcast.score)
+        for answer in self._tell("train", broadcast, clients):
             if answer.client not in self.sites:  # what it sent before an interruption is here still
                 pass
             elif isinstance(answer, Concealed):
@@ -87,11 +85,32 @@ class MaskedFlowerFederation(FlowerFederation):
                 self._count_missed(answer.client)
             yield answer
 
-    def recount(self, round: int, left: Sequence[str]) -> Iterator[Concealed | Failure]:
-        """Counts, concealed once more, of those that are left."""
-        keys = self._agree(round, left)
+    def score(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Concealed | Failure]:
+        """Scores of the weights at all of them at once, concealed; replies as they come."""
+        self._round = broadcast.round
+        yield from self._tell("evaluate", broadcast, clients)
+
+    def recount(self, round: int, left: Sequence[str], stage: Stage) -> Iterator[Concealed | Failure]:
+        """Counts or scores, concealed once more, of those that are left."""
+        keys = self._agree(round, left, stage)
         talks = self._ask_all("count", Recount(round, keys), left, 0)
-        yield from self._hold("train", talks, self._places(round, keys, "counts", self.counts))
+        yield from self._hold(stage, talks, self._counted(round, keys, stage))
+
+    def _tell(
+        self, verb: Literal["train", "evaluate"], broadcast: Broadcast, clients: Sequence[str]
+    ) -> Iterator[Concealed | Failure]:
+        """Broadcast weights, and hear what clients count of them, concealed among `clients`."""
+        keys = self._agree(broadcast.round, clients, verb)
+        there = [name for name in clients if name in self.sites]
+        talks = dict(self._carrier.broadcast(verb, replace(broadcast, keys=keys), there, Concealed))
+        yield from self._hold(verb, talks, self._counted(broadcast.round, keys, verb))
+
+    def _counted(self, round: int, keys: Mapping[str, str], stage: Stage) -> list[Place]:
+        return (
+            self._places(round, keys, "scores", SCORE_RESIDUES)
+            if stage == "evaluate"
+            else self._places(round, keys, "counts", self.counts)
+        )
 
     def conceal(
         self, totals: Totals, among: Sequence[str], groups: Sequence[ParameterGroup]
@@ -99,9 +118,7 @@ class MaskedFlowerFederation(FlowerFederation):
         """Shares of the sums, of a few sites at a time; of a site that is lost what has arrived, and why not more."""
         again = tuple(among) != totals.among
         if again:
-            broken = self._broken.union(self._noted(totals.round).get("broken", ()))
-            more = {"groups": [str(group) for group in groups], "broken": sorted(broken)}
-            self._note(totals.round, left=[*among], **more)
+            self._note(totals.round, left=[*among], groups=[str(group) for group in groups])
         keys = self._keys(totals.round, among)
         asked = Sum(totals.round, totals.among, totals.counts, keys, tuple(groups))
         about = {"totals": fingerprint_of(totals.counts, *totals.among)}
@@ -115,11 +132,9 @@ class MaskedFlowerFederation(FlowerFederation):
             yield answer
         if not again:
             names = {name for place in places if place.client in lost for name in place.broken()}
-            self._broken = {str(group) for group in groups} & names
-
-    def broken(self, round: int) -> Iterator[ParameterGroup]:
-        """Groups of which a lost site's share broke off half way; they are written down with the second sum."""
-        return map(parse_group, sorted(self._broken))
+            noted = self._noted(totals.round)
+            before = noted.get("broken", ()) if "groups" in noted else ()  # without a second sum all are asked for anew
+            self._note(totals.round, broken=sorted(({str(group) for group in groups} & names).union(before)))
 
     def _hold(
         self, stage: Stage, talks: Talking, places: Sequence[Place], at_once: int | None = None
@@ -163,10 +178,11 @@ class MaskedFlowerFederation(FlowerFederation):
             for name in keys
         ]
 
-    def _agree(self, round: int, clients: Sequence[str]) -> dict[str, str]:
-        """The keys of clients whose counts are to be summed; it is written down who they are."""
+    def _agree(self, round: int, clients: Sequence[str], stage: Stage) -> dict[str, str]:
+        """The keys of clients whose counts or scores are to be summed; it is written down who they are."""
         keys = self._keys(round, clients)
-        self._note(round, counted=[*clients], keys=self._noted(round).get("keys", {}) | keys)
+        named = {"scored" if stage == "evaluate" else "counted": [*clients]}
+        self._note(round, **named, keys=self._noted(round).get("keys", {}) | keys)
         return keys
 
     def _keys(self, round: int, clients: Sequence[str]) -> dict[str, str]:
