@@ -27,7 +27,8 @@ from fedalign.federation.flower import hand_over
 from fedalign.federation.flower.programs import executable
 
 PROGRAM = "flwr-clientapp"
-CLIENT_APP = "fedalign.federation.flower.client_app"
+CLIENT_APP = "fedalign.federation.flower.client_app"  # it and the next import flwr, which who starts this need not
+WAITS = "fedalign.federation.flower.waits"
 TASK_SECONDS = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"  # between two looks of the SuperExec for a message that has come
 LARGEST = 1 << 16  # bytes of arguments
 # glibc keeps freed blocks, on each thread, unless they are larger than a bound, which grows with what is freed. So it
@@ -64,6 +65,7 @@ def main(place: str) -> None:
     (program,) = metadata.entry_points(group="console_scripts", name=PROGRAM)
     run = program.load()
     importlib.import_module(CLIENT_APP)
+    importlib.import_module(WAITS).shorten()
     gc.freeze()  # a fork's collector need not touch what is there, which would copy it
     sys.argv = [PROGRAM, *_task(place)]
     run()

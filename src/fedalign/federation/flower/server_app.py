@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedalign.config.toml import load_config
 from fedalign.errors import UserError
+from fedalign.federation.flower import waits
 from fedalign.federation.flower.coordinator import Coordinator
 from fedalign.federation.flower.link import GridLink, RunAbout
 from fedalign.federation.flower.status import Beacon
@@ -35,6 +36,7 @@ def main(grid: Grid, context: Context) -> None:
     log_to_stderr()
     quiet()
     return_what_is_freed()
+    waits.shorten()
     folder = RunFolder(Path(str(context.run_config["out"])).expanduser().absolute())
     source = Path(str(context.run_config["config"])).expanduser()
     try:

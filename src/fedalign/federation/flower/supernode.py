@@ -24,6 +24,8 @@ from flwr.supernode import start_client_internal as supernode
 from flwr.supernode.cli import flower_supernode
 from flwr.supernode.nodestate import NodeState
 
+from fedalign.federation.flower import waits
+
 PROGRAM = "flower-supernode"
 BUSY = 10.0  # seconds after a message for which the next one, or its answer, is looked for ...
 OFTEN = 10  # ... so many times as often
@@ -83,6 +85,7 @@ def forget(message: Message, state: NodeState, object_store: ObjectStore) -> Non
 
 def main() -> None:
     """Be `flower-supernode`."""
+    waits.shorten()
     flower, hurry = supernode._pull_and_store_message, Hurry()
     supernode._pull_and_store_message = lambda **given: receive_whole(flower, hurry=hurry, **given)
     vars(supernode)["time"] = SimpleNamespace(sleep=hurry.sleep)  # it needs nothing else of it
