@@ -764,7 +764,7 @@ class Algorithm(Protocol):
 
     @property
     def shared(self) -> Literal["frozen", "average"] | None:
-        """What becomes of all parts but sites' own experts, which nobody else trains; None: sites own none.
+        """The fate of all parts but sites' own experts, which nobody else trains; None: sites own none.
 
         Where they do, nobody's update is held against others'.
         """
