@@ -6,10 +6,12 @@ up: it draws random weights and a random update group by group, whenever it is a
 nothing but which bytes it was sent. It lives in the coordinator's process, so what it needs counts, too; Flower, which
 would carry the messages, does not take part.
 
+Pieces are smaller in a small model: they grow to `--piece-mb` while they move. To compare sizes, hold them small.
+
 The limit is of memory that belongs to no file (RssAnon and RssShmem of Linux), sampled every 20 ms. A coordinator
 above it is killed at once, and the command fails. Pages of mapped files are the kernel's to take back.
 
-Disk: about five times `--gb` (two checkpoints in float32, and the update, then the model that is saved).
+Disk: about seven times `--gb` (two checkpoints in float32, and the sum, the update, then the model that is saved).
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from fedalign.data.encode import text_hash, tokenizer_hash
 from fedalign.demo import model_folder
 from fedalign.federation.flower.coordinator import Coordinator, load_bench
 from fedalign.federation.flower.link import Reply
+from fedalign.federation.flower.server_app import return_what_is_freed
 from fedalign.federation.messages import Message, Parcel, decode, encode
 from fedalign.federation.received import DIGESTS
 from fedalign.federation.transfer import Transfer, entries_of, gaps, merged
@@ -114,17 +117,20 @@ class Drawn(Mapping[ParameterGroup, Any]):
 
     def cut(self, names: Sequence[str], start: int, nbytes: int) -> Tensor:
         """So many bytes of groups that follow one another, uint8."""
-        found, at, item = [], 0, self.dtype.itemsize
+        found, at = torch.empty(nbytes, dtype=torch.uint8), -start  # where in it a group begins
         for group in map(parse_group, names):
-            end = at + self.sizes[group] * item
-            begin, stop = max(start, at) - at, min(start + nbytes, end) - at
+            end, block_nbytes = at + self.sizes[group] * self.dtype.itemsize, BLOCK * self.dtype.itemsize
+            begin, stop = max(at, 0), min(end, nbytes)
             if begin < stop:
-                first = begin // item // BLOCK
-                blocks = self.blocks(group, first, -(-stop // (item * BLOCK)))
-                drawn = torch.cat([block.to(self.dtype).view(torch.uint8) for block in blocks])
-                found.append(drawn[begin - first * BLOCK * item : stop - first * BLOCK * item])
+                first = (begin - at) // block_nbytes
+                at += first * block_nbytes
+                for block in self.blocks(group, first, first - (at - stop) // block_nbytes):
+                    drawn = block.to(self.dtype).view(torch.uint8)
+                    here = slice(max(at, begin), min(at + len(drawn), stop))
+                    found[here] = drawn[here.start - at : here.stop - at]
+                    at += len(drawn)
             at = end
-        return torch.cat(found)
+        return found
 
     def digest(self, name: str) -> str:
         """A group's."""
@@ -293,9 +299,10 @@ def make_model(folder: Path, gigabytes: float) -> None:
     config.save_pretrained(folder)
 
 
-def coordinate(folder: Path) -> None:
-    """The coordinator: one round, in this process."""
-    config = load_config(None, [f"model.path={folder / 'model'}", *OPTIONS])
+def coordinate(folder: Path, piece_mb: float) -> None:
+    """The coordinator: one round, in this process, which gives back what it frees as Flower's ServerApp does."""
+    return_what_is_freed()
+    config = load_config(None, [f"model.path={folder / 'model'}", f"wire.piece_mb={piece_mb}", *OPTIONS])
     stages = Stages(folder / STAGES)
     stages.note("the site's hash")
     link = MadeUp(config)
@@ -321,10 +328,11 @@ OPTIONS = (
 )
 
 
-def watch(folder: Path, limit: float) -> dict[str, Any]:
+def watch(folder: Path, limit: float, piece_mb: float) -> dict[str, Any]:
     """Run the coordinator below a limit in bytes: the peak of each stage, seconds, and disk."""
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-    coordinator = subprocess.Popen([sys.executable, __file__, "--coordinate", str(folder)])
+    command = [sys.executable, __file__, "--piece-mb", str(piece_mb), "--coordinate", str(folder)]
+    coordinator = subprocess.Popen(command)
     samples: deque[tuple[float, int]] = deque()
     disk, looked = 0, 0.0
     before = shutil.disk_usage(folder).free
@@ -354,16 +362,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=10.0, help="of the model in bfloat16")
     parser.add_argument("--limit-gb", type=float, default=2.0, help="of the coordinator's anonymous memory")
+    parser.add_argument("--piece-mb", type=float, default=256.0, help="wire.piece_mb")
     parser.add_argument("--folder", type=Path, default=None, help="where it works; default: the system's for such")
     parser.add_argument("--coordinate", type=Path, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.coordinate is not None:
-        coordinate(args.coordinate)
+        coordinate(args.coordinate, args.piece_mb)
         return
     print(machine("torch", "transformers", "safetensors"))
     with tempfile.TemporaryDirectory(prefix="fedalign-large-", dir=args.folder) as name:
         make_model(Path(name) / "model", args.gb)
-        found = watch(Path(name), args.limit_gb * 1e9)
+        found = watch(Path(name), args.limit_gb * 1e9, args.piece_mb)
     for stage, (seconds, peak) in found["stages"].items():
         print(f"  {stage:<28} {seconds:6.0f} s   peak {peak / 1e9:5.2f} GB anonymous")
     peak, limit = found["peak"] / 1e9, args.limit_gb

@@ -1,7 +1,7 @@
 """Flower's waits for the parts of a message, made shorter.
 
 A message of Flower is there before its parts are: whoever receives it asks for each of these, 5 MB large. If one is not
-there yet, Flower 1.41 and 1.42 ask again after 1 s, then 2, 4, 8 and 10. So at each of three stations between
+there yet, Flower (1.41) asks again after 1 s, then 2, 4, 8 and 10. So at each of three stations between
 coordinator and site a piece lay until the wait was over: up to as long again as it took to come.
 """
 
