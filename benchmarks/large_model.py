@@ -11,7 +11,7 @@ Pieces are smaller in a small model: they grow to `--piece-mb` while they move. 
 The limit is of memory that belongs to no file (RssAnon and RssShmem of Linux), sampled every 20 ms. A coordinator
 above it is killed at once, and the command fails. Pages of mapped files are the kernel's to take back.
 
-Disk: about five times `--gb` (two checkpoints in float32, and the update, then the model that is saved).
+Disk: about seven times `--gb` (two checkpoints in float32, and the sum, the update, then the model that is saved).
 """
 
 from __future__ import annotations
