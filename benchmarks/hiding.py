@@ -16,7 +16,8 @@ message, read as an update; the sum over 3 or 10 sites, off which the attacker t
 the two others help. A sum is that of floats: a masked sum differs from it by rounding alone, which tests hold. Each
 update is one step of SGD with all examples, the most that an attacker can wish for. With noise, (epsilon, 1e-5) of one
 round bounds *there* by e^epsilon / (1 + e^epsilon), where a coin was tossed for it. *label* changes an example, which
-is two steps of that.
+is two steps of that. Coins are balanced: each world is true for half of the targets, in an order that is drawn, so that
+one answer to all is right on half of them.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ from fedalign.protocol import (
 )
 from watching import machine
 
-REVISION = 1  # goes up when what a line means changes
+REVISION = 2  # goes up when what a line means changes
 EXAMPLES, OTHERS = 24, 20  # of a site; sites beside it, half of them to learn from
 SITE, PEERS = "site-0", ("site-1", "site-2")
 SETTINGS = [
@@ -214,7 +215,10 @@ def attacked(lab: Lab, targets: int, others: int = OTHERS, each: int = EXAMPLES)
     usual = torch.stack(updates[others // 2 :]).mean(0)  # known to the attacker
     beside = range(others // 2)
     found: Found = defaultdict(lambda: defaultdict(list))
-    for _ in range(targets):
+    coins = {attack: [number % 2 for number in range(targets)] for attack in ATTACKS[1:]}
+    for tossed in coins.values():
+        draw.shuffle(tossed)
+    for number in range(targets):
         one = target(lab, draw.sample(pool[others * each :], each), draw)
         worlds = {
             "label": ([one.one, *one.known], [one.other, *one.known]),
@@ -222,7 +226,7 @@ def attacked(lab: Lab, targets: int, others: int = OTHERS, each: int = EXAMPLES)
         }
         for attack, pair in worlds.items():
             shadows = [lab.update(world, noise=False)[0] for world in pair]
-            truth = draw.randrange(2)
+            truth = coins[attack][number]
             own, report = lab.update(pair[truth])
             peers = draw.sample(beside, min(9, len(beside)))
             for view, (seen, weight) in views(lab, own, report, [updates[n] for n in peers], usual, draw).items():
