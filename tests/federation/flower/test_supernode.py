@@ -17,9 +17,10 @@ from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import start_client_internal
 from flwr.supernode.nodestate import NodeStateFactory
+from httpx import HTTPStatusError, Request, Response
 
 from fedalign.federation.flower import supernode
-from fedalign.federation.flower.supernode import BUSY, OFTEN, Hurry, receive_whole
+from fedalign.federation.flower.supernode import BUSY, OFTEN, STUBBORN, Hurry, receive_whole, stubborn
 
 FLOWER = start_client_internal._pull_and_store_message
 
@@ -118,3 +119,55 @@ def test_a_supernode_looks_more_often_while_messages_come(monkeypatch: pytest.Mo
     clock.now += BUSY
     hurry.sleep(3)
     assert slept == [3, 3 / OFTEN, 3]
+
+
+class SuperLink:
+    """What fails so many times before it takes an answer, and what it was handed."""
+
+    def __init__(self, failures: int, code: int = 500) -> None:
+        self.failures, self.code, self.taken = failures, code, list[str]()
+
+    def send(self, message: Any, *_: Any) -> tuple[set[str], str]:
+        self.taken.append(message.metadata.message_id)
+        if len(self.taken) <= self.failures:
+            request = Request("POST", "http://superlink")
+            raise HTTPStatusError("database is locked", request=request, response=Response(self.code, request=request))
+        return set(), "session"
+
+
+def answered(superlink: SuperLink, send: Any) -> SuperNode:
+    """A SuperNode whose ClientApp has answered, and which hands that over."""
+    node = SuperNode()
+    assert node.receive(FLOWER) == 7
+    node.state.get_messages_legacy(run_ids=[7], is_reply=False)
+    reply = Message(RecordDict(), reply_to=node.message)
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    node.store.preregister(7, get_object_tree(reply))
+    node.state.store_message(reply)
+    start_client_internal._push_messages(node.state, node.store, send, lambda *_: None)
+    return node
+
+
+def test_an_answer_that_the_superlink_fails_to_take_is_handed_over_again() -> None:
+    theirs = SuperLink(failures=3)
+    answered(theirs, theirs.send)
+    assert len(theirs.taken) == 1  # else Flower hands it over again itself, and ours need not
+    ours, slept = SuperLink(failures=3), list[float]()
+    answered(ours, stubborn(ours.send, slept.append))
+    assert len(ours.taken) == 4
+    assert len(slept) == 3
+    assert max(slept) <= 10
+
+
+def test_what_the_superlink_refuses_is_not_handed_over_again() -> None:
+    refuses = SuperLink(failures=3, code=400)
+    answered(refuses, stubborn(refuses.send, lambda _: pytest.fail("it is asked again")))
+    assert len(refuses.taken) == 1
+
+
+def test_the_superlink_is_not_asked_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supernode, "STUBBORN", 0.0)
+    dead = SuperLink(failures=10**9)
+    answered(dead, stubborn(dead.send, lambda _: None))
+    assert len(dead.taken) == 1
+    assert STUBBORN > 0
