@@ -83,7 +83,7 @@ def test_so_does_a_client_app(waited: list[float], monkeypatch: pytest.MonkeyPat
 
 def of_supernode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supernode, "flower_supernode", lambda: None)
-    monkeypatch.setattr(supernode, "supernode", SimpleNamespace(_pull_and_store_message=None))
+    monkeypatch.setattr(supernode, "supernode", SimpleNamespace(_pull_and_store_message=None, _push_messages=None))
     supernode.main()
 
 
