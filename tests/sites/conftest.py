@@ -341,25 +341,25 @@ sys.meta_path.insert(0, Afterwards())
 """
 
 
-# the change of a site that `held` holds
-HELD = """
+HOLDING = """
 import time
 from pathlib import Path
-from fedalign.federation.service import Service
-honest = Service._train
+from fedalign.federation.{module} import {service}
+honest = {service}._{verb}
 
-def train(self, parcel):
+def waiting(self, parcel):
     while Path(__file__).with_name("hold").exists():
         time.sleep(0.1)
     return honest(self, parcel)
 
-Service._train = train
-"""
+{service}._{verb} = waiting
+"""  # the change of a site that `held` holds at a message
+HELD = HOLDING.format(module="service", service="Service", verb="train")
 
 
 @contextmanager
 def held(deployment: Deployment, site: str) -> Iterator[None]:
-    """Meanwhile the site trains on and on, its ClientApp alive: one that is stopped counts as dead after a minute."""
+    """Meanwhile the site is at one message, its ClientApp alive: one that is stopped counts as dead after a minute."""
     hold = deployment.sites[site] / "change" / "hold"
     hold.touch()
     try:

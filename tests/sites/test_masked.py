@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,23 @@ import pytest
 import tomli_w
 
 from fedalign.client.log import SiteLog
-from tests.sites.conftest import SITES, Deployment, Run, deployed, is_finite, merged, on_one_machine, settings, share
+from tests.sites.conftest import (
+    HOLDING,
+    SITES,
+    Deployment,
+    Run,
+    deployed,
+    held,
+    is_finite,
+    merged,
+    on_one_machine,
+    settings,
+    share,
+)
 
 pytestmark = pytest.mark.sites
 
-HELD = """
-import time
-from pathlib import Path
-from fedalign.federation.masked_service import MaskedService
-honest = MaskedService._conceal
-
-def conceal(self, parcel):
-    while Path(__file__).with_name("hold").exists():
-        time.sleep(0.1)
-    return honest(self, parcel)
-
-MaskedService._conceal = conceal
-"""
+HELD = HOLDING.format(module="masked_service", service="MaskedService", verb="conceal")
 STATISTICS = {"prob_L_E", "load_L_E", "loss"}
 
 
@@ -63,17 +62,6 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, tables: dict[str, Any])
             running.serve(site)
         running.wait_online()
         yield running
-
-
-@contextmanager
-def held(deployment: Deployment, site: str) -> Iterator[None]:
-    """Meanwhile the site does not conceal its update."""
-    hold = deployment.sites[site] / "change" / "hold"
-    hold.touch()
-    try:
-        yield
-    finally:
-        hold.unlink()
 
 
 def asked(deployment: Deployment, run: Run, site: str) -> list[str]:
