@@ -17,12 +17,13 @@ from torch import Tensor
 
 from fedalign.config.toml import load_config
 from fedalign.doctor.estimate import estimate, estimate_site
+from fedalign.doctor.what_leaves import empty_messages
 from fedalign.federation.in_process import prepare
 from fedalign.moe.load import load_plain
 from fedalign.moe.model import MoEModel
 from fedalign.moe.part import grown
 from fedalign.moe.site_experts import owners
-from fedalign.protocol import DEALT, ParameterGroup, Weights
+from fedalign.protocol import DEALT, ParameterGroup, Piece, Weights
 from fedalign.server.results import RunFolder
 from tests.conftest import Command, rows, save_tokenizer, write_jsonl
 from tests.moe.tiny import EXPERTS
@@ -356,5 +357,8 @@ def test_bytes_are_told_before_of_what_each_site_trains(run: Run, changes: dict[
     told = estimate(prepared).bytes_up_a_round_at_most
     assert line["bytes_up"] == pytest.approx(told, rel=0.05)  # no site of the run sends less
     for name, sent in line["bytes_up_by_client"].items():
-        expected = estimate_site(prepared.bench, name, DEALT).up_a_round_at_most
-        assert sent == pytest.approx(expected, rel=0.05)
+        site = estimate_site(prepared.bench, name, DEALT)
+        assert sent == pytest.approx(site.up_a_round_at_most, rel=0.05)
+        leaving = empty_messages(name, prepared.bench.moe, prepared.config)
+        (update,) = [message for message in leaving if isinstance(message, Piece)]
+        assert sent == pytest.approx(site.statistics + update.data.numel(), rel=0.05)

@@ -146,6 +146,8 @@ def _what_leaves(folder: SiteFolder | None, settings: Config | None) -> None:
         local, name, consent = folder.localise(local), folder.config.name, folder.consent
     with out.status("Reading the model's configuration ..."):
         moe = skeleton_bench(local).moe
+    if folder is None:
+        name = next(iter(moe.layout.owners), name)  # where sites own experts, of one that does
     say(f"What leaves {name} when it trains {local.model.path} ({moe.family}). {NEVER}\n")
     if masks := masks_told(local, folder.config.privacy.node_keys if folder else {}):
         say(f"{masks}\n")

@@ -38,6 +38,7 @@ from fedalign.moe.rows import fitted_row, look, public_text, with_row
 from fedalign.protocol import (
     Algorithm,
     Broadcast,
+    Consent,
     Evaluation,
     Hello,
     Layout,
@@ -56,6 +57,12 @@ TEXT = 8192  # tokens, padding included, of a client's own text that its router 
 def left_alone(part: Part | None, layout: Layout) -> frozenset[ParameterGroup]:
     """The groups that a client never trains, since they are not of its part of the model; none, if it has all of it."""
     return frozenset() if part is None else frozenset(layout.groups) - part.trained
+
+
+def trained_sizes(config: Config, layout: Layout, client: str, consent: Consent) -> dict[ParameterGroup, int]:
+    """The groups that a client trains, whose updates leave it, and how many values each has."""
+    kept = {*consent.frozen(layout), *left_alone(config.algorithm.build().part(layout, client), layout)}
+    return {group: size for group, size in layout.sizes.items() if size and group not in kept}
 
 
 @dataclass(frozen=True)

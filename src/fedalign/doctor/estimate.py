@@ -16,7 +16,7 @@ from fedalign.client.evaluation import TestSet
 from fedalign.client.fit import make_autocast
 from fedalign.client.forward import answer_logits
 from fedalign.client.memory import ClientData
-from fedalign.client.trainer import left_alone
+from fedalign.client.trainer import trained_sizes
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
 from fedalign.data.batches import batches
@@ -145,8 +145,8 @@ def broadcast_nbytes(config: Config, layout: Layout) -> int:
 
 def update_nbytes(config: Config, layout: Layout, client: str, consent: Consent = DEALT) -> int:
     """Bytes of a client's whole update on its way to the server."""
-    kept = {*consent.frozen(layout), *left_alone(config.algorithm.build().part(layout, client), layout)}
-    return sum(packed_nbytes(size, config.wire.dtype) for group, size in layout.sizes.items() if group not in kept)
+    sizes = trained_sizes(config, layout, client, consent).values()
+    return sum(packed_nbytes(size, config.wire.dtype) for size in sizes)
 
 
 def statistics_nbytes(config: Config, layout: Layout, consent: Consent = DEALT) -> int:

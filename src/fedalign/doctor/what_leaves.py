@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedalign.client.spent import PAID
+from fedalign.client.trainer import trained_sizes
 from fedalign.config.run import Config
 from fedalign.federation.messages import Parcel, encode
 from fedalign.maths.rounding import TORCH_DTYPE, packed_nbytes, scales, stored
@@ -301,11 +302,11 @@ def _rows_told(layout: Layout, config: Config, consent: Consent, if_it_consents:
 
 def empty_messages(name: str, moe: MoEModel, config: Config, consent: Consent = DEALT) -> list[Leaving]:
     """One message of each kind, its tensors without values."""
-    layout, wire, frozen = moe.layout, config.wire.dtype, consent.frozen(moe.layout)
+    layout, wire = moe.layout, config.wire.dtype
     reads = config.training.loss == "label_shift" and consent.token_counts
     said = consent.token_counts, consent.embeddings, (NUMBER,) * len(config.data.labels) * reads
     constants = {key: value.to("meta") for key, value in moe.constants().items()}
-    trained = {group: size for group, size in layout.sizes.items() if size and group not in frozen}
+    trained = trained_sizes(config, layout, name, consent)
     version = metadata.version("fedalign-moe")
     hashes = (HASH, HASH, HASH, HASH)
     shares = config.algorithm.build().shares
