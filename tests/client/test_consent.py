@@ -185,7 +185,7 @@ def test_tokens_can_be_read_off_rows_where_it_is_said_and_nowhere_else(
     target_L_E = torch.full((moe.layout.layers, moe.experts), 1 / moe.experts)
     report = ask(service, "train", Broadcast(1, weights, {"target_L_E": target_L_E}), Statistics)
     assert isinstance(report, Statistics)
-    told = tokens_told(moe.layout, service.client.trainer.config, consent)
+    told = tokens_told("ward", moe.layout, service.client.trainer.config, consent)
     counted = report.token_count_M_V.numel() + report.token_met_M_B.numel()
     assert bool(counted) == (consent == BOTH and vocabulary != "average")
     assert ("in them, tokens of fewer than" in told) == bool(counted)

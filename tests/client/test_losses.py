@@ -292,7 +292,7 @@ def test_what_a_site_tells_of_its_labels(
     (field,) = [field for field in sent.fields if field.name == "labels"]
     assert (field.shape == "none") != consents
     assert ("leaves once" in sent.tells) == consents
-    assert labels_told(config, consent) in tokens_told(moe.layout, config, consent)
+    assert labels_told(config, consent) in tokens_told("ward", moe.layout, config, consent)
     assert labels_told(config, consent).startswith("How many" if consents else "Asked for and not sent")
     plain = open_site(site, changed(config, "training", loss="fedlc"), "day").hello()
     assert plain.labels == ()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedalign.config.toml import load_config
 from fedalign.doctor.estimate import estimate, estimate_site
-from fedalign.doctor.what_leaves import empty_messages
+from fedalign.doctor.what_leaves import empty_messages, tokens_told
 from fedalign.federation.in_process import prepare
 from fedalign.moe.load import load_plain
 from fedalign.moe.model import MoEModel
@@ -362,3 +362,5 @@ def test_bytes_are_told_before_of_what_each_site_trains(run: Run, changes: dict[
         leaving = empty_messages(name, prepared.bench.moe, prepared.config)
         (update,) = [message for message in leaving if isinstance(message, Piece)]
         assert sent == pytest.approx(site.statistics + update.data.numel(), rel=0.05)
+        of_tokens = tokens_told(name, prepared.bench.moe.layout, prepared.config, DEALT)
+        assert ("neither their rows nor counts" in of_tokens) == (changes["algorithm__shared"] == '"frozen"')

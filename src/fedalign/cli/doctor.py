@@ -151,7 +151,7 @@ def _what_leaves(folder: SiteFolder | None, settings: Config | None) -> None:
     say(f"What leaves {name} when it trains {local.model.path} ({moe.family}). {NEVER}\n")
     if masks := masks_told(local, folder.config.privacy.node_keys if folder else {}):
         say(f"{masks}\n")
-    say(tokens_told(moe.layout, local, consent, if_it_consents=folder is None) + "\n")
+    say(tokens_told(name, moe.layout, local, consent, if_it_consents=folder is None) + "\n")
     for sent in what_leaves(name, moe, local, consent):
         _print_sent(sent)
     say(BESIDES)

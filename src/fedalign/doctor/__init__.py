@@ -86,7 +86,7 @@ def _examine_training(
         trained = parameter_counts(bench)[1] - frozen
         check_privacy(found, config, client.examples, trained, asked.federation.min_sites, ledger)
     check_traffic(found, expected)
-    found.add("tokens", "ok", tokens_told(bench.moe.layout, config, folder.consent))
+    found.add("tokens", "ok", tokens_told(folder.config.name, bench.moe.layout, config, folder.consent))
     check_disk(found, folder.path, expected.disk, "kept rounds")
     if device is None:
         return

@@ -98,7 +98,7 @@ WHEN: dict[type[Leaving], str] = {
     Start: "once, from one site, if the coordinator holds no weights",
     Lacking: "when weights come in pieces, for each of them; or it does not keep what it was sent",
     Statistics: "each round, after training",
-    Piece: "each round, if the plan asks for its update; here with every group; in pieces of wire.piece_mb",
+    Piece: "each round, if the plan asks for its update; here with all that it trains; in pieces of wire.piece_mb",
     Concealed: "masked runs, each round: counts after training, the score among them, then its share of each sum; a "
     "score by itself after the last; each once more among the others if a site was lost",
     Evaluation: "after the last round, and where only some sites train or the run may end; else statistics hold it",
@@ -270,21 +270,22 @@ def labels_told(config: Config, consent: Consent) -> str:
     return LABELS.format(examples=config.statistics.min_examples) if consent.token_counts else NO_LABELS
 
 
-def tokens_told(layout: Layout, config: Config, consent: Consent, *, if_it_consents: bool = False) -> str:
+def tokens_told(name: str, layout: Layout, config: Config, consent: Consent, *, if_it_consents: bool = False) -> str:
     """A few sentences on what the coordinator learns of the tokens in a site's texts, and of its labels.
 
     Args:
+        name: the site's.
         layout: of the model, tuned as configured.
         config: the run's, with the site's own limits.
         consent: the site's.
         if_it_consents: no site in particular; `consent` is what one may consent to.
     """
     labels = labels_told(config, consent)
-    return f"{_rows_told(layout, config, consent, if_it_consents)}{labels and f' {labels}'}"
+    return f"{_rows_told(name, layout, config, consent, if_it_consents)}{labels and f' {labels}'}"
 
 
-def _rows_told(layout: Layout, config: Config, consent: Consent, if_it_consents: bool) -> str:
-    if not any(layout.sizes[group] for group in WORDS):
+def _rows_told(name: str, layout: Layout, config: Config, consent: Consent, if_it_consents: bool) -> str:
+    if not trained_sizes(config, layout, name, DEALT).keys() & WORDS:
         return FROZEN
     if not consent.embeddings:
         return REFUSED
