@@ -171,3 +171,16 @@ def test_the_superlink_is_not_asked_for_ever(monkeypatch: pytest.MonkeyPatch) ->
     answered(dead, stubborn(dead.send, lambda _: None))
     assert len(dead.taken) == 1
     assert STUBBORN > 0
+
+
+def test_our_supernode_is_stubborn_with_answers_and_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: dict[str, Any] = {}
+    theirs = SimpleNamespace(_pull_and_store_message=None, _push_messages=lambda **given: handed.update(given))
+    monkeypatch.setattr(supernode, "supernode", theirs)
+    monkeypatch.setattr(supernode, "flower_supernode", lambda: None)
+    monkeypatch.setattr(supernode, "waits", SimpleNamespace(shorten=lambda: None))
+    monkeypatch.setattr(supernode, "stubborn", lambda ask: ("again", ask))
+    monkeypatch.setattr("sys.argv", ["none"])
+    supernode.main()
+    theirs._push_messages(state=1, object_store=2, send=3, push_object=4)
+    assert handed == {"state": 1, "object_store": 2, "send": ("again", 3), "push_object": ("again", 4)}
