@@ -3,7 +3,8 @@
     numerics  a client's round, whole and by LoRA: in float32 against the CPU, under bfloat16 autocast against float32
     qlora     the same round on a base in 4 bits against LoRA, the memory it takes; then a run, resumed
     fsdp      the same round with FSDP2 in one process against the model as it is
-    runs      `fedalign run` by kind of tuning, resumed for another round, there and on the CPU
+    runs      `fedalign run` by kind of tuning, algorithm, privacy and wire, resumed for another round, there and on the CPU
+    sites     three sites behind Flower (`make demo-sites`), each with its trainer on the device
     step      tokens/s of the client step against a plain loop, and a profile; it wants the machine to itself
     sum       GB/s of the server's sum
     cost      memory and time by kind of tuning: benchmarks/tuning_cost.py; it wants the real model
@@ -23,6 +24,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from torch.distributed.fsdp import FSDPModule
 from fedalign.client.memory import ClientData, ClientMemory
 from fedalign.client.trainer import Trainer
 from fedalign.config.toml import load_config
+from fedalign.data.docstrings import LIBRARIES
 from fedalign.data.encode import IGNORED, Encoded
 from fedalign.files import write_text
 from fedalign.maths.rounding import pack, unpack
@@ -50,6 +53,9 @@ SMALL_RUN = (
     *("data.max_train=240", "data.max_test=120", "clients.count=3", "clients.partition=iid", "run.threads=1"),
     *("tracking.loggers=[]", "tracking.health=off", "clients.held_out=0.0", "evaluation.clients=false"),
 )
+NOISE = ("algorithm.name=by_use", "algorithm.vocabulary=average", "privacy.noise_multiplier=0.5", "privacy.seed=0")
+MASKED = ("algorithm.name=by_use", "privacy.masked=true", "server.max_norm_ratio=0")
+SIDE_BY_SIDE = 4  # runs at a time; they wait for the launching of kernels, not for the device
 
 Found = dict[str, Any]
 Findings = Iterator[tuple[str, Any]]  # as they are made
@@ -274,22 +280,67 @@ def said(*command: str) -> str:
 
 
 def runs(place: Place) -> Findings:
-    """Kinds of tuning on the device, one of them on the CPU too."""
-    kinds = {
-        "full": ("tuning.kind=full",),
+    """Kinds of runs on the device, each in float32 beside the CPU, four at a time; then what rounds there alone."""
+    own = place.folder / "site-experts"
+    sites = ",".join(f"client-{number:02}" for number in range(3))
+    upcycle = [sys.executable, "-m", "fedalign", "upcycle", place.model, "--site-experts", sites, "--out", str(own)]
+    said(*upcycle, "--overwrite")
+    loss = f"data.labels={json.dumps([*LIBRARIES])}", "training.loss=label_shift"
+    same = {
+        "full": (),
+        "full, paper": ("algorithm.name=fedalign_paper",),
+        "full, scaffold": ("algorithm.name=scaffold",),
+        "full, pfl_moe": ("algorithm.name=pfl_moe",),
+        "full, fedprox": ("algorithm.name=fedprox",),
+        "full, label_shift": loss,
+        "full, masked": MASKED,
+        "full, int4": ("wire.dtype=int4",),
+        "full, trimmed mean": ("server.robust=trimmed_mean",),
         "lora": ("tuning.kind=lora",),
-        "lora, bfloat16 base": ("tuning.kind=lora", "tuning.dtype=bfloat16"),
         "lora, exact": ("tuning.kind=lora", "tuning.average=exact"),
-        "full, checkpointing": ("tuning.kind=full", "tuning.gradient_checkpointing=true"),
-        "full, scaffold": ("tuning.kind=full", "algorithm.name=scaffold"),
-        "full, pfl_moe": ("tuning.kind=full", "algorithm.name=pfl_moe"),
+        "lora, freeze_a": ("tuning.kind=lora", "tuning.average=freeze_a"),
+        "full, noise": NOISE,
+        "lora, noise": ("tuning.kind=lora", *NOISE),
+        "masks and noise": (*MASKED, *NOISE),
+        "site_experts": ("algorithm.name=site_experts", f'model.path="{own}"'),
+        "full, checkpointing": ("tuning.gradient_checkpointing=true",),
     }
-    exact = "training.precision=float32"
-    for device in dict.fromkeys((place.device, "cpu")):
-        there = Place(place.model, device, place.folder)
-        yield f"full, float32, {device}", small_run(there, f"exact {device}", exact)
-    for name, settings in kinds.items():
-        yield name, small_run(place, name, *settings)
+    rounded = {
+        "full, autocast": (),
+        "lora, bfloat16 base": ("tuning.kind=lora", "tuning.dtype=bfloat16"),
+    }
+    jobs = {(name, device): settings for name, settings in same.items() for device in (place.device, "cpu")}
+    jobs = {key: ("training.precision=float32", *settings) for key, settings in jobs.items()}
+    jobs |= {(name, place.device): settings for name, settings in rounded.items()}
+
+    def made(key: tuple[str, str]) -> Found:
+        name, device = key
+        try:
+            return small_run(Place(place.model, device, place.folder), f"{name} {device}", *jobs[key])
+        except RuntimeError as error:
+            return {"failed": str(error).rpartition(": Error: ")[2]}
+
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        found = dict(zip(jobs, pool.map(made, jobs), strict=True))
+    for name in [*same, *rounded]:
+        here, there = (found.get((name, device), {}) for device in (place.device, "cpu"))
+        if here.get("loss") and there.get("loss"):
+            pairs = zip(here["loss"], there["loss"], strict=True)
+            here["largest_difference_of_loss"] = max(abs(a - b) for a, b in pairs)
+        yield name, here | ({"cpu_failed": there["failed"]} if "failed" in there else {})
+    if failed := [" on ".join(key) for key, line in found.items() if "failed" in line]:
+        raise RuntimeError(f"{len(failed)} of {len(found)} runs failed: {'; '.join(failed)}")
+
+
+def sites(place: Place) -> Findings:
+    """Sites with trainers that stay, on the device; the sites fork, which a process that has used CUDA must not."""
+    command = [sys.executable, "-m", "fedalign.federation.flower.three_sites", "--out", str(place.folder / "sites")]
+    yield "table", said(*command, "--rounds", "2")[-1500:]
+    logs = (place.folder / "sites").rglob("*.log")
+    devices = {
+        line.strip() for log in logs for line in log.read_text("utf-8", "replace").splitlines() if "cuda" in line
+    }
+    yield "lines of the sites that name a GPU", sorted(devices)[:12]
 
 
 def step(place: Place) -> Findings:
@@ -318,6 +369,7 @@ CHECKS: Mapping[str, Callable[[Place], Findings]] = {
     "qlora": qlora,
     "fsdp": fsdp,
     "runs": runs,
+    "sites": sites,
     "step": step,
     "sum": server_sum,
     "cost": cost,
