@@ -3,7 +3,7 @@
     numerics  a client's round, whole and by LoRA: in float32 against the CPU, under bfloat16 autocast against float32
     qlora     the same round on a base in 4 bits against LoRA, the memory it takes; then a run, resumed
     fsdp      the same round with FSDP2 in one process against the model as it is
-    runs      `fedalign run` by kind of tuning, algorithm, privacy and wire, resumed for another round, there and on the CPU
+    runs      `fedalign run` by tuning, algorithm, privacy and wire, resumed for another round, there and on the CPU
     sites     three sites behind Flower (`make demo-sites`), each with its trainer on the device
     step      tokens/s of the client step against a plain loop, and a profile; it wants the machine to itself
     sum       GB/s of the server's sum
