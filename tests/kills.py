@@ -44,7 +44,7 @@ TRIES = 10  # to kill before the end
 PATIENCE = 120.0  # seconds for one attempt
 SETTINGS = (
     *("clients.count=2", "clients.alpha=1.0", "clients.min_examples=5", "data.max_train=40", "statistics.min_tokens=4"),
-    *("training.learning_rate=1e-2", "run.rounds=3", "run.check=false", "algorithm.name=fedavg"),
+    *("training.learning_rate=1e-2", "run.rounds=3", "run.check=false", "algorithm.name=fedavg", "run.device=cpu"),
 )
 EXPORTS = ((), ("--best",))
 IMPORTED = (  # before a fork

@@ -320,16 +320,20 @@ def runs(place: Place) -> Findings:
         except RuntimeError as error:
             return {"failed": str(error).rpartition(": Error: ")[2]}
 
+    failed = []
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        found = dict(zip(jobs, pool.map(made, jobs), strict=True))
-    for name in [*same, *rounded]:
-        here, there = (found.get((name, device), {}) for device in (place.device, "cpu"))
-        if here.get("loss") and there.get("loss"):
-            pairs = zip(here["loss"], there["loss"], strict=True)
-            here["largest_difference_of_loss"] = max(abs(a - b) for a, b in pairs)
-        yield name, here | ({"cpu_failed": there["failed"]} if "failed" in there else {})
-    if failed := [" on ".join(key) for key, line in found.items() if "failed" in line]:
-        raise RuntimeError(f"{len(failed)} of {len(found)} runs failed: {'; '.join(failed)}")
+        found = {key: pool.submit(made, key) for key in jobs}
+        for name in [*same, *rounded]:
+            here, *there = (found[key].result() for key in found if key[0] == name)
+            failed += [name for line in (here, *there) if "failed" in line]
+            if there and "failed" in there[0]:
+                here["cpu_failed"] = there[0]["failed"]
+            elif there and "failed" not in here:
+                pairs = zip(here["loss"], there[0]["loss"], strict=True)
+                here["largest_difference_of_loss"] = max(abs(a - b) for a, b in pairs)
+            yield name, here
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(found)} runs failed: {', '.join(failed)}")
 
 
 def sites(place: Place) -> Findings:

@@ -116,8 +116,13 @@ class Cell:
 
     @property
     def history(self) -> Sequence[Metrics]:
-        """Its rounds so far; the first entry is the start."""
-        return read_history(self.folder)
+        """Its rounds so far, of those that are asked for; the first entry is the start."""
+        return read_history(self.folder)[: self.config.run.rounds + 1]
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rounds that are asked for are there; it may have been made for more."""
+        return len(self.history) > self.config.run.rounds
 
     @property
     def rounds_left(self) -> int:
@@ -366,11 +371,10 @@ def work(path: Path, device: str) -> None:
     watch = Watch(config.run.rounds)
     prepared = prepare(config, folder.clients)
     tokens = sum(example.tokens for client in prepared.clients.values() for example in client.train)
-    try:
-        execute(prepared, folder, watch)
-    finally:
-        used = prepared.bench.moe.device
-        gpu = used.type == "cuda"
+    used = prepared.bench.moe.device
+    gpu = used.type == "cuda"
+
+    def keep() -> None:
         about = {
             "machine": torch.cuda.get_device_name(used) if gpu else platform.processor() or platform.machine(),
             "versions": versions(),
@@ -379,6 +383,12 @@ def work(path: Path, device: str) -> None:
             "peak_gpu_mib": torch.cuda.max_memory_allocated(used) / 2**20 if gpu else None,
         }
         write_text(path / ABOUT, json.dumps(about, indent=1) + "\n")
+
+    keep()  # a machine may be gone before the end
+    try:
+        execute(prepared, folder, watch)
+    finally:
+        keep()
 
 
 def _interrupt(number: int, frame: Any) -> None:
@@ -406,12 +416,13 @@ def bytes_up(cell: Cell) -> float:
     return statistics.fmean(line["bytes_up"] for line in cell.history[1:])
 
 
-def pace_of(cell: Cell) -> tuple[float, float]:
-    """Seconds a round, and tokens a second of training, padding not counted."""
+def pace_of(cell: Cell) -> tuple[float, float | None]:
+    """Seconds a round, and tokens a second of training, padding not counted; None: how many there are was not kept."""
     rounds = cell.history[1:]
-    tokens = cell.about["epoch_tokens"] * cell.config.training.epochs
+    tokens = cell.about.get("epoch_tokens")
     trained = statistics.median(line["client_train_seconds"] for line in rounds)
-    return statistics.median(line["round_seconds"] for line in rounds), tokens / trained
+    pace = tokens * cell.config.training.epochs / trained if tokens else None
+    return statistics.median(line["round_seconds"] for line in rounds), pace
 
 
 def told(found: Interval | None, scale: float, digits: int, sign: bool = False) -> str:
@@ -439,12 +450,12 @@ def marks(rounds: int) -> list[int]:
 
 def report(cells: Sequence[Cell], rounds: int) -> str:
     """Finished cells in tables, one a data set, then what they were made on; and how far the others are."""
-    done = [cell for cell in cells if cell.finished]
+    done = [cell for cell in cells if cell.complete]
     text = []
     for data in dict.fromkeys(cell.data for cell in done):
         text += [f"**{data}**, learning rate {next(c.rate for c in done if c.data == data)}", ""]
         text += [scores([cell for cell in done if cell.data == data], rounds), ""]
-    cut = [cell for cell in cells if not cell.finished and len(cell.history) > 1]
+    cut = [cell for cell in cells if not cell.complete and len(cell.history) > 1]
     for cell in cut:
         shares = ", ".join(
             f"{100 * value:.1f}" for value in (accuracy_at(cell, mark) for mark in marks(rounds)) if value is not None
@@ -478,8 +489,9 @@ def scores(cells: Sequence[Cell], rounds: int) -> str:
         shares = [bytes_up(cell) / bytes_up(base[seed]) for seed, cell in runs.items() if seed in base]
         row.append(f"{statistics.fmean(shares):.2f}" if shares else "")
         seconds, tokens = zip(*map(pace_of, runs.values()), strict=True)
-        peaks = [cell.about["peak_gpu_mib"] for cell in runs.values() if cell.about["peak_gpu_mib"]]
-        row += [f"{statistics.fmean(seconds):.1f}", f"{statistics.fmean(tokens):,.0f}"]
+        known = [pace for pace in tokens if pace is not None]
+        peaks = [peak for cell in runs.values() if (peak := cell.about.get("peak_gpu_mib"))]
+        row += [f"{statistics.fmean(seconds):.1f}", f"{statistics.fmean(known):,.0f}" if known else ""]
         rows.append([*row, f"{max(peaks):,.0f}" if peaks else ""])
     return table(header, rows)
 
@@ -505,8 +517,9 @@ def provenance(cells: Sequence[Cell]) -> str:
     seeds = ", ".join(map(str, sorted({cell.seed for cell in cells})))
     config = cells[0].config
     part = f"global {config.evaluation.part} set"
+    made_on = f"Machine: {machines}; {parts}; seeds" if known else "Machine and versions were not kept; seeds"
     return (
-        f"Machine: {machines}; {parts}; seeds {seeds}. {config.data.max_train} examples, {config.run.rounds} rounds, "
+        f"{made_on} {seeds}. {config.data.max_train} examples, {config.run.rounds} rounds, "
         f"batches of {config.training.batch_examples}, base in {config.tuning.dtype}, "
         f"updates in {config.wire.dtype}. Accuracy in %, of the {part}; late: mean over the second half of "
         "the rounds; m ± h: mean over seeds and half-width of the 95 % interval. Seconds are of cells that shared the "
@@ -568,6 +581,7 @@ def parser() -> argparse.ArgumentParser:
   real.py --minutes 9 --jobs 8 --seeds 2           # cells; call it again until all are there
   real.py --minutes 9 --only 'ag_news/*' --partial # begin what will not be finished, too
   real.py --table --seeds 2                        # what there is so far
+  real.py --table --rounds 15                      # of cells that have as many rounds, those and no more
   real.py --checks                                 # what only a GPU shows; --checks step,qlora for some of it
   real.py --minutes 1 --model demo --rounds 2 --examples 60 --tests 40   # a rehearsal on a CPU""",
     )

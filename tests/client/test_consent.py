@@ -181,7 +181,7 @@ def test_tokens_can_be_read_off_rows_where_it_is_said_and_nowhere_else(
     config = load_config(None, [*settings, f"algorithm.vocabulary={vocabulary}", *more])
     service = site(config, tmp_path, consent)
     moe, trained = service.client.trainer.moe, service.client.data.train
-    weights = {group: pack(value.clone(), "float32", 0) for group, value in moe.read().items()}
+    weights = {group: pack(value.cpu().clone(), "float32", 0) for group, value in moe.read().items()}
     target_L_E = torch.full((moe.layout.layers, moe.experts), 1 / moe.experts)
     report = ask(service, "train", Broadcast(1, weights, {"target_L_E": target_L_E}), Statistics)
     assert isinstance(report, Statistics)

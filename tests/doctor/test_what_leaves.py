@@ -52,7 +52,7 @@ def service(config: Config, folder: Path, consent: Consent = DEALT) -> Service:
 
 
 def broadcast(moe: MoEModel) -> Parcel:
-    weights = {group: pack(value, "float32", 0) for group, value in moe.read().items()}
+    weights = {group: pack(value.cpu(), "float32", 0) for group, value in moe.read().items()}
     target_L_E = torch.full((moe.layout.layers, moe.experts), 1 / moe.experts)
     return travel(encode(Broadcast(1, weights, {"target_L_E": target_L_E}, score=True)))
 

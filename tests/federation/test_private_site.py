@@ -39,7 +39,7 @@ def serve(here: SiteFolder, config: Config, run: str = "night") -> Service:
 
 
 def broadcast(moe: MoEModel, round: int = 1) -> Broadcast:
-    return Broadcast(round, {group: pack(v, "float32", 0) for group, v in moe.read().items()}, score=True)
+    return Broadcast(round, {group: pack(v.cpu(), "float32", 0) for group, v in moe.read().items()}, score=True)
 
 
 def test_a_private_round_of_a_site(settings: list[str], texts: Path, olmoe: Path, tmp_path: Path) -> None:

@@ -39,9 +39,8 @@ def nothing_is_left() -> Iterator[None]:
 
 
 def run(out: Path, settings: list[str], *more: str, watch: Silent | None = None) -> None:
-    config = load_config(
-        None, [*settings, "run.rounds=2", "training.epochs=1", "run.threads=1", "evaluation.batch_tokens=300", *more]
-    )
+    every = ("run.device=cpu", "run.rounds=2", "training.epochs=1", "run.threads=1", "evaluation.batch_tokens=300")
+    config = load_config(None, [*settings, *every, *more])
     folder = RunFolder(out)
     prepared = prepare(config, folder.clients)
     folder.begin(config)
@@ -187,7 +186,7 @@ def test_nothing_runs_on(
 ) -> None:
     out = tmp_path / "run"
     arguments = ["run", os.devnull, "--out", str(out)]
-    for setting in (*settings, "run.workers=2", "run.threads=1", "run.rounds=40"):
+    for setting in (*settings, "run.device=cpu", "run.workers=2", "run.threads=1", "run.rounds=40"):
         arguments += ["--set", setting]
     started = multiprocessing.get_context("fork").Process(target=command, args=(tmp_path / "log", arguments))
     started.start()

@@ -59,7 +59,7 @@ Attack = Callable[..., Coordinator]
 def attack(site_config: Config, olmoe: Path, tmp_path: Path) -> Attack:
     """`attack(rows, limits)`: a coordinator of a site with these rows, whose site.toml names its model and limits."""
     moe = MoEModel.load(olmoe)
-    broadcast = Broadcast(1, {group: pack(value, "float32", 0) for group, value in moe.read().items()})
+    broadcast = Broadcast(1, {group: pack(value.cpu(), "float32", 0) for group, value in moe.read().items()})
 
     def make(lines: list[dict[str, str]] | None = None, limits: str = "", model: bool = True) -> Coordinator:
         folder = tmp_path / "ward"

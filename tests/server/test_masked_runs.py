@@ -39,7 +39,7 @@ def model(folder: Path) -> dict[str, torch.Tensor]:
     "more",
     [
         ["algorithm.name=fedprox", "server.optimizer=adam", "server.learning_rate=0.01"],
-        ["algorithm.name=by_use", "run.workers=2"],
+        ["algorithm.name=by_use", "run.workers=2", "run.device=cpu"],
         ["algorithm.name=by_use", "algorithm.vocabulary=average", "tuning.kind=lora", "privacy.noise_multiplier=1"],
     ],
 )
