@@ -341,10 +341,8 @@ def sites(place: Place) -> Findings:
     command = [sys.executable, "-m", "fedalign.federation.flower.three_sites", "--out", str(place.folder / "sites")]
     yield "table", said(*command, "--rounds", "2")[-1500:]
     logs = (place.folder / "sites").rglob("*.log")
-    devices = {
-        line.strip() for log in logs for line in log.read_text("utf-8", "replace").splitlines() if "cuda" in line
-    }
-    yield "lines of the sites that name a GPU", sorted(devices)[:12]
+    lines = {line.strip() for log in logs for line in log.read_text("utf-8", "replace").splitlines()}
+    yield "where their models are", sorted(line for line in lines if "the model is on" in line)
 
 
 def step(place: Place) -> Findings:

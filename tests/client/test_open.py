@@ -21,6 +21,7 @@ from fedalign.data.encode import tokenizer_hash
 from fedalign.errors import DataError, ModelError, UserError
 from fedalign.federation.in_process import prepare
 from fedalign.maths.rounding import pack
+from fedalign.moe.load import hardware
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import PROTOCOL, SHARED, Broadcast
 from tests.conftest import changed, make_site, site_toml
@@ -34,6 +35,14 @@ def test_a_site_says_what_it_is(site_config: Config, ward: SiteFolder, olmoe: Pa
     assert (hello.layers, hello.experts) == (2, 4)
     assert (hello.examples, hello.held_out) == (32, 9)  # of 90; asked for at most 40, which is none of its sizes
     assert all(len(text) == 64 for text in (hello.architecture, hello.weights, hello.tokenizer, hello.chat_template))
+
+
+def test_a_site_logs_where_its_model_is(
+    site_config: Config, ward: SiteFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="fedalign")
+    where = open_site(ward, site_config, "night").trainer.moe.device.type
+    assert f"ward 3: the model is on {where}: {hardware(where)}" in caplog.messages
 
 
 def test_opening_a_site_keeps_nothing_but_what_is_held_out(site_config: Config, ward: SiteFolder) -> None:

@@ -17,7 +17,7 @@ from fedalign.data.deal import split_among_clients
 from fedalign.data.encode import load_tokenizer
 from fedalign.errors import UserError
 from fedalign.moe.families import FAMILIES
-from fedalign.moe.load import model_path, pick_device
+from fedalign.moe.load import hardware, model_path, pick_device
 from fedalign.moe.model import MoEModel, load_model
 from tests.conftest import changed
 from tests.moe.tiny import build
@@ -42,6 +42,15 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are() -> None:
     for name in ("cuda:99", "tpu", ""):
         with pytest.raises(UserError, match=rf"run.device = '{name}': not on this machine. Choose one of: auto, cpu"):
             pick_device(name)
+
+
+def test_hardware_is_named_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"NVIDIA H200 ({device})")
+    assert [hardware(name) for name in ("cpu", "cuda:1", "split")] == [
+        *("1 thread", "NVIDIA H200 (cuda:1)", "2 x NVIDIA H200 (None)")
+    ]
 
 
 def test_threads_are_set_only_when_asked_for(site_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -332,7 +332,10 @@ def _left(settings: Config, stop: Stopped) -> str:
 
 
 def _print_headline(prepared: Prepared, console: Console) -> None:
+    from fedalign.moe.load import hardware, pick_device
+
     moe, config = prepared.bench.moe, prepared.config
+    device = pick_device(config.run.device)
     examples = [client.examples for client in prepared.clients.values()]
     parameters = sum(p.numel() for p in moe.model.parameters())
     held = " to ".join(str(count) for count in sorted({min(examples), max(examples)}))
@@ -340,7 +343,7 @@ def _print_headline(prepared: Prepared, console: Console) -> None:
     say(
         f"{config.algorithm.name}: {clients} with {held} examples, "
         f"{moe.family} with {parameters / 1e6:.1f}M parameters "
-        f"({moe.layout.layers} MoE layers x {moe.experts} experts, top-{moe.top_k})",
+        f"({moe.layout.layers} MoE layers x {moe.experts} experts, top-{moe.top_k}), on {device}: {hardware(device)}",
         console,
     )
     if config.tuning.kind != "full":

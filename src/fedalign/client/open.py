@@ -22,6 +22,7 @@ from fedalign.data.formats import load_examples
 from fedalign.data.sources import read_rows
 from fedalign.errors import DataError, ModelError, UserError
 from fedalign.files import folder_name
+from fedalign.moe.load import hardware, pick_device
 from fedalign.protocol import PROTOCOL, Hello
 
 HUB_FILES = ["*.json", "*.jinja", "*.model", "*.py", "*.safetensors", "*.tiktoken", "*.txt"]
@@ -51,6 +52,8 @@ def open_site(folder: SiteFolder, config: Config, run: str) -> OpenClient:
     bench = _own_model(local) if folder.config.model.path else _model_of_the_hub(local)
     client, parts = site_client(folder, bench, config, run)
     parts.save(parts_file(folder))
+    device = pick_device(local.run.device)
+    log.info("%s: the model is on %s: %s", folder.config.name, device, hardware(device))
     return OpenClient(bench.trainer(), client, lambda: describe(bench, client, bench.moe.weights_hash()))
 
 

@@ -16,7 +16,7 @@ from fedalign.config.run import Config
 from fedalign.doctor.estimate import SiteEstimate
 from fedalign.doctor.report import Check, Examination, Verdict
 from fedalign.federation.workers import cores
-from fedalign.moe.load import pick_device
+from fedalign.moe.load import hardware, pick_device
 from fedalign.parallel import SPLIT
 from fedalign.server.rounds import round_half_up
 from fedalign.units import size
@@ -69,12 +69,7 @@ def check_device(found: Examination, name: str) -> str | None:
         return None
     free = free_memory(device)
     left = "unknown" if free is None else size(free)
-    what = f"{torch.get_num_threads()} threads"
-    if device.startswith("cuda"):
-        what = torch.cuda.get_device_name(device)
-    elif device == SPLIT:
-        what = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    found.add("device", "ok", f"{device}: {what}, {left} of memory free")
+    found.add("device", "ok", f"{device}: {hardware(device)}, {left} of memory free")
     return device
 
 

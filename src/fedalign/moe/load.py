@@ -226,6 +226,20 @@ def model_path(name: str) -> str:
     return str(model_folder()) if name == "demo" else name
 
 
+def hardware(device: str) -> str:
+    """A device for people to read: threads of a CPU, names of GPUs.
+
+    Args:
+        device: what `pick_device` found, or the name of a model's device.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    if device == parallel.SPLIT:
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' if threads > 1 else ''}"
+
+
 def pick_device(name: str) -> str:
     """`auto` is a GPU if there is one, `split` all of them.
 
