@@ -13,12 +13,15 @@ import torch
 from matplotlib.figure import Figure
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "evidence"))
+import by_round
 import figures
 import measure
 import study
 import tables
 
 import data
+from fedalign.config.toml import load_config
+from fedalign.server.results import RunFolder
 
 
 @pytest.mark.parametrize("module", [data, measure, tables])
@@ -132,3 +135,32 @@ def test_the_figure_shows_differences_seed_by_seed_at_the_rate_asked_for() -> No
     points = drawn[0].get_ydata()
     assert points == pytest.approx([15, 0])
     assert drawn.get_label() == study.OURS
+
+
+def test_finished_runs_are_kept_once_and_told_beside_fedavg(tmp_path: Path) -> None:
+    scores = {
+        ("fedavg", 0): (0.2, 0.4),
+        ("fedavg", 1): (0.2, 0.6),
+        ("by_use", 0): (0.2, 0.5),
+        ("by_use", 1): (0.2, 0.7),
+    }
+    for (line, seed), accuracies in scores.items():
+        folder = RunFolder(tmp_path / "runs" / "tasks" / "runs" / line / f"seed-{seed}")
+        folder.path.mkdir(parents=True)
+        folder.config.write_text(load_config(None, [f"run.seed={seed}", "training.learning_rate=1e-3"]).to_toml())
+        rounds = [{"accuracy": accuracy, "loss_nats": 1 - accuracy, "bytes_up": 4} for accuracy in accuracies]
+        folder.metrics.write_text("".join(json.dumps(one) + "\n" for one in rounds))
+        if (line, seed) != ("by_use", 1):
+            folder.summary.write_text("{}")  # it is finished
+    file = tmp_path / "today.jsonl"
+    assert by_round.keep(file, tmp_path / "runs") == 3
+    folder.summary.write_text("{}")
+    assert by_round.keep(file, tmp_path / "runs") == 1
+    kept = by_round.read(file)
+    assert [(line["part"], line["line"], line["seed"], line["rate"]) for line in kept] == [
+        ("tasks", line, seed, 1e-3) for line, seed in (("by_use", 0), ("fedavg", 0), ("fedavg", 1), ("by_use", 1))
+    ]
+    rows = {row.split(" | ")[0].strip("| "): row for row in by_round.part_table(kept).splitlines()}
+    assert rows["start"].endswith("| 20.0 ± 0.0 | 20.0 ± 0.0 (+0.0 ± 0.0) |")
+    assert "(**+10.0 ± 0.0**)" in rows["round 1"]
+    assert rows["bytes up"].endswith("| 1.00 | 1.00 |")

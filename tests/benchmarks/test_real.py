@@ -6,6 +6,7 @@ import doctest
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,21 @@ def test_what_does_not_fit_is_not_begun(study: real.Study) -> None:
     pace.saw(done)
     assert pace.needs(new) == pytest.approx(3 * 4.0)
     assert pace.needs(done) == pytest.approx(2 * 4.0)
+
+
+def test_a_cell_that_broke_off_counts_for_the_rounds_it_has(study: real.Study) -> None:
+    short = replace(study, rounds=2)
+    for line, accuracy in (("fedavg", 0.3), ("by_use", 0.5)):
+        cell = study.cell("cells", "ag_news", line, "1e-2", 0)
+        write_history(cell, 0.1, 0.2, accuracy)  # two of three rounds
+        (cell.folder.path / real.ABOUT).unlink()  # the machine was gone
+    assert "Cut off after 2 rounds" in real.report(
+        [study.cell("cells", "ag_news", line, "1e-2", 0) for line in ("fedavg", "by_use")], 3
+    )
+    text = real.report([short.cell("cells", "ag_news", line, "1e-2", 0) for line in ("fedavg", "by_use")], 2)
+    assert "Cut off" not in text
+    assert "Machine and versions were not kept" in text
+    assert "+20.0" in text
 
 
 def test_a_cell_of_other_settings_is_not_gone_on_with(study: real.Study) -> None:

@@ -1,7 +1,8 @@
-"""Ideas beyond the paper, as algorithms of their own: each joins FedAlign-MoE if it wins, see docs/evidence.md.
+"""Ideas beyond the paper, as algorithms of their own: each joins FedAlign-MoE if it wins, see docs/evidence/studies.md.
 
 align_projected   FC-MoE's projection on top of semantic experts: no update against the consensus
 align_by_layer    λ of a layer follows its routing divergence: the early layers hardly part, the late ones do
+align_mixed_rows  token rows go a part of the way towards FedAvg's, at once or the further the more rounds there were
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 from fedalign.algorithms.fc_moe import FCMoE
-from fedalign.algorithms.fedalign_moe import TARGET
+from fedalign.algorithms.fedalign_moe import TARGET, FedAlignMoE
 from fedalign.algorithms.fedalign_paper import FedAlignPaper
 from fedalign.protocol import LocalRound, ParameterGroup, Plan, Reports, State, Step
 
 STRENGTH = "layer_strength_L"
+PLANNED = "rounds_planned"
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,25 @@ class ByLayer(FedAlignPaper):
             for layer, (routing, strength) in enumerate(zip(step.routing, step.state[STRENGTH], strict=True))
         ]
         return self.reg_strength * torch.stack(per_layer).mean()
+
+
+@dataclass(frozen=True)
+class MixedRows(FedAlignMoE):
+    """The default, with a share of FedAvg's weights in each token's row.
+
+    A row that only those move who met the token is pushed up by them and down by nobody: after many rounds it is surer
+    than it is right. FedAvg's weights bring the others' push back.
+    """
+
+    mixed: float = 0.0  # share of FedAvg's weights from the first round on
+    half_after: float = 0.0  # rounds in which half of what is left becomes FedAvg's; 0: never
+
+    def plan(self, reports: Reports, state: State) -> Plan:
+        """Rows of both kinds, mixed; how many rounds there were is part of the state."""
+        plan = super().plan(reports, state)
+        planned = state.get(PLANNED, torch.zeros(1))
+        if plan.token_weight_C_M_V is None:
+            return plan
+        left = (1 - self.mixed) * (0.5 ** (float(planned) / self.half_after) if self.half_after else 1.0)
+        weight_C_M_V = left * plan.token_weight_C_M_V + (1 - left) * reports.share_C[:, None, None]
+        return replace(plan, token_weight_C_M_V=weight_C_M_V, state={**plan.state, PLANNED: planned + 1})
