@@ -2,6 +2,7 @@
 
     python benchmarks/evidence/by_round.py today --keep    # of runs/evidence/today into benchmarks/results/today.jsonl
     python benchmarks/evidence/by_round.py today           # the table of what is kept; no run is needed
+    python benchmarks/evidence/by_round.py candidates --beside today/tasks    # with lines of another study's part
 
 Runs are large and stay where they were made; a line of today.jsonl is one of them. Differences to FedAvg are taken seed
 by seed; ± is the half-width of a 95 % Student-t interval, bold where that excludes zero.
@@ -107,14 +108,19 @@ def main() -> None:
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--keep", action="store_true", help="add finished runs to what is kept")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="where the runs of studies are")
+    parser.add_argument("--beside", metavar="STUDY/PART", help="of the same data, seeds and rate: its lines, too")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where what is kept lies")
     args = parser.parse_args()
     file = args.results / f"{args.study}.jsonl"
     if args.keep:
         print(f"{file}: {keep(file, args.out / args.study)} runs added")
     lines = read(file)
+    study, _, wanted = (args.beside or "").partition("/")
+    beside = [line for line in read(args.results / f"{study}.jsonl") if line["part"] == wanted]
+    if args.beside and not beside:
+        parser.error(f"--beside {args.beside}: nothing is kept of it. Choose STUDY/PART of {args.results}/STUDY.jsonl")
     for part in dict.fromkeys(line["part"] for line in lines):
-        mine = [line for line in lines if line["part"] == part]
+        mine = [*beside, *(line for line in lines if line["part"] == part)]
         print(f"\n**{part}**, learning rate {mine[0]['rate']:g}\n\n{part_table(mine)}")
     print("\n".join(["", *(f"Run on: {told}." for told in sorted({line["machine"] for line in lines}))]))
 
