@@ -122,7 +122,7 @@ def main() -> None:
     for part in dict.fromkeys(line["part"] for line in lines):
         mine = [*beside, *(line for line in lines if line["part"] == part)]
         print(f"\n**{part}**, learning rate {mine[0]['rate']:g}\n\n{part_table(mine)}")
-    print("\n".join(["", *(f"Run on: {told}." for told in sorted({line["machine"] for line in lines}))]))
+    print("\n".join(["", *(f"Run on: {kind}." for kind in sorted({line["machine"] for line in lines}))]))
 
 
 if __name__ == "__main__":

@@ -196,6 +196,7 @@ def candidates() -> Iterator[Part]:
     yield Part("tasks", "tasks", ("fedalign_paper", "align_by_layer"), "full", 2, FULL_TEST, rate="1e-3")
     mixed = tuple(f"align_mixed_rows:{how}" for how in ("mixed=0.3", "half_after=5"))
     yield Part("tasks-mixed rows", "tasks", mixed, "full", 1, (*FULL_TEST, "run.rounds=25"), rate="1e-3")
+    yield Part("domain", "domain", mixed[1:], "full", 1, (*FULL_TEST, "run.rounds=25"), rate="1e-3")
 
 
 def ablations() -> Iterator[Part]:
