@@ -4,7 +4,8 @@
     python benchmarks/evidence/by_round.py today           # the table of what is kept; no run is needed
     python benchmarks/evidence/by_round.py candidates --beside today/tasks    # with lines of another study's part
 
-Runs are large and stay where they were made; a line of today.jsonl is one of them. Differences to FedAvg are taken seed
+Runs are large and stay where they were made; a line of today.jsonl is one of them. Keep them on the machine that made
+them: its name goes into the line. Differences to FedAvg are taken seed
 by seed; ± is the half-width of a 95 % Student-t interval, bold where that excludes zero.
 """
 
@@ -68,7 +69,10 @@ def keep(file: Path, runs: Path) -> int:
 
 def part_table(lines: Sequence[Line]) -> str:
     """One part: accuracy by round, then differences to FedAvg, then the best round, loss and bytes."""
-    rounds = min(len(line["accuracy"]) for line in lines) - 1
+    made = {(len(line["accuracy"]) - 1, line["rate"]) for line in lines}
+    if len(made) > 1:
+        raise SystemExit(f"not to be compared: runs of {' and '.join(f'{n} rounds at {r:g}' for n, r in sorted(made))}")
+    ((rounds, _),) = made
     by_line: dict[str, dict[int, Line]] = {BASELINE: {}} if any(line["line"] == BASELINE for line in lines) else {}
     for line in lines:
         by_line.setdefault(line["line"], {})[line["seed"]] = line
@@ -108,18 +112,25 @@ def main() -> None:
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--keep", action="store_true", help="add finished runs to what is kept")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="where the runs of studies are")
-    parser.add_argument("--beside", metavar="STUDY/PART", help="of the same data, seeds and rate: its lines, too")
+    parser.add_argument(
+        "--beside", metavar="STUDY/PART", help="its lines, beside parts whose names begin so: same data"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="where what is kept lies")
     args = parser.parse_args()
     file = args.results / f"{args.study}.jsonl"
     if args.keep:
         print(f"{file}: {keep(file, args.out / args.study)} runs added")
     lines = read(file)
+    if not lines:
+        parser.error(f"{args.study}: nothing is kept in {file}. Run it with --keep where its runs are")
     study, _, wanted = (args.beside or "").partition("/")
     beside = [line for line in read(args.results / f"{study}.jsonl") if line["part"] == wanted]
     if args.beside and not beside:
         parser.error(f"--beside {args.beside}: nothing is kept of it. Choose STUDY/PART of {args.results}/STUDY.jsonl")
-    for part in dict.fromkeys(line["part"] for line in lines):
+    parts = [part for part in dict.fromkeys(line["part"] for line in lines) if part.startswith(wanted)]
+    if not parts:
+        parser.error(f"--beside {args.beside}: no part of {args.study} is of the same data, and begins with {wanted!r}")
+    for part in parts:
         mine = [*beside, *(line for line in lines if line["part"] == part)]
         print(f"\n**{part}**, learning rate {mine[0]['rate']:g}\n\n{part_table(mine)}")
     print("\n".join(["", *(f"Run on: {kind}." for kind in sorted({line["machine"] for line in lines}))]))

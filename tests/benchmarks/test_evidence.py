@@ -18,10 +18,13 @@ import figures
 import measure
 import study
 import tables
+from candidates.fedalign_candidates import MixedRows
 
 import data
+from fedalign.algorithms.fedalign_moe import FedAlignMoE
 from fedalign.config.toml import load_config
 from fedalign.server.results import RunFolder
+from fedalign.testing import reports
 
 
 @pytest.mark.parametrize("module", [data, measure, tables])
@@ -164,3 +167,17 @@ def test_finished_runs_are_kept_once_and_told_beside_fedavg(tmp_path: Path) -> N
     assert rows["start"].endswith("| 20.0 ± 0.0 | 20.0 ± 0.0 (+0.0 ± 0.0) |")
     assert "(**+10.0 ± 0.0**)" in rows["round 1"]
     assert rows["bytes up"].endswith("| 1.00 | 1.00 |")
+    with pytest.raises(SystemExit, match=r"runs of 1 rounds at 0\.001 and 1 rounds at 0\.1"):
+        by_round.part_table([*kept, {**kept[0], "rate": 0.1}])
+
+
+def test_token_rows_go_over_to_fedavgs() -> None:
+    told = reports(3)
+    plain, share_C = FedAlignMoE().plan(told, {}).token_weight_C_M_V, told.share_C[:, None, None]
+    assert plain is not None
+    halving = MixedRows(half_after=1)
+    first = halving.plan(told, {})
+    second = halving.plan(told, first.state)
+    for mixed, left in ((first, 1.0), (second, 0.5), (MixedRows(mixed=0.3).plan(told, {}), 0.7)):
+        assert mixed.token_weight_C_M_V is not None
+        torch.testing.assert_close(mixed.token_weight_C_M_V, left * plain + (1 - left) * share_C)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedalign import __version__, files
 from fedalign.cli.run import asked
@@ -20,6 +21,7 @@ from fedalign.config.toml import load_config
 from fedalign.export import write
 from fedalign.federation import in_process
 from fedalign.files import LOCK, WATCH, held_by, locked
+from fedalign.moe.load import hardware
 from fedalign.moe.model import load_model
 from fedalign.protocol import Broadcast, Statistics
 from fedalign.server.results import RunFolder
@@ -48,6 +50,8 @@ def test_a_run_tells_how_it_goes_and_where_the_results_lie(
     code, text, errors = fedalign("run", "--out", str(out), *sets(settings))
     assert code == 0, errors
     assert "3 clients with" in text
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert f"top-2), on {device}: {hardware(device)}" in " ".join(text.split())
     assert [line.split("|")[0].strip() for line in text.splitlines() if line.startswith("round ")] == [
         f"round {number}" for number in range(4)
     ]
