@@ -339,7 +339,7 @@ class Place:
         trial = replace(part, name=name, algorithms=tried)
         folder = self.run(self.out / "rates" / name, trial, RATE_SEED, [*look, f"data.max_train={twice}"])
         scored = {cell.choice.label: folder.run(cell, "runs") for cell in cells(folder.read())}
-        score = {label: merit(read_history(run)[-1]) for label, run in scored.items()}
+        score = {label: merit(read_history(run)[-1], "accuracy") for label, run in scored.items()}
         for run in scored.values():
             prune(run.path)
         return {line: max(part.rates, key=lambda rate: score[f"{line}:{RATE}={rate}"] or -1e9) for line in lines}

@@ -219,7 +219,7 @@ class Part:
         """Until the other's final accuracy: a mean only if every seed gets there."""
         base = self.runs.get(other, {})
         needed = [
-            rounds_to(run.history, target)
+            rounds_to(run.history, target, "accuracy")
             for seed, run in self.runs[label].items()
             if seed in base and (target := base[seed].last("accuracy")) is not None
         ]

@@ -122,11 +122,16 @@ def test_a_summary_says_which_way_is_better_and_of_how_many_rows() -> None:
     from fedalign.cli.run import _best, _by_client, _from_to  # noqa: PLC0415 - of this test alone
     from fedalign.units import percent  # noqa: PLC0415 - the same
 
-    assert _best({"best_round": 2, "best_accuracy": 0.5, "best_loss": 1.0}) == "highest accuracy, 50.0 %, in round 2"
-    assert _best({"best_round": 0, "best_accuracy": None, "best_loss": 1.0}) == (
+    assert _best({"best_round": 2, "best_by": "accuracy", "best_accuracy": 0.5, "best_loss": 1.0}) == (
+        "highest accuracy, 50.0 %, in round 2"
+    )
+    assert _best({"best_round": 2, "best_by": "loss", "best_accuracy": 0.5, "best_loss": 1.0}) == (
+        "lowest loss, 1.000, in round 2"
+    )
+    assert _best({"best_round": 0, "best_by": "loss", "best_accuracy": None, "best_loss": 1.0}) == (
         "lowest loss, 1.000, at the start: no round was better"
     )
-    assert _best({"best_round": None, "best_accuracy": None, "best_loss": None}) == ""
+    assert _best({"best_round": None, "best_by": None, "best_accuracy": None, "best_loss": None}) == ""
     assert _by_client({"a": 1.0, "b": 0.25}, {"a": 1, "b": 4}) == "a 100.0 % of 1, b 25.0 % of 4"
     assert _from_to(None, None, percent) == ""
     assert _from_to(0.1, 0.2, percent) == "10.0 % -> 20.0 %"

@@ -1,25 +1,29 @@
 """Tables and results.csv from runs with known numbers."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedalign.compare.figure import check_figure, draw
-from fedalign.compare.plan import cells
+from fedalign.compare.plan import Design, cells
 from fedalign.compare.tables import (
     Finished,
     Table,
     final_scores,
+    judged_by,
     notes,
     paired_differences,
+    qualities,
     rounds_to,
     to_latex,
     to_markdown,
     write_csv,
 )
 from fedalign.errors import UserError
+from fedalign.report.findings import _verdict
 from tests.compare.conftest import Ask, by_name, finished
 
 
@@ -134,7 +138,37 @@ def test_who_does_not_get_there_has_no_mean_number_of_rounds(ask: Ask) -> None:
         "reached by 1 of 2 seeds",
         "not reached",
     ]
-    assert rounds_to([{"round": 0, "loss_nats": 2.0}, {"round": 1}, {"round": 2, "loss_nats": 1.0}], -1.5) == 2
+    assert (
+        rounds_to([{"round": 0, "loss_nats": 2.0}, {"round": 1}, {"round": 2, "loss_nats": 1.0}], -1.5, "accuracy") == 2
+    )
+
+
+def test_by_the_loss_it_stands_first_and_tells_how_fast(ask: Ask) -> None:
+    """Accuracy and loss disagree: what is bold, and when the baseline's end is reached, go by the loss."""
+    design = ask("fedavg,fedprox", "2", ["evaluation.best=loss"])
+    cell = by_name(design)
+    runs = []
+    for seed in (0, 1):
+        for label, losses in (("fedavg", [2.0, 1.5, 1.2]), ("fedprox", [2.0, 1.1, 1.4])):
+            run = finished(cell[label, seed], 0.1, 0.5, 0.6 if label == "fedprox" else 0.5)
+            runs.append(
+                replace(run, history=[line | {"loss_nats": x} for line, x in zip(run.history, losses, strict=True)])
+            )
+    table = final_scores(design, runs)
+    assert table.header[2:4] == ("loss, nats", "accuracy, %")
+    assert table.header[-1] == "rounds to fedavg's end"
+    assert {name: [*row[1:3], row[-1]] for name, row in lines(table).items()} == {
+        "fedavg": ["**1.200", "50.0", "2.0"],
+        "fedprox": ["1.400", "**60.0", "1.0"],
+    }
+    assert judged_by(runs) == "loss"
+    assert "whose loss is at most that of fedavg after its last round" in " ".join(notes(design, runs=runs))
+    (verdict,) = _verdicts(design, runs)
+    assert verdict.startswith("fedavg is best on average: loss 1.200")
+
+
+def _verdicts(design: Design, runs: list[Finished]) -> list[str]:
+    return [_verdict(design, runs, qualities(runs)[0], point) for point in design.points]
 
 
 def test_a_missing_run_is_left_out_and_named(ask: Ask) -> None:

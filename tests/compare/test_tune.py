@@ -1,6 +1,7 @@
 """Hyper-parameters: the same grid for everyone, chosen on the validation part, written down."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,11 @@ def test_the_best_last_round_wins_and_is_written_down(ask: Ask, tmp_path: Path) 
         for alpha in ("0.1", "1.0")
         for label, rate, score in [("fedavg", "0.0003", 0.7), ("fedprox:mu=5", "0.0001", 0.6)]
     ]
+    for one, loss in zip(tasks[:3], (1.0, 3.0, 2.0), strict=True):  # fedavg's, by its loss
+        one.history = [line | {"loss_nats": loss} for line in one.history]
+    by_loss = ask("fedavg", "1", ["evaluation.best=loss"], tune=True)
+    judged = [replace(one, cell=cell) for one, cell in zip(tasks, tuning_cells(by_loss), strict=False)]
+    assert [one.validation_score for one in choose(judged)] == [-1.0]
     untuned = why_not(tasks)
     assert set(untuned) == {("fedmoe", (("clients.alpha", alpha),)) for alpha in ("0.1", "1.0")}
     assert untuned["fedmoe", (("clients.alpha", "0.1"),)].endswith("it exploded")

@@ -165,7 +165,9 @@ def test_the_best_round_is_not_the_last(made: Made, tmp_path: Path) -> None:
     bench = prepared(run, tmp_path / "scratch")
     for folder, number in ((tmp_path / "best", best), (last, 3)):
         assert scored(bench, folder, bench.test).loss == lines(run)[number]["loss_nats"]
-    assert "chosen by these very scores" in (tmp_path / "best" / "README.md").read_text()
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert "chosen by these very scores" in card
+    assert f"{best} of 3, the best one by accuracy" in card
     assert "chosen by these very scores" not in (last / "README.md").read_text()
 
 

@@ -71,7 +71,7 @@ def test_a_masked_run_that_is_scored_by_its_clients_alone(
     assert all(0 <= line["client_accuracy_weighted"] <= 1 for line in lines)
     assert not any("by_client" not in key and isinstance(value, dict) for line in lines for key, value in line.items())
     assert len(lines) < 5
-    assert lines[-1]["stopped"].startswith("run.patience = 1: the best score is of round")
+    assert lines[-1]["stopped"].startswith("run.patience = 1: the highest accuracy is of round")
     summary = json.loads((run / "summary.json").read_text())
     best = max(lines, key=lambda line: line["client_accuracy_weighted"])
     assert summary["best_round"] == best["round"] == json.loads((run / "best/round.json").read_text())["round"]

@@ -36,7 +36,15 @@ from fedalign.server.checkpoint import Checkpoints, ServerState
 from fedalign.server.checks import check_evaluation, check_statistics, find_outliers
 from fedalign.server.results import summarise
 from fedalign.server.rounds import Server, select
-from fedalign.server.scores import Traffic, describe_clients, describe_test, merit, routing_divergence
+from fedalign.server.scores import (
+    Traffic,
+    best_of,
+    describe_clients,
+    describe_test,
+    is_scored,
+    merit,
+    routing_divergence,
+)
 
 CELLS = [ParameterGroup(kind, 0, e) for kind in ("gate", "expert") for e in range(2)]
 LAYOUT = Layout(1, 2, {**dict.fromkeys(WHOLE, 1), SHARED: 2, **dict.fromkeys(CELLS, 1)})
@@ -309,10 +317,10 @@ def test_scores_are_described_by_name() -> None:
     assert line["client_accuracy_worst"] == 0.5
     assert line["client_accuracy_spread"] == pytest.approx(0.2)
     assert line["client_loss_mean_nats"] == pytest.approx(1.25)
-    assert merit(line) == 0.8
+    assert (merit(line, "accuracy"), merit(line, "loss")) == (0.8, -0.5)
     alone = [Evaluation("a", 1, 2.0, None)]
-    assert merit(describe_test(None) | describe_clients(alone, all_asked=True)) == -2.0
-    assert merit({"round": 1}) is None
+    assert merit(describe_test(None) | describe_clients(alone, all_asked=True), "accuracy") == -2.0
+    assert merit({"round": 1}, "accuracy") is merit({"round": 1}, "loss") is None
 
 
 # ------------------------------------------------------------------------------------- what a client may not send
@@ -565,7 +573,7 @@ def test_a_run_ends_when_its_patience_is_spent(tmp_path: Path, every: int, last:
     scores = lambda n, w: Evaluation(None, 5, 1.0, next(rising, 0.3))  # noqa: E731 - a score a call
     state, _ = run(tmp_path, federation, *patient, scores=scores)
     assert state.round == last
-    told = "run.patience = 2: the best score is of round 2, rounds scored since: 2"
+    told = "run.patience = 2: the highest accuracy is of round 2, rounds scored since: 2"
     assert [line.get("stopped") for line in state.history] == [None] * last + [told]
     again, log = run(tmp_path, federation, *patient, state=state)
     assert (again.round, log.improved) == (last, [])
@@ -573,6 +581,44 @@ def test_a_run_ends_when_its_patience_is_spent(tmp_path: Path, every: int, last:
     assert (on.round, on.history[: last + 1]) == (9, state.history)
     assert summarise(load_config(None, patient), state.history)["stopped"] == told
     assert summarise(config, on.history)["stopped"] is None
+
+
+def test_the_loss_decides_where_it_is_to(tmp_path: Path) -> None:
+    """Accuracy rises to the end, and the loss is lowest after round 2."""
+    losses, right = [2.0, 1.5, 1.0, 1.2, 1.4, 1.1], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    scores = lambda n, w: Evaluation(None, 5, losses[n], right[n])  # noqa: E731 - a score a round
+    more = ["run.rounds=5", "run.patience=2"]
+    state, log = run(tmp_path / "accuracy", Scripted({"a": (30, 1.0)}), *more, scores=scores)
+    assert (state.round, log.improved) == (5, [True] * 6)
+    more.append("evaluation.best=loss")
+    state, log = run(tmp_path / "loss", Scripted({"a": (30, 1.0)}), *more, scores=scores)
+    assert (state.round, log.improved) == (4, [True, True, True, False, False])
+    told = "run.patience = 2: the lowest loss is of round 2, rounds scored since: 2"
+    assert state.history[-1]["stopped"] == told
+    summary = summarise(load_config(None, more), state.history)
+    assert [summary[name] for name in ("best_by", "best_round", "best_loss", "best_accuracy")] == ["loss", 2, 1.0, 0.3]
+    summary = summarise(load_config(None, more[:2]), state.history)
+    assert [summary[name] for name in ("best_by", "best_round", "best_loss", "best_accuracy")] == [
+        *("accuracy", 4, 1.4, 0.5)
+    ]
+
+
+def test_the_loss_decides_too_where_clients_alone_score(tmp_path: Path) -> None:
+    """A round after which patience may be spent is scored by itself, whatever it goes by: nobody trains in vain."""
+    losses = iter([1.0, 0.5, 0.6, 0.7, 0.1])
+    federation = Scripted({"a": (30, 1.0)}, grade=lambda score: replace(score, loss=next(losses)))
+    more = ("run.rounds=9", "run.patience=2", "evaluation.best=loss")
+    state, log = run(tmp_path, federation, *more, scores=lambda n, w: None)
+    assert (state.round, log.improved) == (3, [True, True, False, False])
+    assert (federation.asked, rounds_scored(federation, alone=True)) == (["a"] * 3, [0, 3])
+
+
+def test_a_loss_that_broke_is_not_the_lowest(tmp_path: Path) -> None:
+    losses = [math.nan, 3.0, math.nan]
+    scores = lambda n, w: Evaluation(None, 5, losses[n], 0.5)  # noqa: E731 - a score a round
+    state, log = run(tmp_path, Scripted({"a": (30, 1.0)}), "run.rounds=2", "evaluation.best=loss", scores=scores)
+    assert log.improved == [True, True, False]
+    assert best_of(state.history, "loss") == state.history[1]
 
 
 def test_patience_ends_no_run_in_its_last_round(tmp_path: Path) -> None:
@@ -648,7 +694,7 @@ def test_only_those_that_train_are_scored_and_means_are_of_all(tmp_path: Path) -
         asked = members if number in (0, 2, 4, 5) else select(members, 0.3, seed=0, round=number + 1)
         assert list(line["client_accuracies"]) == list(line["client_examples"]) == asked
         assert ("client_accuracy_mean" in line) == ("client_loss_mean_nats" in line) == (asked == members)
-    assert [merit(line) is not None for line in state.history] == [True, False, True, False, True, True]
+    assert [is_scored(line) for line in state.history] == [True, False, True, False, True, True]
     assert log.improved == [True, False, True, False, True, True]  # rounds that some have scored are never the best
     assert rounds_scored(federation, alone=True) == [0, 2, 4, 5]
     assert [line["bytes_down"] // MODEL for line in state.history] == [10, 3, 13, 3, 13, 13]

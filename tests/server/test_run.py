@@ -329,6 +329,45 @@ def test_best_is_made_whole_again(
     assert find_snapshot(out, best=True).round == best
 
 
+def rescored(out: Path, best: int) -> None:
+    """As if the loss had been lowest after this round."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["loss_nats"] = 1.0 + abs(line["round"] - best)
+    (out / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def test_a_resumed_run_goes_by_another_measure_if_its_best_model_is_kept(finished: Path, tmp_path: Path) -> None:
+    out, by_loss = tmp_path / "run", "evaluation.best=loss"
+    shutil.copytree(finished, out)
+    (lost,) = {0, 1} - {json.loads((out / "summary.json").read_text())["best_round"]}
+    rescored(out, lost)
+    told = (
+        rf'evaluation.best = "loss": the lowest loss is of round {lost}, whose model is no longer kept \(checkpoints: 2'
+    )
+    with pytest.raises(UserError, match=told):
+        resumed_config(out, [by_loss])
+    assert resumed_config(out, []).evaluation.best == "accuracy"
+    shutil.copy(finished / "metrics.jsonl", out)
+    lines = metrics(out)
+    lowest = min(lines, key=lambda line: line["loss_nats"])["round"]
+    assert lowest != saved_round(out / "best")["round"]  # type: ignore[index] # it says so, or this fails
+    summary = resume(out, by_loss)
+    assert (summary["best_by"], summary["best_round"]) == ("loss", lowest)
+    assert find_snapshot(out, best=True).round == lowest  # of the config that was kept
+
+
+def test_a_run_of_before_this_choice_goes_on(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    config = (out / "config.toml").read_text()
+    (out / "config.toml").write_text(config.replace('best = "accuracy"\n', ""))
+    assert resume(out)["best_by"] == "accuracy"
+    assert (out / "config.toml").read_text() == config
+    for kind in ("model", "best"):
+        assert model_bytes(out / kind) == model_bytes(finished / kind)
+
+
 def test_best_that_cannot_be_made_again_is_told(
     finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -635,7 +674,7 @@ def test_a_run_without_patience_left_says_so_and_can_go_on(
     run = tmp_path / "run"
     code, out, errors = fedalign("run", str(tmp_path / "run.toml"), *given, "--out", str(run))
     assert code == 0, errors
-    told = "run.patience = 1: the best score is of round 0, rounds scored since: 1"
+    told = "run.patience = 1: the highest accuracy is of round 0, rounds scored since: 1"
     assert f"round 1 is the last: {told}" in out
     assert json.loads((run / "summary.json").read_text())["stopped"] == told
     assert find_snapshot(run, best=False).round == 1

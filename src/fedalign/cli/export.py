@@ -56,7 +56,9 @@ def export(
             help="Round the weights, routers too; of an adapter its factors alone. Without it: as trained.",
         ),
     ] = None,
-    best: Annotated[bool, typer.Option("--best", help="The model of the best round, not of the last one.")] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="The model of the best round by evaluation.best, not of the last one.")
+    ] = False,
     clients: Annotated[
         bool,
         typer.Option(
@@ -157,16 +159,17 @@ def _hub(push: str | None, *, public: bool, overwrite: bool, clients: bool) -> P
 
 def _print(exported: Exported, to: Path) -> None:
     from fedalign.export.card import CARD
-    from fedalign.server.scores import accuracy_of
-    from fedalign.units import percent
+    from fedalign.server.scores import accuracy_of, loss_of
+    from fedalign.units import nats, percent
 
     made, snapshot = exported.made, exported.snapshot
-    accuracy = accuracy_of(exported.trained.scored)
+    accuracy, loss = accuracy_of(exported.trained.scored), loss_of(exported.trained.scored)
     of_whole = ", with all experts" if exported.left is not None else ""
     rows = [
         ("what", f"{FORMS[made.form]}, {made.dtype}"),
-        ("round", f"{snapshot.round} of {snapshot.config.run.rounds}"),
+        ("round", f"{snapshot.round} of {snapshot.config.run.rounds}{exported.trained.chosen}"),
         ("accuracy", f"{percent(accuracy)}{of_whole}" if accuracy is not None else ""),
+        ("loss, nats a token", f"{nats(loss)}{of_whole}" if loss is not None else ""),
         ("of clients", _of_clients(exported)),
         ("left", str(exported.left or "")),
         ("experts", _experts(exported.left) if exported.left is not None else ""),

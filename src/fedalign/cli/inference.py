@@ -53,7 +53,7 @@ EVALUATE_EXAMPLES = """
   fedalign evaluate runs/a --harness arc_easy,piqa    tasks of lm-evaluation-harness; your own: --tasks-in DIR
 """
 Place = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an exported folder, any model, or a hub id.")]
-Best = Annotated[bool, typer.Option("--best", help="Of a run: the best round instead of the last.")]
+Best = Annotated[bool, typer.Option("--best", help="Of a run: the best round by evaluation.best instead of the last.")]
 Start = Annotated[bool, typer.Option("--start", help="Of a run: the model that it started from.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
 Most = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of an answer.")]

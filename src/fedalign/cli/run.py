@@ -419,16 +419,15 @@ def _from_to(first: float | None, last: float | None, told: Callable[[float | No
 
 
 def _best(summary: Mapping[str, Any]) -> str:
-    """The best round, if any was scored, and which way is better."""
+    """The best round, if any was scored, and by which measure."""
+    from fedalign.server.scores import best_called
     from fedalign.units import nats, percent
 
-    number, accuracy = summary["best_round"], summary["best_accuracy"]
+    number, by = summary["best_round"], summary["best_by"]
     if number is None:
         return ""
-    said = (
-        f"lowest loss, {nats(summary['best_loss'])}" if accuracy is None else f"highest accuracy, {percent(accuracy)}"
-    )
-    return f"{said}, {f'in round {number}' if number else 'at the start: no round was better'}"
+    score = percent(summary["best_accuracy"]) if by == "accuracy" else nats(summary["best_loss"])
+    return f"{best_called(by)}, {score}, {f'in round {number}' if number else 'at the start: no round was better'}"
 
 
 def _by_client(accuracies: Mapping[str, float], rows: Mapping[str, int], most: int = 12) -> str:

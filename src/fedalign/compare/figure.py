@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedalign.compare.plan import Design, point_title
 from fedalign.compare.statistics import mean_interval
-from fedalign.compare.tables import Finished, by_label
+from fedalign.compare.tables import Finished, by_label, judged_by
 from fedalign.errors import UserError
 from fedalign.files import replacing_file
 from fedalign.server.scores import accuracy_of, loss_of
@@ -32,15 +32,15 @@ def check_figure(path: Path) -> None:
 
 
 def draw(path: Path, design: Design, runs: Sequence[Finished]) -> None:
-    """Draw accuracy by round, a panel a grid point; loss where nothing has an accuracy.
+    """Draw accuracy by round, a panel a grid point; the loss where tables go by it: see `tables.judged_by`.
 
     Lines are means over seeds. Bands are 95 % Student-t intervals; of fewer than four seeds each run is a thin line.
     """
     import matplotlib as mpl  # noqa: PLC0415 - of an extra, and slow to load
     from matplotlib.figure import Figure  # noqa: PLC0415 - the same
 
-    has_accuracy = any(accuracy_of(line) is not None for run in runs for line in run.history)
-    score, factor = (accuracy_of, 100.0) if has_accuracy else (loss_of, 1.0)
+    by_accuracy = judged_by(runs) == "accuracy"
+    score, factor = (accuracy_of, 100.0) if by_accuracy else (loss_of, 1.0)
     with (
         mpl.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}),
         replacing_file(path) as new,
@@ -64,6 +64,6 @@ def draw(path: Path, design: Design, runs: Sequence[Finished]) -> None:
                         axes.plot(rounds, [each[round] for round in rounds], color=color, alpha=0.35, linewidth=0.6)
             axes.set_title(point_title(point))
             axes.set_xlabel("round")
-        panels[0].set_ylabel("accuracy, %" if has_accuracy else "loss, nats a token")
+        panels[0].set_ylabel("accuracy, %" if by_accuracy else "loss, nats a token")
         panels[-1].legend(frameon=False)
         figure.savefig(new, format=path.suffix.lower()[1:], dpi=300)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fedalign.compare.plan import line_name
 from fedalign.compare.schedule import Task
-from fedalign.server.scores import accuracy_of, loss_of
+from fedalign.server.scores import accuracy_of, loss_of, measure_of
 from fedalign.units import clock, percent
 
 STYLES = {"waiting": "dim", "running": "cyan", "finished": "green", "failed": "bold red"}
@@ -94,7 +94,7 @@ def score(task: Task) -> str:
     if not scored:
         return "not scored yet"
     last = scored[-1]
-    if accuracy_of(last) is None:
+    if measure_of(last, task.cell.config.evaluation.best) == "loss":
         return f"loss {loss_of(last):.3f}"
     return f"accuracy {percent(accuracy_of(last))}"
 

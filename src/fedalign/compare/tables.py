@@ -16,9 +16,10 @@ from typing import Literal
 
 from fedalign.compare.plan import Cell, Design, Point, point_title
 from fedalign.compare.statistics import FEW, Interval, mean_interval, paired_interval
+from fedalign.config.run import Measure
 from fedalign.files import replacing_file
 from fedalign.protocol import Metrics
-from fedalign.server.scores import merit
+from fedalign.server.scores import is_scored, merit
 from fedalign.units import nats, size
 
 MARK = "†"
@@ -112,7 +113,7 @@ def final_scores(design: Design, runs: Sequence[Finished], spread: Spread = "ci"
             _with_intervals(column, values, values_by_seed(grouped.get(baseline, {}), column), spread)
             for column, values in zip((*columns, SENT), measured, strict=True)
         ]
-        speed = [_rounds(grouped[label], grouped.get(baseline, {})) for label in grouped]
+        speed = [_rounds(grouped[label], grouped.get(baseline, {}), judged_by(runs)) for label in grouped]
         lines = tuple(
             (TableCell(label), TableCell(str(len(grouped[label]))), *(c[i] for c in shown), *speed[i : i + several])
             for i, label in enumerate(grouped)
@@ -156,7 +157,7 @@ def start_line(design: Design, runs: Sequence[Finished], point: Point) -> tuple[
 
 def rows_scored(runs: Sequence[Finished]) -> str:
     """How many examples stand behind the scores, as far as runs say so."""
-    scored = [next((line for line in reversed(run.history) if merit(line) is not None), {}) for run in runs]
+    scored = [next((line for line in reversed(run.history) if is_scored(line)), {}) for run in runs]
     tests = [line["test_examples"] for line in scored if "test_examples" in line]
     means = {"client_accuracy_mean", "client_loss_mean_nats"}  # told where all clients have scored
     held = [line["client_examples"].values() for line in scored if line.get("client_examples") and means & line.keys()]
@@ -218,9 +219,10 @@ def notes(
     else:
         said.append("One seed: a single run, and no interval can be given.")
     if several:
+        reached = "accuracy is at least" if judged_by(runs) == "accuracy" else "loss is at most"
         said.append(
-            f"Rounds to {design.baseline}'s end: the first round of a seed that scores at least what {design.baseline} "
-            "scores after its last round with that seed; 0: the start does."
+            f"Rounds to {design.baseline}'s end: the first round of a seed whose {reached} that of {design.baseline} "
+            "after its last round with that seed; 0: the start's is."
         )
     explained = [told for column in qualities(runs) if (told := MEANINGS.get(column.title))]
     if explained:
@@ -243,30 +245,38 @@ def notes(
 
 
 def qualities(runs: Sequence[Finished]) -> list[Column]:
-    """Accuracies that some run has; losses where there are none."""
-    for kind in (ACCURACIES, LOSSES):
-        there = [column for column in kind if any(column.of(run) is not None for run in runs)]
-        if there:
-            return there
-    return []
+    """Accuracies that some run has, losses where there are none; where runs go by the loss, losses before accuracies.
+
+    They do if all have `evaluation.best` = "loss". The first column is what they are judged by.
+    """
+    accuracies, losses = (
+        [column for column in kind if any(column.of(run) is not None for run in runs)] for kind in (ACCURACIES, LOSSES)
+    )
+    by_loss = all(run.cell.config.evaluation.best == "loss" for run in runs)
+    return [*losses, *accuracies] if by_loss else accuracies or losses
 
 
-def rounds_to(history: Sequence[Metrics], target: float) -> int | None:
-    """The first round that scores at least `target`; None if none does.
+def judged_by(runs: Sequence[Finished]) -> Measure:
+    """The measure of the first of `qualities`."""
+    return "loss" if any(not column.higher_is_better for column in qualities(runs)[:1]) else "accuracy"
 
-    >>> rounds_to([{"round": 0, "accuracy": 0.1}, {"round": 1, "accuracy": 0.6}], 0.5)
+
+def rounds_to(history: Sequence[Metrics], target: float, by: Measure) -> int | None:
+    """The first round whose merit by a measure is at least `target`; None if none is.
+
+    >>> rounds_to([{"round": 0, "accuracy": 0.1}, {"round": 1, "accuracy": 0.6}], 0.5, "accuracy")
     1
     """
-    return next((line["round"] for line in history if (score := merit(line)) is not None and score >= target), None)
+    return next((line["round"] for line in history if (score := merit(line, by)) is not None and score >= target), None)
 
 
-def _rounds(group: Mapping[int, Finished], baseline: Mapping[int, Finished]) -> TableCell:
+def _rounds(group: Mapping[int, Finished], baseline: Mapping[int, Finished], by: Measure) -> TableCell:
     """A mean only if every seed gets there: the mean of those that do would flatter."""
     needed: list[int | None] = []
     for seed, run in group.items():
-        target = merit(baseline[seed].history[-1]) if seed in baseline else None
+        target = merit(baseline[seed].history[-1], by) if seed in baseline else None
         if target is not None:
-            needed.append(rounds_to(run.history, target))
+            needed.append(rounds_to(run.history, target, by))
     reached = [rounds for rounds in needed if rounds is not None]
     if not needed:
         return TableCell("-")

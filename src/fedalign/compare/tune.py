@@ -1,8 +1,9 @@
 """Hyper-parameters chosen for every algorithm in the same way, on the validation part alone.
 
 Each algorithm is tried with the same learning rates and, where it has one, with a few values of its strength. The run
-with the best score on the validation part after its last round decides; neither the test set nor the clients' held-out
-parts are looked at. The validation part stays out of training in the comparison itself, so partitions are the same.
+that is best on the validation part after its last round, by `evaluation.best`, decides; neither the test set nor the
+clients' held-out parts are looked at. The validation part stays out of training in the comparison itself, so
+partitions are the same.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Tuned(Section):
     point: dict[str, str]
     seed: int
     settings: Texts
-    validation_score: float  # accuracy, or minus the loss in nats where there is none
+    validation_score: float  # accuracy; minus the loss in nats where there is none, or by it
     runs: int  # that were tried
 
     @property
@@ -123,7 +124,7 @@ def choose(tasks: Sequence[Task]) -> list[Tuned]:
 
 def validation_score(task: Task) -> float | None:
     """Of a finished run, after its last round."""
-    return merit(task.history[-1]) if task.state == "finished" else None
+    return merit(task.history[-1], task.cell.config.evaluation.best) if task.state == "finished" else None
 
 
 def why_not(tasks: Sequence[Task]) -> dict[tuple[str, Point], str]:

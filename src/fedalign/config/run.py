@@ -109,6 +109,7 @@ Names = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_once)]
 Place = Annotated[str, AfterValidator(_place)]
 Template = Annotated[str, AfterValidator(_template)]
 
+Measure = Literal["accuracy", "loss"]
 Loss = Literal["plain", "label_shift", "fedlc", "fedrs"]
 STRENGTH: Mapping[Loss, float] = {"plain": 0.0, "label_shift": 1.0, "fedlc": 1.0, "fedrs": 0.5}  # see client.losses
 FORMAT_GROUP = "fedalign.formats"  # entry points of other packages: a name for data.kind, and a function of a row
@@ -213,7 +214,9 @@ class RunConfig(Section):
 
     seed: Count = key(0, "of partition, client sampling, order of batches, rounding")
     rounds: Positive = key(10, "of training, plan and sum")
-    patience: Count = key(0, "scored rounds without a better score after which the run ends early; 0: it does not")
+    patience: Count = key(
+        0, "scored rounds, none better by evaluation.best, after which the run ends early; 0: it does not"
+    )
     device: Device = "auto"
     threads: Threads = 0
     workers: Annotated[int, Field(ge=1, le=1024)] = key(
@@ -597,6 +600,11 @@ class EvaluationConfig(Section):
     """On the global test set and on each client's own held-out part."""
 
     part: Literal["test", "validation"] = key("test", "what stands for the global test set")
+    best: Measure = key(
+        "accuracy",
+        "what best/, run.patience and comparisons go by (accuracy: where there is none the loss; loss: where "
+        "probabilities matter)",
+    )
     every: Positive = key(1, "rounds")
     clients: bool = key(True, "also on each client's held-out part, before it trains on what it received")
     everyone: Count = key(

@@ -29,7 +29,7 @@ from fedalign.data.formats import FORMATS
 from fedalign.files import digests
 from fedalign.protocol import Metrics
 from fedalign.server.health import DEAD, OVERLOADED, Round
-from fedalign.server.scores import epsilon_spent, merit
+from fedalign.server.scores import epsilon_spent, is_scored, measure_of
 from fedalign.units import nats, percent
 
 if TYPE_CHECKING:
@@ -154,13 +154,19 @@ class Trained:
     @property
     def scored(self) -> Metrics:
         """The line of the last round that was scored; empty: none was."""
-        return next((line for line in reversed(self.history) if merit(line) is not None), {})
+        return next((line for line in reversed(self.history) if is_scored(line)), {})
+
+    @property
+    def chosen(self) -> str:
+        """Why it is of this round, to be put behind its number: it is the best one; empty: it is the last."""
+        by = measure_of(self.scored, self.config.evaluation.best)
+        return f", the best one by {by}" if self.best else ""
 
     @property
     def before(self) -> Metrics:
         """The same before training."""
         first = self.history[0] if self.history else {}
-        return first if merit(first) is not None else {}
+        return first if is_scored(first) else {}
 
 
 def base_license(config: Config, place: str) -> str | None:
@@ -307,7 +313,7 @@ def training_rows(trained: Trained) -> list[tuple[str, str]]:
     examples = [int(client["examples"]) for client in trained.holdings.values()]
     rows = [
         ("algorithm", f"`{config.algorithm.name}`{_listed(config.algorithm.model_extra or {})}"),
-        ("rounds", f"{trained.round} of {config.run.rounds}{', the best one' if trained.best else ''}"),
+        ("rounds", f"{trained.round} of {config.run.rounds}{trained.chosen}"),
         ("data", _data(trained)),
         ("examples to train on", _sizes(examples)),
         ("split among clients", _split(config)),

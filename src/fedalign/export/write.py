@@ -216,7 +216,7 @@ def find_snapshot(run: Path, best: bool) -> Snapshot:
 
 
 def _best(folder: RunFolder, config: Config) -> Snapshot:
-    best = best_of(_history(folder, None)) if folder.metrics.exists() else None
+    best = best_of(_history(folder, None), config.evaluation.best) if folder.metrics.exists() else None
     if best is None:
         raise UserError("--best: no round of this run was scored, so none is the best. Leave out --best.")
     return _saved(folder, config, folder.best, int(best["round"]))

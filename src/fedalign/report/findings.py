@@ -46,9 +46,10 @@ class Ablation:
 
 
 def score(material: Material) -> tuple[str, str]:
-    """The measure that runs are judged by, and its better side: "accuracy" and "higher", or "loss" and "lower"."""
-    higher = all(column.higher_is_better for column in qualities(material.tabled))
-    return ("accuracy", "higher") if higher else ("loss", "lower")
+    """The measure that figures show, and its better side: "accuracy" and "higher"; without any, "loss" and "lower"."""
+    columns = qualities(material.tabled)
+    has_accuracy = not columns or any(column.higher_is_better for column in columns)
+    return ("accuracy", "higher") if has_accuracy else ("loss", "lower")
 
 
 def verdicts(material: Material) -> list[str]:

@@ -22,7 +22,7 @@ from fedalign.files import LOCK, held_by
 from fedalign.protocol import Metrics
 from fedalign.server.health import DamagedError
 from fedalign.server.results import RunFolder, read_history
-from fedalign.server.scores import merit, spent
+from fedalign.server.scores import is_scored, spent
 
 UNTOLD = (
     "run.seed",
@@ -86,8 +86,8 @@ class Run:
     @property
     def stopped(self) -> str | None:
         """Why it took fewer rounds than it might have."""
-        options = self.cell.config.run
-        return spent(self.history, options.patience) if self.round < options.rounds else None
+        options, by = self.cell.config.run, self.cell.config.evaluation.best
+        return spent(self.history, options.patience, by) if self.round < options.rounds else None
 
 
 @dataclass(frozen=True)
@@ -259,8 +259,8 @@ def _read_run(cell: Cell, path: Path) -> Run | None:
         raise DamagedError(f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)) from None
     if not history:
         return None
-    options = cell.config.run
-    finished = bool(summary) and (history[-1]["round"] >= options.rounds or bool(spent(history, options.patience)))
+    options, by = cell.config.run, cell.config.evaluation.best
+    finished = bool(summary) and (history[-1]["round"] >= options.rounds or bool(spent(history, options.patience, by)))
     return Run(cell, path, history, finished, versions, held, sorted((path / "health").glob("round-*.safetensors")))
 
 
@@ -296,7 +296,7 @@ def _tabled(runs: Sequence[Run]) -> list[Finished]:
 
 def _until_scored(history: Sequence[Metrics]) -> Sequence[Metrics]:
     """Without the rounds after the last evaluation."""
-    scored = [i for i, line in enumerate(history) if merit(line) is not None]
+    scored = [i for i, line in enumerate(history) if is_scored(line)]
     return history[: scored[-1] + 1] if scored else history
 
 

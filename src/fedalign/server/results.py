@@ -29,9 +29,19 @@ from fedalign.config.toml import flat, read_config
 from fedalign.errors import UserError
 from fedalign.files import LOCK, WATCH, check_free, damage, locked, refuse_held, replacing, take, tidy, write_text
 from fedalign.protocol import Evaluation, Layout, Metrics, Plan, Statistics, Weights
-from fedalign.server.checkpoint import ServerState
+from fedalign.server.checkpoint import ServerState, whole_rounds
 from fedalign.server.health import write_health
-from fedalign.server.scores import accuracy_of, best_of, epsilon_spent, loss_of, merit, scored_on, spent
+from fedalign.server.scores import (
+    accuracy_of,
+    best_called,
+    best_of,
+    epsilon_spent,
+    is_scored,
+    loss_of,
+    measure_of,
+    scored_on,
+    spent,
+)
 from fedalign.server.trackers import TrackedRun, open_trackers
 
 logger = logging.getLogger(__name__)
@@ -138,7 +148,25 @@ class RunFolder:
 
     def stopped(self, config: Config) -> str | None:
         """Why the run that is here takes no more rounds of those that `config` asks for; None: it does."""
-        return spent(read_history(self), config.run.patience)
+        return spent(read_history(self), config.run.patience, config.evaluation.best)
+
+    def check_best(self, config: Config) -> None:
+        """Refuse a measure by which another round is the best, whose model is no longer kept.
+
+        Raises:
+            UserError: Neither `best/` nor a checkpoint holds that round.
+        """
+        by = config.evaluation.best
+        best = best_of(read_history(self), by)
+        if best is None or not _unlike(self.best, best):
+            return
+        kept = whole_rounds(self.checkpoint)
+        if best["round"] not in kept:
+            what, numbers = best_called(measure_of(best, by)), ", ".join(map(str, kept)) or "none"
+            raise UserError(
+                f'evaluation.best = "{by}": the {what} is of round {best["round"]}, whose model is no longer kept '
+                f"(checkpoints: {numbers}). Leave it as it was, or start anew with another --out."
+            )
 
     @parallel.by_the_first
     def amend(self, config: Config) -> None:
@@ -215,7 +243,7 @@ class Recorder:
             history: of the complete rounds.
             weights_after: the weights of a round that is still kept.
         """
-        best = best_of(history)
+        best = best_of(history, self.config.evaluation.best)
         problem = "" if best is None else parallel.agreed(_unlike(self.folder.best, best))
         if best is None or not problem:
             return
@@ -311,19 +339,21 @@ def check_round(folder: Path, line: Metrics) -> None:
 
 def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
     """The run in one flat record. Accuracies are shares in [0, 1], losses nats per answer token; None: never scored."""
-    scored: list[Metrics] = [line for line in history if merit(line) is not None] or [{}]
-    first, last, best = scored[0], scored[-1], best_of(history) or {}
+    by = config.evaluation.best
+    scored: list[Metrics] = [line for line in history if is_scored(line)] or [{}]
+    first, last, best = scored[0], scored[-1], best_of(history, by) or {}
     rounds = history[-1]["round"]
     epsilon, delta = epsilon_spent(history) or (None, None)
     return {
         "algorithm": config.algorithm.name,
         "seed": config.run.seed,
         "rounds": rounds,
-        "stopped": spent(history, config.run.patience) if rounds < config.run.rounds else None,
+        "stopped": spent(history, config.run.patience, by) if rounds < config.run.rounds else None,
         "initial_accuracy": accuracy_of(first),
         "final_accuracy": accuracy_of(last),
         "best_accuracy": accuracy_of(best),
         "best_round": best.get("round"),
+        "best_by": measure_of(best, by) if best else None,
         "accuracy_of": f"global {config.evaluation.part} set"
         if "loss_nats" in first
         else "clients' held-out parts, weighted by examples",

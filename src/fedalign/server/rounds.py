@@ -64,7 +64,7 @@ from fedalign.server.scores import (
     describe_plan,
     describe_test,
     describe_training,
-    merit,
+    is_scored,
     spent,
 )
 
@@ -148,17 +148,17 @@ class Server:
         Raises:
             UserError: Too few clients had anything usable to say, or there is patience and no score to be patient for.
         """
-        rounds, patience = self.config.run.rounds, self.config.run.patience
+        rounds, patience, by = self.config.run.rounds, self.config.run.patience, self.config.evaluation.best
         if not state.lines:
             about = {"bytes_up": 0, "bytes_down": 0, "failures": self._named([])}
             state = replace(state, public=self._public(state, state.weights))
             state = self._complete(state, self._tested(0, state.weights) | about)
         while True:
-            over = state.round >= rounds or spent(state.lines, patience) is not None
+            over = state.round >= rounds or spent(state.lines, patience, by) is not None
             if state.pending is not None and (over or self._alone(state, state.pending)):
                 state = self._score(state, state.pending)
                 continue
-            if patience and state.pending is None and best_of(state.history) is None:
+            if patience and state.pending is None and best_of(state.history, by) is None:
                 raise UserError(
                     f"run.patience = {patience}: round {state.round} was not scored, so no later one can be called "
                     "better. Give data.test, or clients.held_out with evaluation.clients = true; or go on with "
@@ -452,10 +452,11 @@ class Server:
         if self._by_all(state.round) or "data" in self.config.asks:
             return True
         patience = self.config.run.patience
-        if not patience or merit(line) is not None or self.config.clients.sample < 1:  # it is known what ends the run
+        if not patience or is_scored(line) or self.config.clients.sample < 1:  # it is known what ends the run
             return False
-        as_feared = {"round": state.round, "accuracy": -math.inf}
-        return not state.history or spent((*state.history, as_feared), patience) is not None
+        as_feared = {"round": state.round, "accuracy": -math.inf, "loss_nats": math.inf}
+        by = self.config.evaluation.best
+        return not state.history or spent((*state.history, as_feared), patience, by) is not None
 
     def _tested(self, number: int, weights: Weights) -> Metrics:
         """The first part of a round's line: its number, and the score on the global test set."""
@@ -513,13 +514,12 @@ class Server:
 
     def _last(self, state: ServerState, line: Metrics) -> Metrics:
         """A round's line, with the reason if none follows though more were asked for."""
-        why = spent((*state.history, line), self.config.run.patience)
+        why = spent((*state.history, line), self.config.run.patience, self.config.evaluation.best)
         return line | ({"stopped": why} if why and state.round < self.config.run.rounds else {})
 
     def _tell(self, state: ServerState) -> None:
-        *earlier, score = [merit(line) for line in state.history]
-        best = max((one for one in earlier if one is not None), default=-math.inf)
-        self.observer.completed(state, improved=score is not None and score > best)
+        best = best_of(state.history, self.config.evaluation.best)
+        self.observer.completed(state, improved=best is state.history[-1])
 
 
 def undelivered(history: Sequence[Metrics], client: str) -> int:

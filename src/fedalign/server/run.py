@@ -29,6 +29,7 @@ RESUMABLE = (  # may change on resume
     "run.workers",
     "run.check",
     "evaluation.answers",
+    "evaluation.best",
     "tracking.loggers",
     "wire.piece_mb",
     "server.min_clients",
@@ -97,10 +98,10 @@ def resumed_config(out: Path, overrides: Overrides) -> Config:
     """The configuration of the run in `out`, with those overrides that a resumed run may take.
 
     Raises:
-        UserError: There is no run, or an override would make it another run.
+        UserError: There is no run, or an override would make it another run, or a round the best that is gone.
     """
     folder = RunFolder(out)
-    folder.read_config("--resume")
+    before = folder.read_config("--resume")
     for override in as_texts(overrides):
         key = override.partition("=")[0].strip()
         if key not in RESUMABLE:
@@ -108,7 +109,10 @@ def resumed_config(out: Path, overrides: Overrides) -> Config:
                 f"--set {override!r}: a resumed run keeps its configuration. "
                 f"It may change: {', '.join(RESUMABLE)}. For anything else start anew with another --out."
             )
-    return load_config(folder.config, overrides)
+    config = load_config(folder.config, overrides)
+    if config.evaluation.best != before.evaluation.best:
+        folder.check_best(config)
+    return config
 
 
 def execute(centre: Centre, folder: RunFolder, watch: Observer) -> dict[str, Any]:

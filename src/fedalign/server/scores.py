@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedalign.config.run import Measure
 from fedalign.protocol import UNIT, Evaluation, Failure, HeldOut, Layout, Metrics, Moved, Plan, Statistics
 from fedalign.server.checks import check_evaluation
 
@@ -104,32 +105,64 @@ def scored_on(metrics: Mapping[str, Any], part: str) -> str:
     return f"{whose}, n = {count:,}" if count else whose
 
 
-def merit(metrics: Mapping[str, Any]) -> float | None:
-    """The merit by which rounds are "best": accuracy, else minus the loss; None for a round without evaluation."""
-    accuracy, loss = accuracy_of(metrics), loss_of(metrics)
-    return accuracy if accuracy is not None or loss is None else -loss
+def is_scored(metrics: Mapping[str, Any]) -> bool:
+    """Whether a round has an accuracy or a loss that it is known by."""
+    return accuracy_of(metrics) is not None or loss_of(metrics) is not None
 
 
-def best_of(history: Sequence[Metrics]) -> Metrics | None:
+def measure_of(metrics: Mapping[str, Any], by: Measure) -> Measure:
+    """The measure that a round is judged by, as of `evaluation.best`: of one without an accuracy it is the loss."""
+    return by if accuracy_of(metrics) is not None else "loss"
+
+
+def merit(metrics: Mapping[str, Any], by: Measure) -> float | None:
+    """The merit by which rounds are "best": accuracy, or minus the loss; None for a round without evaluation.
+
+    Args:
+        metrics: of the round.
+        by: `evaluation.best`.
+
+    >>> merit({"accuracy": 0.5, "loss_nats": 2.0}, "accuracy"), merit({"accuracy": 0.5, "loss_nats": 2.0}, "loss")
+    (0.5, -2.0)
+    >>> merit({"loss_nats": 2.0}, "accuracy"), merit({"loss_nats": math.nan}, "loss")  # a loss that broke is no merit
+    (-2.0, -inf)
+    """
+    if measure_of(metrics, by) == "accuracy":
+        return accuracy_of(metrics)
+    loss = loss_of(metrics)
+    return None if loss is None else -math.inf if math.isnan(loss) else -loss
+
+
+def best_of(history: Sequence[Metrics], by: Measure) -> Metrics | None:
     """The line of the best round, of equals the first; None: no round was scored."""
-    scored = [(score, line) for line in history if (score := merit(line)) is not None]
+    scored = [(score, line) for line in history if (score := merit(line, by)) is not None]
     return max(scored, key=itemgetter(0))[1] if scored else None
 
 
-def spent(history: Sequence[Metrics], patience: int) -> str | None:
+def best_called(measure: Measure) -> str:
+    """The best of a measure, in words.
+
+    >>> best_called("accuracy"), best_called("loss")
+    ('highest accuracy', 'lowest loss')
+    """
+    return "highest accuracy" if measure == "accuracy" else "lowest loss"
+
+
+def spent(history: Sequence[Metrics], patience: int, by: Measure) -> str | None:
     """Why a run ends early: as many scored rounds as it has patience for, none of them better; None: it goes on.
 
     >>> line = [{"round": n, "accuracy": score} for n, score in enumerate([0.1, 0.5, 0.5])]
-    >>> spent(line, 2), spent([*line, {"round": 3}], 2)  # a round that was not scored counts for nothing
+    >>> spent(line, 2, "accuracy"), spent([*line, {"round": 3}], 2, "accuracy")  # what was not scored does not count
     (None, None)
-    >>> spent([*line, {"round": 3}, {"round": 4, "accuracy": 0.4}], 2)
-    'run.patience = 2: the best score is of round 1, rounds scored since: 2'
+    >>> spent([*line, {"round": 3}, {"round": 4, "accuracy": 0.4}], 2, "accuracy")
+    'run.patience = 2: the highest accuracy is of round 1, rounds scored since: 2'
     """
-    best = best_of(history)
+    best = best_of(history, by)
     if best is None or not patience:
         return None
-    since = sum(merit(line) is not None for line in history if line["round"] > best["round"])
-    told = f"run.patience = {patience}: the best score is of round {best['round']}, rounds scored since: {since}"
+    since = sum(is_scored(line) for line in history if line["round"] > best["round"])
+    what = best_called(measure_of(best, by))
+    told = f"run.patience = {patience}: the {what} is of round {best['round']}, rounds scored since: {since}"
     return told if since >= patience else None
 
 
