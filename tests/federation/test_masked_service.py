@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from fedalign.client.log import SiteLog
 from fedalign.client.open import open_site
 from fedalign.config.run import Config
 from fedalign.config.site import SiteFolder
@@ -165,22 +167,27 @@ def test_who_is_asked_for_a_score_and_others_are_not_has_masks_that_do_not_cance
     assert seen_of(asked) == seen_of(replace(asked, keys=peers))
 
 
-def test_a_site_that_has_scored_all_that_it_will_does_not_train_where_a_score_is_asked_for(
+def test_a_site_that_has_scored_all_that_it_will_trains_and_adds_no_score(
     ward: SiteFolder, config: Config, peers: dict[str, str]
 ) -> None:
     text = (ward.path / "site.toml").read_text().replace("[limits]", "[limits]\nevaluations = 1")
     ward, toml = make_site(ward.path, text), changed(config, "server", robust="none", max_norm_ratio=0.0).to_toml()
     keys = keys_of(ward, config, peers)
 
-    def said(round: int, score: bool) -> Any:
+    def score_of(round: int, score: bool) -> list[int]:
+        """What it kept of its score before it concealed it."""
         asked = encode(replace(broadcast(config, keys, round), score=score))
-        return decode(travel(site_answer(ward, toml, "night", "train", travel(asked))), (Concealed, Failure))
+        told = decode(travel(site_answer(ward, toml, "night", "train", travel(asked))), Concealed)
+        assert HELD_OUT in told.residues
+        return list(map(int, load_file(ward.memory("night") / COUNTS)[HELD_OUT]))
 
-    assert isinstance(said(1, score=True), Concealed)
-    refused = said(2, score=True)
-    assert isinstance(refused, Failure)
-    assert "limits.evaluations = 1" in refused.reason
-    assert isinstance(said(2, score=False), Concealed)
+    first = score_of(1, score=True)
+    assert first[0] == 1
+    assert first[1] > 0
+    assert score_of(1, score=True) == first  # asked once more: it conceals what it counted, and scores nothing
+    assert score_of(2, score=True) == score_of(3, score=False) == [0, 0, 0, 0, 0]
+    scored = [(entry.verb, entry.scored) for entry in SiteLog(ward.path).entries() if entry.verb == "train"]
+    assert scored == [("train", True), ("train", False), ("train", False), ("train", False)]
 
 
 @pytest.mark.parametrize("verb", ["hello", "start", "train", "update", "evaluate", "count", "conceal"])

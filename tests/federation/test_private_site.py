@@ -102,7 +102,7 @@ def test_a_site_with_a_budget_takes_no_part_in_other_runs(
 def test_the_door_hands_the_refusal_on(settings: list[str], texts: Path, olmoe: Path, tmp_path: Path) -> None:
     here, config = site(tmp_path / "ward", texts, olmoe, "epsilon_total = 0.001"), private(settings)
     opened = serve(here, config)
-    answer = answer_at(here, "night", "hello", NOTHING, lambda parcel: opened.answer("hello", parcel))
+    answer = answer_at(here, "night", "hello", NOTHING, lambda parcel, _: opened.answer("hello", parcel))
     failure = decode(answer, (Failure,))
     assert "its privacy budget is spent" in failure.reason
     assert not PrivacyLedger(here.path).file.exists()

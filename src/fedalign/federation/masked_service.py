@@ -93,7 +93,7 @@ class MaskedService(Service):
         signature = signed(self.masking.run, self.name, key, sign) if sign else b""
         return replace(hello, examples=0, held_out=0, mask_key=key.hex(), mask_signature=signature.hex())
 
-    def _train(self, parcel: Parcel) -> Message:
+    def _train(self, parcel: Parcel, *, scores: bool) -> Message:
         broadcast = self._asked(parcel)
         if isinstance(broadcast, Lacking):
             return broadcast
@@ -103,7 +103,9 @@ class MaskedService(Service):
             if site.has(broadcast.round, seen):  # trained before the coordinator was started again
                 return self._counted(site.recount(broadcast.round, among))
         client, self._as_loaded = self.client, False
-        report = client.trainer.train(client.data, replace(broadcast, keys={}))
+        # unscored it adds zeros, as one that holds nothing out; its masks stay those of all who were asked for scores
+        asked = replace(broadcast, keys={}, score=broadcast.score and scores)
+        report = client.trainer.train(client.data, asked)
         with self._site(broadcast.keys) as site:
             return self._counted(site.count(report, seen, among))
 

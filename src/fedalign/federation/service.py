@@ -10,6 +10,8 @@ import gc
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,10 +78,14 @@ class Service:
         self._client = None
         gc.collect()  # a model's modules refer to each other
 
-    def answer(self, verb: str, parcel: Parcel) -> Parcel:
-        """Answer a message, which asks for one of `VERBS`; a fault becomes a Failure."""
+    def answer(self, verb: str, parcel: Parcel, *, scores: bool = True) -> Parcel:
+        """Answer a message, which asks for one of `VERBS`; a fault becomes a Failure.
+
+        Without `scores` it trains where a score is asked for as well, and is not scored: all that may be is told.
+        """
         stage = stage_of(verb)
         answers: dict[str, Callable[[Parcel], Message]] = {one: getattr(self, f"_{one}") for one in VERBS}
+        answers["train"] = partial(self._train, scores=scores)
         try:
             return encode(answers[verb](parcel))
         except (TrainingFailedError, MessageError, UserError) as error:
@@ -139,13 +145,13 @@ class Service:
 
     _conceal = _count
 
-    def _train(self, parcel: Parcel) -> Message:
+    def _train(self, parcel: Parcel, *, scores: bool) -> Message:
         broadcast = self._broadcast(parcel)
         if isinstance(broadcast, Lacking):
             return broadcast
         self.memory.forget_start()  # whoever asks for training has it
         client, self._as_loaded = self.client, False
-        return client.trainer.train(client.data, broadcast)
+        return client.trainer.train(client.data, replace(broadcast, score=broadcast.score and scores))
 
     def _update(self, parcel: Parcel) -> Message:
         return self.memory.hand_piece(self.name, decode(parcel, Fetch))

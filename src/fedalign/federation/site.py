@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,19 +57,20 @@ def _sign(key: Path, text: bytes) -> bytes:
     return signer(key)(text)
 
 
-def answer_at(folder: SiteFolder, run: str, verb: str, parcel: Parcel, answer: Callable[[Parcel], Parcel]) -> Parcel:
+def answer_at(
+    folder: SiteFolder, run: str, verb: str, parcel: Parcel, answer: Callable[[Parcel, bool], Parcel]
+) -> Parcel:
     """A site's answer to a message, or its refusal; either is in its log before it leaves.
 
     What the site keeps of it is for its owner's eyes alone. A call for training that asks for a score as well counts as
-    both. Where the site has scored all that it will, it trains and does not score; in a masked run it does neither,
-    since who was asked for a score has masks of its own.
+    both. Where the site has scored all that it will, it trains and does not score.
 
     Args:
         folder: the site.
         run: the run's key, as the coordinator says it.
         verb: what is asked for.
         parcel: the message.
-        answer: makes the answer to the message that it is given.
+        answer: makes the answer to the message that it is given, and is told whether it may score beside training.
     """
     with for_its_owner():
         _close(folder.memory(run).parent)
@@ -83,29 +83,30 @@ def _close(runs: Path) -> None:
         runs.chmod(0o700)
 
 
-def _answer_at(folder: SiteFolder, run: str, verb: str, parcel: Parcel, answer: Callable[[Parcel], Parcel]) -> Parcel:
+def _answer_at(
+    folder: SiteFolder, run: str, verb: str, parcel: Parcel, answer: Callable[[Parcel, bool], Parcel]
+) -> Parcel:
     lines = SiteLog(folder.path)
     reason = _refusal(folder, lines, run, verb)
     if not reason and verb == "offer" and (spent := _refusal(folder, lines, run, "train")):
         reason = spent if _refusal(folder, lines, run, "evaluate") else ""  # weights for nothing are not taken
-    if not reason and _scores(verb, parcel) and (spent := _refusal(folder, lines, run, "evaluate")):
-        if began_masked(folder.memory(run)):
-            reason = spent
-        else:
-            log.warning("%s: not scored: %s", folder.config.name, spent)
-            parcel = replace(parcel, head={**parcel.head, "score": False})
+    scores = _scores(verb, parcel)
+    if not reason and scores and (spent := _refusal(folder, lines, run, "evaluate")):
+        log.warning("%s: not scored: %s", folder.config.name, spent)
+        scores = False
     begun = not reason
-    reply = answer(parcel) if begun else None
+    reply = answer(parcel, scores) if begun else None
     try:
         with lines.held():
             if reply is not None:
-                asked = (verb, "evaluate") if _scores(verb, parcel) else (verb,)
+                asked = (verb, "evaluate") if scores else (verb,)
                 reason = _refusal(folder, lines, run, *asked)  # another process may have answered meanwhile
             if reason or reply is None:
                 reply = encode(Failure(folder.config.name, stage_of(verb), reason))
             reply = _without_places(folder, verb, reply)
             nothing_done = reply.head.get("kind") == "lacking"  # it has not the weights that it is asked about
-            lines.append(_entry(run, verb, parcel, reply, counted=begun and not nothing_done))
+            counted = begun and not nothing_done
+            lines.append(_entry(run, verb, parcel, reply, counted=counted, scored=counted and scores))
     except (OSError, ValueError, UserError) as error:
         log.error("%s: %s: nothing leaves that is not written down", lines.file, error)
         reply = encode(Failure(folder.config.name, stage_of(verb), "it cannot keep its own log"))
@@ -181,7 +182,7 @@ def _without_places(folder: SiteFolder, verb: str, reply: Parcel) -> Parcel:
     return encode(Failure(folder.config.name, stage_of(verb), f"something at the site is not in order; {SEE_LOG}"))
 
 
-def _entry(run: str, verb: str, asked: Parcel, reply: Parcel, counted: bool) -> Entry:
+def _entry(run: str, verb: str, asked: Parcel, reply: Parcel, *, counted: bool, scored: bool) -> Entry:
     number, examples = asked.head.get("round"), reply.head.get("examples")
     return Entry(
         run=run[:LONGEST_NAME],
@@ -192,5 +193,5 @@ def _entry(run: str, verb: str, asked: Parcel, reply: Parcel, counted: bool) -> 
         bytes=reply.nbytes,
         examples=examples if type(examples) is int else None,
         counted=counted,
-        scored=counted and _scores(verb, asked),
+        scored=scored,
     )

@@ -25,7 +25,7 @@ from fedalign.config.toml import load_config
 from fedalign.errors import UserError
 from fedalign.federation.flower import carrier, talks
 from fedalign.federation.flower import sites as federation
-from fedalign.federation.flower.client_app import _dealt_service
+from fedalign.federation.flower.client_app import _dealt_service, site_answer
 from fedalign.federation.flower.coordinator import Coordinator
 from fedalign.federation.flower.keys import make_node_key
 from fedalign.federation.in_process import prepare
@@ -430,6 +430,34 @@ def test_a_site_that_is_lost_while_it_scores_costs_its_score(
     assert "client_accuracy_weighted" in line
     assert services["east"].heard.count("count") == 1  # once more, among those left
     assert services["east"].heard.count("evaluate") == 1
+
+
+class Guarded(Cold):
+    """A site whose messages pass its door, where they are counted."""
+
+    def answer(self, verb: str, parcel: Parcel) -> Parcel:
+        return site_answer(self.folder, self.config.to_toml(), "run", verb, parcel)
+
+
+def test_a_site_that_has_scored_all_that_it_will_is_summed_all_the_same(
+    masked: Callable[..., Config], house: Path, tmp_path: Path
+) -> None:
+    """Its masks are those of the others, who were asked for scores as it was."""
+    config = masked("run.rounds=2", SCORES)
+    services = sites(tmp_path / "sites", house, config)
+    toml = (services["north"].folder.path / "site.toml").read_text()
+    make_site(services["north"].folder.path, toml.replace("[limits]\n", "[limits]\nevaluations = 1\n"))
+    guarded = {name: Guarded(SiteFolder.load(one.folder.path), config) for name, one in services.items()}
+    run(tmp_path / "run", link(guarded), config)
+    start, first, last = metrics(tmp_path / "run")
+    assert first["clients"] == last["clients"] == list(SITES)
+    assert 0 < first["held_out_examples"] < start["held_out_examples"]
+    assert first["held_out_examples"] == last["held_out_examples"]
+    assert [(fault["client"], fault["stage"]) for fault in last["failures"]] == [("north", "evaluate")]
+    assert start["failures"] == first["failures"] == []
+    in_process(tmp_path / "here", house, config)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "run" / "model" / name).read_bytes() == (tmp_path / "here" / "model" / name).read_bytes()
 
 
 @pytest.mark.parametrize("at", [(1, "evaluating", 2), (2, "summing", 1)])

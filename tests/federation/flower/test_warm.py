@@ -51,9 +51,10 @@ class Told:
         self.key = (config, run)
         self.closed = False
 
-    def answer(self, verb: str, parcel: Parcel) -> Parcel:
+    def answer(self, verb: str, parcel: Parcel, *, scores: bool = True) -> Parcel:
         if parcel.head["kind"] == "nothing":
-            return encode(Failure("ward", "join", f"{verb} of {self.key}"))
+            unscored = "" if scores else ", unscored"
+            return encode(Failure("ward", "join", f"{verb} of {self.key}{unscored}"))
         return parcel
 
     def close(self) -> None:
@@ -120,6 +121,13 @@ def test_every_message_goes_there_and_back(site: SiteFolder, trainer: Trainer, d
         answer = ask(site, "", "night", "train", encode(message))
         assert answer is not None
         assert same(decode(answer, type(message)), message)
+
+
+def test_whether_it_may_score_is_told_with_the_message(site: SiteFolder, trainer: Trainer) -> None:
+    answer = ask(site, "", "night", "train", NOTHING, scores=False)
+    assert answer is not None
+    assert decode(answer, Failure).reason == "train of ('', 'night'), unscored"
+    assert reason(site, "train") == "train of ('', 'night')"
 
 
 def test_large_arrays_in_several_pieces_and_empty_ones_arrive(site: SiteFolder, trainer: Trainer) -> None:
@@ -341,7 +349,7 @@ from fedalign.protocol import Broadcast
 from fedalign.config.site import SiteFolder
 from fedalign.federation.flower.warm import serve
 class Slow:
-    def answer(self, verb, parcel):
+    def answer(self, verb, parcel, scores):
         print("asked", flush=True)
         if verb == "train":
             time.sleep(60)

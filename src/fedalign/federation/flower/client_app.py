@@ -61,10 +61,10 @@ def _answer(verb: str, parcel: Parcel, run: RunAbout, context: Context) -> Parce
 
 def site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel) -> Parcel:
     """A site's answer, within its limits and written down."""
-    return answer_at(folder, run, verb, parcel, lambda asked: _site_answer(folder, config, run, verb, asked))
+    return answer_at(folder, run, verb, parcel, partial(_site_answer, folder, config, run, verb))
 
 
-def _site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel) -> Parcel:
+def _site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel, scores: bool) -> Parcel:
     """From the site's warm trainer where the model is needed and the trainer is there, else from here."""
     try:
         service = service_of(folder, read_config(config), run, lambda: _open_site(folder, config, run))
@@ -74,10 +74,10 @@ def _site_answer(folder: SiteFolder, config: str, run: str, verb: str, parcel: P
     if VERBS[verb].needs_model:
         from fedalign.federation.flower.warm import ask
 
-        answer = ask(folder, config, run, verb, parcel)
+        answer = ask(folder, config, run, verb, parcel, scores=scores)
         if answer is not None:
             return answer
-    return service.answer(verb, parcel)
+    return service.answer(verb, parcel, scores=scores)
 
 
 def _open_site(folder: SiteFolder, config: str, run: str) -> OpenClient:

@@ -25,15 +25,16 @@ from fedalign.files import for_its_owner, write_private
 log = logging.getLogger("fedalign")
 
 
-def ask(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel) -> Parcel | None:
-    """The warm trainer's answer, or None where there is none."""
+def ask(folder: SiteFolder, config: str, run: str, verb: str, parcel: Parcel, *, scores: bool = True) -> Parcel | None:
+    """The warm trainer's answer, or None where there is none; arguments as of `Service.answer`."""
     file = meeting_file(folder)
     if not file.exists():
         return None
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
+        asked = {"config": config, "run": run, "verb": verb, "scores": scores}
         with Client(about["address"], authkey=bytes.fromhex(about["secret"])) as connection:
-            connection.send_bytes(json.dumps({"config": config, "run": run, "verb": verb}).encode())
+            connection.send_bytes(json.dumps(asked).encode())
             send(connection, parcel)
             return receive(connection)
     except (OSError, EOFError, ValueError, KeyError, TypeError, ProcessError, MessageError) as error:
@@ -67,7 +68,9 @@ def serve(folder: SiteFolder, open_service: Callable[[str, str], Service], ready
                                 current[1].close()  # the old model goes before the new one comes
                             current = (key, open_service(*key))
                         with for_its_owner():
-                            answer = current[1].answer(str(about["verb"]), receive(connection))
+                            answer = current[1].answer(
+                                str(about["verb"]), receive(connection), scores=about["scores"] is True
+                            )
                         send(connection, answer)
                 except Exception as error:  # whoever it was went away or does not know the secret: on to the next
                     log.warning("a message came to nothing: %s", type(error).__name__)
