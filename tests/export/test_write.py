@@ -28,7 +28,7 @@ from fedalign.config.toml import load_config, parse_config, read_config
 from fedalign.data.batches import Batch
 from fedalign.data.encode import IGNORED
 from fedalign.errors import UserError
-from fedalign.export.card import MIXER, render
+from fedalign.export.card import MIXER, Trained, of_docstrings, render, training_rows
 from fedalign.export.write import Exported, Wanted, _cast, export, open_kept
 from fedalign.federation.in_process import Prepared, prepare
 from fedalign.files import LOCK, MARK, SUMS, WATCH, claimed, damage, locked, replacing
@@ -154,6 +154,15 @@ def test_a_merged_adapter_needs_no_peft_and_scores_the_same(made: Made, tmp_path
     after, last = scored(bench, out, bench.test), lines(run)[-1]
     assert after.loss == pytest.approx(last["loss_nats"], abs=1e-5)
     assert after.accuracy == last["accuracy"]
+
+
+def test_a_card_claims_the_embedded_data_of_no_site() -> None:
+    sites = ["federation.engine=flower", 'data.labels=["a", "b"]']
+    dealt, theirs = load_config(None), load_config(None, sites)
+    assert (dealt.data.train, theirs.data.train) == ("docstrings", "docstrings")
+    for config, embedded in ((dealt, True), (theirs, False)):
+        rows = dict(training_rows(Trained(config, 1, False, (), {}, {}, None)))
+        assert ("docstrings" in rows["data"]) == of_docstrings(config) == embedded
 
 
 def test_the_best_round_is_not_the_last(made: Made, tmp_path: Path) -> None:

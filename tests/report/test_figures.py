@@ -12,7 +12,7 @@ from fedalign.config.toml import load_config
 from fedalign.report.figures import GROUPS, clients, curves, short, thinned, uploads
 from fedalign.report.findings import ablations, facts, verdicts
 from fedalign.report.material import Material, read_material
-from tests.report.made import make_comparison, make_run
+from tests.report.made import Shape, make_comparison, make_run
 
 
 def made(folder: Path, **lines: list[dict[str, Any]]) -> Material:
@@ -166,6 +166,13 @@ def test_facts_tell_what_varies(tmp_path: Path) -> None:
     told = dict(facts(read_material([folder])))
     assert told["clients"] == "6, dirichlet, alpha: 0.1, 1.0"
     assert (told["rounds"], told["seed"], told["algorithm"]) == ("4", "0", "fedavg")
+
+
+def test_facts_of_sites_are_theirs(tmp_path: Path) -> None:
+    """What the coordinator's [data] and [clients] say of it is not of them."""
+    config = load_config(None, ["federation.engine=flower", 'data.labels=["a", "b"]'])
+    told = dict(facts(read_material([make_run(tmp_path / "a", config, Shape(rounds=config.run.rounds))])))
+    assert (told["data"], told["clients"]) == ("the sites' own", "6, sites")
 
 
 def test_thinning_keeps_both_ends() -> None:

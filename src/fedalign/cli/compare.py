@@ -177,7 +177,9 @@ def carry_out(comparison: Comparison, overwrite: bool) -> Outcome:
     Raises:
         KeyboardInterrupt, Stopped: It was broken off; finished runs and rounds are kept.
     """
+    from fedalign.compare.plan import cells
     from fedalign.compare.tune import tuning_cells
+    from fedalign.config.unused import unused
     from fedalign.report import default_out, write_report
 
     design, folder = comparison.design, comparison.folder.path
@@ -186,6 +188,8 @@ def carry_out(comparison: Comparison, overwrite: bool) -> Outcome:
     size = f"algorithms {len(design.choices)}, {points}seeds {len(design.seeds)}: {runs} runs"
     before = f" after {len(tuning_cells(design))} runs of tuning" if design.tune else ""
     comparison.tell(f"{size}{before} in {folder}")
+    for note in dict.fromkeys(note for cell in cells(design) for note in unused(cell.config)):
+        comparison.tell(note)
     kept = f"Finished runs and rounds are kept; go on with: fedalign compare --resume {shlex.quote(str(folder))}"
     try:
         outcome = comparison.run(overwrite)

@@ -258,6 +258,7 @@ def _rehearse(settings: Config, folder: RunFolder) -> None:
 def _on_flower(
     settings: Config, folder: RunFolder, console: Console, how: Beginning, *, insecure_anywhere: bool
 ) -> dict[str, Any]:
+    from fedalign.config.unused import unused
     from fedalign.federation.flower import launch
     from fedalign.federation.flower.programs import check_plaintext, require_flower
 
@@ -272,6 +273,8 @@ def _on_flower(
         say(settings.privacy.told, console)
     if settings.privacy.masked:
         say(settings.privacy.hidden, console)
+    for note in unused(settings):
+        say(note, console)
     return _watched(
         settings,
         folder,
@@ -332,6 +335,7 @@ def _left(settings: Config, stop: Stopped) -> str:
 
 
 def _print_headline(prepared: Prepared, console: Console) -> None:
+    from fedalign.config.unused import unused
     from fedalign.moe.load import hardware, pick_device
 
     moe, config = prepared.bench.moe, prepared.config
@@ -354,7 +358,7 @@ def _print_headline(prepared: Prepared, console: Console) -> None:
         say(config.privacy.told, console)
     if config.privacy.masked:
         say(config.privacy.hidden, console)
-    for note in (*([str(moe.saved)] if moe.saved else []), *moe.notes):
+    for note in (*unused(config), *([str(moe.saved)] if moe.saved else []), *moe.notes):
         say(note, console)
 
 

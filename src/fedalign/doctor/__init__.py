@@ -9,6 +9,7 @@ from fedalign.client.spent import PrivacyLedger
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
 from fedalign.config.site import SiteFolder
+from fedalign.config.unused import unused
 from fedalign.data.formats import FORMATS, Example, load_examples
 from fedalign.doctor.data import check_data, check_lengths, check_parts, guess_kind
 from fedalign.doctor.estimate import estimate_site, parameter_counts
@@ -116,6 +117,8 @@ def examine_coordinator(config: Config, out: Path) -> Examination:
     found, options, data = Examination(), config.federation, config.data
     check_versions(found, "" if options.engine == "in_process" else "flower")
     check_engine(found, config)
+    for note in unused(config):
+        found.add("settings", "warning", note, "Leave out what has none, or change the other.")
     if options.engine == "flower":
         _check_policy(found, config)
         certificates = Path(options.root_certificates) if options.root_certificates else None

@@ -333,6 +333,11 @@ def training_rows(trained: Trained) -> list[tuple[str, str]]:
     return [row for row in rows if row[1]]
 
 
+def of_docstrings(config: Config) -> bool:
+    """Whether clients trained on the embedded data; sites have data of their own, whatever data.train says."""
+    return config.data.train == "docstrings" and config.federation.engine != "flower"
+
+
 def _split(config: Config) -> str:
     at_sites = config.federation.engine == "flower"
     return PARTITIONS["files" if at_sites else config.clients.partition].format(**config.clients.model_dump())
@@ -392,7 +397,7 @@ def _data(trained: Trained) -> str:
     data = trained.config.data
     classes = len(data.labels) or len({label for client in trained.holdings.values() for label in client["labels"]})
     counted = f", {classes} classes" if FORMATS[data.kind].classes and classes else ""
-    source = " (docstrings of Python libraries)" if data.train == "docstrings" else ""
+    source = " (docstrings of Python libraries)" if of_docstrings(trained.config) else ""
     return f"{FORMATS[data.kind].told}{counted}{source}"
 
 

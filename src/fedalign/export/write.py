@@ -25,7 +25,7 @@ from fedalign.compare.folder import ComparisonFolder
 from fedalign.config.run import Config
 from fedalign.data.formats import FORMATS
 from fedalign.errors import UserError, unknown
-from fedalign.export.card import MIXER, OF_DOCSTRINGS, Made, Trained, base_license, write_card
+from fedalign.export.card import MIXER, OF_DOCSTRINGS, Made, Trained, base_license, of_docstrings, write_card
 from fedalign.export.leaving import EVERYBODY_STAYS, Leaving, Left, copy_without, remainder
 from fedalign.files import KEPT_BY_CLIENTS, MARK, SUMS, check_free, claimed, damage, folder_name, replacing, rounds_in
 from fedalign.moe.kept import save_with_kept
@@ -503,7 +503,7 @@ def _made(wanted: Wanted, snapshot: Snapshot, base: Base | None, folder: Path, c
         trust_remote_code=config.model.trust_remote_code,
         clients=clients,
         base_license=base_license(config, place),
-        data_license=wanted.data_license or (OF_DOCSTRINGS if config.data.train == "docstrings" else None),
+        data_license=wanted.data_license or (OF_DOCSTRINGS if of_docstrings(config) else None),
     )
 
 

@@ -165,11 +165,12 @@ def facts(material: Material) -> list[tuple[str, str]]:
         if config.clients.partition == "dirichlet"
         else ""
     )
+    at_sites = config.federation.engine == "flower"  # where they are dealt out is not what [clients] says
     shown = {
         "algorithms": ", ".join(choice.label for choice in design.choices),
         "model": config.model.path,
-        "data": config.data.train,
-        "clients": f"{_client_count(material)}, {held_by}",
+        "data": "the sites' own" if at_sites else config.data.train,
+        "clients": f"{_client_count(material)}, {'sites' if at_sites else held_by}",
         "rounds": _rounds(material),
         "seed" if len(design.seeds) == 1 else "seeds": ", ".join(map(str, design.seeds)),
     }
