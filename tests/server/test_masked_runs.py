@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from fedalign.errors import UserError
 from fedalign.federation.in_process import check_masked
+from fedalign.server.scores import best_of
 from tests.conftest import Command
 
 MASKED = [
@@ -76,6 +77,8 @@ def test_a_masked_run_that_is_scored_by_its_clients_alone(
     best = max(lines, key=lambda line: line["client_accuracy_weighted"])
     assert summary["best_round"] == best["round"] == json.loads((run / "best/round.json").read_text())["round"]
     assert summary["scored_on"].endswith(f"n = {best['held_out_examples']:,}")
+    surest = min(lines, key=lambda line: line["client_loss_mean_nats"])
+    assert best_of(lines, "loss") == surest  # of masked scores, too
     assert (summary["client_accuracies"], summary["unscored"]) == ({}, None)
     code, _, err = fedalign("report", run, "--out", tmp_path / "report.html")
     assert code == 0, err
