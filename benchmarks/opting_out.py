@@ -95,6 +95,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "global": row["final_accuracy"],
                 "own": history[-1]["client_accuracy_weighted"],
                 "bytes_up": stats.fmean(line["bytes_up"] for line in history if line["round"]),
+                "model_bytes": sum(
+                    file.stat().st_size for file in (Path(row["folder"]) / "model").glob("*.safetensors")
+                ),
                 **({"frozen": frozen(Path(row["folder"]), base)} if row["algorithm"] == FROZEN else {}),
             }
         )
@@ -225,13 +228,15 @@ def weighted(scores: dict[str, float | None], rows: dict[str, int]) -> float | N
 
 def table(lines: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
     """All numbers of the page."""
-    head = "| | global test set | own rows | sent up a round |\n|---|--:|--:|--:|\n"
+    head = "| | global test set | own rows | sent up a round | weights of `model/` |\n|---|--:|--:|--:|--:|\n"
     body = ""
     for name, shown in {**ALGORITHMS, LOW_RANK: "`site_experts`, low rank"}.items():
         here = [line for line in lines if line["algorithm"] == name]
-        sent = size(round(stats.fmean(line["bytes_up"] for line in here)))
+        sent, whole_size = (
+            size(round(stats.fmean(line[which] for line in here))) for which in ("bytes_up", "model_bytes")
+        )
         told = [percent(line[which] for line in here) for which in ("global", "own")]
-        body += f"| {shown} | {told[0]} | {told[1]} | {sent} |\n"
+        body += f"| {shown} | {told[0]} | {told[1]} | {sent} | {whole_size} |\n"
     found = [line["frozen"] for line in lines if "frozen" in line]
     names = list(found[0]["rows"])
     whole = [weighted(one["whole"], one["rows"]) for one in found]
