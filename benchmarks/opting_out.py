@@ -2,6 +2,9 @@
 
     python benchmarks/opting_out.py --out runs/opting-out            # goes on where it stopped
     python benchmarks/opting_out.py --out runs/opting-out --table    # writes docs/opting-out.md
+    python benchmarks/opting_out.py --out runs/opting-tasks --model runs/evidence/start --clients 10 --rounds 5 \
+        --rows 2000 --seeds 0 1 2 --set data.train=runs/evidence/data/tasks/train.jsonl ...   # other clients
+    python benchmarks/opting_out.py --out runs/opting-tasks --table tasks                     # its part of the page
 
 The demo's model gets an expert for each client (`fedalign upcycle`), and is tuned by each of ALGORITHMS as a comparison
 (`fedalign compare`, one run after another), and with the same settings by low-rank experts. Of the frozen model of
@@ -39,9 +42,10 @@ from fedalign.units import size
 from watching import machine
 
 PAGE = Path(__file__).parents[1] / "docs" / "opting-out.md"
-BEGIN, END = "<!-- written by benchmarks/opting_out.py -->", "<!-- until here -->"
+BEGIN, END = "<!-- {}: written by benchmarks/opting_out.py -->", "<!-- until here -->"
+MATRIX = 4  # sites up to which each one's leaving has a line of its own
 FROZEN = "site_experts"
-ALGORITHMS = {"by_use": "`by_use`", "fedavg": "`fedavg`", FROZEN: "`site_experts`"} | {
+ALGORITHMS = {name: f"`{name}`" for name in ("fedavg", "by_use", "fedalign_moe", FROZEN)} | {
     f"{FROZEN}:shared=average": '`site_experts`, `shared = "average"`'
 }
 LOW_RANK = "site_experts, low rank"
@@ -59,7 +63,7 @@ def sites_of(args: argparse.Namespace) -> list[str]:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the folder must have been made by to be gone on with."""
-    return {name: getattr(args, name) for name in ("clients", "seeds", "rounds", "rows", "set")}
+    return {name: getattr(args, name) for name in ("model", "clients", "seeds", "rounds", "rows", "set")}
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -91,6 +95,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "global": row["final_accuracy"],
                 "own": history[-1]["client_accuracy_weighted"],
                 "bytes_up": stats.fmean(line["bytes_up"] for line in history if line["round"]),
+                "model_bytes": sum(
+                    file.stat().st_size for file in (Path(row["folder"]) / "model").glob("*.safetensors")
+                ),
                 **({"frozen": frozen(Path(row["folder"]), base)} if row["algorithm"] == FROZEN else {}),
             }
         )
@@ -221,16 +228,24 @@ def weighted(scores: dict[str, float | None], rows: dict[str, int]) -> float | N
 
 def table(lines: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
     """All numbers of the page."""
-    head = "| | global test set | own rows | sent up a round |\n|---|--:|--:|--:|\n"
+    head = "| | global test set | own rows | sent up a round | weights of `model/` |\n|---|--:|--:|--:|--:|\n"
     body = ""
     for name, shown in {**ALGORITHMS, LOW_RANK: "`site_experts`, low rank"}.items():
         here = [line for line in lines if line["algorithm"] == name]
-        sent = size(round(stats.fmean(line["bytes_up"] for line in here)))
+        sent, whole_size = (
+            size(round(stats.fmean(line[which] for line in here))) for which in ("bytes_up", "model_bytes")
+        )
         told = [percent(line[which] for line in here) for which in ("global", "own")]
-        body += f"| {shown} | {told[0]} | {told[1]} | {sent} |\n"
+        body += f"| {shown} | {told[0]} | {told[1]} | {sent} | {whole_size} |\n"
     found = [line["frozen"] for line in lines if "frozen" in line]
     names = list(found[0]["rows"])
     whole = [weighted(one["whole"], one["rows"]) for one in found]
+    made = about["settings"]
+    several = f"Mean and range of {len(made['seeds'])} seeds. " if len(made["seeds"]) > 1 else ""
+    ran = f"{several}Run on: {about['machine']}. Settings: `{json.dumps(made)}`.\n"
+    frozen_whole = f"{head}{body}\nThe frozen model as a whole answers own rows at {percent(whole)}."
+    if len(names) > MATRIX:
+        return f"{frozen_whole} What it answers before and after one of {len(names)} has left:\n\n{left(found)}\n{ran}"
     less = f"| who left | {' | '.join(f'rows of {name}' for name in names)} |\n|---|{'--:|' * len(names)}\n"
     cells: list[tuple[str, Callable[[dict[str, Any]], dict[str, float | None]]]] = [
         ("nobody", lambda one: one["whole"]),
@@ -253,29 +268,61 @@ def table(lines: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
         )
         reach += f"| {owner} | {' | '.join(shares)} |\n"
     rows = " and ".join(", ".join(str(one["rows"][name]) for name in names) for one in found)
-    made = about["settings"]
-    several = f"Mean and range of {len(made['seeds'])} seeds. " if len(made["seeds"]) > 1 else ""
     return (
-        f"{head}{body}\n"
-        f"The frozen model as a whole answers own rows at {percent(whole)}. Each client's own rows by it, and after "
-        f"one has left:\n\n{less}\n"
+        f"{frozen_whole} Each client's own rows by it, and after one has left:\n\n{less}\n"
         f"Rows that clients held out: {rows}. Shares of their tokens, in %, that the whole frozen model sends to a "
-        f"site's expert, layer by layer:\n\n{reach}\n"
-        f"{several}Run on: {about['machine']}. Settings: `{json.dumps(made)}`.\n"
+        f"site's expert, layer by layer:\n\n{reach}\n{ran}"
     )
 
 
+def left(found: Sequence[Mapping[str, Any]]) -> str:
+    """Of many sites, those that leave on average, and all others together: before and after; a value is a seed.
+
+    >>> print(left([{"rows": {"a": 2, "b": 2}, "whole": {"a": 0.5, "b": 1.0},
+    ...              "without": {"a": {"a": 0.0, "b": 1.0}, "b": {"a": 0.5, "b": 0.5}}}]))
+    | | before | after | points |
+    |---|--:|--:|--:|
+    | rows of the site that leaves | 75.0 % | 25.0 % | -50.0 |
+    | rows of all others | 75.0 % | 75.0 % | +0.0 |
+    | rows of the site that loses most by another's leaving | | | +0.0 |
+    <BLANKLINE>
+    """
+    moved: dict[str, list[tuple[float, float]]] = {"rows of the site that leaves": [], "rows of all others": []}
+    most = []
+    for one in found:
+        whole = {name: score for name, score in one["whole"].items() if score is not None}
+        without = {gone: {name: scores[name] for name in whole} for gone, scores in one["without"].items()}
+        told = [(whole[name], without[name][name]) for name in whole]
+        rest = [(whole[name], scores[name]) for gone, scores in without.items() for name in whole if name != gone]
+        rows = [one["rows"][name] for gone in without for name in whole if name != gone]
+        for values, pairs, weights in zip(moved.values(), (told, rest), (None, rows), strict=True):
+            before, after = (stats.fmean(side, weights) for side in zip(*pairs, strict=True))
+            values.append((before, after))
+        most.append(min(after - before for before, after in rest))
+    table = "| | before | after | points |\n|---|--:|--:|--:|\n"
+    for name, values in moved.items():
+        change = 100 * stats.fmean(after - before for before, after in values)
+        sides = [percent(side) for side in zip(*values, strict=True)]
+        table += f"| {name} | {sides[0]} | {sides[1]} | {change:+.1f} |\n"
+    points = ", ".join(f"{100 * value:+.1f}" for value in most)
+    return f"{table}| rows of the site that loses most by another's leaving | | | {points} |\n"
+
+
 def write_table(args: argparse.Namespace) -> None:
-    """Write the numbers of a folder into the page.
+    """Write the numbers of a folder into their part of the page.
 
     Raises:
-        UserError: There is no finished run in the folder.
+        UserError: There is no finished run in the folder, or no such part.
     """
     if not (args.out / FOUND).exists():
         raise UserError(f"--out {str(args.out)!r}: no {FOUND} there. Run it without --table first.")
     lines, text = json.loads((args.out / FOUND).read_text()), PAGE.read_text()
-    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    PAGE.write_text(f"{before}\n{table(lines, json.loads((args.out / ABOUT).read_text()))}{after}")
+    begin = BEGIN.format(args.table)
+    if begin not in text:
+        raise UserError(f"--table {args.table}: {PAGE.name} has no such part. It begins with the line {begin}")
+    before, after = text.split(begin)
+    after = after[after.index(END) :]
+    PAGE.write_text(f"{before}{begin}\n{table(lines, json.loads((args.out / ABOUT).read_text()))}{after}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -288,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=1500, help="data.max_train")
     parser.add_argument("--set", nargs="*", default=[], help="further settings of a configuration")
-    parser.add_argument("--table", action="store_true", help="write the numbers into docs/opting-out.md")
+    parser.add_argument("--table", nargs="?", const="demo", help="write the numbers into this part of the page")
     args = parser.parse_args(arguments)
     try:
         write_table(args) if args.table else run(args)

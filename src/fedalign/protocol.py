@@ -669,6 +669,11 @@ class Reports:
     layout: Layout
     members: int  # of the federation, asked or not
 
+    @property
+    def round(self) -> int:
+        """Which it is, from 1."""
+        return self.of[0].round
+
     @cached_property
     def examples_C(self) -> Tensor:
         """n_c, float64."""
@@ -713,6 +718,7 @@ class Shares:
     load: bool = False  # experts by n_c times the expert's share of the client's load
     rows: Literal["examples", "tokens", "met"] = "examples"  # token rows by n_c times the token's share, or if met
     row_holders: int = 1  # rows whose token fewer clients met are by examples
+    row_half_life: float = 0.0  # rounds in which rows go half of the way to examples; 0: they do not
 
 
 @dataclass

@@ -320,6 +320,24 @@ def test_token_rows_by_hand(layout: Layout, pair: list[Statistics]) -> None:
     assert frozen.token_weight_C_M_V is None
 
 
+@pytest.mark.parametrize(
+    ("round", "left"),
+    [(1, 1.0), (5, 0.5), (9, 0.25), (4001, 0.0)],
+)
+def test_token_rows_go_over_to_data_by_half_lives(
+    layout: Layout, pair: list[Statistics], round: int, left: float
+) -> None:
+    met = [tensor([[60.0, 40.0, 0.0]]), tensor([[25.0, 0.0, 0.0]])]
+    reports = [replace(report, round=round, token_count_M_V=one) for report, one in zip(pair, met, strict=True)]
+    own, by_size = tensor([[[18 / 28, 1.0, 0.75]], [[10 / 28, 0.0, 0.25]]]), tensor([[[0.75]], [[0.25]]])
+    plan = planned(ByUse(vocabulary_half_life=4), reports, with_rows(layout))
+    assert plan.token_weight_C_M_V is not None
+    assert_close(plan.token_weight_C_M_V, left * own + (1 - left) * by_size)
+    stays = planned(ByUse(), reports, with_rows(layout)).token_weight_C_M_V
+    assert stays is not None
+    assert_close(stays, own)
+
+
 def test_token_rows_by_who_met_them(layout: Layout, pair: list[Statistics]) -> None:
     bits = [tensor([[0b011]], dtype=torch.uint8), tensor([[0b001]], dtype=torch.uint8)]
     reports = [replace(report, token_met_M_B=byte) for report, byte in zip(pair, bits, strict=True)]

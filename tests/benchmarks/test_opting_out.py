@@ -55,13 +55,15 @@ def test_a_run_gives_the_numbers_of_the_page(
     assert {file: file.stat().st_mtime_ns for file in out.rglob("metrics.jsonl")} == before
     assert json.loads((out / "found.json").read_text()) == lines
 
-    page.write_text(f"before\n{opting_out.BEGIN}\nold\n{opting_out.END}\nafter\n")
+    parts = "".join(f"{opting_out.BEGIN.format(part)}\nold {part}\n{opting_out.END}\n" for part in ("demo", "many"))
+    page.write_text(f"before\n{parts}after\n")
     monkeypatch.setattr(opting_out, "PAGE", page)
     opting_out.main(["--out", str(out), "--table"])
     text = page.read_text()
     assert text.startswith("before")
     assert text.endswith("after\n")
-    assert "\nold\n" not in text
+    assert "\nold demo\n" not in text
+    assert "\nold many\n" in text
     for word in (
         "| `by_use` |",
         "| nobody |",
@@ -70,6 +72,13 @@ def test_a_run_gives_the_numbers_of_the_page(
         "Python 3.",
     ):
         assert word in text
+    monkeypatch.setattr(opting_out, "MATRIX", 1)  # two are many
+    opting_out.main(["--out", str(out), "--table", "many"])
+    assert "| rows of all others |" in page.read_text()
+    assert "\nold many\n" not in page.read_text()
+    with pytest.raises(SystemExit):
+        opting_out.main(["--out", str(out), "--table", "few"])
+    assert "page.md has no such part" in capsys.readouterr().err
 
     with pytest.raises(SystemExit) as stopped:
         opting_out.main([*asked, "--seeds", "1"])

@@ -65,6 +65,7 @@ def test_every_other_algorithm_is_refused(name: str) -> None:
         ["algorithm.name=fedavg"],
         ["algorithm.name=fedprox", "server.optimizer=yogi"],
         ["algorithm.vocabulary=clients", "algorithm.vocabulary_holders=2"],
+        ["algorithm.vocabulary_half_life=2"],
         ["tuning.kind=lora", "tuning.average=freeze_a"],
         ["wire.down=bfloat16"],
         ["evaluation.clients=true", "run.patience=2"],

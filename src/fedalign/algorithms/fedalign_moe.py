@@ -85,6 +85,9 @@ class FedAlignMoE(FedAvg):
     vocabulary_holders: int = option(
         1, "rows whose token fewer clients met go on as under FedAvg, so that no single client owns a word [O]"
     )
+    vocabulary_half_life: float = option(
+        0.0, "rounds in which half of what sets weights of token rows apart from FedAvg's goes; 0: it stays [O]"
+    )
     min_holders: int = option(2, "with fewer, an expert's update is clipped to its layer's median norm [O]")
 
     def __post_init__(self) -> None:
@@ -95,6 +98,7 @@ class FedAlignMoE(FedAvg):
             ("beta", -100, 100),
             ("min_agreement", 0, 1),
             ("vocabulary_holders", 1, 1e9),
+            ("vocabulary_half_life", 0, 1e9),
             ("min_holders", 1, 1e9),
         ]:
             if not low <= getattr(self, name) <= high:
@@ -130,7 +134,8 @@ class FedAlignMoE(FedAvg):
         if type(self).plan is not FedAlignMoE.plan or self.aligns or self.experts == "semantic" or clips:
             return None
         rows: dict[str, Literal["examples", "tokens", "met"]] = {"tokens": "tokens", "clients": "met"}
-        return Shares(self.experts == "load", rows.get(self.vocabulary, "examples"), self.vocabulary_holders)
+        by = rows.get(self.vocabulary, "examples")
+        return Shares(self.experts == "load", by, self.vocabulary_holders, self.vocabulary_half_life)
 
     def plan(self, reports: Reports, state: State) -> Plan:
         """Weights of router rows, experts and token rows from the statistics; the new target becomes the state."""
@@ -225,8 +230,7 @@ class FedAlignMoE(FedAvg):
     def _token_weights(self, reports: Reports) -> dict[str, Tensor]:
         """k, [C, M, V], normalised over clients, and who met what; nothing, also if nobody said it: FedAvg's.
 
-        Rows of tokens that fewer than `vocabulary_holders` met: n_c / Σ n [O].
-
+        Rows of tokens that fewer than `vocabulary_holders` met: n_c / Σ n, and all rows by and by, see `apart` [O].
         """
         field = {"tokens": "token_count_M_V", "clients": "token_met_M_B"}.get(self.vocabulary)
         if field is None or not any(getattr(report, field).numel() for report in reports.of):
@@ -234,7 +238,9 @@ class FedAlignMoE(FedAvg):
         size_C_M_V = row_sizes(reports, counted=self.vocabulary == "tokens")
         met_C_M_V = size_C_M_V > 0
         enough_1_M_V = met_C_M_V.sum(0, keepdim=True) >= self.vocabulary_holders
-        weight_C_M_V = torch.where(enough_1_M_V, column_shares(size_C_M_V), reports.share_C[:, None, None])
+        by_size_C_1_1 = reports.share_C[:, None, None]
+        weight_C_M_V = torch.where(enough_1_M_V, column_shares(size_C_M_V), by_size_C_1_1)
+        weight_C_M_V = torch.lerp(by_size_C_1_1, weight_C_M_V, apart(reports.round, self.vocabulary_half_life))
         return {"token_weight_C_M_V": weight_C_M_V, "met_C_M_V": met_C_M_V}
 
     def _stack_penalty(
@@ -317,6 +323,18 @@ def row_sizes(reports: Reports, counted: bool) -> Tensor:
         count_C_M_V = reports.stack("token_count_M_V")
         return size_C_1_1 * count_C_M_V / count_C_M_V.sum(dim=-1, keepdim=True).clamp_min(1)
     return size_C_1_1 * unpacked(reports.stack("token_met_M_B").byte(), reports.layout.token_cells[1])
+
+
+def apart(round: int, half_life: float) -> float:
+    """How much of a token row's own weights is left in a round; the rest is n_c / Σ n [O].
+
+    Only those who met a token move its row by its own weights: they push it up, and nobody pushes it down. After many
+    rounds it is surer than it is right; FedAvg's weights bring the others' push back.
+
+    >>> apart(1, 5.0), apart(6, 5.0), apart(11, 5.0), apart(100, 0.0)
+    (1.0, 0.5, 0.25, 1.0)
+    """
+    return 0.5 ** ((round - 1) / half_life) if half_life else 1.0
 
 
 def unpacked(byte_C_M_B: Tensor, tokens: int) -> Tensor:

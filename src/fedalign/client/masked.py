@@ -4,6 +4,7 @@ A weight is a client's number over the total of all clients', so a client that i
 
     w(e) = n_c(e) / N(e)   experts        k_c(v) / K(v)   token rows        n_c / N   all else                      [O]
 
+Of token rows that is what is left of it in the round (`vocabulary_half_life`), n_c / N the rest.
 Where fewer than `least` clients hold an expert, or met a token, the sum would show a holder's update nearly by itself:
 such parts go on as under FedAvg, n_c / N over all clients.
 """
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedalign.algorithms.fedalign_moe import expert_sizes, row_sizes
+from fedalign.algorithms.fedalign_moe import apart, expert_sizes, row_sizes
 from fedalign.maths.average import Words
 from fedalign.maths.fixed_point import counted
 from fedalign.protocol import (
@@ -107,9 +108,9 @@ def held_out(score: Evaluation | None) -> Tensor:
 
 
 def column(
-    own: Mapping[str, Tensor], totals: Mapping[str, Tensor], layout: Layout, shares: Shares, least: int
+    own: Mapping[str, Tensor], totals: Mapping[str, Tensor], layout: Layout, shares: Shares, least: int, round: int
 ) -> Column:
-    """A client's weights of its own counts and the totals; with fewer than `least` holders those of FedAvg."""
+    """A client's weights of its own counts and a round's totals; with fewer than `least` holders those of FedAvg."""
     by_size = float(own[EXAMPLES]) / float(totals[EXAMPLES])
     weight_G = dict.fromkeys(layout.groups, by_size)
     if LOAD in own:
@@ -120,7 +121,9 @@ def column(
     if ROWS not in own:
         return Column(weight_G, None)
     enough_M_V = totals[MET] >= max(least, shares.row_holders)
-    return Column(weight_G, _shared(own[ROWS], totals[ROWS], enough_M_V, by_size))
+    row_weight_M_V = _shared(own[ROWS], totals[ROWS], enough_M_V, by_size)
+    by_size_M_V = torch.full_like(row_weight_M_V, by_size)
+    return Column(weight_G, torch.lerp(by_size_M_V, row_weight_M_V, apart(round, shares.row_half_life)))
 
 
 def _shared(own: Tensor, total: Tensor, enough: Tensor, by_size: float) -> Tensor:

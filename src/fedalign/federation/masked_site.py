@@ -188,7 +188,7 @@ class MaskedSite:
         self.once.bind(totals.round, COUNTED, content_of(self.counts, kept, self.broadcast))
         self.once.allow(totals.round, map(str, groups), among)
         layout, terms = self.terms.layout, self.terms
-        own = column(self.counts, totals.counts, layout, terms.shares, terms.least)
+        own = column(self.counts, totals.counts, layout, terms.shares, terms.least, totals.round)
         for group in groups:
             update = kept[group]
             limit_B = limits(totals.counts[f"{HEIGHTS}{group}"])
