@@ -314,4 +314,5 @@ def test_a_run_of_an_older_version_is_exported_with_what_its_settings_tell(
     export(Wanted(tmp_path / "run", tmp_path / "out", leaving=Leaving(gone)), print)
     told = json.loads((tmp_path / "out" / "config.json").read_text())
     assert told["shared_trained_by"] == ["unknown", "fedalign_moe"]
+    assert "| what sites share | trained by unknown, fedalign_moe |" in (tmp_path / "out" / "README.md").read_text()
     assert not damage(tmp_path / "out")

@@ -31,7 +31,7 @@ from fedalign.files import KEPT_BY_CLIENTS, MARK, SUMS, check_free, claimed, dam
 from fedalign.moe.kept import save_with_kept
 from fedalign.moe.load import DTYPES, auto_class, load_plain, model_path
 from fedalign.moe.model import MoEModel
-from fedalign.moe.site_experts import TRAINED, trained_by
+from fedalign.moe.site_experts import KEY, TRAINED, trained_by
 from fedalign.protocol import Metrics, Weights
 from fedalign.server.checkpoint import Checkpoints
 from fedalign.server.health import DamagedError, read_round
@@ -370,6 +370,12 @@ def _record(file: Path, algorithm: AlgorithmConfig) -> None:
         file.write_text(json.dumps(recorded, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _shared_by(file: Path) -> list[str] | None:
+    """Who trained what sites share, as a configuration says; None: there is none, or no expert is a site's."""
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return trained_by(config) if KEY in config else None
+
+
 def _kept(snapshot: Snapshot, name: str) -> Kept:
     """The state that a client kept from its last round, up to the one that is exported.
 
@@ -515,6 +521,7 @@ def _made(wanted: Wanted, snapshot: Snapshot, base: Base | None, folder: Path, c
         clients=clients,
         base_license=base_license(config, place),
         data_license=wanted.data_license or (OF_DOCSTRINGS if config.data.train == "docstrings" else None),
+        shared_by=_shared_by(folder / CONFIG),
     )
 
 
