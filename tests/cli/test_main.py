@@ -93,11 +93,15 @@ def test_inspect(fedalign: Command, tmp_path: Path, family: str, words: list[str
 def test_inspect_says_whose_expert_is_whose(fedalign: Command, tmp_path: Path) -> None:
     build("olmoe").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert "owners" not in fedalign("inspect", str(tmp_path))[1]
+    assert not {"owners", "trained by"} & {*re.findall("owners|trained by", fedalign("inspect", str(tmp_path))[1])}
     (tmp_path / "config.json").write_text(json.dumps(config | {"site_experts": {"hospital-a": [2], "bank": [0, 3]}}))
     code, text, _ = fedalign("inspect", str(tmp_path))
     assert code == 0
-    assert "owners hospital-a 2; bank 0, 3; public: the other 1" in " ".join(text.split())
+    told = "owners hospital-a 2; bank 0, 3; public: the other 1 trained by what sites share: unknown"
+    assert told in " ".join(text.split())
+    for record, told in (([], "no run"), (["unknown", "by_use"], "unknown, by_use")):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"shared_trained_by": record}))
+        assert f"trained by what sites share: {told}" in " ".join(fedalign("inspect", str(tmp_path))[1].split())
     (tmp_path / "config.json").write_text(json.dumps(config | {"site_experts": {"hospital-a": [4]}}))
     refused(fedalign("inspect", str(tmp_path)), "site_experts.hospital-a: 4: no such expert")
 

@@ -164,7 +164,8 @@ def test_sites_get_experts_of_their_own(fedalign: Command, llama: Path, tmp_path
     for word in ("5 a layer, top-2", "hospital-a, bank b: one a layer each", "quiet", "algorithm.name=site_experts"):
         assert word in " ".join(text.split())
     assert AutoModelForCausalLM.from_pretrained(out).config.site_experts == {"hospital-a": [3], "bank b": [4]}
-    assert "bank b 4; hospital-a 3; public: the other 3" in " ".join(fedalign("inspect", out)[1].split())
+    told = "bank b 4; hospital-a 3; public: the other 3 trained by what sites share: no run"
+    assert told in " ".join(fedalign("inspect", out)[1].split())
     code, text, errors = fedalign("upcycle", out, "--site-experts", "c", "--out", more)
     assert code == 0, errors
     assert AutoModelForCausalLM.from_pretrained(more).config.site_experts == {

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedalign.config.run import Config, TuningConfig
-from fedalign.config.toml import load_config
+from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
-from fedalign.export.leaving import FORMER, Leaving, _remainder, copy_without, export_folder, remainder
-from fedalign.files import SUMS, damage
+from fedalign.export.leaving import FORMER, Leaving, copy_without, export_folder, remainder
+from fedalign.export.write import Wanted, export
+from fedalign.files import SUMS, damage, replacing
 from fedalign.moe.load import load_plain
 from fedalign.moe.lora import put_upon
 from fedalign.moe.model import MoEModel
 from fedalign.moe.part import grown, part_of
-from fedalign.server.results import ROUND, RunFolder
+from fedalign.server.results import ROUND
 from tests.conftest import Command
 from tests.server.test_run import start
 
@@ -59,7 +59,8 @@ def check(whole: Path, less: Path) -> None:
     config = json.loads((less / "config.json").read_text())
     former = json.loads((whole / "config.json").read_text())
     owners = {"hospital-a": [2], "bank, c|d": [3]}
-    assert config == former | {"num_experts": 4, "site_experts": owners}
+    trained = former.get("shared_trained_by", ["unknown"])
+    assert config == former | {"num_experts": 4, "site_experts": owners, "shared_trained_by": trained}
     assert config["num_experts_per_tok"] == 2
     assert not damage(less)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(less), AutoTokenizer.from_pretrained(less)
@@ -77,7 +78,7 @@ def test_a_site_leaves_a_models_folder(fedalign: Command, whole: Path, tmp_path:
     assert code == 0, errors
     assert "hospital-b: expert 3 of each layer" in text
     assert "4 of 5 in each layer stay, as they were" in text
-    assert "does not say how it was trained" in " ".join(text.split())
+    assert "Not known: config.json does not say how the model was trained." in " ".join(text.split())
     check(whole, tmp_path / "less")
     assert digests(whole) == before
     card = (tmp_path / "less" / "README.md").read_text()
@@ -94,12 +95,14 @@ def test_a_site_leaves_a_run(fedalign: Command, run: Path, tmp_path: Path, flags
     assert code == 0, errors
     check(run / "model", tmp_path / "less")
     assert not (tmp_path / "less" / "round.json").exists()
-    assert "Stays behind: fedalign_moe trained one model on all sites' data" in " ".join(text.split())
+    behind = "Stays behind: parts that sites share were trained by fedalign_moe;"
+    assert behind in " ".join(text.split())
+    assert "Not known: config.json does not say how it was trained before." in " ".join(text.split())
     assert "with all experts" in text
     card = (tmp_path / "less" / "README.md").read_text()
     assert "hospital-b took its own part back" in card
     assert "while all experts were in the model" in card
-    assert "Stays behind: fedalign_moe" in card
+    assert behind in card
     assert "fedalign export run --to model --without hospital-b" in card
     assert "model-index:" not in card  # they are of the whole model
     assert digests(tmp_path / "less")["model.safetensors"] in card
@@ -119,7 +122,7 @@ def test_several_leave_one_after_another_as_at_once(fedalign: Command, run: Path
     assert fedalign("export", run, "--without", "hospital-a", "--to", first)[0] == 0
     code, text, errors = fedalign("export", first, "--without", "hospital-b", "--to", then)
     assert code == 0, errors
-    assert "Stays behind: fedalign_moe" in text  # which the card of the first tells
+    assert "were trained by fedalign_moe;" in " ".join(text.split())  # which config.json of the first tells
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert digests(at_once)[name] == digests(then)[name]
     assert digests(then)[FORMER] == digests(first)["README.md"]
@@ -203,7 +206,7 @@ def test_adapters_are_merged_before_a_site_leaves(
     assert "add --merge" in errors
     code, text, errors = fedalign(*words, "--merge")
     assert code == 0, errors
-    assert "Stays behind: fedalign_moe trained one model" in " ".join(text.split())
+    assert "were trained by fedalign_moe;" in " ".join(text.split())
     fedalign("export", tmp_path / "run", "--to", tmp_path / "merged", "--merge")
     check(tmp_path / "merged", tmp_path / "out")
 
@@ -282,8 +285,34 @@ def test_a_broken_record_is_refused(whole: Path, tmp_path: Path, record: object,
         export_folder(tmp_path / "model", tmp_path / "out", Leaving(("a",)))
 
 
-def test_what_stays_behind_is_told_by_how_the_shared_parts_were_trained(run: Path) -> None:
-    assert _remainder("site_experts", "frozen") == ""
-    assert "(algorithm.shared = 'average')" in _remainder("site_experts", "average")
-    config: Config = load_config(RunFolder(run).config, [])
-    assert "fedalign_moe trained one model" in remainder(config)
+@pytest.mark.parametrize(
+    ("trained", "said"),
+    [
+        ([], ["No run trained parts that sites share", "What the model that they began with held of a site is still"]),
+        (["unknown"], ["Not known: config.json does not say how the model was trained."]),
+        (["by_use", "site_experts"], ["Stays behind: parts that sites share were trained by by_use, site_experts (sh"]),
+        (["unknown", "fedavg"], ["trained by fedavg; what", "does not say how it was trained before."]),
+    ],
+)
+def test_what_stays_behind_is_told_by_who_trained_what_sites_share(trained: list[str], said: list[str]) -> None:
+    told = remainder(trained)
+    assert all(words in told for words in said)
+    assert ("Stays behind" in told) == bool({*trained} - {"unknown"})
+    assert ("Not known" in told) == ("unknown" in trained)
+
+
+@pytest.mark.parametrize("gone", [("hospital-b",), ()], ids=["left", "whole"])
+def test_a_run_of_an_older_version_is_exported_with_what_its_settings_tell(
+    run: Path, tmp_path: Path, gone: Sequence[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("model"))
+    with replacing(tmp_path / "run" / "model", "model") as older:
+        shutil.copytree(run / "model", older, dirs_exist_ok=True, ignore=shutil.ignore_patterns(SUMS))
+        config = json.loads((older / "config.json").read_text())
+        del config["shared_trained_by"]
+        (older / "config.json").write_text(json.dumps(config))
+    export(Wanted(tmp_path / "run", tmp_path / "out", leaving=Leaving(gone)), print)
+    told = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert told["shared_trained_by"] == ["unknown", "fedalign_moe"]
+    assert "| what sites share | trained by unknown, fedalign_moe |" in (tmp_path / "out" / "README.md").read_text()
+    assert not damage(tmp_path / "out")

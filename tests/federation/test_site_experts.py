@@ -125,7 +125,9 @@ def test_without_b_it_is_byte_for_byte_the_run_in_which_b_never_was(
     never = run("a", "c", **changes) / "model"
     assert (tmp_path / "left" / "model.safetensors").read_bytes() == (never / "model.safetensors").read_bytes()
     configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "left", never)]
-    assert configs[0]["site_experts"] == configs[1]["site_experts"] == {"a": [EXPERTS], "c": [EXPERTS + 1]}
+    assert configs[0] == configs[1]
+    assert configs[0]["site_experts"] == {"a": [EXPERTS], "c": [EXPERTS + 1]}
+    assert configs[0]["shared_trained_by"] == []
 
 
 LOW_RANK = {"tuning__kind": "lora", "tuning__targets": '["experts"]', "tuning__rank": "2"}
@@ -293,10 +295,52 @@ def test_averaged_shared_parts_move_and_then_leaving_is_not_exact(run: Run, feda
     assert public == {EXPERTS, EXPERTS + 1, EXPERTS + 2}
     code, text, errors = fedalign("export", folder, "--without", "b", "--to", tmp_path / "left")
     assert code == 0, errors
-    assert "Stays behind: parts that all sites share were averaged" in " ".join(text.split())
+    assert AVERAGED in " ".join(text.split())
     shutil.rmtree(tmp_path / "base+a+c", ignore_errors=True)
     never = run("a", "c", algorithm__shared="average") / "model"
     assert any(not torch.equal(value, tensors(never)[name]) for name, value in tensors(tmp_path / "left").items())
+
+
+AVERAGED = 'Stays behind: parts that sites share were trained by site_experts (shared = "average");'
+
+
+def test_what_was_averaged_is_told_whatever_the_model_went_through_since(
+    run: Run, exported: Callable[..., Path], fedalign: Command, tmp_path: Path
+) -> None:
+    first = run("a", "b", algorithm__shared="average", run__rounds=1)
+    assert fedalign("upcycle", first / "model", "--site-experts", "c", "--out", tmp_path / "upcycled")[0] == 0
+    bare = shutil.ignore_patterns("README.md", "SHA256SUMS")
+    for last in (
+        run("a", "b", model__path=first / "model", clients__only='["b"]', run__rounds=1),
+        run(*SITES, join="c", model__path=first, run__rounds=1),
+        first / "best",
+        tmp_path / "upcycled",
+        shutil.copytree(exported(first), tmp_path / "copied", ignore=bare),
+    ):
+        code, text, errors = fedalign("export", last, "--only", "a", "--to", tmp_path / "left", "--overwrite")
+        assert code == 0, errors
+        assert AVERAGED in " ".join(text.split()), last
+        assert AVERAGED in " ".join((tmp_path / "left" / "README.md").read_text().split()), last
+        assert json.loads((tmp_path / "left" / "config.json").read_text())["shared_trained_by"] == ["site_experts"]
+
+
+def test_a_merged_adapter_records_what_the_run_trained(run: Run, exported: Callable[..., Path]) -> None:
+    low = {"tuning__kind": "lora", "tuning__rank": "2", "run__rounds": 1}
+    merged = exported(run("a", "b", algorithm__name="by_use", **low), "--merge")
+    assert json.loads((merged / "config.json").read_text())["shared_trained_by"] == ["by_use"]
+    assert json.loads((merged / "config.json").read_text())["site_experts"] == {"a": [EXPERTS], "b": [EXPERTS + 1]}
+
+
+def test_a_model_of_whom_sites_trained_before_they_got_experts_says_so(
+    run: Run, base: Path, fedalign: Command, tmp_path: Path
+) -> None:
+    before = run("a", "b", model__path=base, algorithm__name="fedavg", run__rounds=1)
+    grown_later = tmp_path / "grown"
+    assert fedalign("upcycle", before / "model", "--site-experts", "a,b", "--out", grown_later)[0] == 0
+    last = run("a", "b", model__path=grown_later, run__rounds=1)
+    code, text, errors = fedalign("export", last, "--without", "b", "--to", tmp_path / "left")
+    assert code == 0, errors
+    assert "parts that sites share were trained by fedavg; what a site that took part gave" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

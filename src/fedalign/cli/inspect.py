@@ -29,7 +29,7 @@ def inspect(
     quiet()
     with out.status("Loading the model ..."):
         moe = load_model(model, trust_remote_code=trust_remote_code, revision=revision)
-    owned = [("owners", told)] if (told := _owners(moe)) else []
+    owned = [(name, told) for name, told in (("owners", _owners(moe)), ("trained by", _trained(moe))) if told]
     more = owned + [("not for LoRA", layers) for layers in moe.not_adaptable()] + [("note", note) for note in moe.notes]
     print_table(model, [*_description_rows(moe.describe()), *more])
 
@@ -66,6 +66,15 @@ def _owners(moe: MoEModel) -> str:
     public = moe.describe().experts - sum(map(len, record.values()))
     told = [f"{name} {', '.join(map(str, experts))}" for name, experts in record.items()]
     return "; ".join([*told, f"public: the other {public}"]) if record else ""
+
+
+def _trained(moe: MoEModel) -> str:
+    """Who trained what sites share; empty: no run recorded it, and no site has an expert."""
+    from fedalign.moe.site_experts import KEY, TRAINED, trained_by
+
+    config = moe.model.config.to_dict()
+    known = ", ".join(trained_by(config)) or "no run"
+    return f"what sites share: {known}" if config.keys() & {KEY, TRAINED} else ""
 
 
 def _folded(paths: Sequence[str]) -> str:

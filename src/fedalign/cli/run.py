@@ -197,7 +197,8 @@ def _joined(settings: Config, who: Sequence[str], place: Path, overwrite: bool) 
         raise UserError(
             f"{said}: the site needs the model before the run begins. Make it with: fedalign upcycle "
             f"{shlex.quote(model)} --site-experts {shlex.quote(','.join(who))} --out DIR; give it to the site, "
-            f"and run with model.path = DIR and {_joining(who)[1]}."
+            f"and run with model.path = DIR, {_joining(who)[1]}, federation.min_sites = {len(who)} and "
+            "model.weights_hash, which fedalign doctor prints."
         )
     check_free(place, "model", overwrite)
     with out.status("Adding experts ..."), replacing(place, "model") as fresh:

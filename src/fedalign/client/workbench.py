@@ -30,6 +30,7 @@ from fedalign.moe.load import model_path, pick_device
 from fedalign.moe.model import MoEModel, load_model
 from fedalign.moe.rows import refuse_unlike
 from fedalign.moe.saved import check_saved
+from fedalign.moe.site_experts import TRAINED, trained_by
 from fedalign.protocol import Evaluation, Weights
 
 
@@ -76,12 +77,13 @@ class Workbench:
 
     @classmethod
     def around(cls, moe: MoEModel, config: Config) -> Workbench:
-        """The workbench of a model that is there, which may be a skeleton.
+        """The workbench of a model that is there, which may be a skeleton, and from now on records this run.
 
         Raises:
             UserError: Its owners of experts, or its tokenizer, do not fit.
         """
         check_owners(config, moe)
+        setattr(moe.model.config, TRAINED, trained_by(moe.model.config.to_dict(), config.algorithm))
         tokenizer = load_tokenizer(
             model_path(config.model.path),
             trust_remote_code=config.model.trust_remote_code,

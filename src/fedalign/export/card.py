@@ -113,6 +113,9 @@ class Made:
     base_license: str | None = None  # None: unknown
     data_license: str | None = None  # None: unknown
     left: Left | None = None  # sites that took their experts back
+    shared_by: Sequence[str] | None = (
+        None  # who trained what sites share; None: no expert is a site's, or of an adapter
+    )
 
     @property
     def is_seq2seq(self) -> bool:
@@ -215,7 +218,7 @@ def render(made: Made, trained: Trained, weights: Mapping[str, str] = MappingPro
         config=config,
         lead=lead(made, trained),
         snippet=snippet(made, config.data),
-        rows=training_rows(trained),
+        rows=[*training_rows(trained), *shared_rows(made)],
         scores=score_rows(made, trained),
         weights=weights,
         routing=routing_sentences(trained),
@@ -336,6 +339,13 @@ def training_rows(trained: Trained) -> list[tuple[str, str]]:
 def of_docstrings(config: Config) -> bool:
     """Whether clients trained on the embedded data; sites have data of their own, whatever data.train says."""
     return config.data.train == "docstrings" and config.federation.engine != "flower"
+
+
+def shared_rows(made: Made) -> list[tuple[str, str]]:
+    """Who trained parts that sites share, this run and others before it, where sites have experts of their own."""
+    return (
+        [] if made.shared_by is None else [("what sites share", f"trained by {', '.join(made.shared_by) or 'no run'}")]
+    )
 
 
 def _split(config: Config) -> str:

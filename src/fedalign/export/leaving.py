@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from fedalign.config.run import Config
+from fedalign.config.run import AlgorithmConfig
 from fedalign.errors import UserError, unknown
-from fedalign.export.card import CARD, settings_of, template
+from fedalign.export.card import CARD, template
 from fedalign.files import MARK, SUMS, check_free, claimed, damage, digests, replacing
 from fedalign.moe.load import auto_class
-from fedalign.moe.site_experts import KEY, checked, parted
+from fedalign.moe.site_experts import KEY, TRAINED, UNKNOWN, checked, parted, trained_by
 from fedalign.moe.subset import Cut, check_subset, experts_in, without, write_subset
 from fedalign.server.results import ROUND
 
@@ -76,7 +75,7 @@ class Left:
     gone: Mapping[str, Sequence[int]]  # their experts, as the whole model numbered them
     stay: Mapping[str, Sequence[int]]  # owners' experts, likewise
     cut: Cut
-    behind: str = ""  # what remains of those who left, in a sentence; empty: nothing
+    behind: str  # what remains of those who left, in a sentence or two
     omitted: Sequence[str] = ()  # files and folders of the whole model that are not copied
 
     def table(self) -> list[tuple[str, str, str]]:
@@ -94,29 +93,33 @@ class Left:
             if self.omitted
             else ""
         )
-        return [note for note in (self.behind, omitted) if note]
+        return [self.behind, *([omitted] if omitted else [])]
 
     def __str__(self) -> str:
         return "; ".join(f"{name}: expert {_listed(experts)} of each layer" for name, experts in self.gone.items())
 
 
-def remainder(config: Config) -> str:
-    """The remainder in a run's model of a site whose expert is taken out, in a sentence; empty: nothing."""
-    algorithm = config.algorithm
-    return _remainder(algorithm.name, algorithm.build().shared)
+def remainder(trained: Sequence[str]) -> str:
+    """The remainder of a site whose expert is taken out, in a sentence or two.
 
-
-def _remainder(algorithm: str, shared: str | None) -> str:
-    if algorithm != ALGORITHM:
-        return (
-            f"Stays behind: {algorithm} trained one model on all sites' data, so what a site taught is in every part "
-            "of it; its own expert alone is taken out."
+    Args:
+        trained: who trained what sites share, see `moe.site_experts.trained_by`.
+    """
+    known = [name if name != ALGORITHM else f'{name} (shared = "average")' for name in trained if name != UNKNOWN]
+    said = []
+    if known:
+        said.append(
+            f"Stays behind: parts that sites share were trained by {', '.join(known)}; what a site that took part gave "
+            "to these is still in them."
         )
-    if shared == "frozen":
-        return ""
-    return (
-        f"Stays behind: parts that all sites share were averaged (algorithm.shared = {shared!r}); what a site that "
-        "left gave to that average is still in them."
+    if UNKNOWN in trained:
+        said.append(
+            f"Not known: config.json does not say how {'it was trained before' if known else 'the model was trained'}. "
+            "If sites trained parts that they share, what a site that left gave to these is still in them."
+        )
+    return " ".join(said) or (
+        "No run trained parts that sites share, as config.json has it. What the model that they began with held of a "
+        "site is still in it."
     )
 
 
@@ -125,7 +128,7 @@ def copy_without(
     folder: Path,
     leaving: Leaving,
     *,
-    behind: str = "",
+    run: AlgorithmConfig | None = None,
     omit: Collection[str] = (),
     trust_remote_code: bool = False,
 ) -> Left:
@@ -135,7 +138,7 @@ def copy_without(
         whole: a model's folder.
         folder: an empty one.
         leaving: who leaves.
-        behind: what remains of them.
+        run: the algorithm of the run that made it; None: config.json knows of it.
         omit: names of files that are not copied.
         trust_remote_code: whether code that comes with the model may be run.
 
@@ -157,11 +160,12 @@ def copy_without(
     cut = Cut(experts, tuple(expert for expert in range(experts) if expert not in leave))
     check_subset(config, cut, str(leaving))
     stay = {name: mine for name, mine in record.items() if name not in gone}
-    smaller = without(config, cut) | {KEY: {name: [*map(cut.place, mine)] for name, mine in stay.items()}}
+    owned, trained = {name: [*map(cut.place, mine)] for name, mine in stay.items()}, trained_by(config, run)
+    smaller = without(config, cut) | {KEY: owned, TRAINED: trained}
     omitted = _copy_beside(whole, folder, {MARK, SUMS, CARD, *omit})
     (folder / "config.json").write_text(json.dumps(smaller, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_subset(whole, folder, cut, trust_remote_code=trust_remote_code)
-    return Left({name: record[name] for name in gone}, stay, cut, behind, omitted)
+    return Left({name: record[name] for name in gone}, stay, cut, remainder(trained), omitted)
 
 
 def _copy_beside(whole: Path, folder: Path, known: Collection[str]) -> list[str]:
@@ -191,25 +195,11 @@ def export_folder(whole: Path, to: Path, leaving: Leaving, *, overwrite: bool = 
         with claimed(place, "an export"):
             check_free(to, "model", overwrite, "--to")
             with replacing(place, "model") as folder:
-                left = copy_without(whole, folder, leaving, behind=_told(whole), omit=(ROUND,))
+                left = copy_without(whole, folder, leaving, omit=(ROUND,))
                 _write_card(whole, folder, place.name, left)
                 return left
     except OSError as error:
         raise UserError(f"--to {str(to)!r}: cannot be written: {error}. Give another folder.") from None
-
-
-def _told(whole: Path) -> str:
-    """The same of a model's folder, as far as its card tells how it was trained."""
-    card = whole / CARD
-    settings = settings_of(card.read_text(encoding="utf-8")) if card.is_file() else None
-    try:
-        algorithm = tomllib.loads(settings or "")["algorithm"]
-        return _remainder(str(algorithm["name"]), algorithm["shared"] if algorithm["name"] == ALGORITHM else None)
-    except (tomllib.TOMLDecodeError, KeyError, TypeError):
-        return (
-            "The folder does not say how it was trained. If sites trained parts that they share, what a site that left "
-            "gave to these is still in them."
-        )
 
 
 def _write_card(whole: Path, folder: Path, name: str, left: Left) -> None:

@@ -22,15 +22,16 @@ from safetensors.torch import save_file
 from fedalign.client.memory import ClientMemory, Kept
 from fedalign.client.workbench import Workbench
 from fedalign.compare.folder import ComparisonFolder
-from fedalign.config.run import Config
+from fedalign.config.run import AlgorithmConfig, Config
 from fedalign.data.formats import FORMATS
 from fedalign.errors import UserError, unknown
 from fedalign.export.card import MIXER, OF_DOCSTRINGS, Made, Trained, base_license, of_docstrings, write_card
-from fedalign.export.leaving import EVERYBODY_STAYS, Leaving, Left, copy_without, remainder
+from fedalign.export.leaving import EVERYBODY_STAYS, Leaving, Left, copy_without
 from fedalign.files import KEPT_BY_CLIENTS, MARK, SUMS, check_free, claimed, damage, folder_name, replacing, rounds_in
 from fedalign.moe.kept import save_with_kept
 from fedalign.moe.load import DTYPES, auto_class, load_plain, model_path
 from fedalign.moe.model import MoEModel
+from fedalign.moe.site_experts import KEY, TRAINED, trained_by
 from fedalign.protocol import Metrics, Weights
 from fedalign.server.checkpoint import Checkpoints
 from fedalign.server.health import DamagedError, read_round
@@ -38,7 +39,7 @@ from fedalign.server.results import ROUND, RunFolder, check_round, read_history
 from fedalign.server.scores import best_of
 
 CLIENTS = "clients"  # folder of personal models
-ADAPTER = "adapter_config.json"
+ADAPTER, CONFIG = "adapter_config.json", "config.json"
 OF_THE_RUN = (SUMS, ROUND)  # in a folder that a run saved; what is exported has digests of its own, and a card
 
 
@@ -311,7 +312,7 @@ def _write_without(
             whole,
             folder,
             wanted.leaving,
-            behind=remainder(snapshot.config),
+            run=snapshot.config.algorithm,
             omit=OF_THE_RUN,
             trust_remote_code=snapshot.config.model.trust_remote_code,
         )
@@ -356,7 +357,23 @@ def _write(
         if wanted.dtype is not None and (base is None or wanted.merge):
             progress(f"Rounding the model{of_client} ...")
             _cast(part, wanted.dtype, snapshot.config.model.trust_remote_code)
+        if (part / CONFIG).exists():
+            _record(part / CONFIG, snapshot.config.algorithm)
     return personal, len(names) - len(personal)
+
+
+def _record(file: Path, algorithm: AlgorithmConfig) -> None:
+    """Have a model's configuration say that this run trained it; what a run wrote says so already."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    recorded = config | {TRAINED: trained_by(config, algorithm)}
+    if recorded != config:
+        file.write_text(json.dumps(recorded, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _shared_by(file: Path) -> list[str] | None:
+    """Who trained what sites share, as a configuration says; None: there is none, or no expert is a site's."""
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return trained_by(config) if KEY in config else None
 
 
 def _kept(snapshot: Snapshot, name: str) -> Kept:
@@ -504,6 +521,7 @@ def _made(wanted: Wanted, snapshot: Snapshot, base: Base | None, folder: Path, c
         clients=clients,
         base_license=base_license(config, place),
         data_license=wanted.data_license or (OF_DOCSTRINGS if of_docstrings(config) else None),
+        shared_by=_shared_by(folder / CONFIG),
     )
 
 

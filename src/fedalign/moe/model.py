@@ -44,7 +44,7 @@ from fedalign.moe.load import (
     quantised_by,
     resolved_source,
 )
-from fedalign.moe.site_experts import owners
+from fedalign.moe.site_experts import TRAINED, owners
 from fedalign.moe.stored import as_stored, by_layer
 from fedalign.moe.tuning import SELECTION_BIAS, beside_text, choosers, freeze, freeze_unreached
 from fedalign.protocol import HEAD, WHOLE, WORDS, Factors, Layout, ParameterGroup, TokenRows, Weights
@@ -786,8 +786,8 @@ def _by_reason(left_out: Mapping[str, str]) -> list[str]:
 
 
 def _lasting(config: Any) -> Any:
-    """A configuration, nested ones too, without what differs from place to place."""
-    volatile = {"transformers_version", "architectures", "_name_or_path", "dtype", "use_cache", "auto_map"}
+    """A configuration, nested ones too, without what differs from place to place, or from run to run."""
+    volatile = {"transformers_version", "architectures", "_name_or_path", "dtype", "use_cache", "auto_map", TRAINED}
     if not isinstance(config, dict):
         return config
     return {key: _lasting(value) for key, value in config.items() if key not in volatile}

@@ -17,7 +17,7 @@ from fedalign.moe.groups import Slot, unwrapped
 from fedalign.moe.kept import kept_of
 from fedalign.moe.model import MoEModel
 from fedalign.moe.rows import look, public_text, quiet_row, refuse_unlike, with_row
-from fedalign.moe.site_experts import COUNTS, checked, with_owners
+from fedalign.moe.site_experts import COUNTS, TRAINED, checked, trained_by, with_owners
 from fedalign.protocol import ParameterGroup
 
 HOLDERS = (*COUNTS, "num_experts", "n_experts")  # how routers, blocks and experts say how many they are
@@ -147,5 +147,6 @@ def grown(moe: MoEModel, sites: Sequence[str], seed: int = 0) -> Grown:
         for new in range(moe.experts, bigger.experts):
             place = ParameterGroup("gate", layer, new)
             bigger.write({ParameterGroup("expert", layer, new): expert, place: with_row(bigger, place, gate, row_H)})
+    setattr(bigger.model.config, TRAINED, trained_by(moe.model.config.to_dict()))
     with_owners(bigger.model.config, owned)
     return Grown(bigger.model, copied_L, tuple(share for _, share in rows), sum(mask.numel() for _, mask in text))

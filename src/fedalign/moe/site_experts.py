@@ -1,7 +1,12 @@
-"""Whose expert is whose: a record in the model's configuration, which plain transformers keeps and does not read.
+"""Whose expert is whose, and who trained the rest: records in the model's configuration.
+
+Plain transformers keeps them and does not read them.
 
 `"site_experts": {"hospital-a": [8], "hospital-b": [9]}` in config.json names each site's experts, the same in every MoE
 layer. Experts that the record does not name are public.
+
+`"shared_trained_by": ["fedavg"]` names the algorithms of all runs that trained parts which sites share, since the first
+that kept this record; a run that leaves them frozen adds nothing. "unknown" is first where sites had experts before.
 """
 
 from __future__ import annotations
@@ -9,10 +14,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedalign.config.run import AlgorithmConfig
 from fedalign.errors import UserError
 from fedalign.protocol import LONGEST_NAME, is_name
 
 KEY = "site_experts"
+TRAINED = "shared_trained_by"
+UNKNOWN, MOST = "unknown", 64  # in the latter: what came before it; names
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # how configs say "experts"
 
 
@@ -64,6 +72,31 @@ def with_owners(config: Any, record: Mapping[str, Sequence[int]]) -> Any:
     elif hasattr(config, KEY):
         delattr(config, KEY)
     return config
+
+
+def trained_by(config: Mapping[str, Any], run: AlgorithmConfig | None = None) -> list[str]:
+    """The algorithms that trained parts which sites share, each once, in order; "unknown" stands for what came before.
+
+    Args:
+        config: as config.json has it.
+        run: the algorithm of a run that the model went through since; None: there was none.
+
+    Raises:
+        UserError: The record is broken.
+
+    >>> trained_by({"shared_trained_by": ["by_use"]}, AlgorithmConfig(name="fedavg"))
+    ['by_use', 'fedavg']
+    >>> trained_by({}), trained_by({"site_experts": {"a": [8]}})
+    ([], ['unknown'])
+    """
+    record = config.get(TRAINED, [UNKNOWN] if config.get(KEY) else [])
+    listed = isinstance(record, (list, tuple)) and len(record) <= MOST
+    if not listed or not all(isinstance(name, str) and is_name(name) for name in record):
+        raise UserError(
+            f'{TRAINED} = {_short(record)}: must be a list of at most {MOST} algorithms\' names, such as ["fedavg"].'
+        )
+    added = [run.name] if run is not None and run.build().shared != "frozen" else []
+    return list(dict.fromkeys([*record, *added]))
 
 
 def checked(record: Any, experts: int | None) -> dict[str, tuple[int, ...]]:

@@ -29,10 +29,11 @@ from fedalign.files import fingerprint
 from fedalign.maths.heap import Heap
 from fedalign.maths.rounding import packed_nbytes
 from fedalign.moe.model import MoEModel
+from fedalign.moe.part import grown
 from fedalign.protocol import PROTOCOL, SHARED, WORDS, Packed, ParameterGroup, Piece, Start, WireDtype
 from fedalign.server.results import RunFolder
 from fedalign.server.run import execute
-from tests.conftest import SUBJECTS, changed, make_site, rows, write_jsonl
+from tests.conftest import SUBJECTS, changed, make_site, rows, save_tokenizer, write_jsonl
 from tests.federation.flower.scripted import Clock
 from tests.federation.test_messages import travel
 from tests.server.test_run import Silent, metrics, model_bytes
@@ -292,9 +293,19 @@ def test_with_a_test_set_the_coordinator_scores_too(
     assert "start" not in {kind for kind, _ in link.asked}  # it has the weights itself
 
 
-def test_a_simulation_is_the_run_in_one_process(settings: list[str], tmp_path: Path) -> None:
-    config = load_config(None, [*settings, "run.rounds=2", "training.epochs=1", "federation.engine=simulation"])
+@pytest.mark.parametrize("options", [(), ("frozen",), ("average",)], ids=" ".join)
+def test_a_simulation_is_the_run_in_one_process(
+    settings: list[str], olmoe: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    words = [*settings, "run.rounds=2", "training.epochs=1", "federation.engine=simulation"]
     out = tmp_path / "simulated"
+    if options:
+        names = DealtClients(load_config(None, words), out / "clients").names
+        grown(MoEModel.load(olmoe), names).model.save_pretrained(tmp_path / "owned")
+        save_tokenizer(tmp_path / "owned")
+        words += [f"model.path={tmp_path / 'owned'}", "algorithm.name=site_experts"]
+        words += [f"algorithm.shared={shared}" for shared in options]
+    config = load_config(None, words)
     dealt = DealtClients(config, out / "clients")
     services: dict[str, Answers] = {
         name: Service(name, dealt.open(name).data.memory.folder, lambda name=name: dealt.open(name))  # type: ignore[misc] # mypy infers no lambda with defaults
@@ -308,6 +319,47 @@ def test_a_simulation_is_the_run_in_one_process(settings: list[str], tmp_path: P
     folder.begin(here)
     execute(prepared, folder, Silent())
     same_runs(out, tmp_path / "here")
+
+
+@pytest.fixture(scope="module")
+def owned(olmoe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in which each site has an expert of its own."""
+    folder = tmp_path_factory.mktemp("owned")
+    grown(MoEModel.load(olmoe), SITES).model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def test_a_lone_site_cannot_say_what_the_experts_of_others_are(
+    coordinated: Callable[..., Config], house: Path, owned: Path, tmp_path: Path
+) -> None:
+    start, alone = MoEModel.load(owned), ("federation.min_sites=1", 'clients.only=["lab"]')
+    config = partial(coordinated, f"model.path={owned}", "algorithm.name=site_experts", "run.rounds=1")
+    services = sites(tmp_path / "sites", house, config())
+    for words in ((*alone,), alone[:1]):
+        link, others = Direct(services), "east, ward" if words == alone else "east, lab, ward"
+        with pytest.raises(UserError, match=rf"^federation.min_sites = 1: .* the experts of {others} are\. Set model"):
+            run(tmp_path / "refused", link, config(*words))
+        assert not link.asked
+    for number, known in enumerate((f"model.weights_hash={start.weights_hash()}", f"data.test={house / 'test.jsonl'}")):
+        run(tmp_path / str(number), Direct(services), config(*alone, known))
+        trained = MoEModel.load(tmp_path / str(number) / "model").read()
+        own = {group for group, value in start.read().items() if not torch.equal(trained[group], value)}
+        assert {group.expert for group in own} == {*start.layout.owners["lab"]}
+
+
+def test_a_lone_owner_says_what_its_expert_is(
+    coordinated: Callable[..., Config], house: Path, olmoe: Path, tmp_path: Path
+) -> None:
+    grown(MoEModel.load(olmoe), ["lab"]).model.save_pretrained(tmp_path / "owned")
+    save_tokenizer(tmp_path / "owned")
+    alone = ("federation.min_sites=1", 'clients.only=["lab"]', "algorithm.name=site_experts", "run.rounds=1")
+    config = coordinated(f"model.path={tmp_path / 'owned'}", *alone)
+    summary = run(tmp_path / "run", Direct(sites(tmp_path / "sites", house, config)), config)
+    assert {(failure["client"], failure["stage"]) for failure in summary["failures"]} == {
+        ("east", "join"),
+        ("ward", "join"),
+    }
 
 
 def test_an_encoder_decoder_model_goes_over_sites_too(

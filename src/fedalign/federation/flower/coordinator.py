@@ -22,7 +22,7 @@ from fedalign.federation.flower.carrier import Cargo
 from fedalign.federation.flower.link import Link
 from fedalign.federation.flower.masked import MaskedFlowerFederation
 from fedalign.federation.flower.sites import Agreement, FlowerFederation
-from fedalign.files import damage, replacing
+from fedalign.files import damage, replacing, rounds_in
 from fedalign.maths.heap import Heap
 from fedalign.maths.rounding import unpack
 from fedalign.moe.load import model_path
@@ -56,6 +56,8 @@ class Coordinator:
         """
         bench, test = load_bench(config)
         moe = bench.moe
+        if not rounds_in(folder.checkpoint):
+            check_start(config, moe)
         agreement = Agreement(
             architecture=moe.fingerprint(),
             tokenizer=tokenizer_hash(bench.tokenizer),
@@ -178,6 +180,22 @@ class Coordinator:
         if problem := damage(self.constants, CONSTANTS):
             raise UserError(f"{str(self.constants)!r}: damaged ({problem}). Start anew with another --out.")
         return load_file(self.constants / CONSTANTS)
+
+
+def check_start(config: Config, moe: MoEModel) -> None:
+    """Refuse a start in which a lone site could say what other sites' experts are.
+
+    Raises:
+        UserError: It could: sites own experts, one site is enough, and nothing here knows the weights.
+    """
+    known = moe.device.type != "meta" or config.model.weights_hash is not None
+    owned = config.algorithm.build().shared is not None and moe.layout.owners.keys()
+    others = sorted(owned - {*config.clients.only}) if owned else []
+    if others and not known and config.federation.min_sites == 1:
+        raise UserError(
+            f"federation.min_sites = 1: a lone site would say what the experts of {', '.join(others)} are. Set "
+            "model.weights_hash, which fedalign doctor prints, or federation.min_sites to 2 or more."
+        )
 
 
 def load_bench(config: Config) -> tuple[Workbench, TestSet | None]:
