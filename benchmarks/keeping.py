@@ -1,7 +1,4 @@
-"""Lines of JSON that a benchmark keeps when it is asked to: what was found, with which options, where, and beside what.
-
-The lines of benchmarks/results are what the numbers of README.md come from.
-"""
+"""Lines of JSON that a benchmark keeps when it is asked to: what was found, with which options, and on what machine."""
 
 from __future__ import annotations
 
