@@ -49,13 +49,11 @@ def signalled(number: int) -> Callable[..., None]:
         ("watch", signalled(signal.SIGTERM), 143, "Ended by SIGTERM. Complete rounds are kept"),
         ("watch", signalled(signal.SIGHUP), 129, "Ended by SIGHUP. Complete rounds are kept"),
         ("watch", signalled(signal.SIGINT), 130, "Interrupted. Complete rounds are kept"),
-        ("watch", refuse, 2, "the SuperLink refuses the run"),
         ("watch", fail, 3, "RuntimeError: a fault of ours"),
-        ("submit", signalled(signal.SIGTERM), 143, "Ended by SIGTERM. Complete rounds are kept"),
         ("submit", refuse, 2, "the SuperLink refuses the run"),
         ("start", None, 2, "flower-superlink did not start"),
     ],
-    ids=["SIGTERM", "SIGHUP", "SIGINT", "mistake", "fault", "SIGTERM-submitting", "mistake-submitting", "no-start"],
+    ids=["SIGTERM", "SIGHUP", "SIGINT", "fault", "refused", "no-start"],
 )
 def test_a_simulation_leaves_no_process_behind(
     fedalign: Command,
