@@ -38,6 +38,7 @@ from fedalign.maths.hashing import derive_seed
 from fedalign.moe.load import pick_device
 from fedalign.moe.model import MoEModel, load_model
 from fedalign.protocol import Broadcast
+from keeping import keep, keepable
 
 MODELS: dict[str, Callable[[], Any]] = {
     "demo": lambda: MoEModel.load(model_folder()).model,
@@ -101,6 +102,17 @@ def federated(moe: MoEModel, data: list[Encoded], config: Config, folder: Path) 
     LocalFit(moe, trainer.algorithm, config, client, local, 2, kept).run()
 
 
+def waited_for(data: list[Encoded], moe: MoEModel, config: Config) -> list[float]:
+    """Milliseconds until each batch of an epoch is on the device: what preparing them ahead could win."""
+    began, options = time.perf_counter(), config.training
+    ready = []
+    for batch in batches(data, options.batch_tokens, options.batch_examples, seed=0):
+        batch.to(moe.device)
+        settle(moe)
+        ready.append(1e3 * (time.perf_counter() - began))
+    return ready
+
+
 def settle(moe: MoEModel) -> None:
     """Wait for the GPU."""
     if moe.device.type == "cuda":
@@ -130,6 +142,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=96)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
+    keepable(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.device = pick_device(arguments.device)
@@ -154,6 +167,13 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
     data = examples(arguments.examples, moe.model.config.vocab_size, arguments.seed)
     tokens = sum(len(example.input_ids) for example in data)
     start = {group: value.clone() for group, value in moe.read().items()}
+    parameters = sum(p.numel() for p in moe.model.parameters())
+    print(f"\n{name}: {parameters / 1e6:.1f}M parameters, {tokens:,} tokens an epoch")
+    ready = min((waited_for(data, moe, config) for _ in range(10)), key=lambda found: found[-1])
+    print(
+        f"batches: the first is on the device after {ready[0]:.1f} ms, all {len(ready)} after {ready[-1]:.1f}",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
 
         def client_step(algorithm: str) -> Callable[[], None]:
@@ -178,9 +198,6 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
                     seconds[variant].append(time.perf_counter() - began)
         if arguments.profile:
             Path(arguments.profile).write_text(profiled(moe, client_step("fedalign_paper")), encoding="utf-8")
-    print(
-        f"\n{name}: {sum(p.numel() for p in moe.model.parameters()) / 1e6:.1f}M parameters, {tokens:,} tokens an epoch"
-    )
     print(f"{'variant':14}{'tokens/s':>10}{'ratio to plain: median':>26}{'min':>8}{'max':>8}")
     for variant, times in seconds.items():
         ratios = [base / own for base, own in zip(seconds["plain"], times, strict=True)]
@@ -188,6 +205,15 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
             f"{variant:14}{tokens / statistics.median(times):>10,.0f}{statistics.median(ratios):>26.3f}"
             f"{min(ratios):>8.3f}{max(ratios):>8.3f}"
         )
+        found = {
+            "model": name,
+            "variant": variant,
+            "tokens": tokens,
+            "seconds": times,
+            "ratios": ratios,
+            "batches_ms": ready,
+        }
+        keep(arguments, __file__, found, "torch", "transformers")
 
 
 if __name__ == "__main__":

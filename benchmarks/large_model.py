@@ -65,6 +65,7 @@ from fedalign.protocol import (
 from fedalign.server.checkpoint import ServerState
 from fedalign.server.results import RunFolder
 from fedalign.server.run import execute
+from keeping import keep, keepable
 from watching import anonymous, machine
 
 SITE = "site"
@@ -364,6 +365,7 @@ def main() -> None:
     parser.add_argument("--limit-gb", type=float, default=2.0, help="of the coordinator's anonymous memory")
     parser.add_argument("--piece-mb", type=float, default=256.0, help="wire.piece_mb")
     parser.add_argument("--folder", type=Path, default=None, help="where it works; default: the system's for such")
+    keepable(parser)
     parser.add_argument("--coordinate", type=Path, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.coordinate is not None:
@@ -377,6 +379,7 @@ def main() -> None:
         print(f"  {stage:<28} {seconds:6.0f} s   peak {peak / 1e9:5.2f} GB anonymous")
     peak, limit = found["peak"] / 1e9, args.limit_gb
     print(f"whole: peak {peak:.2f} GB anonymous, limit {limit:g}; {found['disk'] / 1e9:.0f} GB of disk")
+    keep(args, __file__, found, "torch", "transformers", "safetensors")
     if found["code"]:
         raise SystemExit(f"the coordinator ended with {found['code']}" + ": it was above the limit" * (peak > limit))
 

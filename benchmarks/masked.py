@@ -40,6 +40,7 @@ from fedalign.federation.masks import Masks, Once, fresh_key, public_key
 from fedalign.maths.fixed_point import BLOCK, LEVELS, MOST_CLIENTS, decode, encode, heights, limits
 from fedalign.maths.rounding import packed_nbytes
 from fedalign.protocol import LOSS, Concealed, Layout, ParameterGroup, Shares, Statistics, Totals
+from keeping import keep, keepable
 from watching import machine
 
 LAYERS, EXPERTS = 4, 16
@@ -112,6 +113,14 @@ def cost(args: argparse.Namespace, peers: int) -> str:
     above = peak_bytes() - peak
     whole = stats.median(a + b for a, b in zip(counting, concealing, strict=True))
     int8 = sum(packed_nbytes(size, "int8") for size in layout.sizes.values())
+    found = {
+        "peers": peers,
+        "values": values,
+        "bytes": nbytes,
+        "seconds": {"counts": counting, "update": concealing, "sum": adding},
+        "peak_mib_above": above / 2**20,
+    }
+    keep(args, __file__, found, "torch", "cryptography")
     return (
         f"| {peers} | {values:,} | {nbytes / 1e6:.1f} | {nbytes / values:.3f} | {nbytes / int8:.2f} | "
         f"{nbytes / (4 * values):.2f} | {stats.median(counting):.2f} | {stats.median(concealing):.2f} | {whole:.2f} | "
@@ -145,8 +154,8 @@ def updates(kind: str, size: int, clients: int) -> Iterator[Tensor]:
         yield values
 
 
-def error(kind: str, size: int, clients: int, rule: str) -> str:
-    """A cell: bits of signal, and the share of values that were clipped."""
+def error(kind: str, size: int, clients: int, rule: str) -> tuple[float, float]:
+    """Bits of signal, and the share of values that were clipped."""
     limit_B = limit_of(rule, lambda: updates(kind, size, clients))
     total, exact, clipped = torch.zeros(size, dtype=torch.int16), torch.zeros(size, dtype=torch.float64), 0
     weight = torch.tensor(1 / clients).expand(size)
@@ -157,7 +166,7 @@ def error(kind: str, size: int, clients: int, rule: str) -> str:
         exact += (update * weight).double()
     off = decode(total, limit_B).double().sub_(exact).norm()
     moved = size * clients if kind != "one row" else size * 64 / BLOCK
-    return f"{math.log2(float(exact.norm() / off)):.1f}" + (f" ({clipped / moved:.1%})" if clipped else "")
+    return math.log2(float(exact.norm() / off)), clipped / moved
 
 
 def limit_of(rule: str, every: Callable[[], Iterator[Tensor]]) -> Tensor:
@@ -183,6 +192,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000, 25_000_000])
     parser.add_argument("--clients", type=int, nargs="+", default=[10])
+    keepable(parser)
     parser.add_argument("--row", action="store_true", help="print one bare row (what the script calls itself with)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -204,8 +214,11 @@ def main() -> None:
         for clients in args.clients:
             for size in args.sizes:
                 for kind in KINDS:
-                    cells = [error(kind, size, clients, rule) for rule in LIMITS]
+                    found = {rule: error(kind, size, clients, rule) for rule in LIMITS}
+                    cells = [f"{bits:.1f}" + (f" ({share:.1%})" if share else "") for bits, share in found.values()]
                     print(f"| {size:,} | {clients} | {kind} | {' | '.join(cells)} |", flush=True)
+                    row = {"sizes": [size], "clients": [clients], "update": kind, "bits_and_clipped": found}
+                    keep(args, __file__, row, "torch", "cryptography")
         print(f"\n{LEVELS} steps from zero to a limit")
 
 

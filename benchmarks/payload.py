@@ -5,8 +5,8 @@ FedAvg's plan. Then Flower's own FedAvg strategy moves arrays of the same sizes 
 SuperNode: down, up, averaged. Ours sends the weights down twice in this round, which is the first and the last (to be
 trained, and to be scored), and the update up once, in pieces; bytes are counted as they travel. The start of the run,
 in which the site sends its weights once, is not in the round. The site's model is in a trainer of its own, as
-`fedalign site serve` starts it. Without `--database` the SuperLink keeps everything in memory: with it, on a slow disk,
-SQLite locks up under gigabytes, and Flower's own processes end with an error.
+`fedalign site serve` starts it. Without `--database` the SuperLink keeps everything in memory. With it, on a slow disk,
+SQLite locks up under gigabytes in one message, as FedAvg's are: its ClientApp ends with an error.
 
 Memory is told twice: resident, and the anonymous part of it. Pages of files are the kernel's to take back.
 """
@@ -22,6 +22,7 @@ import tempfile
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 from transformers import OlmoeConfig, OlmoeForCausalLM
@@ -31,8 +32,10 @@ from fedalign.federation.flower.keys import make_node_key
 from fedalign.federation.flower.launch import APP
 from fedalign.federation.flower.loopback import Loopback
 from fedalign.federation.flower.programs import executable, free_port
+from keeping import keep, keepable
 from watching import PeakMemory, descendants_of_this, machine
 
+PACKAGES = ("torch", "transformers", "flwr")
 SERVER = """
     import json, time
     import numpy as np
@@ -77,8 +80,9 @@ def main() -> None:
     parser.add_argument("--piece-mb", type=float, default=256.0, help="ours: wire.piece_mb")
     parser.add_argument("--database", action="store_true", help="the SuperLink keeps its messages in SQLite")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "int8"])
+    keepable(parser)
     args = parser.parse_args()
-    print(machine("torch", "transformers", "flwr"))
+    print(machine(*PACKAGES))
     with tempfile.TemporaryDirectory(prefix="fedalign-payload-") as name:
         folder = Path(name)
         sizes = make_model(folder / "model", args.megabytes)
@@ -92,14 +96,14 @@ def main() -> None:
                 [sys.executable, "-m", "fedalign", "site", "serve", str(site)], stdout=subprocess.DEVNULL
             )
             try:
-                ours(loopback, folder, args.dtype, args.piece_mb)
+                keep(args, __file__, ours(loopback, folder, args.dtype, args.piece_mb), *PACKAGES)
             finally:
                 served.terminate()
                 served.wait()
             loopback.register("other", make_node_key(folder / "other"))
             plain = subprocess.Popen(plain_supernode(loopback, folder / "other"), env=loopback.environment)
             try:
-                theirs(loopback, folder, sum(sizes) * 4)
+                keep(args, __file__, theirs(loopback, folder, sum(sizes) * 4), *PACKAGES)
             finally:
                 plain.terminate()
                 plain.wait()
@@ -156,7 +160,7 @@ def make_site(folder: Path, loopback: Loopback) -> Path:
     return site
 
 
-def ours(loopback: Loopback, folder: Path, dtype: str, piece_mb: float) -> None:
+def ours(loopback: Loopback, folder: Path, dtype: str, piece_mb: float) -> dict[str, Any]:
     """One round of FedAlign-MoE's engine."""
     assert loopback.certificates is not None
     config = {
@@ -192,9 +196,18 @@ def ours(loopback: Loopback, folder: Path, dtype: str, piece_mb: float) -> None:
         f"whole run with hello, start and both models saved {seconds:.0f} s"
     )
     show(peak)
+    return {
+        "engine": "fedalign",
+        "seed": 0,
+        "round_seconds": first["round_seconds"],
+        "train_seconds": first["client_train_seconds"],
+        "whole_seconds": seconds,
+        "bytes": moved,
+        **peaks(peak),
+    }
 
 
-def theirs(loopback: Loopback, folder: Path, nbytes: int) -> None:
+def theirs(loopback: Loopback, folder: Path, nbytes: int) -> dict[str, Any]:
     """One round of Flower's FedAvg on arrays of the same sizes."""
     app = folder / "fedavg-app"
     (app / "fedavg_app").mkdir(parents=True)
@@ -217,13 +230,19 @@ def theirs(loopback: Loopback, folder: Path, nbytes: int) -> None:
             (run,) = json.loads(loopback.flwr("list", "loopback", "--limit", "1", "--format", "json").stdout)["runs"]
             if run["status"].startswith("finished") and not out.exists():
                 print(f"\nFlower's FedAvg, float32: {run['status']}, and its round was not")
-                return
+                return {"engine": "Flower's FedAvg", "ended": run["status"], **peaks(peak)}
     seconds = json.loads(out.read_text())
     print(
         f"\nFlower's FedAvg, float32: round {seconds:.0f} s; {2 * nbytes / 1e6:.0f} MB moved "
         f"({2 * nbytes / 1e6 / seconds:.0f} MB/s)"
     )
     show(peak)
+    return {"engine": "Flower's FedAvg", "round_seconds": seconds, "bytes": 2 * nbytes, **peaks(peak)}
+
+
+def peaks(peak: PeakMemory) -> dict[str, Any]:
+    """Peak memory by role, in bytes, for a kept line."""
+    return {"peak": peak.by_role, "peak_anonymous": peak.anonymous_by_role}
 
 
 def show(peak: PeakMemory) -> None:

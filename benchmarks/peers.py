@@ -28,7 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from fedalign.data.formats import load_examples
 from fedalign.data.partition import hold_out
 from fedalign.demo import model_folder
 from fedalign.maths.hashing import derive_seed
+from keeping import keep, keepable
 from watching import machine
 
 MARK = "FEDALIGN_PEERS_RUN"  # in the environment of all that a row starts, wherever it ends up
@@ -119,13 +120,15 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=3000)
     parser.add_argument("--tolerance", type=float, default=0.1, help="difference of final losses, nats")
     parser.add_argument("--only", nargs="+", choices=sorted(ROWS), default=list(ROWS), help="rows of the table")
+    keepable(parser)
     parser.add_argument("--role", choices=sorted(ROLES), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.role:
         ROLES[args.role]()
         return
     disable_progress_bar()
-    print(machine("torch", "transformers", *(p for p in ("flwr", "ray", "nvflare") if find_spec(p))))
+    packages = ("torch", "transformers", *(p for p in ("flwr", "ray", "nvflare") if find_spec(p)))
+    print(machine(*packages))
     print(f"{args.clients} clients, {args.rounds} rounds, {args.examples} examples, seed 0, one thread a process\n")
     out = Path(tempfile.mkdtemp(prefix="fedalign-peers-"))
     config = demo(args)
@@ -141,6 +144,7 @@ def main() -> None:
             f"{row.up / 1e6:.0f} / {row.down / 1e6:.0f} | {row.loss:.3f} |",
             flush=True,
         )
+        keep(args, __file__, {"only": [name], "seed": 0, **asdict(row)}, *packages)
     shutil.rmtree(out)
     spread = max(row.loss for row in rows) - min(row.loss for row in rows)
     if spread > args.tolerance:

@@ -25,6 +25,7 @@ from fedalign.demo import DEMO
 from fedalign.maths.rounding import pack
 from fedalign.protocol import Algorithm, Broadcast, Layout, Reports, Statistics
 from fedalign.testing import planned
+from keeping import keep, keepable
 
 
 def trained(args: argparse.Namespace) -> tuple[list[Statistics], Layout]:
@@ -63,17 +64,20 @@ def kept(args: argparse.Namespace) -> tuple[list[Statistics], Layout]:
     return reports, layout
 
 
-def compared(algorithm: Algorithm, seen: Reports) -> str:
-    """One row: the plan as it is against that of all pairs."""
+def compared(algorithm: Algorithm, seen: Reports) -> dict[str, float]:
+    """The plan as it is against that of all pairs."""
     quick_C_L_E = seen.layout.split(planned(algorithm, seen).weight_C_G)[2]
     with mock.patch.object(fedalign_moe, "ALL_PAIRS", len(seen.of)):
         exact_C_L_E = seen.layout.split(planned(algorithm, seen).weight_C_G)[2]
     away_L_E = (quick_C_L_E - exact_C_L_E).abs().sum(dim=0) / 2
     out_C_L_E, same_C_L_E = exact_C_L_E == 0, (quick_C_L_E == 0) == (exact_C_L_E == 0)
-    return (
-        f"{float(out_C_L_E.float().mean()):>9.1%}{float(away_L_E.mean()):>23.4f}{float(away_L_E.max()):>9.4f}"
-        f"{float(same_C_L_E.float().mean()):>14.2%}{float(same_C_L_E.all(dim=0).float().mean()):>12.1%}"
-    )
+    return {
+        "left_out": float(out_C_L_E.float().mean()),
+        "variation_mean": float(away_L_E.mean()),
+        "variation_largest": float(away_L_E.max()),
+        "same_entries": float(same_C_L_E.float().mean()),
+        "same_cells": float(same_C_L_E.all(dim=0).float().mean()),
+    }
 
 
 def main() -> None:
@@ -87,6 +91,7 @@ def main() -> None:
     parser.add_argument("--algorithms", nargs="+", default=["fedalign_paper", "fedalign_moe"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/plan-agreement"))
+    keepable(parser)
     args = parser.parse_args()
     reports, layout = kept(args)
     print(f"alpha {args.alpha:g}, {args.examples} examples, widths {args.update_width} and {args.centroid_width}")
@@ -94,7 +99,13 @@ def main() -> None:
     for clients in args.clients:
         seen = Reports(reports[:clients], layout, clients)
         for name in args.algorithms:
-            print(f"{clients:>7}  {name:<15}{compared(make(name, {}), seen)}", flush=True)
+            found = compared(make(name, {}), seen)
+            print(
+                f"{clients:>7}  {name:<15}{found['left_out']:>9.1%}{found['variation_mean']:>23.4f}"
+                f"{found['variation_largest']:>9.4f}{found['same_entries']:>14.2%}{found['same_cells']:>12.1%}",
+                flush=True,
+            )
+            keep(args, __file__, {"clients": clients, "algorithms": [name], **found}, "torch", "transformers")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 from fedalign.algorithms import ALGORITHMS, make
 from fedalign.protocol import SHARED, Algorithm, Layout, Reports, Statistics, asked_shapes
 from fedalign.testing import planned
+from keeping import keep, keepable
 
 
 def layout_of(layers: int, experts: int) -> Layout:
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     every = ["fedavg", "by_use", "fedalign_moe", "fedalign_paper"]
     parser.add_argument("--algorithms", nargs="+", choices=sorted(ALGORITHMS), default=every)
+    keepable(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -115,6 +117,8 @@ def main() -> None:
         sent = sent_bytes(reports[0], layout, algorithm)
         row = f"{name:<15}{sent:<21,}{stats.median(seconds):<22.2f} {spread:<15}{stats.median(cpu):<13.2f}"
         print(f"{row}{zero:<14.1%}{above:,.0f} MiB")
+        found = {"seconds": seconds, "cpu_seconds": cpu, "bytes": sent, "zero_weights": zero, "peak_mib_above": above}
+        keep(args, __file__, {"algorithms": [name], **found}, "torch")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import tomli_w
 from fedalign.federation.flower.keys import make_node_key
 from fedalign.federation.flower.launch import APP
 from fedalign.federation.flower.loopback import Loopback
+from keeping import keep, keepable
 from watching import machine
 
 SITES = ("a", "b", "c")
@@ -65,6 +66,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=4)
+    keepable(parser)
     args = parser.parse_args()
     print(machine("torch", "transformers", "flwr"))
     print(f"{len(SITES)} sites, {args.rounds} rounds, TLS and node keys, all on this machine\n")
@@ -80,6 +82,7 @@ def main() -> None:
     rows += pieces(folder)
     for what, seconds in rows:
         print(f"{what:<58} {seconds:7.2f} s")
+    keep(args, __file__, {"seed": 0, "seconds": dict(rows)}, "torch", "transformers", "flwr")
 
 
 def prepare(folder: Path, rounds: int) -> Path:

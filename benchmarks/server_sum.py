@@ -30,6 +30,7 @@ from torch import Tensor
 from fedalign.maths.average import StreamingSum
 from fedalign.maths.rounding import pack
 from fedalign.protocol import SHARED, Layout, Packed, ParameterGroup, Plan, Update, WireDtype
+from keeping import keep, keepable
 
 
 def layout_of(megabytes: int, layers: int, experts: int) -> Layout:
@@ -90,8 +91,16 @@ def measure(args: argparse.Namespace, clients: int) -> str:
     # the first update meets a sum that has no memory yet: it stays out of the median, and is in the whole
     ratios = sorted(s / c for s, c in zip(sums[1:], copies[1:], strict=True))
     bare = stats.median(a / c for a, c in zip(adds[1:], copies[1:], strict=True))
-    spread = f"{ratios[len(ratios) // 10]:.2f}-{ratios[-1 - len(ratios) // 10]:.2f}"
+    low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
+    spread = f"{low:.2f}-{high:.2f}"
     overall = nbytes * clients / 1e9 / sum(nbytes / 1e9 / s for s in sums)
+    found = {
+        "clients": clients,
+        "gb_s": {"sum": stats.median(sums[1:]), "copy": stats.median(copies[1:]), "overall": overall},
+        "ratio": {"median": stats.median(ratios), "p10": low, "p90": high, "add": bare},
+        "peak_mib": peak / 2**20,
+    }
+    keep(args, __file__, found, "torch")
     return (
         f"{clients:>7}{nbytes / 1e6:>11.0f}{stats.median(sums[1:]):>10.1f}{stats.median(copies[1:]):>11.1f}"
         f"{stats.median(ratios):>8.2f}{spread:>13}{bare:>7.2f}{overall:>13.1f}{peak / 2**20:>10,.0f} MiB"
@@ -109,6 +118,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--busy", action="store_true", help="keep every processor at work meanwhile")
+    keepable(parser)
     parser.add_argument("--row", action="store_true", help="print one bare row (what the script calls itself with)")
     args = parser.parse_args()
     if args.row:

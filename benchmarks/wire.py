@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fedalign.compare.statistics import Interval, mean_interval, paired_interval
+from keeping import keep, keepable
 from watching import machine
 
 WIRES = (  # of updates, of broadcasts, feedback
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, help="examples to train on; default: the demo's")
     parser.add_argument("--tests", type=int, default=2000)
     parser.add_argument("--algorithm", default="fedavg")
+    keepable(parser)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     file, end = args.out / "runs.jsonl", time.monotonic() + 60 * args.minutes
@@ -108,6 +110,7 @@ def main() -> None:
                 runs.append(run(wire, seed, args))
                 with file.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps(runs[-1]) + "\n")
+                keep(args, __file__, runs[-1], "torch", "transformers")
     print(machine("torch", "transformers"))
     print(f"{args.algorithm}, {args.rounds} rounds, {args.train or 'all'} examples, {args.tests} test examples\n")
     print(table(runs))

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +36,7 @@ import torch
 from fedalign.config.toml import load_config
 from fedalign.federation.in_process import prepare
 from fedalign.maths.heap import Heap
+from keeping import keep, keepable
 from watching import machine
 
 
@@ -59,11 +60,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--evaluation", action="store_true", help="only of the global test set, --repeats times")
+    keepable(parser)
     args = parser.parse_args()
     print(machine("torch", "transformers"))
     print(f"load before: {os.getloadavg()[0]:.2f}; {args.config}, {args.rounds} rounds, one thread each\n")
     if args.evaluation:
-        evaluation(args.config, args.workers, args.repeats)
+        wall, idle = evaluation(args.config, args.workers, args.repeats)
+        keep(args, __file__, {"seconds": wall, "idle": idle}, "torch", "transformers")
         return
     print(f"{'workers':>8}{'s/round':>9}{'whole s':>9}{'CPU s':>8}{'cores busy':>12}{'peak PSS MB':>13}")
     found: dict[int, list[Taken]] = {1: [], args.workers: []}
@@ -77,6 +80,7 @@ def main() -> None:
                     f"{taken.peak / 1e6:>13,.0f}",
                     flush=True,
                 )
+                keep(args, __file__, {"workers": workers, **asdict(taken)}, "torch", "transformers")
     alone, together = (median(taken.seconds for taken in found[workers]) for workers in found)
     same = len({taken.result for runs in found.values() for taken in runs}) == 1
     print(f"\n{args.workers} workers: {alone / together:.2f} times as fast; model/ and metrics ", end="")
@@ -84,7 +88,7 @@ def main() -> None:
     sys.exit(not same)
 
 
-def evaluation(config: str, workers: int, repeats: int) -> None:
+def evaluation(config: str, workers: int, repeats: int) -> tuple[float, float]:
     """Seconds of an evaluation, and of that how long a core was idle."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="fedalign-workers-") as name:
@@ -98,6 +102,7 @@ def evaluation(config: str, workers: int, repeats: int) -> None:
             found.append((wall, wall - cpu / workers))
     wall, idle = (median(row[i] for row in found) for i in (0, 1))
     print(f"evaluation, {workers} workers: {wall:.2f} s, {idle:.2f} s of it idle on average; {repeats} times, medians")
+    return wall, idle
 
 
 def run(config: str, rounds: int, workers: int, out: Path) -> Taken:

@@ -792,7 +792,7 @@ class Algorithm(Protocol):
 
 
 class Accumulator(Protocol):
-    """Takes updates as they arrive; checks and sums each at once, so none is kept."""
+    """Takes clients' updates, each whole, one after another; checks and sums each at once, so none is kept."""
 
     def add(self, update: Update) -> Failure | None:
         """Add one client's update, or say why it was refused."""

@@ -1,4 +1,4 @@
-"""A transfer whose SuperNode is killed in the middle, in each direction, goes on where it was."""
+"""A transfer in the middle of which SuperNode, SuperLink or coordinator is killed goes on where it was."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.sites.conftest import Deployment, Run, deployed
-from tests.sites.transfers import SITE, assert_as_undisturbed, disturbed, tables_for
+from tests.sites.transfers import SITE, Kill, assert_as_undisturbed, compared, disturbed, tables_for
 
 pytestmark = pytest.mark.sites
 
@@ -29,6 +29,17 @@ def whole(deployment: Deployment) -> Run:
     return run
 
 
-@pytest.mark.parametrize("way", [pytest.param("down", marks=pytest.mark.variant), "up"])
-def test_a_supernode_killed_in_a_transfer_costs_a_piece(deployment: Deployment, whole: Run, way: str) -> None:
-    assert_as_undisturbed(deployment, disturbed(deployment, f"killed-{way}", "SuperNode", way, after=1), whole)
+@pytest.mark.parametrize(
+    "kills",
+    [
+        [Kill("SuperNode", "up")],
+        [Kill("coordinator", "down"), Kill("SuperLink", "up")],  # one run: each way is broken off once
+        pytest.param([Kill("SuperNode", "down")], marks=pytest.mark.variant),
+        pytest.param([Kill("SuperLink", "down")], marks=pytest.mark.variant),
+        pytest.param([Kill("coordinator", "up")], marks=pytest.mark.variant),
+    ],
+    ids=lambda kills: "-then-".join(f"{kill.victim}-{kill.way}" for kill in kills),
+)
+def test_a_kill_in_a_transfer_costs_the_pieces_under_way(deployment: Deployment, whole: Run, kills: list[Kill]) -> None:
+    run = disturbed(deployment, "-".join(f"{kill.victim}-{kill.way}" for kill in kills), *kills)
+    assert_as_undisturbed(compared(deployment, run, whole))

@@ -1,15 +1,18 @@
 """Transfers between real processes of Flower, some of which are killed in the middle of them.
 
 `python -m tests.sites.transfers` kills the SuperNode, the SuperLink and the coordinator at random moments of a transfer
-in each direction, ten times, and holds each run against the one that nobody disturbed.
+in each direction, ten times, and holds each run against the one that nobody disturbed. With `--keep` each is a line of
+benchmarks/results/transfers.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import sys
 import tempfile
-from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,13 +21,26 @@ from fedalign.federation.flower.carrier import AHEAD
 from fedalign.federation.flower.loopback import SUPERLINK
 from tests.conftest import save_tokenizer
 from tests.moe.tiny import build
-from tests.sites.conftest import Deployment, Run, deployed, merged, on_one_machine, settings
+from tests.sites.conftest import Command, Deployment, Run, deployed, merged, on_one_machine, settings
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from keeping import keep, keepable
 
 SITE = "north"
 PIECE_MB = 0.06  # the model has 0.17
 Victim = Literal["SuperNode", "SuperLink", "coordinator"]
 VICTIMS = get_args(Victim)
 VERB = {"down": "piece", "up": "update"}
+SMALL = 1000  # bytes, at most, of the answer to a question whether what is here is still the same
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Who is killed, once the site has answered so many pieces of a way."""
+
+    victim: Victim
+    way: str
+    after: int = 1
 
 
 def tables_for(model: Path) -> dict[str, Any]:
@@ -35,49 +51,67 @@ def tables_for(model: Path) -> dict[str, Any]:
     )
 
 
-def messages(deployment: Deployment, run: Run) -> Counter[tuple[str, int]]:
-    """How often the site has answered what so far, by verb and bytes of the answer."""
+def answers(deployment: Deployment, run: Run, way: str) -> list[int]:
+    """Bytes of each of the site's answers so far to the messages of a way."""
     key = run.path / "run-key"
     if not key.exists():
-        return Counter()
-    entries = [one for one in SiteLog(deployment.sites[SITE]).entries() if one.run == key.read_text()]
-    return Counter((one.verb, one.bytes) for one in entries)
+        return []
+    entries = SiteLog(deployment.sites[SITE]).entries()
+    return [one.bytes for one in entries if (one.run, one.verb) == (key.read_text(), VERB[way])]
 
 
-def answered(deployment: Deployment, run: Run, verb: str) -> int:
-    """How many messages of a kind it has answered."""
-    return sum(times for (kind, _), times in messages(deployment, run).items() if kind == verb)
-
-
-def disturbed(deployment: Deployment, out: str, victim: Victim, way: str, after: int) -> Run:
-    """A run in which somebody is killed once the site has answered so many pieces of a way; it comes to its end."""
+def disturbed(deployment: Deployment, out: str, *kills: Kill) -> Run:
+    """A run with kills, one after another, that is gone on with after each; it comes to its end."""
     with deployment.started(out) as (run, command):
-        command.wait(lambda: answered(deployment, run, VERB[way]) >= after, f"piece {after} {way}")
-        if victim == "SuperNode":
-            deployment.loopback.kill(SITE)
-            deployment.again(SITE)
-            assert command.finish() == 0, command.said
-            return run
-        if victim == "SuperLink":
-            deployment.loopback.kill(SUPERLINK)
-            deployment.loopback.start_superlink()
-        else:
-            assert deployment.loopback.kill_app(SUPERLINK)
-        command.finish()
-    deployment.resume(run)
+        is_over = struck(deployment, run, command, kills[0])
+    for kill in kills[1:]:
+        with deployment.command("run", "--resume", run.path) as command:
+            is_over = struck(deployment, run, command, kill)
+    if not is_over:
+        deployment.resume(run)
     return run
 
 
-def assert_as_undisturbed(deployment: Deployment, run: Run, whole: Run) -> None:
-    """The same model; and no more came twice than the pieces that were under way.
+def struck(deployment: Deployment, run: Run, command: Command, kill: Kill) -> bool:
+    """Kill somebody in the midst of a transfer; whether the run came to its end all the same."""
+    command.wait(lambda: len(answers(deployment, run, kill.way)) >= kill.after, f"piece {kill.after} {kill.way}")
+    if kill.victim == "SuperNode":
+        deployment.loopback.kill(SITE)
+        deployment.again(SITE)
+        assert command.finish() == 0, command.said
+        return True
+    if kill.victim == "SuperLink":
+        deployment.loopback.kill(SUPERLINK)
+        deployment.loopback.start_superlink()
+    else:
+        assert deployment.loopback.kill_app(SUPERLINK)
+    command.finish()
+    return False
 
-    Replies that a SuperLink holds for a killed coordinator are lost: the resumed one is another run of Flower's.
+
+def compared(deployment: Deployment, run: Run, whole: Run) -> dict[str, Any]:
+    """A run beside the one that nobody disturbed: is the model the same, and how many bytes were sent twice.
+
+    Up the site counts what it sends, since replies that a SuperLink holds for a killed coordinator are lost: the
+    resumed one is another run of Flower's. Down the coordinator does.
     """
-    assert run.model == whole.model
-    assert run.failures() == []
-    for way, verb in VERB.items():
-        more = answered(deployment, run, verb) - answered(deployment, whole, verb)
-        assert more <= AHEAD + (way == "up"), (verb, more)  # up, one more asks whether what is here is still the same
+    up, once = answers(deployment, run, "up"), answers(deployment, whole, "up")
+    return {
+        "same_model": run.model == whole.model,
+        "failures": run.failures(),
+        "twice_up": sum(up) - sum(once),
+        "twice_down": sum(line["bytes_down"] for line in run.lines) - sum(line["bytes_down"] for line in whole.lines),
+        "largest_piece": max(once),  # as the site answered it, with its head
+    }
+
+
+def assert_as_undisturbed(found: Mapping[str, Any]) -> None:
+    """The same model; and no more came twice than the pieces that were under way."""
+    assert found["same_model"]
+    assert found["failures"] == []
+    most = AHEAD * max(found["largest_piece"], 1e6 * PIECE_MB) + SMALL  # less than the update, or the weights
+    assert found["twice_up"] <= most, found
+    assert found["twice_down"] <= most, found
 
 
 def main() -> None:
@@ -87,6 +121,7 @@ def main() -> None:
     parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=VICTIMS)
     parser.add_argument("--ways", nargs="+", choices=list(VERB), default=list(VERB))
     parser.add_argument("--seed", type=int, default=0)
+    keepable(parser)
     args = parser.parse_args()
     chance = random.Random(args.seed)
     with tempfile.TemporaryDirectory(prefix="fedalign-transfers-") as name:
@@ -103,12 +138,13 @@ def main() -> None:
             for number in range(args.moments):
                 for way in args.ways:
                     for victim in args.victims:
-                        after = chance.randint(1, answered(deployment, whole, VERB[way]) - 1)
-                        run = disturbed(deployment, f"{victim}-{way}-{number}", victim, way, after)
-                        assert_as_undisturbed(deployment, run, whole)
-                        print(
-                            f"{number + 1} of {args.moments}: {victim} killed after piece {after} {way}: as undisturbed"
-                        )
+                        after = chance.randint(1, len(answers(deployment, whole, way)) - 1)
+                        kill = Kill(victim, way, after)
+                        run = disturbed(deployment, f"{victim}-{way}-{number}", kill)
+                        found = asdict(kill) | compared(deployment, run, whole)
+                        print(f"{number + 1} of {args.moments}: {found}", flush=True)
+                        keep(args, __file__, found, "torch", "transformers", "flwr")
+                        assert_as_undisturbed(found)
 
 
 if __name__ == "__main__":

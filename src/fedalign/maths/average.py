@@ -1,4 +1,4 @@
-"""The streaming sum: updates are checked and added as they arrive, then normalised by the weight that arrived.
+"""The streaming sum: updates are checked and added one after another, then normalised by the weight that arrived.
 
     new[g] = old[g] + (Σ_planned b / Σ_arrived b) · Σ_arrived b · factor · Δ      for each parameter group g   [O]
 

@@ -188,6 +188,7 @@ def superlink(config: Config, home: Path) -> Iterator[Flower]:
     mark = str(home)
     if not is_running(home.parent):
         end_all(mark)  # what a killed run has left
+    process: subprocess.Popen[bytes] | None = None
     try:
         with (home / "superlink.log").open("ab") as log:
             command = [executable("flower-superlink", flower.environment), "--insecure", "--simulation", *NO_INSTALLS]
@@ -202,6 +203,8 @@ def superlink(config: Config, home: Path) -> Iterator[Flower]:
         yield flower
     finally:
         end_all(mark)
+        if process is not None:
+            process.wait()
 
 
 def wait_for(address: str, process: subprocess.Popen[bytes], seconds: float = 60) -> None:
