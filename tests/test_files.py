@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -44,7 +45,7 @@ from fedalign.files import (
     write_text,
 )
 
-WRITTEN = ("config.toml", "rounds/round-*", "model/")
+WRITTEN = {"run": ("config.toml", "rounds/round-#/SHA256SUMS", "rounds/round-#/state.json", "model/")}
 
 
 @pytest.fixture
@@ -67,22 +68,28 @@ def names(folder: Path) -> list[str]:
 def test_what_a_run_wrote_is_replaced(run: Path) -> None:
     with pytest.raises(UserError, match=r"already holds a run. Do. Replace it: --overwrite; or give another --out"):
         check_free(run, "run", overwrite=False, go_on="Do. ")
-    check_free(run, "run", overwrite=True)
+    check_free(run, "run", overwrite=True, written=WRITTEN)
     take(run, "run", WRITTEN)
     assert names(run) == [MARK]
     check_free(run, "run", overwrite=False)  # a mark alone is nothing that could be lost
 
 
 @pytest.mark.parametrize(
-    "name", ["thesis.tex", "rounds/notes.txt", "model/thesis.tex", "model/deep/thesis.tex", ".thesis.old/thesis.tex"]
+    "name",
+    [
+        *("thesis.tex", "rounds/notes.txt", "model/thesis.tex", "model/deep/thesis.tex", ".thesis.old/thesis.tex"),
+        *("rounds/round-1/thesis.tex", "rounds/round-1/deep/state.json", "rounds/round-notes.txt"),
+        *("rounds/round-my/state.json", "rounds/round-1-copy/state.json", "rounds/.round-2.new/thesis.tex"),
+        *("model/thesis[1].tex", "deep/config.toml"),
+    ],
 )
 def test_what_nobody_of_us_wrote_is_named_and_kept(run: Path, name: str) -> None:
     (run / name).parent.mkdir(parents=True, exist_ok=True)
     (run / name).write_text("years of work")
     before = names(run)
-    said = rf"holds {name}, which no run wrote\. Move that away, or give another --out"
+    said = rf"holds {re.escape(name)}, which no run wrote\. Move that away, or give another --out"
     with pytest.raises(UserError, match=said):
-        check_free(run, "run", overwrite=True)
+        check_free(run, "run", overwrite=True, written=WRITTEN)
     with pytest.raises(UserError, match=said):
         take(run, "run", WRITTEN)
     assert names(run) == before
@@ -96,7 +103,7 @@ def test_links_and_marked_folders_that_are_not_listed_are_kept(run: Path, tmp_pa
     with pytest.raises(
         UserError, match=r"holds exported/.fedalign, exported/SHA256SUMS, exported/config.json and 1 more"
     ):
-        check_free(run, "run", overwrite=True)
+        check_free(run, "run", overwrite=True, written=WRITTEN)
 
 
 @pytest.mark.parametrize("part", ["model", "rounds", "new", "new/model", "model/clients/a"])
@@ -305,8 +312,31 @@ def test_a_folder_is_tidied_of_what_kills_left(run: Path) -> None:
         (run / name).touch()
     (run / ".thesis.old").mkdir()
     (run / ".thesis.old" / "thesis.tex").touch()
-    tidy(run)
-    assert names(run) == sorted([*whole, ".thesis.old/thesis.tex"])
+    (run / "rounds" / ".round-3.new").mkdir()
+    (run / "rounds" / ".round-3.new" / "thesis.tex").touch()
+    tidy(run, WRITTEN)
+    assert names(run) == sorted([*whole, ".thesis.old/thesis.tex", "rounds/.round-3.new/thesis.tex"])
+
+
+def test_what_is_put_back_keeps_what_a_user_put_into_it(run: Path) -> None:
+    (run / "model" / "thesis.tex").touch()
+    whole = names(run)
+    (run / "model").rename(run / ".model.old")
+    said = r"holds \.model\.old/thesis\.tex, which no run wrote"
+    with pytest.raises(UserError, match=said):
+        take(run, "run", WRITTEN)
+    tidy(run, WRITTEN)
+    assert names(run) == whole
+
+
+def test_what_an_earlier_version_marked_is_known_by_what_is_written_now(run: Path) -> None:
+    lines = (run / MARK).read_text().splitlines()
+    (run / MARK).write_text(f"{lines[0]}\nconfig.toml\nmodel/\nrounds/*\n")
+    (run / "rounds" / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"holds rounds/thesis\.tex, which no run wrote"):
+        check_free(run, "run", overwrite=True, written=WRITTEN)
+    (run / "rounds" / "thesis.tex").unlink()
+    check_free(run, "run", overwrite=True, written=WRITTEN)
 
 
 RUST = Exception("Error while serializing: I/O error: No space left on device (os error 28)")

@@ -2,7 +2,8 @@
 
 A kill at any moment leaves the old content or the new one, never half. A folder that a command may one day replace
 holds a mark, the file `.fedalign`: its first line says what the folder is, the others what was written there, as
-patterns of paths; one that ends with / is a folder with a mark of its own. A folder that is written at once holds
+patterns of paths. In them `*` is any text and `#` a number, both within one part of a path; one that ends with / is a
+folder with a mark of its own. A folder that is written at once holds
 SHA256SUMS, so that a bit that flips later is noticed; `sha256sum -c` reads it, too. Who works in a folder holds a lock
 in it, which the kernel frees at once when the process ends, however it ends.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 import atexit
 import errno
 import fcntl
-import glob
 import hashlib
 import json
 import logging
@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import IO
 from urllib.parse import quote
@@ -40,6 +40,8 @@ LOCK, WATCH, MARK = ".lock", ".watch", ".fedalign"  # who writes here, who start
 SUMS = "SHA256SUMS"
 PATIENCE = 1.0  # seconds that a lock may be held by somebody who only looks
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # of a file system that keeps none
+Written = Mapping[str, Iterable[str]]  # by what a folder is: patterns of what is written to it
+ANYTHING_MARKED: Written = {}  # of each folder its mark says what was written there
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR)
 
 
@@ -68,7 +70,7 @@ def replacing(folder: Path, kind: str = "") -> Iterator[Path]:
         files = [file for file in new.rglob("*") if file.is_file() and file != new / MARK]
         _write_sums(new, files)
         if kind:
-            _mark(new, kind, [SUMS, *(glob.escape(file.relative_to(new).as_posix()) for file in files)])
+            _mark(new, kind, [SUMS, *(_literal(file.relative_to(new).as_posix()) for file in files)])
         for path in (*files, new / SUMS, new):
             _flush(path)
     except BaseException as error:
@@ -95,7 +97,7 @@ def put_back(folder: Path, kind: str = "") -> None:
 
 def _discard(old: Path, folder: Path, *, marked: bool) -> None:
     """Remove what was replaced; if it is marked and holds anything else, it is kept under a free name."""
-    strangers = sorted(_strangers(old)) if marked and old.is_dir() else []
+    strangers = sorted(_strangers(old, {})) if marked and old.is_dir() else []
     if not strangers:
         shutil.rmtree(old, ignore_errors=True)
         return
@@ -440,7 +442,9 @@ def is_bare(path: Path) -> bool:
     )
 
 
-def check_free(path: Path, kind: str, overwrite: bool, option: str = "--out", go_on: str = "") -> None:
+def check_free(
+    path: Path, kind: str, overwrite: bool, option: str = "--out", go_on: str = "", written: Written = ANYTHING_MARKED
+) -> None:
     """Refuse a place where anything would be lost but a `kind` of ours that may be replaced.
 
     A part of a run or of a model is no place of its own: `best/` is marked as a model, and is its run's.
@@ -451,6 +455,7 @@ def check_free(path: Path, kind: str, overwrite: bool, option: str = "--out", go
         overwrite: the user wants what is there replaced.
         option: what the user calls the place.
         go_on: what else could be done with a `kind` that is there.
+        written: as of `take`.
 
     Raises:
         UserError: Something would be lost.
@@ -464,39 +469,46 @@ def check_free(path: Path, kind: str, overwrite: bool, option: str = "--out", go
         raise UserError(
             f"{option} {str(path)!r}: already holds a {kind}. {go_on}Replace it: --overwrite; or give another {option}."
         )
-    _refuse_strangers(path, kind, option)
+    _refuse_strangers(path, kind, option, written)
 
 
-def take(path: Path, kind: str, written: Iterable[str], option: str = "--out") -> None:
+def take(path: Path, kind: str, written: Written, option: str = "--out") -> None:
     """Make an empty folder that is marked as a `kind`; call it where `check_free` allowed it, perhaps a while ago.
 
     Args:
         path: the folder; of what is there a lock stays.
         kind: what it will be.
-        written: patterns of what will be written to it.
+        written: patterns of what is written to it, and to kinds of folders in it. They count in place of those of a
+            mark, which may be an earlier version's; of kinds that are not named here the mark's count.
         option: what the user calls the place.
 
     Raises:
         UserError: Something is there that was not written by who marked it.
     """
     path.mkdir(parents=True, exist_ok=True)
-    _refuse_strangers(path, kind, option)
+    _refuse_strangers(path, kind, option, written)
     for old in sorted(path.iterdir(), key=lambda old: old.name == MARK):  # the mark goes last
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
         elif old.name not in (LOCK, WATCH):
             old.unlink()
-    _mark(path, kind, written)
+    _mark(path, kind, written[kind])
 
 
-def tidy(path: Path) -> None:
-    """Put back or remove what kills left half made in a folder that is marked; call it while the folder is locked."""
-    listed = _marks(path)
+def tidy(path: Path, written: Written) -> None:
+    """Put back or remove what kills left half made in a folder that is marked; call it while the folder is locked.
+
+    Args:
+        path: the folder.
+        written: as of `take`.
+    """
+    strangers = {Path(stranger) for stranger in _strangers(path, written)}
     for root, folders, names in os.walk(path):
         below = Path(root).relative_to(path)
         for name in (*folders, *names):
-            whole, there = (below / _finished(name)).as_posix(), Path(root, name)
-            ours = any(fnmatchcase(whole, line) or f"{whole}/" == line for line in listed)
+            whole, there = below / _finished(name), Path(root, name)
+            marked = (there / MARK).exists() and below / name / MARK not in strangers
+            ours = marked or not any(stranger.is_relative_to(below / name) for stranger in strangers)
             if name == _finished(name) or not ours or there.is_symlink():
                 continue
             if not there.is_dir():
@@ -505,7 +517,7 @@ def tidy(path: Path) -> None:
                 shutil.rmtree(there, ignore_errors=True)
             else:
                 put_back(path / whole)
-                _discard(there, path / whole, marked=(there / MARK).exists())
+                _discard(there, path / whole, marked=marked)
         folders[:] = [name for name in folders if name == _finished(name)]
 
 
@@ -534,8 +546,8 @@ def _marks(folder: Path, kind: str = "") -> list[str]:
     return [MARK, *lines] if not kind or head.startswith(f"{kind}: ") else []
 
 
-def _refuse_strangers(path: Path, kind: str, option: str) -> None:
-    found = sorted(_strangers(path))
+def _refuse_strangers(path: Path, kind: str, option: str, written: Written) -> None:
+    found = sorted(_strangers(path, written))
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise UserError(
@@ -544,26 +556,46 @@ def _refuse_strangers(path: Path, kind: str, option: str) -> None:
         )
 
 
-def _strangers(folder: Path) -> Iterator[str]:
-    """Paths in a folder that its mark does not list."""
-    listed = [LOCK, WATCH, MARK, *_marks(folder)]  # a kill may have come before the mark was whole
+def _strangers(folder: Path, written: Written) -> Iterator[str]:
+    """Paths of files in a folder that were not written there by who marked it."""
+    listed = next((lines for kind, lines in written.items() if _marks(folder, kind)), _marks(folder))
+    ours = [_pattern(line) for line in (LOCK, WATCH, MARK, *listed)]  # a kill may have come before the mark was whole
 
-    def is_listed(path: str) -> bool:
-        return any(fnmatchcase(path, line) for line in listed)
+    def is_ours(path: Path, end: str = "") -> bool:
+        whole = "/".join(map(_finished, path.parts)) + end
+        return any(pattern.fullmatch(whole) for pattern in ours)
 
     for root, folders, names in os.walk(folder):
         below = Path(root).relative_to(folder)
         for name in list(folders):
-            path, inner = folder / below / name, (below / _finished(name)).as_posix()
-            if path.is_symlink():
+            path, is_whole = below / name, name == _finished(name)
+            if (folder / path).is_symlink():
                 names.append(name)
-            elif is_listed(f"{inner}/") and (name != _finished(name) or (path / MARK).exists()):
+            elif is_ours(path, "/") and (not is_whole or (folder / path / MARK).exists()):
                 folders.remove(name)
-                if name == _finished(name):
-                    yield from (f"{inner}/{stranger}" for stranger in _strangers(path))
-        for name in names:
-            if not is_listed((below / _finished(name)).as_posix()):
-                yield (below / name).as_posix()
+                if is_whole or (name.endswith(".old") and (folder / path / MARK).exists()):
+                    yield from ((path / stranger).as_posix() for stranger in _strangers(folder / path, written))
+        yield from ((below / name).as_posix() for name in names if not is_ours(below / name))
+
+
+@cache
+def _pattern(line: str) -> re.Pattern[str]:
+    """Of paths, for a line of a mark.
+
+    >>> [bool(_pattern("a/r-#/*.bin").fullmatch(path)) for path in ("a/r-10/x.bin", "a/r-x/x.bin", "a/r-1/x/y.bin")]
+    [True, False, False]
+    >>> bool(_pattern(_literal("x[1]#*.bin")).fullmatch("x[1]#*.bin"))
+    True
+    """
+    wild = {"*": "[^/]*", "#": "[0-9]+"}
+    return re.compile(
+        "".join(wild.get(one, re.escape(one[1] if one[1:] else one)) for one in re.findall(r"\[.\]|.", line))
+    )
+
+
+def _literal(name: str) -> str:
+    """The line of a mark that is this path and no other."""
+    return re.sub(r"[*#?[]", r"[\g<0>]", name)
 
 
 def _finished(name: str) -> str:

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 from fedalign.compare import comparison as comparing
+from fedalign.compare.folder import WRITTEN
 from fedalign.compare.schedule import Slot, Task, Watcher
 from fedalign.federation.in_process import prepare
 from fedalign.server.results import read_history
 from fedalign.server.run import execute
 from tests.compare.conftest import tree
 from tests.conftest import Command
+from tests.foreign import check_foreign_files_are_kept
 from tests.server.test_run import Silent
 
 HALVES = textwrap.dedent(
@@ -266,6 +268,7 @@ def test_nothing_is_overwritten_unasked(fedalign: Command, config: str, tmp_path
     refused(fedalign(*command), "is a run with another configuration than fedavg, seed 0")
     run_config.write_text(text)
     assert tree(out) == before
+    check_foreign_files_are_kept(out, "comparison", WRITTEN)
     assert fedalign(*command, "--set", "clients.count=2", "--overwrite")[0] == 0
     assert "count = 2" in run_config.read_text()
     refused(fedalign(*command[:-1], str(tmp_path)), "is not empty and holds no comparison")

@@ -75,6 +75,7 @@ def run(fedalign: Command, model_of: Callable[..., Path], tmp_path: Path) -> Run
         words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
         code, _, errors = fedalign("run", "/dev/null", *words, *(["--join", join] if join else []), "--out", out)
         assert code == 0, errors
+        RunFolder(out).check_free(overwrite=True)  # all of it is known as the run's
         return out
 
     return of

@@ -32,10 +32,11 @@ from fedalign.report import write_report
 from fedalign.report.findings import facts
 from fedalign.report.material import read_material
 from fedalign.server.checkpoint import Checkpoints, ServerState
-from fedalign.server.results import ROUND, Recorder, RunFolder, _described, read_history, saved_round
+from fedalign.server.results import ROUND, WRITTEN, Recorder, RunFolder, _described, read_history, saved_round
 from fedalign.server.rounds import Server
 from fedalign.server.run import execute, resumed_config
 from tests.conftest import Command
+from tests.foreign import check_foreign_files_are_kept
 from tests.server.test_checkpoint import flip
 
 SUMMARY = {
@@ -122,7 +123,23 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     assert set(summary["client_accuracies"]) == {"client-00", "client-01", "client-02"}
     assert not list(finished.rglob("update.safetensors"))  # kept updates are freed at the end
     assert {path.name for path in finished.rglob(".*")} == {MARK}  # and nothing temporary stays
-    RunFolder(finished).check_free(overwrite=True)  # all of it is known as the run's
+    check_foreign_files_are_kept(finished, "run", WRITTEN)  # and all of it is known as the run's
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["algorithm.name=fedavg", "tuning.kind=lora", "training.keep_optimizer=true"],
+        ["algorithm.name=fedavg", "evaluation.clients=false", "privacy.noise_multiplier=1.0"],
+        ["algorithm.name=by_use", "privacy.masked=true", "server.max_norm_ratio=0"],
+        ["algorithm.name=centralised"],
+        ["wire.dtype=int8"],
+    ],
+    ids=lambda more: " ".join(more)[:40],
+)
+def test_runs_of_every_kind_can_be_replaced(settings: list[str], tmp_path: Path, more: list[str]) -> None:
+    start(tmp_path / "run", [*settings, "training.epochs=1", "run.rounds=1"], *more)
+    check_foreign_files_are_kept(tmp_path / "run", "run", WRITTEN)
 
 
 @pytest.mark.parametrize("kind", ["model", "best"])

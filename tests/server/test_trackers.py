@@ -15,10 +15,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fedalign.config.run import TrackingConfig
 from fedalign.config.toml import load_config
 from fedalign.errors import UserError
+from fedalign.files import take
 from fedalign.server import trackers
 from fedalign.server.checkpoint import ServerState
-from fedalign.server.results import Recorder, RunFolder
+from fedalign.server.results import WRITTEN, Recorder, RunFolder
 from fedalign.server.trackers import TRACKERS, Follower, TrackedRun, open_trackers, require_trackers
+from tests.foreign import check_foreign_files_are_kept
 
 SETTINGS = {"run.seed": 3, "algorithm.name": "fedavg"}
 
@@ -236,6 +238,7 @@ def test_an_mlflow_server_that_does_not_answer_is_told(tmp_path: Path, monkeypat
 
 def test_wandb_offline_keeps_one_id_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
+    take(tmp_path / "run-a", "run", WRITTEN)
     run = tracked(tmp_path / "run-a")
     log("wandb", run, range(2))
     kept = run.kept_id("wandb")
@@ -246,6 +249,7 @@ def test_wandb_offline_keeps_one_id_over_a_resume(tmp_path: Path, monkeypatch: p
     written = b"".join(path.read_bytes() for path in files)
     assert b"accuracy" in written
     assert b"algorithm.name" in written
+    check_foreign_files_are_kept(run.folder, "run", WRITTEN)
 
 
 def test_wandb_without_a_login_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

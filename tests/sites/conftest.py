@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedalign.federation.flower.keys import make_node_key
 from fedalign.federation.flower.loopback import Loopback
+from fedalign.server.results import RunFolder
 from tests.conftest import rows, write_jsonl
 
 PATIENCE = 420  # seconds for a whole run on a busy machine
@@ -375,6 +376,8 @@ def deployed(folder: Path, tables: dict[str, Any], *, secure: bool = True) -> It
         loopback.start_superlink()
         yield Deployment(loopback, tables)
     assert loopback.leftovers() == []
+    for config in folder.glob("runs/*/config.toml"):
+        RunFolder(config.parent).check_free(overwrite=True)  # all of it is known as the run's
 
 
 def on_one_machine(
@@ -394,6 +397,7 @@ def on_one_machine(
     with Command(["run", folder / "run.toml", "--out", folder / "run"], folder / "log", environment) as command:
         assert command.finish() == 0, command.said
     assert living(f"HOME_OF_THE_TEST={folder}") == []
+    RunFolder(folder / "run").check_free(overwrite=True)  # all of it is known as the run's
     return Run(folder / "run")
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fedalign.federation.flower.three_sites import KIND, WRITTEN
+from tests.foreign import check_foreign_files_are_kept
 from tests.sites.conftest import PATIENCE, living
 
 pytestmark = pytest.mark.sites
@@ -41,3 +43,4 @@ def test_the_demo_reports_bytes_and_accuracy_and_leaves_nothing_running(tmp_path
         assert re.search(rf"^{site} +{re.escape(f'{before} -> {after}')} +{up} +{down}$", done.stdout, re.MULTILINE)
         assert float(up.split()[0]) > 0.5
         assert (out / "sites" / site / "key").stat().st_mode & 0o077 == 0
+    check_foreign_files_are_kept(out, KIND, WRITTEN)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import ValidationError
 
@@ -22,13 +22,20 @@ from fedalign.errors import UserError
 from fedalign.files import LOCK, check_free, holds, is_bare, locked, rounds_in, take, write_text
 from fedalign.protocol import Metrics
 from fedalign.server.checkpoint import whole_rounds
+from fedalign.server.results import WRITTEN as OF_RUN
 from fedalign.server.results import RunFolder, read_history
 
-WRITTEN = (  # to a comparison's folder; the folder of each run is marked itself
-    *("comparison.toml", "results.csv", "table.md", "table.tex", "tune.csv", "tuned.toml", "report.html"),
-    *("runs/*/seed-*/", "tune/*/seed-*/", "logs/*.log"),
-)
 Part = Literal["runs", "tune"]
+PARTS: tuple[Part, ...] = get_args(Part)
+BELOW = ("*/", "*/*/", "*/*/*/")  # the algorithm, the point of the grid, what is tried out
+WRITTEN = {  # to a comparison's folder; the folder of each run is marked itself
+    "comparison": (
+        *("comparison.toml", "results.csv", "table.md", "table.tex", "tune.csv", "tuned.toml", "report.html"),
+        *(f"{part}/{below}seed-#{end}/" for part in PARTS for below in BELOW for end in ("", ".damaged-#")),
+        *(f"logs/{part}/{below}seed-#.log" for part in PARTS for below in BELOW),
+    ),
+    **OF_RUN,
+}
 
 
 class ComparisonFolder:
@@ -84,7 +91,7 @@ class ComparisonFolder:
             UserError: The folder holds another comparison and `overwrite` is not set, or holds something else.
         """
         if overwrite:
-            check_free(self.path, "comparison", overwrite)
+            check_free(self.path, "comparison", overwrite, written=WRITTEN)
         if overwrite or not holds(self.path, "comparison") or not self.design.exists():
             return
         found = differences(self.read(), design)

@@ -27,9 +27,9 @@ from fedalign import parallel
 from fedalign.config.run import Config
 from fedalign.config.toml import flat, read_config
 from fedalign.errors import UserError
-from fedalign.files import LOCK, WATCH, check_free, damage, locked, refuse_held, replacing, take, tidy, write_text
+from fedalign.files import LOCK, SUMS, WATCH, check_free, damage, locked, refuse_held, replacing, take, tidy, write_text
 from fedalign.protocol import Evaluation, Layout, Metrics, Plan, Statistics, Weights
-from fedalign.server.checkpoint import ServerState, whole_rounds
+from fedalign.server.checkpoint import FILES, LINE, PUBLIC, SCORED, ServerState, whole_rounds
 from fedalign.server.health import write_health
 from fedalign.server.scores import (
     accuracy_of,
@@ -46,20 +46,42 @@ from fedalign.server.trackers import TrackedRun, open_trackers
 
 logger = logging.getLogger(__name__)
 ROUND = "round.json"  # in model/ and best/: which round it is, and how that scored
-WRITTEN = (  # to a run's folder, by whoever takes part in the run; model/ and best/ are marked themselves
-    *("config.toml", "metrics.jsonl", "summary.json", "clients.json", "answers.json"),
-    *("trackers.json", "report.html"),
-    *(
-        "checkpoint/round-*",
-        "checkpoint/constants",
-        "clients/*/round-*",
-        "health/round-*.safetensors",
-        "model/",
-        "best/",
-    ),
-    *("transfers/*", "clients/sent.json"),
-    *("events.out.tfevents.*", "wandb/*", "flower/*", "status.json", "run-key"),
+OF_A_CLIENT = (  # what a client keeps for itself, below its own folder
+    *(f"round-#/{name}" for name in (SUMS, "digests.json", "kept.safetensors", "update.safetensors")),
+    *(f"{folder}/{name}" for folder in ("start", "concealed") for name in (SUMS, "digests.json", "update.safetensors")),
+    *(f"{name}.safetensors{end}" for name in ("received", "arriving", "differences") for end in ("", ".journal")),
+    *("sizes.json", "layout.json", "counts.safetensors", "terms.json"),
+    *(name for file in ("masks.jsonl", "privacy.jsonl") for name in (file, f".{file}{LOCK}")),
 )
+OF_FLOWER = (  # in its home
+    *("config.toml", "source", "run-id", "run.toml", "federation.toml", "superlink.log"),
+    *("apps/fedalign.fedalign-moe-app.*/pyproject.toml", "fedalign-moe-app/pyproject.toml"),
+)
+OF_WANDB = (  # offline and online
+    *("latest-run", "debug.log", "debug-internal.log", "wandb-resume.json"),
+    *(
+        f"{run}run-#_#-*/{name}"
+        for run in ("", "offline-")
+        for name in (
+            *("run-*.wandb", "run-*.wandb.synced", "files/requirements.txt", "files/config.yaml", "files/output.log"),
+            *("files/wandb-metadata.json", "files/wandb-summary.json", "files/conda-environment.yaml"),
+            *("logs/debug.log", "logs/debug-internal.log", "logs/debug-core.log"),
+        )
+    ),
+)
+WRITTEN = {  # to a run's folder, by whoever takes part in the run; model/ and best/ are marked themselves
+    "run": (
+        *("config.toml", "metrics.jsonl", "summary.json", "clients.json", "answers.json", "trackers.json"),
+        *("report.html", "status.json", "run-key", "events.out.tfevents.#.*.#.#", "model/", "best/"),
+        *(f"checkpoint/round-#/{name}" for name in (SUMS, *FILES, PUBLIC, f"{SCORED}/{SUMS}", f"{SCORED}/{LINE}")),
+        *(f"checkpoint/constants/{name}" for name in (SUMS, "constants.safetensors")),
+        *("health/round-#.safetensors", "clients/sent.json", *(f"clients/*/{name}" for name in OF_A_CLIENT)),
+        *(f"transfers/{name}.safetensors{end}" for name in ("start", "round-#/*") for end in ("", ".journal")),
+        *("transfers/moved.jsonl", "transfers/round-#/sums.json"),
+        *(f"flower/{name}" for name in OF_FLOWER),
+        *(f"wandb/{name}" for name in OF_WANDB),
+    )
+}
 
 
 class Saves(Protocol):
@@ -98,7 +120,8 @@ class RunFolder:
         Raises:
             UserError: Something would be lost.
         """
-        check_free(self.path, "run", overwrite, go_on=f"Go on with it: fedalign run --resume {self.path}. ")
+        go_on = f"Go on with it: fedalign run --resume {self.path}. "
+        check_free(self.path, "run", overwrite, go_on=go_on, written=WRITTEN)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -198,7 +221,7 @@ class Recorder:
         self.config = config
         self.centre = centre
         if parallel.is_first():
-            tidy(folder.path)
+            tidy(folder.path, WRITTEN)
         self._write_metrics(resumed.history)  # lines of a round that was cut off are dropped
         self._answers = self._kept_answers(resumed.round) if parallel.is_first() else {}
         told = resumed.history[-1]["round"] if resumed.history else -1

@@ -23,13 +23,32 @@ from fedalign.demo import DEMO
 from fedalign.errors import UserError
 from fedalign.federation.flower.keys import make_node_key
 from fedalign.federation.flower.loopback import Loopback
-from fedalign.files import check_free, take
+from fedalign.files import LOCK, check_free, take
+from fedalign.server.results import OF_A_CLIENT, OF_FLOWER
+from fedalign.server.results import WRITTEN as OF_RUN
 from fedalign.units import percent, size
 
 SITES = ("hospital-a", "hospital-b", "lab-c")
 CONFIG = DEMO.with_name("sites.toml")
 EXAMPLES = 1200
-KIND, WRITTEN = "demo of sites", ("sites/*", "flower/*", "federation.toml", "run/")
+KIND = "demo of sites"
+WRITTEN = {
+    KIND: (
+        *("federation.toml", "run/", "flower/state.db", "flower/state.db-wal", "flower/state.db-shm"),
+        *(f"flower/{name}.log" for name in ("superlink", *SITES)),
+        *(f"flower/certificates/{name}" for name in ("ca.crt", "server.crt", "server.key")),
+        *(f"flower/flwr/{name}" for name in OF_FLOWER),
+        *(
+            f"sites/{site}/{name}"
+            for site in SITES
+            for name in (
+                *("key", "key.pub", "site.toml", "data.jsonl", "parts.json", "log.jsonl", f".log.jsonl{LOCK}"),
+                *("trainer.json", "runs/*/withdrawn", *(f"runs/*/{kept}" for kept in OF_A_CLIENT)),
+            )
+        ),
+    ),
+    **OF_RUN,
+}
 
 
 def main() -> None:
@@ -46,7 +65,7 @@ def main() -> None:
 
 def demo(out: Path, rounds: int) -> int:
     """Set up, run, end; the exit status of `fedalign run`."""
-    check_free(out, KIND, overwrite=True)
+    check_free(out, KIND, overwrite=True, written=WRITTEN)
     take(out, KIND, WRITTEN)
     classes = deal_data(out / "sites")
     with Loopback(out / "flower") as loopback:
