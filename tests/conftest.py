@@ -1,10 +1,13 @@
 """A tiny model folder with a tokenizer, and small files of text: all that a whole run needs."""
 
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: no test asks the Hub, nor waits 23 s for it where there is none
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
