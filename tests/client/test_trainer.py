@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
-from transformers import get_scheduler
 
 from fedalign.client.evaluation import TestSet
 from fedalign.client.fit import LocalFit, grouped, make_autocast, make_optimizer, make_schedule
@@ -271,7 +271,7 @@ def test_schedules_are_those_of_transformers(schedule: Literal["constant", "line
 
     options = TrainingConfig(schedule=schedule, warmup_steps=warmup)
     theirs = "constant_with_warmup" if schedule == "constant" else schedule
-    both = make_schedule(optimizer(), options, 7), get_scheduler(theirs, optimizer(), warmup, 7)
+    both = make_schedule(optimizer(), options, 7), transformers.get_scheduler(theirs, optimizer(), warmup, 7)
     for _ in range(7):
         assert both[0].get_last_lr() == both[1].get_last_lr()
         for one in both:
