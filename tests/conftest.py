@@ -1,10 +1,13 @@
 """A tiny model folder with a tokenizer, and small files of text: all that a whole run needs."""
 
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: no test asks the Hub, nor waits 23 s for it where there is none
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -65,6 +68,14 @@ def modules_of_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """Where transformers puts the code that a checkpoint brings along, instead of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_wait_for_the_disk() -> Iterator[None]:
+    """Only a machine that loses power forgets what was not flushed; a run flushes more than a hundred times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
         yield
 
 

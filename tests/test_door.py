@@ -21,8 +21,8 @@ import fedalign as door
 from fedalign.cli.live import LiveTable
 from fedalign.compare import comparison as comparing
 from fedalign.server.checkpoint import ServerState
-from tests.compare.test_compare import in_this_process
 from tests.conftest import SUBJECTS, Command
+from tests.server.test_run import in_this_process
 
 README = Path(__file__).parents[1] / "README.md"
 Tables = dict[str, dict[str, Any]]

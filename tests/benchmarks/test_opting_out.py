@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from fedalign.compare import comparison as comparing
+from tests.server.test_run import in_this_process
+
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import opting_out
 
@@ -30,6 +33,7 @@ def test_a_run_gives_the_numbers_of_the_page(
     out, page = tmp_path / "out", tmp_path / "page.md"
     data = [one for one in settings if one.startswith(("data.", "clients.alpha", "clients.min"))]
     model = model_folder("olmoe", initializer_range=0.2)
+    monkeypatch.setattr(comparing, "run_all", in_this_process)
     sizes = ["--clients", "2", "--rounds", "1", "--rows", "80"]
     asked = [*sizes, "--model", str(model), "--out", str(out), "--set", *data, "training.batch_examples=32"]
     with pytest.raises(SystemExit):

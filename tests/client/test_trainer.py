@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from fedalign.client.evaluation import TestSet
-from fedalign.client.fit import LocalFit, grouped, make_autocast, make_optimizer
+from fedalign.client.fit import LocalFit, grouped, make_autocast, make_optimizer, make_schedule
 from fedalign.client.forward import answer_logits
 from fedalign.client.memory import ClientData, ClientMemory, Kept
 from fedalign.client.trainer import Trainer
@@ -260,6 +261,23 @@ def test_schedules_end_at_zero_within_the_round(tmp_path: Path, schedule: str) -
     assert max(rates) == rates[2] == 1e-2
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert fit.optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("warmup", [0, 3, 9])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_schedules_are_those_of_transformers(schedule: Literal["constant", "linear", "cosine"], warmup: int) -> None:
+    def optimizer() -> torch.optim.Optimizer:
+        return torch.optim.SGD([torch.zeros(1)], lr=0.3)
+
+    options = TrainingConfig(schedule=schedule, warmup_steps=warmup)
+    theirs = "constant_with_warmup" if schedule == "constant" else schedule
+    both = make_schedule(optimizer(), options, 7), transformers.get_scheduler(theirs, optimizer(), warmup, 7)
+    for _ in range(7):
+        assert both[0].get_last_lr() == both[1].get_last_lr()
+        for one in both:
+            one.optimizer.step()
+            one.step()
+    assert both[0].get_last_lr() == both[1].get_last_lr()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

@@ -6,21 +6,16 @@ import os
 import re
 import shutil
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from fedalign.compare import comparison as comparing
 from fedalign.compare.folder import WRITTEN
-from fedalign.compare.schedule import Slot, Task, Watcher
-from fedalign.federation.in_process import prepare
-from fedalign.server.results import read_history
-from fedalign.server.run import execute
 from tests.compare.conftest import tree
 from tests.conftest import Command
 from tests.foreign import check_foreign_files_are_kept
-from tests.server.test_run import Silent
+from tests.server.test_run import in_this_process
 
 HALVES = textwrap.dedent(
     '''
@@ -80,16 +75,6 @@ def config(settings: list[str], tmp_path: Path) -> str:
     return str(path)
 
 
-def in_this_process(tasks: Sequence[Task], slots: Sequence[Slot], watch: Watcher, held: Sequence[int] = ()) -> None:
-    """What `run_all` does, without a process for each run: importing torch takes longer than these runs."""
-    for task in tasks:
-        if task.state == "waiting":
-            task.folder.begin(task.cell.config)
-            execute(prepare(task.cell.config, task.folder.clients), task.folder, Silent())
-            task.state, task.history = "finished", read_history(task.folder)
-            watch.ended(task)
-
-
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparing, "run_all", in_this_process)
@@ -119,7 +104,7 @@ def refused(result: tuple[int, str, str], *words: str) -> None:
 def test_a_comparison_from_start_to_finish(
     fedalign: Command, config: str, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One story: two of its six runs are made here, the others are real ones, each of which imports torch."""
+    """One story: four of its six runs are made here, the others are real ones, each of which imports torch."""
     out = tmp_path / "out"
     common = ["compare", config, "--seeds", "3,", "--set", "run.rounds=2", "--set", "run.threads=1", "--out", str(out)]
     with monkeypatch.context() as patch:
@@ -140,22 +125,29 @@ def test_a_comparison_from_start_to_finish(
         assert rounds[0][metric] == rounds[1][metric]
     assert rounds[0]["bytes_up"] != rounds[1]["bytes_up"]
 
-    # one run broke off, one is damaged, and more is asked for: a package's algorithm, and one that cannot train
+    # one run broke off, and one is damaged
     broken, damaged = (out / "runs" / algorithm / "seed-3" for algorithm in ("fedavg", "fedalign_moe"))
     (broken / "summary.json").unlink()
     shutil.rmtree(broken / "checkpoint" / "round-00002")
     (damaged / "metrics.jsonl").write_text('{"round": 0}\n')
+    with monkeypatch.context() as patch:
+        patch.setattr(comparing, "run_all", in_this_process)
+        code, text, errors = fedalign(*common, "--algorithms", "fedavg,fedalign_moe")
+    assert code == 0, errors + text
+    assert "fedalign_moe, seed 3: damaged (metrics.jsonl holds 1 lines, not rounds 0 to 2)" in text
+    assert (out / "runs" / "fedalign_moe" / "seed-3.damaged-1" / "metrics.jsonl").read_text() == '{"round": 0}\n'
+    assert results(out) == first  # the same numbers, made again
+
+    # more is asked for: a package's algorithm, and one that cannot train
     monkeypatch.syspath_prepend(str(package))
     monkeypatch.setenv("PYTHONPATH", str(package), prepend=os.pathsep)
     more = "fedavg,fedalign_moe,halves:share=0.25,fedavg:training.learning_rate=1e30"
     code, text, errors = fedalign(*common, "--algorithms", more)
     assert code == 1, errors + text
-    assert "fedalign_moe, seed 3: damaged (metrics.jsonl holds 1 lines, not rounds 0 to 2)" in text
-    assert (out / "runs" / "fedalign_moe" / "seed-3.damaged-1" / "metrics.jsonl").read_text() == '{"round": 0}\n'
     assert re.search(r"learning_rate=1e30, seed 3: failed: round 1: 0 of 3 clients can be used", text)
     assert "1 failed; try them again: fedalign compare --resume" in text
     second = results(out, "share")
-    assert {key: second[key] for key in first} == first  # the same numbers, made again or kept
+    assert {key: second[key] for key in first} == first  # the same numbers, kept
     assert results(out)["halves:share=0.25", "3", "1"]["share"] == "0.25"
     assert second["halves:share=0.25", "3", "0"]["accuracy"] == second["fedavg", "3", "0"]["accuracy"]
     table = (out / "table.md").read_text()

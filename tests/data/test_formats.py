@@ -277,19 +277,11 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
         load(str(tmp_path))
 
 
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: True)
-
-
-@pytest.mark.usefixtures("offline")
-def test_a_data_set_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+def test_a_data_set_that_the_hub_does_not_give() -> None:
     with pytest.raises(UserError, match=r"'nobody/nothing': neither a file, a folder nor a data set"):
         load("nobody/nothing")
 
 
-@pytest.mark.usefixtures("offline")
 def test_classes_of_a_hub_data_set_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
@@ -305,7 +297,6 @@ def test_classes_of_a_hub_data_set_have_names(monkeypatch: pytest.MonkeyPatch) -
     assert asked == [("owner/name", "main", "all"), ("owner/name", None, "train")]
 
 
-@pytest.mark.usefixtures("offline")
 def test_a_hub_data_set_without_a_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.get_dataset_split_names", lambda *_: ["train"])
     assert load_examples("owner/name", DataConfig(train="owner/name"), "test", 0) == []

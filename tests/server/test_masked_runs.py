@@ -123,8 +123,12 @@ def test_where_masks_cannot_be_made_it_is_said(
     assert said in str(refused.value)
 
 
-def test_without_masks_nothing_needs_cryptography() -> None:
-    hidden = "import sys; sys.modules['cryptography'] = None; import fedalign.federation.in_process"
+def test_without_masks_nothing_needs_cryptography_and_without_adapters_nothing_imports_peft() -> None:
+    """Peft takes a second to import with all that it finds."""
+    hidden = (
+        "import sys; sys.modules['cryptography'] = None; import fedalign.federation.in_process; "
+        "assert not {'peft', 'bitsandbytes'} & {*sys.modules}"
+    )
     subprocess.run([sys.executable, "-c", hidden], check=True)
 
 

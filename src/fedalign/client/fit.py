@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from fedalign import parallel
 from fedalign.client.forward import answer_logits, own_share
@@ -159,13 +159,12 @@ class LocalFit:
         equal = self.moe.equal_lengths
         return batches(self.client.train, options.batch_tokens, options.batch_examples, seed=seed, equal_lengths=equal)
 
-    def _schedule(self) -> Any:
-        name = "constant_with_warmup" if self.options.schedule == "constant" else self.options.schedule
+    def _schedule(self) -> LambdaLR:
         steps = 0  # a constant rate needs no count, and counting collates every batch
         if self.options.schedule != "constant":
             epochs = range(self.options.epochs)
             steps = sum(math.ceil(sum(1 for _ in self._batches(e)) / self.options.accumulate) for e in epochs)
-        return get_scheduler(name, self.optimizer, self.options.warmup_steps, steps)
+        return make_schedule(self.optimizer, self.options, steps)
 
     def _step(self, group: Sequence[Batch], probe: RoutingProbe, autocast: Any, record: bool) -> None:
         """One optimizer step on one or more batches."""
@@ -269,6 +268,25 @@ def make_optimizer(parameters: Sequence[Tensor], options: TrainingConfig) -> Opt
         return torch.optim.SGD(groups, lr=options.learning_rate)
     whole = all(p.is_contiguous() for p in parameters)  # of others the fused step writes between the values
     return torch.optim.AdamW(groups, lr=options.learning_rate, fused=whole)
+
+
+def make_schedule(optimizer: Optimizer, options: TrainingConfig, steps: int) -> LambdaLR:
+    """The learning rate of a round's steps: it rises from 0 over `warmup_steps`, then stays, or falls to 0 at `steps`.
+
+    These are the rates of transformers' `get_scheduler`, whose import loads peft, and bitsandbytes where it is.
+    """
+    warmup, falling = options.warmup_steps, max(1, steps - options.warmup_steps)
+
+    def share(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        if options.schedule == "linear":
+            return max(0.0, (steps - step) / falling)
+        if options.schedule == "cosine":
+            return (1 + math.cos(math.pi * min(1.0, (step - warmup) / falling))) / 2
+        return 1.0
+
+    return LambdaLR(optimizer, share)
 
 
 def dump_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

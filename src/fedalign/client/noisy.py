@@ -13,16 +13,15 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from fedalign import parallel
 from fedalign.client.accountant import Terms
-from fedalign.client.fit import LocalFit, make_autocast
+from fedalign.client.fit import LocalFit, make_autocast, make_schedule
 from fedalign.client.forward import answer_logits
 from fedalign.client.spent import Secret
 from fedalign.data.batches import Batch, batches
@@ -75,9 +74,8 @@ class PrivateFit(LocalFit):
                 schedule.step()
         self.moe.model.zero_grad(set_to_none=True)
 
-    def _schedule(self) -> Any:
-        name = "constant_with_warmup" if self.options.schedule == "constant" else self.options.schedule
-        return get_scheduler(name, self.optimizer, self.options.warmup_steps, self.terms.steps)
+    def _schedule(self) -> LambdaLR:
+        return make_schedule(self.optimizer, self.options, self.terms.steps)
 
     def _noisy_step(self, step: int, probe: RoutingProbe) -> None:
         """One optimizer step; an empty sample is one of noise alone."""
