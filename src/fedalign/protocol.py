@@ -729,7 +729,8 @@ class LocalRound:
     start: MutableMapping[ParameterGroup, Tensor]  # what training starts from: received, but for private groups
     state: Mapping[str, Tensor]  # the algorithm's broadcast state
     kept: Mapping[str, Tensor]  # what `keep` kept when the client last took part; empty at first
-    last_update: Callable[[], Mapping[ParameterGroup, Tensor]]  # the update of that round; empty at first
+    # the update of that round; empty at first, and where a run was complete and goes on, unless `keep` kept something
+    last_update: Callable[[], Mapping[ParameterGroup, Tensor]]
     learning_rate: float
     shift: Weights = field(default_factory=dict)  # added to the gradients at every step
     steps: int = 0  # that were taken; `keep` may read it

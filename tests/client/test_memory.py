@@ -47,6 +47,16 @@ def test_what_is_personal_is_the_own_model_over_private_groups() -> None:
     assert not Kept(torch.ones(1, 2), {"0.step": torch.ones(1)}, algorithm={"control": torch.ones(1)}).personal
 
 
+@pytest.mark.parametrize("kept", [WHOLE, Kept()])
+def test_of_a_complete_run_the_last_update_stays_where_the_algorithm_kept_something(kept: Kept, tmp_path: Path) -> None:
+    memory = ClientMemory(tmp_path)
+    for round in (1, 2):
+        keep_round(memory, round, {SHARED: Packed(torch.full((2,), float(round)))}, kept)
+    memory.forget_updates()
+    assert len(list(tmp_path.rglob(UPDATE))) == bool(kept.algorithm)
+    assert [packed.values.tolist() for packed in memory.last_update(3).values()] == [[2.0, 2.0]] * bool(kept.algorithm)
+
+
 def test_a_client_hands_over_only_what_is_asked(tmp_path: Path) -> None:
     memory = ClientMemory(tmp_path)
     int8 = Packed(torch.tensor([1, -2], dtype=torch.int8), torch.tensor([0.5]))

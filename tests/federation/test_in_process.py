@@ -9,7 +9,7 @@ from fedalign.algorithms.fedavg import FedAvg
 from fedalign.client.memory import ClientData, ClientMemory
 from fedalign.client.trainer import Trainer
 from fedalign.config.toml import load_config
-from fedalign.federation.in_process import InProcess
+from fedalign.federation.in_process import InProcess, pooled
 from fedalign.maths.average import StreamingSum
 from fedalign.maths.experts import direction_consensus
 from fedalign.maths.rounding import pack
@@ -67,6 +67,16 @@ def test_fedavg_is_the_textbook_weighted_mean(tmp_path: Path) -> None:
     for group, value in new.items():
         textbook = sum(share * weights[group].double() for share, weights in zip(shares, trained, strict=True))
         assert torch.allclose(value.double(), textbook, rtol=0, atol=1e-6)  # type: ignore[arg-type] # sum begins with the number 0
+
+
+def test_whoever_holds_all_data_has_all_examples(tmp_path: Path) -> None:
+    clients = {
+        name: ClientData(name, examples(size, seed=size), None, ClientMemory(tmp_path / name))
+        for name, size in SIZES.items()
+    }
+    (pool,) = pooled(clients).values()
+    assert pool.examples == sum(client.examples for client in clients.values()) == sum(SIZES.values())
+    assert [one.input_ids for one in pool.train] == [one.input_ids for c in clients.values() for one in c.train]
 
 
 @pytest.mark.parametrize("width", [64, 1024])

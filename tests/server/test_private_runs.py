@@ -64,3 +64,25 @@ def test_a_fixed_seed_is_a_study(fedalign: Command, settings: list[str], tmp_pat
         assert "it is a study and protects nobody" in out
         models.append(next((tmp_path / name / "model").glob("*.safetensors")).read_bytes())
     assert models[0] == models[1]
+
+
+@pytest.mark.parametrize("noise", ["privacy.epsilon=8", "privacy.noise_multiplier=1.0"])
+def test_noise_that_keeps_an_epsilon_in_some_rounds_is_not_used_for_more(
+    fedalign: Command, settings: list[str], tmp_path: Path, noise: str
+) -> None:
+    more = ["algorithm.name=fedavg", "evaluation.clients=false", "training.epochs=1", "run.rounds=1", noise]
+    given = [part for setting in [*settings, *more] for part in ("--set", setting)]
+    code, _, err = fedalign("run", "demo", "--out", tmp_path / "run", *given)
+    assert code == 0, err
+    kept = (tmp_path / "run" / "config.toml").read_text()
+    code, _, err = fedalign("run", "--resume", tmp_path / "run", "--set", "run.rounds=2")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    if "epsilon" in noise:
+        assert code == 2
+        assert "run.rounds = 2: the noise of this run keeps privacy.epsilon = 8 in 1 round, and" in " ".join(
+            err.split()
+        )
+        assert (len(lines), (tmp_path / "run" / "config.toml").read_text()) == (2, kept)
+    else:  # no bound was asked for: what is spent is told
+        assert code == 0, err
+        assert len(lines) == 3

@@ -429,11 +429,20 @@ def test_a_damaged_checkpoint_costs_a_round_and_nothing_else(
         assert model_bytes(out / kind) == model_bytes(finished / kind)
 
 
-def test_a_finished_run_can_go_on_for_more_rounds(settings: list[str], tmp_path: Path) -> None:
-    start(tmp_path / "short", settings, "run.rounds=1")
+FOES = (
+    "clients.count=6",
+    "clients.alpha=0.05",
+    "clients.min_examples=2",
+    "training.learning_rate=3e-2",
+)  # of each other
+
+
+@pytest.mark.parametrize("choice", [(), ("algorithm.name=fc_moe", *FOES), ("algorithm.name=scaffold",)])
+def test_a_finished_run_can_go_on_for_more_rounds(settings: list[str], tmp_path: Path, choice: tuple[str, ...]) -> None:
+    start(tmp_path / "short", settings, *choice, "run.rounds=1")
     resume(tmp_path / "short", "run.rounds=2")
     assert RunFolder(tmp_path / "short").read_config("").run.rounds == 2  # and a report knows
-    start(tmp_path / "long", settings, "run.rounds=2")
+    start(tmp_path / "long", settings, *choice, "run.rounds=2")
     assert sent_only_to_train(tmp_path / "short") == sent_only_to_train(tmp_path / "long")
 
 
@@ -442,6 +451,16 @@ def test_a_resumed_run_keeps_its_configuration(finished: Path, tmp_path: Path) -
         resumed_config(finished, ["training.epochs=5"])
     with pytest.raises(UserError, match="holds no run"):
         resumed_config(tmp_path, [])
+
+
+def test_whoever_holds_all_labels_has_nothing_to_correct(settings: list[str], tmp_path: Path) -> None:
+    choice = ["algorithm.name=centralised", 'data.labels=["animals","food","weather"]', "run.rounds=1"]
+    start(tmp_path / "shifted", settings, *choice, "training.loss=label_shift", "statistics.min_examples=9")
+    start(tmp_path / "plain", settings, *choice)
+    assert metrics(tmp_path / "shifted") == metrics(tmp_path / "plain")
+    held = json.loads((tmp_path / "plain" / "clients.json").read_text())
+    assert metrics(tmp_path / "plain")[1]["train_examples"] == sum(client["examples"] for client in held.values())
+    assert not list(tmp_path.rglob("update.safetensors"))  # as of every client that trained
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -233,9 +234,24 @@ class ClientMemory:
 
     @parallel.by_the_first
     def forget_updates(self) -> None:
-        """Free the disk that kept updates take, once a run is complete."""
-        for folder in (self.folder / START, self.folder / CONCEALED, *(folder for _, folder in rounds_in(self.folder))):
+        """Free the disk that kept updates take, once a run is complete.
+
+        The last one stays where the algorithm keeps something: a run that goes on for more rounds may read both.
+        """
+        rounds = [folder for _, folder in rounds_in(self.folder)]
+        if rounds and _keeps_for_algorithm(rounds[-1] / KEPT):
+            rounds.pop()
+        for folder in (self.folder / START, self.folder / CONCEALED, *rounds):
             (folder / UPDATE).unlink(missing_ok=True)
+
+
+def _keeps_for_algorithm(kept: Path) -> bool:
+    """Whether what is kept of a round holds tensors of the algorithm; also if it cannot be read."""
+    try:
+        with safe_open(kept, "pt") as file:
+            return any(name.startswith("algorithm/") for name in file.keys())  # noqa: SIM118 - it is no mapping
+    except (OSError, SafetensorError):
+        return True
 
 
 def _mapped(update: Path) -> dict[str, Packed]:

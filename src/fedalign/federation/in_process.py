@@ -18,6 +18,7 @@ from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
 from fedalign.data.batches import Batch
 from fedalign.data.deal import split_among_clients
+from fedalign.data.encode import Encoded
 from fedalign.errors import TrainingFailedError, UserError
 from fedalign.federation.ledger import Tally
 from fedalign.federation.masked_site import MaskedSite, Terms, seen_of
@@ -30,6 +31,7 @@ from fedalign.maths.rounding import unpack_weights
 from fedalign.moe.load import pick_device
 from fedalign.protocol import (
     Accumulator,
+    Algorithm,
     Begun,
     Broadcast,
     Concealed,
@@ -57,7 +59,7 @@ class InProcess:
     def __init__(self, trainer: Trainer, clients: Mapping[str, ClientData], workers: Workers | None = None) -> None:
         self.trainer = trainer
         self.workers = workers or Workers()
-        self.clients = pooled(clients) if "data" in trainer.algorithm.asks else clients
+        self.clients = trained(trainer.algorithm, clients)
         self.scored = clients
         self._tally = Tally(next(iter(clients.values())).memory.folder.with_name("sent.json"))
 
@@ -66,9 +68,9 @@ class InProcess:
         return list(self.clients)
 
     def labels(self) -> tuple[int, ...]:
-        """Examples of each label at all clients."""
+        """Examples of each label at all clients that train."""
         least = self.trainer.config.statistics.min_examples
-        return summed(client.labels.told(least) for client in self.scored.values() if client.labels)
+        return summed(client.labels.told(least) for client in self.clients.values() if client.labels)
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Statistics | Failure]:
         """Train clients, in their order; a client whose loss or update is not finite is a Failure."""
@@ -184,11 +186,19 @@ def _told(name: str, answers: Iterator[Concealed]) -> Iterator[Concealed | Failu
         yield Failure(name, "update", str(error))
 
 
+def trained(algorithm: Algorithm, clients: Mapping[str, ClientData]) -> Mapping[str, ClientData]:
+    """The clients that train: all of them, or one that holds their data."""
+    return pooled(clients) if "data" in algorithm.asks else clients
+
+
 def pooled(clients: Mapping[str, ClientData]) -> dict[str, ClientData]:
     """One client that holds what all of them train on, in their order."""
     first = next(iter(clients.values()))
     memory = ClientMemory(first.memory.folder.with_name(POOLED))
-    train = [e for client in clients.values() for e in client.train]
+    train = list[Encoded]()
+    for client in clients.values():  # each numbers its own examples
+        before = 1 + max((one.example for one in train), default=-1)
+        train += [replace(one, example=before + one.example) for one in client.train]
     known = [client.labels for client in clients.values() if client.labels]
     labels = replace(known[0], examples=summed(one.examples for one in known)) if known else None
     return {POOLED: ClientData(POOLED, train, None, memory, labels=labels)}
@@ -255,7 +265,7 @@ class Prepared:
 
     def finish(self) -> None:
         """Clients forget their updates."""
-        for client in self.clients.values():
+        for client in trained(self.config.algorithm.build(), self.clients).values():
             client.memory.forget_updates()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ def resumed_config(out: Path, overrides: Overrides) -> Config:
         UserError: There is no run, or an override would make it another run, or a round the best that is gone.
     """
     folder = RunFolder(out)
-    before = folder.read_config("--resume")
+    begun = folder.read_config("--resume")
     for override in as_texts(overrides):
         key = override.partition("=")[0].strip()
         if key not in RESUMABLE:
@@ -110,8 +111,16 @@ def resumed_config(out: Path, overrides: Overrides) -> Config:
                 f"It may change: {', '.join(RESUMABLE)}. For anything else start anew with another --out."
             )
     config = load_config(folder.config, overrides)
-    if config.evaluation.best != before.evaluation.best:
+    if config.evaluation.best != begun.evaluation.best:
         folder.check_best(config)
+    first = begun.run.rounds
+    if config.privacy.epsilon is not None and config.run.rounds > first:
+        raise UserError(
+            f"run.rounds = {config.run.rounds}: the noise of this run keeps privacy.epsilon = "
+            f"{config.privacy.epsilon:g} in {first} round{'s' * (first > 1)}, and more would tell more. Choose at most "
+            f"{first}, or begin another run with --set model.path={shlex.quote(str(out))}: what both tell "
+            "adds up."
+        )
     return config
 
 
