@@ -2,14 +2,19 @@
 
 import math
 from statistics import NormalDist
+from typing import Any
 
+import dp_accounting
 import pytest
+from dp_accounting.pld import privacy_loss_distribution
+from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
 from opacus.accountants import PRVAccountant
 
 from fedalign.client.accountant import (
     COUNT,
     LEAST_NOISE,
     MOST_LOSS,
+    QUICK,
     SPENT,
     Release,
     Terms,
@@ -53,6 +58,29 @@ def test_releases_of_different_runs_compose() -> None:
         [Release(1.0, 0.02, 100), Release(2.0, 0.1, 50), Release(20.0, 0.5, 4), Release(1.0, 0.02, 200)], 1e-5
     )
     assert mine == pytest.approx(other.get_epsilon(1e-5, eps_error=0.002 * mine), rel=0.01)
+
+
+def test_it_is_what_the_librarys_own_accountant_says_and_of_each_round_one_release_is_worked_out_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    either = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    gaussian, asked = privacy_loss_distribution.from_gaussian_mechanism, list[tuple[float, float]]()
+
+    def counted(**given: Any) -> Any:
+        asked.append((given["standard_deviation"], given["sampling_prob"]))
+        return gaussian(**given)
+
+    monkeypatch.setattr(privacy_loss_distribution, "from_gaussian_mechanism", counted)
+    for rounds in (1, 2, 3):
+        other = PLDAccountant(either, value_discretization_interval=QUICK)
+        with monkeypatch.context() as patch:
+            patch.setattr(privacy_loss_distribution, "from_gaussian_mechanism", gaussian)
+            loads, batch = dp_accounting.GaussianDpEvent(9.25), dp_accounting.GaussianDpEvent(2.125)
+            other.compose(dp_accounting.PoissonSampledDpEvent(0.2, batch), 7 * rounds)
+            other.compose(loads, rounds)
+        mine = epsilon([Release(2.125, 0.2, 7), Release(9.25)] * rounds, 1e-5, QUICK)
+        assert mine == other.get_epsilon(1e-5)
+    assert sorted(asked) == [(2.125, 0.2), *((9.25 / math.sqrt(rounds), 1.0) for rounds in (3, 2, 1))]
 
 
 @pytest.mark.parametrize(("noise", "times"), [(0.8, 1), (2.0, 1), (20.0, 1), (10.0, 25)])

@@ -70,6 +70,22 @@ def masked(olmoe: Path) -> Callable[..., Config]:
     return partial(as_coordinator, olmoe, "algorithm.name=by_use", *MASKED, "server.robust=none")
 
 
+@pytest.fixture(scope="module")
+def rehearsed(house: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Config], int]:
+    """`rehearsed(config)`: for how many pieces a site is asked in such a run when nobody is lost; it is made once."""
+    pieces: dict[str, int] = {}
+
+    def count(config: Config) -> int:
+        if (of := config.to_toml()) not in pieces:
+            place = tmp_path_factory.mktemp("rehearsed")
+            services = sites(place / "sites", house, config)
+            run(place / "run", link(services), config)
+            pieces[of] = services["ward"].heard.count("update")
+        return pieces[of]
+
+    return count
+
+
 @dataclass
 class Cold:
     """A site whose processes end with each message; it may be gone, or lose what it keeps, when `before` says so."""
@@ -229,12 +245,16 @@ def test_a_site_that_is_lost_before_its_counts_are_there_is_as_if_it_had_not_bee
 
 @pytest.mark.parametrize(("more", "after"), [((), 0), ((SMALL,), 0), ((SMALL,), 9)])
 def test_of_a_site_that_is_lost_between_totals_and_update_no_group_has_two_sums(
-    masked: Callable[..., Config], house: Path, tmp_path: Path, more: tuple[str, ...], after: int
+    masked: Callable[..., Config],
+    house: Path,
+    rehearsed: Callable[[Config], int],
+    tmp_path: Path,
+    more: tuple[str, ...],
+    after: int,
 ) -> None:
     config = masked("run.rounds=1", *more)
     services = sites(tmp_path / "sites", house, config)
-    pieces = sum(1 for one in rehearsed(tmp_path, house, config) if one == "update")
-    lost(services["ward"], *(("update",) if after else ("conceal",)), after=pieces // 2 if after else 0)
+    lost(services["ward"], *(("update",) if after else ("conceal",)), after=rehearsed(config) // 2 if after else 0)
     run(tmp_path / "run", link(services), config)
     line = metrics(tmp_path / "run")[-1]
     assert line["clients"] == list(SITES)  # all were counted
@@ -249,14 +269,14 @@ def test_of_a_site_that_is_lost_between_totals_and_update_no_group_has_two_sums(
 
 @pytest.mark.parametrize("kills", [0, 1, 2])
 def test_of_a_group_of_which_a_lost_sites_share_broke_off_no_second_sum_is_made(
-    masked: Callable[..., Config], house: Path, tmp_path: Path, kills: int
+    masked: Callable[..., Config], house: Path, rehearsed: Callable[[Config], int], tmp_path: Path, kills: int
 ) -> None:
     """The difference of the first pieces of both sums would be its share of them; so the group stays as it was.
 
     Also where the coordinator is killed in the second sum, once and again, and the site is back when it goes on.
     """
     config = masked("run.rounds=1", "wire.piece_mb=0.003")
-    pieces = rehearsed(tmp_path, house, config).count("update")
+    pieces = rehearsed(config)
     services = sites(tmp_path / "sites", house, config)
     came = Counter[str]()  # bytes of each group that ward has handed over
     sizes: dict[str, int] = {}
@@ -302,13 +322,6 @@ def test_of_a_group_of_which_a_lost_sites_share_broke_off_no_second_sum_is_made(
     assert {fault["client"] for fault in line["failures"]} <= {"ward"}
 
 
-def rehearsed(tmp_path: Path, house: Path, config: Config) -> list[str]:
-    """What a site is asked in such a run when nobody is lost."""
-    services = sites(tmp_path / "rehearsed", house, config)
-    run(tmp_path / "rehearsal", link(services), config)
-    return services["ward"].heard
-
-
 def concealed_of(folder: SiteFolder) -> list[list[str]]:
     """The groups that a site concealed, first and second."""
     named = [line["names"] for line in recorded(folder) if "names" in line]
@@ -338,11 +351,11 @@ def test_a_site_that_was_started_again_goes_on_and_does_not_train_anew(
 
 
 def test_a_second_sum_that_was_interrupted_goes_on_and_no_other_is_made(
-    masked: Callable[..., Config], house: Path, tmp_path: Path
+    masked: Callable[..., Config], house: Path, rehearsed: Callable[[Config], int], tmp_path: Path
 ) -> None:
     """Ward is lost half-way; the coordinator is killed in the second sum, and ward is back when it is resumed."""
     config = masked("run.rounds=1", SMALL)
-    pieces = rehearsed(tmp_path, house, config).count("update")
+    pieces = rehearsed(config)
     models = []
     for turn, killed in enumerate((False, True)):
         services = sites(tmp_path / f"sites-{turn}", house, config)
