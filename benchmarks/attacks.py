@@ -519,7 +519,8 @@ def tables(lines: Sequence[Mapping[str, Any]]) -> str:
         part = [f"**Dirichlet {alpha}, {liars} of {CLIENTS} sites lie**", ""]
         part += ["| " + " | ".join(row) + " |" for row in rows]
         asked = [cell for cell in mine if cell.column in columns]
-        part += ["", rf"Run with this code: {len(known)} of {len(asked)} cells. \*: run with older code.", ""]
+        ran = sum(cell in known for cell in asked)
+        part += ["", rf"Run with this code: {ran} of {len(asked)} cells. \*: run with older code.", ""]
         parts.append("\n".join(part))
     machines = sorted({line["machine"] for line in lines if "machine" in line})
     return "\n".join([*parts, *(f"Run on: {told}." for told in machines), ""])

@@ -32,10 +32,12 @@ from fedalign.files import (
     check_new,
     claimed,
     damage,
+    forget_old,
     held_by,
     locked,
     put_back,
     refuse_held,
+    remove,
     replacing,
     replacing_file,
     take,
@@ -327,6 +329,41 @@ def test_what_is_put_back_keeps_what_a_user_put_into_it(run: Path) -> None:
         take(run, "run", WRITTEN)
     tidy(run, WRITTEN)
     assert names(run) == whole
+
+
+def test_a_round_is_forgotten_but_for_what_a_user_put_into_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in (1, 2, 3, 4):
+        with replacing(tmp_path / f"round-{number:05d}") as folder:
+            (folder / "state.json").touch()
+        with replacing(tmp_path / f"round-{number:05d}" / "scored") as folder:
+            (folder / "line.json").touch()
+    (tmp_path / "round-00002" / "scored" / "thesis.tex").write_text("years of work")
+    (tmp_path / "round-00003" / SUMS).unlink()  # a kill came before all of it was gone
+    forget_old(tmp_path, kept=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["round-00002.kept-1", "round-00004"]
+    assert (tmp_path / "round-00002.kept-1" / "scored" / "thesis.tex").read_text() == "years of work"
+    (told,) = caplog.records
+    assert "held scored/thesis.tex, which we did not write: kept as" in told.getMessage()
+    (tmp_path / "round-00004" / "thesis.tex").touch()
+    with replacing(tmp_path / "round-00004") as folder:
+        (folder / "state.json").touch()
+    assert names(tmp_path / "round-00004") == [SUMS, "state.json"]
+    assert (tmp_path / "round-00004.kept-1" / "thesis.tex").exists()
+
+
+def test_what_was_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("moved.jsonl", "round-1/a.safetensors", "round-2/.a.safetensors.new", "round-2/thesis.tex", "b/c.tex"):
+        (tmp_path / "transfers" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "transfers" / name).touch()
+    lines = ("moved.jsonl", "round-#/*.safetensors")
+    remove(tmp_path / "transfers", lines)
+    assert names(tmp_path) == ["transfers/b/c.tex", "transfers/round-2/thesis.tex"]
+    assert not (tmp_path / "transfers" / "round-1").exists()
+    for name in ("b/c.tex", "round-2/thesis.tex"):
+        (tmp_path / "transfers" / name).unlink()
+    remove(tmp_path / "transfers", lines)
+    remove(tmp_path / "transfers", lines)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_an_earlier_version_marked_is_known_by_what_is_written_now(run: Path) -> None:

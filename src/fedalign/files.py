@@ -23,7 +23,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -96,14 +96,14 @@ def put_back(folder: Path, kind: str = "") -> None:
 
 
 def _discard(old: Path, folder: Path, *, marked: bool) -> None:
-    """Remove what was replaced; if it is marked and holds anything else, it is kept under a free name."""
-    strangers = sorted(_strangers(old, {})) if marked and old.is_dir() else []
+    """Remove what was replaced, or is no longer needed; if it holds anything else, it is kept under a free name."""
+    strangers = sorted(_strangers(old, ANYTHING_MARKED) if marked and old.is_dir() else _added(old))
     if not strangers:
         shutil.rmtree(old, ignore_errors=True)
         return
     names = (folder.with_name(f"{folder.name}.kept-{number}") for number in range(1, 10_000))
     kept = old.rename(next(name for name in names if not name.exists()))
-    logger.warning("%s: held %s, which we did not write: it is replaced, and kept as %s", folder, strangers[0], kept)
+    logger.warning("%s: held %s, which we did not write: kept as %s", folder, strangers[0], kept)
 
 
 @contextmanager
@@ -521,6 +521,25 @@ def tidy(path: Path, written: Written) -> None:
         folders[:] = [name for name in folders if name == _finished(name)]
 
 
+def remove(path: Path, lines: Iterable[str]) -> None:
+    """Remove what was written to a folder, and it, too, if nothing else is there.
+
+    Args:
+        path: the folder.
+        lines: patterns of what was written, as in a mark.
+    """
+    ours = [_pattern(line) for line in lines]
+    for root, _, names in os.walk(path, topdown=False):
+        below = Path(root).relative_to(path)
+        for name in names:
+            whole = "/".join(map(_finished, (below / name).parts))
+            if any(pattern.fullmatch(whole) for pattern in ours):
+                with suppress(OSError):
+                    Path(root, name).unlink()
+        with suppress(OSError):  # it holds something else
+            Path(root).rmdir()
+
+
 def check_new(what: str, files: Iterable[Path], remedy: str) -> None:
     """Refuse to write files that are there.
 
@@ -598,6 +617,21 @@ def _literal(name: str) -> str:
     return re.sub(r"[*#?[]", r"[\g<0>]", name)
 
 
+def _added(folder: Path) -> list[str]:
+    """Paths of files in a folder that `replacing` made without a mark, and did not write; none if a kill took the list.
+
+    A folder in it may have been made in the same way.
+    """
+    listed = {MARK, SUMS}
+    for sums in folder.rglob(SUMS):
+        below = sums.parent.relative_to(folder)
+        lines = sums.read_text(encoding="utf-8", errors="replace").splitlines()
+        listed |= {(below / name).as_posix() for name in (SUMS, *(line.partition("  ")[2] for line in lines))}
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    whole = {path.as_posix() for path in files if all(part == _finished(part) for part in path.parts)}
+    return sorted(whole - listed) if (folder / SUMS).exists() else []
+
+
 def _finished(name: str) -> str:
     """The name that a file or folder would have now, had a kill not come between."""
     return name[1:-4] if name.startswith(".") and name.endswith((".new", ".old")) else name
@@ -613,9 +647,9 @@ def rounds_in(folder: Path) -> list[tuple[int, Path]]:
 
 
 def forget_old(folder: Path, kept: int) -> None:
-    """Remove all rounds but the last few."""
+    """Remove all rounds but the last few; one to which something was added is kept under another name."""
     for _, path in rounds_in(folder)[:-kept]:
-        shutil.rmtree(path, ignore_errors=True)
+        _discard(path, path, marked=False)
 
 
 def folder_name(client: str) -> str:

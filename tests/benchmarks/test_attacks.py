@@ -140,3 +140,8 @@ def test_the_table_gives_means_and_says_what_was_not_run() -> None:
     assert r"| nobody lies | 55.0\* (2) | not run |" in attacks.tables(older)
     assert attacks.tables([*older, *lines]) == table
     assert "nan" not in table
+    assert "Run with this code: 4 of 264 cells" in table
+    many = attacks.Cell(1.0, 0, "trigger", 3, "default, clip").key | {"accuracy": 0.4, "success": 0.25}
+    assert "Run with this code: 1 of 99 cells" in attacks.tables(
+        [*lines, many]
+    )  # "none" is of a column not shown there

@@ -69,6 +69,10 @@ OF_WANDB = (  # offline and online
         )
     ),
 )
+OF_A_ROUND = ("sums.json", "*.safetensors", "*.safetensors.journal")  # in transfers/round-#/
+ARRIVED = (  # in transfers/
+    *("moved.jsonl", "start.safetensors", "start.safetensors.journal", *(f"round-#/{name}" for name in OF_A_ROUND)),
+)
 WRITTEN = {  # to a run's folder, by whoever takes part in the run; model/ and best/ are marked themselves
     "run": (
         *("config.toml", "metrics.jsonl", "summary.json", "clients.json", "answers.json", "trackers.json"),
@@ -76,8 +80,7 @@ WRITTEN = {  # to a run's folder, by whoever takes part in the run; model/ and b
         *(f"checkpoint/round-#/{name}" for name in (SUMS, *FILES, PUBLIC, f"{SCORED}/{SUMS}", f"{SCORED}/{LINE}")),
         *(f"checkpoint/constants/{name}" for name in (SUMS, "constants.safetensors")),
         *("health/round-#.safetensors", "clients/sent.json", *(f"clients/*/{name}" for name in OF_A_CLIENT)),
-        *(f"transfers/{name}.safetensors{end}" for name in ("start", "round-#/*") for end in ("", ".journal")),
-        *("transfers/moved.jsonl", "transfers/round-#/sums.json"),
+        *(f"transfers/{name}" for name in ARRIVED),
         *(f"flower/{name}" for name in OF_FLOWER),
         *(f"wandb/{name}" for name in OF_WANDB),
     )

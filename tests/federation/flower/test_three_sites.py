@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from fedalign.config.site import SiteFolder
 from fedalign.config.toml import load_config
 from fedalign.errors import UserError
-from fedalign.federation.flower.three_sites import CONFIG, KIND, WRITTEN, demo
+from fedalign.federation.flower import three_sites
+from fedalign.federation.flower.three_sites import CONFIG, KIND, SITES, WRITTEN, demo
 from fedalign.files import take
 
 
@@ -22,6 +24,15 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no demo of sites"):
         demo(tmp_path, rounds=1)
     assert (tmp_path / "sites" / "index.html").read_text() == "mine"
+
+
+def test_its_sites_consent_in_so_many_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(three_sites, "EXAMPLES", 60)
+    three_sites.deal_data(tmp_path)
+    for site in SITES:
+        told = SiteFolder.load(tmp_path / site).config.consent.told
+        assert told.startswith("embeddings and head are trained here if the coordinator has them trained: ")
+        assert told.endswith("how often each stands here, and how many examples each label has, is sent if asked for")
 
 
 def test_what_was_added_to_an_earlier_demo_is_named(tmp_path: Path) -> None:

@@ -422,3 +422,30 @@ def test_what_a_killed_trainer_has_left_is_in_nobodys_way(site: SiteFolder) -> N
 
     on_duty.serve_site(site, supernode=False, insecure_anywhere=False, tell=tell)
     assert told[-1] == "the trainer of ward is ready; Ctrl-C ends it"
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize(
+    ("consent", "said"),
+    [
+        (
+            "",
+            "ward, [consent]: embeddings and head stay frozen here, so no row of them and no count of tokens leaves; ",
+        ),
+        (
+            "embeddings = true\ntoken_counts = true\n",
+            "ward, [consent]: embeddings and head are trained here if the coordinator has them trained: which of their "
+            "rows moved shows nearly every token of this site, rare names too; how often each stands here, and how "
+            "many examples each label has, is sent if asked for",
+        ),
+    ],
+)
+def test_before_a_site_answers_it_says_what_would_leave(tmp_path: Path, consent: str, said: str) -> None:
+    site = make_site(tmp_path / "site", f'name = "ward"\n[data]\ntrain = "x"\n[consent]\n{consent}')
+
+    def tell(text: str) -> None:
+        assert text.startswith(said)
+        raise KeyboardInterrupt  # with the first line
+
+    with pytest.raises(KeyboardInterrupt):
+        on_duty.serve_site(site, supernode=False, insecure_anywhere=False, tell=tell)

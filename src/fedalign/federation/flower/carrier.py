@@ -8,7 +8,6 @@ was started again, since what has arrived lies on its disk until the round is co
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +43,7 @@ from fedalign.federation.transfer import (
     size_of,
     within,
 )
-from fedalign.files import fingerprint, folder_name, rounds_in
+from fedalign.files import fingerprint, folder_name, remove, rounds_in
 from fedalign.maths.rounding import bytes_of, cut_out, wire_dtype
 from fedalign.maths.tensor_file import Range
 from fedalign.protocol import (
@@ -65,6 +64,7 @@ from fedalign.protocol import (
     WireDtype,
     parse_group,
 )
+from fedalign.server.results import ARRIVED, OF_A_ROUND
 from fedalign.units import size
 
 T = TypeVar("T")
@@ -155,7 +155,7 @@ class Carrier:
 
     def forget(self) -> None:
         """The run is complete: free the disk."""
-        shutil.rmtree(self.cargo.folder, ignore_errors=True)
+        remove(self.cargo.folder, ARRIVED)
 
     # ------------------------------------------------------------------------------------------------------------ down
 
@@ -166,7 +166,7 @@ class Carrier:
         if verb == "train":
             for number, folder in rounds_in(self.cargo.folder):
                 if number < broadcast.round:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    remove(folder, OF_A_ROUND)
             for file in self.cargo.folder.glob(f"{START}*"):  # its journal, too; a checkpoint holds it
                 file.unlink()
         freight = Freight(broadcast)
