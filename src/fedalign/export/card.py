@@ -113,9 +113,7 @@ class Made:
     base_license: str | None = None  # None: unknown
     data_license: str | None = None  # None: unknown
     left: Left | None = None  # sites that took their experts back
-    shared_by: Sequence[str] | None = (
-        None  # who trained what sites share; None: no expert is a site's, or of an adapter
-    )
+    shared_by: Sequence[str] | None = None  # who trained what sites share; None: nothing says so, or sites own nothing
 
     @property
     def is_seq2seq(self) -> bool:
@@ -343,9 +341,9 @@ def of_docstrings(config: Config) -> bool:
 
 def shared_rows(made: Made) -> list[tuple[str, str]]:
     """Who trained parts that sites share, this run and others before it, where sites have experts of their own."""
-    return (
-        [] if made.shared_by is None else [("what sites share", f"trained by {', '.join(made.shared_by) or 'no run'}")]
-    )
+    if made.shared_by is None:
+        return []
+    return [("what sites share", f"trained by {', '.join(made.shared_by) or 'no run'}")]
 
 
 def _split(config: Config) -> str:

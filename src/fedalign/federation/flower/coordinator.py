@@ -194,7 +194,7 @@ def check_start(config: Config, moe: MoEModel) -> None:
     if others and not known and config.federation.min_sites == 1:
         raise UserError(
             f"federation.min_sites = 1: a lone site would say what the experts of {', '.join(others)} are. Set "
-            "model.weights_hash, which fedalign doctor prints, or federation.min_sites to 2 or more."
+            "model.weights_hash, which fedalign doctor prints, or data.test: the coordinator reads weights itself then."
         )
 
 
