@@ -24,7 +24,7 @@ from fedalign.federation.ledger import Tally
 from fedalign.federation.masked_site import MaskedSite, Terms, seen_of
 from fedalign.federation.masks import Masks, Once
 from fedalign.federation.workers import Workers, check_workers
-from fedalign.files import folder_name
+from fedalign.files import TALLY, folder_name
 from fedalign.maths.fixed_point import MOST_CLIENTS
 from fedalign.maths.heap import Heap
 from fedalign.maths.rounding import unpack_weights
@@ -61,7 +61,7 @@ class InProcess:
         self.workers = workers or Workers()
         self.clients = trained(trainer.algorithm, clients)
         self.scored = clients
-        self._tally = Tally(next(iter(clients.values())).memory.folder.with_name("sent.json"))
+        self._tally = Tally(next(iter(clients.values())).memory.folder.with_name(TALLY))
 
     def members(self) -> Sequence[str]:
         """All clients, in the order of the partition."""

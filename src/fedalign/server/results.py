@@ -27,7 +27,19 @@ from fedalign import parallel
 from fedalign.config.run import Config
 from fedalign.config.toml import flat, read_config
 from fedalign.errors import UserError
-from fedalign.files import LOCK, WATCH, check_free, damage, locked, refuse_held, replacing, take, tidy, write_text
+from fedalign.files import (
+    LOCK,
+    TALLY,
+    WATCH,
+    check_free,
+    damage,
+    locked,
+    refuse_held,
+    replacing,
+    take,
+    tidy,
+    write_text,
+)
 from fedalign.protocol import Evaluation, Layout, Metrics, Plan, Statistics, Weights
 from fedalign.server.checkpoint import ServerState
 from fedalign.server.health import write_health
@@ -47,7 +59,7 @@ WRITTEN = (  # to a run's folder, by whoever takes part in the run; model/ and b
         "model/",
         "best/",
     ),
-    *("transfers/*", "clients/sent.json"),
+    *("transfers/*", f"clients/{TALLY}"),
     *("events.out.tfevents.*", "wandb/*", "flower/*", "status.json", "run-key"),
 )
 
