@@ -196,8 +196,8 @@ def pooled(clients: Mapping[str, ClientData]) -> dict[str, ClientData]:
     first = next(iter(clients.values()))
     memory = ClientMemory(first.memory.folder.with_name(POOLED))
     train = list[Encoded]()
-    for client in clients.values():  # each numbers its own examples
-        before = 1 + max((one.example for one in train), default=-1)
+    for client in clients.values():  # each numbers its own examples, in their order
+        before = train[-1].example + 1 if train else 0
         train += [replace(one, example=before + one.example) for one in client.train]
     known = [client.labels for client in clients.values() if client.labels]
     labels = replace(known[0], examples=summed(one.examples for one in known)) if known else None
