@@ -35,6 +35,7 @@ import xxhash
 from fedalign.errors import UserError
 
 logger = logging.getLogger(__name__)
+TALLY = "sent.json"  # beside the folders of clients: what was sent to them
 KEPT_ROUNDS, KEPT_BY_CLIENTS = 2, 3  # a client may be a round ahead of the server's last whole checkpoint but one
 LOCK, WATCH, MARK = ".lock", ".watch", ".fedalign"  # who writes here, who started that and looks on; whose folder it is
 SUMS = "SHA256SUMS"
@@ -655,8 +656,10 @@ def forget_old(folder: Path, kept: int) -> None:
 def folder_name(client: str) -> str:
     """A folder for any client id: one path component, the same for no two ids.
 
-    >>> folder_name("client-00"), folder_name("../ward 3")
-    ('client-00', '%2E.%2Fward%203')
+    >>> folder_name("client-00"), folder_name("../ward 3"), folder_name(TALLY)
+    ('client-00', '%2E.%2Fward%203', 'sent%2Ejson')
     """
-    name = quote(client, safe="").replace(".", "%2E", 1) if client.startswith(".") else quote(client, safe="")
+    name = quote(client, safe="")
+    if client.startswith(".") or client == TALLY:
+        name = name.replace(".", "%2E", 1)
     return name if len(name) <= 100 else f"{name[:60]}-{hashlib.sha256(client.encode()).hexdigest()[:16]}"

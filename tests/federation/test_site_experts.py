@@ -230,7 +230,7 @@ def test_a_run_in_which_somebody_joins_resumes(run: Run, fedalign: Command) -> N
         (["--join", "c", "--set", "algorithm.name=by_use"], "--join c: algorithm.name = 'by_use' would train what"),
         (["--join", "c", "--set", "algorithm.shared=average"], "shared = 'average' would train what others have."),
         (["--join", "c", "--set", 'clients.only=["a"]'], "--join c: clients.only = a says otherwise."),
-        (["--join", "c", "--set", "tuning.dtype=bfloat16"], "would round the rows of others' routers"),
+        (["--join", "c", "--set", "tuning.dtype=bfloat16"], "would round what others have"),
         (["--join", "c", "--set", "model.weights_hash=5f0c"], "model.weights_hash is of the model without its expert."),
         (["--join", "c,c"], "--join: 'c' is named twice."),
         (["--join", " ,"], "--join ' ,': has an empty name."),

@@ -71,7 +71,7 @@ def test_scores_are_those_of_the_run_and_add_up(fedalign: Command, made: Made) -
     assert scores["tuned"]["answered"][0]["prompt"].endswith("\nLabel:")
 
 
-@pytest.mark.parametrize("more", [(), ("tuning.kind=lora",)])
+@pytest.mark.parametrize("more", [(), ("tuning.kind=lora",), ("tuning.dtype=bfloat16",)])
 def test_an_exported_model_scores_as_its_run(made: Made, tmp_path: Path, texts: Path, more: tuple[str, ...]) -> None:
     run = made(*more)
     export(Wanted(run, tmp_path / "out"), lambda _: None)
@@ -80,7 +80,9 @@ def test_an_exported_model_scores_as_its_run(made: Made, tmp_path: Path, texts: 
     from fedalign.data.formats import load_examples  # noqa: PLC0415 - of this test alone
 
     examples = load_examples(str(texts / "test.jsonl"), of_run.config.data, "test", 0)
-    assert score(bench, examples).accuracy == score(of_run, examples).accuracy == history(run)[-1]["accuracy"]
+    for scores in (score(bench, examples), score(of_run, examples)):
+        assert scores.accuracy == history(run)[-1]["accuracy"]
+        assert scores.loss == pytest.approx(history(run)[-1]["loss_nats"], rel=1e-6)
 
 
 @pytest.mark.parametrize("more", [(), ('data.labels=["weather", "food", "animals"]',)])

@@ -268,6 +268,8 @@ def test_routers_stay_float32_in_a_bfloat16_model(family: str, tmp_path: Path) -
     kinds = {slot.kind: {s.parameter.dtype for s in moe.slots if s.kind == slot.kind} for slot in moe.slots}
     assert kinds["gate"] == {torch.float32}
     assert kinds["expert"] == {torch.bfloat16}
+    exact = MoEModel.load(tmp_path, trust_remote_code=True).read()
+    assert all(torch.equal(value, exact[group]) for group, value in moe.read().items() if group.kind == "gate")
     seen = []
     layer, router = moe.layers[0], moe.model.get_submodule(moe.layers[0].router)
     router.register_forward_hook(

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from fedalign.client.spent import PrivacyLedger
+from fedalign.doctor.estimate import statistics_nbytes
+from fedalign.moe.model import MoEModel
+from fedalign.server.results import RunFolder
 from tests.conftest import Command
 
 PRIVATE = ["evaluation.clients=false", "privacy.noise_multiplier=1.0", "training.epochs=1", "run.rounds=2"]
@@ -30,6 +33,9 @@ def test_a_private_run(fedalign: Command, settings: list[str], tmp_path: Path, m
     assert "routing_divergence_nats" not in lines[-1]
     ledgers = sorted((tmp_path / "run" / "clients").glob("*/privacy.jsonl"))
     assert len(ledgers) == 3
+    config = RunFolder(tmp_path / "run").read_config("")
+    layout = MoEModel.skeleton(config.model.path, tuning=config.tuning).layout
+    assert [line["bytes_up_statistics"] for line in lines[1:]] == [3 * statistics_nbytes(config, layout)] * 2
     kinds = ["training", "loads"] if "algorithm.name=by_use" in more else ["training"]
     assert [line.kind for line in PrivacyLedger(ledgers[0].parent).lines()] == ["count", *kinds, *kinds]
     card, page = tmp_path / "exported", tmp_path / "report.html"

@@ -182,8 +182,8 @@ def _joined(settings: Config, who: Sequence[str], place: Path, overwrite: bool) 
         )
     if settings.tuning.dtype != "float32":
         raise UserError(
-            f'{said}: tuning.dtype = "{settings.tuning.dtype}": would round the rows of others\' routers, which are to '
-            'stay as they are. Choose "float32".'
+            f'{said}: tuning.dtype = "{settings.tuning.dtype}": would round what others have, which is to stay as it '
+            'is. Choose "float32".'
         )
     if set(settings.clients.only) != set(who):
         raise UserError(f"{said}: clients.only = {', '.join(settings.clients.only)} says otherwise. Leave one out.")

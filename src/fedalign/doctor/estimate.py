@@ -16,6 +16,7 @@ from fedalign.client.evaluation import TestSet
 from fedalign.client.fit import make_autocast
 from fedalign.client.forward import answer_logits
 from fedalign.client.memory import ClientData
+from fedalign.client.spent import PAID
 from fedalign.client.trainer import trained_sizes
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
@@ -154,7 +155,8 @@ def statistics_nbytes(config: Config, layout: Layout, consent: Consent = DEALT) 
     options = config.statistics
     shapes = asked_shapes(layout, consent.granted(config.asks), options.centroid_width, options.update_width)
     widths = {"float32": 4, "float16": 2, "uint8": 1}
-    return 72 + sum(math.prod(shape) * widths[dtype] for shape, dtype in shapes.values())
+    fixed = 64 + 8 * (len(PAID) if config.privacy.on else 1)  # or the seconds of training
+    return fixed + sum(math.prod(shape) * widths[dtype] for shape, dtype in shapes.values())
 
 
 def moments(config: Config) -> int:

@@ -436,7 +436,7 @@ def _with_model(
         _add_tokenizer(snapshot, moe, folder)
     if not personal:
         return
-    weights = snapshot.weights or _exact(snapshot, moe)
+    weights = snapshot.weights or moe.read()
     for number, (name, kept) in enumerate(personal.items(), start=1):
         progress(f"Writing client {number} of {len(personal)} ...")
         part = folder / CLIENTS / folder_name(name)
@@ -451,24 +451,14 @@ def open_model(snapshot: Snapshot, base: Base | None) -> MoEModel:
     """The run's model; of a run that was cut off `snapshot.weights` are still to be written into it."""
     if base is not None:
         return base.open(snapshot.reference)
-    return _load(snapshot, snapshot.config.tuning.loaded_dtype)
-
-
-def _load(snapshot: Snapshot, dtype: str) -> MoEModel:
     config = snapshot.config
     return MoEModel.load(
         snapshot.reference or model_path(config.model.path),
-        dtype=dtype,
+        dtype=config.tuning.loaded_dtype,
         trust_remote_code=config.model.trust_remote_code,
         revision=None if snapshot.reference else config.model.revision,
         tuning=config.tuning,
     )
-
-
-def _exact(snapshot: Snapshot, moe: MoEModel) -> Weights:
-    """The trained part as the run wrote it: loading a model in bfloat16 rounds its routers before they are float32."""
-    rounded = not snapshot.config.tuning.adapts and snapshot.config.tuning.loaded_dtype != "float32"
-    return (_load(snapshot, "float32") if rounded else moe).read()
 
 
 def _add_tokenizer(snapshot: Snapshot, moe: MoEModel, folder: Path) -> None:

@@ -24,7 +24,7 @@ from fedalign.federation.ledger import Tally
 from fedalign.federation.masked_site import MaskedSite, Terms, seen_of
 from fedalign.federation.masks import Masks, Once
 from fedalign.federation.workers import Workers, check_workers
-from fedalign.files import folder_name
+from fedalign.files import TALLY, folder_name
 from fedalign.maths.fixed_point import MOST_CLIENTS
 from fedalign.maths.heap import Heap
 from fedalign.maths.rounding import unpack_weights
@@ -61,7 +61,7 @@ class InProcess:
         self.workers = workers or Workers()
         self.clients = trained(trainer.algorithm, clients)
         self.scored = clients
-        self._tally = Tally(next(iter(clients.values())).memory.folder.with_name("sent.json"))
+        self._tally = Tally(next(iter(clients.values())).memory.folder.with_name(TALLY))
 
     def members(self) -> Sequence[str]:
         """All clients, in the order of the partition."""
@@ -196,8 +196,8 @@ def pooled(clients: Mapping[str, ClientData]) -> dict[str, ClientData]:
     first = next(iter(clients.values()))
     memory = ClientMemory(first.memory.folder.with_name(POOLED))
     train = list[Encoded]()
-    for client in clients.values():  # each numbers its own examples
-        before = 1 + max((one.example for one in train), default=-1)
+    for client in clients.values():  # each numbers its own examples, in their order
+        before = train[-1].example + 1 if train else 0
         train += [replace(one, example=before + one.example) for one in client.train]
     known = [client.labels for client in clients.values() if client.labels]
     labels = replace(known[0], examples=summed(one.examples for one in known)) if known else None

@@ -45,7 +45,7 @@ from fedalign.moe.load import (
     resolved_source,
 )
 from fedalign.moe.site_experts import TRAINED, owners
-from fedalign.moe.stored import as_stored, by_layer
+from fedalign.moe.stored import Loading, as_stored, by_layer, stored
 from fedalign.moe.tuning import SELECTION_BIAS, beside_text, choosers, freeze, freeze_unreached
 from fedalign.protocol import HEAD, WHOLE, WORDS, Factors, Layout, ParameterGroup, TokenRows, Weights
 
@@ -183,11 +183,30 @@ class MoEModel:
     ) -> Self:
         """Load a folder saved by transformers, or a model of the Hub; `tuning` and `seed` as in `wrap`.
 
+        Routers have the values of the checkpoint, whatever `dtype` is; under adapters those that plain libraries load.
+
         Raises:
             UserError: there is no such model, it is broken or incomplete, or `wrap` refuses it.
         """
         model = load_plain(path_or_id, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
-        return cls.wrap(freeze_biases(model), tuning, seed, device)
+        moe = cls.wrap(freeze_biases(model), tuning, seed, device)
+        if dtype != "float32" and moe.adapter is None and getattr(model, "dequantised_from", None) is None:
+            moe._unround_routers(stored(str(resolved_source(path_or_id)), revision))
+        return moe
+
+    @torch.no_grad()
+    def _unround_routers(self, places: Mapping[str, Path]) -> None:
+        """Give routers, which are float32, the values that they have in a checkpoint's files."""
+        routers = {
+            f"{layer.router}.{name}": value
+            for layer in self.layers
+            for name, value in self.model.get_submodule(layer.router).state_dict().items()
+        }
+        targets = Loading(self.model, places).targets
+        here = {name: places[name] for name, target in targets.items() if target in routers}
+        for name, value in Loading(self.model, here).loaded(here):
+            if name in routers:
+                routers[name].copy_(value)
 
     @classmethod
     def skeleton(

@@ -27,7 +27,20 @@ from fedalign import parallel
 from fedalign.config.run import Config
 from fedalign.config.toml import flat, read_config
 from fedalign.errors import UserError
-from fedalign.files import LOCK, SUMS, WATCH, check_free, damage, locked, refuse_held, replacing, take, tidy, write_text
+from fedalign.files import (
+    LOCK,
+    SUMS,
+    TALLY,
+    WATCH,
+    check_free,
+    damage,
+    locked,
+    refuse_held,
+    replacing,
+    take,
+    tidy,
+    write_text,
+)
 from fedalign.protocol import Evaluation, Layout, Metrics, Plan, Statistics, Weights
 from fedalign.server.checkpoint import FILES, LINE, PUBLIC, SCORED, ServerState, whole_rounds
 from fedalign.server.health import write_health
@@ -79,7 +92,7 @@ WRITTEN = {  # to a run's folder, by whoever takes part in the run; model/ and b
         *("report.html", "status.json", "run-key", "events.out.tfevents.#.*.#.#", "model/", "best/"),
         *(f"checkpoint/round-#/{name}" for name in (SUMS, *FILES, PUBLIC, f"{SCORED}/{SUMS}", f"{SCORED}/{LINE}")),
         *(f"checkpoint/constants/{name}" for name in (SUMS, "constants.safetensors")),
-        *("health/round-#.safetensors", "clients/sent.json", *(f"clients/*/{name}" for name in OF_A_CLIENT)),
+        *("health/round-#.safetensors", f"clients/{TALLY}", *(f"clients/*/{name}" for name in OF_A_CLIENT)),
         *(f"transfers/{name}" for name in ARRIVED),
         *(f"flower/{name}" for name in OF_FLOWER),
         *(f"wandb/{name}" for name in OF_WANDB),
