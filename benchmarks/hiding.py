@@ -1,7 +1,7 @@
 """What masks and noise hide: three attacks on one site of the demo, on what a coordinator sees with each setting.
 
     python benchmarks/hiding.py                  # goes on where benchmarks/results/hiding.jsonl stops
-    python benchmarks/hiding.py --table          # writes the table into docs/privacy.md
+    python benchmarks/hiding.py --table          # writes the table into docs/noise.md
 
 **Attacks.** The attacker has the weights that the round began with, and all examples of the site but one.
 
@@ -264,7 +264,7 @@ def ranked(lab: Lab, seen: Tensor, there: set[int]) -> float:
 # --------------------------------------------------------------------------------------------------------------- table
 
 RESULTS = Path(__file__).parent / "results" / "hiding.jsonl"
-DOCUMENT = Path(__file__).parents[1] / "docs" / "privacy.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "noise.md"
 BEGIN, END = "<!-- written by benchmarks/hiding.py -->", "<!-- until here -->"
 
 
@@ -301,7 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=int, default=40)
     parser.add_argument("--epsilons", type=float, nargs="+", default=[2.0], help="beside no noise")
-    parser.add_argument("--table", action="store_true", help="write what there is into docs/privacy.md, and end")
+    parser.add_argument("--table", action="store_true", help="write what there is into docs/noise.md, and end")
     args = parser.parse_args()
     if args.table:
         text = DOCUMENT.read_text(encoding="utf-8")

@@ -3,12 +3,13 @@
     python benchmarks/private.py --minutes 30               # goes on where benchmarks/results/private.jsonl stops
     python benchmarks/private.py --data DIR --minutes 60    # the same on train.jsonl and test.jsonl with clients
     python benchmarks/private.py --audit                    # canaries in one client's update, epsilon 1 and 2
-    python benchmarks/private.py --table                    # writes the tables into docs/privacy.md
+    python benchmarks/private.py --table                    # writes the tables into docs/noise.md
 
 **Accuracy.** FedAvg on the demo's model and texts: ten clients, Dirichlet 1.0, five rounds, each example seen once a
 round. All cells have the same settings, among them learning rates that nobody tuned. With DIR a client is what the
 column `client` says, as `benchmarks/evidence/data.py` writes CLINC150 by domain, and a label a class. Each cell is one
-run, a line of private.jsonl; seed 0 of all comes first.
+run, a line of private.jsonl; seed 0 of all comes first. Its processor time is that of the run's process and of those
+that it starts, of all rounds, loading and tests included; runs from before this was kept have none.
 
 **Audit in one run** (Steinke et al. 2023, arXiv 2305.08924): who sees the update guesses which of 240 canaries were
 trained on. Each is a text of one token that no other text has, so that token's row is its own: the easiest thing to
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import statistics
 import tempfile
@@ -101,14 +103,21 @@ def settings(cell: Cell, data: Path | None) -> list[str]:
 
 def run(cell: Cell, data: Path | None) -> dict[str, Any]:
     """A whole run: accuracy before and after, and what it cost."""
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), processor_seconds()
     with tempfile.TemporaryDirectory(prefix="fedalign-private-") as folder:
         made = fedalign.run("demo", overrides=settings(cell, data), out=Path(folder) / "run", progress=False)
         first, last = made.history[0], made.history[-1]
     found = {"before": first["accuracy"], "accuracy": last["accuracy"], "rows": last["test_examples"]}
     if cell.epsilon is not None:
         found["spent"] = max(last["privacy_epsilons"].values())
-    return found | {"seconds": round(time.perf_counter() - started, 1)}
+    spent = {"seconds": time.perf_counter() - started, "cpu_seconds": processor_seconds() - worked}
+    return found | {name: round(value, 1) for name, value in spent.items()}
+
+
+def processor_seconds() -> float:
+    """Of this process and of its children that have ended, since they began."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 # --------------------------------------------------------------------------------------------------------------- audit
@@ -212,7 +221,7 @@ def noise_on(wanted: bool) -> Any:
 # --------------------------------------------------------------------------------------------------------------- table
 
 RESULTS = Path(__file__).parent / "results"
-DOCUMENT = Path(__file__).parents[1] / "docs" / "privacy.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "noise.md"
 BEGIN, END = "<!-- written by benchmarks/private.py -->", "<!-- until here -->"
 
 
@@ -227,16 +236,21 @@ def found(lines: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> Mapping
 
 
 def write_table(lines: Sequence[Mapping[str, Any]]) -> None:
-    """Put the tables between the two marks of docs/privacy.md."""
+    """Put the tables between the two marks of docs/noise.md."""
     text = DOCUMENT.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     DOCUMENT.write_text(f"{before}{BEGIN}\n{tables(lines)}{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 def tables(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Accuracy by data, way of tuning and epsilon; audits; what was not run; the machine."""
+    """Accuracy and processor time by data, way of tuning and epsilon; audits; what was not run; the machine."""
     names = dict.fromkeys(["demo", *sorted({line["data"] for line in lines if "data" in line})])
     rows = ["| data | tuned | before | no noise | epsilon 8 | epsilon 2 |", "| --- | --- | --: | --: | --: | --: |"]
+    times = [
+        "",
+        "| data | tuned | processor seconds, no noise | epsilon 8 | epsilon 2 |",
+        "| --- | --- | --: | --: | --: |",
+    ]
     missing = 0
     for name in names:
         for kind in RATES:
@@ -245,6 +259,9 @@ def tables(lines: Sequence[Mapping[str, Any]]) -> str:
             before = [line["before"] for _, line in kept if line]
             mine = [[line["accuracy"] for c, line in kept if line and c.epsilon == e] for e in EPSILONS]
             rows.append(f"| {name} | {kind} | {' | '.join(percent(column) for column in [before[:1], *mine])} |")
+            spent = [[line.get("cpu_seconds") for c, line in kept if line and c.epsilon == e] for e in EPSILONS]
+            times.append(f"| {name} | {kind} | {' | '.join(map(processor, spent))} |")
+    rows += times
     audits = [line for line in lines if "audit" in line and line["revision"] == REVISION]
     for line in audits:
         said = "refutes it" if line["refuted"] > line["claimed"] else "does not refute it"
@@ -269,6 +286,18 @@ def percent(scores: Sequence[float]) -> str:
     return f"{100 * statistics.fmean(scores):.1f}" + (f" ({len(scores)})" if len(scores) < SEEDS else "")
 
 
+def processor(seconds: Sequence[float | None]) -> str:
+    """Mean processor seconds of the runs that kept them, and how many these are if not all seeds.
+
+    >>> processor([10.0, None]), processor([None]), processor([])
+    ('10 (1)', 'not kept', 'not run')
+    """
+    kept = [one for one in seconds if one is not None]
+    if not kept:
+        return "not kept" if seconds else "not run"
+    return f"{statistics.fmean(kept):,.0f}" + (f" ({len(kept)})" if len(kept) < SEEDS else "")
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -276,7 +305,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30, help="after which no further run is begun")
     parser.add_argument("--data", type=Path, metavar="DIR", help="in place of the demo's texts")
     parser.add_argument("--audit", action="store_true", help="the audit, in place of accuracy")
-    parser.add_argument("--table", action="store_true", help="write what there is into docs/privacy.md, and end")
+    parser.add_argument("--table", action="store_true", help="write what there is into docs/noise.md, and end")
     args = parser.parse_args()
     file, end = args.out / "private.jsonl", time.monotonic() + 60 * args.minutes
     if args.table:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from fedalign.config.toml import load_config
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import hiding
 import private
 
 
@@ -32,6 +35,7 @@ def test_a_cell_is_a_run(monkeypatch: pytest.MonkeyPatch, settings: list[str], e
     assert 0 <= told["accuracy"] <= 1
     assert ("spent" in told) == (epsilon is not None)
     assert told.get("spent", 0) <= 8
+    assert told["cpu_seconds"] > 0
 
 
 def test_data_of_ones_own_is_dealt_as_it_is(tmp_path: Path) -> None:
@@ -43,11 +47,14 @@ def test_data_of_ones_own_is_dealt_as_it_is(tmp_path: Path) -> None:
 def test_the_table_has_what_was_run_and_says_what_was_not() -> None:
     ran = [cell for cell in private.cells("demo") if (cell.kind, cell.epsilon) == ("lora", 8.0)]
     lines = [cell.key | {"before": 0.2, "accuracy": 0.4 + cell.seed / 10, "machine": "one"} for cell in ran]
+    lines[1] |= {"cpu_seconds": 1200.4}  # the others are from before it was kept
     stale = next(cell for cell in private.cells("demo") if cell.kind == "full").key | {"accuracy": 1.0, "revision": 0}
     audit = {"audit": 2.0, "noise": False, "claimed": 1.9, "refuted": 3.9, "revision": private.REVISION}
     told = private.tables([*lines, stale, audit])
     assert "| demo | lora | 20.0 (1) | not run | 50.0 | not run |" in told
     assert "| demo | full | not run | not run | not run | not run |" in told
+    assert "| demo | lora | not run | 1,200 (1) | not run |" in told
+    assert "| demo | full | not run | not run | not run |" in told
     assert "Not run: 15 of 18 runs." in told
     assert "- Audit at epsilon 2, noise off: claimed 1.90, refuted up to 3.90, which refutes it." in told
 
@@ -56,3 +63,16 @@ def test_guesses_refute_no_more_than_they_can() -> None:
     assert private.least_epsilon(80, 160) == pytest.approx(0, abs=1e-9)
     assert private.least_epsilon(160, 160) > 3
     assert private.least_epsilon(120, 160) < private.least_epsilon(140, 160)
+
+
+def test_processor_time_is_that_of_children_too() -> None:
+    before, own = private.processor_seconds(), time.process_time()
+    subprocess.run([sys.executable, "-c", "sum(i * i for i in range(10**6))"], check=True)
+    assert private.processor_seconds() - before > time.process_time() - own + 0.01  # a tick of the clock
+
+
+def test_tables_are_written_where_their_marks_are() -> None:
+    for script in (private, hiding):
+        page = script.DOCUMENT.read_text(encoding="utf-8")
+        assert page.count(script.BEGIN) == 1
+        assert script.END in page[page.index(script.BEGIN) :]

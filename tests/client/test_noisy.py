@@ -1,11 +1,14 @@
 """DP-SGD at a client: exact clipping, noise of the right size, nothing of one example anywhere else."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fedalign.client.accountant import Terms
 from fedalign.client.memory import ClientData, ClientMemory, Kept
@@ -15,12 +18,13 @@ from fedalign.client.trainer import Trainer
 from fedalign.config.toml import load_config
 from fedalign.data.encode import Encoded
 from fedalign.errors import TrainingFailedError, UserError
+from fedalign.moe.families import FAMILIES
 from fedalign.moe.model import MoEModel
 from fedalign.moe.probe import RoutingProbe
 from fedalign.protocol import asked_shapes
 from fedalign.server.checks import check_statistics
 from tests.client.test_trainer import broadcast, examples
-from tests.moe.tiny import TABLE, build
+from tests.moe.tiny import EXPERTS, TABLE, build, marked
 
 PRIVATE = ["privacy.noise_multiplier=1", "algorithm.name=fedavg", "evaluation.clients=false"]
 TERMS = Terms(20, 0.5, 3, 1.0, 10, None, 1, 1e-5)
@@ -31,7 +35,8 @@ def private(*overrides: str, family: str = "olmoe") -> Trainer:
         None,
         ["training.batch_examples=10", "training.learning_rate=1e-2", "training.optimizer=sgd", *PRIVATE, *overrides],
     )
-    return Trainer(MoEModel.wrap(build(family)), None, config.algorithm.build(), config)
+    moe = MoEModel.wrap(build(family), tuning=config.tuning)
+    return Trainer(moe, None, config.algorithm.build(), config)
 
 
 def data(trainer: Trainer, folder: Path, every: list[Encoded] | None = None) -> ClientData:
@@ -57,6 +62,14 @@ def moved(trainer: Trainer, client: ClientData, terms: Terms, seed: int = 0, cli
     return torch.cat([end[group] - start[group] for group in start])
 
 
+THREE = ["olmoe", "mixtral", "switch_transformers"]
+NOTHING_TO_TRAIN = {
+    ("dbrx", "lora"): "its experts cannot be adapted",
+    ("phimoe", "router"): "in evaluation its routers have no gradient",
+}
+ROUTER = ("mlp.gate", "block_sparse_moe.gate", "router.classifier")  # of these three
+
+
 @pytest.mark.parametrize("family", TABLE)
 def test_a_step_is_the_sum_of_clipped_gradients_of_single_examples(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -64,45 +77,75 @@ def test_a_step_is_the_sum_of_clipped_gradients_of_single_examples(
     check_a_step("full", family, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("family", ["olmoe", "mixtral", "switch_transformers"])
-def test_so_it_is_of_adapters(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_a_step("lora", family, tmp_path, monkeypatch)
+@pytest.mark.parametrize("tuning", ["lora", "moe", "experts", "router"])
+@pytest.mark.parametrize("family", marked(sorted(FAMILIES), THREE))
+def test_so_it_is_of_every_way_of_tuning(
+    tuning: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (family, tuning) in NOTHING_TO_TRAIN:
+        pytest.skip(NOTHING_TO_TRAIN[family, tuning])
+    check_a_step(tuning, family, tmp_path, monkeypatch)
 
 
-def check_a_step(tuning: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = private(f"tuning.kind={tuning}", "training.learning_rate=1.0", family=family)
-    if tuning == "lora":
-        trainer.moe = adapted(family)
-    client, clip = data(trainer, tmp_path, examples(5, seq2seq=trainer.moe.is_seq2seq)), 0.3
+@pytest.mark.parametrize("tuning", ["full", "router"])
+@pytest.mark.parametrize("family", THREE)
+def test_a_router_loss_is_of_one_example_alone(
+    tuning: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_a_step(tuning, family, tmp_path, monkeypatch, balance=2.0)
+
+
+def check_a_step(kind: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, balance: float = 0.0) -> None:
+    """Against plain PyTorch, an example after another, of which some are cut."""
+    asked = [f"tuning.kind={kind}", "tuning.rank=2", f"training.balance_coefficient={balance}"]
+    trainer = private(*asked, "training.learning_rate=1.0", family=family)
+    client = data(trainer, tmp_path, examples(5, seq2seq=trainer.moe.is_seq2seq))
     trained = [p for p in trainer.moe.model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
-    expected, cut = [torch.zeros_like(p) for p in trained], 0
     trainer.moe.model.eval()
     monkeypatch.setattr(trainer.moe.model, "train", lambda mode=True: trainer.moe.model)  # no dropout, no jitter
-    for one in client.train:
-        inputs = {"input_ids": torch.tensor([one.input_ids])}
-        if one.decoder_input_ids is not None:
-            inputs["decoder_input_ids"] = torch.tensor([one.decoder_input_ids])
-        logits = trainer.moe.model(**inputs, use_cache=False).logits[0].float()
-        labels = torch.tensor(one.labels)
-        if one.decoder_input_ids is None:
-            logits, labels = logits[:-1], labels[1:]
-        loss = torch.nn.functional.cross_entropy(logits, labels)
-        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-        norm = torch.cat([g.flatten() for g in gradients if g is not None]).norm()
-        cut += int(norm > clip)
+    every = [alone(trainer.moe.model, one, trained, balance) for one in client.train]
+    norms = [float(torch.cat([g.flatten() for g in gradients if g is not None]).norm()) for gradients in every]
+    clip = sum(norms) / len(norms)  # some are cut, some are not
+    assert min(norms) < clip < max(norms)
+    expected = [torch.zeros_like(p) for p in trained]
+    for gradients, norm in zip(every, norms, strict=True):
         for total, gradient in zip(expected, gradients, strict=True):
             if gradient is not None:
-                total.add_(gradient * min(1.0, clip / float(norm)))
+                total.add_(gradient * min(1.0, clip / norm))
     fit(trainer, client, replace(TERMS, rate=1.0, steps=1, noise=1e-12, batch=4), clip=clip).run()
-    assert cut  # else nothing was clipped
+    assert max(float(total.abs().max()) for total in expected) > 2e-5  # above the tolerance
     for old, new, total in zip(before, trained, expected, strict=True):
         torch.testing.assert_close(old - new.detach(), total / 4, rtol=1e-3, atol=2e-6)
 
 
-def adapted(family: str) -> MoEModel:
-    config = load_config(None, ["tuning.kind=lora", "tuning.rank=2"])
-    return MoEModel.wrap(build(family), tuning=config.tuning)
+def scored(router: nn.Module, hidden: Tensor, *_: object) -> Tensor:
+    return nn.functional.linear(hidden.flatten(0, -2), router.get_parameter("weight"))
+
+
+def alone(model: PreTrainedModel, one: Encoded, trained: Sequence[Tensor], balance: float) -> Sequence[Tensor | None]:
+    """The gradient of one example's mean loss, and of `balance` times E sum_e f_e P_e, the mean over layers."""
+    logits, hooks = [], []
+    for name, module in model.named_modules():
+        if balance and name.endswith(ROUTER):
+            hooks.append(
+                module.register_forward_pre_hook(lambda router, inputs: logits.append(scored(router, *inputs)))
+            )
+    inputs = {"input_ids": torch.tensor([one.input_ids])}
+    if one.decoder_input_ids is not None:
+        inputs["decoder_input_ids"] = torch.tensor([one.decoder_input_ids])
+    answers, labels = model(**inputs, use_cache=False).logits[0].float(), torch.tensor(one.labels)
+    if one.decoder_input_ids is None:
+        answers, labels = answers[:-1], labels[1:]
+    loss = nn.functional.cross_entropy(answers, labels)
+    for hook in hooks:
+        hook.remove()
+    top = 1 if one.decoder_input_ids is not None else 2
+    for scores in logits:
+        chosen = torch.zeros_like(scores).scatter(1, scores.topk(top).indices, 1 / top).mean(0)
+        loss = loss + balance / len(logits) * EXPERTS * (chosen * scores.softmax(1).mean(0)).sum()
+    assert len(logits) == (2 if balance else 0)
+    return torch.autograd.grad(loss, trained, allow_unused=True)
 
 
 def test_no_example_counts_for_more_than_the_clip() -> None:
@@ -304,9 +347,7 @@ def test_the_probe_is_gone_afterwards(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["moe", "experts", "router", "lora"])
 def test_every_way_of_tuning_moves_what_it_trains_alone(kind: str, tmp_path: Path) -> None:
-    config = load_config(None, [f"tuning.kind={kind}", "tuning.rank=2", *PRIVATE])
     trainer = private(f"tuning.kind={kind}", "tuning.rank=2")
-    trainer.moe = MoEModel.wrap(build("olmoe"), tuning=config.tuning)
     frozen = {name: p.detach().clone() for name, p in trainer.moe.model.named_parameters() if not p.requires_grad}
     made = fit(trainer, data(trainer, tmp_path), replace(TERMS, steps=2))
     made.run()

@@ -13,6 +13,7 @@ from fedalign.doctor.privacy import check_privacy, noise_ratio
 from fedalign.doctor.report import Check, Examination
 from fedalign.doctor.what_leaves import NOISED, what_leaves
 from fedalign.moe.model import MoEModel
+from fedalign.protocol import Concealed
 
 TERMS = Terms(1000, 0.016, 100, 1.0, 16, None, 10, 1e-5)
 
@@ -80,6 +81,11 @@ def test_nothing_is_said_of_other_runs() -> None:
 def test_what_leaves_says_what_has_noise(olmoe: Path) -> None:
     asked = config(f"model.path={olmoe}")
     told = {sent.name: sent.tells for sent in what_leaves("ward", MoEModel.skeleton(str(olmoe)), asked)}
-    assert all(told[kind.__name__] == text for kind, text in NOISED.items())
+    assert all(told[name] == text for kind, text in NOISED.items() if (name := kind.__name__) in told)
+    assert {kind.__name__ for kind in NOISED} - told.keys() == {"Concealed"}  # which is of masked runs
     plain = {sent.name: sent.tells for sent in what_leaves("ward", MoEModel.skeleton(str(olmoe)), Config())}
     assert "No noise is added" in plain["Piece"]
+    both = config(f"model.path={olmoe}", "privacy.masked=true", "server.max_norm_ratio=0")
+    told = {sent.name: sent.tells for sent in what_leaves("ward", MoEModel.skeleton(str(olmoe)), both)}
+    assert told["Concealed"] == NOISED[Concealed]
+    assert {"Statistics", "Evaluation"}.isdisjoint(told)

@@ -14,11 +14,32 @@ from fedalign.config.run import Config
 from fedalign.config.site import SiteConfig, SiteFolder
 from fedalign.config.toml import load_config
 from fedalign.doctor.what_leaves import MEANINGS, TELLS, WHEN, empty_messages, what_leaves
+from fedalign.federation.flower.keys import make_node_key
+from fedalign.federation.masks import fresh_key, public_key
 from fedalign.federation.messages import MESSAGES, Parcel, decode, encode
 from fedalign.federation.service import Service
+from fedalign.federation.site import service_of
+from fedalign.maths.fixed_point import POWERS
 from fedalign.maths.rounding import pack
 from fedalign.moe.model import MoEModel
-from fedalign.protocol import DEALT, PROTOCOL, Broadcast, Consent, Fetch, Offer, Piece, Recount, Statistics, Sum
+from fedalign.protocol import (
+    DEALT,
+    HEIGHTS,
+    HELD_OUT,
+    LOSS,
+    PROTOCOL,
+    Broadcast,
+    Concealed,
+    Consent,
+    Fetch,
+    Hello,
+    Offer,
+    Piece,
+    Recount,
+    Statistics,
+    Sum,
+)
+from tests.conftest import changed
 from tests.federation.test_messages import travel
 
 TO_SITES = {Broadcast, Fetch, Offer, Recount, Sum}
@@ -149,3 +170,48 @@ def test_shapes_need_no_memory(config: Config) -> None:
     ]
     assert tensors
     assert all(tensor.device.type == "meta" for tensor in tensors)
+
+
+@pytest.mark.parametrize("noise", [[], ["privacy.noise_multiplier=1"]], ids=["masks", "masks and noise"])
+def test_a_real_masked_round_sends_what_is_listed(
+    noise: list[str], ward: SiteFolder, site_config: Config, settings: list[str]
+) -> None:
+    """Hello, counts, shares and their piece: field by field, and no field beside the list."""
+    by_use = ["algorithm.name=by_use", "algorithm.vocabulary=average", "privacy.masked=true", "server.max_norm_ratio=0"]
+    parts_of = load_config(None, [*by_use, *noise, "evaluation.clients=false"])
+    sections = {name: getattr(parts_of, name) for name in ("algorithm", "privacy", "server", "evaluation")}
+    config = site_config.model_copy(update=sections)
+    make_node_key(ward.path / "key")
+    service = service_of(ward, config, "night", lambda: open_site(ward, config, "night"))
+    small = changed(config, "wire", piece_mb=0.001)  # then shares are fetched
+    again = service_of(ward, small, "night", lambda: open_site(ward, small, "night"))
+    moe, name, nothing = service.client.trainer.moe, ward.config.name, Parcel({"protocol": PROTOCOL, "kind": "-"}, {})
+    hello = service.answer("hello", nothing)
+    own: Hello = decode(travel(hello), Hello)
+    keys = {name: f"{own.mask_key} {own.mask_signature}", **{peer: public_key(fresh_key()).hex() for peer in "BC"}}
+    weights = {group: pack(value.cpu(), "float32", 0) for group, value in moe.read().items()}
+    round_1 = travel(encode(Broadcast(1, weights, keys=keys)))
+    start, counts = service.answer("start", nothing), service.answer("train", round_1)
+    told: Concealed = decode(travel(counts), Concealed)
+    groups = tuple(group for group, size in moe.layout.sizes.items() if size)
+    asked = travel(encode(Sum(1, tuple(keys), enough(told), keys, groups)))
+    shares, without = service.answer("conceal", asked), again.answer("conceal", asked)
+    piece = again.answer("update", encode(Fetch(name, 1, tuple(map(str, groups)), 0, 1 << 40)))
+    failure = service.answer("evaluate", round_1)  # of a run without scores
+    sent = (hello, start, counts, shares, piece, failure)
+    every = [encode(one) for one in empty_messages(name, skeleton(config), config, ward.consent)]
+    listed = [one for one in every if one.head["kind"] != "lacking"]  # weights came whole
+    for answer, wanted in zip(sent, listed, strict=True):
+        assert parts(answer) == parts(wanted), answer.head["kind"]
+        assert answer.nbytes == pytest.approx(wanted.nbytes, rel=0.01, abs=60)
+    assert decode(travel(without), Concealed).residues == {}
+    assert (LOSS in told.residues) == (not noise)
+    assert (own.examples, own.held_out) == (0, 0)
+
+
+def enough(told: Concealed) -> dict[str, Tensor]:
+    """Totals that are no less than any client counts."""
+    named = {name: value for name, value in told.residues.items() if name != HELD_OUT}
+    tall = {name: torch.full((len(value),), POWERS - 1, dtype=torch.uint8) for name, value in named.items()}
+    most = {name: torch.full_like(value, 10**12) for name, value in named.items() if HEIGHTS not in name}
+    return {name: most.get(name, tall[name]) for name in named}

@@ -793,7 +793,7 @@ class Config(Section):
         if self.algorithm.build().shared is not None:
             raise UserError(
                 f'algorithm.name = "{name}": with [privacy] the fit of a site\'s router row would leave without noise '
-                f"(docs/privacy.md). Choose one of: {', '.join(NOISED)}."
+                f"(docs/noise.md). Choose one of: {', '.join(NOISED)}."
             )
         if name not in NOISED:
             raise UserError(

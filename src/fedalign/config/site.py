@@ -174,7 +174,7 @@ class SiteConsent(Section):
 class SitePrivacy(Section):
     """A budget of example-level differential privacy over all runs, counted in privacy.jsonl beside this file.
 
-    With one, this site takes part only in runs with [privacy], and in none that overspends it; see docs/privacy.md. Of
+    With one, this site takes part only in runs with [privacy], and in none that overspends it; see docs/noise.md. Of
     masked sums see docs/masks.md.
     """
 

@@ -124,6 +124,7 @@ NOISED: dict[type[Leaving], str] = {
     "is the same whatever the data is.",
     Piece: "Noise hides each single example in it. What many examples have in common still shows.",
     Evaluation: "Not sent: no score has noise.",
+    Concealed: f"{TELLS[Concealed]} Noise hides each single example in the sums, too. Loss and scores are in none.",
 }
 HIDDEN: dict[type[Leaving], str] = {
     Hello: "That it takes part, and with which key; nothing of what data there is.",
