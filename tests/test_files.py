@@ -351,6 +351,31 @@ def test_a_round_is_forgotten_but_for_what_a_user_put_into_it(tmp_path: Path, ca
     assert (tmp_path / "round-00004.kept-1" / "thesis.tex").exists()
 
 
+def test_a_kill_while_a_round_is_forgotten_leaves_nothing_that_looks_like_a_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+    for after in range(4):
+        for number in (1, 2):
+            with replacing(tmp_path / f"round-{number:05d}") as folder:
+                (folder / "state.json").touch()
+        with replacing(tmp_path / "round-00001" / "scored") as folder:
+            (folder / "line.json").touch()
+        left = iter(range(after))
+
+        def killed(self: Path, missing_ok: bool = False, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            unlink(self, missing_ok)
+
+        monkeypatch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            forget_old(tmp_path, kept=1)
+        monkeypatch.undo()
+        forget_old(tmp_path, kept=1)
+        assert [path.name for path in tmp_path.iterdir()] == ["round-00002"]
+
+
 def test_what_was_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
     for name in ("moved.jsonl", "round-1/a.safetensors", "round-2/.a.safetensors.new", "round-2/thesis.tex", "b/c.tex"):
         (tmp_path / "transfers" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -3,9 +3,9 @@
 A kill at any moment leaves the old content or the new one, never half. A folder that a command may one day replace
 holds a mark, the file `.fedalign`: its first line says what the folder is, the others what was written there, as
 patterns of paths. In them `*` is any text and `#` a number, both within one part of a path; one that ends with / is a
-folder with a mark of its own. A folder that is written at once holds
-SHA256SUMS, so that a bit that flips later is noticed; `sha256sum -c` reads it, too. Who works in a folder holds a lock
-in it, which the kernel frees at once when the process ends, however it ends.
+folder with a mark of its own. A folder that is written at once holds SHA256SUMS, so that a bit that flips later is
+noticed; `sha256sum -c` reads it, too. Who works in a folder holds a lock in it, which the kernel frees at once when the
+process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SUMS = "SHA256SUMS"
 PATIENCE = 1.0  # seconds that a lock may be held by somebody who only looks
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # of a file system that keeps none
 Written = Mapping[str, Iterable[str]]  # by what a folder is: patterns of what is written to it
-ANYTHING_MARKED: Written = {}  # of each folder its mark says what was written there
+BY_MARK: Written = {}  # of each folder its mark says it
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR)
 
 
@@ -98,13 +98,22 @@ def put_back(folder: Path, kind: str = "") -> None:
 
 def _discard(old: Path, folder: Path, *, marked: bool) -> None:
     """Remove what was replaced, or is no longer needed; if it holds anything else, it is kept under a free name."""
-    strangers = sorted(_strangers(old, ANYTHING_MARKED) if marked and old.is_dir() else _added(old))
+    strangers = sorted(_strangers(old, BY_MARK) if marked and old.is_dir() else _added(old))
     if not strangers:
-        shutil.rmtree(old, ignore_errors=True)
+        _erase(old)
         return
     names = (folder.with_name(f"{folder.name}.kept-{number}") for number in range(1, 10_000))
     kept = old.rename(next(name for name in names if not name.exists()))
     logger.warning("%s: held %s, which we did not write: kept as %s", folder, strangers[0], kept)
+
+
+def _erase(folder: Path) -> None:
+    """Remove a folder; lists of what was written there go last, so that a kill leaves nothing that they do not list."""
+    for path in sorted(folder.rglob("*"), key=lambda path: (path.name in (SUMS, MARK), -len(path.parts))):
+        if path.is_symlink() or not path.is_dir():
+            with suppress(OSError):
+                path.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -444,7 +453,7 @@ def is_bare(path: Path) -> bool:
 
 
 def check_free(
-    path: Path, kind: str, overwrite: bool, option: str = "--out", go_on: str = "", written: Written = ANYTHING_MARKED
+    path: Path, kind: str, overwrite: bool, option: str = "--out", go_on: str = "", written: Written = BY_MARK
 ) -> None:
     """Refuse a place where anything would be lost but a `kind` of ours that may be replaced.
 
@@ -508,9 +517,10 @@ def tidy(path: Path, written: Written) -> None:
         below = Path(root).relative_to(path)
         for name in (*folders, *names):
             whole, there = below / _finished(name), Path(root, name)
+            if name == _finished(name) or there.is_symlink():
+                continue
             marked = (there / MARK).exists() and below / name / MARK not in strangers
-            ours = marked or not any(stranger.is_relative_to(below / name) for stranger in strangers)
-            if name == _finished(name) or not ours or there.is_symlink():
+            if not marked and any(stranger.is_relative_to(below / name) for stranger in strangers):
                 continue
             if not there.is_dir():
                 there.unlink()
@@ -623,7 +633,7 @@ def _added(folder: Path) -> list[str]:
 
     A folder in it may have been made in the same way.
     """
-    listed = {MARK, SUMS}
+    listed = set[str]()
     for sums in folder.rglob(SUMS):
         below = sums.parent.relative_to(folder)
         lines = sums.read_text(encoding="utf-8", errors="replace").splitlines()
