@@ -614,14 +614,16 @@ def test_pieces_need_no_model(
         service._open_client = opening
         answer = service.answer
 
-        def closing(verb: str, parcel: Parcel, service: Service = service, answer: Any = answer) -> Parcel:
-            said: Parcel = answer(verb, parcel)
+        def closing(
+            verb: str, parcel: Parcel, *, scores: bool = True, service: Service = service, answer: Any = answer
+        ) -> Parcel:
+            said: Parcel = answer(verb, parcel, scores=scores)
             if verb in ("offer", "piece", "update"):
                 assert service._client is None
             else:
                 service.close()  # as a process that ends
             return said
 
-        service.answer = closing  # type: ignore[assignment,method-assign] # as each message starts a process; it may always score
+        service.answer = closing  # type: ignore[method-assign] # as each message starts a process
     go(tmp_path / "run", link, config)
     assert set(loaded) <= {"hello", "start", "train", "evaluate"}
