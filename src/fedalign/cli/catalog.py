@@ -132,10 +132,10 @@ def families() -> None:
 
 
 def print_columns(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """A table with a head."""
+    """A table with a head; names, in the first column, stay whole."""
     table = Table(box=box.SIMPLE_HEAD)
-    for head in heads:
-        table.add_column(head, overflow="fold")
+    for number, head in enumerate(heads):
+        table.add_column(head, overflow="fold", no_wrap=not number)
     for row in rows:
         table.add_row(*map(Text, row))
     out.print(table)

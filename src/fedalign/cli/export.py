@@ -169,7 +169,7 @@ def _print(exported: Exported, to: Path) -> None:
         ("what", f"{FORMS[made.form]}, {made.dtype}"),
         ("round", f"{snapshot.round} of {snapshot.config.run.rounds}{exported.trained.chosen}"),
         ("accuracy", f"{percent(accuracy)}{of_whole}" if accuracy is not None else ""),
-        ("loss, nats a token", f"{nats(loss)}{of_whole}" if loss is not None else ""),
+        ("loss", f"{nats(loss)} nats a token{of_whole}" if loss is not None else ""),
         ("of clients", _of_clients(exported)),
         ("left", str(exported.left or "")),
         ("experts", _experts(exported.left) if exported.left is not None else ""),
