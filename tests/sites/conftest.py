@@ -348,10 +348,10 @@ from pathlib import Path
 from fedalign.federation.{module} import {service}
 honest = {service}._{verb}
 
-def waiting(self, parcel):
+def waiting(self, *asked, **how):
     while Path(__file__).with_name("hold").exists():
         time.sleep(0.1)
-    return honest(self, parcel)
+    return honest(self, *asked, **how)
 
 {service}._{verb} = waiting
 """  # the change of a site that `held` holds at a message

@@ -41,7 +41,7 @@ from fedalign.federation.service import Service
 
 def wrap(verb, change):
     honest = getattr(Service, verb)
-    setattr(Service, verb, lambda self, parcel: change(honest(self, parcel)))
+    setattr(Service, verb, lambda self, *asked, **how: change(honest(self, *asked, **how)))
 """
 KEPT = """
 import dataclasses
@@ -85,11 +85,11 @@ IN_TRAINING = {
 from fedalign.federation.service import Service
 honest = Service._train
 
-def train(self, parcel):
+def train(self, *asked, **how):
     from fedalign.client.fit import LocalFit
     of = LocalFit.trained_of
     LocalFit.trained_of = lambda fit, group: of(fit, group) + 1e6 * (of(fit, group) - fit.local.start[group])
-    return honest(self, parcel)
+    return honest(self, *asked, **how)
 
 Service._train = train
 """,
