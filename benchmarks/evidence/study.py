@@ -109,6 +109,7 @@ def short() -> Iterator[Part]:
 
 LONG = ("run.rounds=5", "training.batch_examples=8", "data.max_train=2000", "evaluation.clients=false")
 FULL_TEST = (*LONG, "data.max_test=2000")
+TOPICS = 'data.labels=["world", "sports", "business", "technology"]'
 QUESTIONS = (*LONG, "data.max_train=1000", "data.max_test=300", "evaluation.every=1")  # four texts each
 
 
@@ -194,9 +195,10 @@ def pretrained() -> Iterator[Part]:
 def candidates() -> Iterator[Part]:
     """What candidates/ holds: `pip install benchmarks/evidence/candidates` first."""
     yield Part("tasks", "tasks", ("fedalign_paper", "align_by_layer"), "full", 2, FULL_TEST, rate="1e-3")
-    mixed = tuple(f"align_mixed_rows:{how}" for how in ("mixed=0.3", "half_after=5"))
-    yield Part("tasks-mixed rows", "tasks", mixed, "full", 1, (*FULL_TEST, "run.rounds=25"), rate="1e-3")
-    yield Part("domain", "domain", mixed[1:], "full", 1, (*FULL_TEST, "run.rounds=25"), rate="1e-3")
+    halving, long = "fedalign_moe:vocabulary_half_life=5", (*FULL_TEST, "run.rounds=25")
+    yield Part("tasks-mixed rows", "tasks", ("align_mixed_rows:mixed=0.3", halving), "full", 1, long, rate="1e-3")
+    yield Part("domain", "domain", (halving,), "full", 1, long, rate="1e-3")
+    yield Part("label_skew", "label_skew", (halving,), "full", 1, (*long, TOPICS), rate="3e-4")
 
 
 def ablations() -> Iterator[Part]:
@@ -233,9 +235,6 @@ def rounds() -> Iterator[Part]:
     """Speed."""
     for regime in ("domain", "tasks"):
         yield Part(regime, regime, ("fedavg", "fedmoe", OURS), "full", 2, (*FULL_TEST, "run.rounds=12"), rate="1e-3")
-
-
-TOPICS = 'data.labels=["world", "sports", "business", "technology"]'
 
 
 def shift() -> Iterator[Part]:

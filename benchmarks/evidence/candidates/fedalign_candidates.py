@@ -2,7 +2,7 @@
 
 align_projected   FC-MoE's projection on top of semantic experts: no update against the consensus
 align_by_layer    λ of a layer follows its routing divergence: the early layers hardly part, the late ones do
-align_mixed_rows  token rows go a part of the way towards FedAvg's, at once or the further the more rounds there were
+align_mixed_rows  token rows go a part of the way towards FedAvg's; fedalign's `vocabulary_half_life` does so by and by
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from fedalign.algorithms.fedalign_paper import FedAlignPaper
 from fedalign.protocol import LocalRound, ParameterGroup, Plan, Reports, State, Step
 
 STRENGTH = "layer_strength_L"
-PLANNED = "rounds_planned"
 
 
 @dataclass(frozen=True)
@@ -87,15 +86,12 @@ class MixedRows(FedAlignMoE):
     than it is right. FedAvg's weights bring the others' push back.
     """
 
-    mixed: float = 0.0  # share of FedAvg's weights from the first round on
-    half_after: float = 0.0  # rounds in which half of what is left becomes FedAvg's; 0: never
+    mixed: float = 0.0  # share of FedAvg's weights
 
     def plan(self, reports: Reports, state: State) -> Plan:
-        """Rows of both kinds, mixed; how many rounds there were is part of the state."""
+        """Rows of both kinds, mixed."""
         plan = super().plan(reports, state)
-        planned = state.get(PLANNED, torch.zeros(1))
         if plan.token_weight_C_M_V is None:
             return plan
-        left = (1 - self.mixed) * (0.5 ** (float(planned) / self.half_after) if self.half_after else 1.0)
-        weight_C_M_V = left * plan.token_weight_C_M_V + (1 - left) * reports.share_C[:, None, None]
-        return replace(plan, token_weight_C_M_V=weight_C_M_V, state={**plan.state, PLANNED: planned + 1})
+        weight_C_M_V = torch.lerp(plan.token_weight_C_M_V, reports.share_C[:, None, None], self.mixed)
+        return replace(plan, token_weight_C_M_V=weight_C_M_V)
