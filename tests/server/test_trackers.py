@@ -249,6 +249,7 @@ def test_wandb_offline_keeps_one_id_over_a_resume(tmp_path: Path, monkeypatch: p
     written = b"".join(path.read_bytes() for path in files)
     assert b"accuracy" in written
     assert b"algorithm.name" in written
+    files[0].with_name(f"{files[0].name}.syncstate").touch()  # as online
     check_foreign_files_are_kept(run.folder, "run", WRITTEN)
 
 

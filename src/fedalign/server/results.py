@@ -76,8 +76,14 @@ OF_WANDB = (  # offline and online
         f"{run}run-#_#-*/{name}"
         for run in ("", "offline-")
         for name in (
-            *("run-*.wandb", "run-*.wandb.synced", "files/requirements.txt", "files/config.yaml", "files/output.log"),
-            *("files/wandb-metadata.json", "files/wandb-summary.json", "files/conda-environment.yaml"),
+            *("run-*.wandb", "run-*.wandb.synced", "run-*.wandb.syncstate", "files/requirements.txt"),
+            *(
+                "files/config.yaml",
+                "files/output.log",
+                "files/wandb-metadata.json",
+                "files/wandb-summary.json",
+                "files/conda-environment.yaml",
+            ),
             *("logs/debug.log", "logs/debug-internal.log", "logs/debug-core.log"),
         )
     ),
