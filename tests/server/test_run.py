@@ -36,7 +36,7 @@ from fedalign.report.material import read_material
 from fedalign.server.checkpoint import Checkpoints, ServerState
 from fedalign.server.results import ROUND, WRITTEN, Recorder, RunFolder, _described, read_history, saved_round
 from fedalign.server.rounds import Server
-from fedalign.server.run import execute, resumed_config
+from fedalign.server.run import execute, identity, resumed_config
 from tests.conftest import Command
 from tests.foreign import check_foreign_files_are_kept
 from tests.server.test_checkpoint import flip
@@ -396,6 +396,23 @@ def test_a_run_of_before_this_choice_goes_on(finished: Path, tmp_path: Path) -> 
     assert (out / "config.toml").read_text() == config
     for kind in ("model", "best"):
         assert model_bytes(out / kind) == model_bytes(finished / kind)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "before"),
+    [
+        ("fedalign_moe", "46f05abe94b12ab3"),
+        ("fedalign_paper", "e4a1fc9945a63c86"),
+        ("by_use", "9ebd4e4d32ed3614"),
+        ("fedavg", "fc78faad92cf67ff"),
+        ("site_experts", "44d02b0a92cbe018"),
+    ],
+)
+def test_a_key_that_is_new_leaves_old_runs_their_checkpoints(algorithm: str, before: str) -> None:
+    """Digests that are in checkpoints by now. Whoever adds a key names it in `RESUMABLE` or `SINCE`."""
+    assert identity(load_config(None, [f"algorithm.name={algorithm}"]), "")["configuration"] == before
+    other = load_config(None, ["algorithm.vocabulary_half_life=5.0", "algorithm.name=by_use"])
+    assert identity(other, "")["configuration"] != before
 
 
 def test_best_that_cannot_be_made_again_is_told(

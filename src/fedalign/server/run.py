@@ -37,6 +37,9 @@ RESUMABLE = (  # may change on resume
     "server.memory_gb",
     *(f"federation.{key}" for key in FederationConfig.model_fields if key != "engine"),
 )
+SINCE = {
+    "algorithm.vocabulary_half_life": 0.0
+}  # keys that came later, and the value that changes nothing: as if absent
 Holdings = Mapping[str, Mapping[str, Any]]
 Marked = tuple[Evaluation, Mapping[str, Any]]  # a score, and for JSON what was answered
 
@@ -87,6 +90,10 @@ def identity(config: Config, architecture: str) -> dict[str, str]:
     for key in RESUMABLE:
         section, name = key.split(".")
         del tables[section][name]
+    for key, value in SINCE.items():
+        section, name = key.split(".")
+        if tables[section].get(name) == value:
+            del tables[section][name]
     return {"model": architecture[:16], "configuration": digest(tables)}
 
 
