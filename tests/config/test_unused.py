@@ -13,6 +13,8 @@ from fedalign.config.unused import VOID, unused
 from fedalign.demo import DEMO
 from tests.conftest import Command
 
+NOISE = ("privacy.epsilon=4.0", "evaluation.clients=false", "algorithm.name=fedavg")
+BY_USE = ("algorithm.name=by_use", "algorithm.vocabulary=average")
 SITES = ("federation.engine=flower", 'data.labels=["a", "b"]')
 
 
@@ -51,7 +53,24 @@ def test_keys_are_keys() -> None:
         (["clients.alpha=1.0", "clients.partition=iid"], "alpha = 1.0", '"iid"', ["clients.partition=dirichlet"]),
         (["clients.classes=3"], "clients.classes = 3", '"dirichlet"', ["clients.partition=pathological"]),
         (["clients.size_growth=square"], "size_growth", '"dirichlet"', ["clients.partition=size"]),
-        (["data.train=x.csv", *SITES], 'data.train = "x.csv"', '"flower"', ["federation.engine=simulation"]),
+        (["data.train=x.csv", *SITES], 'data.train = "x.csv"', "no data.test", ["federation.engine=simulation"]),
+        (
+            ["data.train=x.csv", "data.test=y.csv", *SITES],
+            'data.train = "x.csv"',
+            'data.kind = "classification"',
+            ["data.kind=multiple_choice", "data.labels=[]"],
+        ),
+        *[
+            ([given, *SITES], given.partition("=")[0], '"flower"', ["federation.engine=simulation", *woken])
+            for given, *woken in (
+                ["clients.count=3"],
+                ["clients.min_examples=3"],
+                ["clients.alpha=2.0"],
+                ["clients.classes=3", "clients.partition=pathological"],
+                ["clients.size_growth=square", "clients.partition=size"],
+                ["data.columns.client=who", "clients.partition=natural"],
+            )
+        ],
         (["clients.partition=iid", *SITES], 'partition = "iid"', '"flower"', ["federation.engine=simulation"]),
         (["clients.held_out=0.3", *SITES], "held_out = 0.3", '"flower"', ["federation.engine=simulation"]),
         (["run.device=cpu", *SITES], 'run.device = "cpu"', "no data.test", ["data.test=test.csv"]),
@@ -60,12 +79,6 @@ def test_keys_are_keys() -> None:
         (["wire.piece_mb=1.0"], "piece_mb = 1.0", '"in_process"', list(SITES)),
         (["federation.superlink=h:1", "federation.engine=simulation"], "superlink", '"simulation"', list(SITES)),
         (["federation.workers=2", *SITES], "workers = 2", '"flower"', ["federation.engine=simulation"]),
-        (
-            ["training.max_grad_norm=2.0", "privacy.epsilon=4.0", "evaluation.clients=false", "algorithm.name=fedavg"],
-            "training.max_grad_norm = 2.0",
-            "privacy.max_grad_norm = 1.0",
-            [],
-        ),
         (["tuning.router=frozen"], 'tuning.router = "frozen"', 'tuning.kind = "full"', ["tuning.kind=lora"]),
         (
             ["statistics.update_width=8", "algorithm.name=fedavg"],
@@ -87,9 +100,26 @@ def test_keys_are_keys() -> None:
         (["server.max_norm_ratio=9", "server.robust=clip"], "max_norm_ratio = 9", '"clip"', ["server.robust=none"]),
         (["server.clip=2"], "server.clip = 2", 'server.robust = "auto"', ["server.robust=clip"]),
         (["server.radius=2", "server.robust=krum"], "radius = 2", '"krum"', ["server.robust=centered_clip"]),
-        (["privacy.delta=1e-6"], "privacy.delta = 1e-06", "no privacy.epsilon", []),
-        (["privacy.loads_noise=5"], "loads_noise = 5", "algorithm.name", []),
-        (["privacy.masked_min_holders=5"], "masked_min_holders = 5", "privacy.masked = false", []),
+        (["privacy.delta=1e-6"], "privacy.delta = 1e-06", "no privacy.epsilon", NOISE),
+        (["privacy.max_grad_norm=2.0"], "privacy.max_grad_norm = 2.0", "no privacy.epsilon", NOISE),
+        (["privacy.loads_noise=5"], "loads_noise = 5", "no privacy.epsilon", [*NOISE, *BY_USE]),
+        (["privacy.loads_noise=5", *NOISE], "loads_noise = 5", '"fedavg"', BY_USE),
+        (
+            ["privacy.masked_min_holders=5", "algorithm.name=fedavg", "server.max_norm_ratio=0"],
+            "masked_min_holders = 5",
+            "privacy.masked = false",
+            ["privacy.masked=true"],
+        ),
+        *[
+            ([f"algorithm.{given}", *others], f"algorithm.{name}", reason, [woken])
+            for given in ("vocabulary_holders=3", "vocabulary_half_life=5.0")
+            for name in [given.partition("=")[0]]
+            for others, reason, woken in (
+                (["algorithm.vocabulary=average"], 'vocabulary = "average"', "algorithm.vocabulary=clients"),
+                (["tuning.kind=lora"], 'kind = "lora"', "tuning.kind=full"),
+            )
+        ],
+        (["algorithm.vocabulary=clients", "tuning.kind=moe"], "vocabulary = ", '"moe"', ["tuning.kind=full"]),
         (
             ["server.min_arrived=0.9", "privacy.masked=true", "server.max_norm_ratio=0", "algorithm.name=fedavg"],
             "min_arrived = 0.9",
@@ -107,15 +137,24 @@ def test_what_another_setting_makes_void_is_told(
     assert start.startswith("no effect: ")
     assert void in start
     assert reason in why
-    if woken:
-        assert void not in said(*given, *woken).replace(f"with {void}", "")
+    assert void not in said(*given, *woken).replace(f"with {void}", "")
+
+
+def test_noise_has_a_bound_of_its_own() -> None:
+    """Here, since an epsilon that is given cannot be taken back by another setting."""
+    told = "no effect: training.max_grad_norm = 2.0, with privacy.max_grad_norm = 1.0"
+    assert told in unused(load_config(None, ["training.max_grad_norm=2.0", *NOISE]))
+    assert unused(load_config(None, ["training.max_grad_norm=2.0"])) == []
 
 
 def test_every_row_is_tried() -> None:
     """A row that nobody tries may say what is not so."""
     (mark,) = (mark for mark in test_what_another_setting_makes_void_is_told.pytestmark if mark.name == "parametrize")  # type: ignore[attr-defined] # pytest's own
     tried = {word.partition("=")[0] for given, _, _, woken in mark.args[1] for word in (*given, *woken)}
+    tried.add("training.max_grad_norm")
     assert [void.keys for void in VOID if not {*void.keys} & tried] == []
+    at_sites = next(void for void in VOID if "clients.count" in void.keys and void.because == ["federation.engine"])
+    assert {*at_sites.keys} <= tried
 
 
 def test_a_resolved_configuration_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:

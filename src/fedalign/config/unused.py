@@ -2,7 +2,8 @@
 
 `VOID` holds keys, and why they have no effect in a configuration. Of a key at its default nothing is said, since a
 resolved configuration names all keys. Contradictions that would give another run than was meant are refused in
-`config.run`; what stands here changes nothing, and old runs hold it.
+`config.run`; what stands here changes nothing, and old runs hold it. Of an algorithm's own options only those on token
+rows are here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedalign.config.run import KINDS, NOISED, Config, FederationConfig
+from fedalign.config.run import KINDS, NOISED, AlgorithmConfig, Config, FederationConfig
 from fedalign.config.toml import flat
 
 
@@ -46,17 +47,24 @@ def _steps(*optimizers: str) -> Callable[[Config], bool]:
     return lambda config: config.server.optimizer not in optimizers
 
 
-def _dealt(*ways: str) -> Callable[[Config], bool]:
-    return lambda config: config.clients.partition not in ways
-
-
 def _at_sites(config: Config) -> bool:
     return config.federation.engine == "flower"
+
+
+def _dealt(*ways: str) -> Callable[[Config], bool]:
+    """Whether rows are dealt out here, and in no such way."""
+    return lambda config: not _at_sites(config) and config.clients.partition not in ways
+
+
+def _no_rows(config: Config) -> bool:
+    """Whether the algorithm's weights of token rows, if it has any, are FedAvg's."""
+    return getattr(config.algorithm, "vocabulary", None) == "average"
 
 
 FEDERATION = [f"federation.{name}" for name in FederationConfig.model_fields if name != "engine"]
 ENGINE, KIND, PARTITION = "federation.engine", "data.kind", "clients.partition"
 ROBUST, OPTIMIZER = "server.robust", "server.optimizer"
+ROWS = ("vocabulary", "vocabulary_holders", "vocabulary_half_life")  # options on trained embeddings
 VOID = (
     Void(["evaluation.clients"], lambda c: c.evaluation.clients and not c.clients.held_out, ["clients.held_out"], True),
     Void(["evaluation.everyone"], lambda c: c.clients.sample == 1, ["clients.sample"]),
@@ -70,7 +78,19 @@ VOID = (
     Void(["clients.alpha"], _dealt("dirichlet"), [PARTITION]),
     Void(["clients.classes"], _dealt("pathological"), [PARTITION]),
     Void(["clients.size_growth"], _dealt("size"), [PARTITION]),
-    Void(["data.train", "clients.count", PARTITION, "clients.min_examples"], _at_sites, [ENGINE]),
+    Void(
+        ["clients.count", PARTITION, "clients.min_examples", "data.columns.client"]
+        + [f"clients.{name}" for name in ("alpha", "classes", "size_growth")],
+        _at_sites,
+        [ENGINE],
+    ),
+    Void(["data.train"], lambda c: _at_sites(c) and c.data.test is None, [ENGINE, "data.test"]),
+    # numbers of right choices in data.test count from 0 or 1, as those in data.train do
+    Void(
+        ["data.train"],
+        lambda c: _at_sites(c) and c.data.test is not None and _kinds(c) <= {*KINDS} - {"multiple_choice"},
+        [ENGINE, KIND],
+    ),
     Void(["clients.held_out"], lambda c: _at_sites(c) and c.clients.held_out > 0, [ENGINE]),
     Void(
         ["run.device", "run.threads", "data.max_test", "data.test_split", "evaluation.answers"],
@@ -102,6 +122,12 @@ VOID = (
         lambda c: c.wire.error_feedback == "on" and c.wire.dtype not in ("int8", "int4"),
         ["wire.dtype"],
     ),
+    Void([f"algorithm.{name}" for name in ROWS], lambda c: c.tuning.kind != "full", ["tuning.kind"]),
+    Void(
+        [f"algorithm.{name}" for name in ROWS[1:]],
+        lambda c: c.tuning.kind == "full" and _no_rows(c),
+        ["algorithm.vocabulary"],
+    ),
     Void(["server.learning_rate"], _steps("sgd", "adam", "yogi"), [OPTIMIZER]),
     Void(["server.momentum"], _steps("sgd", "adam", "yogi"), [OPTIMIZER]),
     Void(["server.beta2"], _steps("adam", "yogi"), [OPTIMIZER]),
@@ -119,7 +145,8 @@ VOID = (
     ),
     Void(["server.radius"], lambda c: c.robust != "centered_clip", [ROBUST]),
     Void([f"privacy.{name}" for name in ("delta", "max_grad_norm")], lambda c: not c.privacy.on, ["privacy.epsilon"]),
-    Void(["privacy.loads_noise"], lambda c: not (c.privacy.on and NOISED.get(c.algorithm.name)), ["algorithm.name"]),
+    Void(["privacy.loads_noise"], lambda c: not c.privacy.on, ["privacy.epsilon"]),
+    Void(["privacy.loads_noise"], lambda c: c.privacy.on and not NOISED.get(c.algorithm.name), ["algorithm.name"]),
     Void(["privacy.masked_min_holders"], lambda c: not c.privacy.masked, ["privacy.masked"]),
 )
 
@@ -133,12 +160,14 @@ def unused(config: Config) -> list[str]:
     ['no effect: evaluation.clients = true, with clients.held_out = 0.0',
      'no effect: server.learning_rate = 2.0, server.momentum = 0.5, with server.optimizer = "average"']
     """
-    values, defaults = (flat(one.model_dump(mode="json"), ".") for one in (config, Config()))
+    usual = Config(algorithm=AlgorithmConfig(name=config.algorithm.name))
+    values, defaults = (flat(one.model_dump(mode="json"), ".") for one in (config, usual))
     found: dict[str, list[str]] = {}
     for void in VOID:
         if void.holds(config):
             reason = ", ".join(_shown(key, values) for key in void.because)
-            told = [key for key in void.keys if void.always or values[key] != defaults[key]]
+            there = [key for key in void.keys if key in values]  # an algorithm has not all options of `VOID`
+            told = [key for key in there if void.always or values[key] != defaults[key]]
             found.setdefault(reason, []).extend(told)
     return [
         f"no effect: {', '.join(_shown(key, values) for key in dict.fromkeys(keys))}, with {reason}"
