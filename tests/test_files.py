@@ -244,7 +244,8 @@ def test_what_a_user_put_into_a_folder_is_kept_when_it_is_replaced(
         (model / name).write_text("years of work")
         fill(model, "new")
         assert names(model) == [MARK, SUMS, "weights.bin"]
-        assert (model.with_name(f"model.kept-{number}") / name).read_text() == "years of work"
+        assert names(kept := model.with_name(f"model.kept-{number}")) == [name]
+        assert (kept / name).read_text() == "years of work"
         told = caplog.records[-1].getMessage()
         assert f"held {name}, which we did not write" in told
         assert told.endswith(f"model.kept-{number}")
@@ -341,6 +342,7 @@ def test_a_round_is_forgotten_but_for_what_a_user_put_into_it(tmp_path: Path, ca
     (tmp_path / "round-00003" / SUMS).unlink()  # a kill came before all of it was gone
     forget_old(tmp_path, kept=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["round-00002.kept-1", "round-00004"]
+    assert names(tmp_path / "round-00002.kept-1") == ["scored/thesis.tex"]
     assert (tmp_path / "round-00002.kept-1" / "scored" / "thesis.tex").read_text() == "years of work"
     (told,) = caplog.records
     assert "held scored/thesis.tex, which we did not write: kept as" in told.getMessage()

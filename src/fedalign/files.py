@@ -104,16 +104,23 @@ def _discard(old: Path, folder: Path, *, marked: bool) -> None:
         return
     names = (folder.with_name(f"{folder.name}.kept-{number}") for number in range(1, 10_000))
     kept = old.rename(next(name for name in names if not name.exists()))
+    _erase(kept, strangers)
     logger.warning("%s: held %s, which we did not write: kept as %s", folder, strangers[0], kept)
 
 
-def _erase(folder: Path) -> None:
-    """Remove a folder; lists of what was written there go last, so that a kill leaves nothing that they do not list."""
+def _erase(folder: Path, but: Iterable[str] = ()) -> None:
+    """Remove a folder, but for some of its files: paths below it.
+
+    Lists of what was written there go last, so that a kill leaves nothing that they do not list.
+    """
+    stay = {folder / name for name in but}
     for path in sorted(folder.rglob("*"), key=lambda path: (path.name in (SUMS, MARK), -len(path.parts))):
-        if path.is_symlink() or not path.is_dir():
+        if path not in stay and (path.is_symlink() or not path.is_dir()):
             with suppress(OSError):
                 path.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
+    for path in sorted((folder, *folder.rglob("*")), key=lambda path: -len(path.parts)):
+        with suppress(OSError):
+            path.rmdir()  # those that are empty
 
 
 @contextmanager
