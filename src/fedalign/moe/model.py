@@ -183,7 +183,8 @@ class MoEModel:
     ) -> Self:
         """Load a folder saved by transformers, or a model of the Hub; `tuning` and `seed` as in `wrap`.
 
-        Routers have the values of the checkpoint, whatever `dtype` is; under adapters those that plain libraries load.
+        Routers have the values of a checkpoint in safetensors, whatever `dtype` is. Under adapters, and of other or
+        dequantised checkpoints, those that plain libraries load.
 
         Raises:
             UserError: there is no such model, it is broken or incomplete, or `wrap` refuses it.

@@ -15,6 +15,7 @@ from fedalign.compare.tables import (
     difference_text,
     in_points,
     interval_text,
+    judged_by,
     qualities,
     rows_scored,
     same_seeds,
@@ -46,10 +47,9 @@ class Ablation:
 
 
 def score(material: Material) -> tuple[str, str]:
-    """The measure that figures show, and its better side: "accuracy" and "higher"; without any, "loss" and "lower"."""
-    columns = qualities(material.tabled)
-    has_accuracy = not columns or any(column.higher_is_better for column in columns)
-    return ("accuracy", "higher") if has_accuracy else ("loss", "lower")
+    """The measure that runs are judged by, and its better side: "accuracy" and "higher", or "loss" and "lower"."""
+    by = judged_by(material.tabled)
+    return by, "higher" if by == "accuracy" else "lower"
 
 
 def verdicts(material: Material) -> list[str]:
