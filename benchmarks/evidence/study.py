@@ -123,6 +123,8 @@ def drift() -> Iterator[Part]:
     yield Part("label_skew-full-2-1e-4", "label_skew", lines, "full", 2, LONG, rate="1e-4")
 
 
+DEFAULT = "fedalign_moe"
+PULLED = f"{DEFAULT}:reg_strength=0.1"  # the default of before
 EXPERT_SIDE = "fedalign_paper:gate=average:reg_strength=0.0"  # routers as under FedAvg
 ROWS_ALONE = f"{OURS}:experts=average"  # FedAvg but for token rows
 LETTER = "granularity=token:form=kl:size_weighted=false"  # how the paper's router side was measured, to the letter
@@ -195,7 +197,7 @@ def pretrained() -> Iterator[Part]:
 def candidates() -> Iterator[Part]:
     """What candidates/ holds: `pip install benchmarks/evidence/candidates` first."""
     yield Part("tasks", "tasks", ("fedalign_paper", "align_by_layer"), "full", 2, FULL_TEST, rate="1e-3")
-    halving, long = "fedalign_moe:vocabulary_half_life=5", (*FULL_TEST, "run.rounds=25")
+    halving, long = f"{PULLED}:vocabulary_half_life=5", (*FULL_TEST, "run.rounds=25")
     yield Part("tasks-mixed rows", "tasks", ("align_mixed_rows:mixed=0.3", halving), "full", 1, long, rate="1e-3")
     yield Part("domain", "domain", (halving,), "full", 1, long, rate="1e-3")
     yield Part("label_skew", "label_skew", (halving,), "full", 1, (*long, TOPICS), rate="3e-4")
@@ -240,13 +242,10 @@ def rounds() -> Iterator[Part]:
 def shift() -> Iterator[Part]:
     """Losses that know how labels are shared out, under FedAvg; then label_shift under others, and under LoRA."""
     own = tuple(f"fedavg:training.loss={loss}" for loss in ("label_shift", "fedlc", "fedrs"))
-    others = (OURS, f"{OURS}:training.loss=label_shift", "fedalign_moe", "fedalign_moe:training.loss=label_shift")
+    others = tuple(line + loss for line in (OURS, DEFAULT) for loss in ("", ":training.loss=label_shift"))
     settings = (*LONG, "data.max_test=1000", TOPICS)
     yield Part("label_skew", "label_skew", ("fedavg", *own, *others), "full", 1, settings, rate="5e-4")
     yield Part("label_skew-lora", "label_skew", ("fedavg", *own), "lora", 1, settings, rate="1e-3")
-
-
-DEFAULT = "fedalign_moe"
 
 
 def today() -> Iterator[Part]:
@@ -254,13 +253,14 @@ def today() -> Iterator[Part]:
 
     Rates are those that FedAvg had in `defaults` under label skew and with tasks, and in `rounds` with domains.
     """
-    lines = ("fedavg", "fedmoe", OURS, DEFAULT)
+    lines = ("fedavg", "fedmoe", OURS, DEFAULT, PULLED)
+    parts = tuple(f"{PULLED}:{other}" for other in ("experts=load", "gate=average", "vocabulary=average"))
     corrected = tuple(f"{line}:training.loss=label_shift" for line in ("fedavg", DEFAULT))
     rates = {"label_skew": "3e-4", "tasks": "1e-3", "domain": "1e-3"}
     settings = (*FULL_TEST, "run.rounds=25")
     for regime, rate in rates.items():
         if regime == "label_skew":
-            yield Part(regime, regime, (*lines, *corrected), "full", 1, (*settings, TOPICS), rate=rate)
+            yield Part(regime, regime, (*lines, *parts, *corrected), "full", 1, (*settings, TOPICS), rate=rate)
         else:
             yield Part(regime, regime, lines, "full", 1, settings, rate=rate)
     for regime, rate in rates.items():

@@ -233,13 +233,15 @@ def test_the_defaults_by_hand(layout: Layout, pair: list[Statistics]) -> None:
     assert plan.factor_C_G is None  # both hold both experts
     assert_close(plan.state["target_L_E"], tensor([[0.5 * 0.6 + 0.5 * 0.2, 0.5 * 0.4 + 0.5 * 0.8]]))
     assert algorithm.asks == {"probabilities", "margins", "centroids", "directions", "tokens"}
-    # λ = .1 times the divergence of the batch's mean routing, (.5, .5) from (.4, .6), pulled on by α
+    # no pull; with λ = .1, that times the divergence of the batch's mean routing, (.5, .5) from (.4, .6), pulled on by α
     logits = torch.zeros(3, 2)
     seen = LayerRouting(logits, tensor([[0], [1], [0]]), "softmax")
     pull = alignment_strength(tensor([0.5, 0.5]), tensor([0.4, 0.6]))
     batch = routing_penalty(logits, seen.topk_T_K, tensor([0.4, 0.6]), pull, "batch", "bregman")
     assert float(batch) > 0
-    assert_close(algorithm.penalty(step_of([seen], plan.state["target_L_E"])), 0.1 * batch)
+    step = step_of([seen], plan.state["target_L_E"])
+    assert algorithm.penalty(step) is None
+    assert_close(replace(algorithm, reg_strength=0.1).penalty(step), 0.1 * batch)
 
 
 def test_less_agreement_counts_for_less_and_opposition_for_nothing(layout: Layout, report: Report) -> None:
@@ -268,9 +270,9 @@ def test_use_alone_by_hand(layout: Layout, pair: list[Statistics]) -> None:
 
 
 def test_the_papers_defaults_and_use_alone_are_options_of_ours() -> None:
-    paper = FedAlignMoE(granularity="token", form="kl", size_weighted=False, min_agreement=0.5, vocabulary="average")
-    assert vars(FedAlignPaper()) == vars(paper)
-    assert vars(ByUse()) == vars(FedAlignMoE(reg_strength=0.0, gate="average", experts="load", min_holders=1))
+    pull = FedAlignMoE(reg_strength=0.1, granularity="token", form="kl")
+    assert vars(FedAlignPaper()) == vars(replace(pull, size_weighted=False, min_agreement=0.5, vocabulary="average"))
+    assert vars(ByUse()) == vars(FedAlignMoE(gate="average", experts="load", min_holders=1))
 
 
 @pytest.mark.parametrize(
@@ -281,10 +283,10 @@ def test_the_papers_defaults_and_use_alone_are_options_of_ours() -> None:
         (FedAlignMoE(gate_weights="uniform", vocabulary="average"), {"probabilities", "centroids", "directions"}),
         (FedAlignMoE(experts="load", vocabulary="average"), {"probabilities", "margins"}),
         (
-            FedAlignMoE(gate="average", experts="average", vocabulary="average"),
+            FedAlignMoE(gate="average", reg_strength=0.1, experts="average", vocabulary="average"),
             {"probabilities", "margins"},
         ),  # the target is of ω
-        (FedAlignMoE(gate="average", reg_strength=0.0, experts="average", vocabulary="average"), set()),
+        (FedAlignMoE(gate="average", experts="average", vocabulary="average"), set()),
     ],
 )
 def test_what_options_need_is_asked_for(algorithm: FedAlignMoE, asks: set[str]) -> None:
@@ -293,7 +295,7 @@ def test_what_options_need_is_asked_for(algorithm: FedAlignMoE, asks: set[str]) 
 
 
 def test_a_target_is_made_for_the_penalty_alone(layout: Layout, pair: list[Statistics]) -> None:
-    plan = planned(FedAlignMoE(gate="average", max_weight=1.0), pair, layout)
+    plan = planned(FedAlignMoE(gate="average", max_weight=1.0, reg_strength=0.1), pair, layout)
     assert_close(layout.split(plan.weight_C_G)[1][:, 0], tensor([[0.75, 0.75], [0.25, 0.25]]))
     assert not plan.centred
     mixed = tensor([[0.9 * 0.6 + 0.1 * 0.2, 3 / 7 * 0.4 + 4 / 7 * 0.8]])

@@ -128,7 +128,8 @@ def test_options_of_algorithms_are_told_with_choices_and_meaning(monkeypatch: py
 def test_the_papers_algorithm_is_told_by_what_differs() -> None:
     lines = every_key().splitlines()
     start = lines.index('# name = "fedalign_paper"        # or this one, with the options above but')
-    assert lines[start + 1].startswith('# granularity = "token"          # token | batch: ')
+    assert lines[start + 1].startswith("# reg_strength = 0.1             # λ of the pull")
+    assert lines[start + 2].startswith('# granularity = "token"          # token | batch: ')
     assert not any(line.startswith("# beta") for line in lines)  # it is the same
 
 

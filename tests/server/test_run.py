@@ -401,7 +401,7 @@ def test_a_run_of_before_this_choice_goes_on(finished: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("algorithm", "before"),
     [
-        ("fedalign_moe", "46f05abe94b12ab3"),
+        ("fedalign_moe:reg_strength=0.1", "46f05abe94b12ab3"),
         ("fedalign_paper", "e4a1fc9945a63c86"),
         ("by_use", "9ebd4e4d32ed3614"),
         ("fedavg", "fc78faad92cf67ff"),
@@ -410,7 +410,9 @@ def test_a_run_of_before_this_choice_goes_on(finished: Path, tmp_path: Path) -> 
 )
 def test_a_key_that_is_new_leaves_old_runs_their_checkpoints(algorithm: str, before: str) -> None:
     """Digests that are in checkpoints by now. Whoever adds a key names it in `RESUMABLE` or `SINCE`."""
-    assert identity(load_config(None, [f"algorithm.name={algorithm}"]), "")["configuration"] == before
+    name, *option = algorithm.split(":")
+    settings = [f"algorithm.{setting}" for setting in (f"name={name}", *option)]
+    assert identity(load_config(None, settings), "")["configuration"] == before
     other = load_config(None, ["algorithm.vocabulary_half_life=5.0", "algorithm.name=by_use"])
     assert identity(other, "")["configuration"] != before
 

@@ -87,6 +87,7 @@ class MixedRows(FedAlignMoE):
     """
 
     mixed: float = 0.0  # share of FedAvg's weights
+    reg_strength: float = 0.1  # as the default then had it
 
     def plan(self, reports: Reports, state: State) -> Plan:
         """Rows of both kinds, mixed."""

@@ -57,7 +57,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 TITLE = 20  # characters of a name before the colon of a file's first line, at most
 BASELINE = "fedavg"  # what a comparison measures the others against
 STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {  # the option that tuning varies beside the learning rate
-    "fedalign_moe": ("reg_strength", (0.01, 0.1, 1.0)),
+    "fedalign_moe": ("reg_strength", (0.0, 0.01, 0.1)),
     "fedalign_paper": ("reg_strength", (0.01, 0.1, 1.0)),
     "fedprox": ("mu", (0.001, 0.01, 0.1)),
 }

@@ -19,7 +19,6 @@ from fedalign.algorithms.fedalign_moe import FedAlignMoE
 class ByUse(FedAlignMoE):
     """No alignment of routers, no similarities, and no clip by other clients' norms."""
 
-    reg_strength: float = 0.0
     gate: Literal["rows", "average", "local"] = "average"
     experts: Literal["semantic", "load", "average"] = "load"
     min_holders: int = 1

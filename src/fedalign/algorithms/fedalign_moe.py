@@ -1,13 +1,16 @@
 """FedAlign-MoE (arXiv 2603.21276): routing aligned, experts averaged where they do the same job.
 
     router rows   row_e  ← row_e + Σ_c ω_c(e) · Δrow_c(e)      ω from `maths.routing`: consistency of routing     [P]
-    target        p_g(e) ← Σ_c ω_c(e) · p̄_c(e), normalised      pulls the clients' routers in the next round      [P]
+    target        p_g(e) ← Σ_c ω_c(e) · p̄_c(e), normalised      ω of the next round; may pull clients' routers    [P]
     experts       θ_e    ← θ_e + Σ_c b_c(e) · Δ_c(e)            b from `maths.experts`: same role, same aim        [P]
     token rows    row_v  ← row_v + Σ_c k_c(v) · Δrow_c(v)       k by who met the token                             [O]
     the rest      FedAvg
 
 Rows of embeddings averaged over those who involve them are FedSubAvg's (Ding et al. 2022, arXiv 2109.07704), without
 counts: `vocabulary = "clients"`.
+
+The paper's pull on routers is off: `reg_strength`. It makes clients route alike, and over many rounds that costs what
+their experts had learnt apart.
 
 Marks: [P] the paper says so, [O] our choice where it is silent. Every [O] is an option. `fedalign_paper` and `by_use`
 are other defaults of the same options. Which of them won or lost what, and on which models: docs/evidence.md.
@@ -61,7 +64,7 @@ STACKED = 1 << 25  # numbers of sketches stacked at a time beyond that: 64 MB of
 class FedAlignMoE(FedAvg):
     """Options with their defaults."""
 
-    reg_strength: float = option(0.1, "λ of the pull on routers while training [P]; 0: none")
+    reg_strength: float = option(0.0, "λ of the pull on routers while training, 0.1 [P]; 0: none [O]")
     overlap: Overlap = option("product", "of own and global routing [P], or the smaller over the larger [O]")
     granularity: Granularity = option("batch", "what is pulled: each token [P]; a batch's mean keeps tokens sharp [O]")
     form: Form = option("bregman", "of the pull: as printed [P], or never negative [O]")

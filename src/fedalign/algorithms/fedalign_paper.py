@@ -20,6 +20,7 @@ from fedalign.maths.routing import Form, Granularity
 class FedAlignPaper(FedAlignMoE):
     """Defaults are the paper's; its ablation is `gate`, `gate_weights`, `adaptive_strength` and `experts`."""
 
+    reg_strength: float = 0.1
     granularity: Granularity = "token"
     form: Form = "kl"
     size_weighted: bool = False
