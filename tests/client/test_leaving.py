@@ -60,3 +60,11 @@ def test_why_a_run_does_not_tell_it(settings: tuple[str, ...], rows: int, said: 
 
 def test_a_model_that_cannot_be_cut_is_the_reason() -> None:
     assert not_told(load_config(None), owned(a=[0, 1, 2]), 9).startswith("without a: 1 experts of 4 would stay")
+
+
+def test_nor_is_a_model_copied_that_is_not_in_one_piece() -> None:
+    moe = owned(a=[1], b=[3])
+    moe.devices = (torch.device("cpu"), torch.device("meta"))
+    with pytest.raises(UserError, match="of a model on several devices experts cannot be picked"):
+        next(by_leaving(moe, ["a"], lambda one: one.experts))
+    assert not_told(load_config(None), moe, 9).endswith("of a model on several devices experts cannot be picked")

@@ -274,6 +274,7 @@ class Prepared:
             return {name: {"accuracy": s.accuracy, "loss_nats": s.loss} for name, s in zip(held, found, strict=True)}
 
         moe.write(weights)
+        progress(0, len(moe.layout.owners) + 1)
         scores = dict[str | None, dict[str, dict[str, float | None]]]()
         for left, told in by_leaving(moe, list(moe.layout.owners), score):
             scores[left] = told

@@ -77,8 +77,8 @@ def picked(moe: MoEModel, experts: Sequence[int]) -> PreTrainedModel:
     """A model with these experts and router rows, in this order; one that comes again is copied. No site owns any.
 
     Raises:
-        UserError: It is in 4 bits or spread over processes, its experts are modules of their own, or there would be
-            fewer than a token is sent to.
+        UserError: It is in 4 bits or spread over processes or devices, its experts are modules of their own, or there
+            would be fewer than a token is sent to.
     """
     _check_picked(moe, len(experts))
     index = torch.tensor(experts)
@@ -98,8 +98,13 @@ def picked(moe: MoEModel, experts: Sequence[int]) -> PreTrainedModel:
 
 
 def _check_picked(moe: MoEModel, count: int) -> None:
-    if moe.saved is not None or moe.sharded:
-        raise UserError(f"model = {moe.family}: in 4 bits, or over processes of torchrun, experts cannot be picked.")
+    spread = {
+        "a base in 4 bits": moe.saved is not None,
+        "a model over processes of torchrun": moe.sharded,
+        "a model on several devices": len(moe.devices) > 1,
+    }
+    if where := next((place for place, true in spread.items() if true), None):
+        raise UserError(f"model = {moe.family}: of {where} experts cannot be picked.")
     if count < moe.top_k:
         raise UserError(f"model = {moe.family}: {count} experts are fewer than the {moe.top_k} of a token.")
     if alone := [slot.name for slot in moe.slots if slot.kind == "expert" and slot.owners.axis is None]:

@@ -312,15 +312,15 @@ class Recorder:
         if "test_examples" in state.history[-1] and parallel.agreed(lacking):  # as of a run that an older version did
             self.evaluate(state.round, state.weights, last=True)
         self._save(state.weights, self.folder.model, state.history[-1])
-        self._write_leaving(state, progress)
         checked = self.centre.check_model(self.folder.model) if self.config.run.check and parallel.is_first() else None
+        self._write_leaving(state, progress)
         summary = summarise(self.config, state.history) | {"checked": checked}
         if parallel.is_first():
             write_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
         return summary
 
     def _write_leaving(self, state: ServerState, progress: Progress) -> None:
-        """Of what was told of an earlier round nothing is left."""
+        """Write how the final model does without each owner; nothing is left of what was told of an earlier round."""
         told = self.centre.leaving(state.weights, progress)
         if not parallel.is_first():
             return
