@@ -8,9 +8,9 @@
 
 The demo's model gets an expert for each client (`fedalign upcycle`), and is tuned by each of ALGORITHMS as a comparison
 (`fedalign compare`, one run after another), and with the same settings by low-rank experts. Of the frozen model of
-`site_experts` three more things are measured, on rows that clients held out: how it answers them as a whole, where a
-client answers by the public experts and its own; how many of their tokens go to whose expert; and how it answers them
-without each client (`fedalign export --without`).
+`site_experts` three more things are told, of rows that clients held out: how it answers them as a whole, where a
+client answers by the public experts and its own; how it answers them without each client, both as the run itself scores
+them (`leaving.json`); and how many of their tokens go to whose expert.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import Any
 
 import fedalign
 from fedalign.cli.upcycle import upcycle
-from fedalign.client.evaluation import evaluate
 from fedalign.client.memory import ClientData
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
@@ -33,7 +32,6 @@ from fedalign.config.toml import as_texts
 from fedalign.data.batches import batches
 from fedalign.data.deal import split_among_clients
 from fedalign.errors import UserError
-from fedalign.export.leaving import Leaving, export_folder
 from fedalign.files import write_text
 from fedalign.moe.load import quiet
 from fedalign.moe.rows import Text, look, public_text
@@ -133,19 +131,18 @@ def frozen(folder: Path, base: Path) -> dict[str, Any]:
     kept = folder.with_name(f"{folder.name}.json")
     if kept.exists():
         return dict(json.loads(kept.read_text()))
-    model, config = RunFolder(folder).model, RunFolder(folder).read_config("--out")
+    there = RunFolder(folder)
+    if not there.leaving.exists():
+        raise UserError(f"--out: {str(there.leaving)!r} is not there, as of a run of an older version. Begin anew.")
+    model, config, told = there.model, there.read_config("--out"), json.loads(there.leaving.read_text())
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:
-        clients = Clients(config, model, Path(place) / "clients")
+        clients = Clients(config, model, Path(place))
         found: dict[str, Any] = {
             "rows": {name: len(client.held_out or ()) for name, client in clients.data.items()},
-            "whole": clients.scores(),
-            "without": {},
+            "whole": clients.accuracies(told["whole"]),
+            "without": {name: clients.accuracies(scores) for name, scores in told["without"].items()},
             "reached": clients.reached(public_text(Workbench.load(_at(config, base)).moe, config.run.seed)),
         }
-        for name in clients.data:
-            less = Path(place) / name
-            export_folder(model, less, Leaving(without=(name,)))
-            found["without"][name] = Clients(config, less, Path(place) / f"of-{name}").scores()
     write_text(kept, json.dumps(found) + "\n")
     return found
 
@@ -170,15 +167,9 @@ class Clients:
             name: self.bench.client(name, examples, part, folder / name) for name, part in parts.items()
         }
 
-    def scores(self) -> dict[str, float | None]:
-        """Accuracy of the whole model on each client's rows; None: it held out none."""
-        config, bench = self.bench.config.evaluation, self.bench
-        return {
-            name: evaluate(bench.moe, client.held_out, config, bench.tokenizer, name).accuracy
-            if client.held_out
-            else None
-            for name, client in self.data.items()
-        }
+    def accuracies(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float | None]:
+        """Accuracy of each client's rows, of scores that a run has told; None: it held out none."""
+        return {name: scores.get(name, {}).get("accuracy") for name in self.data}
 
     def reached(self, written: Sequence[Text]) -> dict[str, dict[str, list[float]]]:
         """Of each site's expert the share of tokens that it gets in each layer, by whose tokens they are."""

@@ -34,6 +34,15 @@ def nats(loss: float | None) -> str:
     return "-" if loss is None else f"{loss:.3f}"
 
 
+def moved(before: float | None, after: float | None, times: float, decimals: int) -> str:
+    """A change with its sign.
+
+    >>> moved(0.5, 0.375, 100, 1), moved(1.0, 1.25, 1, 3), moved(None, 0.5, 100, 1)
+    ('-12.5', '+0.250', '-')
+    """
+    return "-" if before is None or after is None else f"{times * (after - before):+.{decimals}f}"
+
+
 def clock(seconds: float) -> str:
     """Seconds as m:ss or h:mm:ss.
 

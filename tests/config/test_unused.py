@@ -38,6 +38,8 @@ def test_keys_are_keys() -> None:
     [
         (["clients.held_out=0"], "evaluation.clients = true", "clients.held_out = 0", ["evaluation.clients=false"]),
         (["evaluation.everyone=2"], "evaluation.everyone = 2", "clients.sample = 1.0", ["clients.sample=0.5"]),
+        (["evaluation.leaving=3", "evaluation.clients=false"], "leaving = 3", "clients", ["evaluation.clients=true"]),
+        (["evaluation.leaving=3", *SITES], "leaving = 3", '"flower"', ["federation.engine=in_process"]),
         (["evaluation.generate=true"], "evaluation.generate", 'data.kind = "classification"', ["data.kind=chat"]),
         (["evaluation.max_new_tokens=9"], "max_new_tokens = 9", "data.kind", ["data.kind=instruction"]),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import warnings
@@ -15,15 +16,16 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fedalign.client.evaluation import evaluate
 from fedalign.config.toml import load_config
-from fedalign.doctor.estimate import estimate, estimate_site
+from fedalign.doctor.estimate import StepCost, estimate, estimate_site
 from fedalign.doctor.what_leaves import empty_messages, tokens_told
 from fedalign.federation.in_process import prepare
 from fedalign.moe.load import load_plain
 from fedalign.moe.model import MoEModel
-from fedalign.moe.part import grown
+from fedalign.moe.part import grown, without
 from fedalign.moe.site_experts import owners
-from fedalign.protocol import DEALT, ParameterGroup, Piece, Weights
+from fedalign.protocol import DEALT, Evaluation, ParameterGroup, Piece, Weights
 from fedalign.server.results import RunFolder
 from tests.conftest import Command, rows, save_tokenizer, write_jsonl
 from tests.moe.tiny import EXPERTS
@@ -302,6 +304,124 @@ def test_averaged_shared_parts_move_and_then_leaving_is_not_exact(run: Run, feda
     assert any(not torch.equal(value, tensors(never)[name]) for name, value in tensors(tmp_path / "left").items())
 
 
+def held_out_scores(folder: Path, model: Path, tmp_path: Path) -> dict[str, Evaluation]:
+    """Of each client's held-out rows of a run, by another model."""
+    config = load_config(folder / "config.toml", [f"model.path={model}", "tuning.kind=full", "tuning.router=full"])
+    there = prepare(config, tmp_path / "clients")
+    return {
+        name: evaluate(there.bench.moe, one.held_out, config.evaluation, there.bench.tokenizer, name)
+        for name, one in there.clients.items()
+        if one.held_out
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({}, ()), (LOW_RANK, ("--merge",)), ({"algorithm__name": "by_use", "run__workers": 2}, ())],
+    ids=str,
+)
+def test_a_run_tells_what_each_site_loses_when_another_leaves(
+    run: Run, exported: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    folder = run(*SITES, clients__held_out=0.3, run__rounds=1, **changes)
+    told = json.loads((folder / "leaving.json").read_text())
+    assert told["round"] == 1
+    assert list(told["without"]) == list(told["rows"]) == [*SITES]
+    models = [(exported(folder, "--without", name, *words), told["without"][name]) for name in SITES]
+    for model, scores in [(exported(folder, *words), told["whole"]), *models]:
+        for name, found in held_out_scores(folder, model, tmp_path).items():
+            assert told["rows"][name] == found.examples
+            assert scores[name]["accuracy"] == found.accuracy
+            assert scores[name]["loss_nats"] == pytest.approx(found.loss, rel=1e-5)
+    assert told["without"]["b"]["b"] != told["whole"]["b"]
+    summary = json.loads((folder / "summary.json").read_text())
+    whole = {name: one["accuracy"] for name, one in told["whole"].items()}
+    assert changes.get("algorithm__name") != "by_use" or whole == summary["client_accuracies"]
+
+
+def test_what_a_kill_cut_off_is_told_by_the_run_that_goes_on(
+    run: Run, fedalign: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run("a", "b", run__rounds=1, evaluation__leaving=0)
+    leaving, scored = folder / "leaving.json", list[int]()
+    assert not leaving.exists()
+
+    def broken_off(*args: Any) -> MoEModel:
+        scored.append(1)
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        return without(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedalign.client.leaving.without", broken_off)
+        words = ("--set", "run.rounds=2", "--set", "evaluation.leaving=2")
+        assert fedalign("run", "--resume", folder, *words)[0] == 130
+    assert not leaving.exists()
+    assert json.loads((folder / "model" / "round.json").read_text())["round"] == 2
+    code, _, errors = fedalign("run", "--resume", folder, *words)
+    assert code == 0, errors
+    assert json.loads(leaving.read_text())["round"] == 2
+    code, said, _ = fedalign("run", "--resume", folder, "--set", "run.rounds=3", "--set", "evaluation.leaving=1")
+    assert code == 0
+    assert "no leaving.json, which tells" in said
+    assert "evaluation.leaving = 1, and owners of experts are 2" in said
+    assert not leaving.exists()  # it was that of another model
+
+
+@pytest.mark.parametrize("changes", [{}, LOW_RANK], ids=str)
+def test_a_site_learns_from_its_own_rows_what_it_loses_when_another_leaves(
+    run: Run, exported: Callable[..., Path], fedalign: Command, tmp_path: Path, changes: dict[str, str]
+) -> None:
+    folder = run(*SITES, run__rounds=1, **changes)
+    adapter, merged = exported(folder), exported(folder, *(["--merge"] if changes else []))
+    mine = write_jsonl(tmp_path / "mine.jsonl", rows()[::7])
+    asked = ("--data", mine, "--json", "--set", 'data.labels=["animals", "food", "weather"]')
+    less = exported(folder, "--without", "b", *(["--merge"] if changes else []))
+    code, out, errors = fedalign("evaluate", less, *asked)
+    assert code == 0, errors
+    expected = json.loads(out)["tuned"]
+    for model in (folder, adapter, merged):
+        code, out, errors = fedalign("evaluate", model, *asked, "--leaving", "each")
+        assert code == 0, errors
+        told = json.loads(out)
+        assert list(told["without"]) == [*SITES]
+        assert told["without"]["b"]["accuracy"] == expected["accuracy"]
+        assert told["without"]["b"]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert told["whole"]["loss"] != told["without"]["b"]["loss"]
+    code, out, errors = fedalign("evaluate", folder, "--data", mine, "--leaving", "c, a")
+    assert code == 0, errors
+    table = [line.split() for line in out.splitlines()]
+    assert [line[:2] for line in table if line[:1] in (["the"], ["without"])] == [
+        ["the", "whole"],
+        ["without", "a"],
+        ["without", "c"],
+    ]
+    assert "One example is 5.6 points: what a few of them make is chance." in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--leaving", "d"], "--leaving = 'd': unknown. Choose one of: a, b."),
+        (["--leaving", "a,,b"], "--leaving 'a,,b': has an empty name."),
+        (["--leaving", "each", "--harness", "arc_easy"], "--leaving: not with --harness."),
+    ],
+    ids=str,
+)
+def test_who_cannot_leave_is_told_in_one_line(
+    model_of: Callable[..., Path], fedalign: Command, words: list[str], said: str
+) -> None:
+    code, _, errors = fedalign("evaluate", model_of("a", "b"), *words)
+    assert code == 2
+    assert said in " ".join(errors.split())
+
+
+def test_of_a_model_without_owners_nobody_can_leave(base: Path, fedalign: Command) -> None:
+    code, _, errors = fedalign("evaluate", base, "--leaving", "each")
+    assert code == 2
+    assert "--leaving each: no expert of this model belongs to a site" in " ".join(errors.split())
+
+
 AVERAGED = 'Stays behind: parts that sites share were trained by site_experts (shared = "average");'
 
 
@@ -392,6 +512,22 @@ def test_a_model_without_owners_is_refused(fedalign: Command, settings: list[str
     )
     assert code == 2
     assert "has an owner. Make it so: fedalign upcycle MODEL --site-experts" in " ".join(errors.split())
+
+
+def test_what_leaving_costs_is_told_before(
+    model_of: Callable[..., Path], settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedalign.doctor.estimate.measure_step", lambda *_: StepCost(0, 1.0))  # a second a token
+    told, held = [], 0
+    for most in (2, 1):
+        changes = [*settings, f"model.path={model_of('a', 'b')}", f"evaluation.leaving={most}", "tuning.kind=router"]
+        prepared = prepare(load_config(None, changes), tmp_path / "clients")
+        told.append(estimate(prepared))
+        tests = [client.held_out for client in prepared.clients.values() if client.held_out]
+        held = sum(len(one.input_ids) for one in itertools.chain(*(test.encoded for test in tests)))
+    assert held
+    assert told[0].seconds - told[1].seconds == pytest.approx(held)  # whole and without each: three times a third
+    assert told[0].memory > told[1].memory  # of a router little is trained, and the experts are copied
 
 
 @pytest.mark.parametrize("changes", [{"algorithm__shared": '"frozen"'}, {"algorithm__shared": '"average"'}])

@@ -12,6 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fedalign.errors import UserError
+from fedalign.moe import part
+from fedalign.moe.load import load_plain
+from fedalign.moe.model import MoEModel
 from fedalign.moe.subset import Cut, check_subset, experts_in, without, write_subset
 from tests.moe import tiny
 
@@ -68,6 +71,27 @@ def test_it_computes_what_the_whole_does_where_the_others_cannot_be_chosen(
         assert not torch.allclose(with_it, expected, atol=1e-4)  # it had a say
     answer = less.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
     assert answer.shape[1] > ids.shape[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_part_in_memory_computes_what_the_cut_checkpoint_does(family: str, tmp_path: Path) -> None:
+    saved(family, tmp_path / "whole", site_experts={"a": [0], "b": [2]})
+    cut(tmp_path / "whole", tmp_path / "less")
+    whole, less = (MoEModel.wrap(load_plain(tmp_path / name)) for name in ("whole", "less"))
+    ids = torch.arange(40).view(2, 20) % tiny.VOCABULARY
+    found, expected = (
+        one.model.eval()(input_ids=ids, use_cache=False).logits.detach() for one in (part.without(whole, "b"), less)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_what_cannot_be_cut_cannot_be_had_without_an_owner_in_memory() -> None:
+    grouped = MoEModel.wrap(tiny.build("deepseek_v3", n_group=2, topk_group=1, site_experts={"b": [2]}))
+    with pytest.raises(UserError, match=r"^without b: its experts form 2 groups \(n_group\)"):
+        part.without(grouped, "b")
+    few = MoEModel.wrap(tiny.build("olmoe", num_experts_per_tok=3, site_experts={"b": [2, 3]}))
+    with pytest.raises(UserError, match=r"^without b: 2 experts of 4 would stay, and a token is sent to 3"):
+        part.without(few, "b")
 
 
 def _with_logit_at_minus_infinity(model: Any, ids: Tensor, expert: int, monkeypatch: pytest.MonkeyPatch) -> Tensor:

@@ -48,6 +48,8 @@ EVALUATE_EXAMPLES = """
 
   fedalign evaluate runs/a --data my-site.jsonl       another file, of the same columns
 
+  fedalign evaluate models/a --data my-site.jsonl --leaving each      and without each site that owns experts
+
   fedalign evaluate models/a --data test.csv --set data.kind=instruction --set evaluation.generate=true --json
 
   fedalign evaluate runs/a --harness arc_easy,piqa    tasks of lm-evaluation-harness; your own: --tasks-in DIR
@@ -220,6 +222,14 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="With --harness: so many examples of each task alone.")
     ] = None,
+    leaving: Annotated[
+        str | None,
+        typer.Option(
+            "--leaving",
+            metavar="NAME,NAME|each",
+            help="Beside it, in place of its start: the model without each of these owners of experts, in turn.",
+        ),
+    ] = None,
     best: Best = False,
     alone: Annotated[bool, typer.Option("--alone", help="Of a run: not beside its start.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="All numbers as JSON.")] = False,
@@ -233,6 +243,11 @@ def evaluate(
         raise UserError(f"{'--limit' if tasks_in is None else '--tasks-in'}: goes with --harness TASKS.")
     if harness is not None and data is not None:
         raise UserError("--data: not with --harness, whose tasks have data of their own. Leave one out.")
+    if leaving is not None:
+        if harness is not None:
+            raise UserError("--leaving: not with --harness. Leave one out.")
+        _evaluate_leaving(_loaded(model, best, False, device, set_), leaving, data, as_json=as_json)
+        return
     both = not alone and (Path(model).expanduser() / "config.toml").is_file()
 
     def scored(by: Callable[[Workbench], Any]) -> dict[str, Any]:
@@ -256,6 +271,41 @@ def evaluate(
         out.print_json(json.dumps(numbers))
         return
     _print_scores(scores)
+
+
+def _evaluate_leaving(bench: Workbench, leaving: str, data: str | None, *, as_json: bool) -> None:
+    """Scores of a model, and without the experts of owners, one at a time."""
+    from dataclasses import asdict, replace
+
+    from fedalign.client.leaving import by_leaving
+    from fedalign.inference.scores import score
+    from fedalign.moe.site_experts import among
+
+    owners = bench.moe.layout.owners
+    names = list(owners) if leaving == "each" and owners else among("--leaving", [leaving], owners)
+    examples = _examples(bench, data)
+    scores = dict(by_leaving(bench.moe, names, lambda moe: score(replace(bench, moe=moe), examples)))
+    whole = scores.pop(None)
+    if as_json:
+        without = {name: asdict(one) for name, one in scores.items()}
+        out.print_json(json.dumps({"whole": asdict(whole), "without": without}))
+        return
+    _print_leaving(whole, {str(name): one for name, one in scores.items()})
+
+
+def _print_leaving(whole: Scores, without: Mapping[str, Scores]) -> None:
+    from fedalign.units import moved, nats, percent
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(f"{whole.examples:,} examples")
+    for name in ("accuracy", "points", "loss, nats a token", "change"):
+        table.add_column(name, justify="right")
+    table.add_row("the whole model", percent(whole.accuracy), "", nats(whole.loss), "")
+    for name, one in without.items():
+        points, change = moved(whole.accuracy, one.accuracy, 100, 1), moved(whole.loss, one.loss, 1, 3)
+        table.add_row(Text(f"without {name}"), percent(one.accuracy), points, nats(one.loss), change)
+    out.print(table)
+    say(f"One example is {100 / whole.examples:.1f} points: what a few of them make is chance.")
 
 
 def _evaluate_on_tasks(

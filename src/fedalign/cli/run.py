@@ -359,6 +359,8 @@ def _print_headline(prepared: Prepared, console: Console) -> None:
         say(config.privacy.told, console)
     if config.privacy.masked:
         say(config.privacy.hidden, console)
+    if why := prepared.leaving_not_told:
+        say(f"no leaving.json, which tells what clients lose when an owner of experts leaves: {why}", console)
     for note in (*unused(config), *([str(moe.saved)] if moe.saved else []), *moe.notes):
         say(note, console)
 
@@ -402,6 +404,8 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     rounds = summary["rounds"]
     print_table(f"{summary['algorithm']} after {rounds} round{'s' if rounds > 1 else ''}", rows)
     say(f"Results   {folder.path}: model/ and best/ (load them with transformers), summary.json, metrics.jsonl")
+    if folder.leaving.exists():
+        say(f"Leaving   {folder.leaving}: what each client loses when another leaves; fedalign report shows it")
     say(f"Look      tensorboard --logdir {folder.path}")
 
 

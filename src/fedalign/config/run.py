@@ -616,6 +616,11 @@ class EvaluationConfig(Section):
     length_normalise: bool = key(False, "choices by mean instead of summed log-likelihood")
     generate: bool = key(False, "instruction and chat: exact match by greedy generation")
     max_new_tokens: Positive = key(64, "of which at most so many tokens are generated")
+    leaving: Count = key(
+        16,
+        "of a finished model in which sites own experts: clients' held-out parts are scored once more without the "
+        "experts of each owner, if there are at most so many owners",
+    )
     answers: Count = key(
         10, "rows of the global test set whose text and answers the run's folder keeps, for the report"
     )

@@ -67,6 +67,8 @@ ROBUST, OPTIMIZER = "server.robust", "server.optimizer"
 ROWS = ("vocabulary", "vocabulary_holders", "vocabulary_half_life")  # options on trained embeddings
 VOID = (
     Void(["evaluation.clients"], lambda c: c.evaluation.clients and not c.clients.held_out, ["clients.held_out"], True),
+    Void(["evaluation.leaving"], lambda c: c.federation.engine != "in_process", [ENGINE]),
+    Void(["evaluation.leaving"], lambda c: not c.evaluation.clients, ["evaluation.clients"]),
     Void(["evaluation.everyone"], lambda c: c.clients.sample == 1, ["clients.sample"]),
     Void(["evaluation.generate"], _of_kinds("classification", "multiple_choice"), [KIND]),
     Void(["evaluation.max_new_tokens"], _of_kinds("classification", "multiple_choice"), [KIND]),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedalign.client.evaluation import TestSet
 from fedalign.client.fit import make_autocast
 from fedalign.client.forward import answer_logits
+from fedalign.client.leaving import not_told
 from fedalign.client.memory import ClientData
 from fedalign.client.spent import PAID
 from fedalign.client.trainer import trained_sizes
@@ -89,6 +90,13 @@ def estimate_run(
     seconds = step.seconds_a_token * tokens * clients_a_round / max(1, len(clients)) / together
     frozen = sum(p.nbytes for p in bench.moe.model.parameters() if not p.requires_grad)  # which workers share
     own = training_nbytes(bench) - frozen + exchange_nbytes(trained, config) + step.activations
+    memory = frozen + together * own + server_nbytes(trained, config, clients_a_round)
+    owners = len(layout.owners)
+    last = 0.0  # seconds after the last round
+    if owners and not not_told(config, bench.moe, sum(len(tests or ()) for tests in held)):
+        last = step.seconds_a_token * round_tokens(config, (), held) * (owners + 1) / config.run.workers
+        copied = sum(slot.parameter.nbytes for slot in bench.moe.slots if slot.kind == "expert")
+        memory = max(memory, bench.moe.nbytes + copied + server_nbytes(trained, config, clients_a_round))
     return Estimate(
         parameters=total,
         trained=trained,
@@ -101,9 +109,9 @@ def estimate_run(
         bytes_down_first_round=weights_nbytes(config, layout) * clients_a_round,
         bytes_up_a_round_at_most=sum(updates[:clients_a_round]) + statistics * clients_a_round,
         bytes_statistics_a_client=statistics,
-        memory=frozen + together * own + server_nbytes(trained, config, clients_a_round),
+        memory=memory,
         seconds_a_round=seconds,
-        seconds=seconds * config.run.rounds,
+        seconds=seconds * config.run.rounds + last,
     )
 
 

@@ -12,11 +12,11 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from fedalign.config.run import AlgorithmConfig
-from fedalign.errors import UserError, unknown
+from fedalign.errors import UserError
 from fedalign.export.card import CARD, template
 from fedalign.files import MARK, SUMS, check_free, claimed, damage, digests, replacing
 from fedalign.moe.load import auto_class
-from fedalign.moe.site_experts import KEY, TRAINED, UNKNOWN, checked, parted, trained_by
+from fedalign.moe.site_experts import KEY, TRAINED, UNKNOWN, among, checked, trained_by
 from fedalign.moe.subset import Cut, check_subset, experts_in, without, write_subset
 from fedalign.server.results import ROUND
 
@@ -47,13 +47,7 @@ class Leaving:
         """
         if self.without and self.only:
             raise UserError("--without, --only: one says who leaves, the other who stays. Give one of them.")
-        if not record:
-            raise UserError(f"{self}: no expert of this model belongs to a site (config.json has no {KEY}).")
-        flag, given = ("--without", self.without) if self.without else ("--only", self.only)
-        named = [name for value in given for name in ([value] if value in record else parted(flag, value))]
-        for name in named:
-            if name not in record:
-                raise unknown(flag, name, record)
+        named = among(*(("--without", self.without) if self.without else ("--only", self.only)), record)
         gone = [name for name in record if (name in named) == bool(self.without)]
         if not gone:
             raise UserError(f"{self}: names all sites of the model, so that nobody leaves. Leave one out.")

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fedalign import parallel
-from fedalign.client.evaluation import TestSet
+from fedalign.client.evaluation import TestSet, evaluate
+from fedalign.client.leaving import by_leaving, not_told
 from fedalign.client.memory import ClientData, ClientMemory
 from fedalign.client.trainer import Trainer
 from fedalign.client.workbench import Workbench
@@ -29,6 +30,7 @@ from fedalign.maths.fixed_point import MOST_CLIENTS
 from fedalign.maths.heap import Heap
 from fedalign.maths.rounding import unpack_weights
 from fedalign.moe.load import pick_device
+from fedalign.moe.model import MoEModel
 from fedalign.protocol import (
     Accumulator,
     Algorithm,
@@ -250,6 +252,35 @@ class Prepared:
     def check_model(self, folder: Path) -> str:
         """Hold what was last saved against plain libraries; how far was looked."""
         return self.bench.check(folder)
+
+    @property
+    def leaving_not_told(self) -> str:
+        """Why `leaving` has nothing to tell though sites own experts; empty: it has, or they own none."""
+        return not_told(self.config, self.bench.moe, sum(len(c.held_out or ()) for c in self.clients.values()))
+
+    def leaving(self, weights: Weights, progress: Callable[[int, int], None]) -> Mapping[str, Any] | None:
+        """Score weights on each client's held-out part, whole and without each owner's experts."""
+        moe, bench = self.bench.moe, self.bench
+        if not moe.layout.owners or self.leaving_not_told:
+            return None
+        held = {name: client.held_out for name, client in self.clients.items() if client.held_out}
+
+        def score(one: MoEModel) -> dict[str, dict[str, float | None]]:
+            found = self.workers.map(
+                lambda name: evaluate(one, held[name], self.config.evaluation, bench.tokenizer, name),
+                list(held),
+                lambda name: len(held[name]),
+            )
+            return {name: {"accuracy": s.accuracy, "loss_nats": s.loss} for name, s in zip(held, found, strict=True)}
+
+        moe.write(weights)
+        progress(0, len(moe.layout.owners) + 1)
+        scores = dict[str | None, dict[str, dict[str, float | None]]]()
+        for left, told in by_leaving(moe, list(moe.layout.owners), score):
+            scores[left] = told
+            progress(len(scores), len(moe.layout.owners) + 1)
+        rows = {name: len(tests) for name, tests in held.items()}
+        return {"rows": rows, "whole": scores.pop(None), "without": scores}
 
     def identity(self) -> dict[str, str]:
         """Of the model's architecture, the configuration, and the sizes of the data."""

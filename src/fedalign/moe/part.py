@@ -18,6 +18,7 @@ from fedalign.moe.kept import kept_of
 from fedalign.moe.model import MoEModel
 from fedalign.moe.rows import look, public_text, quiet_row, refuse_unlike, with_row
 from fedalign.moe.site_experts import COUNTS, TRAINED, checked, trained_by, with_owners
+from fedalign.moe.subset import Cut, check_subset
 from fedalign.protocol import ParameterGroup
 
 HOLDERS = (*COUNTS, "num_experts", "n_experts")  # how routers, blocks and experts say how many they are
@@ -40,20 +41,46 @@ def part_of(moe: MoEModel, experts: Sequence[int]) -> MoEModel:
     return MoEModel(picked(moe, experts), moe.found, layers, moe.adapter)
 
 
+def without(moe: MoEModel, owner: str) -> MoEModel:
+    """The model that `fedalign export --without` writes of a whole one, in memory beside it.
+
+    Args:
+        moe: stays as it is, and shares with the smaller one what is of no expert.
+        owner: whose experts are taken out.
+
+    Raises:
+        UserError: As `check_without`.
+    """
+    check_without(moe, owner)
+    return part_of(moe, _others(moe, owner))
+
+
+def check_without(moe: MoEModel, owner: str) -> None:
+    """Refuse a model that cannot be had without an owner's experts.
+
+    Raises:
+        UserError: As `picked`, or its experts form groups.
+    """
+    stay = _others(moe, owner)
+    check_subset(moe.model.config.to_dict(), Cut(moe.experts, stay), f"without {owner}")
+    _check_picked(moe, len(stay))
+
+
+def _others(moe: MoEModel, owner: str) -> list[int]:
+    """All experts but an owner's."""
+    gone = moe.layout.owners[owner]
+    return [expert for expert in range(moe.experts) if expert not in gone]
+
+
 @torch.no_grad()
 def picked(moe: MoEModel, experts: Sequence[int]) -> PreTrainedModel:
     """A model with these experts and router rows, in this order; one that comes again is copied. No site owns any.
 
     Raises:
-        UserError: It is in 4 bits or spread over processes, its experts are modules of their own, or there would be
-            fewer than a token is sent to.
+        UserError: It is in 4 bits or spread over processes or devices, its experts are modules of their own, or there
+            would be fewer than a token is sent to.
     """
-    if moe.saved is not None or moe.sharded:
-        raise UserError(f"model = {moe.family}: in 4 bits, or over processes of torchrun, experts cannot be picked.")
-    if len(experts) < moe.top_k:
-        raise UserError(f"model = {moe.family}: {len(experts)} experts are fewer than the {moe.top_k} of a token.")
-    if alone := [slot.name for slot in moe.slots if slot.kind == "expert" and slot.owners.axis is None]:
-        raise UserError(f"model = {moe.family}: {alone[0]} is a module of one expert; only stacked ones can be picked.")
+    _check_picked(moe, len(experts))
     index = torch.tensor(experts)
     same: dict[int, Any] = {id(slot.parameter): _picked(slot, index) for slot in moe.slots}
     for layer in moe.layers:
@@ -68,6 +95,20 @@ def picked(moe: MoEModel, experts: Sequence[int]) -> PreTrainedModel:
         _recount(config, moe.experts, len(experts))
     with_owners(model.config, {})
     return model
+
+
+def _check_picked(moe: MoEModel, count: int) -> None:
+    spread = {
+        "a base in 4 bits": moe.saved is not None,
+        "a model over processes of torchrun": moe.sharded,
+        "a model on several devices": len(moe.devices) > 1,
+    }
+    if where := next((place for place, true in spread.items() if true), None):
+        raise UserError(f"model = {moe.family}: of {where} experts cannot be picked.")
+    if count < moe.top_k:
+        raise UserError(f"model = {moe.family}: {count} experts are fewer than the {moe.top_k} of a token.")
+    if alone := [slot.name for slot in moe.slots if slot.kind == "expert" and slot.owners.axis is None]:
+        raise UserError(f"model = {moe.family}: {alone[0]} is a module of one expert; only stacked ones can be picked.")
 
 
 def _picked(slot: Slot, index: Tensor) -> nn.Parameter:

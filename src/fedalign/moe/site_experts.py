@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedalign.config.run import AlgorithmConfig
-from fedalign.errors import UserError
+from fedalign.errors import UserError, unknown
 from fedalign.protocol import LONGEST_NAME, is_name
 
 KEY = "site_experts"
@@ -145,6 +145,29 @@ def named(option: str, sites: str | None) -> list[str]:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"{option}: {twice!r} is named twice. Name each site once.")
     return list(checked({name: [number] for number, name in enumerate(names)}, None))
+
+
+def among(flag: str, values: Sequence[str], record: Mapping[str, Sequence[int]]) -> list[str]:
+    """Owners of a model's experts, as a user names them; commas part names.
+
+    Args:
+        flag: the option.
+        values: what it was given, once or more; a name that has a comma stands alone.
+        record: the owners.
+
+    Raises:
+        UserError: There are no owners, or a name is empty or of none.
+
+    >>> among("--without", ["b,c"], {"a": [2], "b": [3], "c": [4]})
+    ['b', 'c']
+    """
+    if not record:
+        said = f"{flag} {','.join(values)}"
+        raise UserError(f"{said}: no expert of this model belongs to a site (config.json has no {KEY}).")
+    named = [name for value in values for name in ([value] if value in record else parted(flag, value))]
+    if strange := [name for name in named if name not in record]:
+        raise unknown(flag, strange[0], record)
+    return [name for name in record if name in named]
 
 
 def _short(value: object) -> str:

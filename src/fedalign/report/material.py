@@ -31,6 +31,7 @@ UNTOLD = (
     "run.workers",
     "run.check",
     "evaluation.answers",
+    "evaluation.leaving",
     "tracking.",
     "federation.",
     "server.min_clients",

@@ -21,6 +21,7 @@ from fedalign.report import figures, findings
 from fedalign.report.answers import Sheets, sheets
 from fedalign.report.figures import Json
 from fedalign.report.health import ExpertFigures, budget_text, health
+from fedalign.report.leaving import losses
 from fedalign.report.material import Material, Run
 from fedalign.report.owners import matrices
 from fedalign.server.health import DEAD, OVERLOADED
@@ -63,6 +64,7 @@ def render(material: Material) -> str:
         problems=experts.problems,
         answers=answered,
         owned=matrices(material),
+        leaving=losses(material),
         percent=percent,
         health_note=budget_text(experts.runs) if experts.runs else "",
         dead=f"{100 * DEAD:g} %",

@@ -5,6 +5,7 @@ summary.json    how it went           checkpoint/     to resume from
 model/  best/   Hugging Face folders  clients/        what each client keeps for itself
 clients.json    what is known of their data   transfers/     what has arrived of a round
 answers.json    to some rows of the global test set, and the confusion of classes: at the start, after two rounds
+leaving.json    held-out rows scored by the finished model, and without each owner's experts
 health/         routing, similarities and weights of each round
 events.*        for TensorBoard       trackers.json   its ids at MLflow and W&B
 .fedalign       what may be removed when the run is replaced
@@ -58,6 +59,7 @@ from fedalign.server.scores import (
 from fedalign.server.trackers import TrackedRun, open_trackers
 
 logger = logging.getLogger(__name__)
+Progress = Callable[[int, int], None]  # so many of so many are done
 ROUND = "round.json"  # in model/ and best/: which round it is, and how that scored
 OF_A_CLIENT = (  # what a client keeps for itself, below its own folder
     *(f"round-#/{name}" for name in (SUMS, "digests.json", "kept.safetensors", "update.safetensors")),
@@ -94,8 +96,8 @@ ARRIVED = (  # in transfers/
 )
 WRITTEN = {  # to a run's folder, by whoever takes part in the run; model/ and best/ are marked themselves
     "run": (
-        *("config.toml", "metrics.jsonl", "summary.json", "clients.json", "answers.json", "trackers.json"),
-        *("report.html", "status.json", "run-key", "events.out.tfevents.#.*.#.#", "model/", "best/"),
+        *("config.toml", "metrics.jsonl", "summary.json", "clients.json", "answers.json", "leaving.json"),
+        *("trackers.json", "report.html", "status.json", "run-key", "events.out.tfevents.#.*.#.#", "model/", "best/"),
         *(f"checkpoint/round-#/{name}" for name in (SUMS, *FILES, PUBLIC, f"{SCORED}/{SUMS}", f"{SCORED}/{LINE}")),
         *(f"checkpoint/constants/{name}" for name in (SUMS, "constants.safetensors")),
         *("health/round-#.safetensors", f"clients/{TALLY}", *(f"clients/*/{name}" for name in OF_A_CLIENT)),
@@ -118,6 +120,9 @@ class Saves(Protocol):
     def evaluate(self, weights: Weights, *, generate: bool = False) -> tuple[Evaluation, Mapping[str, Any]] | None:
         """Score weights on the global test set, and tell what was answered."""
 
+    def leaving(self, weights: Weights, progress: Progress) -> Mapping[str, Any] | None:
+        """Scores of held-out rows, by the whole model and without each owner's experts."""
+
 
 class RunFolder:
     """One run's output folder."""
@@ -135,6 +140,7 @@ class RunFolder:
         self.transfers = path / "transfers"
         self.holdings = path / "clients.json"
         self.answers = path / "answers.json"
+        self.leaving = path / "leaving.json"
 
     def check_free(self, overwrite: bool) -> None:
         """Refuse a place where anything would be lost but a run that `overwrite` replaces.
@@ -303,8 +309,8 @@ class Recorder:
                 best["round"],
             )
 
-    def finish(self, state: ServerState) -> dict[str, Any]:
-        """Write the final model and the summary; return the summary."""
+    def finish(self, state: ServerState, progress: Progress) -> dict[str, Any]:
+        """Write the final model, how it does without each owner of experts, and the summary; return the summary."""
         for tracker in self._trackers:
             tracker.close()
         early = state.round != self.config.run.rounds and not self._answers.get(state.round, {}).get("answered")
@@ -313,10 +319,21 @@ class Recorder:
             self.evaluate(state.round, state.weights, last=True)
         self._save(state.weights, self.folder.model, state.history[-1])
         checked = self.centre.check_model(self.folder.model) if self.config.run.check and parallel.is_first() else None
+        self._write_leaving(state, progress)
         summary = summarise(self.config, state.history) | {"checked": checked}
         if parallel.is_first():
             write_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
         return summary
+
+    def _write_leaving(self, state: ServerState, progress: Progress) -> None:
+        """Write how the final model does without each owner; nothing is left of what was told of an earlier round."""
+        told = self.centre.leaving(state.weights, progress)
+        if not parallel.is_first():
+            return
+        if told is None:
+            self.folder.leaving.unlink(missing_ok=True)
+        else:
+            write_text(self.folder.leaving, json.dumps({"round": state.round, **told}, indent=1) + "\n")
 
     def _save(self, weights: Weights, place: Path, line: Metrics) -> None:
         """Every process gives its share of the model, the first writes it, with the round that it is of."""

@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from fedalign.maths.heap import Heap
 from fedalign.protocol import Evaluation, Federation, Layout, Plan, Statistics, Weights
 from fedalign.server.checkpoint import Checkpoints, ServerState
 from fedalign.server.masked import MaskedServer
-from fedalign.server.results import Recorder, RunFolder
+from fedalign.server.results import Progress, Recorder, RunFolder
 from fedalign.server.rounds import Observer, Server
 
 RESUMABLE = (  # may change on resume
@@ -31,6 +32,7 @@ RESUMABLE = (  # may change on resume
     "run.check",
     "evaluation.answers",
     "evaluation.best",
+    "evaluation.leaving",
     "tracking.loggers",
     "wire.piece_mb",
     "server.min_clients",
@@ -73,6 +75,13 @@ class Centre(Protocol):
 
     def check_model(self, folder: Path) -> str:
         """Hold what was last saved against plain libraries; how far was looked. UserError: it is another model."""
+
+    def leaving(self, weights: Weights, progress: Progress) -> Mapping[str, Any] | None:
+        """Scores of each client's held-out rows, by the whole model and without each owner's experts, for JSON.
+
+        `rows` of each client, and by client `accuracy` and `loss_nats` of `whole`, and of `without` by who left. None:
+        no expert has an owner, the rows are not here, or are not to be told of.
+        """
 
     def identity(self) -> dict[str, str]:
         """Fingerprints that a checkpoint must share with what resumes it."""
@@ -154,7 +163,7 @@ def execute(centre: Centre, folder: RunFolder, watch: Observer) -> dict[str, Any
     )
     state = server.run(state)
     centre.finish()  # the last checkpoint is there: what clients and transfers keep need not lie beside the model
-    return recorder.finish(state)
+    return recorder.finish(state, partial(watch.progress, state.round, "without each owner of experts"))
 
 
 def heap_for(config: Config, layout: Layout, folder: Path) -> Heap:

@@ -6,6 +6,7 @@ sends, checked against the hash that all sites agree on, and what is saved at th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,6 +118,9 @@ class Coordinator:
     def check_model(self, folder: Path) -> str:
         """Hold what was last saved against plain libraries; how far was looked."""
         return self.bench.check(folder, self._saved)
+
+    def leaving(self, weights: Weights, progress: Callable[[int, int], None]) -> None:
+        """Nothing: the rows to be scored on are at the sites, which score for themselves (`fedalign evaluate`)."""
 
     def save_model(self, weights: Weights, folder: Path) -> None:
         """Write weights as an ordinary Hugging Face folder, with the tokenizer."""
