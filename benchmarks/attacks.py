@@ -259,12 +259,16 @@ OPEN_SUM = 1  # 1: classes are trained with their end token
 # 5: claims count for three equal shares, rare rows are bounded, who was opposite is remembered; 7: told at -0.1;
 # 8: 1.25 medians, and rows of one site's words stay
 GUARD = 8, 4
+NO_PULL = 1  # the default no longer pulls routers while clients train
 COLUMNS: dict[str, Column] = {
-    "default": Column("default, none", (), OPEN_SUM),
-    "default, clip": Column("default, clip", ("server.robust=clip",), *GUARD),
+    "default": Column("default, none", (), OPEN_SUM + NO_PULL),
+    "default, clip": Column("default, clip", ("server.robust=clip",), GUARD[0] + NO_PULL, GUARD[1]),
     "fedavg": Column("FedAvg, none", (FEDAVG,), OPEN_SUM),
     "fedavg, clip": Column("FedAvg, clip", (FEDAVG, "server.robust=clip"), *GUARD),
-    **{f"default, {rule}": Column(f"default, {rule}", (f"server.robust={rule}",), *GUARD) for rule in RULES},
+    **{
+        f"default, {rule}": Column(f"default, {rule}", (f"server.robust={rule}",), GUARD[0] + NO_PULL, GUARD[1])
+        for rule in RULES
+    },
 }
 
 
