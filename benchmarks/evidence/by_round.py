@@ -2,6 +2,7 @@
 
     python benchmarks/evidence/by_round.py today --keep    # of runs/evidence/today into benchmarks/results/today.jsonl
     python benchmarks/evidence/by_round.py today           # the table of what is kept; no run is needed
+    python benchmarks/evidence/by_round.py today --lines fedavg fedalign_moe    # these columns alone, in this order
     python benchmarks/evidence/by_round.py candidates --beside today/tasks    # with lines of another study's part
 
 Runs are large and stay where they were made; a line of today.jsonl is one of them. Keep them on the machine that made
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument(
         "--beside", metavar="STUDY/PART", help="its lines, beside parts whose names begin so: same data"
     )
+    parser.add_argument("--lines", nargs="+", metavar="LINE", help="columns, as a line of what is kept calls them")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where what is kept lies")
     args = parser.parse_args()
     file = args.results / f"{args.study}.jsonl"
@@ -123,6 +125,9 @@ def main() -> None:
     lines = read(file)
     if not lines:
         parser.error(f"{args.study}: nothing is kept in {file}. Run it with --keep where its runs are")
+    if strange := {*(args.lines or ())} - {line["line"] for line in lines}:
+        known = ", ".join(dict.fromkeys(line["line"] for line in lines))
+        parser.error(f"--lines {min(strange)}: nothing is kept of it. Choose of: {known}")
     study, _, wanted = (args.beside or "").partition("/")
     beside = [line for line in read(args.results / f"{study}.jsonl") if line["part"] == wanted]
     if args.beside and not beside:
@@ -132,6 +137,10 @@ def main() -> None:
         parser.error(f"--beside {args.beside}: no part of {args.study} is of the same data, and begins with {wanted!r}")
     for part in parts:
         mine = [*beside, *(line for line in lines if line["part"] == part)]
+        if args.lines:
+            mine = [line for name in args.lines for line in mine if line["line"] == name]
+        if not mine:
+            continue
         print(f"\n**{part}**, learning rate {mine[0]['rate']:g}\n\n{part_table(mine)}")
     print("\n".join(["", *(f"Run on: {kind}." for kind in sorted({line["machine"] for line in lines}))]))
 
