@@ -28,7 +28,7 @@ from fedalign.files import KEPT_BY_CLIENTS
 from fedalign.maths.rounding import BLOCKS, broadcast_dtype, packed_nbytes
 from fedalign.protocol import DEALT, KEEPS_ALL, KINDS, Consent, Layout, asked_shapes
 from fedalign.server import masked
-from fedalign.server.rounds import scored_alone, select
+from fedalign.server.rounds import by_itself, scored_by_clients, select
 from fedalign.testing import reports
 
 CARRIER = 4  # bytes that Flower's process at a site holds at its peak for each byte of a message (flwr 1.41, measured)
@@ -166,7 +166,7 @@ def bytes_down(config: Config, layout: Layout, clients: Sequence[str]) -> tuple[
         if number:
             chosen = select(clients, config.clients.sample, config.run.seed, number)
             send(number, number - 1, chosen, totals + state * (number > 1))
-        if scored_alone(config, number):
+        if by_itself(config, number) and scored_by_clients(config, number):
             send(number, number, clients, 0)
     return tuple(told)
 

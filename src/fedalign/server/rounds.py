@@ -440,7 +440,7 @@ class Server:
         After it the run may end, if its scores are bad or missing: then no broadcast follows. Or all clients are to
         score it and only some will train; or their data is pooled, and they do not train at all.
         """
-        if scored_alone(self.config, state.round):
+        if by_itself(self.config, state.round):
             return True
         patience = self.config.run.patience
         if not patience or is_scored(line) or self.config.clients.sample < 1:  # it is known what ends the run
@@ -557,14 +557,13 @@ def scored_by_clients(config: Config, number: int) -> bool:
     return due(config, number) and config.evaluation.clients and bool(config.clients.held_out)
 
 
-def scored_alone(config: Config, number: int) -> bool:
-    """Whether clients score a round by itself, whatever its scores are: with a broadcast to all of its own.
+def by_itself(config: Config, number: int) -> bool:
+    """Whether clients that score a round do so by itself, whatever its scores are: with a broadcast of its own to all.
 
     It is the last, or is for all clients though only some train in the next; or their data is pooled, and they do not
     train at all.
     """
-    alone = number >= config.run.rounds or _by_all(config, number) or "data" in config.asks
-    return alone and scored_by_clients(config, number)
+    return number >= config.run.rounds or _by_all(config, number) or "data" in config.asks
 
 
 def _by_all(config: Config, number: int) -> bool:
