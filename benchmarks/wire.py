@@ -4,8 +4,8 @@
     python benchmarks/wire.py --out runs/wire --minutes 0     # the table of what is there
 
 The demo, one run for each row and seed; runs of one seed share data, partition and start. Each run is a line of
-runs.jsonl. Clients are not scored, the global test set is after the last round. Feedback is that of updates; of
-broadcasts in int8 and int4 it is always on.
+runs.jsonl, with its settings: a folder with runs of other settings is refused. Clients are not scored, the global test
+set is after the last round. Feedback is that of updates; of broadcasts in int8 and int4 it is always on.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fedalign.compare.statistics import Interval, mean_interval, paired_interval
+from fedalign.errors import UserError
 from keeping import keep, keepable
 from watching import machine
 
@@ -40,27 +41,47 @@ WIRES = (  # of updates, of broadcasts, feedback
 BASE = "float32, float32, off"
 
 
-def run(wire: tuple[str, str, str], seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Scores and bytes of one run."""
-    settings = {
-        "run.seed": seed,
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What all runs of a folder have in common, beside wire and seed."""
+    more = {"data.max_train": args.train, "clients.min_examples": 8} if args.train else {}
+    return {
         "run.rounds": args.rounds,
         "algorithm.name": args.algorithm,
         "data.max_test": args.tests,
         "evaluation.clients": "false",
         "evaluation.every": args.rounds,
         "tracking.loggers": "[]",
-    } | dict(zip(("wire.dtype", "wire.down", "wire.error_feedback"), wire, strict=True))
-    if args.train:
-        settings |= {"data.max_train": args.train, "clients.min_examples": 8}
-    overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    } | more
+
+
+def run(wire: tuple[str, str, str], seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Scores and bytes of one run."""
+    kinds = dict(zip(("wire.dtype", "wire.down", "wire.error_feedback"), wire, strict=True))
+    asked = settings(args) | {"run.seed": seed} | kinds
+    overrides = [part for key, value in asked.items() for part in ("--set", f"{key}={value}")]
     out = Path(tempfile.mkdtemp(prefix="fedalign-wire-")) / "run"
     command = [sys.executable, "-m", "fedalign", "run", "demo", "--out", str(out), *overrides]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     shutil.rmtree(out.parent)
     wanted = ("final_accuracy", "final_loss", "bytes_up", "bytes_down")
-    return {"wire": ", ".join(wire), "seed": seed} | {name: summary[name] for name in wanted}
+    about = {"wire": ", ".join(wire), "seed": seed, "settings": settings(args)}
+    return about | {name: summary[name] for name in wanted}
+
+
+def runs_in(file: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs that are there.
+
+    Raises:
+        UserError: They have other settings, or do not say which.
+    """
+    runs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    if other := [one for one in runs if one.get("settings") != settings(args)]:
+        there = other[0].get("settings", "settings that it does not say")
+        raise UserError(
+            f"--out {str(args.out)!r}: holds runs of {there}, not of {settings(args)}. Choose another folder."
+        )
+    return runs
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -88,7 +109,7 @@ def said(interval: Interval | None, digits: int) -> str:
     return f"{interval.mean:.{digits}f}{half}"
 
 
-def main() -> None:
+def main(asked: Sequence[str] | None = None) -> None:
     """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/wire"))
@@ -99,10 +120,13 @@ def main() -> None:
     parser.add_argument("--tests", type=int, default=2000)
     parser.add_argument("--algorithm", default="fedavg")
     keepable(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(asked)
     args.out.mkdir(parents=True, exist_ok=True)
     file, end = args.out / "runs.jsonl", time.monotonic() + 60 * args.minutes
-    runs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    try:
+        runs = runs_in(file, args)
+    except UserError as error:
+        parser.error(str(error))
     done = {(one["wire"], one["seed"]) for one in runs}
     for seed in range(args.seeds):
         for wire in WIRES:

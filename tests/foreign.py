@@ -11,7 +11,14 @@ import pytest
 from fedalign.errors import UserError
 from fedalign.files import check_free, take
 
-FOREIGN = ("thesis.tex", "round-notes.txt", "round-my/thesis.safetensors", "round-00001-copy/state.json", ".a.new")
+FOREIGN = (
+    "thesis.tex",
+    "merged.safetensors",
+    "round-notes.txt",
+    "round-my/thesis.safetensors",
+    "round-00001-copy/state.json",
+    ".a.new",
+)
 
 
 def check_foreign_files_are_kept(folder: Path, kind: str, written: Mapping[str, Sequence[str]]) -> None:

@@ -55,6 +55,7 @@ def reports(
     seed: int = 0,
     min_tokens: int = 16,
     token_rows: bool = True,
+    model: Layout | None = None,
 ) -> Reports:
     """Reports as clients would make them of random tokens; the same seed gives the same reports.
 
@@ -69,12 +70,13 @@ def reports(
         seed: of the random numbers.
         min_tokens: experts that fewer of a client's 128 tokens reached are withheld: their load is 0.
         token_rows: whether embeddings of 50 tokens are trained.
+        model: in place of a small one of these layers, experts and rows.
 
     >>> seen = reports(clients=3, layers=2, experts=4)
     >>> seen.stack("load_L_E").shape, seen.share_C
     (torch.Size([3, 2, 4]), tensor([0.2222, 0.3333, 0.4444]))
     """
-    model = layout(layers, experts, token_rows)
+    model = model or layout(layers, experts, token_rows)
     return Reports([_report(c, model, asks, seed, min_tokens) for c in range(clients)], model, clients)
 
 
@@ -98,7 +100,9 @@ def _report(client: int, model: Layout, asks: Set[Ask], seed: int, min_tokens: i
     load_L_E = one_hot(topk_L_T_K, experts).sum((1, 2)).float()
     load_L_E *= load_L_E >= min_tokens
     held_L_E_1 = (load_L_E > 0).unsqueeze(-1)
-    count_M_V = one_hot(alike(1, VOCABULARY).exp().multinomial(TOKENS, True, generator=own), VOCABULARY).sum(1)
+    vocabulary = model.token_cells[1] or VOCABULARY
+    drawn_T = alike(vocabulary).exp().multinomial(TOKENS, True, generator=own)
+    count_M_V = drawn_T.bincount(minlength=vocabulary).expand(len(model.token_rows), -1)
     every = {
         "prob_L_E": prob_L_T_E.mean(1),
         "load_L_E": load_L_E,

@@ -233,7 +233,7 @@ def test_the_defaults_by_hand(layout: Layout, pair: list[Statistics]) -> None:
     assert plan.factor_C_G is None  # both hold both experts
     assert_close(plan.state["target_L_E"], tensor([[0.5 * 0.6 + 0.5 * 0.2, 0.5 * 0.4 + 0.5 * 0.8]]))
     assert algorithm.asks == {"probabilities", "margins", "centroids", "directions", "tokens"}
-    # no pull; with λ = .1, that times the divergence of the batch's mean routing, (.5, .5) from (.4, .6), pulled on by α
+    # no pull; with λ = .1, that times the divergence of the batch's mean routing, (.5, .5) from (.4, .6), times α
     logits = torch.zeros(3, 2)
     seen = LayerRouting(logits, tensor([[0], [1], [0]]), "softmax")
     pull = alignment_strength(tensor([0.5, 0.5]), tensor([0.4, 0.6]))

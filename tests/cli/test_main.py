@@ -68,7 +68,7 @@ def test_a_dry_run_writes_nothing(fedalign: Command, settings: list[str], tmp_pa
     out = tmp_path / "run"
     code, text, _ = fedalign("run", "--dry-run", "--out", str(out), *sets(settings))
     assert code == 0
-    for word in ("parameters", "sent up a round", "memory", "time a round", "nothing was trained"):
+    for word in ("parameters", "sent down", "sent up", "memory", "time a round", "nothing was trained"):
         assert word in text
     assert not out.exists()
 

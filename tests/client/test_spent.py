@@ -83,8 +83,8 @@ def test_a_kill_never_loses_what_was_charged(tmp_path: Path) -> None:
     assert len(ledger.lines()) == before + 1
 
 
-def private(folder: Path, run: str = "run-1") -> Privacy:
-    settings = ["privacy.noise_multiplier=1", "algorithm.name=fedavg", "evaluation.clients=false"]
+def private(folder: Path, run: str = "run-1", noise: str = "noise_multiplier=1", *more: str) -> Privacy:
+    settings = [f"privacy.{noise}", "algorithm.name=fedavg", "evaluation.clients=false", *more]
     return Privacy(load_config(None, settings), PrivacyLedger(folder), run, folder / run, "c")
 
 
@@ -107,6 +107,26 @@ def test_a_round_is_paid_before_it_is_trained_also_when_it_is_asked_for_again(tm
     second = mine.pay(1, agreed)
     assert second["privacy_epsilon"] > first["privacy_epsilon"] > 0
     assert [line.kind for line in PrivacyLedger(tmp_path).lines()] == ["count", "training", "training"]
+
+
+@pytest.mark.parametrize("more", [(), ("algorithm.name=by_use", "algorithm.vocabulary=average")])
+def test_a_run_keeps_its_epsilon_also_when_a_round_is_asked_for_again(tmp_path: Path, more: tuple[str, ...]) -> None:
+    """A round that broke off was released with noise of its own: it counts, and the last one is not made."""
+    mine = private(tmp_path, "run-1", "epsilon=2", "run.rounds=3", *more)
+    agreed = mine.terms(500)
+    mine.pay(1, agreed)
+    mine.pay(2, agreed)
+    spent = mine.pay(2, agreed)["privacy_epsilon"]
+    before = PrivacyLedger(tmp_path).lines()
+    with pytest.raises(TrainingFailedError, match=r"round 3 would bring it to epsilon 2.*privacy\.epsilon = 2 is"):
+        mine.pay(3, agreed)
+    assert PrivacyLedger(tmp_path).lines() == before
+    assert 1.9 < spent <= 2
+    other = private(
+        tmp_path, "run-2", "epsilon=2", "run.rounds=3", *more
+    )  # a run that nothing broke has all of its own
+    told = [other.pay(number, other.terms(500))["privacy_epsilon"] for number in (1, 2, 3)]
+    assert told[-1] <= 2
 
 
 def test_terms_are_kept_for_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fedalign
 from fedalign.client.memory import ClientData, ClientMemory
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
@@ -17,6 +18,9 @@ from fedalign.doctor.estimate import (
     CARRIER,
     Kept,
     StepCost,
+    bytes_down,
+    bytes_up,
+    estimate,
     estimate_run,
     estimate_site,
     exchange_nbytes,
@@ -24,6 +28,7 @@ from fedalign.doctor.estimate import (
     round_tokens,
     server_nbytes,
 )
+from fedalign.federation.in_process import prepare
 from fedalign.federation.messages import encode
 from fedalign.maths.rounding import broadcast_dtype, pack
 from fedalign.moe.model import MoEModel
@@ -51,13 +56,15 @@ def test_bytes_are_those_of_the_messages(config: Config, tmp_path: Path) -> None
     wire = broadcast_dtype(config.wire.dtype)
     every = bench.moe.read()
     broadcast = Broadcast(1, {group: pack(value, wire, 0) for group, value in every.items()})
+    state = {"target_L_E": torch.full((bench.moe.layout.layers, bench.moe.experts), 1 / bench.moe.experts)}
+    broadcast = replace(broadcast, state=state)
     assert expected.down_whole == broadcast.nbytes
-    assert expected.down_a_round == sum(pack(value, config.wire.broadcasts, 0).nbytes for value in every.values())
+    changes = sum(pack(value, config.wire.broadcasts, 0).nbytes for value in every.values())
+    assert expected.down_a_round == changes + state["target_L_E"].nbytes
     assert expected.carrier == CARRIER * broadcast.nbytes
     data = load_examples(config.data.train, config.data, "train", 0)
     client = bench.client("ward", data, range(len(data)), tmp_path)
-    state = {"target_L_E": torch.full((bench.moe.layout.layers, bench.moe.experts), 1 / bench.moe.experts)}
-    statistics = bench.trainer().train(client, replace(broadcast, state=state))
+    statistics = bench.trainer().train(client, broadcast)
     assert expected.statistics == pytest.approx(encode(statistics).nbytes, rel=0.15)
     kept = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
     assert expected.disk == pytest.approx(4 * kept, rel=0.2)  # names of groups weigh something in so small a model
@@ -123,6 +130,55 @@ def test_larger_batches_have_more_activations(settings: list[str]) -> None:
     assert 3 < large.activations / small.activations < 5.5
 
 
+ALONE = ["clients.sample=0.4", "evaluation.everyone=2", "run.rounds=4"]
+MASKED = ["privacy.masked=true", "server.max_norm_ratio=0"]
+QUIET = ["evaluation.clients=false", "tracking.health=full"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [  # of models tuned by adapters, each of whose groups changes in each round
+        ["algorithm.name=fedavg", *ALONE],
+        ["algorithm.name=fedavg", "wire.dtype=int8", *ALONE],
+        ["algorithm.name=fedmoe", *QUIET],
+        ["algorithm.name=scaffold"],  # whose control variates are as large as the weights
+        ["algorithm.name=scaffold", "wire.down=int4"],
+        ["algorithm.name=local"],
+        ["algorithm.name=centralised"],
+        ["algorithm.name=centralised", *QUIET],
+        ["algorithm.name=by_use", *MASKED],
+        ["algorithm.name=fedavg", *MASKED, "evaluation.clients=false", "privacy.noise_multiplier=1"],
+    ],
+)
+def test_bytes_of_a_run_are_those_that_its_metrics_count(settings: list[str], tmp_path: Path, more: list[str]) -> None:
+    given = [*settings, "tuning.kind=lora", "training.epochs=1", "run.check=false", *more]
+    told = estimate(prepare(load_config("demo", given), tmp_path / "clients"))
+    lines = fedalign.run("demo", overrides=given, out=tmp_path / "run").history
+    assert [line["bytes_down"] for line in lines] == list(told.bytes_down)
+    assert [line["bytes_up"] for line in lines] == list(told.bytes_up)
+    trained = len(lines[1]["clients"])
+    assert lines[1]["bytes_up_statistics"] == trained * told.bytes_statistics_a_client
+
+
+@pytest.mark.parametrize("name", ["fedalign_moe", "fc_moe", "hfedmoe"])
+def test_bytes_are_told_at_most_where_plans_choose_groups(settings: list[str], tmp_path: Path, name: str) -> None:
+    given = [*settings, f"algorithm.name={name}", "training.epochs=1", "run.check=false"]
+    told = estimate(prepare(load_config("demo", given), tmp_path / "clients"))
+    lines = fedalign.run("demo", overrides=given, out=tmp_path / "run").history
+    assert all(line["bytes_down"] <= most for line, most in zip(lines, told.bytes_down, strict=True))
+    assert all(line["bytes_up"] <= most for line, most in zip(lines, told.bytes_up, strict=True))
+    assert lines[2]["bytes_down"] > 0.9 * told.bytes_down[2]
+
+
+def test_a_masked_site_is_told_of_counts_and_shares(settings: list[str]) -> None:
+    config = load_config("demo", [*settings, *MASKED, "algorithm.name=by_use"])
+    bench = Workbench.around(MoEModel.skeleton(config.model.path), config)
+    told = estimate_site(bench, "ward", DEALT)
+    of_run = bytes_up(config, bench.moe.layout, ["ward"])
+    assert told.up_a_round_at_most == of_run[1]
+    assert told.down_a_round == bytes_down(config, bench.moe.layout, ["ward"])[1]
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_workers_share_the_time_and_what_is_frozen(
     settings: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
@@ -132,7 +188,7 @@ def test_workers_share_the_time_and_what_is_frozen(
     bench = Workbench.load(config)
     a, b = (ClientData(name, examples(bench), None, ClientMemory(tmp_path)) for name in "ab")
     one, two = (
-        estimate_run(replace(bench, config=changed(config, "run", workers=workers)), {"a": a, "b": b}, None, 2)
+        estimate_run(replace(bench, config=changed(config, "run", workers=workers)), {"a": a, "b": b}, None)
         for workers in (1, 2)
     )
     assert one.seconds == pytest.approx(2 * two.seconds)
@@ -149,7 +205,7 @@ def test_what_lies_in_files_takes_no_memory(
     bench = Workbench.load(load_config(None, settings))
     clients = {"a": ClientData("a", examples(bench), None, ClientMemory(tmp_path))}
     memory, files = (
-        estimate_run(replace(bench, config=changed(bench.config, "server", memory_gb=gb)), clients, None, 1)
+        estimate_run(replace(bench, config=changed(bench.config, "server", memory_gb=gb)), clients, None)
         for gb in (8.0, 0.0)
     )
     assert memory.memory - files.memory == 4 * 2 * memory.trained  # the server's weights and their sum

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -100,10 +101,10 @@ class Seen:
         return self._pass("conceal again" if again else "conceal", self.inner.conceal(totals, among, groups))
 
 
-def held_out(name: str) -> TestSet | None:
-    """Examples of which one client's have two choices each, another holds none, and the others' have none."""
+def held_out(name: str, choosing: str = "abcd") -> TestSet | None:
+    """Examples of two choices each of some clients; of others they have none, and one holds none out."""
     encoded = examples(SIZES[name] // 2, seed=7)
-    if name == "a":
+    if name in choosing:
         others = [replace(one, input_ids=[*one.input_ids[:-1], 3], labels=[*one.labels[:-1], 3]) for one in encoded]
         both = [[one, other] for one, other in zip(encoded, others, strict=True)]
         return TestSet(encoded, both, torch.zeros(len(encoded), dtype=torch.int64))
@@ -233,6 +234,16 @@ def test_scores_are_the_weighted_means_of_the_clients_and_of_no_client_alone(tmp
     losses = [line["client_loss_mean_nats"] for line in state.history]
     assert len(set(losses)) == 3
     assert not any(HELD_OUT in totals.counts for totals in seen.totals)
+
+
+def test_an_accuracy_that_may_be_of_one_client_is_not_told(tmp_path: Path) -> None:
+    seen = Seen(federation(tmp_path, *SCORES, held=partial(held_out, choosing="a")))
+    line = one_round(tmp_path, seen).history[-1]
+    assert line["held_out_examples"] > 0
+    assert "client_loss_mean_nats" in line
+    assert not any("accuracy" in name for name in line)
+    judged = f"accuracy of {SIZES['a'] // 2} of {line['held_out_examples']} held-out examples"
+    assert line["unscored"] == f"{judged}: of how many clients is not counted, privacy.masked_min_holders = 3"
 
 
 @pytest.mark.parametrize(

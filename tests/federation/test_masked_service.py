@@ -122,6 +122,19 @@ def test_a_whole_round_by_processes_that_end_with_each_message(
     assert torch.equal(piece.data.view(torch.int16), share.residues[str(SHARED)])
 
 
+def test_a_piece_of_another_round_is_not_handed_over(ward: SiteFolder, config: Config, peers: dict[str, str]) -> None:
+    """What was last concealed lies in one folder for all rounds, and stays there where a round sends it at once."""
+    keys = keys_of(ward, config, peers)
+    small = changed(config, "wire", piece_mb=0.001)
+    assert ask(ward, small, "train", broadcast(config, keys)).residues == {}
+    name = f"{HEIGHTS}{SHARED}"
+    assert ask(ward, small, "update", Fetch(OWN, 1, (name,), 0, 100)).data.numel()
+    assert ask(ward, config, "train", broadcast(config, keys, round=2)).residues  # in one message: nothing is kept
+    for asked in (2, 3, -1):
+        reason = fails(ward, small, "update", Fetch(OWN, asked, (name,), 0, 100))
+        assert reason == f"it keeps no update of round {asked}: its last is of round 1"
+
+
 def test_what_is_not_concealed_does_not_leave(ward: SiteFolder, config: Config, peers: dict[str, str]) -> None:
     hello: Hello = ask(ward, config, "hello")
     assert (hello.examples, hello.held_out) == (0, 0)

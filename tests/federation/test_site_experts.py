@@ -535,7 +535,7 @@ def test_bytes_are_told_before_of_what_each_site_trains(run: Run, changes: dict[
     out = run(*SITES, **changes, run__rounds=1)
     line = json.loads((out / "metrics.jsonl").read_text().splitlines()[1])
     prepared = prepare(load_config(RunFolder(out).config), tmp_path / "again")
-    told = estimate(prepared).bytes_up_a_round_at_most
+    told = estimate(prepared).bytes_up[1]
     assert line["bytes_up"] == pytest.approx(told, rel=0.05)  # no site of the run sends less
     for name, sent in line["bytes_up_by_client"].items():
         site = estimate_site(prepared.bench, name, DEALT)

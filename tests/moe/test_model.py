@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
 from fedalign.maths.heap import Heap
 from fedalign.moe.families import router_outputs
+from fedalign.moe.load import ask_hub
 from fedalign.moe.model import MoEModel
+from fedalign.moe.upcycle import DenseSource
 from fedalign.protocol import EMBEDDINGS, HEAD, SHARED, ParameterGroup
 from tests.moe import tiny
 
@@ -351,6 +354,31 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(UserError, match=r"must hold every weight; 1 lack: model.layers.1.mlp.gate.weight"):
         MoEModel.load(tmp_path)
+
+
+@pytest.mark.parametrize("find", [MoEModel.load, MoEModel.skeleton, DenseSource.find])
+def test_a_name_that_the_hub_does_not_know_is_told_after_one_question(
+    find: Callable[[str], object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Transformers asks five times, with longer and longer breaks; a model that was loaded before is not asked for."""
+    asked: list[tuple[str, float]] = []
+
+    def unknown(_: object, source: str, timeout: float) -> None:
+        asked.append((source, timeout))
+        raise OSError("404: no such\nmodel")
+
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unknown)
+    told = (
+        "model = 'nobody/nothing': no such folder, and the Hub does not give it: 404: no such model Check the spelling"
+    )
+    with pytest.raises(UserError, match=re.escape(told)):
+        find("nobody/nothing")
+    assert asked == [("nobody/nothing", 10)]
+    (tmp_path / "models--nobody--nothing" / "snapshots").mkdir(parents=True)
+    ask_hub("nobody/nothing")
+    assert len(asked) == 1
 
 
 def test_an_unreachable_hub_is_told_in_one_line() -> None:

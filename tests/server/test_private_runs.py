@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 
 from fedalign.client.spent import PrivacyLedger
+from fedalign.config.toml import load_config
 from fedalign.doctor.estimate import statistics_nbytes
+from fedalign.federation.in_process import prepare
 from fedalign.moe.model import MoEModel
 from fedalign.server.results import RunFolder
+from fedalign.server.run import execute
 from tests.conftest import Command
+from tests.server.test_run import Silent
 
 PRIVATE = ["evaluation.clients=false", "privacy.noise_multiplier=1.0", "training.epochs=1", "run.rounds=2"]
 
@@ -70,6 +74,45 @@ def test_a_fixed_seed_is_a_study(fedalign: Command, settings: list[str], tmp_pat
         assert "it is a study and protects nobody" in out
         models.append(next((tmp_path / name / "model").glob("*.safetensors")).read_bytes())
     assert models[0] == models[1]
+
+
+def test_a_run_that_was_broken_off_ends_before_it_spends_more_than_its_epsilon(
+    fedalign: Command, settings: list[str], tmp_path: Path
+) -> None:
+    out, more = tmp_path / "run", ["algorithm.name=fedavg", "evaluation.clients=false", "privacy.epsilon=8"]
+    config = load_config("demo", [*settings, *more, "training.epochs=1", "run.check=false"])
+    folder = RunFolder(out)
+    folder.begin(config)
+    with pytest.raises(KeyboardInterrupt):
+        execute(prepare(config, folder.clients), folder, Silent(lambda *where: where == (2, "training", 2)))
+    code, _, err = fedalign("run", "--resume", out)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert code == 0, err  # one client was not at work, and has its last round
+    assert (lines[2]["clients"], len(lines[3]["clients"])) == (["client-00", "client-01", "client-02"], 1)
+    assert {failure["client"] for failure in lines[3]["failures"]} == {"client-00", "client-01"}
+    assert "privacy.epsilon = 8 is what the run keeps" in lines[3]["failures"][0]["reason"]
+    assert max(cost for line in lines[1:] for cost in line["privacy_epsilons"].values()) <= 8
+
+
+def test_a_run_whose_clients_have_all_spent_its_epsilon_is_ended_in_one_line(
+    fedalign: Command, settings: list[str], tmp_path: Path
+) -> None:
+    out, more = tmp_path / "run", ["algorithm.name=fedavg", "evaluation.clients=false", "privacy.epsilon=8"]
+    config = load_config("demo", [*settings, *more, "training.epochs=1", "run.rounds=2", "run.check=false"])
+    folder = RunFolder(out)
+    folder.begin(config)
+    with pytest.raises(KeyboardInterrupt):
+        execute(prepare(config, folder.clients), folder, Silent(lambda *where: where == (1, "summing", 1)))
+    code, _, err = fedalign("run", "--resume", out)
+    assert code == 2
+    assert "round 2: 0 of 3 clients can be used" in err
+    assert "would bring it to epsilon" in err
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2  # round 1 is complete
+    code, _, err = fedalign("run", "--resume", out, "--set", "run.rounds=1")
+    assert code == 0, err
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["rounds"] == 1
+    assert 0 < summary["privacy_epsilon"] <= 8
 
 
 @pytest.mark.parametrize("noise", ["privacy.epsilon=8", "privacy.noise_multiplier=1.0"])

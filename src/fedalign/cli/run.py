@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -369,19 +371,41 @@ def _print_estimate(estimate: Estimate) -> None:
     from fedalign.units import clock, size
 
     examples = list(estimate.examples.values())
-    down, first = estimate.bytes_down_a_round, estimate.bytes_down_first_round
     rows = [
         ("parameters", f"{estimate.parameters:,}, of which trained {estimate.trained:,}"),
         ("clients", f"{estimate.clients}, asked each round {estimate.clients_a_round}"),
         ("training examples", f"{sum(examples):,} in all, {min(examples):,} to {max(examples):,} a client"),
-        ("sent down a round", size(down) + (f", in the first {size(first)}" if first > down else "")),
-        ("sent up a round", f"at most {size(estimate.bytes_up_a_round_at_most)}"),
+        ("sent down", f"{_by_round(estimate.bytes_down)}; less where a round leaves groups as they are"),
+        ("sent up", f"{_by_round(estimate.bytes_up)}; less where a plan asks for fewer groups"),
         ("statistics of a client", size(estimate.bytes_statistics_a_client)),
         ("memory", f"about {size(estimate.memory)}, activations of one batch included"),
         ("time a round", f"about {clock(estimate.seconds_a_round)} (from one measured pass)"),
         ("time of the run", f"about {clock(estimate.seconds)}"),
     ]
     print_table("dry run: nothing was trained or written", rows)
+
+
+def _by_round(nbytes: Sequence[int], most: int = 3) -> str:
+    """Bytes at most, from round 0 on: of the run, and of its rounds, where not too many of these differ.
+
+    >>> _by_round([0, 2000, 3000, 3000, 5000])
+    'at most 13.0 kB: 2.0 kB in round 1, 3.0 kB in each of rounds 2 to 3, 5.0 kB in round 4'
+    >>> _by_round([0, 2000, 2000]), _by_round([1000, 2000, 1000, 3000, 5000])
+    ('at most 2.0 kB a round', 'at most 12.0 kB, and 5.0 kB in a round')
+    """
+    from fedalign.units import size
+
+    told = [(count, [number for number, _ in alike]) for count, alike in groupby(enumerate(nbytes), itemgetter(1))]
+    told = [(count, numbers) for count, numbers in told if count or numbers[0]]  # nothing before the first: not said
+    if len(told) > most:
+        return f"at most {size(sum(nbytes))}, and {size(max(nbytes))} in a round"
+    if len(told) == 1:
+        return f"at most {size(told[0][0])} a round"
+    parts = (
+        f"{size(count)} in " + (f"each of rounds {first} to {last}" if last > first else f"round {first}")
+        for count, first, last in ((count, numbers[0], numbers[-1]) for count, numbers in told)
+    )
+    return f"at most {size(sum(nbytes))}: {', '.join(parts)}"
 
 
 def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # handing over an update needs neither a model nor data
 
 logger = logging.getLogger(__name__)
 UPDATE, KEPT, DIGESTS = "update.safetensors", "kept.safetensors", "digests.json"
+ROUND = "round"  # in the head of an update: which it is of
 START = "start"  # a folder: what the first round starts from, where the server has to fetch it
 CONCEALED = "concealed"  # a folder: what was last concealed in a masked run, where the server has to fetch it
 
@@ -81,9 +82,9 @@ class Kept:
 class Keeping:
     """A round that is being kept; in a process that does not write, nothing is."""
 
-    def __init__(self, folder: Path | None, tensors: Iterable[Named]) -> None:
+    def __init__(self, folder: Path | None, tensors: Iterable[Named], round: int = 0) -> None:
         self._folder, self._digests = folder, dict[str, str]()
-        self._places = {} if folder is None else create(folder / UPDATE, tensors)
+        self._places = {} if folder is None else create(folder / UPDATE, tensors, {ROUND: str(round)})
 
     def put(self, group: object, packed: Packed) -> None:
         """Write a packed tensor, and note its digest: they are handed over one by one."""
@@ -121,7 +122,7 @@ class ClientMemory:
         """
         if parallel.is_first():
             with replacing(self.folder / f"round-{round:05d}") as folder:
-                keeping = Keeping(folder, tensors)
+                keeping = Keeping(folder, tensors, round)
                 yield keeping
                 keeping.close()
             forget_old(self.folder, KEPT_BY_CLIENTS)
@@ -132,15 +133,17 @@ class ClientMemory:
     @parallel.by_the_first
     def keep_start(self, values: Iterable[tuple[str, Tensor]], tensors: Iterable[Named]) -> None:
         """Keep what the first round starts from, to be handed over in pieces as the update of round 0."""
-        self._keep_to_hand_over(START, values, tensors)
+        self._keep_to_hand_over(START, 0, values, tensors)
 
-    def keep_concealed(self, values: Iterable[tuple[str, Tensor]], tensors: Iterable[Named]) -> None:
+    def keep_concealed(self, round: int, values: Iterable[tuple[str, Tensor]], tensors: Iterable[Named]) -> None:
         """Keep what a masked round's message holds, to be handed over in pieces in place of an update."""
-        self._keep_to_hand_over(CONCEALED, values, tensors)
+        self._keep_to_hand_over(CONCEALED, round, values, tensors)
 
-    def _keep_to_hand_over(self, name: str, values: Iterable[tuple[str, Tensor]], tensors: Iterable[Named]) -> None:
+    def _keep_to_hand_over(
+        self, name: str, round: int, values: Iterable[tuple[str, Tensor]], tensors: Iterable[Named]
+    ) -> None:
         with replacing(self.folder / name) as folder:
-            keeping = Keeping(folder, tensors)
+            keeping = Keeping(folder, tensors, round)
             for key, value in values:
                 keeping.put(key, Packed(value))
             keeping.close()
@@ -172,7 +175,7 @@ class ClientMemory:
         Args:
             client: who hands it over.
             fetch: what is asked for.
-            kept_in: the folder, if it is not the one of the round; empty: that one.
+            kept_in: the folder, if it is one for all rounds, of which it holds the last; empty: the round's own.
 
         Raises:
             TrainingFailedError: As of `hand_over`.
@@ -180,6 +183,8 @@ class ClientMemory:
         folder = self.folder / (kept_in or (f"round-{fetch.round:05d}" if fetch.round else START))
         if not (folder / UPDATE).exists():
             raise TrainingFailedError(f"it keeps no update of round {fetch.round}")
+        if kept_in and (of := _round_of(folder / UPDATE)) != str(fetch.round):
+            raise TrainingFailedError(f"it keeps no update of round {fetch.round}: its last is of round {of}")
         if problem := damage(folder, DIGESTS):
             raise TrainingFailedError(f"its update of round {fetch.round} is damaged on its disk: {problem}")
         digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
@@ -252,6 +257,15 @@ def _keeps_for_algorithm(kept: Path) -> bool:
             return any(name.startswith("algorithm/") for name in file.keys())  # noqa: SIM118 - it is no mapping
     except (OSError, SafetensorError):
         return True
+
+
+def _round_of(update: Path) -> str:
+    """The round that a kept update is of, as it says itself; one that earlier versions kept does not."""
+    try:
+        with safe_open(update, "pt") as file:
+            return str((file.metadata() or {}).get(ROUND, "unknown"))
+    except (OSError, SafetensorError):
+        return "unknown"
 
 
 def _mapped(update: Path) -> dict[str, Packed]:

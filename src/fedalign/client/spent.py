@@ -83,14 +83,26 @@ class PrivacyLedger:
         """Epsilon of all lines, or of those of a run."""
         return epsilon((line.release for line in self.lines(run)), self.delta if delta is None else delta)
 
-    def charge(self, new: Sequence[Line]) -> None:
+    def charge(self, new: Sequence[Line], within: tuple[float, float] | None = None) -> None:
         """Write releases down, and return when the disk has them.
+
+        Args:
+            new: of one run.
+            within: the epsilon that this run keeps with them, and its delta; None: it promises none.
 
         Raises:
             TrainingFailedError: They would cost more than is left; nothing is written, and nothing may leave.
         """
         with locked(self.file.with_name(f".{self.file.name}{LOCK}"), "a release", patience=60):
             lines = self.lines()
+            if within is not None:
+                most, delta = within
+                after = epsilon((one.release for one in (*lines, *new) if one.run == new[0].run), delta)
+                if after > most:
+                    raise TrainingFailedError(
+                        f"round {new[0].round} would bring it to epsilon {after:.4g}, and privacy.epsilon = {most:g} "
+                        "is what the run keeps: a round that broke off was paid for, and its noise drawn"
+                    )
             if self.most is not None:
                 after = epsilon((line.release for line in (*lines, *new)), self.delta)
                 if after > self.most:
@@ -170,15 +182,19 @@ class Privacy:
     def pay(self, round: int, agreed: Terms) -> dict[str, float]:
         """Write a round's releases down before it is trained; what they and all before them cost in this run.
 
+        A round that is trained again, since it broke off, is another release: its noise is drawn anew, and who saw both
+        knows more.
+
         Raises:
-            TrainingFailedError: The budget does not allow it.
+            TrainingFailedError: The budget does not allow it, or the run would no longer keep its epsilon.
         """
-        kinds = ("training", "loads")
+        kinds, most = ("training", "loads"), self.config.privacy.epsilon
         self.ledger.charge(
             [
                 Line(self.run, round, kind, one.noise, one.rate, one.times)
                 for kind, one in zip(kinds, agreed.round, strict=False)
-            ]
+            ],
+            within=None if most is None else (most, agreed.delta),
         )
         spent = self.ledger.spent(agreed.delta, self.run)
         return dict(zip(PAID, (spent, agreed.delta, agreed.noise, agreed.rate), strict=True))

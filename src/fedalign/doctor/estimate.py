@@ -24,10 +24,13 @@ from fedalign.config.run import Config
 from fedalign.data.batches import batches
 from fedalign.data.encode import Encoded
 from fedalign.federation.in_process import Prepared
+from fedalign.federation.in_process import trained as trained_clients
 from fedalign.files import KEPT_BY_CLIENTS
 from fedalign.maths.rounding import BLOCKS, broadcast_dtype, packed_nbytes
-from fedalign.protocol import DEALT, KEEPS_ALL, Consent, Layout, asked_shapes
-from fedalign.server.rounds import select
+from fedalign.protocol import DEALT, KEEPS_ALL, KINDS, Consent, Layout, asked_shapes
+from fedalign.server import masked
+from fedalign.server.rounds import by_itself, scored_by_clients, select
+from fedalign.testing import reports
 
 CARRIER = 4  # bytes that Flower's process at a site holds at its peak for each byte of a message (flwr 1.41, measured)
 
@@ -41,9 +44,8 @@ class Estimate:
     clients: int
     clients_a_round: int
     examples: Mapping[str, int]  # by client
-    bytes_down_a_round: int
-    bytes_down_first_round: int  # more, where broadcasts travel as differences
-    bytes_up_a_round_at_most: int  # every group of every client
+    bytes_down: tuple[int, ...]  # by round, as metrics count them, from round 0; at most: if each changes all groups
+    bytes_up: tuple[int, ...]  # likewise; at most: if each plan asks for all groups
     bytes_statistics_a_client: int
     memory: int
     seconds_a_round: float  # from one measured forward and backward pass
@@ -73,14 +75,12 @@ class StepCost:
     seconds_a_token: float
 
 
-def estimate_run(
-    bench: Workbench, clients: Mapping[str, ClientData], test: TestSet | None, clients_a_round: int
-) -> Estimate:
+def estimate_run(bench: Workbench, clients: Mapping[str, ClientData], test: TestSet | None) -> Estimate:
     """A run of all clients in this process, without training; the weights stay as they are."""
     config, layout = bench.config, bench.moe.layout
     total, trained = parameter_counts(bench)
-    statistics = statistics_nbytes(config, layout)
-    updates = sorted((update_nbytes(config, layout, name) for name in clients), reverse=True)
+    clients_a_round = len(select(list(clients), config.clients.sample, config.run.seed, 1))
+    training = list(trained_clients(config.algorithm.build(), clients))
     largest = max(clients.values(), key=lambda client: len(client.train))
     step = measure_step(bench, largest.train)
     held = [client.held_out for client in clients.values()]
@@ -103,12 +103,9 @@ def estimate_run(
         clients=len(clients),
         clients_a_round=clients_a_round,
         examples={name: client.examples for name, client in clients.items()},
-        bytes_down_a_round=(  # scored and trained on; where some are asked, most missed the round before
-            (weights_nbytes if config.clients.sample < 1 else broadcast_nbytes)(config, layout) * clients_a_round
-        ),
-        bytes_down_first_round=weights_nbytes(config, layout) * clients_a_round,
-        bytes_up_a_round_at_most=sum(updates[:clients_a_round]) + statistics * clients_a_round,
-        bytes_statistics_a_client=statistics,
+        bytes_down=bytes_down(config, layout, training),
+        bytes_up=bytes_up(config, layout, training),
+        bytes_statistics_a_client=statistics_nbytes(config, layout),
         memory=memory,
         seconds_a_round=seconds,
         seconds=seconds * config.run.rounds + last,
@@ -119,18 +116,19 @@ def estimate_site(bench: Workbench, site: str, consent: Consent) -> SiteEstimate
     """A site's needs for this model; a skeleton of it is enough."""
     config, layout = bench.config, bench.moe.layout
     _, trained = parameter_counts(bench)
-    weights, update = weights_nbytes(config, layout), update_nbytes(config, layout, site, consent)
-    statistics = statistics_nbytes(config, layout, consent)
+    told = state_nbytes(config, layout) + totals_nbytes(config, layout)  # beside weights
+    weights, update = weights_nbytes(config, layout) + told, update_nbytes(config, layout, site, consent)
+    statistics, sent = statistics_nbytes(config, layout, consent), sent_nbytes(config, layout, site, consent)
     remembered = 4 * layout.layers * layout.experts + (4 * trained * moments(config) * config.training.keep_optimizer)
     remembered += 4 * trained * config.wire.feeds_back  # what rounding lost
     return SiteEstimate(
         training=training_nbytes(bench),
         loading=bench.moe.saved.before if bench.moe.saved else bench.moe.nbytes,
         exchange=exchange_nbytes(trained, config),
-        carrier=CARRIER * max(weights, update),
-        down_a_round=broadcast_nbytes(config, layout),  # scored and trained on
+        carrier=CARRIER * max(weights, sent),
+        down_a_round=broadcast_nbytes(config, layout) + told,  # scored and trained on
         down_whole=weights,
-        up_a_round_at_most=update + statistics,
+        up_a_round_at_most=sent + statistics,
         statistics=statistics,
         disk=(KEPT_BY_CLIENTS + 1) * (update + remembered),
     )
@@ -152,19 +150,100 @@ def broadcast_nbytes(config: Config, layout: Layout) -> int:
     return sum(packed_nbytes(size, config.wire.broadcasts) for size in layout.sizes.values())
 
 
+def bytes_down(config: Config, layout: Layout, clients: Sequence[str]) -> tuple[int, ...]:
+    """Bytes of weights, state and totals that travel down in each round, from 0, where each changes all groups.
+
+    Args:
+        config: the run's.
+        layout: of the model.
+        clients: those that train, in the order of the partition.
+    """
+    whole, change = weights_nbytes(config, layout), broadcast_nbytes(config, layout)
+    state, totals = state_nbytes(config, layout), totals_nbytes(config, layout)
+    told, has = [0] * (config.run.rounds + 1), dict[str, int]()  # the round of the weights that a client has
+    stays = never_summed(config)
+
+    def send(number: int, weights: int, among: Sequence[str], besides: int) -> None:
+        now = 0 if stays else weights
+        for client in among:
+            before = has.get(client)
+            told[number] += besides + (0 if before == now else change if before == now - 1 else whole)
+            has[client] = now
+
+    for number in range(config.run.rounds + 1):
+        if number:
+            chosen = select(clients, config.clients.sample, config.run.seed, number)
+            send(number, number - 1, chosen, totals + state * (number > 1))
+        if by_itself(config, number) and scored_by_clients(config, number):
+            send(number, number, clients, 0)
+    return tuple(told)
+
+
+def bytes_up(config: Config, layout: Layout, clients: Sequence[str]) -> tuple[int, ...]:
+    """Bytes of statistics and updates that travel up in each round, from 0, where plans ask for all groups."""
+    sent = {client: sent_nbytes(config, layout, client) + statistics_nbytes(config, layout) for client in clients}
+    chosen = (select(clients, config.clients.sample, config.run.seed, 1 + n) for n in range(config.run.rounds))
+    return (0, *(sum(sent[client] for client in among) for among in chosen))
+
+
+def never_summed(config: Config) -> bool:
+    """Whether all groups are private, so that no update travels and the server's weights stay."""
+    return config.algorithm.build().private >= set(KINDS)
+
+
+def state_nbytes(config: Config, layout: Layout) -> int:
+    """Bytes of the algorithm's state, which is broadcast from round 2 on: of its plan for made-up reports.
+
+    It is planned as for the model at hand; a state as large as that is for a moment in memory.
+    """
+    if config.privacy.masked:
+        return 0  # its weights are shares, and there is no plan
+    algorithm = config.algorithm.build()
+    plan = algorithm.plan(reports(2, asks=algorithm.asks, model=layout), {})
+    if plan.then is None:
+        return sum(tensor.nbytes for tensor in plan.state.values())
+    nothing = {group: torch.zeros(1).expand(size) for group, size in layout.sizes.items()}
+    return sum(tensor.nbytes for tensor in plan.then(dict.fromkeys(plan.streams, nothing)).values())
+
+
+def totals_nbytes(config: Config, layout: Layout) -> int:
+    """Bytes of the totals that each client of a masked round is told; 0 without masks."""
+    shares = config.algorithm.build().shares
+    if not config.privacy.masked or shares is None:
+        return 0
+    return masked.totals_nbytes(layout, shares, config.tells)
+
+
+def sent_nbytes(config: Config, layout: Layout, client: str, consent: Consent = DEALT) -> int:
+    """Bytes of a client's whole update on its way to the server: as such, as its share of masked sums, or none."""
+    if never_summed(config):
+        return 0
+    if config.privacy.masked:  # of what it does not train, too: zeros
+        trained = [group for group, size in layout.sizes.items() if size]
+        return residues_nbytes(masked.share_residues(layout.sizes, trained))
+    return update_nbytes(config, layout, client, consent)
+
+
 def update_nbytes(config: Config, layout: Layout, client: str, consent: Consent = DEALT) -> int:
-    """Bytes of a client's whole update on its way to the server."""
+    """Bytes of a client's whole update in wire precision, as it is kept."""
     sizes = trained_sizes(config, layout, client, consent).values()
     return sum(packed_nbytes(size, config.wire.dtype) for size in sizes)
 
 
 def statistics_nbytes(config: Config, layout: Layout, consent: Consent = DEALT) -> int:
-    """Bytes of one client's statistics on the wire."""
-    options = config.statistics
+    """Bytes of one client's statistics on the wire; in a masked run of its counts."""
+    options, shares = config.statistics, config.algorithm.build().shares
+    if config.privacy.masked and shares is not None:
+        return residues_nbytes(masked.count_residues(layout, shares, config.tells))
     shapes = asked_shapes(layout, consent.granted(config.asks), options.centroid_width, options.update_width)
     widths = {"float32": 4, "float16": 2, "uint8": 1}
     fixed = 64 + 8 * (len(PAID) if config.privacy.on else 1)  # or the seconds of training
     return fixed + sum(math.prod(shape) * widths[dtype] for shape, dtype in shapes.values())
+
+
+def residues_nbytes(residues: Mapping[str, masked.Residues]) -> int:
+    """Bytes of residues of these shapes and types."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in residues.values())
 
 
 def moments(config: Config) -> int:
@@ -252,6 +331,4 @@ class Kept:
 
 def estimate(prepared: Prepared) -> Estimate:
     """The run's bytes and seconds, without training."""
-    config = prepared.config
-    asked = select(list(prepared.clients), config.clients.sample, config.run.seed, 1)
-    return estimate_run(prepared.bench, prepared.clients, prepared.test, len(asked))
+    return estimate_run(prepared.bench, prepared.clients, prepared.test)

@@ -173,7 +173,7 @@ class MaskedService(Service):
         nbytes = sum(one.dtype.itemsize * torch.Size(one.shape).numel() for one in tensors)
         if nbytes <= min(FIRST, self.masking.config.wire.piece_nbytes):
             return Concealed(self.name, round, tuple(among), dict(values))
-        self.memory.keep_concealed(values, tensors)
+        self.memory.keep_concealed(round, values, tensors)
         return Concealed(self.name, round, tuple(among), {})
 
     @contextmanager

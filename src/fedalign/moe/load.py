@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import (
     AutoConfig,
@@ -167,7 +169,7 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def resolved_source(path_or_id: str | Path) -> str:
-    """The folder, or else the Hub id; a UserError if it is clearly meant as a folder and is none."""
+    """The folder, or else the Hub id; a UserError if neither is there, or it is clearly meant as a folder."""
     path, text = Path(path_or_id).expanduser(), str(path_or_id)
     if path.is_dir():
         refuse_adapter(path)
@@ -176,7 +178,26 @@ def resolved_source(path_or_id: str | Path) -> str:
         return str(path)
     if isinstance(path_or_id, Path) or path.is_absolute() or text.startswith(".") or text.count("/") > 1:
         raise UserError(f"model = {text!r}: no such folder. Give a folder saved by transformers, or a Hub id")
+    ask_hub(text)
     return text
+
+
+def ask_hub(source: str) -> None:
+    """One short question, of a model that was never loaded here: transformers asks for half a minute.
+
+    Raises:
+        UserError: The Hub has no such model, or is not reached.
+    """
+    kept = Path(huggingface_hub.constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type="model")
+    if huggingface_hub.is_offline_mode() or (kept / "snapshots").is_dir():
+        return
+    try:
+        huggingface_hub.HfApi().model_info(source, timeout=10)
+    except Exception as error:  # of the name, the network, or of who may read it
+        raise UserError(
+            f"model = {source!r}: no such folder, and the Hub does not give it: {in_one_line(error)} "
+            "Check the spelling and the network."
+        ) from None
 
 
 def _check_complete(source: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:

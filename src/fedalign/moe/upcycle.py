@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from fedalign.errors import UserError, unknown
 from fedalign.moe.families import FAMILIES, family_of
 from fedalign.moe.kept import save_with_kept
-from fedalign.moe.load import DTYPES, load_plain, refuse_adapter
+from fedalign.moe.load import DTYPES, ask_hub, load_plain, refuse_adapter
 from fedalign.moe.model import MoEModel
 from fedalign.moe.part import Grown, grown
 from fedalign.moe.site_experts import COUNTS
@@ -104,6 +104,7 @@ class DenseSource:
                 f"model = {path_or_id!r}: no such file or folder. Give a folder saved by transformers, a .gguf file, "
                 f"or a Hub id"
             )
+        ask_hub(path_or_id)
         return cls(path_or_id, None, revision)
 
     def __str__(self) -> str:

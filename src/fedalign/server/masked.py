@@ -12,6 +12,7 @@ among the same clients: sums over others beside it would tell of those who are i
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -76,6 +77,12 @@ def share_residues(sizes: Mapping[ParameterGroup, int], groups: Iterable[Paramet
         shapes[str(group)] = (sizes[group],), torch.int16
         shapes[f"{CLIPPED}{group}"] = (1,), torch.int64
     return shapes
+
+
+def totals_nbytes(layout: Layout, shares: Shares, tells: Set[str]) -> int:
+    """Bytes of the totals that each client is told, as of `Totals.nbytes`; those of scores are not."""
+    counts = sum(8 * math.prod(shape) for shape in count_shapes(layout, shares, tells - {HELD_OUT}).values())
+    return counts + sum(-(-size // BLOCK) for size in layout.sizes.values())
 
 
 @dataclass
@@ -160,9 +167,7 @@ class MaskedServer(Server):
         updates = traffic.updates
         traffic.take(self.federation.moved(number))
         traffic.updates = updates
-        for client in totals.among:
-            traffic.down += totals.nbytes
-            traffic.down_by_client[client] = traffic.down_by_client.get(client, 0) + totals.nbytes
+        down = self._moved_down(number, totals.among)
         metrics = {
             **self._tested(number, weights),
             **self._described(totals),
@@ -172,14 +177,20 @@ class MaskedServer(Server):
             "bytes_up": traffic.statistics + traffic.updates,
             "bytes_up_statistics": traffic.statistics,
             "bytes_up_by_client": traffic.up_by_client,
-            "bytes_down": traffic.down,
-            "bytes_down_by_client": traffic.down_by_client,
+            "bytes_down": sum(down.values()),
+            "bytes_down_by_client": down,
             "clients": list(totals.among),
             "failures": self._named([*failures, *lost]),
             "round_seconds": time.perf_counter() - started,
         }
         after = replace(state, round=number, weights=weights, moments=moments, public=self._public(state, weights))
         return self._complete(after, metrics)
+
+    def _moved_down(self, number: int, clients: Sequence[str]) -> dict[str, int]:
+        """With the totals, which these clients were told."""
+        totals = totals_nbytes(self.layout, self._shares, self.config.tells)
+        down = super()._moved_down(number, clients)
+        return dict(sorted((down | {client: down.get(client, 0) + totals for client in clients}).items()))
 
     @property
     def _sites(self) -> MaskedFederation:

@@ -90,7 +90,14 @@ OF_WANDB = (  # offline and online
         )
     ),
 )
-OF_A_ROUND = ("sums.json", "*.safetensors", "*.safetensors.journal")  # in transfers/round-#/
+OF_A_ROUND = (  # in transfers/round-#/, by site
+    "sums.json",
+    *(
+        f"*.{kind}.safetensors{end}"
+        for kind in ("update", "counts", "scores", "shares", "shares-again")
+        for end in ("", ".journal")
+    ),
+)
 ARRIVED = (  # in transfers/
     *("moved.jsonl", "start.safetensors", "start.safetensors.journal", *(f"round-#/{name}" for name in OF_A_ROUND)),
 )

@@ -434,22 +434,13 @@ class Server:
             self._refuse(number, f"has {error}")
             raise
 
-    def _due(self, number: int) -> bool:
-        """Whether a round is scored at all."""
-        return number % self.config.evaluation.every == 0 or number == self.config.run.rounds or self._by_all(number)
-
-    def _by_all(self, number: int) -> bool:
-        """Whether a round is to be scored by all clients, though only some of them train in the next."""
-        every = self.config.evaluation.everyone
-        return self.config.clients.sample < 1 and (number == 0 or (every > 0 and number % every == 0))
-
     def _alone(self, state: ServerState, line: Metrics) -> bool:
         """Whether a round that others may follow is scored by itself.
 
         After it the run may end, if its scores are bad or missing: then no broadcast follows. Or all clients are to
         score it and only some will train; or their data is pooled, and they do not train at all.
         """
-        if self._by_all(state.round) or "data" in self.config.asks:
+        if by_itself(self.config, state.round):
             return True
         patience = self.config.run.patience
         if not patience or is_scored(line) or self.config.clients.sample < 1:  # it is known what ends the run
@@ -461,7 +452,7 @@ class Server:
     def _tested(self, number: int, weights: Weights) -> Metrics:
         """The first part of a round's line: its number, and the score on the global test set."""
         everyone_alone = self.algorithm.private >= set(KINDS)
-        if everyone_alone or not self._due(number):
+        if everyone_alone or not due(self.config, number):
             return {"round": number}
         self.observer.progress(number, "evaluating", 0, 1)
         return {"round": number} | describe_test(self.evaluate(number, weights))
@@ -470,15 +461,19 @@ class Server:
         """Have all clients score a round by itself, and complete its line."""
         started = time.perf_counter()
         told, failures = self._evaluated(state)
-        down = self.federation.moved(state.round).down
+        down = self._moved_down(state.round, line.get("clients", ()))
         now = {
             "bytes_down": sum(down.values()),
-            "bytes_down_by_client": dict(sorted(down.items())),
+            "bytes_down_by_client": down,
             "failures": [*line["failures"], *self._named([])],
             "round_seconds": line.get("round_seconds", 0.0) + time.perf_counter() - started,
         }
         line = {name: now.get(name, value) for name, value in line.items()}
         return self._scored(state, line, told, failures)
+
+    def _moved_down(self, number: int, clients: Sequence[str]) -> dict[str, int]:
+        """Bytes that a round, summed over these clients, has moved down so far, by client."""
+        return dict(sorted(self.federation.moved(number).down.items()))
 
     def _evaluated(self, state: ServerState) -> tuple[Metrics, Sequence[Failure]]:
         """The scores of all clients, by name, and why some are missing."""
@@ -501,7 +496,7 @@ class Server:
 
     def _complete(self, state: ServerState, line: Metrics) -> ServerState:
         """Checkpoint a round; where clients are to score it, its line is complete only then."""
-        if self._due(state.round) and self.config.evaluation.clients and self.config.clients.held_out:
+        if scored_by_clients(self.config, state.round):
             return self._kept(replace(state, pending=line))
         state = self._kept(replace(state, history=(*state.history, self._last(state, line))))
         self._tell(state)
@@ -550,6 +545,30 @@ def opposed(history: Sequence[Metrics], client: str) -> int:
         if any(fault["reason"].startswith(OPPOSITE) for fault in faults):
             return int(past["round"])
     return 0
+
+
+def due(config: Config, number: int) -> bool:
+    """Whether a round is scored at all."""
+    return number % config.evaluation.every == 0 or number == config.run.rounds or _by_all(config, number)
+
+
+def scored_by_clients(config: Config, number: int) -> bool:
+    """Whether clients score a round on what they hold out, with the next one or by itself."""
+    return due(config, number) and config.evaluation.clients and bool(config.clients.held_out)
+
+
+def by_itself(config: Config, number: int) -> bool:
+    """Whether clients that score a round do so by itself, whatever its scores are: with a broadcast of its own to all.
+
+    It is the last, or is for all clients though only some train in the next; or their data is pooled, and they do not
+    train at all.
+    """
+    return number >= config.run.rounds or _by_all(config, number) or "data" in config.asks
+
+
+def _by_all(config: Config, number: int) -> bool:
+    every = config.evaluation.everyone
+    return config.clients.sample < 1 and (number == 0 or (every > 0 and number % every == 0))
 
 
 def select(members: Sequence[str], share: float, seed: int, round: int) -> list[str]:

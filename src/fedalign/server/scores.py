@@ -205,16 +205,24 @@ def describe_clients(replies: Sequence[Evaluation], *, all_asked: bool) -> Metri
 def describe_held_out(total: HeldOut, least: int) -> Metrics:
     """Scores over held-out parts by name, of the sum over all clients; none where fewer than `least` have scored.
 
-    >>> describe_held_out(HeldOut(3, 10, 8, 6, 5 * UNIT), 3)
-    {'held_out_examples': 10, 'client_loss_mean_nats': 0.5, 'client_accuracy_weighted': 0.75}
-    >>> describe_held_out(HeldOut(2, 10, 8, 6, 5 * UNIT), 3)
-    {'unscored': '2 clients hold out something to be scored on, privacy.masked_min_holders = 3'}
+    Nor is an accuracy, where some clients have none: of how many others it is nobody counts.
+
+    >>> describe_held_out(HeldOut(3, 10, 10, 6, 5 * UNIT), 3)
+    {'held_out_examples': 10, 'client_loss_mean_nats': 0.5, 'client_accuracy_weighted': 0.6}
+    >>> describe_held_out(HeldOut(3, 10, 8, 6, 5 * UNIT), 3)["unscored"]
+    'accuracy of 8 of 10 held-out examples: of how many clients is not counted, privacy.masked_min_holders = 3'
+    >>> describe_held_out(HeldOut(2, 10, 10, 6, 5 * UNIT), 3)
+    {'unscored': '2 clients told a score, privacy.masked_min_holders = 3'}
     """
     if total.clients < least:
-        held = f"{total.clients} client{'' if total.clients == 1 else 's'} hold{'s' * (total.clients == 1)} out"
-        return {"unscored": f"{held} something to be scored on, privacy.masked_min_holders = {least}"}
-    told = {"held_out_examples": total.examples, "client_loss_mean_nats": total.loss / UNIT / total.examples}
-    return told | ({"client_accuracy_weighted": total.right / total.judged} if total.judged else {})
+        told = f"{total.clients} client{'' if total.clients == 1 else 's'} told a score"
+        return {"unscored": f"{told}, privacy.masked_min_holders = {least}"}
+    scores = {"held_out_examples": total.examples, "client_loss_mean_nats": total.loss / UNIT / total.examples}
+    if total.judged in (0, total.examples):
+        return scores | ({"client_accuracy_weighted": total.right / total.judged} if total.judged else {})
+    judged = f"accuracy of {total.judged} of {total.examples} held-out examples"
+    why = f"of how many clients is not counted, privacy.masked_min_holders = {least}"
+    return scores | {"unscored": f"{judged}: {why}"}
 
 
 def describe_training(reports: Sequence[Statistics], private: bool = False) -> Metrics:

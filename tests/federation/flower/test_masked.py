@@ -33,12 +33,13 @@ from fedalign.federation.masked_service import RECORD
 from fedalign.federation.messages import MESSAGES, Parcel, decode, encode
 from fedalign.federation.site import service_of
 from fedalign.protocol import PROTOCOL, Concealed, Evaluation, Failure, Fetch, Hello, Piece, Statistics
-from fedalign.server.results import RunFolder
+from fedalign.server.results import WRITTEN, RunFolder
 from fedalign.server.run import execute
 from tests.conftest import changed, make_site, rows, write_jsonl
 from tests.federation.flower.scripted import Clock
 from tests.federation.flower.test_coordinator import Direct, Tampering, as_coordinator, same_runs
 from tests.federation.test_messages import travel
+from tests.foreign import check_foreign_files_are_kept
 from tests.server.test_run import Silent, metrics
 
 SITES = ("east", "lab", "north", "ward")
@@ -340,6 +341,7 @@ def test_a_site_that_was_started_again_goes_on_and_does_not_train_anew(
         stop = Silent(lambda *where, at=(1, stage, more): where == at)
         with pytest.raises(KeyboardInterrupt):
             run(out, link(services), config, watch=stop)
+        check_foreign_files_are_kept(out, "run", WRITTEN)
         before = [one.heard.count("train") for one in services.values()]
         run(out, link(services), config, resume=True)
         assert (out / "model/model.safetensors").read_bytes() == (
@@ -483,6 +485,7 @@ def test_a_coordinator_that_was_killed_goes_on_with_the_same_scores(
     services = sites(tmp_path / "sites", house, config)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", link(services), config, watch=Silent(lambda *where: where == at))
+    check_foreign_files_are_kept(tmp_path / "run", "run", WRITTEN)
     run(tmp_path / "run", link(services), config, resume=True)
     same_runs(tmp_path / "run", tmp_path / "here", resumed=True)
     for site in services.values():

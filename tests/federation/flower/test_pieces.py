@@ -26,7 +26,7 @@ from fedalign.federation.service import Service
 from fedalign.federation.transfer import edges_of, minus, size_of
 from fedalign.files import fingerprint
 from fedalign.protocol import SHARED, Broadcast, Failure, Fetch, Lacking, Packed, Piece, Request, Start, Statistics
-from fedalign.server.results import RunFolder
+from fedalign.server.results import WRITTEN, RunFolder
 from fedalign.server.run import execute
 from tests.federation.flower.scripted import Clock, Node, ScriptedLink
 from tests.federation.flower.test_coordinator import (  # noqa: F401 # fixtures
@@ -39,6 +39,7 @@ from tests.federation.flower.test_coordinator import (  # noqa: F401 # fixtures
     sites,
 )
 from tests.federation.test_messages import travel
+from tests.foreign import check_foreign_files_are_kept
 from tests.server.test_run import Silent, metrics
 
 PIECE_MB = 0.01
@@ -340,7 +341,8 @@ def test_an_update_that_has_changed_meanwhile_is_fetched_anew(
 
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "run", Careless(services, accident), config)
-    (kept,) = (tmp_path / "run" / "transfers").glob("round-00001/ward.safetensors")
+    check_foreign_files_are_kept(tmp_path / "run", "run", WRITTEN)
+    (kept,) = (tmp_path / "run" / "transfers").glob("round-00001/ward.update.safetensors")
     content = bytearray(kept.read_bytes())
     journal = kept.with_name(f"{kept.name}.journal")
     first, *lines = journal.read_text().splitlines()

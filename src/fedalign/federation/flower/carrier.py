@@ -208,7 +208,7 @@ class Carrier:
 
     def _update(self, request: Request) -> Talk[Update | Failure]:
         name, number = request.client, request.round
-        file = self.cargo.folder / f"round-{number:05d}" / f"{folder_name(name)}.safetensors"
+        file = self.cargo.folder / f"round-{number:05d}" / f"{folder_name(name)}.update.safetensors"
         sizes = {str(group): self.cargo.sizes[group] for group in request.groups}
         upload = Upload(
             name, number, taken_over(Transfer(file, entries_of(sizes, self.cargo.dtype))), self._sizes[name]
