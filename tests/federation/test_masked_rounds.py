@@ -252,7 +252,7 @@ def test_an_accuracy_that_may_be_of_one_client_is_not_told(tmp_path: Path) -> No
         ({"score": "b"}, ["score", "rescore"], {"held_out_examples": 12 + 7 + 3}),
         ({"score": "b", "rescore": "c"}, ["score", "rescore"], {"unscored": LOST}),
         ({"score": "bcd"}, ["score"], {"unscored": "2 clients can be summed"}),
-        ({"score": "bc"}, ["score", "rescore"], {"unscored": "2 clients hold out something to be scored on"}),
+        ({"score": "bc"}, ["score", "rescore"], {"unscored": "2 clients told a score"}),
     ],
 )
 def test_a_client_that_is_lost_while_it_scores_costs_no_round(
