@@ -36,7 +36,10 @@ Line = Mapping[str, Any]
 
 
 def line_of(part: str, folder: RunFolder) -> Line:
-    """A finished run in numbers: accuracy and test loss after each round, the start first; bytes sent up in all."""
+    """A finished run in numbers: accuracy, test loss and divergence of routing after each round, bytes sent up in all.
+
+    The start is first. Lines of before have no divergence.
+    """
     config, history = load_config(folder.config), read_history(folder)
     return {
         "part": part,
@@ -45,6 +48,7 @@ def line_of(part: str, folder: RunFolder) -> Line:
         "rate": config.training.learning_rate,
         "accuracy": [scored["accuracy"] for scored in history],
         "loss_nats": [scored["loss_nats"] for scored in history],
+        "divergence_nats": [scored.get("routing_divergence_nats") for scored in history],
         "bytes_up": sum(scored.get("bytes_up", 0) for scored in history),
         "machine": machine("torch", "transformers"),
     }
@@ -103,6 +107,13 @@ def part_table(lines: Sequence[Line]) -> str:
         [line["bytes_up"] / base[seed]["bytes_up"] for seed, line in runs.items() if seed in base]
         for runs in by_line.values()
     ]
+    ends = [
+        [end for one in runs.values() if (end := one.get("divergence_nats", [None])[-1]) is not None]
+        for runs in by_line.values()
+    ]
+    if any(ends):
+        told_ends = (told(mean_interval(of), 1, 3) if of else "" for of in ends)
+        rows.append(["divergence of routing at the end, nats", *told_ends])
     rows.append(["bytes up", *(f"{sum(of) / len(of):.2f}" if of else "" for of in shares)])
     return table(header, rows)
 
