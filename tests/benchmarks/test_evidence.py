@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -138,6 +139,19 @@ def test_the_figure_shows_differences_seed_by_seed_at_the_rate_asked_for() -> No
     points = drawn[0].get_ydata()
     assert points == pytest.approx([15, 0])
     assert drawn.get_label() == study.OURS
+
+
+def test_the_figure_of_what_is_kept_shows_each_seed_and_their_mean() -> None:
+    def line(name: str, seed: int, *accuracy: float) -> dict[str, Any]:
+        return {"part": "tasks", "line": name, "seed": seed, "accuracy": accuracy}
+
+    axes = Figure().subplots()
+    ours = [line("fedalign_moe", 0, 0.5, 0.7), line("fedalign_moe", 1, 0.5, 0.5), line("fedalign_moe", 2, 0.5, 0.9)]
+    figures.draw_kept(axes, [line("fedavg", 0, 0.5, 0.6), line("fedavg", 1, 0.5, 0.7), *ours])  # the last has no pair
+    _, *seeds, mean = (one.get_ydata() for one in axes.lines)
+    assert seeds == [pytest.approx([0, 10]), pytest.approx([0, -20])]
+    assert mean == pytest.approx([0, -5])
+    assert axes.lines[-1].get_label() == "the default, fedalign_moe, 2 seeds"
 
 
 def test_finished_runs_are_kept_once_and_told_beside_fedavg(tmp_path: Path) -> None:
