@@ -88,6 +88,12 @@ def lines_of(material: Material) -> dict[tuple[Point, str], list[Run]]:
     return {line: runs for line, runs in lines.items() if runs}
 
 
+def representatives(material: Material, has: Callable[[Run], object]) -> dict[tuple[Point, str], Run]:
+    """Of each line the first seed that has what is to be shown, a finished run if there is one; no line without any."""
+    there = {line: [run for run in runs if has(run)] for line, runs in lines_of(material).items()}
+    return {line: min(runs, key=lambda run: (not run.finished, run.cell.seed)) for line, runs in there.items() if runs}
+
+
 def seed_counts(material: Material) -> list[int]:
     """Seeds of each line that has several runs."""
     return [len(runs) for runs in lines_of(material).values() if len(runs) > 1]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from fedalign.report.figures import CLIENTS, Json, label_index, lines_of, point_index, thinned
+from fedalign.report.figures import CLIENTS, Json, label_index, point_index, representatives, thinned
 from fedalign.report.material import Material, Run
 from fedalign.server.health import DamagedError, Floats, Round, read_round
 
@@ -36,8 +36,7 @@ def health(material: Material, budget: int = BUDGET) -> ExpertFigures:
     found = ExpertFigures()
     chosen = [
         (point_index(material, point), label_index(material, label), run)
-        for (point, label), runs in lines_of(material).items()
-        if (run := _representative(runs)) is not None
+        for (point, label), run in representatives(material, lambda run: run.health).items()
     ]
     for point, label, run in chosen:
         rounds = _read_all(run, found.problems)
@@ -45,11 +44,6 @@ def health(material: Material, budget: int = BUDGET) -> ExpertFigures:
             about = {"point": point, "label": label, "seed": run.cell.seed}
             found.runs.append(about | _packed(rounds, budget // len(chosen)))
     return found
-
-
-def _representative(runs: Sequence[Run]) -> Run | None:
-    there = [run for run in runs if run.health]
-    return min(there, key=lambda run: (not run.finished, run.cell.seed), default=None)
 
 
 def _read_all(run: Run, problems: list[str]) -> list[Round]:

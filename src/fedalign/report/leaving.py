@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedalign.compare.plan import line_name
-from fedalign.report.figures import lines_of
+from fedalign.report.figures import representatives
 from fedalign.report.material import Material, Run
 from fedalign.server.results import RunFolder
 from fedalign.units import moved, nats, percent
@@ -37,11 +37,7 @@ class AllLosses:
 def losses(material: Material) -> AllLosses:
     """For each grid point and algorithm those of the first seed that has them."""
     shown, problems = [], []
-    for runs in lines_of(material).values():
-        there = [run for run in runs if RunFolder(run.folder).leaving.exists()]
-        if not there:
-            continue
-        run = min(there, key=lambda run: (not run.finished, run.cell.seed))
+    for run in representatives(material, lambda run: RunFolder(run.folder).leaving.exists()).values():
         try:
             shown.append(_losses(run, json.loads(RunFolder(run.folder).leaving.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -11,7 +11,7 @@ from typing import Any
 from fedalign.compare.plan import line_name
 from fedalign.errors import UserError
 from fedalign.moe.site_experts import KEY, checked
-from fedalign.report.figures import lines_of
+from fedalign.report.figures import representatives
 from fedalign.report.material import Material, Run
 from fedalign.server.health import DamagedError, Round, read_round
 from fedalign.server.results import RunFolder
@@ -41,11 +41,7 @@ class Matrices:
 def matrices(material: Material) -> Matrices:
     """For each grid point and algorithm the last round of its first seed that has loads, a finished run if there is."""
     shown, problems = [], []
-    for runs in lines_of(material).values():
-        there = [run for run in runs if run.health]
-        if not there:
-            continue
-        run = min(there, key=lambda run: (not run.finished, run.cell.seed))
+    for run in representatives(material, lambda run: run.health).values():
         try:
             record = _record(run)
             matrix = _matrix(run, read_round(run.health[-1]), record) if record else None
