@@ -14,6 +14,7 @@ from fedalign.demo import DEMO
 from tests.conftest import Command
 
 NOISE = ("privacy.epsilon=4.0", "evaluation.clients=false", "algorithm.name=fedavg")
+PULL = ("algorithm.reg_strength=0.1",)
 BY_USE = ("algorithm.name=by_use", "algorithm.vocabulary=average")
 SITES = ("federation.engine=flower", 'data.labels=["a", "b"]')
 
@@ -120,6 +121,10 @@ def test_keys_are_keys() -> None:
                 (["algorithm.vocabulary=average"], 'vocabulary = "average"', "algorithm.vocabulary=clients"),
                 (["tuning.kind=lora"], 'kind = "lora"', "tuning.kind=full"),
             )
+        ],
+        *[
+            ([f"algorithm.{given}"], f"algorithm.{given.partition('=')[0]}", "reg_strength = 0", PULL)
+            for given in ("granularity=token", "form=kl", "adaptive_strength=false")
         ],
         (["algorithm.vocabulary=clients", "tuning.kind=moe"], "vocabulary = ", '"moe"', ["tuning.kind=full"]),
         (

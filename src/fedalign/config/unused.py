@@ -3,7 +3,7 @@
 `VOID` holds keys, and why they have no effect in a configuration. Of a key at its default nothing is said, since a
 resolved configuration names all keys. Contradictions that would give another run than was meant are refused in
 `config.run`; what stands here changes nothing, and old runs hold it. Of an algorithm's own options only those on token
-rows are here.
+rows and on the pull are here.
 """
 
 from __future__ import annotations
@@ -123,6 +123,11 @@ VOID = (
         ["wire.error_feedback"],
         lambda c: c.wire.error_feedback == "on" and c.wire.dtype not in ("int8", "int4"),
         ["wire.dtype"],
+    ),
+    Void(
+        [f"algorithm.{name}" for name in ("granularity", "form", "adaptive_strength")],
+        lambda c: getattr(c.algorithm, "reg_strength", None) == 0,
+        ["algorithm.reg_strength"],
     ),
     Void([f"algorithm.{name}" for name in ROWS], lambda c: c.tuning.kind != "full", ["tuning.kind"]),
     Void(

@@ -39,9 +39,9 @@ RESUMABLE = (  # may change on resume
     "server.memory_gb",
     *(f"federation.{key}" for key in FederationConfig.model_fields if key != "engine"),
 )
-SINCE = {
-    "algorithm.vocabulary_half_life": 0.0
-}  # keys that came later, and the value that changes nothing: as if absent
+SINCE = {  # keys that came later, and the value that changes nothing: as if absent
+    "algorithm.vocabulary_half_life": 0.0,
+}
 Holdings = Mapping[str, Mapping[str, Any]]
 Marked = tuple[Evaluation, Mapping[str, Any]]  # a score, and for JSON what was answered
 
