@@ -390,20 +390,21 @@ def _by_round(nbytes: Sequence[int], most: int = 3) -> str:
 
     >>> _by_round([0, 2000, 3000, 3000, 5000])
     'at most 13.0 kB: 2.0 kB in round 1, 3.0 kB in each of rounds 2 to 3, 5.0 kB in round 4'
-    >>> _by_round([0, 2000, 2000]), _by_round([1000, 2000, 1000, 3000, 5000])
+    >>> _by_round([0, 2000, 2001]), _by_round([1000, 2000, 1000, 3000, 5000])
     ('at most 2.0 kB a round', 'at most 12.0 kB, and 5.0 kB in a round')
     """
     from fedalign.units import size
 
-    told = [(count, [number for number, _ in alike]) for count, alike in groupby(enumerate(nbytes), itemgetter(1))]
-    told = [(count, numbers) for count, numbers in told if count or numbers[0]]  # nothing before the first: not said
+    sizes = enumerate(map(size, nbytes))  # what reads alike is said once
+    told = [(shown, [number for number, _ in alike]) for shown, alike in groupby(sizes, itemgetter(1))]
+    told = [(shown, numbers) for shown, numbers in told if shown != size(0) or numbers[0]]  # none before the first
     if len(told) > most:
         return f"at most {size(sum(nbytes))}, and {size(max(nbytes))} in a round"
     if len(told) == 1:
-        return f"at most {size(told[0][0])} a round"
+        return f"at most {told[0][0]} a round"
     parts = (
-        f"{size(count)} in " + (f"each of rounds {first} to {last}" if last > first else f"round {first}")
-        for count, first, last in ((count, numbers[0], numbers[-1]) for count, numbers in told)
+        f"{shown} in " + (f"each of rounds {first} to {last}" if last > first else f"round {first}")
+        for shown, first, last in ((shown, numbers[0], numbers[-1]) for shown, numbers in told)
     )
     return f"at most {size(sum(nbytes))}: {', '.join(parts)}"
 
