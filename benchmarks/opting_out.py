@@ -5,6 +5,7 @@
     python benchmarks/opting_out.py --out runs/opting-tasks --model runs/evidence/start --clients 10 --rounds 5 \
         --rows 2000 --seeds 0 1 2 --set data.train=runs/evidence/data/tasks/train.jsonl ...   # other clients
     python benchmarks/opting_out.py --out runs/opting-tasks --table tasks                     # its part of the page
+    python benchmarks/opting_out.py --out runs/a-10 runs/a-11 --table tasks                   # seeds of two folders
 
 The demo's model gets an expert for each client (`fedalign upcycle`), and is tuned by each of ALGORITHMS as a comparison
 (`fedalign compare`, one run after another), and with the same settings by low-rank experts. Of the frozen model of
@@ -28,10 +29,10 @@ from fedalign.cli.upcycle import upcycle
 from fedalign.client.memory import ClientData
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
-from fedalign.config.toml import as_texts
+from fedalign.config.toml import as_texts, load_config
 from fedalign.data.batches import batches
 from fedalign.data.deal import split_among_clients
-from fedalign.errors import UserError
+from fedalign.errors import UserError, unknown
 from fedalign.files import write_text
 from fedalign.moe.load import quiet
 from fedalign.moe.rows import Text, look, public_text
@@ -47,6 +48,7 @@ ALGORITHMS = {name: f"`{name}`" for name in ("fedavg", "by_use", "fedalign_moe",
     f"{FROZEN}:shared=average": '`site_experts`, `shared = "average"`'
 }
 LOW_RANK = "site_experts, low rank"
+LINES = {**ALGORITHMS, LOW_RANK: "`site_experts`, low rank"}
 ADAPTERS = {"tuning.kind": "lora", "tuning.targets": ["experts"]}
 WRITES = "what the untrained model writes"
 ABOUT, FOUND = "about.json", "found.json"
@@ -54,37 +56,49 @@ ABOUT, FOUND = "about.json", "found.json"
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-def sites_of(args: argparse.Namespace) -> list[str]:
-    """Names of the clients of a run in one process."""
-    return [f"client-{number:02}" for number in range(args.clients)]
+def sites_of(args: argparse.Namespace, texts: Sequence[str]) -> list[str]:
+    """Names of the clients of a run in one process, with the first seed; all seeds must have the same.
+
+    Raises:
+        UserError: They have not.
+    """
+    names = [sorted(split_among_clients(load_config("demo", [*texts, f"run.seed={seed}"]))[1]) for seed in args.seeds]
+    if any(one != names[0] for one in names):
+        raise UserError(f"--seeds {args.seeds}: clients have other names for each. Give each seed a folder of its own.")
+    return names[0]
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the folder must have been made by to be gone on with."""
-    return {name: getattr(args, name) for name in ("model", "clients", "seeds", "rounds", "rows", "set")}
+    made = {name: getattr(args, name) for name in ("model", "clients", "seeds", "rounds", "rows", "set")}
+    return made | ({"after": args.after} if args.after else {})
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Make what the folder does not hold yet; a line for each algorithm and seed, the frozen ones with what was found.
 
     Raises:
-        UserError: The folder holds runs of other settings.
+        UserError: The folder holds runs of other settings, or no line is called so.
     """
     quiet()
-    args.out.mkdir(parents=True, exist_ok=True)
-    about, base = args.out / ABOUT, args.out / "base"
+    (out,) = args.out
+    out.mkdir(parents=True, exist_ok=True)
+    for name in args.lines:
+        if name not in LINES:
+            raise unknown("--lines", name, LINES)
+    about, base = out / ABOUT, out / "base"
     if about.exists() and (there := json.loads(about.read_text())["settings"]) != settings(args):
-        raise UserError(
-            f"--out {str(args.out)!r}: holds runs of {there}, not of {settings(args)}. Choose another folder."
-        )
+        raise UserError(f"--out {str(out)!r}: holds runs of {there}, not of {settings(args)}. Choose another folder.")
     write_text(about, json.dumps({"settings": settings(args), "machine": machine("torch", "transformers")}) + "\n")
-    if not base.exists():
-        upcycle(args.model, base, site_experts=",".join(sites_of(args)))
     asked = {"model.path": str(base), "clients.count": args.clients, "run.rounds": args.rounds}
     texts = [*as_texts(asked | {"data.max_train": args.rows}), *args.set]
-    low = [row | {"algorithm": LOW_RANK} for row in compared(args, [FROZEN], texts, "low-rank", ADAPTERS)]
+    if not base.exists():
+        upcycle(args.model, base, site_experts=",".join(sites_of(args, texts)))
+    low = []
+    if LOW_RANK in args.lines:
+        low = [row | {"algorithm": LOW_RANK} for row in compared(args, [FROZEN], texts, "low-rank", ADAPTERS)]
     lines = []
-    for row in [*compared(args, list(ALGORITHMS), texts, "runs"), *low]:
+    for row in [*compared(args, [name for name in ALGORITHMS if name in args.lines], texts, "runs"), *low]:
         history = [json.loads(one) for one in (Path(row["folder"]) / "metrics.jsonl").read_text().splitlines()]
         lines.append(
             {
@@ -92,6 +106,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "seed": row["seed"],
                 "global": row["final_accuracy"],
                 "own": history[-1]["client_accuracy_weighted"],
+                **({"after": [scores(history[number]) for number in args.after]} if args.after else {}),
                 "bytes_up": stats.fmean(line["bytes_up"] for line in history if line["round"]),
                 "model_bytes": sum(
                     file.stat().st_size for file in (Path(row["folder"]) / "model").glob("*.safetensors")
@@ -100,8 +115,13 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             }
         )
         print(json.dumps(lines[-1]), flush=True)
-    write_text(args.out / FOUND, json.dumps(lines, indent=1) + "\n")
+    write_text(out / FOUND, json.dumps(lines, indent=1) + "\n")
     return lines
+
+
+def scores(line: Mapping[str, Any]) -> dict[str, float]:
+    """Of a line of metrics.jsonl."""
+    return {"global": line["accuracy"], "own": line["client_accuracy_weighted"]}
 
 
 def compared(
@@ -117,7 +137,7 @@ def compared(
         algorithms,
         seeds=args.seeds,
         overrides=[*as_texts(more), *texts],
-        out=args.out / place,
+        out=args.out[0] / place,
         jobs=1,
         progress=False,
     )
@@ -219,19 +239,27 @@ def weighted(scores: dict[str, float | None], rows: dict[str, int]) -> float | N
 
 def table(lines: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
     """All numbers of the page."""
-    head = "| | global test set | own rows | sent up a round | weights of `model/` |\n|---|--:|--:|--:|--:|\n"
+    made = about["settings"]
+    earlier = [*enumerate(made.get("after", ()))]
+    when = [f" after {number} rounds" for _, number in earlier] + ([f" after {made['rounds']}"] if earlier else [""])
+    columns = [f"{what}{after}" for after in when for what in ("global test set", "own rows")]
+    head = f"| | {' | '.join(columns)} | sent up a round | weights of `model/` |\n|---|{'--:|' * (len(columns) + 2)}\n"
     body = ""
-    for name, shown in {**ALGORITHMS, LOW_RANK: "`site_experts`, low rank"}.items():
+    for name, shown in LINES.items():
         here = [line for line in lines if line["algorithm"] == name]
+        if not here:
+            continue
         sent, whole_size = (
             size(round(stats.fmean(line[which] for line in here))) for which in ("bytes_up", "model_bytes")
         )
-        told = [percent(line[which] for line in here) for which in ("global", "own")]
-        body += f"| {shown} | {told[0]} | {told[1]} | {sent} | {whole_size} |\n"
+        places = [*([line["after"][place] for line in here] for place, _ in earlier), here]
+        told = [percent(one[which] for one in place) for place in places for which in ("global", "own")]
+        seeds = {line["seed"] for line in here}
+        only = f" (seed {', '.join(map(str, sorted(seeds)))})" if seeds != set(made["seeds"]) else ""
+        body += f"| {shown}{only} | {' | '.join(told)} | {sent} | {whole_size} |\n"
     found = [line["frozen"] for line in lines if "frozen" in line]
     names = list(found[0]["rows"])
     whole = [weighted(one["whole"], one["rows"]) for one in found]
-    made = about["settings"]
     several = f"Mean and range of {len(made['seeds'])} seeds. " if len(made["seeds"]) > 1 else ""
     ran = f"{several}Run on: {about['machine']}. Settings: `{json.dumps(made)}`.\n"
     frozen_whole = f"{head}{body}\nThe frozen model as a whole answers own rows at {percent(whole)}."
@@ -300,34 +328,46 @@ def left(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_table(args: argparse.Namespace) -> None:
-    """Write the numbers of a folder into their part of the page.
+    """Write the numbers of the folders into their part of the page.
 
     Raises:
-        UserError: There is no finished run in the folder, or no such part.
+        UserError: There is no finished run in a folder, they hold runs of other settings, or there is no such part.
     """
-    if not (args.out / FOUND).exists():
-        raise UserError(f"--out {str(args.out)!r}: no {FOUND} there. Run it without --table first.")
-    lines, text = json.loads((args.out / FOUND).read_text()), PAGE.read_text()
-    begin = BEGIN.format(args.table)
+    lines, text, begin = [], PAGE.read_text(), BEGIN.format(args.table)
+    about: dict[str, Any] = {}
+    for out in args.out:
+        if not (out / FOUND).exists():
+            raise UserError(f"--out {str(out)!r}: no {FOUND} there. Run it without --table first.")
+        lines += json.loads((out / FOUND).read_text())
+        here = json.loads((out / ABOUT).read_text())
+        seeds = here["settings"].pop("seeds")
+        if about and here["settings"] != about["settings"]:
+            raise UserError(f"--out {str(out)!r}: holds runs of {here['settings']}, not of {about['settings']}.")
+        about = here | {"seeds": [*about.get("seeds", ()), *seeds]}
+    about["settings"] |= {"seeds": list(dict.fromkeys(about["seeds"]))}
     if begin not in text:
         raise UserError(f"--table {args.table}: {PAGE.name} has no such part. It begins with the line {begin}")
     before, after = text.split(begin)
     after = after[after.index(END) :]
-    PAGE.write_text(f"{before}{begin}\n{table(lines, json.loads((args.out / ABOUT).read_text()))}{after}")
+    PAGE.write_text(f"{before}{begin}\n{table(lines, about)}{after}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, or write the page's numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/opting-out"))
+    parser.add_argument("--out", type=Path, nargs="+", default=[Path("runs/opting-out")])
     parser.add_argument("--model", default="demo", help="that gets the experts")
     parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--after", type=int, nargs="*", default=[], help="rounds after which scores are told too")
+    parser.add_argument("--lines", nargs="+", default=list(LINES), help="of the table; all if not given")
     parser.add_argument("--rows", type=int, default=1500, help="data.max_train")
     parser.add_argument("--set", nargs="*", default=[], help="further settings of a configuration")
     parser.add_argument("--table", nargs="?", const="demo", help="write the numbers into this part of the page")
     args = parser.parse_args(arguments)
+    if len(args.out) > 1 and not args.table:
+        parser.error("--out: one folder, or several with --table")
     try:
         write_table(args) if args.table else run(args)
     except UserError as error:

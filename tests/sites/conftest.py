@@ -253,7 +253,7 @@ class Deployment:
     def wait_online(self, *sites: str) -> None:
         """Until these sites, or all that were started, are connected, as their SuperNodes say."""
         for site in sites or tuple(self._said):
-            self.loopback.wait(lambda site=site: self._is_online(site), f"{site} to connect", seconds=180)  # type: ignore[misc] # mypy infers no lambda with defaults
+            self.loopback.wait(lambda site=site: self._is_online(site), f"{site} to connect", seconds=180, needs=site)  # type: ignore[misc] # mypy infers no lambda with defaults
 
     def _is_online(self, site: str) -> bool:
         return "SuperNode ID" in self.loopback.log(site)[self._said[site] :]

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.sites
 PAGE = (Path(__file__).parents[2] / "docs" / "many-sites.md").read_text(encoding="utf-8")
 PART = re.compile(r"^## (?P<heading>[^\n]*)\n|^```(?P<kind>\w*)\n(?P<text>.*?)^```", re.MULTILINE | re.DOTALL)
 PARTIES = {"Coordinator": "coordinator", "Each site": "site"}
-STAYS = {"flower-superlink": "superlink", "fedalign site serve": "site"}
+STAYS = {"flower.superlink": "superlink", "fedalign site serve": "site"}
 SENT = {  # before a step
     "2.": (("coordinator/invite-hospital-a.toml", "site"), ("coordinator/federation.toml", "site")),
     "3.": (("site/hospital-a/key.pub", "coordinator/hospital-a.pub"),),

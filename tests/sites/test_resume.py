@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sqlite3
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,31 @@ def test_the_superlink_killed_with_all_that_it_started(deployment: Deployment, w
         assert run.rounds == [0, 1]
     deployment.loopback.start_superlink()  # on the same port and database; the sites find it again
     assert_whole(run, whole, deployment.resume(run))
+
+
+def test_a_database_that_is_locked_costs_time_alone(tables: dict[str, Any], whole: Run, tmp_path: Path) -> None:
+    """For longer than Flower lets SQLite wait, again and again: while sites start, and all through a run."""
+    over = threading.Event()
+
+    def lock(database: Path) -> None:
+        with closing(sqlite3.connect(database, isolation_level=None, timeout=60)) as connection:
+            while not over.is_set():
+                connection.execute("BEGIN IMMEDIATE")
+                over.wait(8)
+                connection.execute("ROLLBACK")
+                over.wait(2)
+
+    with deployed(tmp_path / "deployed", tables, secure=False) as running:
+        thread = threading.Thread(target=lock, args=[running.loopback.folder / "state.db"])
+        thread.start()
+        try:
+            for site in PAIR:
+                running.add(site, warm=True)
+            run, said = running.run("locked")
+        finally:
+            over.set()
+            thread.join()
+    assert_whole(run, whole, said)
 
 
 def test_too_few_sites_are_told_at_once(deployment: Deployment) -> None:

@@ -44,9 +44,12 @@ class Superlink:
     """Flower's part, which says no more than it must."""
 
     stopped: list[str] = field(default_factory=list)
+    looks: list[tuple[str | None, bool]] = field(default_factory=list)  # what it tells, one after another
 
-    def ended(self, run_id: str) -> None:
-        pytest.fail("Flower was asked, and takes a minute to notice")
+    def look(self, run_id: str) -> tuple[str | None, bool]:
+        if not self.looks:
+            pytest.fail("Flower was asked, and takes a minute to notice")
+        return self.looks.pop(0)
 
     def stop(self, run_id: str) -> None:
         self.stopped.append(run_id)
@@ -84,9 +87,11 @@ def coordinator(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes
         process.wait()
 
 
-def watch(folder: Path, superlink: Superlink, watcher: Watcher | None = None) -> Any:
+def watch(
+    folder: Path, superlink: Superlink, watcher: Watcher | None = None, tell: Callable[[str], None] = lambda _: None
+) -> Any:
     observer = cast("Observer", watcher or Watcher())
-    return launch.watch_run(RunFolder(folder), observer, lambda _: None, cast("Flower", superlink), "7")
+    return launch.watch_run(RunFolder(folder), observer, tell, cast("Flower", superlink), "7")
 
 
 def test_a_killed_coordinator_is_noticed_by_its_lock(
@@ -114,6 +119,34 @@ def test_a_run_that_fails_says_its_own_reason_although_its_lock_is_free(tmp_path
         Beacon(tmp_path).fail("too few sites")
     with pytest.raises(UserError, match="too few sites"):
         watch(tmp_path, Superlink())
+
+
+def test_a_run_that_the_superlink_does_not_start_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "SILENCE", -1.0)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    told: list[str] = []
+    superlink = Superlink(looks=[(None, False), (None, True), (None, True), ("Flower ended the run", False)])
+    with pytest.raises(UserError, match="Flower ended the run"):
+        watch(tmp_path, superlink, tell=told.append)
+    (line,) = told
+    assert "has not started it yet" in line
+    assert f"fedalign run --resume {tmp_path}" in line
+
+
+@pytest.mark.parametrize(
+    ("status", "look"),
+    [
+        ("pending", (None, True)),
+        ("running", (None, False)),
+        ("finished:failed", ("Flower ended the run: finished:failed no heartbeat", False)),
+    ],
+)
+def test_what_flower_says_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, look: tuple[str | None, bool]
+) -> None:
+    details = {"status-details": "no heartbeat"} if "failed" in status else {}
+    monkeypatch.setattr(launch, "ask_flwr", lambda *_: {"runs": [{"status": status, **details}]})
+    assert Flower(tmp_path, "127.0.0.1:1", None).look("7") == look
 
 
 @pytest.mark.parametrize("words", [(), ("deaf",)])

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from flwr.app import Message, RecordDict
+from flwr.proto.fleet_pb2 import ActivateNodeResponse
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse as Heartbeat
+from flwr.supercore import heartbeat
 from flwr.supercore.constant import TaskType
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.retry import http_retry
 from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.supernode import start_client_internal
+from flwr.supernode import fleet_http_connection, start_client_internal
+from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.nodestate import NodeStateFactory
-from httpx import HTTPStatusError, Request, Response
+from httpx import HTTPStatusError
 
 from fedalign.federation.flower import supernode
-from fedalign.federation.flower.supernode import BUSY, OFTEN, STUBBORN, Hurry, receive_whole, stubborn
+from fedalign.federation.flower.supernode import BUSY, OFTEN, Hurry, Patient, receive_whole
 
 FLOWER = start_client_internal._pull_and_store_message
+PUSH = "push-messages"
 
 
 @pytest.fixture(autouse=True)
@@ -122,65 +134,113 @@ def test_a_supernode_looks_more_often_while_messages_come(monkeypatch: pytest.Mo
 
 
 class SuperLink:
-    """What fails so many times before it takes an answer, and what it was handed."""
+    """A server over HTTP that fails at each path (or one) so many times before it answers, and what it was asked."""
 
     def __init__(self, failures: int, code: int = 500) -> None:
-        self.failures, self.code, self.taken = failures, code, list[str]()
+        superlink = self
+        self.failures, self.code, self.only, self.asked = failures, code, "", Counter[str]()
+        self.answers: dict[str, Any] = {
+            "activate-node": ActivateNodeResponse(node_id=7),
+            "send-node-heartbeat": Heartbeat(success=True),
+        }
 
-    def send(self, message: Any, *_: Any) -> tuple[set[str], str]:
-        self.taken.append(message.metadata.message_id)
-        if len(self.taken) <= self.failures:
-            request = Request("POST", "http://superlink")
-            raise HTTPStatusError("database is locked", request=request, response=Response(self.code, request=request))
-        return set(), "session"
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                path = self.path.removeprefix("/v1/fleet/")
+                self.rfile.read(int(self.headers["content-length"]))
+                superlink.asked[path] += 1
+                failed = superlink.asked[path] <= superlink.failures and superlink.only in ("", path)
+                answer = superlink.answers.get(path)
+                body = b"" if failed or answer is None else answer.SerializeToString()
+                self.send_response(superlink.code if failed else 200)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
 
+            def log_message(self, *_: Any) -> None:
+                pass
 
-def answered(superlink: SuperLink, send: Any) -> SuperNode:
-    """A SuperNode whose ClientApp has answered, and which hands that over."""
-    node = SuperNode()
-    assert node.receive(FLOWER) == 7
-    node.state.get_messages_legacy(run_ids=[7], is_reply=False)
-    reply = Message(RecordDict(), reply_to=node.message)
-    reply.metadata.__dict__["_message_id"] = reply.object_id
-    node.store.preregister(7, get_object_tree(reply))
-    node.state.store_message(reply)
-    start_client_internal._push_messages(node.state, node.store, send, lambda *_: None)
-    return node
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
-
-def test_an_answer_that_the_superlink_fails_to_take_is_handed_over_again() -> None:
-    theirs = SuperLink(failures=3)
-    answered(theirs, theirs.send)
-    assert len(theirs.taken) == 1  # else Flower hands it over again itself, and ours need not
-    ours, slept = SuperLink(failures=3), list[float]()
-    answered(ours, stubborn(ours.send, slept.append))
-    assert len(ours.taken) == 4
-    assert len(slept) == 3
-    assert max(slept) <= 10
+    def connected(self) -> Any:
+        """As a SuperNode is, without a key."""
+        address = f"127.0.0.1:{self.server.server_address[1]}"
+        return fleet_http_connection.http_request_response(server_address=address, insecure=True)
 
 
-def test_what_the_superlink_refuses_is_not_handed_over_again() -> None:
-    refuses = SuperLink(failures=3, code=400)
-    answered(refuses, stubborn(refuses.send, lambda _: pytest.fail("it is asked again")))
-    assert len(refuses.taken) == 1
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower asks again without a wait."""
+    monkeypatch.setattr(http_retry, "exponential", lambda **_: itertools.repeat(0.0))
+    monkeypatch.setattr(heartbeat, "exponential", lambda **_: itertools.repeat(0.0))
 
 
-def test_the_superlink_is_not_asked_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supernode, "STUBBORN", 0.0)
-    dead = SuperLink(failures=10**9)
-    answered(dead, stubborn(dead.send, lambda _: None))
-    assert len(dead.taken) == 1
-    assert STUBBORN > 0
+@pytest.fixture
+def failing() -> Iterator[Callable[..., SuperLink]]:
+    """Makes a SuperLink that fails."""
+    made: list[SuperLink] = []
+
+    def make(*how: int) -> SuperLink:
+        made.append(SuperLink(*how))
+        return made[-1]
+
+    yield make
+    for superlink in made:
+        superlink.server.shutdown()
+        superlink.server.server_close()
 
 
-def test_our_supernode_is_stubborn_with_answers_and_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    handed: dict[str, Any] = {}
-    theirs = SimpleNamespace(_pull_and_store_message=None, _push_messages=lambda **given: handed.update(given))
-    monkeypatch.setattr(supernode, "supernode", theirs)
+def test_flowers_own_supernode_does_not_start_at_a_superlink_that_fails_once(
+    failing: Callable[..., SuperLink], at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else Flower has mended it, and `Patient` is needed no more."""
+    ended = RuntimeError("ended")
+    monkeypatch.setattr(fleet_http_connection, "flwr_exit", lambda *_: (_ for _ in ()).throw(ended))
+    superlink = failing(1)
+    with pytest.raises(RuntimeError, match="ended"), superlink.connected():
+        pytest.fail("it is connected")
+    assert superlink.asked == {"register-node": 1}
+
+
+def test_our_supernode_outlasts_a_superlink_that_fails(
+    failing: Callable[..., SuperLink], at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_http_connection, "FleetHttpClient", Patient)
+    superlink = failing(3)
+    with superlink.connected() as connection:
+        node, receive, send = connection[:3]
+        assert node == 7
+        assert receive() is None
+        deadline = time.monotonic() + 30
+        while superlink.asked["send-node-heartbeat"] < 4:  # the fourth is answered
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        message: Any = Message(RecordDict(), dst_node_id=1, message_type="train")
+        reply = Message(RecordDict(), reply_to=message)
+        assert send(reply, get_object_tree(reply), 1.0) == (set(), "")
+    asked = dict(superlink.asked)
+    assert [asked.pop(path) for path in ("deactivate-node", "unregister-node")] == [1, 1]  # a goodbye is said once
+    assert asked == dict.fromkeys(("register-node", "activate-node", "pull-messages", "send-node-heartbeat", PUSH), 4)
+
+
+def test_what_a_superlink_refuses_is_not_asked_again(
+    failing: Callable[..., SuperLink], at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_http_connection, "FleetHttpClient", Patient)
+    superlink = failing(0)
+    with superlink.connected() as connection:
+        superlink.failures, superlink.code, superlink.only = 10**9, 400, "pull-messages"
+        with pytest.raises(HTTPStatusError):
+            connection[1]()
+    assert superlink.asked["pull-messages"] == 1
+
+
+def test_our_supernode_is_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_http_connection, "FleetHttpClient", FleetHttpClient)  # put back afterwards
+    monkeypatch.setattr(supernode, "supernode", SimpleNamespace(_pull_and_store_message=None))
     monkeypatch.setattr(supernode, "flower_supernode", lambda: None)
     monkeypatch.setattr(supernode, "waits", SimpleNamespace(shorten=lambda: None))
-    monkeypatch.setattr(supernode, "stubborn", lambda ask: ("again", ask))
     monkeypatch.setattr("sys.argv", ["none"])
     supernode.main()
-    theirs._push_messages(state=1, object_store=2, send=3, push_object=4)
-    assert handed == {"state": 1, "object_store": 2, "send": ("again", 3), "push_object": ("again", 4)}
+    assert vars(fleet_http_connection)["FleetHttpClient"] is Patient

@@ -1,7 +1,8 @@
-"""What is not there yet is asked for again soon."""
+"""What is not there yet is asked for again soon; a heartbeat at which the SuperLink fails is sent again."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -9,10 +10,14 @@ from typing import Any
 
 import pytest
 from flwr.app import Message, RecordDict
+from flwr.common.constant import HEARTBEAT_CALL_TIMEOUT
+from flwr.supercore import heartbeat
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
 from flwr.supercore.task_identity import TaskIdentity
+from httpx import HTTPStatusError, Request, Response
 
 from fedalign.federation.flower import ready, server_app, supernode, waits
 
@@ -96,6 +101,7 @@ def of_client_app(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def of_server_app(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HeartbeatSender, "_heartbeat", HeartbeatSender._heartbeat)  # put back afterwards
     for name in ("return_what_is_freed", "log_to_stderr", "quiet"):
         monkeypatch.setattr(server_app, name, lambda: None)
     with pytest.raises(KeyError, match="out"):
@@ -110,3 +116,50 @@ def test_every_station_asks_often(
     begun(monkeypatch)
     inflatable_utils.pull_objects(["a"], late(1))
     assert waited == [0.05]
+
+
+class Beats:
+    """The SuperLink fails at the second heartbeat, with this code; after the fourth the sender is to end."""
+
+    def __init__(self, code: int) -> None:
+        self.code, self.sent, self.sender = code, 0, HeartbeatSender(self)
+
+    def __call__(self) -> bool:
+        self.sent += 1
+        if self.sent == 2:
+            request = Request("POST", "http://superlink")
+            raise HTTPStatusError("failed", request=request, response=Response(self.code, request=request))
+        if self.sent == 4:
+            self.sender._stop_event.set()
+        return True
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heartbeats follow each other at once."""
+    monkeypatch.setattr(HeartbeatSender, "_heartbeat", HeartbeatSender._heartbeat)  # put back afterwards
+    monkeypatch.setattr(heartbeat, "exponential", lambda **_: itertools.repeat(0.0))
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_DEFAULT_INTERVAL", HEARTBEAT_CALL_TIMEOUT)
+
+
+def test_a_heartbeat_at_which_the_superlink_fails_is_sent_again(hasty: None) -> None:
+    theirs = Beats(500)
+    with pytest.raises(HTTPStatusError):  # else Flower has mended it, and `outlast_failures` is needed no more
+        theirs.sender._run()
+    ours = Beats(500)
+    waits.outlast_failures()
+    ours.sender._run()
+    assert (theirs.sent, ours.sent) == (2, 4)
+
+
+def test_heartbeats_that_the_superlink_refuses_end(hasty: None) -> None:
+    waits.outlast_failures()
+    refused = Beats(400)
+    with pytest.raises(HTTPStatusError):
+        refused.sender._run()
+
+
+def test_a_coordinator_outlasts_a_superlink_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = HeartbeatSender._heartbeat
+    of_server_app(monkeypatch)
+    assert HeartbeatSender._heartbeat is not theirs

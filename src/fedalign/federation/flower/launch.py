@@ -37,6 +37,10 @@ CONNECTION = "fedalign"
 APP = Path(__file__).parent / "app" / "pyproject.toml"
 NO_INSTALLS = ("--disable-runtime-dependency-installation",)
 SILENCE = 20.0  # seconds without news after which Flower is asked whether the run still lives
+UNSTARTED = (
+    "The SuperLink has the run, and has not started it yet. If its log says that its SuperExec has ended, it starts no "
+    "run: end this one (Ctrl-C), start the SuperLink anew, and go on with: fedalign run --resume {}"
+)
 
 
 @dataclass
@@ -69,15 +73,16 @@ class Flower:
         answer = self._flwr("run", str(app), CONNECTION, "--run-config", str(self.home / "run.toml"))
         return str(answer["run-id"])
 
-    def ended(self, run_id: str) -> str | None:
-        """Why the run is no longer alive, or None if it is."""
+    def look(self, run_id: str) -> tuple[str | None, bool]:
+        """Why the run is no longer alive, or None if it is; and whether it still waits to be started."""
         try:
             (about,) = self._flwr("list", CONNECTION, "--run-id", run_id)["runs"]
         except UserError as error:
-            return str(error)
-        if not str(about["status"]).startswith("finished"):
-            return None
-        return f"Flower ended the run: {about['status']} {about.get('status-details', '')}".strip()
+            return str(error), False
+        status = str(about["status"])
+        if not status.startswith("finished"):
+            return None, status == "pending"
+        return f"Flower ended the run: {status} {about.get('status-details', '')}".strip(), False
 
     def stop(self, run_id: str) -> None:
         """End the run, if it is still there to be ended."""
@@ -160,7 +165,9 @@ def watch_run(
             reason = f"the coordinator (process {status.pid}) has ended without a word, killed or stopped"
         elif time.monotonic() - heard > SILENCE:
             heard = time.monotonic()
-            reason = None if is_running(folder.path) else flower.ended(run_id)
+            reason, waits = (None, False) if is_running(folder.path) else flower.look(run_id)
+            if waits and noted != (unstarted := UNSTARTED.format(folder.path)):
+                tell(noted := unstarted)
         if reason and read_status(folder.path) == status:
             raise UserError(f"{reason}. Complete rounds are kept; go on with: fedalign run --resume {folder.path}")
         seen = alive

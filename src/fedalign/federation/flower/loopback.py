@@ -115,7 +115,7 @@ class Loopback:
             command += ["--insecure"]
         if self.authenticate:
             command += ["--enable-supernode-auth"]
-        self._start(SUPERLINK, command)
+        self._start(SUPERLINK, mended(command))
         self.wait(self._answers, f"{SUPERLINK} to answer at {self.address}", needs=SUPERLINK)
         self.processes(SUPERLINK)  # its SuperExec has a session of its own: see it while its parent lives
 

@@ -64,8 +64,9 @@ def executable(name: str, environment: Mapping[str, str]) -> str:
 
 
 def mended(command: Sequence[str]) -> list[str]:
-    """A command of Flower's SuperNode, by way of our own program: see `supernode`."""
-    return [sys.executable, "-m", "fedalign.federation.flower.supernode", *command[1:]]
+    """A command of Flower's SuperNode or SuperLink, by way of our own program: see `supernode` and `superlink`."""
+    name = command[0].removeprefix("flower-")
+    return [sys.executable, "-m", f"fedalign.federation.flower.{name}", *command[1:]]
 
 
 def connect(

@@ -37,6 +37,7 @@ def main(grid: Grid, context: Context) -> None:
     quiet()
     return_what_is_freed()
     waits.shorten()
+    waits.outlast_failures()
     folder = RunFolder(Path(str(context.run_config["out"])).expanduser().absolute())
     source = Path(str(context.run_config["config"])).expanduser()
     try:

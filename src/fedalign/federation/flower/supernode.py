@@ -1,11 +1,12 @@
-"""Flower's SuperNode, mended: of a message whose run ends while it is received nothing stays; hurried and stubborn.
+"""Flower's SuperNode, mended: of a message whose run ends while it is received nothing stays; hurried and patient.
 
 Flower 1.41 and 1.42 keep such a message and its task. A ClientApp then answers it while another message is under way,
 or ends without an answer an hour later. From there on the SuperNode sends each answer only when the next message has
 come, and the coordinator of the next run waits for it in vain.
 
-An answer that the SuperLink fails to take, as one does whose database is locked for 5 s, Flower drops: the coordinator
-waits for it until its patience ends. This one hands it over again.
+A SuperLink whose database is locked for 5 s fails at what it is asked (HTTP 500). Flower's SuperNode then drops an
+answer, for which the coordinator waits in vain, or leaves the federation for good: when it starts, looks for a message
+or says that it lives. This one takes such a SuperLink for one that is away, and asks again until it answers.
 
 Flower looks for a message each 3 s, and for its answer each 0.5 s: half of the time that a piece of 64 MB takes. While
 messages come, this one looks more often.
@@ -13,29 +14,30 @@ messages come, this one looks more often.
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 from flwr.app import Message
 from flwr.common.constant import Status, SubStatus
 from flwr.supercore.object_store import ObjectStore
-from flwr.supercore.retry import RetryInvoker, exponential
+from flwr.supernode import fleet_http_connection
 from flwr.supernode import start_client_internal as supernode
 from flwr.supernode.cli import flower_supernode
+from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.nodestate import NodeState
-from httpx import HTTPStatusError, codes
+from httpx import HTTPStatusError, ReadError, codes
 
 from fedalign.federation.flower import waits
 
 PROGRAM = "flower-supernode"
+log = logging.getLogger("flwr")
 BUSY = 10.0  # seconds after a message for which the next one, or its answer, is looked for ...
 OFTEN = 10  # ... so many times as often
-STUBBORN = 120.0  # seconds for which the SuperLink is asked again for what it failed at
 UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
 
 
@@ -90,39 +92,29 @@ def forget(message: Message, state: NodeState, object_store: ObjectStore) -> Non
     object_store.delete(about.message_id)
 
 
-def stubborn(ask: Callable[..., Any], sleep: Callable[[float], None] = time.sleep) -> Callable[..., Any]:
-    """`ask`, done again while the SuperLink answers that it failed (HTTP 500), for `STUBBORN` seconds at most.
+class Patient(FleetHttpClient):
+    """A SuperNode's calls to the SuperLink: what fails there (HTTP 500) is as a connection that fails.
 
-    Args:
-        ask: a call to the SuperLink that may be made twice.
-        sleep: waits between two calls.
-
-    Raises:
-        HTTPStatusError: As of the last call.
+    Flower makes such a call again, at growing intervals and without end. So it does with a heartbeat, but for the one
+    that says goodbye. A message's calls end with its run, of which the SuperLink then says that it does not run.
     """
 
-    def is_final(error: Exception) -> bool:
-        return isinstance(error, HTTPStatusError) and error.response.status_code != codes.INTERNAL_SERVER_ERROR
-
-    again = RetryInvoker(
-        lambda: exponential(max_delay=10),
-        HTTPStatusError,
-        max_tries=None,
-        max_time=STUBBORN,
-        should_giveup=is_final,
-        wait_function=sleep,
-    )
-    return partial(again.invoke, ask)
+    def _unary_unary(self, *, path: str, **given: Any) -> Any:
+        try:
+            return super()._unary_unary(path=path, **given)
+        except HTTPStatusError as error:
+            if error.response.status_code != codes.INTERNAL_SERVER_ERROR:
+                raise
+            log.warning("the SuperLink failed at %s (HTTP 500)", path)
+            raise ReadError(f"it failed at {path}", request=error.request) from error
 
 
 def main() -> None:
     """Be `flower-supernode`."""
     waits.shorten()
-    take, answer, hurry = supernode._pull_and_store_message, supernode._push_messages, Hurry()
+    take, hurry = supernode._pull_and_store_message, Hurry()
     supernode._pull_and_store_message = lambda **given: receive_whole(take, hurry=hurry, **given)
-    supernode._push_messages = lambda send, push_object, **rest: answer(
-        send=stubborn(send), push_object=stubborn(push_object), **rest
-    )
+    vars(fleet_http_connection)["FleetHttpClient"] = Patient
     vars(supernode)["time"] = SimpleNamespace(sleep=hurry.sleep)  # it needs nothing else of it
     sys.argv[0] = PROGRAM
     flower_supernode()
