@@ -489,6 +489,25 @@ def check_free(
     _refuse_strangers(path, kind, option, written)
 
 
+def refuse_source(place: Path, source: str, what: str, option: str = "--out") -> None:
+    """Refuse a place that would be emptied with what is made of something in it.
+
+    Args:
+        place: where something is to be written, in place of what is there.
+        source: what is read for it: a path, or a name that is none, which is no matter.
+        what: what the user calls that.
+        option: what the user calls the place.
+
+    Raises:
+        UserError: The source is the place, or lies in it.
+    """
+    where = Path(source).expanduser()
+    if where.exists() and where.resolve().is_relative_to(place.expanduser().resolve()):
+        raise UserError(
+            f"{what} {source!r}: is {option} {str(place)!r}, or lies in it, and would be lost. Give another {option}."
+        )
+
+
 def take(path: Path, kind: str, written: Written, option: str = "--out") -> None:
     """Make an empty folder that is marked as a `kind`; call it where `check_free` allowed it, perhaps a while ago.
 

@@ -221,6 +221,11 @@ def test_nothing_is_overwritten_unasked(fedalign: Command, settings: list[str], 
     assert (out / "summary.json").read_bytes() == before
     assert fedalign("run", "--out", str(out), "--overwrite", *short)[0] == 0
     (tmp_path / "letters").mkdir()
+    model = (out / "model" / "model.safetensors").read_bytes()
+    for begun in (out, out / "model"):  # what it would begin with is in the run that it would replace
+        on = ("--overwrite", *short, "--set", f"model.path={begun}")
+        refused(fedalign("run", "--out", str(out), *on), "model.path =", "lies in it, and would be lost")
+    assert (out / "model" / "model.safetensors").read_bytes() == model
     (tmp_path / "letters" / "dear.txt").write_text("dear")
     refused(fedalign("run", "--out", str(tmp_path / "letters"), "--overwrite", *short), "holds no run")
     refused(fedalign("run", "--out", str(tmp_path / "letters" / "dear.txt"), *short), "is a file")

@@ -105,7 +105,7 @@ def test_nothing_but_a_model_is_ever_replaced(fedalign: Command, llama: Path, tm
     for out, words in (
         (notes, "holds no model"),
         (notes / "diary.txt", "is a file"),
-        (llama, "the model itself"),
+        (llama, "and would be lost"),
     ):
         code, _, errors = fedalign("upcycle", str(llama), "--overwrite", "--out", str(out))
         assert code == 2

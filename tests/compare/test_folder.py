@@ -118,6 +118,10 @@ def test_only_its_own_comparison_goes_on_in_a_folder(ask: Ask, tmp_path: Path) -
         with pytest.raises(UserError, match=rf"holds {thesis.relative_to(folder.path)}, which no comparison wrote"):
             folder.check(other, overwrite=True)
         thesis.unlink()
+    own = [f"model.path={started.path}"]  # a comparison that would replace the run that it begins with
+    for losing in (ask("fedavg", sets=own), ask("fedavg", sets=[f"{own[0]},demo"])):
+        with pytest.raises(UserError, match=r"model\.path = .*lies in it, and would be lost"):
+            folder.check(losing, overwrite=True)
     folder.check(other, overwrite=True)
     with folder.locked():
         folder.begin(other, overwrite=True)

@@ -255,6 +255,7 @@ def test_who_cannot_join_is_told_in_one_line(
     assert code == 2
     assert said in " ".join(errors.split())
     assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run-start").exists()  # else the right command would find it in its place
 
 
 def test_what_is_unfinished_or_somebody_elses_is_left_alone(run: Run, fedalign: Command, tmp_path: Path) -> None:
@@ -268,6 +269,13 @@ def test_what_is_unfinished_or_somebody_elses_is_left_alone(run: Run, fedalign: 
     code, _, errors = fedalign("run", "--resume", first, "--join", "c")
     assert code == 2
     assert "--join: begins a new run" in errors
+    again = ("--set", f"model.path={first}", "--join", "c", "--out", first.with_name("again"), "--overwrite")
+    shutil.copytree(first / "model", start := tmp_path / "again-start")
+    before = {file: file.read_bytes() for file in start.iterdir()}
+    code, _, errors = fedalign("run", "/dev/null", *again, "--set", f"model.path={start}")
+    assert code == 2
+    assert "and would be lost" in " ".join(errors.split())
+    assert {file: file.read_bytes() for file in start.iterdir()} == before
     (first / "summary.json").unlink()
     code, _, errors = fedalign(
         "run", "/dev/null", "--set", f"model.path={first}", "--join", "c", "--out", tmp_path / "no"

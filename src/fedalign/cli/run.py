@@ -130,6 +130,7 @@ def asked(
     given = None if source is None else load_config(source, overrides)  # a wrong word is told before torch loads
     from fedalign import parallel
     from fedalign.client.workbench import check_shardable
+    from fedalign.files import refuse_source
     from fedalign.server.results import RunFolder
     from fedalign.server.run import resumed_config
 
@@ -144,6 +145,7 @@ def asked(
         if not dry_run:
             folder.check_idle()
             folder.check_free(overwrite)
+            refuse_source(folder.path, settings.model.path, "model.path =")
     if parallel.launched() > 1:
         if dry_run:
             raise UserError(f"--dry-run: not in {parallel.launched()} processes. Leave torchrun out.")
@@ -168,8 +170,9 @@ def _joined(settings: Config, who: Sequence[str], place: Path, overwrite: bool) 
     Raises:
         UserError: Others would train, too, or would have to be asked; or the model cannot have more experts.
     """
+    from fedalign.data.deal import split_among_clients
     from fedalign.export.leaving import ALGORITHM
-    from fedalign.files import check_free, replacing
+    from fedalign.files import check_free, refuse_source, replacing
     from fedalign.moe.load import model_path
     from fedalign.moe.upcycle import DenseSource, write_grown
     from fedalign.server.results import RunFolder
@@ -203,8 +206,11 @@ def _joined(settings: Config, who: Sequence[str], place: Path, overwrite: bool) 
             "model.weights_hash, which fedalign doctor prints."
         )
     check_free(place, "model", overwrite)
+    refuse_source(place, path, "model.path =", "the place of the model with its expert,")
+    source = DenseSource.find(model, settings.model.revision)
+    split_among_clients(settings)  # a name that no client has is told before anything is written
     with out.status("Adding experts ..."), replacing(place, "model") as fresh:
-        write_grown(DenseSource.find(model, settings.model.revision), who, settings.run.seed, fresh)
+        write_grown(source, who, settings.run.seed, fresh)
     say(f"{said}: an expert a layer each, beside those of {model}, which stay as they are; it starts from {place}")
     return settings.model_copy(
         update={"model": settings.model.model_copy(update={"path": str(place), "revision": None})}

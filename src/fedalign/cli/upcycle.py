@@ -78,7 +78,7 @@ def upcycle(
     With --site-experts each site gets one more expert a layer: a copy of the public one that is used most, with a
     router row that few tokens follow until the site has trained it (algorithm.name = "site_experts").
     """
-    from fedalign.files import check_free, claimed, replacing
+    from fedalign.files import check_free, claimed, refuse_source, replacing
     from fedalign.moe.kept import save_with_kept
     from fedalign.moe.load import model_path, quiet
     from fedalign.moe.model import MoEModel
@@ -91,8 +91,7 @@ def upcycle(
     out_ = out_.expanduser()
     sites = named("--site-experts", site_experts)
     recipe, source = Recipe(experts, top_k, layers, noise, seed), DenseSource.find(model_path(dense), revision)
-    if out_.resolve() == Path(source.place).resolve():
-        raise UserError(f"--out {str(out_)!r}: is the model itself. Give another folder.")
+    refuse_source(out_, str(source.place), "model")
     check_free(out_, "model", overwrite)
     with out.status("Loading the model ..."):
         sparse = bool(sites) and is_sparse(source)
