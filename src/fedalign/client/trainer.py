@@ -31,6 +31,7 @@ from fedalign.config.run import Config
 from fedalign.errors import TrainingFailedError
 from fedalign.maths.hashing import derive_seed
 from fedalign.maths.lazy import LazyWeights
+from fedalign.maths.low_rank import lost_products, owed
 from fedalign.maths.rounding import pack, shapes_of, unpack, unpack_weights
 from fedalign.moe.model import MoEModel
 from fedalign.moe.part import part_of
@@ -138,7 +139,7 @@ class Trainer:
         wire, sizes = self.config.wire, self.moe.layout.sizes
         sent = (one for g in sizes if g not in frozen for one in shapes_of(str(g), sizes[g], wire.dtype))
         with client.memory.keeping(broadcast.round, sent) as keeping:
-            norm_G, lost = self._keep_update(keeping, update, before.lost, seed, frozen)
+            norm_G, lost = self._keep_update(keeping, update, local.start, before.lost, seed, frozen)
             if not bool(norm_G.isfinite().all()):
                 broken = self.moe.layout.groups[int((~norm_G.isfinite()).nonzero()[0])]
                 raise TrainingFailedError(f"its update of {broken} is not finite; {REMEDY}")
@@ -186,6 +187,7 @@ class Trainer:
         self,
         keeping: Keeping,
         update: Mapping[ParameterGroup, Tensor],
+        start: Mapping[ParameterGroup, Tensor],
         lost: Weights,
         seed: int,
         frozen: Set[ParameterGroup],
@@ -194,22 +196,24 @@ class Trainer:
 
         With feedback, what it lost last time is sent along. Of a group that nobody asked for it is gone: neither the
         update nor what was added to it has arrived. Where rounding may lengthen an update, the norms are those sent.
+        Where products of factors are averaged, products are what is lost and made up for.
         """
         wire, norms, left = self.config.wire, list[Tensor](), Weights()
+        products = self.moe.layout.factors if self.config.tuning.average == "exact" else {}
         for group in self.moe.layout.groups:
             delta = update[group]
             norms.append(delta.norm().cpu())
             if group in frozen:
                 continue
-            delta = delta.cpu()
-            if wire.feeds_back and group in lost:
-                delta = delta + lost[group]
+            trained, before, factors = delta.cpu(), lost.get(group), products.get(group, ())
+            begun = start[group].cpu() if factors else trained
+            delta = trained if before is None else trained + owed(factors, begun, before)
             packed = pack(delta, wire.dtype, derive_seed(seed, group))
             if wire.feeds_back or wire.dtype == "int4":
                 sent = unpack(packed)
                 norms[-1] = sent.norm()
                 if wire.feeds_back:
-                    left[group] = delta - sent
+                    left[group] = lost_products(factors, begun, trained, sent, before)
             keeping.put(group, packed)
         return torch.stack(norms), left
 

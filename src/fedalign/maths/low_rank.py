@@ -26,6 +26,7 @@ from fedalign.maths.rounding import unpack_part
 from fedalign.protocol import Factors, Packed
 
 SINGLE, DOUBLE = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+SMALL = 1e-3  # of the largest: singular values below are none, and what divides by them would be enormous
 ROUNDING = 1e-6  # a sum of float32 weights that is closer to 1 is 1
 
 Pair = tuple[Tensor, Tensor]  # B [outputs, rank] and A [rank, inputs]
@@ -109,6 +110,49 @@ def _outside(spare_A: Tensor, rows: Tensor) -> Tensor:
     _, S, V = torch.linalg.svd(spare_A - (spare_A @ rows.T) @ rows, full_matrices=False)
     main = (_signs(V) * S.unsqueeze(1) * V)[:wanted]
     return functional.pad(main, (0, 0, 0, wanted - len(main)))  # more rows than inputs: nothing is left to be learnt
+
+
+def lost_products(
+    factors: Sequence[Factors], start: Tensor, trained: Tensor, sent: Tensor, before: Tensor | None
+) -> Tensor:
+    """What rounding lost of a group's update, [N] as its values; of a pair the product, by factors of the same rank.
+
+    A product that is lost is of no use as lost factors: next round starts from others. Of a pair (B, A) that was to
+    move by (b, a), and has moved by (b', a'), the loss is (B + b)(A + a) − (B + b')(A + a') and what was lost before.
+
+    Args:
+        factors: where the group's pairs lie.
+        start: values before training.
+        trained: what training changed.
+        sent: what is sent, as the server reads it.
+        before: what this returned last round, all of which `owed` has added to what was rounded; None: nothing.
+    """
+    lost = trained - sent if before is None else trained + before - sent
+    for place in factors:
+        pairs = [pair_in(values, place) for values in (start, start + trained, start + sent, lost)]
+        (_, A), mine, theirs, into = pairs
+        terms = [(1.0, mine), (-1.0, theirs)]
+        if before is not None:
+            terms.append((1.0, pair_in(before, place)))
+        for part, best in zip(into, best_factors(terms, spare_A=A), strict=True):
+            part.copy_(best)
+    return lost
+
+
+def owed(factors: Sequence[Factors], start: Tensor, lost: Tensor) -> Tensor:
+    """The change of a group's values [N] that makes up for what `lost_products` says.
+
+    Of a pair that is to gain a product P, to first order: b = P·A⁺, and a = B⁺·(P − b·A) for what lies outside the rows
+    of A. Both are the least ones that do.
+    """
+    change = lost.clone()
+    for place in factors:
+        (B, A), (lost_B, lost_A), (b, a) = (pair_in(values, place) for values in (start, lost, change))
+        B, A, product = B.double(), A.double(), lost_B.double() @ lost_A.double()
+        move_B = product @ torch.linalg.pinv(A)
+        b.copy_(move_B)
+        a.copy_(torch.linalg.pinv(B, rtol=SMALL) @ (product - move_B @ A))
+    return change
 
 
 class Stack:
