@@ -39,6 +39,7 @@ TALLY = "sent.json"  # beside the folders of clients: what was sent to them
 KEPT_ROUNDS, KEPT_BY_CLIENTS = 2, 3  # a client may be a round ahead of the server's last whole checkpoint but one
 LOCK, WATCH, MARK = ".lock", ".watch", ".fedalign"  # who writes here, who started that and looks on; whose folder it is
 SUMS = "SHA256SUMS"
+ON_PURPOSE = f"If somebody meant to change it, remove {SUMS}."
 PATIENCE = 1.0  # seconds that a lock may be held by somebody who only looks
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # of a file system that keeps none
 Written = Mapping[str, Iterable[str]]  # by what a folder is: patterns of what is written to it

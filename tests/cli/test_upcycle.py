@@ -91,6 +91,13 @@ def test_a_model_is_replaced_only_if_told_to(fedalign: Command, llama: Path, tmp
     assert "already holds a model" in errors
     assert "--overwrite" in errors
     assert {file: file.read_bytes() for file in out.iterdir()} == before
+    weights = out / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    code, _, errors = fedalign("upcycle", str(out), "--site-experts", "a", "--out", str(tmp_path / "more"))
+    assert code == 2
+    assert "damaged, or changed since it was written: model.safetensors" in " ".join(errors.split())
+    weights.write_bytes(whole)
     (out / "thesis.tex").write_text("years of work")
     code, _, errors = fedalign("upcycle", str(llama), "--overwrite", "--out", str(out))
     assert code == 2

@@ -122,6 +122,13 @@ def test_only_its_own_comparison_goes_on_in_a_folder(ask: Ask, tmp_path: Path) -
     for losing in (ask("fedavg", sets=own), ask("fedavg", sets=[f"{own[0]},demo"])):
         with pytest.raises(UserError, match=r"model\.path = .*lies in it, and would be lost"):
             folder.check(losing, overwrite=True)
+    asked = folder.design.read_bytes()
+    folder.design.unlink()  # whose runs these are is not known then; they are no less worth
+    with pytest.raises(
+        UserError, match=r"holds a comparison without what was asked for \(comparison\.toml\).*--overwrite"
+    ):
+        folder.check(design, overwrite=False)
+    folder.design.write_bytes(asked)
     folder.check(other, overwrite=True)
     with folder.locked():
         folder.begin(other, overwrite=True)

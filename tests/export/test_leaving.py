@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedalign.config.run import TuningConfig
 from fedalign.errors import UserError
+from fedalign.export.card import settings_of
 from fedalign.export.leaving import FORMER, Leaving, copy_without, export_folder, remainder
 from fedalign.export.write import Wanted, export
 from fedalign.files import SUMS, damage, replacing
@@ -126,7 +127,10 @@ def test_several_leave_one_after_another_as_at_once(fedalign: Command, run: Path
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert digests(at_once)[name] == digests(then)[name]
     assert digests(then)[FORMER] == digests(first)["README.md"]
-    assert f"[{FORMER}]({FORMER})" in (then / "README.md").read_text()
+    card = (then / "README.md").read_text()
+    assert f"[{FORMER}]({FORMER})" in card
+    assert settings_of(card) == settings_of((first / "README.md").read_text())  # else others' words would be asked with
+    assert settings_of(card)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +273,7 @@ def test_a_damaged_model_is_refused_and_leaves_nothing(run: Path, tmp_path: Path
     content[-1] ^= 1
     file.write_bytes(content)
     assert (tmp_path / "model" / SUMS).exists()
-    with pytest.raises(UserError, match="damaged, or changed since it was written"):
+    with pytest.raises(UserError, match=r"damaged, or changed since it was written.*remove SHA256SUMS"):
         export_folder(tmp_path / "model", tmp_path / "out", Leaving(("hospital-a",)))
     assert [one.name for one in tmp_path.iterdir()] == ["model"]
 

@@ -276,12 +276,25 @@ def test_what_is_unfinished_or_somebody_elses_is_left_alone(run: Run, fedalign: 
     assert code == 2
     assert "and would be lost" in " ".join(errors.split())
     assert {file: file.read_bytes() for file in start.iterdir()} == before
-    (first / "summary.json").unlink()
-    code, _, errors = fedalign(
-        "run", "/dev/null", "--set", f"model.path={first}", "--join", "c", "--out", tmp_path / "no"
-    )
+    joined = ("run", "/dev/null", "--set", f"model.path={first}", "--join", "c", "--out", tmp_path / "no")
+    file = first / "model" / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    code, _, errors = fedalign(*joined)
     assert code == 2
-    assert "is not finished. Go on with it: fedalign run --resume" in " ".join(errors.split())
+    assert "is damaged (model.safetensors is not what was written)" in " ".join(errors.split())
+    file.write_bytes(whole)
+    last = max((first / "checkpoint").glob("round-*"))
+    later = shutil.copytree(last, last.with_name("round-00099"))  # it goes on, and its model is of a round before
+    unfinished = "is not finished. Go on with it: fedalign run --resume"
+    code, _, errors = fedalign(*joined)
+    assert code == 2
+    assert unfinished in " ".join(errors.split())
+    shutil.rmtree(later)
+    (first / "summary.json").unlink()
+    code, _, errors = fedalign(*joined)
+    assert code == 2
+    assert unfinished in " ".join(errors.split())
 
 
 def test_a_client_that_owns_none_trains_nothing_and_is_told(run: Run, tmp_path: Path) -> None:

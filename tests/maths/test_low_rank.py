@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -545,7 +546,7 @@ def drift(feedback: str, rounds: int = 20) -> float:
         start = new
     lost = sum(float((a - b).square().sum()) for a, b in zip(trained_sum, sent_sum, strict=True))
     whole = sum(float(a.square().sum()) for a in trained_sum)
-    return (lost / whole) ** 0.5
+    return math.sqrt(lost / whole)
 
 
 def test_feedback_of_products_keeps_their_sum() -> None:

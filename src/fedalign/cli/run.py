@@ -172,6 +172,7 @@ def _joined(settings: Config, who: Sequence[str], place: Path, overwrite: bool) 
     """
     from fedalign.data.deal import split_among_clients
     from fedalign.export.leaving import ALGORITHM
+    from fedalign.export.write import find_snapshot
     from fedalign.files import check_free, refuse_source, replacing
     from fedalign.moe.load import model_path
     from fedalign.moe.upcycle import DenseSource, write_grown
@@ -194,10 +195,12 @@ def _joined(settings: Config, who: Sequence[str], place: Path, overwrite: bool) 
         raise UserError(f"{said}: clients.only = {', '.join(settings.clients.only)} says otherwise. Leave one out.")
     if settings.model.weights_hash is not None:
         raise UserError(f"{said}: model.weights_hash is of the model without its expert. Leave it out.")
-    run = RunFolder(Path(path).expanduser())
-    if run.config.is_file() and not run.finished():
-        raise UserError(f"{said}: the run in {path!r} is not finished. Go on with it: fedalign run --resume {path}")
-    model = str(run.model) if run.config.is_file() else model_path(path)
+    model, run = model_path(path), RunFolder(Path(path).expanduser())
+    if run.config.is_file():
+        kept = find_snapshot(run.path, best=False).kept if run.finished() else None
+        if kept is None:  # a run that goes on for more rounds has a model, and not its last one
+            raise UserError(f"{said}: the run in {path!r} is not finished. Go on with it: fedalign run --resume {path}")
+        model = str(kept)
     if settings.federation.engine == "flower":
         raise UserError(
             f"{said}: the site needs the model before the run begins. Make it with: fedalign upcycle "

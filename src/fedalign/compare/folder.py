@@ -94,8 +94,13 @@ class ComparisonFolder:
             check_free(self.path, "comparison", overwrite, written=WRITTEN)
             for path in (design.base.model.path, *(text.strip("\"'") for text in design.grid.get("model.path", ()))):
                 refuse_source(self.path, path, "model.path =")
-        if overwrite or not holds(self.path, "comparison") or not self.design.exists():
+        if overwrite or not holds(self.path, "comparison"):
             return
+        if not self.design.exists():
+            raise UserError(
+                f"--out {str(self.path)!r}: holds a comparison without what was asked for ({self.design.name}). "
+                "Give another --out, or replace it: --overwrite."
+            )
         found = differences(self.read(), design)
         if found:
             raise UserError(

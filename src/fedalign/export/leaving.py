@@ -13,8 +13,8 @@ from huggingface_hub import ModelCardData
 
 from fedalign.config.run import AlgorithmConfig
 from fedalign.errors import UserError
-from fedalign.export.card import CARD, template
-from fedalign.files import MARK, SUMS, check_free, claimed, damage, digests, replacing
+from fedalign.export.card import CARD, settings_of, template
+from fedalign.files import MARK, ON_PURPOSE, SUMS, check_free, claimed, damage, digests, replacing
 from fedalign.moe.load import auto_class
 from fedalign.moe.site_experts import KEY, TRAINED, UNKNOWN, among, checked, trained_by
 from fedalign.moe.subset import Cut, check_subset, experts_in, without, write_subset
@@ -145,7 +145,7 @@ def copy_without(
             f"fedalign export RUN {leaving} --merge --to DIR."
         )
     if problem := damage(whole) if (whole / SUMS).exists() else "":
-        raise UserError(f"{str(whole)!r}: damaged, or changed since it was written: {problem}")
+        raise UserError(f"{str(whole)!r}: damaged, or changed since it was written: {problem}. {ON_PURPOSE}")
     config = _read(whole / "config.json")
     experts = experts_in(config, str(leaving))
     record = checked(config.get(KEY, {}), experts)
@@ -197,12 +197,14 @@ def export_folder(whole: Path, to: Path, leaving: Leaving, *, overwrite: bool = 
 
 
 def _write_card(whole: Path, folder: Path, name: str, left: Left) -> None:
-    if (whole / CARD).is_file():
-        shutil.copyfile(whole / CARD, folder / FORMER)
+    former = (whole / CARD).read_text(encoding="utf-8") if (whole / CARD).is_file() else ""
+    if former:
+        (folder / FORMER).write_text(former, encoding="utf-8")
     text = template("subset").render(
         head=ModelCardData(library_name="transformers", tags=["mixture-of-experts", "fedalign-moe"]).to_yaml().strip(),
         name=name,
-        former=FORMER if (whole / CARD).is_file() else "",
+        former=FORMER if former else "",
+        settings=settings_of(former),
         loader=auto_class(folder),
         left=left,
         weights=digests(folder, folder.glob("*.safetensors")),

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fedalign.errors import UserError, unknown
+from fedalign.files import MARK, ON_PURPOSE, SUMS, damage
 from fedalign.moe.families import FAMILIES, family_of
 from fedalign.moe.kept import save_with_kept
 from fedalign.moe.load import DTYPES, ask_hub, load_plain, refuse_adapter
@@ -91,13 +92,15 @@ class DenseSource:
         """A folder saved by transformers, a GGUF file, a folder with one, or else a Hub id.
 
         Raises:
-            UserError: It is clearly meant as a path, and no model lies there, or an adapter.
+            UserError: It is clearly meant as a path, and no model lies there, or an adapter, or weights that are not as
+                they were written.
         """
         path = Path(path_or_id).expanduser()
         if path.suffix == ".gguf" and path.is_file():
             return cls(str(path.parent), path.name)
         if path.is_dir():
             refuse_adapter(path)
+            _refuse_damaged(path)
             return cls(str(path), None if (path / "config.json").is_file() else _only_gguf(path))
         if path.suffix == ".gguf" or path.is_absolute() or path_or_id[:1] in (".", "~") or path_or_id.count("/") > 1:
             raise UserError(
@@ -115,6 +118,14 @@ class DenseSource:
         """How transformers is asked for it."""
         named = {"gguf_file": self.gguf, "revision": self.revision}
         return {name: value for name, value in named.items() if value is not None}
+
+
+def _refuse_damaged(folder: Path) -> None:
+    """Of a model of ours: what is made of it gets digests of its own, by which no damage would be noticed any more."""
+    weights = [file.name for file in folder.glob("*.safetensors")]
+    ours = (folder / MARK).exists() and (folder / SUMS).exists()
+    if problem := damage(folder, *weights) if weights and ours else "":
+        raise UserError(f"model = {str(folder)!r}: damaged, or changed since it was written: {problem}. {ON_PURPOSE}")
 
 
 def _only_gguf(folder: Path) -> str:
