@@ -13,6 +13,7 @@ from fedalign.client.open import open_site
 from fedalign.config.run import Config
 from fedalign.config.site import SiteConfig, SiteFolder
 from fedalign.config.toml import load_config
+from fedalign.doctor.model import skeleton_bench
 from fedalign.doctor.what_leaves import MEANINGS, TELLS, WHEN, empty_messages, what_leaves
 from fedalign.federation.flower.keys import make_node_key
 from fedalign.federation.masks import fresh_key, public_key
@@ -45,9 +46,19 @@ from tests.federation.test_messages import travel
 TO_SITES = {Broadcast, Fetch, Offer, Recount, Sum}
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8", "int4"])
+ADAPTERS = "tuning.kind=lora tuning.rank=2"
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        *(f"wire.dtype={dtype}" for dtype in ("float32", "bfloat16", "int8", "int4")),
+        *(f"{ADAPTERS} {more}" for more in ("tuning.average=factors", "tuning.average=exact wire.dtype=int4")),
+        "tuning.kind=experts",
+    ],
+)
 def config(request: pytest.FixtureRequest, settings: list[str]) -> Config:
-    return load_config(None, [*settings, "federation.engine=flower", f"wire.dtype={request.param}"])
+    return load_config(None, [*settings, "federation.engine=flower", *request.param.split()])
 
 
 @pytest.fixture(
@@ -100,7 +111,8 @@ def real(config: Config, consent: Consent, tmp_path_factory: pytest.TempPathFact
 
 
 def skeleton(config: Config) -> MoEModel:
-    return MoEModel.skeleton(config.model.path)
+    """As the command has it."""
+    return skeleton_bench(config).moe
 
 
 def test_every_message_and_every_field_is_listed() -> None:

@@ -364,6 +364,8 @@ class MoEModel:
                 if slot.name not in adapter:
                     name = slot.name.replace(".base_layer", "")
                     values[name] = self._origins.get(name, slot.parameter.detach())
+            if any(isinstance(value, Tensor) and value.is_meta for value in values.values()):
+                return torch.empty(hashlib.sha256().digest_size, dtype=torch.uint8, device="meta")  # of a skeleton
             self._base_digest = torch.frombuffer(
                 bytearray(_digest("", sorted(values.items())).digest()), dtype=torch.uint8
             )
