@@ -187,6 +187,10 @@ def test_what_leaves(fedalign: Command, federation: Path, texts: Path, tmp_path:
     code, _, errors = fedalign("doctor", "--site", tmp_path / "b", "--what-leaves")
     assert code == 2
     assert "no model" in errors
+    pooled = ("--set", "algorithm.name=centralised", "--set", "federation.engine=in_process")
+    code, _, errors = fedalign("doctor", federation, *pooled, "--what-leaves")
+    assert code == 2
+    assert "no site could take part" in " ".join(errors.split())
 
 
 @pytest.mark.parametrize(

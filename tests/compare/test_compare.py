@@ -240,6 +240,8 @@ def test_tuning_then_comparing(fedalign: Command, config: str, tmp_path: Path, a
         (["--ablation", "--algorithms", "fedavg"], ["Give either --algorithms"]),
         (["--algorithms", "fedavg", "--set", "clients.cuont=1,2"], ["clients.cuont", "clients.count"]),
         (["--algorithms", "fedavg", "--set", "clients.alpha"], ["section.key=value"]),
+        (["--algorithms", "fedavg", "--tune", "--set", "data.train=nowhere.jsonl"], ["data.train", "nowhere.jsonl"]),
+        (["--algorithms", "fedavg", "--set", "clients.count=500,600"], ["clients.count = 500"]),
     ],
 )
 def test_bad_input(fedalign: Command, config: str, tmp_path: Path, arguments: list[str], words: list[str]) -> None:

@@ -412,7 +412,7 @@ def test_a_class_that_the_file_does_not_name(tmp_path: Path) -> None:
     for none in (-1, None):
         source = with_classes(tmp_path / "a.parquet", [0, none], "no", "yes")
         with pytest.raises(
-            UserError, match=r"a\.parquet, row 2: column 'label' is empty. Fill it or leave the row out"
+            UserError, match=r"a\.parquet, row 2: column 'label' is empty. Fill it, or leave such rows out"
         ):
             load(source)
         assert len(load(source, kind="text")) == 2

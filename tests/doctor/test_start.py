@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from fedalign.config.toml import load_config
+from fedalign.config.toml import load_config, parse_config
 from fedalign.data.formats import load_examples
 from fedalign.doctor import start as starting
+from fedalign.doctor.model import skeleton_bench
 from fedalign.doctor.start import start
 from fedalign.errors import UserError
 from tests.conftest import Command, rows
@@ -51,7 +52,33 @@ def test_a_file_is_recognised_and_its_configuration_reads_it(name: str, tmp_path
 def test_rows_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
     lines = [{"prompt": "Sum up.", "response": "ill"}] * 40 + [{"prompt": "Sum up.", "response": 7}] * 3
     made = start(str(write(tmp_path / "a.jsonl", lines)), None)
-    assert made.reasons["data"].endswith("; 3 of 43 rows cannot be read: fedalign data lists them")
+    assert made.reasons["data"].endswith("; 3 of 43 rows cannot be read and are left out: fedalign data lists them")
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write("{broken\n[1, 2]\n")
+    made = start(str(tmp_path / "a.jsonl"), None)
+    assert made.reasons["data"].endswith("; 5 of 45 rows cannot be read and are left out: fedalign data lists them")
+    assert len(load_examples(made.tables["data"]["train"], parse_config(made.tables).data, "train", 0)) == 40
+
+
+def test_prompts_that_the_model_cannot_read_whole_are_cut(tmp_path: Path) -> None:
+    """Else the command that it recommends would refuse them."""
+    lines = [{"prompt": "Sum up. " * (200 if i == 7 else 1), "response": "ill"} for i in range(40)]
+    made = start(str(write(tmp_path / "a.jsonl", lines)), None)
+    assert made.tables["data"]["too_long"] == "truncate"
+    assert made.reasons["data"].endswith("tokens that the model reads: their prompts are cut")
+    bench = skeleton_bench(parse_config(made.tables))
+    assert bench.encoder.encode(load_examples(str(tmp_path / "a.jsonl"), bench.config.data, "train", 0))
+    short = start(str(write(tmp_path / "b.jsonl", lines[:7])), None)
+    assert "too_long" not in short.tables["data"]
+
+
+def test_a_column_that_may_name_owners_is_told(tmp_path: Path) -> None:
+    lines = [{"text": f"a text {i}", "label": "xy"[i % 2], "ward": ("north", "south")[i % 2]} for i in range(60)]
+    why = start(str(write(tmp_path / "a.jsonl", lines)), None).reasons["clients"]
+    assert "no column is called `client`, and it is one file" in why
+    assert "if `ward` says whose a row is: [data.columns] client = 'ward'" in why
+    named = [{**line, "ward": str(i)} for i, line in enumerate(lines)]
+    assert "ward" not in start(str(write(tmp_path / "b.jsonl", named)), None).reasons["clients"]
 
 
 def test_owners_are_found_by_column_or_file(tmp_path: Path) -> None:

@@ -14,7 +14,15 @@ from fedalign.config.run import Config
 from fedalign.config.site import SiteConfig, SiteFolder
 from fedalign.config.toml import load_config
 from fedalign.doctor.model import skeleton_bench
-from fedalign.doctor.what_leaves import MEANINGS, TELLS, WHEN, empty_messages, what_leaves
+from fedalign.doctor.what_leaves import (
+    MASKED_SCORES,
+    MEANINGS,
+    TELLS,
+    WHEN,
+    empty_messages,
+    masks_told,
+    what_leaves,
+)
 from fedalign.federation.flower.keys import make_node_key
 from fedalign.federation.masks import fresh_key, public_key
 from fedalign.federation.messages import MESSAGES, Parcel, decode, encode
@@ -227,3 +235,11 @@ def enough(told: Concealed) -> dict[str, Tensor]:
     tall = {name: torch.full((len(value),), POWERS - 1, dtype=torch.uint8) for name, value in named.items()}
     most = {name: torch.full_like(value, 10**12) for name, value in named.items() if HEIGHTS not in name}
     return {name: most.get(name, tall[name]) for name in named}
+
+
+def test_a_sum_of_scores_that_may_be_of_one_site_is_told(settings: list[str]) -> None:
+    masked = [*settings, "algorithm.name=by_use", "privacy.masked=true", "server.max_norm_ratio=0"]
+    for scored in ("true", "false"):
+        config = load_config(None, [*masked, f"evaluation.clients={scored}"])
+        assert (MASKED_SCORES in masks_told(config, ())) == (scored == "true")
+    assert not masks_told(load_config(None, settings), ())

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedalign.client.evaluation import evaluate
 from fedalign.config.toml import load_config
 from fedalign.doctor.estimate import StepCost, estimate, estimate_site
-from fedalign.doctor.what_leaves import empty_messages, tokens_told
+from fedalign.doctor.what_leaves import OWN_ROWS, empty_messages, tokens_told
 from fedalign.federation.in_process import prepare
 from fedalign.moe.load import load_plain
 from fedalign.moe.model import MoEModel
@@ -565,4 +565,5 @@ def test_bytes_are_told_before_of_what_each_site_trains(run: Run, changes: dict[
         (update,) = [message for message in leaving if isinstance(message, Piece)]
         assert sent == pytest.approx(site.statistics + update.data.numel(), rel=0.05)
         of_tokens = tokens_told(name, prepared.bench.moe.layout, prepared.config, DEALT)
+        assert OWN_ROWS in of_tokens
         assert ("neither their rows nor counts" in of_tokens) == (changes["algorithm__shared"] == '"frozen"')

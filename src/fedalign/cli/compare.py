@@ -218,7 +218,8 @@ def _print_outcome(outcome: Outcome, comparison: Comparison) -> None:
     else:
         say(folder.markdown.read_text(encoding="utf-8"))
     made = (folder.markdown, folder.latex, folder.results, folder.path / "report.html")
-    say(f"Results   {folder.path}: {', '.join(file.name for file in made)}, runs/")
+    there = [file.name for file in made if file.exists()] + ["runs/"] * (folder.path / "runs").exists()
+    say(f"Results   {folder.path}: {', '.join(there)}")
     if outcome.failed:
         again = shlex.quote(str(folder.path))
         out.print(f"{len(outcome.failed)} failed; try them again: fedalign compare --resume {again}", style="bold red")

@@ -142,6 +142,11 @@ def _what_leaves(folder: SiteFolder | None, settings: Config | None) -> None:
         raise UserError("fedalign doctor --what-leaves: no model to say it for. Give the coordinator's CONFIG.toml.")
     local = settings or Config()
     name, consent = "SITE", DEALT  # of a site that nobody has named: what it may consent to
+    if "data" in local.asks:
+        raise UserError(
+            f'algorithm.name = "{local.algorithm.name}": pools the data of all clients in one process, and no site '
+            "could take part. Choose another algorithm."
+        )
     if folder is not None:
         local, name, consent = folder.localise(local), folder.config.name, folder.consent
     with out.status("Reading the model's configuration ..."):

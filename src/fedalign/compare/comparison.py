@@ -29,6 +29,7 @@ from fedalign.compare.tables import (
 )
 from fedalign.compare.tune import Choices, choose, record, tuning_cells, why_not
 from fedalign.config.toml import flat
+from fedalign.data.deal import split_among_clients
 from fedalign.errors import UserError
 from fedalign.files import write_text
 
@@ -78,6 +79,8 @@ class Comparison:
         if self.figure is not None:
             check_figure(self.figure)
         self.folder.check(self.design, overwrite)
+        if overwrite or not self.folder.design.exists():
+            self._check_data()
         with self.folder.locked() as lock:
             self.folder.begin(self.design, overwrite)
             chosen, untuned = self._tuned(lock) if self.design.tune else (None, {})
@@ -85,6 +88,18 @@ class Comparison:
             missing = {task.cell.name: task.reason for task in tasks if task.state == "failed"}
             missing |= {line_name(*line): reason for line, reason in untuned.items()}
             return self._publish([task for task in tasks if task.state == "finished"], missing)
+
+    def _check_data(self) -> None:
+        """Refuse data that no run could deal out, before the first of them begins."""
+        first: UserError | None = None
+        for cell in cells(self.design):
+            try:
+                split_among_clients(cell.config)
+                return
+            except UserError as error:
+                first = first or error
+        if first is not None:
+            raise first
 
     def _tuned(self, lock: int) -> tuple[dict[tuple[str, Point], tuple[str, ...]], dict[tuple[str, Point], str]]:
         """Settings of each line that was tuned, and why others could not be; what was chosen once stays."""

@@ -231,7 +231,7 @@ def notes(
         said.append("Accuracy: the share of answers that were generated word for word, where there are no choices.")
     if scored := rows_scored(runs):
         said.append(f"Scored on {scored}.")
-    if design.tune:
+    if design.tune and runs:  # only a line that was tuned has any
         share = f"{design.base.data.validation:.0%} of the training examples"
         said.append(
             f"Learning rate and strength of every algorithm were chosen on a validation part ({share}) with seed "

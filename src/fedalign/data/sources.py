@@ -92,7 +92,7 @@ class Row:
             there = ", ".join(self.values) or "none"
             self.fail(f"no column {column!r}. There are: {there}. Say which one to read under [data.columns].")
         if is_missing(self.values[column]):
-            self.fail(f"column {column!r} is empty. Fill it or leave the row out.")
+            self.fail(f'column {column!r} is empty. Fill it, or leave such rows out: data.on_bad_row = "skip".')
         return self.values[column]
 
     def text(self, column: str, may_be_empty: bool = False) -> str:
@@ -103,7 +103,7 @@ class Row:
         if not isinstance(value, str):
             self.fail(f"{column} = {value!r}: must be text, not {type(value).__name__}.")
         if not value.strip() and not may_be_empty:
-            self.fail(f"column {column!r} is empty. Fill it or leave the row out.")
+            self.fail(f'column {column!r} is empty. Fill it, or leave such rows out: data.on_bad_row = "skip".')
         return value.strip()
 
 

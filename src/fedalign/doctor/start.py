@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 
 import tomli_w
 
-from fedalign.config.run import Config
+from fedalign.config.run import Config, DataConfig
 from fedalign.config.toml import load_config, parse_config
-from fedalign.data.formats import FORMATS, examples_of
+from fedalign.data.formats import FORMATS, examples_of, unread_columns
 from fedalign.data.partition import partition
 from fedalign.data.sources import Row, read_rows
 from fedalign.doctor.estimate import exchange_nbytes, parameter_counts, server_nbytes, training_nbytes
@@ -21,6 +22,7 @@ from fedalign.doctor.recognise import recognise
 from fedalign.errors import UserError
 from fedalign.units import size
 
+PER_OWNER = 5  # rows on average, at least, of a column that might name owners
 ROOM = 1.3  # of what is counted: activations come on top
 
 
@@ -58,18 +60,25 @@ def start(source: str, model: str | None) -> Start:
     Raises:
         UserError: No kind fits the columns, nothing can be read, or no tuning of the model fits into memory.
     """
-    rows = list(read_rows(source, Config().data, "train"))
+    flaws: list[str] = []
+    rows = list(read_rows(source, Config().data, "train", flaws))
     known = recognise(source, rows)
-    kept, tables = known.kept, known.tables
+    kept, tables, unread = known.kept, known.tables, ""
+    every = len(rows) + len(flaws)
+    if len(kept) < every:
+        tables["on_bad_row"] = "skip"
+        unread = f"; {every - len(kept):,} of {every:,} rows cannot be read and are left out: fedalign data lists them"
     clients, count, dealt = _clients(source, kept, tables)
-    unread = f"; {len(rows) - len(kept):,} of {len(rows):,} rows cannot be read: fedalign data lists them"
     tuning, learning_rate, tuned = _tuning(model, count)
     lacks = _lacks_chat_template(model, tables)
     if lacks:
         tables["chat_template"] = "chatml"
+    long = _too_long(model, kept, tables)
+    if long:
+        tables["too_long"] = "truncate"
     reasons = {
         "model": "a hub id or a folder" if model else "the demo's small model: give your own with --model",
-        "data": f"recognised by its columns: {known.told}{unread if len(kept) < len(rows) else ''}{lacks}",
+        "data": f"recognised by its columns: {known.told}{unread}{lacks}{long}",
         "clients": f"{dealt}: {count} clients",
         "tuning": tuned,
         "training": "a rate for this kind of tuning; compare --tune chooses a better one",
@@ -93,11 +102,30 @@ def _lacks_chat_template(model: str | None, tables: Mapping[str, Any]) -> str:
     return "; the model has no chat template, so chats are written as ChatML"
 
 
+def _too_long(model: str | None, rows: Sequence[Row], tables: Mapping[str, Any]) -> str:
+    """That some examples are longer than the model reads, where it can be mended by cutting prompts; else empty."""
+    read: list[bool] = []
+    for choice in ("error", "truncate"):
+        config = load_config({"model": {"path": model or "demo"}, "data": {**tables, "too_long": choice}})
+        encoder = skeleton_bench(config).encoder
+        try:
+            encoder.encode([one for one in examples_of(rows, config.data, "train") if one.answer])
+            read.append(True)
+        except UserError:
+            read.append(False)
+        if read == [True]:
+            return ""
+    if not read[-1]:
+        return ""  # what is wrong is told by whoever reads it
+    return f"; some are longer than the {encoder.max_length:,} tokens that the model reads: their prompts are cut"
+
+
 def _clients(source: str, rows: Sequence[Row], tables: Mapping[str, Any]) -> tuple[dict[str, Any], int, str]:
     """How the rows are dealt out, to how many, and why."""
     config = load_config({"data": tables})
     examples = [one for one in examples_of(rows, config.data, "train") if one.answer]
-    for keys, reason in _ways(source, examples, FORMATS[config.data.kind].classes):
+    unowned = _unowned(source, rows, config.data)
+    for keys, reason in _ways(source, examples, FORMATS[config.data.kind].classes, unowned):
         tried = load_config({"data": tables, "clients": keys})
         try:
             parts = partition(examples, tried.clients, tried.run.seed)
@@ -107,7 +135,17 @@ def _clients(source: str, rows: Sequence[Row], tables: Mapping[str, Any]) -> tup
     raise UserError(f"{source!r}: {len(examples)} examples are too few to be dealt out to two clients.")
 
 
-def _ways(source: str, examples: list[Any], has_classes: bool) -> Iterator[tuple[dict[str, Any], str]]:
+def _unowned(source: str, rows: Sequence[Row], data: DataConfig) -> str:
+    """Why nobody is known to own a row, and which column nothing reads might say it."""
+    told = "no column is called `client`" + ("" if Path(source).expanduser().is_dir() else ", and it is one file")
+    for column in unread_columns(rows, data):
+        names = Counter(str(row.values.get(column)) for row in rows)
+        if 1 < len(names) <= len(rows) / PER_OWNER:
+            return f"{told}; if `{column}` says whose a row is: [data.columns] client = {column!r}"
+    return told
+
+
+def _ways(source: str, examples: list[Any], has_classes: bool, unowned: str) -> Iterator[tuple[dict[str, Any], str]]:
     for least in LEAST:
         if len({example.client for example in examples if example.client}) > 1:
             yield {"partition": "natural", **least}, "the column `client` says whose a row is"
@@ -118,9 +156,9 @@ def _ways(source: str, examples: list[Any], has_classes: bool) -> Iterator[tuple
             if has_classes:
                 yield (
                     {"partition": "dirichlet", "count": count, "alpha": 1.0, **least},
-                    "dealt by label, a little skewed",
+                    f"dealt by label, a little skewed, since {unowned}",
                 )
-            yield {"partition": "iid", "count": count, **least}, "dealt evenly, for want of an owner column or files"
+            yield {"partition": "iid", "count": count, **least}, f"dealt evenly, since {unowned}"
 
 
 def _tuning(model: str | None, clients: int) -> tuple[dict[str, Any], float, str]:

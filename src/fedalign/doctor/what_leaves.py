@@ -55,6 +55,14 @@ UNCHECKED = (
     "Whose mask keys this site is handed is the coordinator's word. One that makes sites up can read what this site "
     "conceals: list the others' key.pub in site.toml ([privacy] node_keys)."
 )
+MASKED_SCORES = (
+    "A sum of scores may be of fewer sites, of this one alone in the end: one that has scored all that it will "
+    "(limits.evaluations) adds zeros."
+)
+OWN_ROWS = (
+    "The router rows of this site's expert are fitted to its own texts before it first trains, and leave with its "
+    "first update."
+)
 MASKED_ROWS = (
     "Rows of embeddings and counts of tokens leave concealed, if at all: a token that one site alone has stands in the "
     "sums, without the site's name."
@@ -151,7 +159,7 @@ MEANINGS: dict[type[Leaving], dict[str, str]] = {
     },
     Start: {
         "client": "the site's name",
-        "weights": "every value that will be trained, as loaded",
+        "weights": "every value that some site may train, as loaded",
         "constants": "the model's values that are never trained",
         "kept": "names, types and shapes, if the values follow in pieces",
     },
@@ -261,7 +269,8 @@ def masks_told(config: Config, known: Collection[str]) -> str:
     if not config.privacy.masked:
         return ""
     checked = CHECKED.format(names=", ".join(sorted(known))) if known else UNCHECKED
-    return f"{SUMS.format(least=config.privacy.masked_min_holders)} {checked}"
+    scores = f" {MASKED_SCORES}" if config.evaluation.clients else ""
+    return f"{SUMS.format(least=config.privacy.masked_min_holders)}{scores} {checked}"
 
 
 def labels_told(config: Config, consent: Consent) -> str:
@@ -282,7 +291,8 @@ def tokens_told(name: str, layout: Layout, config: Config, consent: Consent, *, 
         if_it_consents: no site in particular; `consent` is what one may consent to.
     """
     labels = labels_told(config, consent)
-    return f"{_rows_told(name, layout, config, consent, if_it_consents)}{labels and f' {labels}'}"
+    fitted = f" {OWN_ROWS}" if config.algorithm.build().shared is not None else ""
+    return f"{_rows_told(name, layout, config, consent, if_it_consents)}{fitted}{labels and f' {labels}'}"
 
 
 def _rows_told(name: str, layout: Layout, config: Config, consent: Consent, if_it_consents: bool) -> str:

@@ -115,7 +115,7 @@ def _outside(spare_A: Tensor, rows: Tensor) -> Tensor:
 def lost_products(
     factors: Sequence[Factors], start: Tensor, trained: Tensor, sent: Tensor, before: Tensor | None
 ) -> Tensor:
-    """What rounding lost of a group's update, [N] as its values; of a pair the product, by factors of the same rank.
+    """The part of a group's update that rounding lost, [N]; of a pair its product, as factors of the same rank.
 
     A product that is lost is of no use as lost factors: next round starts from others. Of a pair (B, A) that was to
     move by (b, a), and has moved by (b', a'), the loss is (B + b)(A + a) − (B + b')(A + a') and what was lost before.
