@@ -100,7 +100,9 @@ def test_a_reader_does_not_stumble_over_a_run_at_work(tmp_path: Path) -> None:
     assert read_history(folder) == []
 
 
-def test_only_its_own_comparison_goes_on_in_a_folder(ask: Ask, tmp_path: Path) -> None:
+def test_only_its_own_comparison_goes_on_in_a_folder(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
     folder, design = ComparisonFolder(tmp_path / "out"), ask("fedavg,fedprox")
     folder.check(design, overwrite=False)
     with folder.locked():
@@ -122,6 +124,7 @@ def test_only_its_own_comparison_goes_on_in_a_folder(ask: Ask, tmp_path: Path) -
     for losing in (ask("fedavg", sets=own), ask("fedavg", sets=[f"{own[0]},demo"])):
         with pytest.raises(UserError, match=r"model\.path = .*lies in it, and would be lost"):
             folder.check(losing, overwrite=True)
+    ComparisonFolder(Path("demo")).check(ask("fedavg", sets=["model.path=demo"]), overwrite=True)  # no folder is meant
     asked = folder.design.read_bytes()
     folder.design.unlink()  # whose runs these are is not known then; they are no less worth
     with pytest.raises(

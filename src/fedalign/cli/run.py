@@ -131,6 +131,7 @@ def asked(
     from fedalign import parallel
     from fedalign.client.workbench import check_shardable
     from fedalign.files import refuse_source
+    from fedalign.moe.load import model_path
     from fedalign.server.results import RunFolder
     from fedalign.server.run import resumed_config
 
@@ -145,7 +146,7 @@ def asked(
         if not dry_run:
             folder.check_idle()
             folder.check_free(overwrite)
-            refuse_source(folder.path, settings.model.path, "model.path =")
+            refuse_source(folder.path, model_path(settings.model.path), "model.path =")
     if parallel.launched() > 1:
         if dry_run:
             raise UserError(f"--dry-run: not in {parallel.launched()} processes. Leave torchrun out.")

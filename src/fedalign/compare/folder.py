@@ -20,6 +20,7 @@ from fedalign.compare.plan import Cell, Design, differences
 from fedalign.config.toml import read_config
 from fedalign.errors import UserError
 from fedalign.files import LOCK, check_free, holds, is_bare, locked, refuse_source, rounds_in, take, write_text
+from fedalign.moe.load import model_path
 from fedalign.protocol import Metrics
 from fedalign.server.checkpoint import whole_rounds
 from fedalign.server.results import WRITTEN as OF_RUN
@@ -93,7 +94,7 @@ class ComparisonFolder:
         if overwrite:
             check_free(self.path, "comparison", overwrite, written=WRITTEN)
             for path in (design.base.model.path, *(text.strip("\"'") for text in design.grid.get("model.path", ()))):
-                refuse_source(self.path, path, "model.path =")
+                refuse_source(self.path, model_path(path), "model.path =")
         if overwrite or not holds(self.path, "comparison"):
             return
         if not self.design.exists():
