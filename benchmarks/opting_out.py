@@ -78,14 +78,16 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Make what the folder does not hold yet; a line for each algorithm and seed, the frozen ones with what was found.
 
     Raises:
-        UserError: The folder holds runs of other settings, or no line is called so.
+        UserError: The folder holds runs of other settings, no line is called so, or there is no such round.
     """
     quiet()
     (out,) = args.out
-    out.mkdir(parents=True, exist_ok=True)
     for name in args.lines:
         if name not in LINES:
             raise unknown("--lines", name, LINES)
+    if wrong := [number for number in args.after if not 0 <= number <= args.rounds]:
+        raise UserError(f"--after {wrong[0]}: no such round. Choose 0 to {args.rounds}, as --rounds says.")
+    out.mkdir(parents=True, exist_ok=True)
     about, base = out / ABOUT, out / "base"
     if about.exists() and (there := json.loads(about.read_text())["settings"]) != settings(args):
         raise UserError(f"--out {str(out)!r}: holds runs of {there}, not of {settings(args)}. Choose another folder.")
@@ -258,10 +260,12 @@ def table(lines: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
         only = f" (seed {', '.join(map(str, sorted(seeds)))})" if seeds != set(made["seeds"]) else ""
         body += f"| {shown}{only} | {' | '.join(told)} | {sent} | {whole_size} |\n"
     found = [line["frozen"] for line in lines if "frozen" in line]
-    names = list(found[0]["rows"])
-    whole = [weighted(one["whole"], one["rows"]) for one in found]
     several = f"Mean and range of {len(made['seeds'])} seeds. " if len(made["seeds"]) > 1 else ""
     ran = f"{several}Run on: {about['machine']}. Settings: `{json.dumps(made)}`.\n"
+    if not found:
+        return f"{head}{body}\n{ran}"
+    names = list(found[0]["rows"])
+    whole = [weighted(one["whole"], one["rows"]) for one in found]
     frozen_whole = f"{head}{body}\nThe frozen model as a whole answers own rows at {percent(whole)}."
     if len(names) > MATRIX:
         return f"{frozen_whole} What it answers before and after one of {len(names)} has left:\n\n{left(found)}\n{ran}"

@@ -39,7 +39,6 @@ TALLY = "sent.json"  # beside the folders of clients: what was sent to them
 KEPT_ROUNDS, KEPT_BY_CLIENTS = 2, 3  # a client may be a round ahead of the server's last whole checkpoint but one
 LOCK, WATCH, MARK = ".lock", ".watch", ".fedalign"  # who writes here, who started that and looks on; whose folder it is
 SUMS = "SHA256SUMS"
-ON_PURPOSE = f"If somebody meant to change it, remove {SUMS}."
 PATIENCE = 1.0  # seconds that a lock may be held by somebody who only looks
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # of a file system that keeps none
 Written = Mapping[str, Iterable[str]]  # by what a folder is: patterns of what is written to it
@@ -322,6 +321,19 @@ def damage(folder: Path, *names: str) -> str:
     return "" if written else f"{SUMS} is empty"
 
 
+def refuse_damaged(folder: Path, *names: str, what: str = "") -> None:
+    """Refuse a folder whose files, or these of them, are no longer as they were written.
+
+    Raises:
+        UserError: It says which, and how a change that was meant is told; `what` stands before the folder's name.
+    """
+    if problem := damage(folder, *names):
+        raise UserError(
+            f"{what}{str(folder)!r}: damaged, or changed since it was written: {problem}. If somebody meant to change "
+            f"it, remove {SUMS}."
+        )
+
+
 # --------------------------------------------------------------------------------------------------------------- locks
 
 
@@ -490,14 +502,14 @@ def check_free(
     _refuse_strangers(path, kind, option, written)
 
 
-def refuse_source(place: Path, source: str, what: str, option: str = "--out") -> None:
+def refuse_source(place: Path, source: str, what: str, whose: str = "--out") -> None:
     """Refuse a place that would be emptied with what is made of something in it.
 
     Args:
         place: where something is to be written, in place of what is there.
         source: what is read for it: a path, or a name that is none, which is no matter.
         what: what the user calls that.
-        option: what the user calls the place.
+        whose: what the place is, which --out decides.
 
     Raises:
         UserError: The source is the place, or lies in it.
@@ -505,7 +517,7 @@ def refuse_source(place: Path, source: str, what: str, option: str = "--out") ->
     where = Path(source).expanduser()
     if where.exists() and where.resolve().is_relative_to(place.expanduser().resolve()):
         raise UserError(
-            f"{what} {source!r}: is {option} {str(place)!r}, or lies in it, and would be lost. Give another {option}."
+            f"{what} {source!r}: is {whose} {str(place)!r}, or lies in it, and would be lost. Give another --out."
         )
 
 

@@ -88,3 +88,48 @@ def test_a_run_gives_the_numbers_of_the_page(
         opting_out.main([*asked, "--seeds", "1"])
     assert stopped.value.code == 2
     assert "Choose another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--lines", "fedavgg"], "--lines = 'fedavgg': unknown"),
+        (["--rounds", "3", "--after", "4"], "--after 4: no such round. Choose 0 to 3"),
+        (["a", "b"], "--out: one folder, or several with --table"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        opting_out.main(["--out", str(tmp_path / "out"), *words])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_seeds_of_several_folders_are_one_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of lines that some seeds have alone these are told; scores stand after the rounds that they are of."""
+    page, folders = tmp_path / "page.md", [str(tmp_path / name) for name in ("a", "b")]
+    page.write_text(f"{opting_out.BEGIN.format('demo')}\n{opting_out.END}\n")
+    monkeypatch.setattr(opting_out, "PAGE", page)
+    line = {"own": 0.5, "after": [{"global": 0.25, "own": 0.125}], "bytes_up": 1000.0, "model_bytes": 1000}
+    made = {"clients": 2, "rounds": 3, "after": [1]}
+    for folder, seed, names in zip(folders, (7, 8), (["fedavg", "by_use"], ["fedavg"]), strict=True):
+        lines = [line | {"algorithm": name, "seed": seed, "global": seed / 10} for name in names]
+        about = {"settings": made | {"seeds": [seed]}, "machine": "a machine"}
+        Path(folder).mkdir()
+        Path(folder, opting_out.FOUND).write_text(json.dumps(lines))
+        Path(folder, opting_out.ABOUT).write_text(json.dumps(about))
+    opting_out.main(["--out", *folders, "--table"])
+    text = page.read_text()
+    assert "| global test set after 1 rounds | own rows after 1 rounds | global test set after 3 |" in text
+    assert "| `fedavg` | 25.0 % (25.0 to 25.0) | 12.5 % (12.5 to 12.5) | 75.0 % (70.0 to 80.0) |" in text
+    assert "| `by_use` (seed 7) | 25.0 % | 12.5 % | 70.0 % |" in text
+    assert "Mean and range of 2 seeds." in text
+    Path(folders[1], opting_out.ABOUT).write_text(json.dumps({"settings": made | {"seeds": [8], "rounds": 4}}))
+    with pytest.raises(SystemExit):
+        opting_out.main(["--out", *folders, "--table"])
+    assert "holds runs of" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """One client step on a tiny model of every family: it changes what it should, and reports what happened."""
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -422,6 +423,26 @@ def test_feedback_sends_later_what_rounding_lost(dtype: str, feedback: str, expe
             assert torch.allclose(sent[group] + lost[group], moved[group], atol=1e-6)
         level = unpack(pack(last[SHARED], "int8", 0)).abs().max() * {"int4": 1 / 7, "int8": 1 / 127}[dtype]
         assert 0 < float(lost[SHARED].abs().max()) < 2 * level
+
+
+@pytest.mark.parametrize("broken", ["nan", "inf"])
+@pytest.mark.parametrize("adapters", [(), ("tuning.kind=lora", "tuning.average=exact")], ids=["whole", "products"])
+def test_an_update_that_is_not_finite_is_told_whatever_is_fed_back(
+    broken: str, adapters: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings("wire.dtype=int4", *adapters)
+    moe = MoEModel.wrap(build("olmoe"), config.tuning)
+    step = Trainer(moe, None, config.algorithm.build(), config)
+    assert bool(moe.layout.factors) == bool(adapters)
+    honest = step._trained
+
+    def breaking(*asked: Any) -> dict[ParameterGroup, Tensor]:
+        trained = honest(*asked)
+        return {group: torch.full_like(trained[group], float(broken)) for group in moe.layout.groups}
+
+    monkeypatch.setattr(step, "_trained", breaking)
+    with pytest.raises(TrainingFailedError, match=r"its update of .* is not finite"):
+        step.train(client(tmp_path), broadcast(moe))
 
 
 @pytest.mark.parametrize("choice", [(), ("algorithm.name=fedavg",), ("tuning.dtype=bfloat16",)])

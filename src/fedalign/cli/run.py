@@ -210,7 +210,7 @@ def _joined(settings: Config, who: Sequence[str], place: Path, overwrite: bool) 
             "model.weights_hash, which fedalign doctor prints."
         )
     check_free(place, "model", overwrite)
-    refuse_source(place, path, "model.path =", "the place of the model with its expert,")
+    refuse_source(place, path, "model.path =", "the folder of --join,")
     source = DenseSource.find(model, settings.model.revision)
     split_among_clients(settings)  # a name that no client has is told before anything is written
     with out.status("Adding experts ..."), replacing(place, "model") as fresh:

@@ -212,7 +212,7 @@ class Trainer:
             if wire.feeds_back or wire.dtype == "int4":
                 sent = unpack(packed)
                 norms[-1] = sent.norm()
-                if wire.feeds_back:
+                if wire.feeds_back and bool(norms[-1].isfinite()):  # else the round fails, and nothing is kept
                     left[group] = lost_products(factors, begun, trained, sent, before)
             keeping.put(group, packed)
         return torch.stack(norms), left

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 from pydantic import ValidationError
 
-from fedalign.compare.plan import Cell, Design, differences
+from fedalign.compare.plan import Cell, Design, cells, differences
 from fedalign.config.toml import read_config
 from fedalign.errors import UserError
 from fedalign.files import LOCK, check_free, holds, is_bare, locked, refuse_source, rounds_in, take, write_text
@@ -93,7 +93,7 @@ class ComparisonFolder:
         """
         if overwrite:
             check_free(self.path, "comparison", overwrite, written=WRITTEN)
-            for path in (design.base.model.path, *(text.strip("\"'") for text in design.grid.get("model.path", ()))):
+            for path in sorted({cell.config.model.path for cell in cells(design)}):
                 refuse_source(self.path, model_path(path), "model.path =")
         if overwrite or not holds(self.path, "comparison"):
             return

@@ -104,20 +104,22 @@ def _lacks_chat_template(model: str | None, tables: Mapping[str, Any]) -> str:
 
 def _too_long(model: str | None, rows: Sequence[Row], tables: Mapping[str, Any]) -> str:
     """That some examples are longer than the model reads, where it can be mended by cutting prompts; else empty."""
-    read: list[bool] = []
-    for choice in ("error", "truncate"):
-        config = load_config({"model": {"path": model or "demo"}, "data": {**tables, "too_long": choice}})
-        encoder = skeleton_bench(config).encoder
+    config = load_config({"model": {"path": model or "demo"}, "data": tables})
+    encoder = skeleton_bench(config).encoder
+    examples = [one for one in examples_of(rows, config.data, "train") if one.answer]
+
+    def reads_all() -> bool:
         try:
-            encoder.encode([one for one in examples_of(rows, config.data, "train") if one.answer])
-            read.append(True)
-        except UserError:
-            read.append(False)
-        if read == [True]:
-            return ""
-    if not read[-1]:
-        return ""  # what is wrong is told by whoever reads it
-    return f"; some are longer than the {encoder.max_length:,} tokens that the model reads: their prompts are cut"
+            encoder.encode(examples)
+        except UserError:  # anything but lengths is told by whoever reads them
+            return False
+        return True
+
+    if reads_all():
+        return ""
+    encoder.too_long = "truncate"
+    told = f"; some are longer than the {encoder.max_length:,} tokens that the model reads: their prompts are cut"
+    return told if reads_all() else ""
 
 
 def _clients(source: str, rows: Sequence[Row], tables: Mapping[str, Any]) -> tuple[dict[str, Any], int, str]:

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 from fedalign.config.run import AlgorithmConfig
 from fedalign.errors import UserError
 from fedalign.export.card import CARD, settings_of, template
-from fedalign.files import MARK, ON_PURPOSE, SUMS, check_free, claimed, damage, digests, replacing
+from fedalign.files import MARK, SUMS, check_free, claimed, digests, refuse_damaged, replacing
 from fedalign.moe.load import auto_class
 from fedalign.moe.site_experts import KEY, TRAINED, UNKNOWN, among, checked, trained_by
 from fedalign.moe.subset import Cut, check_subset, experts_in, without, write_subset
@@ -144,8 +144,8 @@ def copy_without(
             f"{leaving}: {str(whole)!r} holds an adapter, whose base has all experts. Merge the two from the run: "
             f"fedalign export RUN {leaving} --merge --to DIR."
         )
-    if problem := damage(whole) if (whole / SUMS).exists() else "":
-        raise UserError(f"{str(whole)!r}: damaged, or changed since it was written: {problem}. {ON_PURPOSE}")
+    if (whole / SUMS).exists():
+        refuse_damaged(whole)
     config = _read(whole / "config.json")
     experts = experts_in(config, str(leaving))
     record = checked(config.get(KEY, {}), experts)

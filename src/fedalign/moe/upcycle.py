@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fedalign.errors import UserError, unknown
-from fedalign.files import MARK, ON_PURPOSE, SUMS, damage
+from fedalign.files import MARK, SUMS, refuse_damaged
 from fedalign.moe.families import FAMILIES, family_of
 from fedalign.moe.kept import save_with_kept
 from fedalign.moe.load import DTYPES, ask_hub, load_plain, refuse_adapter
@@ -124,8 +124,8 @@ def _refuse_damaged(folder: Path) -> None:
     """Of a model of ours: what is made of it gets digests of its own, by which no damage would be noticed any more."""
     weights = [file.name for file in folder.glob("*.safetensors")]
     ours = (folder / MARK).exists() and (folder / SUMS).exists()
-    if problem := damage(folder, *weights) if weights and ours else "":
-        raise UserError(f"model = {str(folder)!r}: damaged, or changed since it was written: {problem}. {ON_PURPOSE}")
+    if weights and ours:
+        refuse_damaged(folder, *weights, what="model = ")
 
 
 def _only_gguf(folder: Path) -> str:
