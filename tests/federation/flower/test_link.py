@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 
 import httpx
 import pytest
@@ -10,7 +12,17 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedalign.federation.flower.link import REASONS, GridLink, Reply, RunAbout, from_records, reason, to_records
+from fedalign.federation.flower import link
+from fedalign.federation.flower.link import (
+    REASONS,
+    UNKNOWN,
+    GridLink,
+    Reply,
+    RunAbout,
+    from_records,
+    reason,
+    to_records,
+)
 from fedalign.federation.messages import MessageError, Parcel, decode, encode
 from fedalign.protocol import SHARED, Broadcast
 from tests.federation.test_messages import packed, same
@@ -160,6 +172,129 @@ def test_a_parcel_is_a_reply_like_any_other() -> None:
     link = GridLink(grid, RUN, 60)
     (reply,) = link.replies(list(link.ask("finish", failure, [4])))
     assert reply.content == failure
+
+
+class SlowGrid(PlayedGrid):
+    """As Flower's over HTTP: it takes replies out of the SuperLink, then waits for the parts of some."""
+
+    def __init__(self, nodes: list[int], parts: dict[int, threading.Event]) -> None:
+        super().__init__(nodes, echo)
+        self.parts, self.silent, self.lost, self.looks = parts, set[int](), set[int](), 0
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        self.looks += 1
+        found = []
+        for asked in list(message_ids):
+            reply = self._replies.get(asked)
+            if reply is None:
+                found.append(unknown(asked))
+            elif reply.metadata.src_node_id not in self.silent:
+                found.append(self._replies.pop(asked))
+        for reply in found:
+            if not reply.has_error() and (parts := self.parts.get(reply.metadata.src_node_id)):
+                assert parts.wait(30)
+        return [unknown(r.metadata.reply_to_message_id) if r.metadata.src_node_id in self.lost else r for r in found]
+
+
+def unknown(asked: str) -> Message:
+    """Flower's answer about a message that it does not know, or a reply whose parts never came."""
+    reply = Message(Error(UNKNOWN, "unknown"), reply_to=Message(RecordDict(), 1, "query"))
+    reply.metadata.__dict__["_reply_to_message_id"] = asked
+    return reply
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Parts of a reply that have not come yet, for which a look waits only shortly."""
+    monkeypatch.setattr(link, "PROMPT", 0.1)
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def until(link: GridLink, messages: list[str], number: int) -> list[Reply]:
+    """Look until so many replies have come."""
+    came, deadline = list[Reply](), time.monotonic() + 30
+    while len(came) < number:
+        assert time.monotonic() < deadline
+        came += link.replies([message for message in messages if message not in {one.message for one in came}])
+    return came
+
+
+def test_a_reply_that_does_not_come_whole_holds_up_nobody_elses(parts: threading.Event) -> None:
+    """Node 1 holds the parts of its reply back; 2 has answered before it was noticed, and 3 answers after it."""
+    grid = SlowGrid([1, 2, 3], {1: parts})
+    grid.silent = {3}
+    link = GridLink(grid, RUN, 60)
+    asked = list(link.ask("train", encode(Broadcast(1, {})), [1, 2, 3]))
+    assert list(link.replies(asked)) == []
+    assert list(link.replies(asked)) == []  # and neither 1 nor 2 is taken for unknown
+    grid.silent = set()
+    (third,) = until(link, asked, 1)
+    assert third.message == asked[2]
+    assert grid.looks == 3
+    parts.set()
+    rest = until(link, asked[:2], 2)
+    assert {reply.message for reply in rest} == set(asked[:2])
+    assert all(isinstance(reply.content, Parcel) for reply in [third, *rest])
+    assert [reply.content for reply in link.replies(asked[:1])] == [REASONS[UNKNOWN]]  # each came once
+
+
+def test_a_reply_that_never_comes_whole_is_a_reason(parts: threading.Event) -> None:
+    grid = SlowGrid([1], {1: parts})
+    grid.lost = {1}
+    link = GridLink(grid, RUN, 60)
+    asked = list(link.ask("train", encode(Broadcast(1, {})), [1]))
+    assert list(link.replies(asked)) == []
+    parts.set()
+    (reply,) = until(link, asked, 1)
+    assert reply == Reply(asked[0], REASONS[UNKNOWN])
+
+
+def test_of_two_looks_that_waited_the_one_that_found_the_reply_counts(parts: threading.Event) -> None:
+    """As after a SuperLink that was away for longer than a look is waited for: both looks have asked about both."""
+    grid = SlowGrid([1, 2], {1: parts, 2: parts})
+    link = GridLink(grid, RUN, 60)
+    asked = list(link.ask("train", encode(Broadcast(1, {})), [1, 2]))
+    grid.silent = {2}
+    assert list(link.replies(asked)) == []  # finds 1
+    grid.silent = set()
+    assert list(link.replies(asked)) == []  # finds 2, and knows nothing of 1
+    parts.set()
+    assert all(isinstance(reply.content, Parcel) for reply in until(link, asked, 2))
+
+
+def test_what_nobody_asks_for_any_more_is_forgotten(parts: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = SlowGrid([1, 2], {1: parts})
+    link = GridLink(grid, RUN, expiry=60)
+    first, second = link.ask("train", encode(Broadcast(1, {})), [1, 2])
+    assert list(link.replies([first])) == []
+    parts.set()
+    assert len(until(link, [second], 1)) == 1
+    deadline = time.monotonic() + 30
+    while not link._came:
+        assert time.monotonic() < deadline
+        assert list(link.replies([])) == []
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    assert list(link.replies([])) == []
+    assert link._came == {}
+
+
+def test_a_slow_look_that_failed_says_so(parts: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = SlowGrid([1], {})
+    link = GridLink(grid, RUN, 60)
+    asked = list(link.ask("train", encode(Broadcast(1, {})), [1]))
+
+    def fail(_: Iterable[str]) -> Iterable[Message]:
+        assert parts.wait(30)
+        raise ValueError("no SuperLink")
+
+    monkeypatch.setattr(grid, "pull_messages", fail)
+    assert list(link.replies(asked)) == []
+    parts.set()
+    with pytest.raises(ValueError, match="no SuperLink"):
+        until(link, asked, 1)
 
 
 class BusyGrid(PlayedGrid):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 import re
 import threading
 import time
@@ -20,6 +21,9 @@ from flwr.proto.fleet_pb2 import ActivateNodeResponse
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse as Heartbeat
 from flwr.supercore import heartbeat
 from flwr.supercore.constant import TaskType
+from flwr.supercore.error import ApiErrorCode
+from flwr.supercore.error.catalog import API_ERROR_MAP
+from flwr.supercore.exit import ExitCode
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.retry import http_retry
@@ -31,7 +35,7 @@ from flwr.supernode.nodestate import NodeStateFactory
 from httpx import HTTPStatusError
 
 from fedalign.federation.flower import supernode
-from fedalign.federation.flower.supernode import BUSY, OFTEN, Hurry, Patient, receive_whole
+from fedalign.federation.flower.supernode import BUSY, OFTEN, ONLINE, Hurry, Patient, receive_whole
 
 FLOWER = start_client_internal._pull_and_store_message
 PUSH = "push-messages"
@@ -139,6 +143,7 @@ class SuperLink:
     def __init__(self, failures: int, code: int = 500) -> None:
         superlink = self
         self.failures, self.code, self.only, self.asked = failures, code, "", Counter[str]()
+        self.reason = b""
         self.answers: dict[str, Any] = {
             "activate-node": ActivateNodeResponse(node_id=7),
             "send-node-heartbeat": Heartbeat(success=True),
@@ -151,7 +156,7 @@ class SuperLink:
                 superlink.asked[path] += 1
                 failed = superlink.asked[path] <= superlink.failures and superlink.only in ("", path)
                 answer = superlink.answers.get(path)
-                body = b"" if failed or answer is None else answer.SerializeToString()
+                body = superlink.reason if failed else b"" if answer is None else answer.SerializeToString()
                 self.send_response(superlink.code if failed else 200)
                 self.send_header("content-length", str(len(body)))
                 self.end_headers()
@@ -234,6 +239,62 @@ def test_what_a_superlink_refuses_is_not_asked_again(
         with pytest.raises(HTTPStatusError):
             connection[1]()
     assert superlink.asked["pull-messages"] == 1
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Passes by what our program sleeps, which it keeps."""
+    clock = SimpleNamespace(now=100.0, slept=[])
+
+    def sleep(seconds: float) -> None:
+        clock.slept.append(seconds)
+        clock.now += seconds
+
+    monkeypatch.setattr(supernode, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
+    return clock
+
+
+def refusing(superlink: SuperLink, code: ApiErrorCode) -> SuperLink:
+    """It answers as Flower's does where a key cannot come online."""
+    said = API_ERROR_MAP[code]
+    superlink.only, superlink.code = "activate-node", said.http_status_code
+    superlink.reason = json.dumps({"code": code, "detail": said.public_message}).encode()
+    return superlink
+
+
+def test_a_site_that_was_killed_waits_until_its_key_may_come_online(
+    failing: Callable[..., SuperLink], clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(fleet_http_connection, "FleetHttpClient", Patient)
+    monkeypatch.setattr(supernode.log, "propagate", True)
+    superlink = refusing(failing(12), ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED)
+    with superlink.connected() as connection:
+        assert connection[0] == 7
+    assert superlink.asked["activate-node"] == 13
+    assert sum(clock.slept) == ONLINE == 60.0
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert "killed less than 60 s ago, or the key is not registered, or revoked; asking again for 65 s" in told
+
+
+@pytest.mark.parametrize(
+    ("code", "asked"), [("FLEET_NODE_ACTIVATION_FAILED", 14), ("FLEET_INVALID_HEARTBEAT_INTERVAL", 1)]
+)
+def test_a_key_that_stays_refused_ends_the_supernode(
+    failing: Callable[..., SuperLink], clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, code: str, asked: int
+) -> None:
+    ended: list[tuple[int, str]] = []
+
+    def end(*how: Any) -> None:
+        ended.append(how)
+        raise RuntimeError("ended")
+
+    monkeypatch.setattr(fleet_http_connection, "FleetHttpClient", Patient)
+    monkeypatch.setattr(fleet_http_connection, "flwr_exit", end)
+    superlink = refusing(failing(10**9), ApiErrorCode[code])
+    with pytest.raises(RuntimeError, match="ended"), superlink.connected():
+        pytest.fail("it is connected")
+    assert superlink.asked["activate-node"] == asked
+    assert ended[0][0] == ExitCode.SUPERNODE_CONNECTION_ERROR
 
 
 def test_our_supernode_is_patient(monkeypatch: pytest.MonkeyPatch) -> None:

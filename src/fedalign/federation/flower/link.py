@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
 from typing import Protocol, TypeVar
 
@@ -18,11 +20,13 @@ from fedalign.units import shown
 T = TypeVar("T")
 log = logging.getLogger("fedalign")
 PATIENCE = 120.0  # seconds for which a failing SuperLink is asked again
+PROMPT = 10.0  # seconds for which a look is waited for: about what a piece of a transfer may take
+UNKNOWN = 3  # Flower's error code of a message that the SuperLink does not know, or of a reply that never came whole
 RUN = "run"
 REASONS = {  # Flower's error codes, as far as they say something about a site
     1: "its ClientApp cannot be loaded; is the same version of fedalign-moe installed there?",
     2: "its ClientApp failed; the reason is in the site's own log",
-    3: "nobody answered before the message expired",
+    UNKNOWN: "nobody answered before the message expired",
     4: "its reply was lost on the way",
     5: "its SuperNode is gone",
     8: "its process ended before it could answer",
@@ -72,8 +76,34 @@ class Link(Protocol):
         """Replies to these messages that came since they were last asked for."""
 
 
+@dataclass(frozen=True)
+class Look:
+    """A look for the replies to some messages, in a thread of its own."""
+
+    messages: frozenset[str]
+    found: Future[list[Message]]
+
+    @classmethod
+    def begin(cls, messages: Sequence[str], pull: Callable[[], Iterable[Message]]) -> Look:
+        """Begin to look."""
+        found = Future[list[Message]]()
+
+        def look() -> None:
+            try:
+                found.set_result(list(pull()))
+            except Exception as error:
+                found.set_exception(error)
+
+        threading.Thread(target=look, daemon=True).start()
+        return cls(frozenset(messages), found)
+
+
 class GridLink:
     """A `Link` over the grid that Flower hands to a ServerApp.
+
+    A reply is there before its parts are, and Flower's grid waits for these: for three minutes where its site has died,
+    for two hours where a site holds them back. The others' replies would wait as long. So a look that takes longer than
+    `PROMPT` goes on in its thread, and others are made beside it; what it brings is handed on once it is over.
 
     Args:
         grid: Flower's.
@@ -85,6 +115,8 @@ class GridLink:
         self.grid = grid
         self.run = run
         self.expiry = expiry
+        self._slow: list[Look] = []  # that were not over in time
+        self._came: dict[str, tuple[Message, float]] = {}  # what they have brought, and when, until it is asked for
 
     def nodes(self) -> Mapping[int, str | None]:
         """The nodes that are connected now, and the name with which each one's key was registered, if it was."""
@@ -102,8 +134,40 @@ class GridLink:
 
     def replies(self, messages: Sequence[str]) -> Iterator[Reply]:
         """Replies to these messages that came since they were last asked for."""
-        for reply in patiently(lambda: self.grid.pull_messages(list(messages))) if messages else ():
+        self._gather()
+        here = [self._came.pop(message)[0] for message in messages if message in self._came]
+        there = {reply.metadata.reply_to_message_id for reply in here}
+        here += self._look([message for message in messages if message not in there])
+        while here:
+            reply = here.pop(0)
             yield Reply(reply.metadata.reply_to_message_id, _content(reply))
+
+    def _look(self, messages: Sequence[str]) -> list[Message]:
+        """Look now; what has not come whole in time is found later."""
+        if not messages:
+            return []
+        look = Look.begin(messages, lambda: patiently(lambda: self.grid.pull_messages(messages)))
+        if wait([look.found], PROMPT).not_done:
+            self._slow.append(look)
+            return []
+        return [reply for reply in look.found.result() if not self._is_coming(reply)]
+
+    def _gather(self) -> None:
+        """Take what slow looks have brought, and forget what nobody asks for any more."""
+        over = [look for look in self._slow if look.found.done()]
+        self._slow = [look for look in self._slow if look not in over]
+        now = time.monotonic()
+        self._came = {
+            message: (reply, came) for message, (reply, came) in self._came.items() if now < came + self.expiry
+        }
+        for reply in sorted((reply for look in over for reply in look.found.result()), key=_is_unknown):
+            if not self._is_coming(reply):
+                self._came.setdefault(reply.metadata.reply_to_message_id, (reply, now))
+
+    def _is_coming(self, reply: Message) -> bool:
+        """Whether it says no more than that a look which is not over has taken the true one out of the SuperLink."""
+        message = reply.metadata.reply_to_message_id
+        return _is_unknown(reply) and any(message in look.messages for look in self._slow)
 
 
 def message_type(verb: str) -> str:
@@ -123,6 +187,10 @@ def patiently(call: Callable[[], Iterable[T]]) -> Iterable[T]:
             log.warning("the SuperLink failed (%s): trying again", error)
         time.sleep(pause)
         pause = min(2 * pause, 10.0)
+
+
+def _is_unknown(reply: Message) -> bool:
+    return reply.has_error() and reply.error.code == UNKNOWN
 
 
 def _content(reply: Message) -> Parcel | str:

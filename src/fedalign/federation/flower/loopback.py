@@ -169,7 +169,7 @@ class Loopback:
         """Start a site's SuperNode; whether the SuperLink takes it is in `nodes()` and in its log a little later.
 
         A SuperNode killed by SIGKILL counts as online until its heartbeat is overdue: for about a minute its key is
-        refused and a new SuperNode ends with Flower's exit code 305. After `terminate` it may return at once.
+        refused, and a new SuperNode waits. After `terminate` it may return at once.
 
         Raises:
             UserError: A program of this name runs already, or the name cannot be a file's.

@@ -8,6 +8,9 @@ A SuperLink whose database is locked for 5 s fails at what it is asked (HTTP 500
 answer, for which the coordinator waits in vain, or leaves the federation for good: when it starts, looks for a message
 or says that it lives. This one takes such a SuperLink for one that is away, and asks again until it answers.
 
+A SuperLink counts a SuperNode that was killed as online for a minute, and refuses its key meanwhile. Flower's SuperNode
+then ends. This one waits for that minute.
+
 Flower looks for a message each 3 s, and for its answer each 0.5 s: half of the time that a piece of 64 MB takes. While
 messages come, this one looks more often.
 """
@@ -23,7 +26,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from flwr.app import Message
-from flwr.common.constant import Status, SubStatus
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE, Status, SubStatus
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.object_store import ObjectStore
 from flwr.supernode import fleet_http_connection
 from flwr.supernode import start_client_internal as supernode
@@ -36,8 +41,14 @@ from fedalign.federation.flower import waits
 
 PROGRAM = "flower-supernode"
 log = logging.getLogger("flwr")
+AGAIN = 5.0  # seconds until a key that was refused is tried again
 BUSY = 10.0  # seconds after a message for which the next one, or its answer, is looked for ...
 OFTEN = 10  # ... so many times as often
+ONLINE = float(HEARTBEAT_PATIENCE * HEARTBEAT_DEFAULT_INTERVAL)  # seconds for which a SuperNode without sign of life is
+REFUSED = (
+    "the SuperLink refuses this site's key. Its last SuperNode was killed less than %.0f s ago, or the key is not "
+    "registered, or revoked; asking again for %.0f s"
+)
 UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
 
 
@@ -107,6 +118,24 @@ class Patient(FleetHttpClient):
                 raise
             log.warning("the SuperLink failed at %s (HTTP 500)", path)
             raise ReadError(f"it failed at {path}", request=error.request) from error
+
+    def ActivateNode(self, request: ActivateNodeRequest) -> ActivateNodeResponse:
+        """Come online; a key that is refused is tried until its last SuperNode cannot be online any more."""
+        deadline = time.monotonic() + ONLINE + AGAIN
+        told = False
+        while True:
+            try:
+                return super().ActivateNode(request)
+            except HTTPStatusError as error:
+                refused = FlowerError.from_json(error.response.text)
+                if refused is None or refused.code != ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
+                    raise
+                if time.monotonic() >= deadline:
+                    raise
+            if not told:
+                log.warning(REFUSED, ONLINE, deadline - time.monotonic())
+            told = True
+            time.sleep(AGAIN)
 
 
 def main() -> None:
