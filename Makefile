@@ -59,7 +59,7 @@ test-installed: $(VENV)/.tools ## what a newcomer has: the wheel alone, a new al
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m installed
 
 test-sites: $(VENV)/.simulation ## real Flower processes on loopback: keys, kills, faults, equal engines
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -m 'sites and not variant' --durations 20 --durations-min 30
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m 'sites and not variant' --numprocesses 2 --dist loadfile --durations 20 --durations-min 30
 
 test-sites-all: $(VENV)/.simulation ## those, and all others of their kinds: which process is killed, by which signal, when
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m sites

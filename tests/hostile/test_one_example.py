@@ -11,17 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim import AdamW
 
+from fedalign.client import evaluation, fit
+from fedalign.client.forward import AnswerLogits
 from fedalign.client.log import Entry, SiteLog
 from fedalign.client.memory import Keeping, Kept
 from fedalign.client.open import open_site
 from fedalign.client.parts import Parts
 from fedalign.client.trainer import Trainer
-from fedalign.config.run import Config
+from fedalign.config.run import AlgorithmConfig, Config
+from fedalign.data.batches import Batch
 from fedalign.data.encode import Encoded
 from fedalign.errors import TrainingFailedError, UserError
 from fedalign.federation.messages import VERBS as EVERY_VERB
 from fedalign.federation.site import withdraw
+from fedalign.moe.model import MoEModel
 from fedalign.protocol import Evaluation, Failure, Hello, Piece, Statistics
 from tests.conftest import Command, changed, rows, write_jsonl
 from tests.hostile.conftest import VERBS, Attack, Coordinator
@@ -115,6 +120,22 @@ def test_a_length_cannot_choose_among_examples(attack: Attack) -> None:
 @pytest.mark.parametrize("verb", ["hello", "start", "train", "evaluate"])
 def test_labels_cannot_choose_among_examples(attack: Attack, verb: str) -> None:
     assert 'data.on_bad_row = "skip"' in attack().refused(verb, on_bad_row="skip", labels=("food",))
+
+
+def test_whether_rows_fit_is_told_in_few_ways_alone(attack: Attack) -> None:
+    """One row has a label of its own, and one text is the longest: each way to read them tells a yes or a no."""
+    site = attack([*rows(), {"text": "short of breath", "label": "rare"}], limits="readings = 3")
+    labels = (*site.config.data.labels, "rare")
+    assert site.refused("hello").startswith("its data cannot be used")
+    assert isinstance(site.ask("hello", labels=labels), Hello)
+    assert site.refused("hello", run="another").startswith("its data cannot be used")  # the same way again
+    assert site.refused("train", run="another", labels=labels, max_length=8).startswith("its data cannot be used")
+    spent = "its rows have been read in as many ways as they will be (limits.readings = 3 in its site.toml)"
+    for verb in ("hello", "start", "train", "evaluate"):
+        assert site.refused(verb, run="a third", labels=labels, max_length=9) == spent
+        assert not isinstance(site.ask(verb, run="a third", labels=labels), Failure)
+    assert "rare" not in (site.site.path / "readings.json").read_text()
+    assert (site.site.path / "readings.json").stat().st_mode & 0o077 == 0
 
 
 def test_new_rows_leave_the_others_where_they_are_and_come_in_many_at_a_time(attack: Attack) -> None:
@@ -264,6 +285,55 @@ def test_epochs_and_steps_of_a_round_have_a_limit(attack: Attack) -> None:
     assert isinstance(site.ask("update"), Failure)  # nothing was kept
 
 
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 22), (4, 6), (100, 2)])
+def test_the_steps_of_a_mixture_count(
+    attack: Attack, monkeypatch: pytest.MonkeyPatch, accumulate: int, steps: int
+) -> None:
+    """88 examples in batches of 8, once for what is sent and once for the mixture that stays."""
+    config = changed(attack().config, "training", batch_examples=8, accumulate=accumulate)
+    config = config.model_copy(update={"algorithm": AlgorithmConfig(name="pfl_moe")})
+    taken: list[AdamW] = []
+    step = AdamW.step
+
+    def counted(self: AdamW) -> None:
+        taken.append(self)
+        step(self)
+
+    monkeypatch.setattr(AdamW, "step", counted)
+    assert isinstance(attack(limits=f"steps = {steps}").ask_with(config, "train"), Statistics)
+    assert len(taken) == steps
+    many = attack(limits=f"steps = {steps - 1}").ask_with(config, "train")
+    assert isinstance(many, Failure)
+    assert many.reason == "a round and its mixture would take more steps than limits.steps"
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate"])
+def test_the_size_of_a_batch_has_a_limit(attack: Attack, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    site = attack(limits="batch_tokens = 64")
+    site.broadcast = replace(site.broadcast, score=True)
+    sizes: list[int] = []
+    for module in (evaluation, fit):
+        answer = module.answer_logits
+
+        def noted(moe: MoEModel, batch: Batch, *more: Any, answer: Any = answer) -> AnswerLogits:
+            sizes.append(batch.attention_mask_B_S.numel())
+            return answer(moe, batch, *more)  # type: ignore[no-any-return] # it is either module's
+
+        monkeypatch.setattr(module, "answer_logits", noted)
+    config = changed(site.config, "training", batch_tokens=10**6, batch_examples=10**6)
+    site.ask_with(changed(config, "evaluation", batch_tokens=10**6), verb)
+    assert 32 < max(sizes) <= 64
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate"])
+@pytest.mark.parametrize("kept", [0, 2])
+def test_a_broadcast_that_lacks_groups_is_neither_trained_nor_scored(attack: Attack, verb: str, kept: int) -> None:
+    site = attack()
+    some = list(site.broadcast.weights.items())
+    site.broadcast = replace(site.broadcast, weights=dict(some[:kept]))
+    assert site.refused(verb) == f"a broadcast without {some[kept][0]}, which this model trains"
+
+
 def test_a_site_takes_part_in_runs_over_sites_alone(attack: Attack) -> None:
     site = attack()
     config = changed(changed(site.config, "federation", engine="in_process"), "tracking", health="full")
@@ -305,6 +375,7 @@ def test_where_nothing_can_be_written_down_nothing_leaves(attack: Attack) -> Non
     site = attack()
     (site.site.path / "log.jsonl").mkdir()
     assert site.refused("hello") == "it cannot keep its own log"
+    assert site.refused("train") == site.refused("evaluate") == "it cannot keep its own log"
 
 
 def test_a_log_that_cannot_be_read_counts_nothing_and_answers_nothing(attack: Attack, fedalign: Command) -> None:

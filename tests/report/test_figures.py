@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,17 @@ def test_uploads_add_up(tmp_path: Path) -> None:
     sent = [{"bytes_up": 0}, {"bytes_up": 2_000_000}, {"bytes_up": 1_500_000}]
     material = made(tmp_path, fedavg_0=sent, fedavg_1=[{"bytes_up": 0}, {"bytes_up": 4_000_000}, {"bytes_up": 500_000}])
     assert uploads(material) == [{"point": 0, "label": 0, "rows": [[0, 0], [1, 3], [2, 4]]}]
+
+
+def test_uploads_of_a_run_that_ended_early_stay(tmp_path: Path) -> None:
+    sent = [{"bytes_up": 0}, {"bytes_up": 2_000_000}, {"bytes_up": 2_000_000}]
+    material = made(tmp_path, fedavg_0=sent, fedavg_1=[{"bytes_up": 0}, {"bytes_up": 6_000_000}, {"bytes_up": 9}])
+    whole, early = material.runs
+    early = replace(early, history=early.history[:2])
+    ended = uploads(replace(material, runs=[whole, early]))
+    assert ended[0]["rows"] == [[0, 0], [1, 4], [2, 5]]  # it never falls
+    going_on = uploads(replace(material, runs=[whole, replace(early, finished=False)]))
+    assert going_on[0]["rows"] == [[0, 0], [1, 4], [2, 4]]
 
 
 def test_clients_show_their_last_accuracies_and_what_they_hold(tmp_path: Path) -> None:

@@ -492,6 +492,27 @@ def test_outliers_do_not_count_as_usable(tmp_path: Path) -> None:
         run(tmp_path, federation, "server.min_clients=3")
 
 
+def test_that_a_client_with_low_scores_is_missing_makes_no_round_the_best(tmp_path: Path) -> None:
+    """Scores never change; c fails to train in round 2, so that nobody knows how round 1 does on its rows."""
+    right = {"a": 0.9, "b": 0.9, "c": 0.1}
+
+    def failing(statistics: Statistics) -> Statistics | Failure:
+        lost = (statistics.client, statistics.round) == ("c", 2)
+        return Failure("c", "train", "its loss is nan at step 1") if lost else statistics
+
+    federation = Scripted(
+        dict.fromkeys(right, (30, 1.0)),
+        spoil=failing,
+        grade=lambda score: replace(score, accuracy=right[str(score.client)], loss=1.0),
+    )
+    state, log = run(tmp_path, federation, "run.rounds=4", scores=lambda number, weights: None)
+    assert [len(line["client_accuracies"]) for line in state.history] == [3, 2, 3, 3, 3]
+    assert state.history[1]["client_accuracy_weighted"] == pytest.approx(0.9)
+    assert log.improved == [True, False, False, False, False]
+    best = best_of(state.history, "accuracy")
+    assert best is state.history[0]
+
+
 def test_scores_that_cannot_be_used_are_named_and_the_others_count(tmp_path: Path) -> None:
     def grade(score: Evaluation) -> Evaluation | Failure:
         if score.client == "b":

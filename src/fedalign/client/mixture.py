@@ -9,18 +9,20 @@ are in memory meanwhile. The equation is the algorithm's `mix`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from fedalign.client.fit import make_optimizer
+from fedalign.client.fit import grouped, make_optimizer
 from fedalign.client.forward import AnswerLogits, answer_logits
 from fedalign.client.memory import Kept
 from fedalign.config.run import TrainingConfig
 from fedalign.data.batches import Batch, batches
 from fedalign.data.encode import Encoded
+from fedalign.errors import TrainingFailedError
 from fedalign.maths.hashing import derive_seed
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import Mix, ParameterGroup
@@ -63,20 +65,28 @@ class Mixture:
         mixed_N_V = self.mix(server.logits_N_V.log_softmax(-1), own.logits_N_V.log_softmax(-1), score_N_1)
         return replace(server, logits_N_V=mixed_N_V)
 
-    def fit(self, examples: Sequence[Encoded], options: TrainingConfig, seed: int) -> None:
-        """All local epochs."""
+    def fit(self, examples: Sequence[Encoded], options: TrainingConfig, seed: int, most: float = math.inf) -> None:
+        """All local epochs.
+
+        Raises:
+            TrainingFailedError: They would take more than `most` optimizer steps.
+        """
         optimizer = make_optimizer(self.parameters(), options)
         self.own.model.train()
         self.server.model.eval()
+        steps = 0
         for epoch in range(options.epochs):
             order = derive_seed(seed, "mixture", epoch)
             equal = self.server.equal_lengths
-            for batch in batches(
-                examples, options.batch_tokens, options.batch_examples, seed=order, equal_lengths=equal
-            ):
+            found = batches(examples, options.batch_tokens, options.batch_examples, seed=order, equal_lengths=equal)
+            for group in grouped(found, options.accumulate):
+                steps += 1
+                if steps > most:
+                    raise TrainingFailedError("a round and its mixture would take more steps than limits.steps")
                 optimizer.zero_grad(set_to_none=True)
-                loss = self.answer(batch.to(self.server.device)).nll_N.mean()
-                loss.backward()
+                answer_tokens = sum(batch.answer_tokens for batch in group)
+                for batch in group:
+                    (self.answer(batch.to(self.server.device)).nll_N.sum() / answer_tokens).backward()
                 if options.max_grad_norm:
                     nn.utils.clip_grad_norm_(self.parameters(), options.max_grad_norm)
                 optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from importlib.metadata import version
@@ -21,12 +22,12 @@ from fedalign.data.encode import text_hash, tokenizer_hash
 from fedalign.data.formats import load_examples
 from fedalign.data.sources import read_rows
 from fedalign.errors import DataError, ModelError, UserError
-from fedalign.files import folder_name
+from fedalign.files import LOCK, folder_name, locked, write_private
 from fedalign.moe.load import hardware, pick_device
 from fedalign.protocol import PROTOCOL, Hello
 
 HUB_FILES = ["*.json", "*.jinja", "*.model", "*.py", "*.safetensors", "*.tiktoken", "*.txt"]
-DEMO, PARTS = "demo", "parts.json"
+DEMO, PARTS, READINGS = "demo", "parts.json", "readings.json"
 log = logging.getLogger("fedalign")
 
 
@@ -39,8 +40,8 @@ def open_site(folder: SiteFolder, config: Config, run: str) -> OpenClient:
         run: the run's key; what the site remembers is kept by run.
 
     Raises:
-        UserError: The configuration asks for what the site does not do, or there are too few examples; the message
-            tells nothing of what is here.
+        UserError: The configuration asks for what the site does not do, its rows were read in too many ways, or there
+            are too few examples; the message tells nothing of what is here.
         ModelError: The site's own model cannot be loaded.
         DataError: The data does not fit the configuration.
     """
@@ -50,11 +51,38 @@ def open_site(folder: SiteFolder, config: Config, run: str) -> OpenClient:
     if config.privacy.on:
         local = leaving_out(local)
     bench = _own_model(local) if folder.config.model.path else _model_of_the_hub(local)
+    if not config.privacy.on:
+        _note_reading(folder, config)
     client, parts = site_client(folder, bench, config, run)
     parts.save(parts_file(folder))
     device = pick_device(local.run.device)
     log.info("%s: the model is on %s: %s", folder.config.name, device, hardware(device))
     return OpenClient(bench.trainer(), client, lambda: describe(bench, client, bench.moe.weights_hash()))
+
+
+def _note_reading(folder: SiteFolder, config: Config) -> None:
+    """Count a way to read the rows that no run has asked for yet: its answer says whether all of them fit.
+
+    Asked in enough ways that would say which labels there are, and how long the longest text is.
+
+    Raises:
+        UserError: There have been as many as this site's limit allows.
+    """
+    file, most = folder.path / READINGS, folder.config.limits.readings
+    asked = [
+        config.data.model_dump(mode="json"),
+        None if folder.config.model.path else config.model.model_dump(mode="json"),
+    ]
+    way = text_hash(json.dumps(asked, sort_keys=True))
+    with locked(file.with_suffix(LOCK), "another message", patience=60):
+        known: list[str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        if way in known:
+            return
+        if len(known) >= most:
+            raise UserError(
+                f"its rows have been read in as many ways as they will be (limits.readings = {most} in its site.toml)"
+            )
+        write_private(file, json.dumps([*known, way]).encode())
 
 
 def leaving_out(local: Config) -> Config:

@@ -154,7 +154,8 @@ class Trainer:
             if self.algorithm.mix:
                 mixture = self._mixture(before, local.received)
                 with self._random(derive_seed(seed, "mixture")):
-                    mixture.fit(client.train, self.config.training, seed)
+                    left = client.most_steps - fit.steps if client.most_steps else math.inf
+                    mixture.fit(client.train, self.config.training, seed, left)
                 kept = mixture.add_to(kept)
             keeping.save(kept)
         return statistics

@@ -7,6 +7,7 @@ where its data and its copy of the model lie, what its columns are called, which
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 from dataclasses import dataclass
@@ -139,6 +140,11 @@ class SiteLimits(ClientLimits):
     evaluations: Positive = key(120, "and scores at most, in one run")
     all_rounds: Positive = key(1000, "the same of all runs together, for ever")
     all_evaluations: Positive = key(1000, "and of scores")
+    readings: Positive = key(
+        50,
+        "ways at most in which runs without noise have the rows read, of all runs together: with other labels, "
+        "max_length, template. Whether all rows fit is told, which tells of single rows",
+    )
 
 
 class SiteConsent(Section):
@@ -289,7 +295,7 @@ class SiteFolder:
         """
         site, limits = self.config, self.config.limits
         self._refuse(config)
-        batch = config.training.batch_tokens
+        most = limits.batch_tokens or math.inf
         return config.model_copy(
             update={
                 "run": config.run.model_copy(update={"device": limits.device, "threads": limits.threads}),
@@ -308,7 +314,10 @@ class SiteFolder:
                 ),
                 "clients": config.clients.model_copy(update={"held_out": limits.held_out}),
                 "training": config.training.model_copy(
-                    update={"batch_tokens": min(batch, limits.batch_tokens) if limits.batch_tokens else batch}
+                    update={"batch_tokens": min(config.training.batch_tokens, most)}
+                ),
+                "evaluation": config.evaluation.model_copy(
+                    update={"batch_tokens": min(config.evaluation.batch_tokens, most)}
                 ),
                 "statistics": config.statistics.model_copy(
                     update={

@@ -458,7 +458,8 @@ def routing_sentences(trained: Trained) -> list[str]:
         dead, overloaded = trained.health.dead, trained.health.overloaded
         said.append(
             f"Of {layers * experts} experts ({layers} layers of {experts}) {dead} took less than {100 * DEAD:g} % of "
-            f"an even share of their layer's tokens, {overloaded} more than {OVERLOADED:g} times such a share."
+            f"an even share of their layer's tokens, {overloaded} more than {OVERLOADED:g} times such a share. Loads "
+            "that clients withheld, of experts that few of their tokens reached, count as none."
         )
     if "experts_held_by_nobody" in line:
         said.append(f"Experts that no client used enough to speak for: {line['experts_held_by_nobody']}.")

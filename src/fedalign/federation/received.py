@@ -125,6 +125,8 @@ class Received:
             self.forget()  # another's, or damaged
             return Lacking(self.client, broadcast.round, "", ())
         weights = {**{n: kept[n] for n in broadcast.kept}, **new}
+        if missing := [name for name, size in sizes.items() if size and name not in weights]:
+            raise MessageError(shown(f"a broadcast without {missing[0]}, which this model trains"))
         weights = {name: weights[name] for name in sizes if name in weights} | weights
         if new or any(name not in had for name in broadcast.kept):
             self._keep(weights, broadcast.kept)

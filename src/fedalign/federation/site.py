@@ -163,6 +163,9 @@ def _refusal(folder: SiteFolder, lines: SiteLog, run: str, *verbs: str) -> str:
         name, most, most_of_all = counted[verb]
         try:
             runs = lines.counted(verb)
+        except OSError as error:
+            log.error("%s: %s", lines.file, error)
+            return "it cannot read its own log"
         except ValueError:
             log.error("%s: holds a line that is not ours; mend it, since limits are counted by it", lines.file)
             return "it cannot read its own log"

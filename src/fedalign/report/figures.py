@@ -132,12 +132,15 @@ def _row(values: Sequence[float]) -> list[float | int | None]:
 
 
 def uploads(material: Material) -> list[Json]:
-    """Megabytes that all clients together have uploaded by each round, mean over seeds."""
+    """Megabytes that all clients together have uploaded by each round, mean over seeds; one that is over stays."""
     found = []
     for (point, label), runs in lines_of(material).items():
+        longest = max(len(run.history) for run in runs)
         totals: defaultdict[int, list[float]] = defaultdict(list)
         for run in runs:
-            for number, total in enumerate(accumulate(line.get("bytes_up", 0) for line in run.history)):
+            sent = [line.get("bytes_up", 0) for line in run.history]
+            over = [0] * (longest - len(sent)) if run.finished else []
+            for number, total in enumerate(accumulate([*sent, *over])):
                 totals[number].append(total / 1e6)
         rows = [[number, short(sum(values) / len(values))] for number, values in totals.items()]
         found.append({"point": point_index(material, point), "label": label_index(material, label), "rows": rows})

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics as stats
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -134,9 +133,39 @@ def merit(metrics: Mapping[str, Any], by: Measure) -> float | None:
 
 
 def best_of(history: Sequence[Metrics], by: Measure) -> Metrics | None:
-    """The line of the best round, of equals the first; None: no round was scored."""
-    scored = [(score, line) for line in history if (score := merit(line, by)) is not None]
-    return max(scored, key=itemgetter(0))[1] if scored else None
+    """The line of the best round, of equals the first; None: no round was scored.
+
+    Where clients' scores tell, a round is held against the best before it on the clients that scored both.
+
+    >>> def line(number, **right):
+    ...     scores = [Evaluation(name, 5, 1.0, accuracy) for name, accuracy in right.items()]
+    ...     return {"round": number} | describe_clients(scores, all_asked=True)
+    >>> best_of([line(0, a=0.8, b=0.2), line(1, a=0.7), line(2, a=0.7, b=0.6)], "accuracy")["round"]
+    2
+    >>> best_of([line(0, a=0.8, b=0.2), line(1, a=0.8)], "accuracy")["round"]  # that b is away is no merit
+    0
+    """
+    best: Metrics | None = None
+    for line in history:
+        if merit(line, by) is not None and (best is None or _is_better(line, best, by)):
+            best = line
+    return best
+
+
+def _is_better(line: Metrics, best: Metrics, by: Measure) -> bool:
+    """Whether a round has more merit than another, as told by the clients that scored both."""
+    scorers = [one.get("client_losses_nats", {}).keys() for one in (line, best)]
+    if scorers[0] != scorers[1] and scorers[0] & scorers[1] and "loss_nats" not in line:
+        both = scorers[0] & scorers[1]
+        line, best = (describe_clients(_scores_of(one, both), all_asked=True) for one in (line, best))
+    new, old = merit(line, by), merit(best, by)
+    return new is not None and old is not None and new > old
+
+
+def _scores_of(line: Metrics, clients: Collection[str]) -> list[Evaluation]:
+    """Some clients' scores of a round."""
+    losses, accuracies, counts = line["client_losses_nats"], line.get("client_accuracies", {}), line["client_examples"]
+    return [Evaluation(name, counts[name], losses[name], accuracies.get(name)) for name in clients]
 
 
 def best_called(measure: Measure) -> str:

@@ -130,6 +130,19 @@ def test_whether_it_may_score_is_told_with_the_message(site: SiteFolder, trainer
     assert reason(site, "train") == "train of ('', 'night')"
 
 
+def test_a_site_toml_that_says_something_else_holds_from_the_next_message_on(
+    site: SiteFolder, trainer: Trainer
+) -> None:
+    """Consent that was taken back, above all."""
+    reason(site)
+    reason(site)
+    assert len(trainer.opened) == 1
+    (site.path / "site.toml").write_text('name = "ward"\n[data]\ntrain = "x"\n[consent]\nembeddings = true\n')
+    reason(site)
+    reason(site)
+    assert [service.closed for service in trainer.opened] == [True, False]
+
+
 def test_large_arrays_in_several_pieces_and_empty_ones_arrive(site: SiteFolder, trainer: Trainer) -> None:
     pieces = [torch.randn(size) for size in (3_000_001, 0, 1, 2_000_000)]
     flags = torch.tensor([True, False])

@@ -53,8 +53,8 @@ def serve_site(folder: SiteFolder, *, supernode: bool, insecure_anywhere: bool, 
 
 def _serve(folder: SiteFolder, ready: Callable[[], None]) -> None:
     def service(config: str, run: str) -> Service:
-        settings = read_config(config)
-        return service_of(folder, settings, run, lambda: open_site(folder, settings, run))
+        settings, now = read_config(config), SiteFolder.load(folder.path)
+        return service_of(now, settings, run, lambda: open_site(now, settings, run))
 
     with contextlib.suppress(KeyboardInterrupt):
         serve(folder, service, ready)

@@ -17,7 +17,7 @@ from multiprocessing import ProcessError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 
-from fedalign.config.site import SiteFolder
+from fedalign.config.site import FILE, SiteFolder
 from fedalign.federation.messages import MessageError, Parcel, from_wire, to_wire
 from fedalign.federation.service import Service
 from fedalign.files import for_its_owner, write_private
@@ -47,12 +47,13 @@ def serve(folder: SiteFolder, open_service: Callable[[str, str], Service], ready
 
     Args:
         folder: the site.
-        open_service: makes the service of a configuration (as TOML) and a run's key; one is kept at a time.
+        open_service: makes the service of a configuration (as TOML) and a run's key; one is kept at a time, until
+            another is asked for, or site.toml says anything else.
         ready: called when the socket is open.
     """
     secret = secrets.token_bytes(32)
     file = meeting_file(folder)
-    current: tuple[tuple[str, str], Service] | None = None
+    current: tuple[tuple[str, str, bytes], Service] | None = None
     with Listener(authkey=secret) as listener:
         where = json.dumps({"address": listener.address, "secret": secret.hex(), "pid": os.getpid()})
         try:
@@ -62,11 +63,13 @@ def serve(folder: SiteFolder, open_service: Callable[[str, str], Service], ready
                 try:
                     with listener.accept() as connection:
                         about = json.loads(connection.recv_bytes())
-                        key = (str(about["config"]), str(about["run"]))
+                        config, run = str(about["config"]), str(about["run"])
+                        key = (config, run, (folder.path / FILE).read_bytes())  # consent and limits may have changed
                         if current is None or current[0] != key:
                             if current is not None:
                                 current[1].close()  # the old model goes before the new one comes
-                            current = (key, open_service(*key))
+                                current = None
+                            current = (key, open_service(config, run))
                         with for_its_owner():
                             answer = current[1].answer(
                                 str(about["verb"]), receive(connection), scores=about["scores"] is True
