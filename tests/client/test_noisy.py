@@ -87,6 +87,19 @@ def test_so_it_is_of_every_way_of_tuning(
     check_a_step(tuning, family, tmp_path, monkeypatch)
 
 
+@pytest.mark.parametrize("missing", [0, 7, 19])
+def test_one_example_moves_the_sum_by_the_clip_at_most_where_there_is_dropout(tmp_path: Path, missing: int) -> None:
+    """Jitter and dropout of the others must not depend on it: else all of their gradients are other ones, too."""
+    trainer = private("training.learning_rate=1", family="switch_transformers")
+    drops = [module.p for module in trainer.moe.model.modules() if isinstance(module, nn.Dropout)]
+    assert max(drops) > 0
+    every = examples(20, seq2seq=True)
+    terms = Terms(20, 1.0, 1, 1e-9, 10, None, 1, 1e-5)
+    all_of_them = moved(trainer, data(trainer, tmp_path, every), terms)
+    without = moved(trainer, data(trainer, tmp_path, [*every[:missing], *every[missing + 1 :]]), terms)
+    assert 0.5 < 10 * float((all_of_them - without).norm()) <= 1.0001
+
+
 @pytest.mark.parametrize("tuning", ["full", "router"])
 @pytest.mark.parametrize("family", THREE)
 def test_a_router_loss_is_of_one_example_alone(

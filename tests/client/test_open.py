@@ -45,10 +45,12 @@ def test_a_site_logs_where_its_model_is(
     assert f"ward 3: the model is on {where}: {hardware(where)}" in caplog.messages
 
 
-def test_opening_a_site_keeps_nothing_but_what_is_held_out(site_config: Config, ward: SiteFolder) -> None:
+def test_opening_a_site_keeps_what_is_held_out_and_how_its_rows_were_read_alone(
+    site_config: Config, ward: SiteFolder
+) -> None:
     client = open_site(ward, site_config, "night")
     assert client.data.memory.folder == ward.path / "runs" / "night"
-    assert {path.name for path in ward.path.iterdir()} == {"parts.json", "site.toml"}
+    assert {path.name for path in ward.path.iterdir()} == {"parts.json", "readings.json", ".readings.lock", "site.toml"}
     assert stat.S_IMODE((ward.path / "parts.json").stat().st_mode) == 0o600
 
 

@@ -18,7 +18,7 @@ from fedalign.federation.site import answer_at
 from fedalign.maths.rounding import pack
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import Broadcast, Failure, Hello, Statistics
-from tests.conftest import SUBJECTS, make_site, site_toml
+from tests.conftest import SUBJECTS, make_site, site_toml, write_jsonl
 from tests.federation.test_service import NOTHING, ask, fails
 
 PRIVATE = ["algorithm.name=fedavg", "privacy.noise_multiplier=1.5", "evaluation.clients=false", "run.rounds=2"]
@@ -49,7 +49,7 @@ def test_a_private_round_of_a_site(settings: list[str], texts: Path, olmoe: Path
     assert hello.held_out == 0  # what is held out is told of no more than what is trained on
     report: Statistics = ask(opened, "train", broadcast(opened.client.trainer.moe))
     assert report.examples == report.tokens == hello.examples
-    assert opened.client.data.examples == 81
+    assert opened.client.data.examples == 90  # all: none is scored
     assert report.held_out == 0
     assert report.held_out_loss is None
     assert report.loss == 0
@@ -57,6 +57,27 @@ def test_a_private_round_of_a_site(settings: list[str], texts: Path, olmoe: Path
     kinds = [line.kind for line in PrivacyLedger(here.path).lines("night")]
     assert kinds == ["count", "training"]
     assert fails(opened, "evaluate", broadcast(opened.client.trainer.moe)).stage == "evaluate"
+
+
+def test_one_row_more_moves_no_other(settings: list[str], texts: Path, olmoe: Path, tmp_path: Path) -> None:
+    """Neither before the first run, where the held-out part is drawn, nor after it, where rows wait to be enough."""
+    every = [json.loads(line) for line in (texts / "train.jsonl").read_text().splitlines()]
+    here, config = site(tmp_path / "ward", texts, olmoe, "epsilon_total = 1e6"), private(settings)
+    data = here.path / "data.jsonl"
+    toml = (here.path / "site.toml").read_text().replace(str(texts / "train.jsonl"), str(data))
+
+    def trained(count: int) -> set[tuple[int, ...]]:
+        write_jsonl(data, every[:count])
+        opened = open_site(make_site(here.path, toml), config, "night")
+        return {tuple(one.input_ids) for one in opened.data.train}
+
+    sizes = (50, 51, 60, 61, 84, 85, 90)  # from 84 on as many are new as had waited
+    before = {count: trained(count) for count in sizes}
+    for count in sizes[:-1]:
+        assert len(before[count]) == count
+        assert before[count] < before[90]
+    (here.path / "parts.json").unlink()
+    assert [trained(count) == before[count] for count in reversed(sizes)] == [True] * len(sizes)
 
 
 def test_two_sites_of_the_same_seed_have_other_noise(
@@ -123,7 +144,7 @@ def test_limits_that_noise_cannot_keep_are_refused(
         ('data.labels=["animals","food"]', range(1, 81)),
         ('data.labels=["a rare disease"]', range(1)),
         ("data.max_length=2", range(1)),
-        ("data.max_train=64", range(81, 82)),
+        ("data.max_train=64", range(90, 91)),
     ],
 )
 def test_no_row_can_be_asked_for_by_what_is_an_error(

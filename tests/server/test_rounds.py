@@ -25,8 +25,11 @@ from fedalign.protocol import (
     Moved,
     Packed,
     ParameterGroup,
+    Plan,
+    Reports,
     Request,
     Shape,
+    State,
     Statistics,
     Update,
     Weights,
@@ -490,6 +493,20 @@ def test_outliers_do_not_count_as_usable(tmp_path: Path) -> None:
     federation = Scripted({"a": (30, 1.0), "b": (10, 1.0), "loud": (10, 1e6)})
     with pytest.raises(UserError, match=r"round 1: 2 of 3 clients.*loud: its update is 1e\+06 times"):
         run(tmp_path, federation, "server.min_clients=3")
+
+
+def test_fedexp_reads_updates_as_they_were_summed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updates of 3 and -1, each stretched by 2: their mean is 2, their mean square 20, so the step is 20 / (2 * 4)."""
+    plain = FedAvg.plan
+
+    def stretched(self: FedAvg, reports: Reports, state: State) -> Plan:
+        plan = plain(self, reports, state)
+        return replace(plan, factor_C_G=torch.full_like(plan.weight_C_G, 2.0))
+
+    monkeypatch.setattr(FedAvg, "plan", stretched)
+    federation = Scripted({"a": (10, 3.0), "b": (10, -1.0)})
+    state, _ = run(tmp_path, federation, "server.optimizer=fedexp", "server.epsilon=1e-12")
+    assert shared(state).tolist() == pytest.approx([2.5 * 2.0] * 2)
 
 
 def test_that_a_client_with_low_scores_is_missing_makes_no_round_the_best(tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
     g ← (Σ_{x in a Poisson sample} g_x · min(1, C / ‖g_x‖) + σ·C·N(0, 1)) / B        B: examples of a step on average
 
 Each example runs forward and backward by itself, so its gradient over all trained parameters is exact for every family
-and way of tuning, and no example changes what another does: capacity and balancing losses are those of one example.
+and way of tuning, and no example changes what another does: capacity, balancing losses and dropout are those of one.
 What leaves otherwise follows from the noised weights, from the noised number of examples, or is the noised loads.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -81,6 +82,7 @@ class PrivateFit(LocalFit):
         """One optimizer step; an empty sample is one of noise alone."""
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
         for example in self._sample(step):
+            torch.manual_seed(self.secret.draw(self.seed, "dropout", step, digest(example)) % 2**63)
             try:
                 self._backward(example, probe)
             except torch.OutOfMemoryError:  # as a failure it would tell of a long example
@@ -176,6 +178,11 @@ def by_example(every: Sequence[Encoded]) -> list[list[Encoded]]:
     """Sequences of the same example together: the unit that is protected."""
     order = sorted(every, key=lambda one: one.example)
     return [list(group) for _, group in groupby(order, key=lambda one: one.example)]
+
+
+def digest(example: Sequence[Encoded]) -> str:
+    """What stands in it, whichever other examples there are: what it drops out depends on nothing else."""
+    return hashlib.blake2b(repr([one.input_ids for one in example]).encode(), digest_size=16).hexdigest()
 
 
 def tokens(example: Sequence[Encoded]) -> int:

@@ -128,11 +128,14 @@ class Workbench:
     def client(self, name: str, examples: Sequence[Example], indices: Sequence[int], folder: Path) -> ClientData:
         """Encode the examples that `indices` names: a part to train on and a held-out part.
 
+        With noise all are trained on: nothing is scored, and how many there are would say which others are held out.
+
         Raises:
             UserError: Nothing is left to train on.
         """
         seed = derive_seed(self.config.run.seed, "held out")
-        kept, held = hold_out(indices, self.config.clients.held_out, seed, name)
+        fraction = 0.0 if self.config.privacy.on else self.config.clients.held_out
+        kept, held = hold_out(indices, fraction, seed, name)
         limits = self.config.clients.limits.get(name, ClientLimits())
         return self.client_of(name, [examples[i] for i in kept], [examples[i] for i in held], folder, limits)
 

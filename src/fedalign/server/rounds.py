@@ -238,8 +238,8 @@ class Server:
         if options.optimizer == "average":
             return summed, state.moments
         norm_C_G = torch.stack([report.norm_G for report in reports]).double()
-        if self.config.robust != "none" and plan.factor_C_G is not None:
-            norm_C_G = norm_C_G * plan.factor_C_G  # as it was clipped
+        if plan.factor_C_G is not None:
+            norm_C_G = norm_C_G * plan.factor_C_G  # as it was summed: clipped, or stretched
         spread = float((plan.weight_C_G.double() * norm_C_G.square()).sum())
         return server_step(options, state.weights, summed, state.moments, spread, self.heap.keep)
 
