@@ -515,20 +515,16 @@ def test_a_client_restarted_in_the_middle_of_differences_goes_on_where_it_was(
     assert comes_out(again, two)
 
 
-@pytest.mark.parametrize("lone", [False, True], ids=["another model", "a part of it"])
-def test_differences_that_a_kill_left_behind_are_added_to_nothing_else(
-    received: Received, small: WireDtype, lone: bool
-) -> None:
+def test_differences_that_a_kill_left_behind_are_added_to_nothing_else(received: Received, small: WireDtype) -> None:
     one, two = public(small, 2)
     bring(received, one)
     answer = received.offered(offered(two), NAMED)
     files = [received.added, received.added.with_name(f"{received.added.name}.journal")]
     left = {file: file.read_bytes() for file in files}
     other = freight_of("bfloat16", seed=7).broadcast
-    groups = list(other.weights)[-1:] if lone else list(other.weights)
-    assert isinstance(
-        received.completed(replace(other, weights={g: other.weights[g] for g in groups}), NAMED), Broadcast
-    )
+    with pytest.raises(MessageError, match="a broadcast without shared, which this model trains"):
+        received.completed(replace(other, weights=dict(list(other.weights.items())[-1:])), NAMED)
+    assert isinstance(received.completed(other, NAMED), Broadcast)
     held = received.weights.read_bytes()
     for file, content in left.items():
         file.write_bytes(content)
