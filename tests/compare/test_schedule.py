@@ -110,6 +110,7 @@ def test_a_failure_is_told_and_the_others_go_on(ask: Ask, tmp_path: Path) -> Non
     watch = Quiet()
     run(tasks, jobs=5, kinds=["refuses", "breaks", "dies", "silent", "works"], watch=watch)
     assert [task.state for task in tasks] == ["failed"] * 4 + ["finished"]
+    assert [task.killed for task in tasks] == [False, False, True, False, False]
     assert [task.reason for task in tasks[:4]] == [
         "round 1: 0 of 3 clients can be used",
         "ValueError: deep inside",

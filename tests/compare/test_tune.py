@@ -74,6 +74,12 @@ def test_the_best_last_round_wins_and_is_written_down(ask: Ask, tmp_path: Path) 
     assert set(untuned) == {("fedmoe", (("clients.alpha", alpha),)) for alpha in ("0.1", "1.0")}
     assert untuned["fedmoe", (("clients.alpha", "0.1"),)].endswith("it exploded")
 
+    assert {one.note for one in chosen if one.algorithm != "fedavg"} == {""}
+    assert chosen[0].note == (
+        "fedavg, clients.alpha = 0.1: chosen on the validation part without training.learning_rate=3.33e-05 "
+        "(it exploded)"
+    )
+
     path = tmp_path / "tuned.toml"
     assert Choices.load(path) == Choices()
     Choices(tuned=tuple(chosen)).save(path)
@@ -83,6 +89,25 @@ def test_the_best_last_round_wins_and_is_written_down(ask: Ask, tmp_path: Path) 
     path.write_text("tuned = 3")
     with pytest.raises(UserError, match="damaged"):
         Choices.load(path)
+
+
+def test_a_run_that_was_killed_chooses_nothing_and_is_tried_again(ask: Ask) -> None:
+    """By a machine without memory, say: among the rest another value would win, for good."""
+    tried = tuning_cells(ask("fedavg,fedmoe", "1", tune=True))
+    tasks = [task(cell, 0.5) for cell in tried]
+    tasks[1] = task(tried[1], None)
+    tasks[1].reason, tasks[1].killed = "ended by SIGKILL", True
+    assert [one.algorithm for one in choose(tasks)] == ["fedmoe"]
+    ((line, reason),) = why_not(tasks).items()
+    assert line == ("fedavg", ())
+    assert reason.startswith("a run on the validation part did not end by itself, so none is chosen; ")
+    assert "ended by SIGKILL" in reason
+
+
+def test_the_configured_rate_is_tried_as_it_is() -> None:
+    (fedavg,) = parse_algorithms(["fedavg"])
+    rates = [settings[0] for settings in candidates(fedavg, 0.00123456)]
+    assert rates == [f"training.learning_rate={rate}" for rate in ("0.00123456", "0.000412", "0.0037")]
 
 
 def test_every_tried_run_is_recorded(ask: Ask, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from fedalign.compare.tables import (
     to_markdown,
     write_csv,
 )
-from fedalign.compare.tune import Choices, choose, record, tuning_cells, why_not
+from fedalign.compare.tune import Choices, Tuned, choose, record, tuning_cells, why_not
 from fedalign.config.toml import flat
 from fedalign.data.deal import split_among_clients
 from fedalign.errors import UserError
@@ -83,11 +83,13 @@ class Comparison:
             self._check_data()
         with self.folder.locked() as lock:
             self.folder.begin(self.design, overwrite)
-            chosen, untuned = self._tuned(lock) if self.design.tune else (None, {})
+            tuned, untuned = self._tuned(lock) if self.design.tune else (None, {})
+            chosen = None if tuned is None else {one.line: one.settings for one in tuned}
             tasks = self._run(cells(self.design, chosen), "runs", "Comparison", lock)
             missing = {task.cell.name: task.reason for task in tasks if task.state == "failed"}
             missing |= {line_name(*line): reason for line, reason in untuned.items()}
-            return self._publish([task for task in tasks if task.state == "finished"], missing)
+            said = [one.note for one in tuned or () if one.note]
+            return self._publish([task for task in tasks if task.state == "finished"], missing, said)
 
     def _check_data(self) -> None:
         """Refuse data that no run could deal out, before the first of them begins."""
@@ -101,8 +103,8 @@ class Comparison:
         if first is not None:
             raise first
 
-    def _tuned(self, lock: int) -> tuple[dict[tuple[str, Point], tuple[str, ...]], dict[tuple[str, Point], str]]:
-        """Settings of each line that was tuned, and why others could not be; what was chosen once stays."""
+    def _tuned(self, lock: int) -> tuple[Sequence[Tuned], dict[tuple[str, Point], str]]:
+        """The choice for each line that was tuned, and why others could not be; what was chosen once stays."""
         choices = Choices.load(self.folder.tuned)
         tasks = self._run(tuning_cells(self.design, [one.line for one in choices.tuned]), "tune", "Tuning", lock)
         untuned = why_not(tasks)
@@ -111,7 +113,7 @@ class Comparison:
             record(self.folder.tune_results, [task for task in tasks if task.cell.line not in untuned])
             choices = Choices(tuned=(*choices.tuned, *new))
             choices.save(self.folder.tuned)
-        return {one.line: one.settings for one in choices.tuned}, untuned
+        return choices.tuned, untuned
 
     def _run(self, planned: Sequence[Cell], part: Part, title: str, lock: int) -> list[Task]:
         tasks = [self._task(cell, part) for cell in planned]
@@ -133,13 +135,13 @@ class Comparison:
             task.state = "finished"
         return task
 
-    def _publish(self, done: Sequence[Task], missing: dict[str, str]) -> Outcome:
+    def _publish(self, done: Sequence[Task], missing: dict[str, str], tuning: Sequence[str]) -> Outcome:
         """Everything that is made from finished runs."""
         runs = [Finished(task.cell, task.history) for task in done]
         write_csv(self.folder.results, self.design, runs)
         tables = (final_scores(self.design, runs), paired_differences(self.design, runs))
         shown = tuple(table for table in tables if table.sections and any(lines for _, lines in table.sections))
-        said = tuple(notes(self.design, missing.items(), runs))
+        said = (*notes(self.design, missing.items(), runs), *tuning)
         write_text(self.folder.markdown, to_markdown(shown, said))
         self._for_a_paper(runs, shown, missing)
         return Outcome(self.folder.path, shown, said, missing, [_row(task) for task in done])

@@ -38,6 +38,7 @@ class Task:
     state: Literal["waiting", "running", "finished", "failed"] = "waiting"
     history: Sequence[Metrics] = ()
     reason: str = ""  # why it failed
+    killed: bool = False  # by a signal, which says nothing of its settings
     seconds: float = 0.0  # of this attempt
     started: float = field(default=0.0, repr=False)
 
@@ -147,7 +148,7 @@ def _conclude(task: Task, code: int) -> None:
     if code == 0 and task.folder.summary.exists():
         task.state = "finished"
     else:
-        task.state, task.reason = "failed", reason_of(code, task.log)
+        task.state, task.reason, task.killed = "failed", reason_of(code, task.log), code < 0
 
 
 def reason_of(code: int, log: Path) -> str:

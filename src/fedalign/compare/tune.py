@@ -20,7 +20,7 @@ import tomli_w
 from pydantic import Field, ValidationError
 
 from fedalign.algorithms import STRENGTHS
-from fedalign.compare.plan import Cell, Choice, Design, Point, Texts, configure
+from fedalign.compare.plan import Cell, Choice, Design, Point, Texts, configure, line_name
 from fedalign.compare.schedule import Task
 from fedalign.config.run import Section
 from fedalign.errors import UserError
@@ -39,6 +39,12 @@ class Tuned(Section):
     settings: Texts
     validation_score: float  # accuracy; minus the loss in nats where there is none, or by it
     runs: int  # that were tried
+    failed: str = ""  # why runs among them ended without a score, as one that diverges does
+
+    @property
+    def note(self) -> str:
+        """What a reader must know of the choice; empty: all that was tried had a score."""
+        return f"{line_name(*self.line)}: chosen on the validation part without {self.failed}" if self.failed else ""
 
     @property
     def line(self) -> tuple[str, Point]:
@@ -81,12 +87,17 @@ def candidates(choice: Choice, rate: float) -> list[tuple[str, ...]]:
     fixed = {setting.partition("=")[0] for setting in choice.settings}
     varied: list[list[str]] = []
     if "training.learning_rate" not in fixed:
-        varied.append([f"training.learning_rate={rate * factor:.3g}" for factor in RATES])
+        varied.append([f"training.learning_rate={_near(rate, factor)}" for factor in RATES])
     if choice.name in STRENGTHS:
         option, values = STRENGTHS[choice.name]
         if f"algorithm.{option}" not in fixed:
             varied.append([f"algorithm.{option}={value:g}" for value in values])
     return list(itertools.product(*varied))
+
+
+def _near(rate: float, factor: float) -> str:
+    """The configured rate as it is, its multiples in three digits."""
+    return f"{rate:.12g}" if factor == 1 else f"{rate * factor:.3g}"
 
 
 def tuning_cells(design: Design, done: Iterable[tuple[str, Point]] = ()) -> list[Cell]:
@@ -103,11 +114,11 @@ def tuning_cells(design: Design, done: Iterable[tuple[str, Point]] = ()) -> list
 
 
 def choose(tasks: Sequence[Task]) -> list[Tuned]:
-    """The best of each line; a line of which no run finished has none."""
+    """The best of each line; a line of which no run finished has none, nor one of which a run was killed."""
     chosen = []
     for (label, point), tried in _by_line(tasks).items():
         scored = [(value, task) for task in tried if (value := validation_score(task)) is not None]
-        if scored:
+        if scored and not any(task.killed for task in tried):
             value, best = max(scored, key=lambda pair: pair[0])
             chosen.append(
                 Tuned(
@@ -117,6 +128,11 @@ def choose(tasks: Sequence[Task]) -> list[Tuned]:
                     settings=best.cell.tried,
                     validation_score=value,
                     runs=len(tried),
+                    failed="; ".join(
+                        f"{', '.join(task.cell.tried)} ({task.reason})"
+                        for task in tried
+                        if validation_score(task) is None
+                    ),
                 )
             )
     return chosen
@@ -128,12 +144,20 @@ def validation_score(task: Task) -> float | None:
 
 
 def why_not(tasks: Sequence[Task]) -> dict[tuple[str, Point], str]:
-    """Lines of which no run finished, and why the first did not."""
-    return {
-        line: f"none of its {len(tried)} runs on the validation part finished; {tried[0].cell.name}: {tried[0].reason}"
-        for line, tried in _by_line(tasks).items()
-        if all(validation_score(task) is None for task in tried)
-    }
+    """Lines for which nothing could be chosen: no run finished, or one was killed, which goes on when asked again."""
+    found = {}
+    for line, tried in _by_line(tasks).items():
+        if killed := next((task for task in tried if task.killed), None):
+            found[line] = (
+                f"a run on the validation part did not end by itself, so none is chosen; {killed.cell.name}: "
+                f"{killed.reason}. The same command goes on with it"
+            )
+        elif all(validation_score(task) is None for task in tried):
+            found[line] = (
+                f"none of its {len(tried)} runs on the validation part finished; {tried[0].cell.name}: "
+                f"{tried[0].reason}"
+            )
+    return found
 
 
 def _by_line(tasks: Sequence[Task]) -> dict[tuple[str, Point], list[Task]]:

@@ -44,6 +44,7 @@ from fedalign.protocol import Layout, Packed, ParameterGroup, Plan, Robust, Upda
 DIRECTION_WIDTH = 1024
 AGAINST = 0.1  # three standard errors of a sketched cosine; honest medians went down to -0.06 at Dirichlet 0.1
 PARTS = (("embeddings", "head"), ("shared",), ("expert", "gate"))  # kinds whose directions are compared together
+SMALL = 1e-9  # 0.29 of 100 is 29, and 28.999... as floats are multiplied
 FEW = 3  # holders: of fewer, a liar is half or all, and a median of their norms tells nothing
 
 
@@ -156,10 +157,10 @@ def typical_norms(norm_C_G: Tensor, held_C_G: Tensor, layout: Layout) -> Tensor:
 def liars(clients: int, share: float) -> int:
     """How many of so many clients can be told to lie, one at least; if more disagree, nobody tells who is right.
 
-    >>> liars(4, 0.3), liars(10, 0.3)
-    (1, 3)
+    >>> liars(4, 0.3), liars(10, 0.3), liars(100, 0.29)
+    (1, 3, 29)
     """
-    return max(1, int(share * clients))
+    return max(1, int(share * clients + SMALL))
 
 
 class Directions:
@@ -220,7 +221,7 @@ def trimmed_mean(value_C_N: Tensor, share: float, held_C_N: Tensor | None = None
     >>> trimmed_mean(torch.tensor([[1.0], [2.0], [3.0], [99.0]]), 0.25)
     tensor([2.5000])
     """
-    return _middle(value_C_N, held_C_N, lambda count_N: (share * count_N.double()).int())
+    return _middle(value_C_N, held_C_N, lambda count_N: (share * count_N.double() + SMALL).int())
 
 
 def median(value_C_N: Tensor, held_C_N: Tensor | None = None) -> Tensor:
@@ -252,7 +253,7 @@ def krum(value_C_N: Tensor, share: float) -> Tensor:
     clients = len(value_C_N)
     if clients < FEW:
         return value_C_N.mean(0)
-    nearest = max(1, clients - int(share * clients) - 2)
+    nearest = max(1, clients - int(share * clients + SMALL) - 2)
     distance_C_C = torch.cdist(value_C_N.double(), value_C_N.double(), compute_mode="donot_use_mm_for_euclid_dist")
     score_C = distance_C_C.square().sort(dim=1).values[:, 1 : nearest + 1].sum(1)
     return value_C_N[int(score_C.argmin())]
