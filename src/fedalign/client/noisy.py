@@ -181,7 +181,7 @@ def by_example(every: Sequence[Encoded]) -> list[list[Encoded]]:
 
 
 def digest(example: Sequence[Encoded]) -> str:
-    """What stands in it, whichever other examples there are: what it drops out depends on nothing else."""
+    """A digest of its tokens alone: its dropout depends on them, and on no other example."""
     return hashlib.blake2b(repr([one.input_ids for one in example]).encode(), digest_size=16).hexdigest()
 
 

@@ -43,7 +43,7 @@ class Tuned(Section):
 
     @property
     def note(self) -> str:
-        """What a reader must know of the choice; empty: all that was tried had a score."""
+        """A line on runs that had no score; empty: all had one."""
         return f"{line_name(*self.line)}: chosen on the validation part without {self.failed}" if self.failed else ""
 
     @property
