@@ -509,6 +509,20 @@ def test_fedexp_reads_updates_as_they_were_summed(tmp_path: Path, monkeypatch: p
     assert shared(state).tolist() == pytest.approx([2.5 * 2.0] * 2)
 
 
+@pytest.mark.parametrize("lost", [set(), {"b"}], ids=["it arrives", "it never arrives"])
+def test_fedexp_goes_by_what_arrived_and_not_by_what_was_claimed(tmp_path: Path, lost: set[str]) -> None:
+    """One claims 90 times its length, which is below what is left out as an outlier."""
+
+    def boasting(statistics: Statistics) -> Statistics:
+        return replace(statistics, norm_G=90 * statistics.norm_G) if statistics.client == "b" else statistics
+
+    moves = {"a": (10, 3.0), "b": (10, 2.0), "c": (10, -1.0)}
+    asked = ("server.optimizer=fedexp", "server.epsilon=1e-12")
+    state, _ = run(tmp_path / "boast", Scripted(moves, spoil=boasting, lost=lost), *asked)
+    honest, _ = run(tmp_path / "honest", Scripted({name: moves[name] for name in moves if name not in lost}), *asked)
+    assert shared(state).tolist() == pytest.approx(shared(honest).tolist())
+
+
 def test_that_a_client_with_low_scores_is_missing_makes_no_round_the_best(tmp_path: Path) -> None:
     """Scores never change; c fails to train in round 2, so that nobody knows how round 1 does on its rows."""
     right = {"a": 0.9, "b": 0.9, "c": 0.1}

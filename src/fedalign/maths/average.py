@@ -179,6 +179,7 @@ class StreamingSum:
         self._centred = {layer for layer, softmax in enumerate(layout.softmax_L) if softmax and plan.centred}
         self._planned = dict(zip(layout.groups, plan.weight_C_G.double().sum(dim=0).tolist(), strict=True))
         self._arrived: defaultdict[ParameterGroup, float] = defaultdict(float)
+        self._squares: defaultdict[ParameterGroup, float] = defaultdict(float)  # weight x length² of what did
         self._by_sites = by_sites
         self._holders = dict(zip(layout.groups, (plan.weight_C_G > 0).sum(dim=0).tolist(), strict=True))
         self._came: Counter[ParameterGroup] = Counter()  # clients of weight that did
@@ -251,6 +252,11 @@ class StreamingSum:
             for name, sums in self._stream_sums.items()
         }
 
+    def spread(self, min_arrived: float = 0.5) -> float:
+        """Σ over clients and groups of b · ‖Δ‖² of what arrived, as it is summed, and normalised like the sum."""
+        changed = [group for group in self._squares if self._wanted(group) and self._carried(group, min_arrived)]
+        return float(sum(self._squares[group] * self._planned[group] / self._arrived[group] for group in changed))
+
     def _new(self, group: ParameterGroup, old: Tensor, min_arrived: float) -> Tensor:
         if not (self._wanted(group) and self._carried(group, min_arrived)):
             return old
@@ -311,15 +317,17 @@ class StreamingSum:
         """The mean over experts of one router's rows, [N], or why there is none: a row that cannot be used."""
         rows = [ParameterGroup("gate", layer, expert) for expert in range(self._experts)]  # all travel, or none
         for row in rows:
-            if problem := self._flaw(update.client, row, update.groups[row]):
+            if problem := self._flaw(update.client, row, update.groups[row], self._length(update.groups[row])):
                 return None, problem
         whole = [torch.cat([chunk.clone() for _, chunk in self._chunks(update.groups[row])]) for row in rows]
         return torch.stack(whole).mean(0), None
 
-    def _flaw(self, client: str, group: ParameterGroup, packed: Packed, chunks: Iterable[Chunk] = ()) -> str | None:
-        """Why a group cannot be added, or None: it is not finite, or longer than claimed. `chunks`: if unpacked."""
-        norms = (float(torch.linalg.vector_norm(chunk)) for _, chunk in chunks or self._chunks(packed))
-        norm = math.hypot(*norms)
+    def _length(self, packed: Packed, chunks: Iterable[Chunk] = ()) -> float:
+        """Euclidean length of a group's update. `chunks`: if unpacked."""
+        return math.hypot(*(float(torch.linalg.vector_norm(chunk)) for _, chunk in chunks or self._chunks(packed)))
+
+    def _flaw(self, client: str, group: ParameterGroup, packed: Packed, norm: float) -> str | None:
+        """Why a group so long cannot be added, or None: it is not finite, or longer than claimed."""
         column = self._column[group]
         claimed = self._norm[client][column]
         if norm <= claimed * (1 + NORM_SLACK) < math.inf:
@@ -333,8 +341,10 @@ class StreamingSum:
         """Add one group, less `common`, if it is finite and no longer than claimed; else leave the sum alone."""
         column = self._column[group]
         chunks = list(self._chunks(packed)) if count(packed) <= CHUNK else None  # unpack what fits only once
-        if flaw := self._flaw(client, group, packed, chunks or ()):
+        norm = self._length(packed, chunks or ())
+        if flaw := self._flaw(client, group, packed, norm):
             return flaw
+        self._squares[group] += self._weight[client][column] * (self._stretch[client][column] * norm) ** 2
         self._arrived[group] += self._weight[client][column]
         self._came[group] += self._weight[client][column] > 0
         if words := self._words.get(group):

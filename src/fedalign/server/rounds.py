@@ -199,7 +199,7 @@ class Server:
         failures += [*lost, *left_out, *self._try(silent, number)]
         share = self.config.server.min_arrived
         summed = total.result(state.weights, share)
-        weights, moments = self._optimise(state, summed, plan, reports)
+        weights, moments = self._optimise(state, summed, total.spread(share))
         moments = moments | self._center(state.weights, summed)
         algorithm_state = plan.then(total.streams(share)) if plan.then else plan.state
         self._refuse(number, check_state(algorithm_state))
@@ -230,17 +230,11 @@ class Server:
             name = self.config.algorithm.name
             raise UserError(f"round {number}: the plan of {name} {problem}. The last complete round is kept.")
 
-    def _optimise(
-        self, state: ServerState, summed: Weights, plan: Plan, reports: Sequence[Statistics]
-    ) -> tuple[Weights, State]:
+    def _optimise(self, state: ServerState, summed: Weights, spread: float) -> tuple[Weights, State]:
         """The server's own step along the summed updates (Reddi et al. 2021); groups that did not change stay."""
         options = self.config.server
         if options.optimizer == "average":
             return summed, state.moments
-        norm_C_G = torch.stack([report.norm_G for report in reports]).double()
-        if plan.factor_C_G is not None:
-            norm_C_G = norm_C_G * plan.factor_C_G  # as it was summed: clipped, or stretched
-        spread = float((plan.weight_C_G.double() * norm_C_G.square()).sum())
         return server_step(options, state.weights, summed, state.moments, spread, self.heap.keep)
 
     def _guarded(self, plan: Plan, reports: Sequence[Statistics]) -> Plan:
