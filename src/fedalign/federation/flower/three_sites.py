@@ -43,6 +43,7 @@ WRITTEN = {
             for site in SITES
             for name in (
                 *("key", "key.pub", "site.toml", "data.jsonl", "parts.json", "log.jsonl", f".log.jsonl{LOCK}"),
+                *("readings.json", f".readings{LOCK}"),
                 *("trainer.json", "runs/*/withdrawn", *(f"runs/*/{kept}" for kept in OF_A_CLIENT)),
             )
         ),
