@@ -49,7 +49,7 @@ def test_the_table_has_what_was_run_and_says_what_was_not() -> None:
     lines = [cell.key | {"before": 0.2, "accuracy": 0.4 + cell.seed / 10, "machine": "one"} for cell in ran]
     lines[1] |= {"cpu_seconds": 1200.4}  # the others are from before it was kept
     stale = next(cell for cell in private.cells("demo") if cell.kind == "full").key | {"accuracy": 1.0, "revision": 0}
-    audit = {"audit": 2.0, "noise": False, "claimed": 1.9, "refuted": 3.9, "revision": private.AUDIT}
+    audit = {"audit": 2.0, "noise": False, "claimed": 1.9, "refuted": 3.9, "revision": private.REVISION}
     told = private.tables([*lines, stale, audit])
     assert "| demo | lora | 20.0 (1) | not run | 50.0 | not run |" in told
     assert "| demo | full | not run | not run | not run | not run |" in told
