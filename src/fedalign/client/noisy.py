@@ -9,7 +9,6 @@ What leaves otherwise follows from the noised weights, from the noised number of
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -82,7 +81,8 @@ class PrivateFit(LocalFit):
         """One optimizer step; an empty sample is one of noise alone."""
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
         for example in self._sample(step):
-            torch.manual_seed(self.secret.draw(self.seed, "dropout", step, digest(example)) % 2**63)
+            texts = [one.input_ids for one in example]  # dropout depends on these, and on no other example
+            torch.manual_seed(self.secret.draw(self.seed, "dropout", step, texts) % 2**64)
             try:
                 self._backward(example, probe)
             except torch.OutOfMemoryError:  # as a failure it would tell of a long example
@@ -178,11 +178,6 @@ def by_example(every: Sequence[Encoded]) -> list[list[Encoded]]:
     """Sequences of the same example together: the unit that is protected."""
     order = sorted(every, key=lambda one: one.example)
     return [list(group) for _, group in groupby(order, key=lambda one: one.example)]
-
-
-def digest(example: Sequence[Encoded]) -> str:
-    """A digest of its tokens alone: its dropout depends on them, and on no other example."""
-    return hashlib.blake2b(repr([one.input_ids for one in example]).encode(), digest_size=16).hexdigest()
 
 
 def tokens(example: Sequence[Encoded]) -> int:

@@ -45,6 +45,7 @@ AGAIN = 5.0  # seconds until a key that was refused is tried again
 BUSY = 10.0  # seconds after a message for which the next one, or its answer, is looked for ...
 OFTEN = 10  # ... so many times as often
 ONLINE = float(HEARTBEAT_PATIENCE * HEARTBEAT_DEFAULT_INTERVAL)  # seconds for which a SuperNode without sign of life is
+REFUSAL = ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
 REFUSED = (
     "the SuperLink refuses this site's key. Its last SuperNode was killed less than %.0f s ago, or the key is not "
     "registered, or revoked; asking again for %.0f s"
@@ -128,9 +129,7 @@ class Patient(FleetHttpClient):
                 return super().ActivateNode(request)
             except HTTPStatusError as error:
                 refused = FlowerError.from_json(error.response.text)
-                if refused is None or refused.code != ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
-                    raise
-                if time.monotonic() >= deadline:
+                if refused is None or refused.code != REFUSAL or time.monotonic() >= deadline:
                     raise
             if not told:
                 log.warning(REFUSED, ONLINE, deadline - time.monotonic())
