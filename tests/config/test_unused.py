@@ -154,6 +154,12 @@ def test_noise_has_a_bound_of_its_own() -> None:
     assert unused(load_config(None, ["training.max_grad_norm=2.0"])) == []
 
 
+def test_with_noise_nothing_is_held_out() -> None:
+    told = "no effect: clients.held_out = 0.3, with no privacy.noise_multiplier, privacy.epsilon = 4.0"
+    assert told in unused(load_config(None, ["clients.held_out=0.3", *NOISE]))
+    assert unused(load_config(None, ["clients.held_out=0.3"])) == []
+
+
 def test_every_row_is_tried() -> None:
     """A row that nobody tries may say what is not so."""
     (mark,) = (mark for mark in test_what_another_setting_makes_void_is_told.pytestmark if mark.name == "parametrize")  # type: ignore[attr-defined] # pytest's own

@@ -153,7 +153,11 @@ VOID = (
     Void(["server.radius"], lambda c: c.robust != "centered_clip", [ROBUST]),
     Void([f"privacy.{name}" for name in ("delta", "max_grad_norm")], lambda c: not c.privacy.on, ["privacy.epsilon"]),
     Void(["privacy.loads_noise"], lambda c: not c.privacy.on, ["privacy.epsilon"]),
-    Void(["clients.held_out"], lambda c: c.privacy.on and not _at_sites(c), ["privacy.epsilon"]),
+    Void(
+        ["clients.held_out"],
+        lambda c: c.privacy.on and not _at_sites(c),
+        ["privacy.noise_multiplier", "privacy.epsilon"],
+    ),
     Void(["privacy.loads_noise"], lambda c: c.privacy.on and not NOISED.get(c.algorithm.name), ["algorithm.name"]),
     Void(["privacy.masked_min_holders"], lambda c: not c.privacy.masked, ["privacy.masked"]),
 )
