@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedalign.data.formats import Example
 from fedalign.data.sources import Row
 from fedalign.errors import UserError
 from fedalign.export.write import Wanted, export
@@ -129,6 +131,15 @@ def test_a_classifier_answers_with_probabilities(made: Made) -> None:
     assert sum(found.values()) == pytest.approx(1)
     assert list(found.values()) == sorted(found.values(), reverse=True)
     assert talk.answer({"text": "rain falls in town"}) == next(iter(found))
+
+
+def test_a_model_whose_answers_are_no_numbers_chooses_no_class(made: Made) -> None:
+    bench = load(Source(str(made())))
+    bench.moe.model.get_output_embeddings().weight.data.fill_(torch.nan)
+    talk, examples = Talk(bench, Sampling()), [Example("rain", "weather", tuple(SUBJECTS))]
+    for ask in (lambda: talk.classes({"text": "rain falls in town"}), lambda: score(bench, examples)):
+        with pytest.raises(UserError, match=r"^the model's answers are no numbers \(nan\)\. Take another round"):
+            ask()
 
 
 def test_a_file_of_prompts_is_answered_row_by_row(

@@ -7,6 +7,7 @@ forward pass scores them all. Language modelling: loss. Instruction and chat: lo
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
@@ -87,6 +88,16 @@ class Answers:
     scores: Sequence[Tensor] = ()  # of each example, log-likelihoods of its choices up to a constant, float64 [K]
     said: Sequence[str] = ()  # what was generated for each
     right: Sequence[bool] | None = None  # None: nothing was chosen or generated
+
+    def numbers(self) -> Answers:
+        """These answers.
+
+        Raises:
+            UserError: Some are no numbers: nothing was chosen then, and the first choice would be taken for one.
+        """
+        if math.isnan(self.nll_sum) or any(bool(score_K.isnan().any()) for score_K in self.scores):
+            raise UserError("the model's answers are no numbers (nan). Take another round of it, or another model.")
+        return self
 
     def score(self, client: str | None, examples: int) -> Evaluation:
         """Loss and accuracy."""

@@ -54,13 +54,13 @@ def score(bench: Workbench, examples: Sequence[Example], shown: int = 10) -> Sco
     """Score a model on examples, and keep the first `shown` answers.
 
     Raises:
-        UserError: No example can be scored.
+        UserError: No example can be scored, or the model answers with no numbers.
     """
     tests = TestSet.prepare(examples, bench.encoder)
     if tests is None:
         raise UserError("no example can be scored: all are too long for the model, or have no answer.")
     config = bench.config.evaluation
-    found = answers(bench.moe, tests, config, bench.tokenizer)
+    found = answers(bench.moe, tests, config, bench.tokenizer).numbers()
     whole = found.score(None, len(tests))
     given = given_answers(tests, found)
     classes: tuple[ClassScore, ...] = ()

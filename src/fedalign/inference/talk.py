@@ -106,7 +106,8 @@ class Talk:
         tests = TestSet.prepare(list(found), self.bench.encoder)
         if tests is None:
             raise UserError('the text is too long for the model. Shorten it, or set data.too_long = "truncate".')
-        (scores,) = answers(self.bench.moe, tests, self.bench.config.evaluation, self.bench.tokenizer).scores
+        told = answers(self.bench.moe, tests, self.bench.config.evaluation, self.bench.tokenizer)
+        (scores,) = told.numbers().scores
         shares = torch.softmax(scores, 0).tolist()
         return dict(sorted(zip(names, shares, strict=True), key=lambda pair: -pair[1]))
 

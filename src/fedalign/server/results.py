@@ -385,7 +385,7 @@ def _unlike(folder: Path, line: Metrics) -> str:
     about = saved_round(folder)
     if about is None:
         return f"does not say of which round it is (no {ROUND})" if folder.is_dir() else "is missing"
-    if json.dumps(about) != json.dumps(_described(line)):  # as text NaN is like NaN
+    if about != _described(line):
         again = ", done once more since" if about["round"] == line["round"] else ""
         return f"holds round {about['round']}{again}"
     problem = damage(folder)

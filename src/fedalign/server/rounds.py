@@ -49,6 +49,7 @@ from fedalign.protocol import (
 )
 from fedalign.server.checkpoint import Checkpoints, ServerState
 from fedalign.server.checks import (
+    check_evaluation,
     check_plan,
     check_state,
     check_statistics,
@@ -449,7 +450,15 @@ class Server:
         if everyone_alone or not due(self.config, number):
             return {"round": number}
         self.observer.progress(number, "evaluating", 0, 1)
-        return {"round": number} | describe_test(self.evaluate(number, weights))
+        overall = self.evaluate(number, weights)
+        if overall is not None and (problem := check_evaluation(overall)):
+            hint = "a lower training.learning_rate, or " if number else ""
+            kept = " The last complete round is kept." if number else ""
+            raise UserError(
+                f"round {number}: the model cannot be scored on data.test: {problem}. "
+                f"Try {hint}training.precision = 'float32'.{kept}"
+            )
+        return {"round": number} | describe_test(overall)
 
     def _score(self, state: ServerState, line: Metrics) -> ServerState:
         """Have all clients score a round by itself, and complete its line."""

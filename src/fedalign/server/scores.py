@@ -123,13 +123,13 @@ def merit(metrics: Mapping[str, Any], by: Measure) -> float | None:
 
     >>> merit({"accuracy": 0.5, "loss_nats": 2.0}, "accuracy"), merit({"accuracy": 0.5, "loss_nats": 2.0}, "loss")
     (0.5, -2.0)
-    >>> merit({"loss_nats": 2.0}, "accuracy"), merit({"loss_nats": math.nan}, "loss")  # a loss that broke is no merit
-    (-2.0, -inf)
+    >>> merit({"loss_nats": 2.0}, "accuracy"), merit({}, "loss")
+    (-2.0, None)
     """
     if measure_of(metrics, by) == "accuracy":
         return accuracy_of(metrics)
     loss = loss_of(metrics)
-    return None if loss is None else -math.inf if math.isnan(loss) else -loss
+    return None if loss is None else -loss
 
 
 def best_of(history: Sequence[Metrics], by: Measure) -> Metrics | None:
