@@ -236,6 +236,7 @@ def test_a_run_in_which_somebody_joins_resumes(run: Run, fedalign: Command) -> N
         (["--join", "c", "--set", "model.weights_hash=5f0c"], "model.weights_hash is of the model without its expert."),
         (["--join", "c,c"], "--join: 'c' is named twice."),
         (["--join", " ,"], "--join ' ,': has an empty name."),
+        (["--join", "c", "--set", "data.max_length=2"], "Raise data.max_length, or set data.too_long"),
         (["--join", "z"], "clients.only = 'z': unknown. Choose one of: a, b, c."),
         (["--join", "c", "--set", "federation.engine=flower", "--set", "federation.min_sites=1"], "fedalign upcycle"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -87,8 +88,10 @@ def run(
         with TemporaryDirectory() as place:
             _rehearse(_joined(settings, who, Path(place) / "model", overwrite) if who else settings, folder)
         return
-    if who:
-        settings = _joined(settings, who, folder.path.with_name(f"{folder.path.name}-start"), overwrite)
+    grown = folder.path.with_name(f"{folder.path.name}-start") if who else None
+    is_new = grown is not None and not grown.exists()
+    if grown is not None:
+        settings = _joined(settings, who, grown, overwrite)
     how = Beginning(fresh=resume is None, overwrite=overwrite)
     if resume is not None and (done := folder.finished()) >= settings.run.rounds:
         say(f"All {done} rounds are complete. For more: fedalign run --resume {resume} --set run.rounds={2 * done}")
@@ -100,6 +103,10 @@ def run(
         raise typer.Exit(130) from None
     except Stopped as stop:
         raise typer.Exit(stop.code) from None
+    except UserError:
+        if grown is not None and is_new and not folder.config.exists():  # or the command, mended, would be refused
+            shutil.rmtree(grown)
+        raise
     _print_summary(summary, folder)
     if settings.federation.engine == "in_process":  # the others are not for comparing
         whole = " --set run.patience=0" if settings.run.patience else ""  # runs that are compared take the same rounds
