@@ -7,6 +7,7 @@ smaller, so they have no least sum. Float32 sums of shares and of whole numbers 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -176,6 +177,21 @@ def check_held_out(total: HeldOut, clients: int) -> str | None:
         f"the scores of {clients} clients together are impossible: one of them counts falsely, or scored other "
         "weights, so that its masks do not cancel"
     )
+
+
+def reasons(failures: Sequence[Failure], most: int = 5) -> str:
+    """Why clients are missing, each reason once, with the names of `most` clients; empty: none is.
+
+    >>> print(reasons([Failure("a", "train", "gone"), Failure("b", "train", "full"), Failure("c", "train", "full")]))
+    a: gone; b, c: full
+    >>> print(reasons([Failure(name, "train", "full") for name in "abcd"], most=2))
+    a, b and 2 more: full
+    """
+    names = defaultdict[str, list[str]](list)
+    for failure in failures:
+        names[failure.reason].append(failure.client)
+    more = {why: f" and {len(who) - most} more" if len(who) > most else "" for why, who in names.items()}
+    return "; ".join(f"{', '.join(who[:most])}{more[why]}: {why}" for why, who in names.items())
 
 
 def find_outliers(reports: Sequence[Statistics], ratio: float) -> list[Failure]:

@@ -50,7 +50,7 @@ from fedalign.protocol import (
     count_shapes,
 )
 from fedalign.server.checkpoint import ServerState
-from fedalign.server.checks import check_held_out, check_weights
+from fedalign.server.checks import check_held_out, check_weights, reasons
 from fedalign.server.rounds import Server, select
 from fedalign.server.scores import Traffic, describe_held_out
 
@@ -312,8 +312,7 @@ class MaskedServer(Server):
     def _enough(self, number: int, left: Sequence[str], failures: Sequence[Failure]) -> None:
         """End the run where the sum would be of too few clients, or of so many that it might wrap."""
         if problem := self._unsummed(left):
-            reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in failures)
-            told = f" ({reasons})" if reasons else ""
+            told = f" ({reasons(failures)})" if failures else ""
             raise UserError(f"round {number}: {problem}{told}. The last complete round is kept.")
 
     def _unsummed(self, left: Sequence[str]) -> str:
@@ -330,9 +329,9 @@ class MaskedServer(Server):
         return ""
 
     def _fail(self, number: int, failures: Sequence[Failure]) -> None:
-        reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in failures) or "nobody replied"
+        told = reasons(failures) or "nobody replied"
         third = "A third time would tell of one client"
-        raise UserError(f"round {number}: {LOST} ({reasons}). {third}. The last complete round is kept.")
+        raise UserError(f"round {number}: {LOST} ({told}). {third}. The last complete round is kept.")
 
     def _totals(self, number: int, among: tuple[str, ...], sums: Mapping[str, Tensor]) -> tuple[Totals, HeldOut | None]:
         """The totals of a round, or the end of the run where they cannot be sums of what clients count.

@@ -55,6 +55,7 @@ from fedalign.server.checks import (
     check_statistics,
     check_weights,
     find_outliers,
+    reasons,
 )
 from fedalign.server.public import PublicModel, first, following
 from fedalign.server.scores import (
@@ -175,10 +176,10 @@ class Server:
         chosen = select(members, self.config.clients.sample, self.config.run.seed, number)
         reports, failures = self._train(state, number, chosen, traffic, scores)
         if len(reports) < self.config.server.min_clients:
-            reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in failures) or "nobody replied"
+            why = reasons(failures) or "nobody replied"
             raise UserError(
                 f"round {number}: {len(reports)} of {len(chosen)} clients can be used, server.min_clients = "
-                f"{self.config.server.min_clients} are needed ({reasons}). The last complete round is kept."
+                f"{self.config.server.min_clients} are needed ({why}). The last complete round is kept."
             )
         if state.pending is not None:
             trained = time.perf_counter()
