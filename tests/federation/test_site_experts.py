@@ -17,15 +17,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedalign.client.evaluation import evaluate
+from fedalign.client.trainer import Trainer
 from fedalign.config.toml import load_config
 from fedalign.doctor.estimate import StepCost, estimate, estimate_site
 from fedalign.doctor.what_leaves import OWN_ROWS, empty_messages, tokens_told
 from fedalign.federation.in_process import prepare
+from fedalign.maths.average import StreamingSum
 from fedalign.moe.load import load_plain
 from fedalign.moe.model import MoEModel
 from fedalign.moe.part import grown, without
 from fedalign.moe.site_experts import owners
-from fedalign.protocol import DEALT, Evaluation, ParameterGroup, Piece, Weights
+from fedalign.protocol import DEALT, Evaluation, Failure, ParameterGroup, Piece, Update, Weights
 from fedalign.server.results import RunFolder
 from tests.conftest import Command, rows, save_tokenizer, write_jsonl
 from tests.moe.tiny import EXPERTS
@@ -193,6 +195,28 @@ def test_who_joins_later_gives_the_model_of_a_run_in_which_it_was_from_the_start
     assert owners(load_plain(later / "model").config) == {name: (EXPERTS + i,) for i, name in enumerate(SITES)}
     lines = [json.loads(line) for line in (later / "metrics.jsonl").read_text().splitlines()]
     assert all(line["clients"] == ["c"] and not line["failures"] for line in lines[1:])
+
+
+def test_a_row_whose_first_update_was_lost_is_fitted_again(
+    run: Run, model_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, fit, fits = StreamingSum.add, Trainer._fitted_rows, list[Weights]()
+
+    def lossy(total: StreamingSum, update: Update) -> Failure | None:
+        lost = (update.client, update.round) == ("b", 1)
+        return Failure("b", "update", "lost on the way") if lost else add(total, update)
+
+    def noted(trainer: Trainer, *args: Any) -> Weights:
+        fits.append(fit(trainer, *args))
+        return fits[-1]
+
+    monkeypatch.setattr(StreamingSum, "add", lossy)
+    monkeypatch.setattr(Trainer, "_fitted_rows", noted)
+    start, end = weights(model_of(*SITES)), weights(run(*SITES, run__rounds=3) / "model")
+    assert len(fits) == len(SITES) + 1  # each once, and b's once more
+    rows = {name: ParameterGroup("gate", 0, EXPERTS + i) for i, name in enumerate(SITES)}
+    moves = {name: float((end[group] - start[group]).norm()) for name, group in rows.items()}
+    assert moves["b"] > min(moves["a"], moves["c"]) / 2
 
 
 def test_who_joins_a_low_rank_run_takes_its_merged_model(

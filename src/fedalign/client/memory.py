@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 UPDATE, KEPT, DIGESTS = "update.safetensors", "kept.safetensors", "digests.json"
 ROUND = "round"  # in the head of an update: which it is of
 START = "start"  # a folder: what the first round starts from, where the server has to fetch it
+BY_GROUP = ("private", "lost", "own", "fitted", "unfitted")  # parts of `Kept`
 CONCEALED = "concealed"  # a folder: what was last concealed in a masked run, where the server has to fetch it
 
 
@@ -57,6 +58,8 @@ class Kept:
     lost: Weights = field(default_factory=dict)  # by rounding to wire precision
     own: Weights = field(default_factory=dict)  # its own model of a mixture ...
     mixer: Mapping[str, Tensor] = field(default_factory=dict)  # ... and what mixes it with the server's
+    fitted: Weights = field(default_factory=dict)  # router rows of its own experts, as last fitted to its text ...
+    unfitted: Weights = field(default_factory=dict)  # ... and as it had received them
 
     @property
     def personal(self) -> Weights:
@@ -75,7 +78,7 @@ class Kept:
         parts: dict[str, Any] = {part.name: {} for part in fields(cls)}
         for name, tensor in load_file(file).items():
             part, _, key = name.partition("/")
-            parts[part][parse_group(key) if part in ("private", "lost", "own") else key] = tensor
+            parts[part][parse_group(key) if part in BY_GROUP else key] = tensor
         return cls(**parts | {"prob_L_E": parts["prob_L_E"].get("")})
 
 

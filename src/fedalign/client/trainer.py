@@ -129,8 +129,7 @@ class Trainer:
             fit = kind(self.moe, self.algorithm, self.config, client, local, at, before, correct, frozen)
             if isinstance(fit, PrivateFit) and agreed is not None and client.privacy is not None:
                 fit.agree(agreed, client.privacy.secret, self.config.privacy.max_grad_norm)
-            if alone and before.prob_L_E is None:
-                fit.put(self._fitted_rows(fit, local, alone))
+            fitted, unfitted = self._rows(fit, local, alone, before)
             fit.run()
         trained = self._trained(fit, local, frozen)
         private = {g: trained[g].cpu().clone() for g in trained if g.kind in self.algorithm.private}
@@ -150,7 +149,15 @@ class Trainer:
                 report = self._report(client, broadcast.round, fit, local, update, norm_G, seconds, score)
                 statistics = parallel.agreed(report)
             local.steps = fit.steps
-            kept = Kept(statistics.prob_L_E, fit.optimizer_state(), private, self.algorithm.keep(local, update), lost)
+            kept = Kept(
+                statistics.prob_L_E,
+                fit.optimizer_state(),
+                private,
+                self.algorithm.keep(local, update),
+                lost,
+                fitted=fitted,
+                unfitted=unfitted,
+            )
             if self.algorithm.mix:
                 mixture = self._mixture(before, local.received)
                 with self._random(derive_seed(seed, "mixture")):
@@ -337,6 +344,16 @@ class Trainer:
         sizes = self.moe.layout.sizes
         return LazyWeights({g: partial(received.__getitem__ if sizes[g] else _nothing, g) for g in received})
 
+    def _rows(
+        self, fit: LocalFit, local: LocalRound, alone: Set[ParameterGroup], before: Kept
+    ) -> tuple[Weights, Weights]:
+        """Router rows of the client's own experts, if it has any, as fitted and as received; fitted where need be."""
+        if not alone or not _lacks_rows(before, local.received):
+            return before.fitted, before.unfitted
+        fitted = self._fitted_rows(fit, local, alone)
+        fit.put(fitted)
+        return fitted, {group: local.received[group].cpu().clone() for group in fitted}
+
     def _fitted_rows(self, fit: LocalFit, local: LocalRound, alone: Set[ParameterGroup]) -> Weights:
         """Router rows of the client's own experts, fitted on its text and on what the model itself writes."""
         rows = [g for g in self.moe.layout.groups if g.kind == "gate" and g not in alone and self.moe.layout.sizes[g]]
@@ -355,6 +372,20 @@ class Trainer:
         self.moe.write(kept.private)
         answer = self._mixture(kept, received).answer if self.algorithm.mix else None
         return evaluate(self.moe, client.held_out, self.config.evaluation, self.tokenizer, client.name, answer)
+
+
+def _lacks_rows(before: Kept, received: Mapping[ParameterGroup, Tensor]) -> bool:
+    """Whether router rows of a client's own experts are to be fitted: they never were, or what came of it was lost.
+
+    What it receives is then nearer to what it had received before it fitted them.
+    """
+    if before.prob_L_E is None:
+        return True
+
+    def far(rows: Weights) -> float:
+        return float(sum((received[group].cpu() - row).square().sum() for group, row in rows.items()))
+
+    return far(before.unfitted) < far(before.fitted)
 
 
 def _nothing(group: ParameterGroup) -> Tensor:
