@@ -430,8 +430,9 @@ class Plan:
     new[g] = old[g] + Σ_c weight[c, g] · factor[c, g] · Δ_c[g], normalised by the weight that arrived. Factors clip,
     stretch or turn an update and never enter the normaliser. Zero weight: the group is never uploaded.
 
-    A stream is a second sum over the same updates, which travel once: Σ_c weight · stream · Δ, normalised alike. `then`
-    makes the state of the next round of them, in place of `state`.
+    A stream is a second sum over the same updates, which travel once: Σ_c stream · Δ of those of weight that arrived,
+    as they are. Of these sums, and of how many updates of each group are in them, `then` makes the state of the next
+    round, in place of `state`.
 
     With `centred`, each client's update of a softmax router has its mean over experts taken off before it is summed:
     one vector added to all rows changes no routing, but weighted row by row it would become noise [O].
@@ -449,7 +450,7 @@ class Plan:
     centred: bool = False
     streams: Mapping[str, Tensor] = field(default_factory=dict)  # name -> float32 [C, G]
     state: State = field(default_factory=dict)  # the algorithm's, for the next round
-    then: Callable[[Mapping[str, Weights]], State] | None = None
+    then: Callable[[Mapping[str, Weights], Mapping[ParameterGroup, int]], State] | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)  # what the algorithm has to say about the round
 
     def without(self, frozen: Mapping[str, Sequence[ParameterGroup]], layout: Layout) -> Plan:
@@ -723,7 +724,10 @@ class Shares:
 
 @dataclass
 class LocalRound:
-    """One client's round on the client, as an algorithm may see and change it. Weights are flat float32, by group."""
+    """One client's round on the client, as an algorithm may see and change it. Weights are flat float32, by group.
+
+    A tensor here may be everybody's: set another in its place, and change none in place.
+    """
 
     received: Mapping[ParameterGroup, Tensor]  # what the server sent; a look-up may unpack it
     start: MutableMapping[ParameterGroup, Tensor]  # what training starts from: received, but for private groups

@@ -264,6 +264,14 @@ def test_resume_with_another_model_is_refused(
     refused(fedalign("run", "--resume", str(out), "--set", "training.epochs=9"), "training.epochs=9", "run.rounds")
 
 
+def test_a_run_does_not_become_shorter(fedalign: Command, settings: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert fedalign("run", "--out", str(out), *sets(settings, "run.rounds=2"))[0] == 0
+    before = (out / "config.toml").read_bytes()
+    refused(fedalign("run", "--resume", str(out), "--set", "run.rounds=1"), "run.rounds = 1", "has 2 complete rounds")
+    assert (out / "config.toml").read_bytes() == before
+
+
 def test_an_exploding_run_stops_clearly(fedalign: Command, settings: list[str], tmp_path: Path) -> None:
     result = fedalign("run", "--out", str(tmp_path / "run"), *sets(settings, "training.learning_rate=1e30"))
     refused(result, "round 1: 0 of 3 clients", "client-00, client-01, client-02: ", "learning_rate")

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from fedalign.algorithms.fedavg import FedAvg
 from fedalign.client.evaluation import TestSet
 from fedalign.client.fit import LocalFit, grouped, make_autocast, make_optimizer, make_schedule
 from fedalign.client.forward import answer_logits
@@ -20,14 +21,14 @@ from fedalign.config.run import ClientLimits, Config, TrainingConfig
 from fedalign.config.toml import load_config
 from fedalign.data.batches import batches
 from fedalign.data.encode import Encoded
-from fedalign.errors import TrainingFailedError
+from fedalign.errors import TrainingFailedError, UserError
 from fedalign.maths import rounding
 from fedalign.maths.average import NORM_SLACK
 from fedalign.maths.rounding import pack, unpack, unpack_weights
 from fedalign.maths.sketch import Sketch
 from fedalign.moe.model import MoEModel
 from fedalign.moe.probe import RoutingProbe, RoutingStatistics
-from fedalign.protocol import SHARED, Broadcast, Packed, ParameterGroup, Request, Statistics, Weights
+from fedalign.protocol import SHARED, Broadcast, LocalRound, Packed, ParameterGroup, Request, Statistics, Weights
 from tests.moe.tiny import EXPERTS, TABLE, VOCABULARY, build
 
 
@@ -67,6 +68,21 @@ def broadcast(moe: MoEModel, round: int = 1, dtype: str = "float32", **state: Te
 def local_fit(step: Trainer, data: ClientData) -> LocalFit:
     local = step._local_round(data, broadcast(step.moe), Kept())
     return LocalFit(step.moe, step.algorithm, step.config, data, local, 1, Kept())
+
+
+def test_an_algorithm_that_changes_everybodys_weights_is_refused(tmp_path: Path) -> None:
+    class Shrinking(FedAvg):
+        def begin(self, local: LocalRound) -> None:
+            local.start[SHARED].mul_(0.9)
+
+    class Replacing(FedAvg):
+        def begin(self, local: LocalRound) -> None:
+            local.start[SHARED] = 0.9 * local.start[SHARED]
+
+    step = trainer("olmoe", "algorithm.name=fedavg")
+    Trainer(step.moe, None, Replacing(), step.config).train(client(tmp_path / "b"), broadcast(step.moe))
+    with pytest.raises(UserError, match=r"fedavg': it changes in place what all clients received, of c first\. Set an"):
+        Trainer(step.moe, None, Shrinking(), step.config).train(client(tmp_path / "a"), broadcast(step.moe))
 
 
 def uniform(moe: MoEModel) -> Tensor:

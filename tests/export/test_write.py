@@ -313,6 +313,9 @@ def test_each_client_has_its_own_model_beside_the_global_one(
         score = scored(bench, out / "clients" / name, client.held_out)
         assert score.loss == pytest.approx(last["client_losses_nats"][name], abs=close, rel=0)
         assert score.accuracy == last["client_accuracies"][name]
+    card = (out / "README.md").read_text()
+    assert card.count("of each client's own model, not of this one") == 4
+    assert "split: held out" not in card  # what the Hub reads
     if "algorithm.name=local" not in more:
         assert scored(bench, out, bench.test).loss == pytest.approx(last["loss_nats"], abs=close, rel=0)
     first, second = (tensors(out / "clients" / f"client-0{i}") for i in (0, 1))

@@ -73,6 +73,18 @@ def test_scores_are_those_of_the_run_and_add_up(fedalign: Command, made: Made) -
     assert scores["tuned"]["answered"][0]["prompt"].endswith("\nLabel:")
 
 
+def test_of_a_file_that_is_named_all_rows_are_scored(fedalign: Command, made: Made, texts: Path) -> None:
+    run = made("data.max_test=7")
+    for words, expected in (
+        ((), 7),
+        (("--data", texts / "test.jsonl"), 30),
+        (("--data", texts / "test.jsonl", "--set", "data.max_test=5"), 5),
+    ):
+        code, out, errors = fedalign("evaluate", str(run), "--alone", "--json", *map(str, words))
+        assert code == 0, errors
+        assert json.loads(out)["tuned"]["examples"] == expected
+
+
 @pytest.mark.parametrize("more", [(), ("tuning.kind=lora",), ("tuning.dtype=bfloat16",)])
 def test_an_exported_model_scores_as_its_run(made: Made, tmp_path: Path, texts: Path, more: tuple[str, ...]) -> None:
     run = made(*more)

@@ -298,7 +298,7 @@ def test_rows_of_a_lost_client_stay_and_those_it_shared_are_made_up_for() -> Non
     assert_close(other.result(old, 0.4)[EMBEDDINGS][180:210], old[EMBEDDINGS][180:210] + rows_V_H[5])
 
 
-def test_a_stream_keeps_the_weight_of_the_group() -> None:
+def test_a_stream_has_no_weight_of_tokens() -> None:
     updates = [words_of("a", 0), words_of("b", 1)]
     plan = replace(token_plan(torch.full((2, 2, 10), 0.5)), streams={"twice": torch.full((2, 5), 2.0)})
     plan.token_weight_C_M_V[0] = 1.0  # type: ignore[index] # token_plan has set it
@@ -306,7 +306,8 @@ def test_a_stream_keeps_the_weight_of_the_group() -> None:
     total = StreamingSum(BY_TOKEN, plan, norms_of(updates), "float32")
     for update in updates:
         total.add(update)
-    assert_close(total.streams()["twice"][EMBEDDINGS], normal(400, 200) + normal(400, 201))
+    assert_close(total.streams()["twice"][EMBEDDINGS], 2 * (normal(400, 200) + normal(400, 201)))
+    assert total.came[EMBEDDINGS] == 2
     assert_close(total.result(old_words())[EMBEDDINGS][30:330], (old_words()[EMBEDDINGS] + normal(400, 200))[30:330])
 
 
@@ -454,7 +455,7 @@ def test_centring_is_the_same_in_streams() -> None:
     assert [total.add(update) for update in sent(plan)] == [None, None]
     new, stream = moved(total), total.streams()["twice"]
     for row in ROWS:
-        assert_close(stream[row], 2 * new[row], atol=1e-5, rtol=1e-5)
+        assert_close(stream[row], 4 * new[row], atol=1e-5, rtol=1e-5)  # of two, each with half the weight
 
 
 def test_threads_never_wait_for_each_other_in_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:

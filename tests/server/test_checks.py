@@ -277,7 +277,7 @@ BAD_PLANS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
     "tokens": (lambda p: replace(p, token_weight_C_M_V=TOKEN_C_M_V * 2), "has token weights that are negative, or sum"),
     "tokens nan": (lambda p: replace(p, token_weight_C_M_V=TOKEN_C_M_V * math.nan), "has token weights [4, 1, 50]"),
     "state": (lambda p: replace(p, state={"a": torch.full((2,), math.nan)}), "has a state that is not finite: a"),
-    "then": (lambda p: replace(p, then=lambda _: {"b": torch.tensor(math.inf)}), "has a state that is not finite: b"),
+    "then": (lambda p: replace(p, then=lambda *_: {"b": torch.tensor(math.inf)}), "has a state that is not finite: b"),
     "tokens shape": (lambda p: replace(p, token_weight_C_M_V=TOKEN_C_M_V[..., :-1]), "has token weights [4, 1, 49]"),
 }
 

@@ -42,6 +42,10 @@ def test_a_private_run(fedalign: Command, settings: list[str], tmp_path: Path, m
     assert [line["bytes_up_statistics"] for line in lines[1:]] == [3 * statistics_nbytes(config, layout)] * 2
     kinds = ["training", "loads"] if "algorithm.name=by_use" in more else ["training"]
     assert [line.kind for line in PrivacyLedger(ledgers[0].parent).lines()] == ["count", *kinds, *kinds]
+    assert not (tmp_path / "run" / "health").exists()  # nobody tells its routing
+    known = json.loads((tmp_path / "run" / "clients.json").read_text())
+    counted = {led.parent.name: PrivacyLedger(led.parent).lines()[0].told for led in ledgers}
+    assert known == {name: {"examples": told, "labels": {}} for name, told in counted.items()}
     card, page = tmp_path / "exported", tmp_path / "report.html"
     code, _, err = fedalign("export", tmp_path / "run", "--to", card)
     assert code == 0, err
@@ -51,6 +55,7 @@ def test_a_private_run(fedalign: Command, settings: list[str], tmp_path: Path, m
     assert (summary["privacy_epsilon"], summary["privacy_delta"]) == (max(last.values()), 1e-5)
     assert (card / "README.md").read_text().count(told) == 2  # beside how it was trained, and under Privacy
     assert "No differential privacy" not in (card / "README.md").read_text()
+    assert "an even share of their layer's tokens" not in (card / "README.md").read_text()
     code, _, err = fedalign("report", tmp_path / "run", "--out", page)
     assert code == 0, err
     assert f"Runs with noise: epsilon up to {max(last.values()):.3g} at delta 1e-05" in page.read_text()

@@ -165,13 +165,14 @@ def run(
     *overrides: str,
     state: ServerState | None = None,
     scores: Callable[[int, Weights], Evaluation | None] = lambda n, w: Evaluation(None, 5, 1.0, 0.5),
+    algorithm: FedAvg | None = None,
 ) -> tuple[ServerState, Log]:
     widths = ("statistics.centroid_width=4", "statistics.update_width=4")
     config: Config = load_config(
         None, ["algorithm.name=fedavg", "run.rounds=1", "training.learning_rate=0.1", *widths, *overrides]
     )
     log = Log()
-    server = Server(federation, FedAvg(), LAYOUT, config, Checkpoints(tmp_path, {}), scores, log)
+    server = Server(federation, algorithm or FedAvg(), LAYOUT, config, Checkpoints(tmp_path, {}), scores, log)
     zeros = {group: torch.zeros(LAYOUT.sizes[group]) for group in LAYOUT.groups}
     return server.run(state or ServerState(0, zeros, {}, ())), log
 
@@ -244,6 +245,22 @@ def test_a_nan_update_leaves_the_client_out(tmp_path: Path) -> None:
     state, _ = run(tmp_path, Scripted({"a": (30, 1.0), "bad": (10, 3.0)}, corrupt=poison))
     assert shared(state).tolist() == [1.0, 1.0]
     assert [failure["client"] for failure in state.history[-1]["failures"]] == ["bad"]
+
+
+def test_an_algorithm_fills_in_no_number_that_a_round_has_of_its_own(tmp_path: Path) -> None:
+    def said(metrics: dict[str, float]) -> str:
+        class Boasting(FedAvg):
+            def plan(self, reports: Reports, state: State) -> Plan:
+                return replace(super().plan(reports, state), metrics=metrics)
+
+        with pytest.raises(UserError) as error:
+            run(tmp_path / "-".join(metrics), Scripted({"a": (30, 1.0)}), algorithm=Boasting())
+        return str(error.value)
+
+    state, _ = run(tmp_path, Scripted({"a": (30, 1.0)}), "server.robust=clip")
+    for name in state.history[-1]:
+        assert f"has a metric {name}, which each round has of its own" in said({name: 0.99})
+    assert "has a metric mine = nan, which is no finite number" in said({"mine": math.nan})
 
 
 def test_an_update_of_another_round_is_refused(tmp_path: Path) -> None:

@@ -158,13 +158,15 @@ def _hub(push: str | None, *, public: bool, overwrite: bool, clients: bool) -> P
 
 
 def _print(exported: Exported, to: Path) -> None:
-    from fedalign.export.card import CARD
+    from fedalign.export.card import CARD, OWN_MODEL, scored_own
     from fedalign.server.scores import accuracy_of, loss_of
     from fedalign.units import nats, percent
 
     made, snapshot = exported.made, exported.snapshot
     accuracy, loss = accuracy_of(exported.trained.scored), loss_of(exported.trained.scored)
     of_whole = ", with all experts" if exported.left is not None else ""
+    if made.personal is None and "loss_nats" not in exported.trained.scored and scored_own(snapshot.config):
+        of_whole += f", {OWN_MODEL}"
     rows = [
         ("what", f"{FORMS[made.form]}, {made.dtype}"),
         ("round", f"{snapshot.round} of {snapshot.config.run.rounds}{exported.trained.chosen}"),

@@ -16,7 +16,7 @@ from fedalign.cli.terminal import SetOption, at_home, busy, err, out, print_tabl
 from fedalign.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from fedalign.client.workbench import Workbench
     from fedalign.config.run import DataConfig
@@ -246,7 +246,7 @@ def evaluate(
     if leaving is not None:
         if harness is not None:
             raise UserError("--leaving: not with --harness. Leave one out.")
-        _evaluate_leaving(_loaded(model, best, False, device, set_), leaving, data, as_json=as_json)
+        _evaluate_leaving(_loaded(model, best, False, device, set_), leaving, data, set_, as_json=as_json)
         return
     both = not alone and (Path(model).expanduser() / "config.toml").is_file()
 
@@ -262,7 +262,7 @@ def evaluate(
     examples: list[Any] = []  # read once, for both
 
     def by(bench: Workbench) -> Scores:
-        examples[:] = examples or _examples(bench, data)
+        examples[:] = examples or _examples(bench, data, set_)
         return score(bench, examples)
 
     scores = scored(by)
@@ -273,7 +273,9 @@ def evaluate(
     _print_scores(scores)
 
 
-def _evaluate_leaving(bench: Workbench, leaving: str, data: str | None, *, as_json: bool) -> None:
+def _evaluate_leaving(
+    bench: Workbench, leaving: str, data: str | None, set_: Sequence[str] | None, *, as_json: bool
+) -> None:
     """Scores of a model, and without the experts of owners, one at a time."""
     from dataclasses import asdict, replace
 
@@ -283,7 +285,7 @@ def _evaluate_leaving(bench: Workbench, leaving: str, data: str | None, *, as_js
 
     owners = bench.moe.layout.owners
     names = list(owners) if leaving == "each" and owners else among("--leaving", [leaving], owners)
-    examples = _examples(bench, data)
+    examples = _examples(bench, data, set_)
     scores = dict(by_leaving(bench.moe, names, lambda moe: score(replace(bench, moe=moe), examples)))
     whole = scores.pop(None)
     if as_json:
@@ -344,14 +346,19 @@ def _loaded(model: str, best: bool, start: bool, device: str, set_: list[str] | 
         return load(Source(model, best, start, device, set_ or ()))
 
 
-def _examples(bench: Workbench, data: str | None) -> Any:
+def _examples(bench: Workbench, data: str | None, set_: Sequence[str] | None) -> Any:
+    """The examples to score on: of a file that the user names all, whatever `data.max_test` of the run was."""
+    from fedalign.config.toml import as_texts
     from fedalign.data.formats import load_examples
     from fedalign.inference.talk import check_classes
 
     config = bench.config
     check_classes(config.data)
     if data is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"test": data, "train": data})})
+        asked = any(text.partition("=")[0].strip() == "data.max_test" for text in as_texts(set_ or ()))
+        most = config.data.max_test if asked else 0
+        own = config.data.model_copy(update={"test": data, "train": data, "max_test": most})
+        config = config.model_copy(update={"data": own})
     source = data or config.data.test or config.data.train
     examples = load_examples(source, config.data, "test", config.run.seed)
     if not examples:

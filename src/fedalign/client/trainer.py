@@ -28,7 +28,7 @@ from fedalign.client.mixture import Mixture
 from fedalign.client.noisy import PrivateFit
 from fedalign.client.statistics import centroid_sketches, packed_bits, update_sketches
 from fedalign.config.run import Config
-from fedalign.errors import TrainingFailedError
+from fedalign.errors import TrainingFailedError, UserError
 from fedalign.maths.hashing import derive_seed
 from fedalign.maths.lazy import LazyWeights
 from fedalign.maths.low_rank import lost_products, owed
@@ -96,12 +96,24 @@ class Trainer:
         return self._last[1], left_alone(part, self.moe.layout)
 
     def train(self, client: ClientData, broadcast: Broadcast) -> Statistics:
-        """As `_train`, on the client's part of the model."""
+        """As `_train`, on the client's part of the model.
+
+        Raises:
+            TrainingFailedError: As `_train`, or there is no such part.
+            UserError: The algorithm has changed what the other clients receive, too.
+        """
         trainer, alone = self._with_part(client)
+        versions = [packed.values._version for packed in broadcast.weights.values()]
         if all(group in alone for group, size in self.moe.layout.sizes.items() if size):
             named = ", ".join(self.moe.layout.owners)
             raise TrainingFailedError(f"no expert of this model is its own, so it trains nothing; owners are: {named}")
-        return trainer._train(client, broadcast, alone)
+        statistics = trainer._train(client, broadcast, alone)
+        if versions != [packed.values._version for packed in broadcast.weights.values()]:
+            raise UserError(
+                f"algorithm.name = {self.config.algorithm.name!r}: it changes in place what all clients received, of "
+                f"{client.name} first. Set another tensor, as in local.start[group] = 0.9 * local.start[group]."
+            )
+        return statistics
 
     def _train(self, client: ClientData, broadcast: Broadcast, alone: Set[ParameterGroup]) -> Statistics:
         """Train on the client's own examples, keep the update on its disk, and report.

@@ -203,7 +203,8 @@ def state_nbytes(config: Config, layout: Layout) -> int:
     if plan.then is None:
         return sum(tensor.nbytes for tensor in plan.state.values())
     nothing = {group: torch.zeros(1).expand(size) for group, size in layout.sizes.items()}
-    return sum(tensor.nbytes for tensor in plan.then(dict.fromkeys(plan.streams, nothing)).values())
+    state = plan.then(dict.fromkeys(plan.streams, nothing), dict.fromkeys(nothing, 2))
+    return sum(tensor.nbytes for tensor in state.values())
 
 
 def totals_nbytes(config: Config, layout: Layout) -> int:

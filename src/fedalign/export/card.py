@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 Form = Literal["checkpoint", "merged", "adapter"]
+OWN_MODEL = "of each client's own model, not of this one"
 TOGETHER = "clients' held-out examples, together"
 MIXER = "mixer.safetensors"
 OF_DOCSTRINGS = "that of the library that each docstring is from"
@@ -238,6 +239,8 @@ def card_data(made: Made, trained: Trained) -> ModelCardData:
         and made.dtype == config.tuning.loaded_dtype
     )
     results = _results(trained) if as_scored else []
+    if scored_own(config):
+        results = [one for one in results if one.dataset_split != "held out"]
     tags = ["federated-learning", "mixture-of-experts", "fedalign-moe", config.algorithm.name]
     return ModelCardData(
         base_model=None if made.local_base else made.base,
@@ -249,6 +252,12 @@ def card_data(made: Made, trained: Trained) -> ModelCardData:
         model_name=made.name if results else None,
         eval_results=results or None,
     )
+
+
+def scored_own(config: Config) -> bool:
+    """Whether each client scored a model of its own, which the one for all is not."""
+    algorithm = config.algorithm.build()
+    return bool(algorithm.private) or algorithm.mix is not None
 
 
 def _results(trained: Trained) -> list[EvalResult]:
@@ -435,8 +444,10 @@ def score_rows(made: Made, trained: Trained) -> list[tuple[str, str, str]]:
         ("loss_nats", f"loss in nats a token, {everyone}"),
         ("client_loss_mean_nats", "loss in nats a token, clients' held-out examples"),
     ]
-    rows = [(what, percent(before.get(key)), percent(after[key])) for key, what in shares if key in after]
-    rows += [(what, nats(before.get(key)), nats(after[key])) for key, what in losses if key in after]
+    others = f", {OWN_MODEL}" if made.personal is None and scored_own(trained.config) else ""
+    whose = {key: f"{what}{others if key.startswith('client_') else ''}" for key, what in (*shares, *losses)}
+    rows = [(whose[key], percent(before.get(key)), percent(after[key])) for key, _ in shares if key in after]
+    rows += [(whose[key], nats(before.get(key)), nats(after[key])) for key, _ in losses if key in after]
     if made.personal is None:
         return rows
     own = [line.get("client_accuracies", {}).get(made.personal) for line in (before, after)]

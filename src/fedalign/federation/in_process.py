@@ -288,9 +288,10 @@ class Prepared:
         return identity(self.config, self.bench.moe.fingerprint()) | {"data": digest(held)}
 
     def holdings(self) -> Holdings:
-        """Examples to train on, and all of a client's labels."""
+        """Examples to train on, and all of a client's labels; with noise only what it tells: about how many."""
+        told = not self.config.privacy.on
         return {
-            name: {"examples": client.examples, "labels": dict(self.labels[name])}
+            name: {"examples": client.told, "labels": dict(self.labels[name]) if told else {}}
             for name, client in self.clients.items()
         }
 

@@ -167,12 +167,11 @@ class StreamingSum:
         self._stretch = dict(zip(plan.clients, factor_C_G.tolist(), strict=True))
         self._factor = dict(zip(plan.clients, (plan.weight_C_G * factor_C_G).tolist(), strict=True))
         self._streams = {
-            name: dict(zip(plan.clients, (plan.weight_C_G * stream_C_G).tolist(), strict=True))
+            name: dict(zip(plan.clients, (stream_C_G * (plan.weight_C_G > 0)).tolist(), strict=True))
             for name, stream_C_G in plan.streams.items()
         }
         self._stream_sums: dict[str, Weights] = {name: {} for name in plan.streams}
-        weighed = [plan.weight_C_G * stream_C_G for stream_C_G in plan.streams.values()]
-        largest_C_G = torch.stack([factor_C_G, *weighed]).abs().amax(0)
+        largest_C_G = torch.stack([factor_C_G, *plan.streams.values()]).abs().amax(0)
         self._largest = dict(zip(plan.clients, largest_C_G.tolist(), strict=True))
         self._words = dict(_words(layout, plan))
         self._norm = {client: norms[client].tolist() for client in plan.clients}
@@ -242,15 +241,16 @@ class StreamingSum:
         return {group: self._new(group, values, min_arrived) for group, values in old.items()}
 
     def streams(self, min_arrived: float = 0.5) -> dict[str, Weights]:
-        """The plan's streams, normalised like the sum; groups that did not change are left out."""
+        """The sums of the plan's streams over what arrived; groups that did not change are left out."""
         return {
-            name: {
-                group: self._heap.keep(values * (self._planned[group] / self._arrived[group]))
-                for group, values in sums.items()
-                if self._carried(group, min_arrived)
-            }
+            name: {group: values for group, values in sums.items() if self._carried(group, min_arrived)}
             for name, sums in self._stream_sums.items()
         }
+
+    @property
+    def came(self) -> Mapping[ParameterGroup, int]:
+        """How many clients' updates of each group were added, those of no weight left out."""
+        return self._came
 
     def spread(self, min_arrived: float = 0.5) -> float:
         """Σ over clients and groups of b · ‖Δ‖² of what arrived, as it is summed, and normalised like the sum."""

@@ -71,12 +71,11 @@ def guarded(
     most_G = clip * typical_norms(length_C_G, holders(plan, norm_C_G), layout)
     shorter_C_G = torch.where(length_C_G > most_G, most_G / length_C_G, 1.0)
     weight_C_G = capped(plan.weight_C_G, max_share, max_share_ratio)
-    kept_C_G = (plan.weight_C_G / weight_C_G).nan_to_num()  # a stream counts as the algorithm had it: weight x stream
     new = replace(
         plan,
         weight_C_G=weight_C_G,
         factor_C_G=factor_C_G * shorter_C_G,
-        streams={name: stream_C_G * shorter_C_G * kept_C_G for name, stream_C_G in plan.streams.items()},
+        streams={name: stream_C_G * shorter_C_G for name, stream_C_G in plan.streams.items()},
     )
     if plan.token_weight_C_M_V is None:
         return new

@@ -40,8 +40,9 @@ def _plain(key: str) -> Callable[[Metrics], float | None]:
     return lambda line: line.get(key)
 
 
-def _largest(key: str) -> Callable[[Metrics], float | None]:
-    return lambda line: max(line.get(key, {}).values(), default=None)
+def _worst_loss(line: Metrics) -> float | None:
+    """Of all clients: where only some were asked, it is told of no round, as their mean is of none."""
+    return max(line.get("client_losses_nats", {}).values(), default=None) if "client_loss_mean_nats" in line else None
 
 
 def _weighted(line: Metrics) -> float | None:
@@ -68,7 +69,7 @@ GROUPS = (
         (
             Panel("Global test set", _plain("loss_nats")),
             Panel("All held-out examples", _plain("client_loss_mean_nats")),
-            Panel("Worst client", _largest("client_losses_nats")),
+            Panel("Worst client", _worst_loss),
         ),
     ),
     Group("Spread of accuracy between clients", "points", 100, (Panel("Spread", _plain("client_accuracy_spread")),)),

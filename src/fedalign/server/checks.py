@@ -29,6 +29,29 @@ from fedalign.protocol import (
     Weights,
 )
 
+OF_EVERY_ROUND = {  # in metrics.jsonl; no algorithm fills them in, nor those that begin like these
+    "accuracy",
+    "clients",
+    "experts_held_by_nobody",
+    "experts_held_share",
+    "failures",
+    "groups_unchanged",
+    "held_out_examples",
+    "loss_nats",
+    "on_trial",
+    "perplexity",
+    "round",
+    "round_seconds",
+    "routing_divergence_nats",
+    "stopped",
+    "test_examples",
+    "token_rows_of_one_kept",
+    "train_examples",
+    "train_loss_nats",
+    "unscored",
+    "uploaded_share",
+}
+OF_A_KIND = ("bytes_", "client_", "privacy_")
 MOST = 1e15  # of any number: its square is still one in float32, and so is that of its inverse
 WITHHELD = ("token_count_M_V", "token_met_M_B")  # what a client may keep to itself
 SUM_SLACK = 1e-3  # of sums: rounding
@@ -140,7 +163,15 @@ def check_plan(plan: Plan, reports: Sequence[Statistics], layout: Layout) -> str
         total = table.double().sum(0)
         if is_weight and bool((table < 0).any() | ((total - 1).abs().minimum(total.abs()) > SUM_SLACK).any()):
             return f"has {name} that are negative, or sum over clients to neither 0 nor 1"
-    return None
+    return _check_metrics(plan.metrics)
+
+
+def _check_metrics(metrics: Mapping[str, float]) -> str | None:
+    """Why what an algorithm says about a round cannot stand in the round's line, or None."""
+    if taken := sorted(name for name in metrics if name in OF_EVERY_ROUND or name.startswith(OF_A_KIND)):
+        return f"has a metric {taken[0]}, which each round has of its own: choose another name"
+    broken = [name for name, value in metrics.items() if not (isinstance(value, int | float) and math.isfinite(value))]
+    return f"has a metric {broken[0]} = {metrics[broken[0]]!r}, which is no finite number" if broken else None
 
 
 def check_state(state: State) -> str | None:

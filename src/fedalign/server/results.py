@@ -268,8 +268,8 @@ class Recorder:
         """Nothing to record."""
 
     def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
-        """Keep what a person will want to look at: routing, similarity and weights."""
-        if self.config.tracking.health != "off" and parallel.is_first():
+        """Keep what a person will want to look at: routing, similarity, weights; with [privacy] nobody tells any."""
+        if self.config.tracking.health != "off" and not self.config.privacy.on and parallel.is_first():
             write_health(self.folder.health, round, reports, plan, layout)
 
     def completed(self, state: ServerState, improved: bool) -> None:

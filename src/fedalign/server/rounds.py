@@ -203,7 +203,7 @@ class Server:
         summed = total.result(state.weights, share)
         weights, moments = self._optimise(state, summed, total.spread(share))
         moments = moments | self._center(state.weights, summed)
-        algorithm_state = plan.then(total.streams(share)) if plan.then else plan.state
+        algorithm_state = plan.then(total.streams(share), total.came) if plan.then else plan.state
         self._refuse(number, check_state(algorithm_state))
         self._refuse(number, check_weights(weights))
         traffic.take(self.federation.moved(number))

@@ -115,7 +115,8 @@ def resumed_config(out: Path, overrides: Overrides) -> Config:
     """The configuration of the run in `out`, with those overrides that a resumed run may take.
 
     Raises:
-        UserError: There is no run, or an override would make it another run, or a round the best that is gone.
+        UserError: There is no run, or an override would make it another run or a shorter one, or a round the best that
+            is gone.
     """
     folder = RunFolder(out)
     begun = folder.read_config("--resume")
@@ -129,7 +130,12 @@ def resumed_config(out: Path, overrides: Overrides) -> Config:
     config = load_config(folder.config, overrides)
     if config.evaluation.best != begun.evaluation.best:
         folder.check_best(config)
-    first = begun.run.rounds
+    first, done = begun.run.rounds, folder.finished()
+    if config.run.rounds < done:
+        raise UserError(
+            f"run.rounds = {config.run.rounds}: the run in {str(out)!r} has {done} complete rounds. Choose {done} or "
+            "more; for an earlier model begin another run."
+        )
     if config.privacy.epsilon is not None and config.run.rounds > first:
         raise UserError(
             f"run.rounds = {config.run.rounds}: the noise of this run keeps privacy.epsilon = "
