@@ -3,6 +3,7 @@
     python benchmarks/attacks.py --minutes 60               # goes on where benchmarks/results/attacks.jsonl stops
     python benchmarks/attacks.py --share 2/2 --minutes 60   # beside --share 1/2: every second cell
     python benchmarks/attacks.py --columns fedavg "default, clip"   # these ways of summing alone
+    python benchmarks/attacks.py --alpha 0.1      # this skew alone
     python benchmarks/attacks.py --table                    # writes the table into docs/security.md
 
 An attack is a client of the in-process engine that lies: about its data, in its report, or in its update. A cell is one
@@ -58,6 +59,7 @@ from fedalign.server.rounds import Server
 from watching import machine
 
 ROUNDS, CLIENTS, TESTS, SEEDS = 5, 10, 2000, 3
+ALPHAS = 1.0, 0.1  # Dirichlet numbers
 RULES = ("centered_clip", "trimmed_mean", "median", "krum")
 MANY, ROW = 1e9, 10  # examples that a liar says it has; what it multiplies a trigger's row by
 
@@ -305,7 +307,7 @@ def cells() -> Iterator[Cell]:
     told |= (
         _block(0.1, (0,), 1, GUARDED) | _block(0.1, (0,), 3, OUTVOTING) | _block(0.1, (0,), 1, (*OPEN, *FED), HARDEST)
     )
-    for alpha in (1.0, 0.1):
+    for alpha in ALPHAS:
         for seed in range(SEEDS):
             told |= _block(alpha, (seed,), 1, COLUMNS) | _block(alpha, (seed,), 3, MANY_LIARS)
     yield from told
@@ -431,6 +433,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of attacks.jsonl")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=tuple(COLUMNS), help="ways of summing to run")
+    parser.add_argument("--alpha", type=float, nargs="+", choices=ALPHAS, default=ALPHAS, help="skews to run")
     parser.add_argument("--share", type=_share, default=(1, 1), metavar="K/N", help="cells K, K + N, ... alone")
     parser.add_argument("--table", action="store_true", help="write what there is into docs/security.md, and end")
     args = parser.parse_args()
@@ -442,7 +445,7 @@ def main() -> None:
     quiet()
     torch.set_num_threads(1)
     end, bench = time.monotonic() + 60 * args.minutes, None
-    asked = (cell for cell in cells() if cell.column in args.columns)
+    asked = (cell for cell in cells() if cell.column in args.columns and cell.alpha in args.alpha)
     for cell in islice(asked, args.share[0] - 1, None, args.share[1]):
         if time.monotonic() > end:
             break
