@@ -140,6 +140,8 @@ def test_every_tried_run_is_recorded(ask: Ask, tmp_path: Path) -> None:
 def test_tuning_needs_its_learning_rate_and_its_part_to_itself(ask: Ask) -> None:
     with pytest.raises(UserError, match=r"training\.learning_rate: --tune chooses it"):
         ask("fedavg", sets=["training.learning_rate=1e-3,1e-4"], tune=True)
+    with pytest.raises(UserError, match="--tune: local trains no model for all, which the validation part could score"):
+        ask("fedavg,local", tune=True)
     base = load_config(None, ["data.validation=0.2", "evaluation.part=validation"])
     with pytest.raises(UserError, match="--tune looks at that part itself"):
         make_design(base, parse_algorithms(["fedavg"]), {}, (0,), True)

@@ -23,6 +23,7 @@ from fedalign.algorithms import ABLATION, BASELINE
 from fedalign.config.run import Config, Section
 from fedalign.config.toml import flat, overridden
 from fedalign.errors import UserError
+from fedalign.protocol import KINDS
 
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Point = tuple[tuple[str, str], ...]  # grid keys and one value each, as the user wrote it
@@ -160,6 +161,10 @@ def make_design(
     )
     for choice, point in itertools.product(design.choices, design.points):
         config = configure(design, choice, point, design.seeds[0])  # wrong values are told before anything runs
+        if tune and config.algorithm.build().private >= set(KINDS):
+            raise UserError(
+                f"--tune: {choice.label} trains no model for all, which the validation part could score. Leave one out."
+            )
         if config.run.patience:
             raise UserError(
                 f"run.patience = {config.run.patience}: runs that are compared take the same rounds. "
