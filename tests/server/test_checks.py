@@ -254,7 +254,7 @@ def with_entry(table: Tensor, value: float) -> Tensor:
 
 
 TOKEN_C_M_V = torch.full((CLIENTS, *LAYOUT.token_cells), 1 / CLIENTS)
-BAD_PLANS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
+BAD_PLANS: dict[str, tuple[Callable[[Plan], Any], str]] = {
     "nan": (lambda p: replace(p, weight_C_G=with_entry(p.weight_C_G, math.nan)), "has weights [4, 9] that are not"),
     "infinite": (lambda p: replace(p, weight_C_G=with_entry(p.weight_C_G, math.inf)), "has weights [4, 9] that are"),
     "negative": (
@@ -278,6 +278,9 @@ BAD_PLANS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
     "tokens nan": (lambda p: replace(p, token_weight_C_M_V=TOKEN_C_M_V * math.nan), "has token weights [4, 1, 50]"),
     "state": (lambda p: replace(p, state={"a": torch.full((2,), math.nan)}), "has a state that is not finite: a"),
     "then": (lambda p: replace(p, then=lambda *_: {"b": torch.tensor(math.inf)}), "has a state that is not finite: b"),
+    "no tensor": (lambda p: replace(p, state=dict[str, Any](a=3)), "has a state of what are no tensors: a = 3"),
+    "metric": (lambda p: replace(p, metrics={"accuracy": 0.99}), "has a metric accuracy, which each round has of its"),
+    "nothing": (lambda _: None, "is None, and no Plan"),
     "tokens shape": (lambda p: replace(p, token_weight_C_M_V=TOKEN_C_M_V[..., :-1]), "has token weights [4, 1, 49]"),
 }
 
@@ -291,7 +294,7 @@ def test_a_plan_that_cannot_be_used_ends_the_run_in_one_line(case: str, tmp_path
     with pytest.raises(UserError) as caught:
         serve(*settings, "run.rounds=2", algorithm=Planned(make), checkpoints=checkpoints).run(kept)
     message = str(caught.value)
-    assert message.startswith("round 2: the plan of by_use has ")
+    assert message.startswith("round 2: the plan of by_use ")
     assert told in message
     assert message.endswith(". The last complete round is kept.")
     assert "\n" not in message

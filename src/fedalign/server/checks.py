@@ -143,8 +143,10 @@ def _bounds(name: str, report: Statistics, layout: Layout) -> tuple[float, float
     }.get(name, (0, MOST))
 
 
-def check_plan(plan: Plan, reports: Sequence[Statistics], layout: Layout) -> str | None:
-    """Why a plan cannot be used, or None: "has ..." after the algorithm's name."""
+def check_plan(plan: object, reports: Sequence[Statistics], layout: Layout) -> str | None:
+    """Why what an algorithm plans cannot be used, or None: words after its name, as "has ..."."""
+    if not isinstance(plan, Plan):
+        return f"is {plan!r}, and no Plan"
     clients = tuple(report.client for report in reports)
     if plan.clients != clients:
         return f"has clients {plan.clients}, asked were {clients}"
@@ -176,6 +178,8 @@ def _check_metrics(metrics: Mapping[str, float]) -> str | None:
 
 def check_state(state: State) -> str | None:
     """Why what an algorithm would broadcast next cannot be used, or None."""
+    if other := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        return f"has a state of what are no tensors: {other[0]} = {state[other[0]]!r}"
     broken = [name for name, value in state.items() if not bool(value.isfinite().all())]
     return f"has a state that is not finite: {broken[0]}" if broken else None
 
