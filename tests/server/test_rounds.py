@@ -697,6 +697,23 @@ def test_the_loss_decides_too_where_clients_alone_score(tmp_path: Path) -> None:
     assert (federation.asked, rounds_scored(federation, alone=True)) == (["a"] * 3, [0, 3])
 
 
+def test_a_start_that_others_have_scored_is_not_shown_beside_the_end(tmp_path: Path) -> None:
+    def ended(fails: tuple[str, int]) -> tuple[dict[str, Any], Sequence[dict[str, Any]]]:
+        def spoil(report: Statistics) -> Statistics | Failure:
+            return Failure("b", "train", "gone") if (report.client, report.round) == fails else report
+
+        moves = {"a": (30, 1.0), "b": (10, 1.0)}
+        place = tmp_path / str(fails[1])
+        state, _ = run(place, Scripted(moves, spoil=spoil), "run.rounds=2", scores=lambda n, w: None)
+        return summarise(load_config(None, ["run.rounds=2"]), state.history), state.history
+
+    (whole, _), (summary, history) = ended(("b", 9)), ended(("b", 1))
+    assert whole["initial_loss"] is not None
+    assert [sorted(line["client_losses_nats"]) for line in history] == [["a"], ["a", "b"], ["a", "b"]]
+    assert (summary["initial_loss"], summary["initial_accuracy"]) == (None, None)
+    assert summary["final_loss"] == whole["final_loss"]
+
+
 def test_patience_ends_no_run_in_its_last_round(tmp_path: Path) -> None:
     state, _ = run(tmp_path, Scripted({"a": (30, 0.0)}), "run.rounds=2", "run.patience=2")
     assert (state.round, "stopped" in state.history[-1]) == (2, False)

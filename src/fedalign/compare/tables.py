@@ -19,7 +19,7 @@ from fedalign.compare.statistics import FEW, Interval, mean_interval, paired_int
 from fedalign.config.run import Measure
 from fedalign.files import replacing_file
 from fedalign.protocol import Metrics
-from fedalign.server.scores import is_scored, merit
+from fedalign.server.scores import beside, is_scored, merit
 from fedalign.units import nats, size
 
 MARK = "†"
@@ -143,7 +143,11 @@ def paired_differences(design: Design, runs: Sequence[Finished], spread: Spread 
 
 def start_line(design: Design, runs: Sequence[Finished], point: Point) -> tuple[TableCell, ...]:
     """The line of `final_scores` that all algorithms begin with, before any training; empty without scores of it."""
-    begun = {run.cell.seed: Finished(run.cell, run.history[:1]) for run in reversed(runs) if run.cell.point == point}
+    begun = {
+        run.cell.seed: Finished(run.cell, [beside(run.history[0], run.history[-1])])
+        for run in reversed(runs)
+        if run.cell.point == point
+    }
     values = [[v for run in begun.values() if (v := column.of(run)) is not None] for column in qualities(runs)]
     if not any(values) or all(len(run.history) == 1 for run in runs):
         return ()

@@ -29,7 +29,7 @@ from fedalign.data.formats import FORMATS
 from fedalign.files import digests
 from fedalign.protocol import Metrics
 from fedalign.server.health import DEAD, OVERLOADED, Round
-from fedalign.server.scores import epsilon_spent, is_scored, measure_of
+from fedalign.server.scores import beside, epsilon_spent, is_scored, measure_of
 from fedalign.units import nats, percent
 
 if TYPE_CHECKING:
@@ -166,9 +166,9 @@ class Trained:
 
     @property
     def before(self) -> Metrics:
-        """The same before training."""
+        """The same before training, as far as the same clients have scored it."""
         first = self.history[0] if self.history else {}
-        return first if is_scored(first) else {}
+        return beside(first, self.scored) if is_scored(first) else {}
 
 
 def base_license(config: Config, place: str) -> str | None:

@@ -22,7 +22,7 @@ from fedalign.compare.tables import (
     values_by_seed,
 )
 from fedalign.report.material import Material
-from fedalign.server.scores import epsilon_spent, held_out_rows
+from fedalign.server.scores import beside, epsilon_spent, held_out_rows
 
 ONE_SEED = "One seed: these are single runs, and no ground for saying which algorithm is better."
 
@@ -91,7 +91,8 @@ def _verdict(design: Design, runs: Sequence[Finished], column: Column, point: Po
     score = f"{name} {shown}\N{NO-BREAK SPACE}{unit}, {_seeds(count)}{rows}"
     if len(values) == 1:
         group = by_label(runs, point)[best].values()
-        begun = [value for run in group if (value := column.of(Finished(run.cell, run.history[:1]))) is not None]
+        starts = [Finished(run.cell, [beside(run.history[0], run.history[-1])]) for run in group]
+        begun = [value for start in starts if (value := column.of(start)) is not None]
         before = f"{interval_text(mean_interval(begun), column.format)}\N{NO-BREAK SPACE}{unit}" if begun else ""
         rounds = " or ".join(str(number) for number in sorted({run.history[-1]["round"] for run in group}))
         start = f"{before} at the start, " if before and rounds != "0" else ""

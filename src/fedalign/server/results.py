@@ -47,6 +47,7 @@ from fedalign.server.checkpoint import FILES, LINE, PUBLIC, SCORED, ServerState,
 from fedalign.server.health import write_health
 from fedalign.server.scores import (
     accuracy_of,
+    beside,
     best_called,
     best_of,
     epsilon_spent,
@@ -410,7 +411,7 @@ def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
     """The run in one flat record. Accuracies are shares in [0, 1], losses nats per answer token; None: never scored."""
     by = config.evaluation.best
     scored: list[Metrics] = [line for line in history if is_scored(line)] or [{}]
-    first, last, best = scored[0], scored[-1], best_of(history, by) or {}
+    first, last, best = beside(scored[0], scored[-1]), scored[-1], best_of(history, by) or {}
     rounds = history[-1]["round"]
     epsilon, delta = epsilon_spent(history) or (None, None)
     return {

@@ -15,6 +15,14 @@ from fedalign.config.run import Measure
 from fedalign.protocol import UNIT, Evaluation, Failure, HeldOut, Layout, Metrics, Moved, Plan, Statistics
 from fedalign.server.checks import check_evaluation
 
+MEANS = (  # over clients
+    "client_loss_mean_nats",
+    "client_accuracy_mean",
+    "client_accuracy_weighted",
+    "client_accuracy_worst",
+    "client_accuracy_spread",
+)
+
 
 @dataclass
 class Traffic:
@@ -166,6 +174,21 @@ def _scores_of(line: Metrics, clients: Collection[str]) -> list[Evaluation]:
     """Some clients' scores of a round."""
     losses, accuracies, counts = line["client_losses_nats"], line.get("client_accuracies", {}), line["client_examples"]
     return [Evaluation(name, counts[name], losses[name], accuracies.get(name)) for name in clients]
+
+
+def beside(line: Metrics, other: Metrics) -> Metrics:
+    """A round's line to be shown beside another, without the means over clients where others have scored that one.
+
+    >>> line = {"round": 0, "client_losses_nats": {"a": 2.0}, "client_loss_mean_nats": 2.0}
+    >>> beside(line, {"client_losses_nats": {"a": 1.0}}) == line
+    True
+    >>> sorted(beside(line, {"client_losses_nats": {"b": 1.0}}))
+    ['client_losses_nats', 'round']
+    """
+    scorers, others = (one.get("client_losses_nats", {}).keys() for one in (line, other))
+    if not others or scorers == others:
+        return line
+    return {name: value for name, value in line.items() if name not in MEANS}
 
 
 def best_called(measure: Measure) -> str:
