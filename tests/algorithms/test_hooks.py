@@ -104,14 +104,15 @@ def test_scaffold_by_hand() -> None:
 
 def test_scaffold_counts_whose_update_came() -> None:
     reports = [report("a", 1, [[1, 0], [1, 0]], steps=2), report("b", 3, [[1, 0], [1, 0]], steps=4)]
-    plan = Scaffold().plan(Reports(reports, LAYOUT, members=4), {}).without({"b": (EXPERT,)}, LAYOUT)
+    before = {CONTROL: torch.full((11,), 0.5)}
+    plan = Scaffold().plan(Reports(reports, LAYOUT, members=4), before).without({"b": (EXPERT,)}, LAYOUT)
     total = StreamingSum(LAYOUT, plan, {r.client: torch.full((7,), 9.0) for r in reports}, "float32")
     groups = {group: Packed(torch.full((LAYOUT.sizes[group],), 3.0)) for group in LAYOUT.groups}
     assert total.add(Update("a", 1, groups)) is None  # b's is lost
     assert plan.then is not None
     state = split(plan.then(total.streams(0.0), total.came)[CONTROL], LAYOUT.sizes)
-    for group in (SHARED, EXPERT):  # 0 - 1/4 * (0 + 3 / (2 * .5)), whatever b's share of the weight, and of the expert
-        assert_close(state[group], torch.full_like(state[group], -0.75))
+    for group in (SHARED, EXPERT):  # .5 - 1/4 * (.5 + 3 / (2 * .5)), whatever b's weight
+        assert_close(state[group], torch.full_like(state[group], -0.375))
 
 
 def test_scaffold_leaves_alone_what_a_client_does_not_train() -> None:
