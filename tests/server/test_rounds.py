@@ -302,7 +302,7 @@ def test_a_model_whose_answers_are_no_numbers_ends_the_run_and_is_not_kept(tmp_p
     kept = Checkpoints(tmp_path, {}).load()
     assert kept is not None
     assert kept.round == 1
-    with pytest.raises(UserError, match=rf"round 0: .* {loss} on 5 examples\. Try training.precision = 'float32'\.$"):
+    with pytest.raises(UserError, match=rf"round 0: .* {loss} on 5 examples\. Nothing is trained yet: .* 'float32'\.$"):
         run(tmp_path / "start", Scripted({"a": (30, 1.0)}), scores=broken(0))
 
 

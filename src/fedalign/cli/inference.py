@@ -210,7 +210,7 @@ def _answered(
 def evaluate(
     model: Place,
     data: Annotated[
-        str | None, typer.Option("--data", metavar="FILE", help="What to score on; without it: the run's own test set.")
+        str | None, typer.Option("--data", metavar="FILE", help="Score all its rows; without: the run's own test set.")
     ] = None,
     harness: Annotated[
         str | None,

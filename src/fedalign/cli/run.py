@@ -103,10 +103,9 @@ def run(
         raise typer.Exit(130) from None
     except Stopped as stop:
         raise typer.Exit(stop.code) from None
-    except UserError:
+    finally:
         if grown is not None and is_new and not folder.config.exists():  # or the command, mended, would be refused
             shutil.rmtree(grown)
-        raise
     _print_summary(summary, folder)
     if settings.federation.engine == "in_process":  # the others are not for comparing
         whole = " --set run.patience=0" if settings.run.patience else ""  # runs that are compared take the same rounds

@@ -269,7 +269,7 @@ class Recorder:
         """Nothing to record."""
 
     def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
-        """Keep what a person will want to look at: routing, similarity, weights; with [privacy] nobody tells any."""
+        """Keep what a person will want to look at: routing, similarity, weights; not what [privacy] hides."""
         if self.config.tracking.health != "off" and not self.config.privacy.on and parallel.is_first():
             write_health(self.folder.health, round, reports, plan, layout)
 

@@ -453,12 +453,11 @@ class Server:
         self.observer.progress(number, "evaluating", 0, 1)
         overall = self.evaluate(number, weights)
         if overall is not None and (problem := check_evaluation(overall)):
-            hint = "a lower training.learning_rate, or " if number else ""
-            kept = " The last complete round is kept." if number else ""
-            raise UserError(
-                f"round {number}: the model cannot be scored on data.test: {problem}. "
-                f"Try {hint}training.precision = 'float32'.{kept}"
-            )
+            hint = "Nothing is trained yet: choose another model, or tuning.dtype = 'float32'."
+            if number:
+                remedy = "Try a lower training.learning_rate, or training.precision = 'float32'."
+                hint = f"{remedy} The last complete round is kept."
+            raise UserError(f"round {number}: the model cannot be scored on data.test: {problem}. {hint}")
         return {"round": number} | describe_test(overall)
 
     def _score(self, state: ServerState, line: Metrics) -> ServerState:

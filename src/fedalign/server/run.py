@@ -15,7 +15,7 @@ from fedalign import parallel
 from fedalign.config.run import Config, FederationConfig
 from fedalign.config.toml import Overrides, as_texts, load_config
 from fedalign.errors import UserError
-from fedalign.files import write_text
+from fedalign.files import rounds_in, write_text
 from fedalign.maths.heap import Heap
 from fedalign.protocol import Evaluation, Federation, Layout, Plan, Statistics, Weights
 from fedalign.server.checkpoint import Checkpoints, ServerState
@@ -130,7 +130,7 @@ def resumed_config(out: Path, overrides: Overrides) -> Config:
     config = load_config(folder.config, overrides)
     if config.evaluation.best != begun.evaluation.best:
         folder.check_best(config)
-    first, done = begun.run.rounds, folder.finished()
+    first, done = begun.run.rounds, max((number for number, _ in rounds_in(folder.checkpoint)), default=0)
     if config.run.rounds < done:
         raise UserError(
             f"run.rounds = {config.run.rounds}: the run in {str(out)!r} has {done} complete rounds. Choose {done} or "
