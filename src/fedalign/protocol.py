@@ -657,7 +657,7 @@ class Step:
     """One training step, as far as a penalty may see it."""
 
     routing: Sequence[LayerRouting]  # L entries
-    drift: Callable[[], Tensor]  # ‖w − w_received‖² over all that is trained, differentiable scalar
+    drift: Callable[[], Tensor]  # ‖w − w_start‖² over all that is trained, w_start as in `LocalRound.start`; a scalar
     state: Mapping[str, Tensor]  # the algorithm's broadcast state
     prob_L_E: Tensor | None  # this client's own routing distribution when it last took part
 

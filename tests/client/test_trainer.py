@@ -144,14 +144,51 @@ def test_clients_leave_rows_as_trained(algorithm: str, tmp_path: Path) -> None:
     assert torch.equal(unpack(update.groups[row]), step.moe.read()[row] - start[row])
 
 
-def test_idle_experts_stay_where_they_are(tmp_path: Path) -> None:
-    step = trainer("olmoe", "training.weight_decay=0.1")
-    moe = step.moe
-    silent = ParameterGroup("expert", 0, 3)
-    with torch.no_grad():  # nothing is ever sent to expert 3 of layer 0: every token is far from its row
+def silence(moe: MoEModel) -> ParameterGroup:
+    """An expert to which nothing is ever sent: every token is far from its row."""
+    with torch.no_grad():
         router = moe.model.get_submodule(moe.layers[0].router)
         router.register_forward_pre_hook(lambda _, args: (args[0].abs(),))
         router.weight[3] = -100.0
+    return ParameterGroup("expert", 0, 3)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_corrections_of_gradients_move_idle_experts_as_any_other(optimizer: str, tmp_path: Path) -> None:
+    """SCAFFOLD corrects each of the K steps by which it then divides (Karimireddy et al. 2020, algorithm 1)."""
+    step = trainer(
+        "olmoe", f"training.optimizer={optimizer}", "training.learning_rate=0.01", "training.max_grad_norm=0"
+    )
+    silent = silence(step.moe)
+    fit = local_fit(step, client(tmp_path))
+    fit.local.shift = {silent: torch.full((step.moe.layout.sizes[silent],), 2.0)}
+    before = step.moe.read([silent])
+    fit.run()
+    moved = step.moe.read([silent])[silent] - before[silent]
+    each = 0.01 * (2.0 if optimizer == "sgd" else 1.0)
+    assert fit.steps > 1
+    torch.testing.assert_close(moved, torch.full_like(moved, -each * fit.steps), rtol=1e-3, atol=1e-5)
+
+
+def test_a_penalty_on_the_drift_pulls_idle_experts_back(tmp_path: Path) -> None:
+    step = trainer(
+        "olmoe", "training.optimizer=sgd", "training.learning_rate=0.01", "training.max_grad_norm=0",
+        "algorithm.name=fedprox", "algorithm.mu=5.0", "training.weight_decay=0.0",
+    )  # fmt: skip
+    silent = silence(step.moe)
+    fit = local_fit(step, client(tmp_path))
+    start = step.moe.read([silent])[silent]
+    assert fit._drift().item() == 0  # it counts from here on
+    step.moe.write({silent: start + 1})
+    fit.run()
+    away = step.moe.read([silent])[silent] - start
+    torch.testing.assert_close(away, torch.full_like(away, (1 - 0.01 * 5) ** fit.steps), rtol=1e-3, atol=1e-5)
+
+
+def test_idle_experts_stay_where_they_are(tmp_path: Path) -> None:
+    step = trainer("olmoe", "training.weight_decay=0.1")
+    moe = step.moe
+    silent = silence(moe)
     data, start = client(tmp_path), moe.read()
     statistics = step.train(data, broadcast(moe))
     after = moe.read()
@@ -167,10 +204,8 @@ def test_an_expert_idle_in_one_step_is_not_moved_by_that_step(tmp_path: Path) ->
     data = client(tmp_path)
     fit = local_fit(step, data)
     group = ParameterGroup("expert", 0, 1)
-    idle_L_E = torch.zeros(step.moe.layout.layers, EXPERTS, dtype=torch.bool)
-    idle_L_E[0, 1] = True
     before = step.moe.read()
-    with fit._holding_still(idle_L_E), torch.no_grad():
+    with fit._holding_still([group]), torch.no_grad():
         for parameter in fit.parameters:
             parameter.add_(1)
     after = step.moe.read()

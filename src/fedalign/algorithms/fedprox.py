@@ -1,6 +1,6 @@
-"""FedProx: FedAvg whose clients are held near the weights they received (Li et al. 2020, arXiv 1812.06127).
+"""FedProx: FedAvg whose clients are held near the weights they start from (Li et al. 2020, arXiv 1812.06127).
 
-L = L_task + (μ / 2) · ‖w − w_received‖²
+L = L_task + (μ / 2) · ‖w − w_start‖²      w_start: as received; private groups: the client's own [O]
 """
 
 from __future__ import annotations
@@ -27,5 +27,5 @@ class FedProx(FedAvg):
             raise ValueError(f"mu = {self.mu}: must be at least 0 and finite")
 
     def penalty(self, step: Step) -> Tensor | None:
-        """(μ / 2) · ‖w − w_received‖²."""
+        """(μ / 2) · ‖w − w_start‖²."""
         return self.mu / 2 * step.drift() if self.mu else None

@@ -201,7 +201,7 @@ class LocalFit:
                 stepped.grad = None if gradient is None else self._own(parameter, gradient).float()
         if self.options.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.stepped, self.options.max_grad_norm)
-        with self._holding_still(idle_L_E | self.frozen_L_E):
+        with self._holding_still(self._unmoved(idle_L_E) + self.moe.cells(self.frozen_L_E)):
             self.optimizer.step()
         with torch.no_grad():
             for parameter, master in self.masters.items():
@@ -222,7 +222,7 @@ class LocalFit:
             yield self.options.balance_coefficient * balancing_loss(captured.routing, self.moe.experts)
 
     def _drift(self) -> Tensor:
-        """‖w − w_received‖², of the rows that are here; the received weights are copied when first asked for."""
+        """‖w − w_start‖², of the rows that are here; what training starts from is copied when first asked for."""
         if self._start is None:
             if self.steps:
                 raise RuntimeError("a penalty on the drift must use it from the first step on")
@@ -231,10 +231,18 @@ class LocalFit:
         terms = [(parallel.held(p)[0] - start).square().sum().to(self.moe.device) for p, start in pairs]
         return torch.stack(terms).sum()
 
+    def _unmoved(self, idle_L_E: Tensor) -> list[ParameterGroup]:
+        """Idle experts that nothing else moves: a correction of gradients does, and so does a penalty on the drift."""
+        idle = self.moe.cells(idle_L_E)
+        if not self.local.shift and self._start is None:
+            return idle
+        moved = self.moe.with_gradients(idle)
+        return [group for group in idle if group not in moved]
+
     @contextlib.contextmanager
-    def _holding_still(self, idle_L_E: Tensor) -> Iterator[None]:
-        """Idle experts stay where they are: AdamW would move them by momentum, and the plan read that as direction."""
-        idle = (view for cell in self.moe.cells(idle_L_E) for view in self.views[cell])
+    def _holding_still(self, groups: Collection[ParameterGroup]) -> Iterator[None]:
+        """Experts without gradients stay: AdamW would move them by momentum, and the plan read that as direction."""
+        idle = (view for group in groups for view in self.views[group])
         before = [(view, view.clone()) for view in (*idle, *self.still)]
         yield
         for view, value in before:

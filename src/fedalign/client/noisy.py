@@ -100,7 +100,7 @@ class PrivateFit(LocalFit):
             if parameter.grad is not None:
                 total.add_(parameter.grad)
             stepped.grad = total
-        with self._holding_still(self.frozen_L_E):
+        with self._holding_still(self.moe.cells(self.frozen_L_E)):
             self.optimizer.step()
         with torch.no_grad():
             for parameter, master in self.masters.items():

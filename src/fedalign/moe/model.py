@@ -450,6 +450,16 @@ class MoEModel:
             for piece, start in self._places(group, gradients):
                 piece.add_(vector[start : start + piece.numel()].to(piece.device).view_as(piece))
 
+    def with_gradients(self, groups: Collection[ParameterGroup]) -> set[ParameterGroup]:
+        """Those groups of which a value has a gradient that is not zero, in any process."""
+        trained = [slot.parameter for slot in self.slots if slot.parameter.requires_grad]
+        gradients = {p: torch.zeros_like(p) if p.grad is None else p.grad for p in trained}
+        found = [sum(piece.count_nonzero() for piece, _ in self._places(group, gradients)) for group in groups]
+        if not found:
+            return set()
+        count_G = parallel.total(torch.stack([torch.as_tensor(count, device=self.device) for count in found]))
+        return {group for group, count in zip(groups, count_G.tolist(), strict=True) if count}
+
     @property
     def views(self) -> dict[ParameterGroup, tuple[Tensor, ...]]:
         """Every trainable value that is here exactly once, by group, as views of the parameters' own storage."""
