@@ -163,6 +163,22 @@ def test_an_algorithm_of_another_package(package: Package, layout: Layout, repor
         assert told in str(caught.value)
 
 
+def test_what_nobody_can_tell_is_not_asked(package: Package) -> None:
+    asking = """
+        from dataclasses import dataclass
+        from fedalign.algorithms.fedavg import FedAvg
+        @dataclass(frozen=True)
+        class Curious(FedAvg):
+            asks = frozenset({"centroid"})
+    """
+    package("new_comer", "curious = new_comer:Curious", asking)
+    with pytest.raises(UserError) as caught:
+        make("curious", {})
+    assert str(caught.value).startswith(
+        "algorithm.name = 'curious': asks = 'centroid': unknown. Choose one of: centroids,"
+    )
+
+
 def test_an_unknown_name_is_told_what_packages_offer(package: Package) -> None:
     package("new_comer", "largest = new_comer:Largest")
     with pytest.raises(UserError) as caught:

@@ -1,7 +1,7 @@
 """One client step on a tiny model of every family: it changes what it should, and reports what happened."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,17 @@ from fedalign.maths.rounding import pack, unpack, unpack_weights
 from fedalign.maths.sketch import Sketch
 from fedalign.moe.model import MoEModel
 from fedalign.moe.probe import RoutingProbe, RoutingStatistics
-from fedalign.protocol import SHARED, Broadcast, LocalRound, Packed, ParameterGroup, Request, Statistics, Weights
+from fedalign.protocol import (
+    SHARED,
+    Broadcast,
+    LocalRound,
+    Packed,
+    ParameterGroup,
+    Request,
+    Statistics,
+    Step,
+    Weights,
+)
 from tests.moe.tiny import EXPERTS, TABLE, VOCABULARY, build
 
 
@@ -83,6 +93,41 @@ def test_an_algorithm_that_changes_everybodys_weights_is_refused(tmp_path: Path)
     Trainer(step.moe, None, Replacing(), step.config).train(client(tmp_path / "b"), broadcast(step.moe))
     with pytest.raises(UserError, match=r"fedavg': it changes in place what all clients received, of c first\. Set an"):
         Trainer(step.moe, None, Shrinking(), step.config).train(client(tmp_path / "a"), broadcast(step.moe))
+
+
+@pytest.mark.parametrize("kept", [None, 1.0, {"a": 1.0}, [torch.zeros(1)]])
+def test_an_algorithm_that_keeps_no_tensors_is_told_so(kept: object, tmp_path: Path) -> None:
+    class Forgetful(FedAvg):
+        def keep(self, local: LocalRound, update: Mapping[ParameterGroup, Tensor]) -> Any:
+            return kept
+
+    step = trainer("olmoe", "algorithm.name=fedavg")
+    with pytest.raises(UserError, match=r"^algorithm.name = 'fedavg': it keeps .*no tensor"):
+        Trainer(step.moe, None, Forgetful(), step.config).train(client(tmp_path), broadcast(step.moe))
+
+
+def test_an_algorithm_may_keep_a_tensor_under_two_names(tmp_path: Path) -> None:
+    class Twice(FedAvg):
+        def keep(self, local: LocalRound, update: Mapping[ParameterGroup, Tensor]) -> Any:
+            return {"start": local.start[SHARED], "received": local.received[SHARED]}
+
+    step, data = trainer("olmoe", "algorithm.name=fedavg"), client(tmp_path)
+    before = step.moe.read([SHARED])[SHARED]
+    Trainer(step.moe, None, Twice(), step.config).train(data, broadcast(step.moe))
+    kept = data.memory.before(2).algorithm
+    assert torch.equal(kept["start"], before)
+    assert torch.equal(kept["received"], before)
+
+
+@pytest.mark.parametrize(("penalty", "told"), [(torch.ones(3), r"of shape \[3\]"), (0.5, "0.5")])
+def test_a_penalty_that_is_no_number_is_told(penalty: Any, told: str, tmp_path: Path) -> None:
+    class Long(FedAvg):
+        def penalty(self, step: Step) -> Any:
+            return penalty
+
+    step = trainer("olmoe", "algorithm.name=fedavg")
+    with pytest.raises(UserError, match=f"^algorithm.name = 'fedavg': its penalty is {told}, and no tensor of one"):
+        Trainer(step.moe, None, Long(), step.config).train(client(tmp_path), broadcast(step.moe))
 
 
 def uniform(moe: MoEModel) -> Tensor:

@@ -185,6 +185,12 @@ def test_a_named_client_column_must_be_there(tmp_path: Path) -> None:
     assert "no column 'user'" in refused(NEWS, tmp_path, kind="text", columns=Columns(client="user"))
 
 
+def test_rows_to_test_on_need_not_say_whose_they_are(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", NEWS)
+    test = load_examples(source, DataConfig(test=source, kind="text", columns=Columns(client="user")), "test", 0)
+    assert [one.client for one in test] == [""] * len(NEWS)
+
+
 def test_integers_need_names(tmp_path: Path) -> None:
     assert "data.labels" in refused(NEWS, tmp_path)
 

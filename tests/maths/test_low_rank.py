@@ -397,7 +397,7 @@ def test_a_second_round_goes_on_from_the_first() -> None:
 
 def test_streams_have_no_exact_average() -> None:
     plan = Plan(("a",), torch.ones(1, 9), streams={"control": torch.ones(1, 9)})
-    with pytest.raises(ValueError, match='streams control: average = "exact" has none'):
+    with pytest.raises(ValueError, match=r'streams control: tuning\.average = "exact" has none'):
         StreamingSum(LAYOUT, plan, {"a": torch.ones(9)}, "float32", average="exact")
     StreamingSum(LAYOUT, plan, {"a": torch.ones(9)}, "float32")
 

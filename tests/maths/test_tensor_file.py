@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedalign.maths.heap import Heap
-from fedalign.maths.tensor_file import CODES, Named, create, in_order, move
+from fedalign.maths.tensor_file import CODES, Named, apart, create, in_order, move, unwritable
 
 
 def mapped_from(tensor: torch.Tensor) -> str:
@@ -63,3 +63,28 @@ def test_one_tensor_at_a_time_is_there_twice(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(torch.Tensor, "copy_", counted)
     move(tensors, tmp_path / "file")
     assert most == [5, 4, 3, 2, 1]
+
+
+def test_what_shares_memory_can_be_saved(tmp_path: Path) -> None:
+    flat = torch.arange(6.0)
+    tensors = {"a": flat, "same": flat, "part": flat[2:4], "across": flat.view(2, 3).T}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_file(apart(tensors), tmp_path / "file")
+    stored = load_file(tmp_path / "file")
+    assert all(torch.equal(stored[name], before[name]) for name in tensors)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ([torch.zeros(1)], "and no tensors by their names"),
+        ({3: torch.zeros(1)}, "3 as a name, which is no text"),
+        (
+            {"a": torch.eye(2).to_sparse()},
+            "'a', a tensor of torch.float32 and torch.sparse_coo, which no file can hold",
+        ),
+        ({"a": torch.zeros(1, dtype=torch.complex128)}, "'a', a tensor of torch.complex128 and torch.strided"),
+    ],
+)
+def test_what_no_file_can_hold_is_told(value: object, told: str) -> None:
+    assert told in str(unwritable(value))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -278,11 +278,27 @@ BAD_PLANS: dict[str, tuple[Callable[[Plan], Any], str]] = {
     "tokens nan": (lambda p: replace(p, token_weight_C_M_V=TOKEN_C_M_V * math.nan), "has token weights [4, 1, 50]"),
     "state": (lambda p: replace(p, state={"a": torch.full((2,), math.nan)}), "has a state that is not finite: a"),
     "then": (lambda p: replace(p, then=lambda *_: {"b": torch.tensor(math.inf)}), "has a state that is not finite: b"),
-    "no tensor": (lambda p: replace(p, state=dict[str, Any](a=3)), "has a state of what are no tensors: a = 3"),
+    "no tensor": (lambda p: replace(p, state=dict[str, Any](a=3)), "has a state: 'a' = 3, which is no tensor"),
+    "state of a list": (
+        lambda p: replace(p, state=cast("Any", [1])),
+        "has a state: [1], and no tensors by their names",
+    ),
+    "then nothing": (lambda p: replace(p, then=lambda *_: cast("Any", None)), "has a state: None, and no tensors"),
+    "list": (lambda p: replace(p, weight_C_G=p.weight_C_G.tolist()), "has weights that are [[0."),
+    "no streams": (lambda p: replace(p, streams=cast("Any", None)), "has streams: None, and no tensors by their names"),
     "metric": (lambda p: replace(p, metrics={"accuracy": 0.99}), "has a metric accuracy, which each round has of its"),
     "nothing": (lambda _: None, "is None, and no Plan"),
     "tokens shape": (lambda p: replace(p, token_weight_C_M_V=TOKEN_C_M_V[..., :-1]), "has token weights [4, 1, 49]"),
 }
+
+
+def test_a_plan_that_the_rule_cannot_sum_ends_the_run_in_one_line() -> None:
+    streaming = Planned(lambda p: replace(p, streams={"a": p.weight_C_G}))
+    exact = ("tuning.kind=lora", "tuning.average=exact", "server.robust=none")
+    for settings, told in [(exact, "factors or freeze_a"), (("server.robust=median",), 'use "clip"')]:
+        with pytest.raises(UserError, match=r"^round 1: the plan of by_use has streams a: ") as caught:
+            serve("algorithm.name=by_use", "run.rounds=1", *settings, algorithm=streaming).run(begin())
+        assert told in str(caught.value)
 
 
 @pytest.mark.parametrize("case", BAD_PLANS)

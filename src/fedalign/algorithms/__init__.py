@@ -33,7 +33,7 @@ from fedalign.algorithms.pfl_moe import PFLMoE
 from fedalign.algorithms.scaffold import Scaffold
 from fedalign.algorithms.site_experts import SiteExperts
 from fedalign.errors import UserError, unknown
-from fedalign.protocol import Algorithm
+from fedalign.protocol import Algorithm, Ask
 
 GROUP = "fedalign.algorithms"  # entry points of other packages
 
@@ -91,9 +91,12 @@ def make(name: str, given: Mapping[str, Any]) -> Algorithm:
             raise _unknown_option(name, key, value, known)
         _check_type(f"algorithm.{key}", value, hints[key])
     try:
-        return kind(**given)
+        algorithm = kind(**given)
     except ValueError as error:
         raise UserError(f"algorithm.{error}") from None
+    if strange := sorted(set(algorithm.asks) - {*get_args(Ask)}, key=str):
+        raise unknown(f"algorithm.name = {name!r}: asks", strange[0], get_args(Ask))
+    return algorithm
 
 
 def every_name() -> list[str]:

@@ -24,7 +24,7 @@ from fedalign.client.memory import ClientData, Kept
 from fedalign.config.run import Config, TrainingConfig
 from fedalign.data.batches import Batch, batches
 from fedalign.data.tokens import TokenCounts
-from fedalign.errors import TrainingFailedError
+from fedalign.errors import TrainingFailedError, UserError
 from fedalign.maths.hashing import derive_seed
 from fedalign.moe.groups import Slot
 from fedalign.moe.model import MoEModel
@@ -51,6 +51,7 @@ class LocalFit:
         frozen: Collection[ParameterGroup] = (),
     ) -> None:
         self.moe, self.algorithm, self.options = moe, algorithm, config.training
+        self.name = config.algorithm.name
         self.correction = correction
         self.client, self.local = client, local
         seed = config.run.seed if client.seed is None else client.seed
@@ -215,11 +216,19 @@ class LocalFit:
         return value
 
     def _penalties(self, captured: Captured) -> Iterator[Tensor]:
-        penalty = self.algorithm.penalty(Step(captured.routing, self._drift, self.state, self.prob_L_E))
+        penalty = self._penalty(Step(captured.routing, self._drift, self.state, self.prob_L_E))
         if penalty is not None:
             yield penalty
         if self.options.balance_coefficient:
             yield self.options.balance_coefficient * balancing_loss(captured.routing, self.moe.experts)
+
+    def _penalty(self, step: Step) -> Tensor | None:
+        """The algorithm's own, which is one number."""
+        penalty: object = self.algorithm.penalty(step)
+        if penalty is None or (isinstance(penalty, Tensor) and penalty.numel() == 1):
+            return penalty
+        what = f"of shape {list(penalty.shape)}" if isinstance(penalty, Tensor) else repr(penalty)
+        raise UserError(f"algorithm.name = {self.name!r}: its penalty is {what:.60}, and no tensor of one number.")
 
     def _drift(self) -> Tensor:
         """‖w − w_start‖², of the rows that are here; what training starts from is copied when first asked for."""

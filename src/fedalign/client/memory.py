@@ -19,7 +19,7 @@ from fedalign.config.run import ClientLimits
 from fedalign.errors import TrainingFailedError, UserError
 from fedalign.files import KEPT_BY_CLIENTS, damage, fingerprint, forget_old, replacing, rounds_in
 from fedalign.maths.rounding import SCALE, bytes_of, cut_out
-from fedalign.maths.tensor_file import Named, create
+from fedalign.maths.tensor_file import Named, apart, create
 from fedalign.protocol import (
     DEALT,
     Consent,
@@ -70,7 +70,7 @@ class Kept:
         """Write all of it; a tensor's name is its field's, a slash, and its own."""
         parts = {**vars(self), "prob_L_E": {} if self.prob_L_E is None else {"": self.prob_L_E}}
         tensors = {f"{part}/{key}": value for part, values in parts.items() for key, value in values.items()}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+        save_file(apart(tensors), file)
 
     @classmethod
     def load(cls, file: Path) -> Kept:

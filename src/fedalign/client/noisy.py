@@ -92,7 +92,7 @@ class PrivateFit(LocalFit):
         self._add_noise(sums, step)
         self._clear()
         # without any routing to look at, it is of the weights alone and needs no noise
-        penalty = self.algorithm.penalty(Step((), self._drift, self.state, None))
+        penalty = self._penalty(Step((), self._drift, self.state, None))
         if penalty is not None:
             penalty.backward()
         for parameter, stepped, total in zip(self.parameters, self.stepped, sums, strict=True):

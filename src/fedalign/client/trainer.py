@@ -33,6 +33,7 @@ from fedalign.maths.hashing import derive_seed
 from fedalign.maths.lazy import LazyWeights
 from fedalign.maths.low_rank import lost_products, owed
 from fedalign.maths.rounding import pack, shapes_of, unpack, unpack_weights
+from fedalign.maths.tensor_file import unwritable
 from fedalign.moe.model import MoEModel
 from fedalign.moe.part import part_of
 from fedalign.moe.rows import fitted_row, look, public_text, with_row
@@ -165,7 +166,7 @@ class Trainer:
                 statistics.prob_L_E,
                 fit.optimizer_state(),
                 private,
-                self.algorithm.keep(local, update),
+                self._kept(local, update),
                 lost,
                 fitted=fitted,
                 unfitted=unfitted,
@@ -178,6 +179,13 @@ class Trainer:
                 kept = mixture.add_to(kept)
             keeping.save(kept)
         return statistics
+
+    def _kept(self, local: LocalRound, update: Mapping[ParameterGroup, Tensor]) -> Mapping[str, Tensor]:
+        """What the algorithm keeps for the client's next round."""
+        kept = self.algorithm.keep(local, update)
+        if flaw := unwritable(kept):
+            raise UserError(f"algorithm.name = {self.config.algorithm.name!r}: it keeps {flaw}.")
+        return kept
 
     def _agreed(self, client: ClientData, round: int) -> tuple[Terms | None, dict[str, float]]:
         """The terms of a private round, and what it and all before cost, which is on the client's disk by now."""

@@ -123,7 +123,7 @@ def load_examples(
         return []
     told = f"data.{split} = {source!r}"
     if not may_be_none:
-        _check_named_columns(rows[0], data)
+        _check_named_columns(rows[0], data, split)
     if data.on_bad_row == "skip":
         rows, broken = sift(rows, data, split)
         if broken:
@@ -664,9 +664,12 @@ def _with_owners(examples: Sequence[Example], rows: Sequence[Row], data: DataCon
         yield replace(example, label=example.label or label, client=client, file=row.file, where=row.where)
 
 
-def _check_named_columns(row: Row, data: DataConfig) -> None:
-    """Client and label are read where they are, but under a name that the user gave they must be there."""
-    for role in ("client", "label"):
+def _check_named_columns(row: Row, data: DataConfig, split: Split) -> None:
+    """Client and label are read where they are, but under a name that the user gave they must be there.
+
+    Whose a row is, only those to train on have to say: all clients are tested on the same.
+    """
+    for role in ("client", "label") if split == "train" else ("label",):
         column = getattr(data.columns, role)
         if column != role and column not in row.values:
             row.get(column)

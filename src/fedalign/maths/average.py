@@ -153,7 +153,8 @@ class StreamingSum:
     ) -> None:
         if average == "exact" and plan.streams:
             names = ", ".join(plan.streams)
-            raise ValueError(f'streams {names}: average = "exact" has none, as they sum values; use average = "sum"')
+            why = 'tuning.average = "exact" has none, as they sum values; use factors or freeze_a'
+            raise ValueError(f"streams {names}: {why}")
         low_rank = layout.factors if average == "exact" else {}
         self._stacks = {group: Stack(factors, layout.sizes[group]) for group, factors in low_rank.items() if factors}
         self._turn = {client: turn for turn, client in enumerate(plan.clients)}

@@ -65,6 +65,35 @@ def head(tensors: Iterable[Named], about: Mapping[str, str]) -> tuple[bytes, dic
     return found, {name: (len(found) + start, len(found) + stop) for name, (start, stop) in offsets.items()}
 
 
+def unwritable(value: object) -> str | None:
+    """What of this no file can hold as tensors by their names, or None.
+
+    >>> unwritable({"a": torch.zeros(2)}), unwritable(None), unwritable({"a": 1.0})
+    (None, 'None, and no tensors by their names', "'a' = 1.0, which is no tensor")
+    """
+    if not isinstance(value, Mapping):
+        return f"{value!r:.60}, and no tensors by their names"
+    for name, one in value.items():
+        if not isinstance(name, str):
+            return f"{name!r:.60} as a name, which is no text"
+        if not isinstance(one, Tensor):
+            return f"{name!r:.60} = {one!r:.60}, which is no tensor"
+        if one.layout != torch.strided or one.dtype not in CODES:
+            return f"{name!r:.60}, a tensor of {one.dtype} and {one.layout}, which no file can hold"
+    return None
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values, as safetensors wants them: each tensor's in one piece, and none of them another's as well."""
+    found, seen = dict[str, Tensor](), set[int]()
+    for name, tensor in tensors.items():
+        whole = tensor.contiguous()
+        place = whole.untyped_storage().data_ptr()
+        found[name] = whole.clone() if place in seen else whole
+        seen.add(place)
+    return found
+
+
 def in_order(tensors: Iterable[Named]) -> list[Named]:
     """In the order in which safetensors itself writes them: by type, then by name."""
     order = list(CODES)

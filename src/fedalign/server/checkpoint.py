@@ -21,7 +21,7 @@ from torch import Tensor
 from fedalign import parallel
 from fedalign.errors import UserError
 from fedalign.files import KEPT_ROUNDS, SUMS, damage, forget_old, replacing, rounds_in
-from fedalign.maths.tensor_file import move
+from fedalign.maths.tensor_file import apart, move
 from fedalign.protocol import Metrics, Packed, State, Weights, parse_group
 from fedalign.server.public import PublicModel
 
@@ -92,7 +92,7 @@ class Checkpoints:
         if self.moving:
             move(tensors, file)
         else:
-            save_file({str(key): tensor.contiguous() for key, tensor in tensors.items()}, file)
+            save_file(apart({str(key): tensor for key, tensor in tensors.items()}), file)
 
     def load(self) -> ServerState | None:
         """The latest complete round that is not damaged, or None where there is none; what is damaged is told.

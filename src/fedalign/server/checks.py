@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedalign.config.run import TrainingConfig
 from fedalign.maths.average import CHUNK
+from fedalign.maths.tensor_file import unwritable
 from fedalign.protocol import (
     MOST_LOSS,
     UNIT,
@@ -155,11 +156,15 @@ def check_plan(plan: object, reports: Sequence[Statistics], layout: Layout) -> s
         "weights": (plan.weight_C_G, cells, True),
         "factors": (plan.factor_C_G, cells, False),
     }
+    if flaw := unwritable(plan.streams):
+        return f"has streams: {flaw}"
     tables |= {f"stream {name}": (stream_C_G, cells, False) for name, stream_C_G in plan.streams.items()}
     tables["token weights"] = (plan.token_weight_C_M_V, (len(clients), *layout.token_cells), True)
     for name, (table, shape, is_weight) in tables.items():
         if table is None:
             continue
+        if not isinstance(table, Tensor):
+            return f"has {name} that are {table!r:.60}, and no tensor"
         if table.shape != shape or not bool(table.isfinite().all()):
             return f"has {name} {list(table.shape)} that are not finite, or not {list(shape)}"
         total = table.double().sum(0)
@@ -178,8 +183,8 @@ def _check_metrics(metrics: Mapping[str, float]) -> str | None:
 
 def check_state(state: State) -> str | None:
     """Why what an algorithm would broadcast next cannot be used, or None."""
-    if other := [name for name, value in state.items() if not isinstance(value, Tensor)]:
-        return f"has a state of what are no tensors: {other[0]} = {state[other[0]]!r}"
+    if flaw := unwritable(state):
+        return f"has a state: {flaw}"
     broken = [name for name, value in state.items() if not bool(value.isfinite().all())]
     return f"has a state that is not finite: {broken[0]}" if broken else None
 

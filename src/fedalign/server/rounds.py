@@ -409,12 +409,12 @@ class Server:
     def _empty_sum(self, plan: Plan, norms: Mapping[str, Tensor], number: int, state: ServerState) -> StreamingSum:
         """The empty sum to which updates are added, by the configured rule."""
         rule, options, dtype = self.config.robust, self.config.server, self.config.wire.dtype
-        if rule in ("none", "clip"):
-            exact: Average = "exact" if self.config.tuning.averages_products else "sum"
-            return StreamingSum(self.layout, plan, norms, dtype, exact, by_sites=rule == "clip", heap=self.heap)
+        exact: Average = "exact" if self.config.tuning.averages_products else "sum"
         last = {f"{CENTER}{group}": group for group in self.layout.groups}
         center = {last[name]: value for name, value in state.moments.items() if name in last}
         try:
+            if rule in ("none", "clip"):
+                return StreamingSum(self.layout, plan, norms, dtype, exact, by_sites=rule == "clip", heap=self.heap)
             return make_sum(
                 rule,
                 self.layout,
