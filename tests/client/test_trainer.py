@@ -230,6 +230,23 @@ def test_a_penalty_on_the_drift_pulls_idle_experts_back(tmp_path: Path) -> None:
     torch.testing.assert_close(away, torch.full_like(away, (1 - 0.01 * 5) ** fit.steps), rtol=1e-3, atol=1e-5)
 
 
+def test_the_drift_is_that_of_the_masters_where_weights_are_rounded(tmp_path: Path) -> None:
+    """A step smaller than a rounded weight can show counts, and pulls back."""
+    sgd = ("training.optimizer=sgd", "training.learning_rate=1e-4", "training.max_grad_norm=0", "run.device=cpu")
+    drifts, moved = [], []
+    for dtype in ("float32", "bfloat16"):
+        config = settings("algorithm.name=fedprox", "algorithm.mu=100.0", f"tuning.dtype={dtype}", *sgd)
+        moe = MoEModel.wrap(build("olmoe").to(getattr(torch, dtype)), config.tuning)
+        step = Trainer(moe, None, config.algorithm.build(), config)
+        fit = local_fit(step, client(tmp_path / dtype))
+        fit.run()
+        drifts.append(fit._drift().item())
+        kept = fit.trained()
+        moved.append(sum((kept[g] - fit.local.start[g]).square().sum().item() for g in kept))
+    assert bool(fit.masters)
+    assert drifts == pytest.approx(moved, rel=1e-3)
+
+
 def test_idle_experts_stay_where_they_are(tmp_path: Path) -> None:
     step = trainer("olmoe", "training.weight_decay=0.1")
     moe = step.moe

@@ -284,7 +284,7 @@ BAD_PLANS: dict[str, tuple[Callable[[Plan], Any], str]] = {
         "has a state: [1], and no tensors by their names",
     ),
     "then nothing": (lambda p: replace(p, then=lambda *_: cast("Any", None)), "has a state: None, and no tensors"),
-    "list": (lambda p: replace(p, weight_C_G=p.weight_C_G.tolist()), "has weights that are [[0."),
+    "list": (lambda p: replace(p, weight_C_G=cast("Any", p.weight_C_G.tolist())), "has weights that are [[0."),
     "no streams": (lambda p: replace(p, streams=cast("Any", None)), "has streams: None, and no tensors by their names"),
     "metric": (lambda p: replace(p, metrics={"accuracy": 0.99}), "has a metric accuracy, which each round has of its"),
     "nothing": (lambda _: None, "is None, and no Plan"),

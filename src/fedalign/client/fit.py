@@ -235,10 +235,15 @@ class LocalFit:
         if self._start is None:
             if self.steps:
                 raise RuntimeError("a penalty on the drift must use it from the first step on")
-            self._start = [parallel.held(p.detach())[0].clone() for p in self.parameters]
-        pairs = zip(self.parameters, self._start, strict=True)
-        terms = [(parallel.held(p)[0] - start).square().sum().to(self.moe.device) for p, start in pairs]
+            self._start = [parallel.held(self._unrounded(p).detach())[0].clone() for p in self.parameters]
+        pairs = zip(map(self._unrounded, self.parameters), self._start, strict=True)
+        terms = [(parallel.held(value)[0] - start).square().sum().to(self.moe.device) for value, start in pairs]
         return torch.stack(terms).sum()
+
+    def _unrounded(self, parameter: Tensor) -> Tensor:
+        """The value that training goes on from; its gradient is the parameter's."""
+        master = self.masters.get(parameter)
+        return parameter if master is None else master + (parameter - parameter.detach()).float()
 
     def _unmoved(self, idle_L_E: Tensor) -> list[ParameterGroup]:
         """Idle experts that nothing else moves: a correction of gradients does, and so does a penalty on the drift."""

@@ -181,7 +181,7 @@ class Trainer:
         return statistics
 
     def _kept(self, local: LocalRound, update: Mapping[ParameterGroup, Tensor]) -> Mapping[str, Tensor]:
-        """What the algorithm keeps for the client's next round."""
+        """Tensors that the algorithm keeps for the client's next round."""
         kept = self.algorithm.keep(local, update)
         if flaw := unwritable(kept):
             raise UserError(f"algorithm.name = {self.config.algorithm.name!r}: it keeps {flaw}.")

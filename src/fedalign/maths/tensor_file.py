@@ -66,7 +66,7 @@ def head(tensors: Iterable[Named], about: Mapping[str, str]) -> tuple[bytes, dic
 
 
 def unwritable(value: object) -> str | None:
-    """What of this no file can hold as tensors by their names, or None.
+    """The part of this that no file can hold as tensors by their names, or None.
 
     >>> unwritable({"a": torch.zeros(2)}), unwritable(None), unwritable({"a": 1.0})
     (None, 'None, and no tensors by their names', "'a' = 1.0, which is no tensor")

@@ -152,7 +152,7 @@ def check_plan(plan: object, reports: Sequence[Statistics], layout: Layout) -> s
     if plan.clients != clients:
         return f"has clients {plan.clients}, asked were {clients}"
     cells = (len(clients), len(layout.groups))
-    tables: dict[str, tuple[Tensor | None, tuple[int, ...], bool]] = {
+    tables: dict[str, tuple[object, tuple[int, ...], bool]] = {
         "weights": (plan.weight_C_G, cells, True),
         "factors": (plan.factor_C_G, cells, False),
     }
