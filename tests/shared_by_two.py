@@ -84,7 +84,7 @@ def next_state(trainer: Trainer, client: ClientData, report: Statistics, state: 
     total = StreamingSum(layout, plan, {client.name: report.norm_G}, "float32")
     for request in plan.requests(report.round, layout):
         assert total.add(client.memory.hand_over(client.name, request)) is None
-    return plan.then(total.streams(), total.came) if plan.then else plan.state
+    return plan.then(total.streams(), total.came()) if plan.then else plan.state
 
 
 def main(jobs: dict[str, Any]) -> None:

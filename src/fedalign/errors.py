@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
     """Something the user can mend. The command line prints the message and exits with code 2, no traceback."""
+
+
+@contextlib.contextmanager
+def within(place: str) -> Iterator[None]:
+    """A fault that is raised meanwhile, and that nobody has told in a line of its own, says in which place it was."""
+    try:
+        yield
+    except (UserError, TrainingFailedError):
+        raise
+    except Exception as error:
+        error.add_note(place)
+        raise
 
 
 class Stopped(BaseException):

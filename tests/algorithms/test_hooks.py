@@ -89,15 +89,15 @@ def test_scaffold_by_hand() -> None:
     old = {group: torch.zeros(LAYOUT.sizes[group]) for group in LAYOUT.groups}
     assert_close(total.result(old)[SHARED], tensor([1.5]))  # (1 * 3 + 3 * 1) / 4
     assert plan.then is not None
-    state = plan.then(total.streams(), total.came)
+    state = plan.then(total.streams(), total.came())
     # mean of 3 / (2 * .5) = 3 and 1 / (4 * .5) = .5 is 1.75; c = 0 - 2/4 * (0 + 1.75)
     assert_close(state[CONTROL], torch.full((11,), -0.875))
     again = Scaffold().plan(Reports(reports, LAYOUT, members=4), state)
     assert again.then is not None
-    assert_close(again.then(total.streams(), total.came)[CONTROL], torch.full((11,), -0.875 - 0.5 * (-0.875 + 1.75)))
+    assert_close(again.then(total.streams(), total.came())[CONTROL], torch.full((11,), -0.875 - 0.5 * (-0.875 + 1.75)))
     assert_close(state[CONTROL], torch.full((11,), -0.875))  # what was handed over stays as it was
     arrived = {group: value for group, value in total.streams()[CONTROL].items() if group != SHARED}
-    partly = split(again.then({CONTROL: arrived}, total.came)[CONTROL], LAYOUT.sizes)
+    partly = split(again.then({CONTROL: arrived}, total.came())[CONTROL], LAYOUT.sizes)
     assert_close(partly[SHARED], tensor([-0.875]))  # what did not arrive keeps its control
     assert_close(partly[EXPERT], torch.full((2,), -0.875 - 0.5 * (-0.875 + 1.75)))
 
@@ -110,7 +110,8 @@ def test_scaffold_counts_whose_update_came() -> None:
     groups = {group: Packed(torch.full((LAYOUT.sizes[group],), 3.0)) for group in LAYOUT.groups}
     assert total.add(Update("a", 1, groups)) is None  # b's is lost
     assert plan.then is not None
-    state = split(plan.then(total.streams(0.0), total.came)[CONTROL], LAYOUT.sizes)
+    state = split(plan.then(total.streams(0.0), total.came(0.0))[CONTROL], LAYOUT.sizes)
+    assert total.came().keys() == total.streams()[CONTROL].keys() == {EXPERT}  # of the others too little came
     for group in (SHARED, EXPERT):  # .5 - 1/4 * (.5 + 3 / (2 * .5)), whatever b's weight
         assert_close(state[group], torch.full_like(state[group], -0.375))
 

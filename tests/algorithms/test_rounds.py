@@ -67,7 +67,7 @@ def one_round(
     total = StreamingSum(layout, plan, {report.client: report.norm_G for report in reports}, "float32")
     assert engine.collect([r for r in plan.requests(number, layout) if r.groups], total) == []
     assert total.unchanged(1.0) == []
-    return reports, plan, total.result(old), plan.then(total.streams(1.0), total.came) if plan.then else plan.state
+    return reports, plan, total.result(old), plan.then(total.streams(1.0), total.came(1.0)) if plan.then else plan.state
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))

@@ -18,6 +18,7 @@ from fedalign.cli.run import asked
 from fedalign.client.memory import ClientData
 from fedalign.client.trainer import Trainer
 from fedalign.config.toml import load_config
+from fedalign.errors import within
 from fedalign.export import write
 from fedalign.federation import in_process
 from fedalign.files import LOCK, WATCH, held_by, locked
@@ -390,7 +391,10 @@ def test_whatever_else_is_raised_is_one_line_and_a_report(
     fedalign: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("something\nbroke at https://ann:pass1234@host with hf_abcdefghijk and my-very-own-secret")
+        with within("`plan` of mine"):
+            raise RuntimeError(
+                "something\nbroke at https://ann:pass1234@host with hf_abcdefghijk and my-very-own-secret"
+            )
 
     monkeypatch.setattr("fedalign.config.toml.load_config", broken)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -398,7 +402,7 @@ def test_whatever_else_is_raised_is_one_line_and_a_report(
     code, _, errors = fedalign("run", "demo", "--set", "model.token=tell-nobody", "--set", "run.seed=7")
     assert code == 3
     assert len(errors.splitlines()) == 1
-    assert errors.startswith("Error: RuntimeError: something broke at ")
+    assert errors.startswith("Error: `plan` of mine: RuntimeError: something broke at ")
     [file] = (tmp_path / "fedalign" / "failures").iterdir()
     assert errors.rstrip().endswith(f"The full report: {file}")
     assert file.stat().st_mode & 0o077 == 0

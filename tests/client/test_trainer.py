@@ -1,7 +1,7 @@
 """One client step on a tiny model of every family: it changes what it should, and reports what happened."""
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -119,7 +119,7 @@ def test_an_algorithm_may_keep_a_tensor_under_two_names(tmp_path: Path) -> None:
     assert torch.equal(kept["received"], before)
 
 
-@pytest.mark.parametrize(("penalty", "told"), [(torch.ones(3), r"of shape \[3\]"), (0.5, "0.5")])
+@pytest.mark.parametrize(("penalty", "told"), [(torch.ones(3), r"of shape \[3\]"), (0.5, "a float")])
 def test_a_penalty_that_is_no_number_is_told(penalty: Any, told: str, tmp_path: Path) -> None:
     class Long(FedAvg):
         def penalty(self, step: Step) -> Any:
@@ -128,6 +128,41 @@ def test_a_penalty_that_is_no_number_is_told(penalty: Any, told: str, tmp_path: 
     step = trainer("olmoe", "algorithm.name=fedavg")
     with pytest.raises(UserError, match=f"^algorithm.name = 'fedavg': its penalty is {told}, and no tensor of one"):
         Trainer(step.moe, None, Long(), step.config).train(client(tmp_path), broadcast(step.moe))
+
+
+BAD_BEGINNINGS: dict[str, tuple[Callable[[LocalRound], object], str]] = {
+    "start": (lambda local: local.start.update({SHARED: torch.zeros(3)}), r"`begin` left local\.start: .*3"),
+    "none": (lambda local: local.start.pop(SHARED), r"its `begin` leaves no local\.start\[shared\]\."),
+    "shift": (
+        lambda local: setattr(local, "shift", {SHARED: torch.zeros(3)}),
+        r"local\.shift\[shared\] of shape \[3\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BEGINNINGS)
+def test_an_algorithm_that_begins_wrongly_is_told(case: str, tmp_path: Path) -> None:
+    begun, told = BAD_BEGINNINGS[case]
+
+    class Wrong(FedAvg):
+        def begin(self, local: LocalRound) -> None:
+            begun(local)
+
+    step = trainer("olmoe", "algorithm.name=fedavg")
+    with pytest.raises(UserError, match=f"^algorithm.name = 'fedavg': .*{told}"):
+        Trainer(step.moe, None, Wrong(), step.config).train(client(tmp_path), broadcast(step.moe))
+
+
+@pytest.mark.parametrize("hook", ["begin", "penalty", "keep"])
+def test_a_fault_in_a_hook_says_which_and_where(hook: str, tmp_path: Path) -> None:
+    def fails(self: FedAvg, *_: object) -> None:
+        raise RuntimeError("boom")
+
+    broken = type("Broken", (FedAvg,), {hook: fails})()
+    step = trainer("olmoe", "algorithm.name=fedavg")
+    with pytest.raises(RuntimeError, match="boom") as caught:
+        Trainer(step.moe, None, broken, step.config).train(client(tmp_path), broadcast(step.moe))
+    assert caught.value.__notes__ == [f"`{hook}` of fedavg at c"]
 
 
 def uniform(moe: MoEModel) -> Tensor:

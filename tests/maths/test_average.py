@@ -307,7 +307,7 @@ def test_a_stream_has_no_weight_of_tokens() -> None:
     for update in updates:
         total.add(update)
     assert_close(total.streams()["twice"][EMBEDDINGS], 2 * (normal(400, 200) + normal(400, 201)))
-    assert total.came[EMBEDDINGS] == 2
+    assert total.came()[EMBEDDINGS] == 2
     assert_close(total.result(old_words())[EMBEDDINGS][30:330], (old_words()[EMBEDDINGS] + normal(400, 200))[30:330])
 
 

@@ -447,7 +447,8 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     say(f"Results   {folder.path}: model/ and best/ (load them with transformers), summary.json, metrics.jsonl")
     if folder.leaving.exists():
         say(f"Leaving   {folder.leaving}: what each client loses when another leaves; fedalign report shows it")
-    say(f"Look      tensorboard --logdir {folder.path}")
+    if any(folder.path.glob("events.out.tfevents.*")):
+        say(f"Look      tensorboard --logdir {folder.path}")
 
 
 def _with_baseline(name: str) -> str:

@@ -24,7 +24,7 @@ from fedalign.client.memory import ClientData, Kept
 from fedalign.config.run import Config, TrainingConfig
 from fedalign.data.batches import Batch, batches
 from fedalign.data.tokens import TokenCounts
-from fedalign.errors import TrainingFailedError, UserError
+from fedalign.errors import TrainingFailedError, UserError, within
 from fedalign.maths.hashing import derive_seed
 from fedalign.moe.groups import Slot
 from fedalign.moe.model import MoEModel
@@ -224,11 +224,12 @@ class LocalFit:
 
     def _penalty(self, step: Step) -> Tensor | None:
         """The algorithm's own, which is one number."""
-        penalty: object = self.algorithm.penalty(step)
+        with within(f"`penalty` of {self.name} at {self.client.name}"):
+            penalty: object = self.algorithm.penalty(step)
         if penalty is None or (isinstance(penalty, Tensor) and penalty.numel() == 1):
             return penalty
-        what = f"of shape {list(penalty.shape)}" if isinstance(penalty, Tensor) else repr(penalty)
-        raise UserError(f"algorithm.name = {self.name!r}: its penalty is {what:.60}, and no tensor of one number.")
+        what = f"of shape {list(penalty.shape)}" if isinstance(penalty, Tensor) else f"a {type(penalty).__name__}"
+        raise UserError(f"algorithm.name = {self.name!r}: its penalty is {what}, and no tensor of one number.")
 
     def _drift(self) -> Tensor:
         """‖w − w_start‖², of the rows that are here; what training starts from is copied when first asked for."""

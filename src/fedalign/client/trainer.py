@@ -28,7 +28,7 @@ from fedalign.client.mixture import Mixture
 from fedalign.client.noisy import PrivateFit
 from fedalign.client.statistics import centroid_sketches, packed_bits, update_sketches
 from fedalign.config.run import Config
-from fedalign.errors import TrainingFailedError, UserError
+from fedalign.errors import TrainingFailedError, UserError, within
 from fedalign.maths.hashing import derive_seed
 from fedalign.maths.lazy import LazyWeights
 from fedalign.maths.low_rank import lost_products, owed
@@ -128,11 +128,16 @@ class Trainer:
         agreed, paid = self._agreed(client, broadcast.round)
         local = self._local_round(client, broadcast, before)
         score = self._score(client, local.received, before) if broadcast.score else None
-        self.algorithm.begin(local)
+        self._begin(local, client.name)
         frozen = alone | {*client.consent.frozen(self.moe.layout)}
         local.start.update((group, local.received[group]) for group in frozen if group in local.received)
         local.shift = {group: shift for group, shift in local.shift.items() if group not in frozen}
-        self.moe.write(local.start)
+        try:
+            self.moe.write(local.start)
+        except ValueError as error:
+            raise UserError(
+                f"algorithm.name = {self.config.algorithm.name!r}: `begin` left local.start: {error}"
+            ) from None
         seed = derive_seed(self.config.run.seed if client.seed is None else client.seed, broadcast.round, client.name)
         started = time.perf_counter()
         drawn = seed + parallel.rank()  # other rows want other dropout
@@ -166,7 +171,7 @@ class Trainer:
                 statistics.prob_L_E,
                 fit.optimizer_state(),
                 private,
-                self._kept(local, update),
+                self._kept(local, client.name, update),
                 lost,
                 fitted=fitted,
                 unfitted=unfitted,
@@ -180,9 +185,23 @@ class Trainer:
             keeping.save(kept)
         return statistics
 
-    def _kept(self, local: LocalRound, update: Mapping[ParameterGroup, Tensor]) -> Mapping[str, Tensor]:
+    def _begin(self, local: LocalRound, client: str) -> None:
+        """Let the algorithm set what training starts from, and what is added to gradients."""
+        with within(f"`begin` of {self.config.algorithm.name} at {client}"):
+            self.algorithm.begin(local)
+        sizes, told = self.moe.layout.sizes, f"algorithm.name = {self.config.algorithm.name!r}: its `begin` leaves"
+        if lost := [group for group in local.received if group not in local.start]:
+            raise UserError(f"{told} no local.start[{lost[0]}].")
+        for group, shift in local.shift.items():
+            if shift.shape != (sizes.get(group, 0),):
+                raise UserError(
+                    f"{told} local.shift[{group}] of shape {list(shift.shape)}, not [{sizes.get(group, 0)}]."
+                )
+
+    def _kept(self, local: LocalRound, client: str, update: Mapping[ParameterGroup, Tensor]) -> Mapping[str, Tensor]:
         """Tensors that the algorithm keeps for the client's next round."""
-        kept = self.algorithm.keep(local, update)
+        with within(f"`keep` of {self.config.algorithm.name} at {client}"):
+            kept = self.algorithm.keep(local, update)
         if flaw := unwritable(kept):
             raise UserError(f"algorithm.name = {self.config.algorithm.name!r}: it keeps {flaw}.")
         return kept

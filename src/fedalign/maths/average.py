@@ -248,10 +248,9 @@ class StreamingSum:
             for name, sums in self._stream_sums.items()
         }
 
-    @property
-    def came(self) -> Mapping[ParameterGroup, int]:
-        """How many clients' updates of each group were added, those of no weight left out."""
-        return self._came
+    def came(self, min_arrived: float = 0.5) -> dict[ParameterGroup, int]:
+        """How many clients' updates are in the sums of each group that changes, those of no weight left out."""
+        return {group: count for group, count in self._came.items() if self._carried(group, min_arrived)}
 
     def spread(self, min_arrived: float = 0.5) -> float:
         """Σ over clients and groups of b · ‖Δ‖² of what arrived, as it is summed, and normalised like the sum."""

@@ -69,15 +69,15 @@ def unwritable(value: object) -> str | None:
     """The part of this that no file can hold as tensors by their names, or None.
 
     >>> unwritable({"a": torch.zeros(2)}), unwritable(None), unwritable({"a": 1.0})
-    (None, 'None, and no tensors by their names', "'a' = 1.0, which is no tensor")
+    (None, 'a NoneType, and no tensors by their names', "'a', a float and no tensor")
     """
     if not isinstance(value, Mapping):
-        return f"{value!r:.60}, and no tensors by their names"
+        return f"a {type(value).__name__}, and no tensors by their names"
     for name, one in value.items():
         if not isinstance(name, str):
             return f"{name!r:.60} as a name, which is no text"
         if not isinstance(one, Tensor):
-            return f"{name!r:.60} = {one!r:.60}, which is no tensor"
+            return f"{name!r:.60}, a {type(one).__name__} and no tensor"
         if one.layout != torch.strided or one.dtype not in CODES:
             return f"{name!r:.60}, a tensor of {one.dtype} and {one.layout}, which no file can hold"
     return None

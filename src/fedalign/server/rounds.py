@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedalign.config.run import Config
-from fedalign.errors import UserError
+from fedalign.errors import UserError, within
 from fedalign.maths.average import Average, StreamingSum
 from fedalign.maths.hashing import derive_seed
 from fedalign.maths.heap import Heap
@@ -203,7 +203,8 @@ class Server:
         summed = total.result(state.weights, share)
         weights, moments = self._optimise(state, summed, total.spread(share))
         moments = moments | self._center(state.weights, summed)
-        algorithm_state = plan.then(total.streams(share), total.came) if plan.then else plan.state
+        with within(f"`then` of {self.config.algorithm.name} in round {number}"):
+            algorithm_state = plan.then(total.streams(share), total.came(share)) if plan.then else plan.state
         self._refuse(number, check_state(algorithm_state))
         self._refuse(number, check_weights(weights))
         traffic.take(self.federation.moved(number))
@@ -371,7 +372,8 @@ class Server:
 
         Updates that were added whole are added to `directions`, too.
         """
-        plan = self.algorithm.plan(Reports(reports, self.layout, members), state.algorithm)
+        with within(f"`plan` of {self.config.algorithm.name} in round {number}"):
+            plan = self.algorithm.plan(Reports(reports, self.layout, members), state.algorithm)
         self._refuse(number, check_plan(plan, reports, self.layout))
         plan = self._guarded(plan.without({report.client: report.frozen for report in reports}, self.layout), reports)
         total = self._empty_sum(plan, {report.client: report.norm_G for report in reports}, number, state)
