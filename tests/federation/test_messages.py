@@ -274,6 +274,16 @@ def test_groups_of_any_size_come_back(dtype: WireDtype, sizes: dict[ParameterGro
         assert same(decode(travel(encode(update)), Broadcast), update)
 
 
+def test_what_a_message_does_not_hold_is_not_said_to_leave() -> None:
+    every = statistics()
+    without = dataclasses.replace(every, token_count_M_V=torch.zeros(0, 0), held_out_loss=None, metrics={})
+    told, withheld = {*encode(every).filled}, {*encode(without).filled}
+    assert told - withheld == {name for name in ("token_count_M_V", "metrics", "held_out_loss") if name in told}
+    assert "token_count_M_V" in told
+    assert {"client", "examples", "norm_G", "prob_L_E"} <= withheld
+    assert not {"protocol", "kind"} & told
+
+
 def test_what_is_encoded_is_not_copied() -> None:
     update = Broadcast(1, packed({SHARED: 10}, "float32"))
     (piece,) = encode(update).arrays["weights.0"]

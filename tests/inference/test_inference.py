@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from fedalign.data.formats import Example
 from fedalign.data.sources import Row
 from fedalign.errors import UserError
 from fedalign.export.write import Wanted, export
-from fedalign.inference.load import Source, load
+from fedalign.inference.load import Source, configured, load
 from fedalign.inference.scores import score
 from fedalign.inference.talk import Sampling, Talk
 from tests.conftest import SUBJECTS, Command, rows, write_jsonl
@@ -265,9 +266,38 @@ def test_lines_are_answered_as_they_are_typed(fedalign: Command, made: Made, mon
     assert sum(name in line for line in out.splitlines() for name in SUBJECTS) == 6
 
 
+def test_what_is_no_text_is_left_out_and_the_talk_goes_on(
+    fedalign: Command, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nthe dog runs\n"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", sent)
+    code, out, errors = fedalign("chat", str(made()))
+    assert code == 0, errors
+    assert "That was no UTF-8" in errors
+    assert sum(name in line for line in out.splitlines() for name in SUBJECTS) == 3
+
+
+def test_a_closed_input_ends_the_talk(fedalign: Command, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert fedalign("chat", str(made()))[0] == 0
+
+
+def test_the_model_in_a_run_is_of_the_run(fedalign: Command, made: Made, settings: list[str]) -> None:
+    run = made("tuning.kind=lora", "tuning.rank=3", 'tuning.targets=["attention"]')
+    config = configured(Source(str(run / "model")))
+    assert config.data.labels == configured(Source(str(run))).data.labels
+    assert config.tuning.rank == 3
+    code, _, errors = fedalign("evaluate", str(run / "model"))
+    assert code == 0, errors
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
+        (["chat", "x", "--best", "--start"], "--best and --start: the best round, or what the run started from?"),
+        (["chat", "x", "--temperature", "nan"], "--temperature nan: must be 0, or from 0.001 to 100."),
+        (["chat", "x", "--temperature", "1e-320"], "must be 0, or from 0.001 to 100."),
+        (["generate", "x", "--prompts", "no.txt", "--temperature", "inf"], "--temperature inf: must be 0, or from"),
         (["chat", "no-such-folder"], "no-such-folder"),
         (["evaluate", "no-such/place/at/all"], "no-such/place/at/all"),
         (["generate", "x", "--prompts", "no.txt"], "holds no prompt, or is not there"),

@@ -79,8 +79,9 @@ def chat(
     from fedalign.inference.talk import Sampling, Talk
     from fedalign.units import percent
 
+    sampling = Sampling(max_new_tokens, temperature)
     bench = _loaded(model, best, start, device, set_)
-    talk = Talk(bench, Sampling(max_new_tokens, temperature))
+    talk = Talk(bench, sampling)
     kind = bench.config.data.kind
     asked = "a message" if kind == "chat" else talk.role
     say(f"{model}, tuned for {kind}. Type {asked}; /new begins anew, Ctrl-D ends.")
@@ -128,6 +129,7 @@ def generate(
 
     if resume and to is None:
         raise UserError("--resume: nothing is kept without --to. Give the --to of the run that broke off.")
+    sampling = Sampling(max_new_tokens, temperature)
     to = at_home(to)
     kept = AnswerFile(to) if to is not None else None
     if kept is not None:
@@ -135,7 +137,7 @@ def generate(
     config = configured(Source(model, best, start, device, set_ or ()))  # a wrong file is told before a model is loaded
     rows, data = _prompts(prompts, config.data)
     bench = replace(_loaded(model, best, start, device, set_), config=config.model_copy(update={"data": data}))
-    talk = Talk(bench, Sampling(max_new_tokens, temperature))
+    talk = Talk(bench, sampling)
     asked = [{talk.role: row[""]} for row in rows] if prompts.suffix.lower() == ".txt" else rows
     names = own_names(prompts, config.data)
     if kept is None:
@@ -367,12 +369,16 @@ def _examples(bench: Workbench, data: str | None, set_: Sequence[str] | None) ->
 
 
 def _typed() -> Any:
-    """Lines as they are typed, empty ones left out."""
-    while True:
+    """Lines as they are typed, empty ones and what is no UTF-8 left out."""
+    while sys.stdin is not None:  # it may be closed
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
+            line.encode()  # what a terminal of another encoding sends may stand in it as half characters
         except EOFError:
             return
+        except UnicodeError:
+            err.print("That was no UTF-8, and is left out. Type it again.")
+            continue
         if line:
             yield line
 

@@ -124,7 +124,7 @@ def upcycle(
         ("parameters", f"{parameters:,} -> {about.parameters:,}, active for a token {about.active_parameters:,}"),
         (
             "logits",
-            f"at most {difference:.1e} from the {base}'s, which reach {highest:.0f} ({about.dtype})",
+            f"at most {difference:.1e} from the {base}'s, which reach {highest:.2g} ({about.dtype})",
         ),
         ("tokenizer", tokenizer_found),
     ]

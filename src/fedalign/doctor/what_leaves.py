@@ -104,7 +104,7 @@ NUMBER, MEAN = 100_000, 1 / 3  # stand for counts and means, whose length depend
 WHEN: dict[type[Leaving], str] = {
     Hello: "once, before the site may take part",
     Start: "once, from one site, if the coordinator holds no weights",
-    Lacking: "when weights come in pieces, for each of them; or it does not keep what it was sent",
+    Lacking: "when weights come in pieces, for each of them; or it does not keep what it was sent; when the run ends",
     Statistics: "each round, after training",
     Piece: "each round, if the plan asks for its update; here with all that it trains; in pieces of wire.piece_mb",
     Concealed: "masked runs, each round: counts after training, the score among them, then its share of each sum; a "

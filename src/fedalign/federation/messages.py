@@ -128,6 +128,13 @@ class Parcel:
         """The head as it travels."""
         return json.dumps(self.head, separators=(",", ":")).encode()
 
+    @property
+    def filled(self) -> tuple[str, ...]:
+        """The names of its fields that hold something, sorted; its kind and protocol are none."""
+        empty = [name for name, pieces in self.arrays.items() if not any(piece.nbytes for piece in pieces)]
+        names = [name for name, value in self.head.items() if value not in (None, "", [], {})]
+        return tuple(sorted({*names} - {"protocol", "kind", *empty}))
+
 
 def encode(message: Message) -> Parcel:
     """Make a parcel of any message. Tensors are not copied."""

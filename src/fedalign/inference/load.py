@@ -48,6 +48,8 @@ def load(source: Source) -> Workbench:
         UserError: There is no such model, or no such round of a run.
     """
     folder = RunFolder(Path(source.place).expanduser())
+    if source.best and source.start:
+        raise UserError("--best and --start: the best round, or what the run started from? Give one of them.")
     if folder.config.is_file():
         return _of_run(source, folder)
     if source.best or source.start:
@@ -57,10 +59,10 @@ def load(source: Source) -> Workbench:
     if not adapter.is_file():
         return Workbench.load(configured(source))
     about = json.loads(adapter.read_text(encoding="utf-8"))
-    base = Base(about["base_model_name_or_path"], about.get("revision"), _of_card(folder.path))
-    moe = base.open(folder.path)
+    config = configured(source)
+    moe = Base(about["base_model_name_or_path"], about.get("revision"), config).open(folder.path)
     moe.model.to(pick_device(source.device))
-    return Workbench.around(moe, configured(source))
+    return Workbench.around(moe, config)
 
 
 def _of_run(source: Source, folder: RunFolder) -> Workbench:
@@ -76,9 +78,11 @@ def _of_run(source: Source, folder: RunFolder) -> Workbench:
 
 
 def _of_card(folder: Path) -> Config:
-    """The settings that the card of an export tells; the defaults where there is none of ours."""
-    card = folder / CARD
+    """The settings that the card of an export tells, or those of the run that a model lies in; else the defaults."""
+    card, run = folder / CARD, RunFolder(folder.parent)
     settings = settings_of(card.read_text(encoding="utf-8")) if card.is_file() else None
+    if settings is None and folder in (run.model, run.best) and run.config.is_file():
+        return with_classes(run.read_config("fedalign"), run)
     return read_config(settings) if settings else Config()
 
 

@@ -18,6 +18,7 @@ from fedalign.data.sources import Row
 from fedalign.errors import UserError
 
 Say = Callable[[str], None]
+LEAST, MOST = 0.001, 100.0  # temperatures: what is colder draws the likeliest, and hotter any
 
 
 def check_classes(data: DataConfig) -> None:
@@ -36,6 +37,10 @@ class Sampling:
 
     most: int = 256  # tokens
     temperature: float = 0.0  # 0: greedy
+
+    def __post_init__(self) -> None:
+        if self.temperature and not LEAST <= self.temperature <= MOST:
+            raise UserError(f"--temperature {self.temperature:g}: must be 0, or from {LEAST:g} to {MOST:g}.")
 
     @property
     def options(self) -> dict[str, Any]:
