@@ -257,6 +257,7 @@ class Column:
 
 
 FEDAVG = "algorithm.name=fedavg"
+RATIOS = 1, 1.5, 2  # equal shares that a claim may count for; 3 unless told
 OPEN_SUM = 1  # 1: classes are trained with their end token
 # 5: claims count for three equal shares, rare rows are bounded, who was opposite is remembered; 7: told at -0.1;
 # 8: 1.25 medians, and rows of one site's words stay
@@ -270,6 +271,15 @@ COLUMNS: dict[str, Column] = {
     **{
         f"default, {rule}": Column(f"default, {rule}", (f"server.robust={rule}",), GUARD[0] + NO_PULL, GUARD[1])
         for rule in RULES
+    },
+    **{
+        f"default, clip, {ratio}": Column(
+            f"default, clip, `max_share_ratio` {ratio}",
+            ("server.robust=clip", f"server.max_share_ratio={ratio}"),
+            GUARD[0] + NO_PULL,
+            GUARD[1],
+        )
+        for ratio in RATIOS
     },
 }
 
@@ -291,10 +301,13 @@ class Cell:
         return {**vars(self), "settings": list(column.settings), "revision": column.revision}
 
 
+NARROWER = tuple(f"default, clip, {ratio}" for ratio in RATIOS)
 GUARDED, OPEN, FED = ("default, clip",), ("default",), ("fedavg, clip", "fedavg")
 OUTVOTING = ("default, trimmed_mean", "default, centered_clip")
 MANY_LIARS = (*GUARDED, *OUTVOTING)
 HARDEST = ("none", "trigger", "sleeper", "examples", "spared")  # attacks: run first
+BROAD = tuple(name for name in COLUMNS if name not in NARROWER)
+CLAIMS = ("none", "examples")
 VOTES = tuple(f"default, {rule}" for rule in RULES)
 
 
@@ -307,9 +320,10 @@ def cells() -> Iterator[Cell]:
     told |= (
         _block(0.1, (0,), 1, GUARDED) | _block(0.1, (0,), 3, OUTVOTING) | _block(0.1, (0,), 1, (*OPEN, *FED), HARDEST)
     )
+    told |= _block(0.1, range(SEEDS), 1, (*NARROWER, *GUARDED), CLAIMS)
     for alpha in ALPHAS:
         for seed in range(SEEDS):
-            told |= _block(alpha, (seed,), 1, COLUMNS) | _block(alpha, (seed,), 3, MANY_LIARS)
+            told |= _block(alpha, (seed,), 1, BROAD) | _block(alpha, (seed,), 3, MANY_LIARS)
     yield from told
 
 
@@ -504,7 +518,7 @@ def tables(lines: Sequence[Mapping[str, Any]]) -> str:
     every = list(cells())
     parts = []
     for alpha, liars in sorted({(cell.alpha, cell.liars) for cell in every if cell.liars}, key=lambda p: (-p[0], p[1])):
-        mine = [cell for cell in every if cell.alpha == alpha and cell.liars in (0, liars)]
+        mine = [c for c in every if c.alpha == alpha and c.liars in (0, liars) and c.column not in NARROWER]
         columns = [name for name in COLUMNS if any(cell.column == name and cell.liars == liars for cell in mine)]
         known = {cell: line for cell in mine if (line := found(lines, cell)) is not None}
         old = {cell: line for cell in mine if cell not in known and (line := outdated(lines, cell)) is not None}
@@ -529,8 +543,23 @@ def tables(lines: Sequence[Mapping[str, Any]]) -> str:
         ran = sum(cell in known for cell in asked)
         part += ["", rf"Run with this code: {ran} of {len(asked)} cells. \*: run with older code.", ""]
         parts.append("\n".join(part))
+    parts.append(claims(lines))
     machines = sorted({line["machine"] for line in lines if "machine" in line})
     return "\n".join([*parts, *(f"Run on: {told}." for told in machines), ""])
+
+
+def claims(lines: Sequence[Mapping[str, Any]]) -> str:
+    """What a claim wins where sites' labels differ most, by how many equal shares it may count for."""
+    every = [cell for cell in cells() if cell.alpha == min(ALPHAS) and cell.attack in CLAIMS and cell.liars < 2]
+    known = {cell: line for cell in every if (line := found(lines, cell)) is not None}
+    rows = [
+        (ratio, *(entry(known, every, attack, column) or "not run" for attack in CLAIMS))
+        for ratio, column in zip((*RATIOS, 3), (*NARROWER, *GUARDED), strict=True)
+    ]
+    head = f"**Dirichlet {min(ALPHAS)}, the default under `clip`, by `server.max_share_ratio`**\n"
+    told = [f"| {ratio:g} equal share{'s' * (ratio > 1)} | {alone} | {with_one} |" for ratio, alone, with_one in rows]
+    about = f"| a site counts for at most | {' | '.join(ATTACKS[attack].told for attack in CLAIMS)} |"
+    return "\n".join([head, about, "| --- | --: | --: |", *told, ""])
 
 
 def entry(

@@ -1,6 +1,7 @@
 """Clients side by side: the demo with `run.workers = 2` against one worker, one thread each.
 
     OMP_NUM_THREADS=1 python benchmarks/workers.py                 # 4 minutes on two idle cores
+    python benchmarks/workers.py --ceiling                         # and what the machine itself allows
     python benchmarks/workers.py --workers 4 --config my.toml
     python benchmarks/workers.py --evaluation                      # seconds, after the model and the data are loaded
 
@@ -8,6 +9,9 @@ Runs take turns, one worker first, each a command of its own. Told of each: medi
 comes before it are not counted), CPU seconds of all of its processes, how busy the cores were while rounds went on, and
 the highest sum of PSS of its processes, in which a page that several share counts once. `model/` and metrics.jsonl, but
 for seconds, have to be the same byte for byte. Only ratios of runs on idle cores say anything about seconds.
+
+`--ceiling` also makes as many runs of one worker at the same time, which share nothing but the machine's memory and
+caches. No division of one run's work is faster than so many rounds in the seconds that one takes then.
 
 `--evaluation` scores the first weights on the global test set, whose batches workers share, and tells how long cores
 had nothing to do: no more than that is won where the next round trains meanwhile.
@@ -24,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,6 +64,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--ceiling", action="store_true", help="also runs that share nothing, side by side")
     parser.add_argument("--evaluation", action="store_true", help="only of the global test set, --repeats times")
     keepable(parser)
     args = parser.parse_args()
@@ -70,6 +76,7 @@ def main() -> None:
         return
     print(f"{'workers':>8}{'s/round':>9}{'whole s':>9}{'CPU s':>8}{'cores busy':>12}{'peak PSS MB':>13}")
     found: dict[int, list[Taken]] = {1: [], args.workers: []}
+    apart: list[float] = []
     with tempfile.TemporaryDirectory(prefix="fedalign-workers-") as name:
         for repeat in range(args.repeats):
             for workers, all_of_them in found.items():
@@ -81,10 +88,20 @@ def main() -> None:
                     flush=True,
                 )
                 keep(args, __file__, {"workers": workers, **asdict(taken)}, "torch", "transformers")
+            if args.ceiling:
+                with ThreadPoolExecutor(args.workers) as pool:
+                    outs = [Path(name) / f"apart-{repeat}-{number}" for number in range(args.workers)]
+                    side = [*pool.map(lambda out: run(args.config, args.rounds, 1, out), outs)]
+                apart += [taken.seconds for taken in side]
+                once = {"workers": 1, "at_once": args.workers, "seconds": [taken.seconds for taken in side]}
+                keep(args, __file__, once, "torch", "transformers")
     alone, together = (median(taken.seconds for taken in found[workers]) for workers in found)
     same = len({taken.result for runs in found.values() for taken in runs}) == 1
     print(f"\n{args.workers} workers: {alone / together:.2f} times as fast; model/ and metrics ", end="")
     print("the same byte for byte" if same else "DIFFER")
+    if apart:
+        told = f"{args.workers} runs of one worker at once, which share nothing: {median(apart):.2f} s a round"
+        print(f"{told}, {args.workers * alone / median(apart):.2f} times as fast as one after the other")
     sys.exit(not same)
 
 
