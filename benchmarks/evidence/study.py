@@ -389,6 +389,7 @@ def main() -> None:
     parser.add_argument("study", nargs="?", choices=STUDIES)
     parser.add_argument("--seeds", default="5", help="how many, or which, as for `fedalign compare`")
     parser.add_argument("--only", default="*", help="parts of this name, or pattern: tasks, label_skew*")
+    parser.add_argument("--lines", nargs="+", help="of these parts, these lines alone, as fedavg:training.loss=fedlc")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--data", type=Path, default=Path("runs/evidence/data"), help="what data.py wrote")
     parser.add_argument("--start", default="runs/evidence/start", help='a model folder, or "demo"')
@@ -406,8 +407,12 @@ def main() -> None:
     torch.set_num_threads(1)
     place = Place(args.out, args.data, args.start, args.jobs)
     for part in STUDIES[args.study]():
-        if fnmatch(part.name, args.only):
-            place.make(args.study, part, args.seeds)
+        if not fnmatch(part.name, args.only):
+            continue
+        if strange := set(args.lines or ()) - {*part.algorithms}:
+            parser.error(f"--lines {min(strange)}: {part.name} has {', '.join(part.algorithms)}")
+        lines = tuple(line for line in part.algorithms if line in (args.lines or part.algorithms))
+        place.make(args.study, replace(part, algorithms=lines), args.seeds)
 
 
 if __name__ == "__main__":
