@@ -552,12 +552,13 @@ def claims(lines: Sequence[Mapping[str, Any]]) -> str:
     """What a claim wins where sites' labels differ most, by how many equal shares it may count for."""
     every = [cell for cell in cells() if cell.alpha == min(ALPHAS) and cell.attack in CLAIMS and cell.liars < 2]
     known = {cell: line for cell in every if (line := found(lines, cell)) is not None}
+    shares = [f"{ratio:g} equal share{'s' * (ratio > 1)}" for ratio in (*RATIOS, 3)]
     rows = [
-        (ratio, *(entry(known, every, attack, column) or "not run" for attack in CLAIMS))
-        for ratio, column in zip((*RATIOS, 3), (*NARROWER, *GUARDED), strict=True)
+        [share, *(entry(known, every, attack, column) or "not run" for attack in CLAIMS)]
+        for share, column in zip(shares, (*NARROWER, *GUARDED), strict=True)
     ]
     head = f"**Dirichlet {min(ALPHAS)}, the default under `clip`, by `server.max_share_ratio`**\n"
-    told = [f"| {ratio:g} equal share{'s' * (ratio > 1)} | {alone} | {with_one} |" for ratio, alone, with_one in rows]
+    told = [f"| {' | '.join(row)} |" for row in rows]
     about = f"| a site counts for at most | {' | '.join(ATTACKS[attack].told for attack in CLAIMS)} |"
     return "\n".join([head, about, "| --- | --: | --: |", *told, ""])
 

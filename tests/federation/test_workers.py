@@ -20,7 +20,7 @@ from fedalign.cli.main import main
 from fedalign.client.memory import ClientData
 from fedalign.client.trainer import Trainer
 from fedalign.config.toml import load_config
-from fedalign.errors import TrainingFailedError, UserError
+from fedalign.errors import TrainingFailedError, UserError, within
 from fedalign.federation.in_process import prepare
 from fedalign.federation.workers import Workers, check_workers
 from fedalign.files import rounds_in
@@ -251,14 +251,17 @@ class OddError(Exception):
 
 def test_errors_come_over_with_where_they_were_raised() -> None:
     def work(item: int) -> int:
-        raise (OSError(28, "No space left on device") if item else OddError(1, 2))
+        with within("`begin` of mine"):
+            raise (OSError(28, "No space left on device") if item else OddError(1, 2))
 
     with pytest.raises(RuntimeError, match="OddError: odd") as told:
         list(Workers(2).map(work, [0, 0], lambda item: 1))
-    assert "in work" in told.value.__notes__[0]
+    assert told.value.__notes__[0] == "`begin` of mine"
+    assert "in work" in told.value.__notes__[1]
     with pytest.raises(OSError, match="No space left") as full:
         list(Workers(2).map(work, [1, 1], lambda item: 1))
     assert full.value.errno == 28
+    assert full.value.__notes__[0] == "`begin` of mine"
 
 
 def test_who_leaves_early_leaves_nobody_behind() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,26 @@ def test_the_model_in_a_run_is_of_the_run(fedalign: Command, made: Made, setting
     assert config.tuning.rank == 3
     code, _, errors = fedalign("evaluate", str(run / "model"))
     assert code == 0, errors
+
+
+def test_a_base_that_has_moved_can_be_named(
+    fedalign: Command, settings: list[str], olmoe: Path, tmp_path: Path
+) -> None:
+    base, run, model = (tmp_path / name for name in ("base", "run", "model"))
+    shutil.copytree(olmoe, base)
+    start(run, settings, "run.rounds=1", "tuning.kind=lora", f"model.path={base}")
+    export(Wanted(run, model, base=str(base)), lambda _: None)
+    data = next(one.partition("=")[2] for one in settings if one.startswith("data.test="))
+    _, told, _ = fedalign("evaluate", str(run), "--json")
+    base.rename(tmp_path / "moved")
+    for place in (run, model):
+        argv = ["evaluate", str(place), "--data", data, *(["--alone"] if place == run else [])]
+        code, _, errors = fedalign(*argv)
+        assert code == 2
+        assert "The adapter needs its base: say where, with --set model.path=BASE." in errors
+        code, out, errors = fedalign(*argv, "--json", "--set", f"model.path={tmp_path / 'moved'}")
+        assert code == 0, errors
+        assert json.loads(out)["tuned"]["loss"] == pytest.approx(json.loads(told)["tuned"]["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def _give_up(error: Exception) -> NoReturn:
     """The last resort: a fault of ours, or of a library."""
     from fedalign.cli.failure import without_secrets, written
 
-    places = "".join(f"{place}: " for place in getattr(error, "__notes__", ()))
+    places = "".join(f"{note}: " for note in getattr(error, "__notes__", ()) if "\n" not in note)
     told = " ".join(without_secrets(f"{places}{type(error).__name__}: {error}").split())[:200]
     err.print("Error:", style="bold red", end=" ")
     err.print(f"{told} The full report: {written(error)}", soft_wrap=True)

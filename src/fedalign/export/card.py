@@ -306,7 +306,7 @@ def _algorithm(config: Config) -> str:
     return about.strip().splitlines()[0]
 
 
-def _sizes(examples: Sequence[int]) -> str:
+def _sizes(examples: Sequence[int], noised: bool = False) -> str:
     """How many examples clients have; sites whose sums are masked tell nobody.
 
     >>> _sizes([1200, 40]), _sizes([0, 0])
@@ -314,7 +314,8 @@ def _sizes(examples: Sequence[int]) -> str:
     """
     if not any(examples):
         return f"not told by any of {len(examples)} sites"
-    return f"{sum(examples):,} in all, {min(examples):,} to {max(examples):,} a client"
+    told = ", as clients told them, with noise" if noised else ""
+    return f"{sum(examples):,} in all, {min(examples):,} to {max(examples):,} a client{told}"
 
 
 def training_rows(trained: Trained) -> list[tuple[str, str]]:
@@ -325,7 +326,7 @@ def training_rows(trained: Trained) -> list[tuple[str, str]]:
         ("algorithm", f"`{config.algorithm.name}`{_listed(config.algorithm.model_extra or {})}"),
         ("rounds", f"{trained.round} of {config.run.rounds}{trained.chosen}"),
         ("data", _data(trained)),
-        ("examples to train on", _sizes(examples)),
+        ("examples to train on", _sizes(examples, config.privacy.on)),
         ("split among clients", _split(config)),
         ("clients a round", f"{100 * config.clients.sample:g} % of them"),
         ("tuning", _tuning(config)),

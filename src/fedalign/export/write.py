@@ -84,6 +84,7 @@ class Base:
     place: str  # a folder or a Hub id
     revision: str | None
     config: Config
+    option: str = "--base"  # by which it can be given
 
     def open(self, adapter: Path | None) -> MoEModel:
         """Load it with the values of `adapter`, or with new ones.
@@ -97,7 +98,9 @@ class Base:
         try:
             moe = MoEModel.load(self.place, **self._options(), tuning=tuning, seed=self.config.run.seed)
         except UserError as error:
-            raise UserError(f"{str(error).rstrip('.')}. The adapter needs its base: say where, with --base.") from None
+            raise UserError(
+                f"{str(error).rstrip('.')}. The adapter needs its base: say where, with {self.option}."
+            ) from None
         if adapter is not None:
             moe.read_adapter(adapter)
             recorded, found = lora.recorded_base(adapter), moe.base_digest()
@@ -105,7 +108,7 @@ class Base:
                 raise UserError(
                     f"base {self.place!r}: its weights ({found[:12]}) are not those that the adapter was trained on "
                     f"({str(recorded)[:12]}). It was made for another base, or the base changed since: give the one "
-                    "that it was trained on with --base."
+                    f"that it was trained on with {self.option}."
                 )
         return moe
 
@@ -197,9 +200,9 @@ def find_snapshot(run: Path, best: bool) -> Snapshot:
         UserError: It is no run, a process is at work in it, or it has no such model, or a damaged one.
     """
     if ComparisonFolder(run).design.exists():
-        raise UserError(f"fedalign export {str(run)!r}: is a comparison. Give one of the runs in it: {run}/runs/...")
+        raise UserError(f"{str(run)!r}: is a comparison. Give one of the runs in it: {run}/runs/...")
     folder = RunFolder(run)
-    config = folder.read_config("fedalign export")
+    config = folder.read_config("fedalign")
     folder.check_idle()
     if best:
         return _best(folder, config)
@@ -212,7 +215,7 @@ def find_snapshot(run: Path, best: bool) -> Snapshot:
         return _saved(folder, config, folder.model, finished)
     state = Checkpoints(folder.checkpoint, {}).load()
     if state is None or not state.round:
-        raise UserError(f"fedalign export {str(run)!r}: no round is complete yet. Go on with it: {_resume(folder)}")
+        raise UserError(f"{str(run)!r}: no round is complete yet. Go on with it: {_resume(folder)}")
     return Snapshot(folder, config, state.round, state.lines, None, state.weights)
 
 

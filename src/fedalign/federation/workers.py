@@ -206,6 +206,8 @@ def _end_with(sentinel: int) -> None:
 def _pickled(error: Exception) -> bytes:
     """An error, with a note of where it was raised; one that does not survive the way as a RuntimeError."""
     told = RuntimeError(f"{type(error).__name__}: {error}")
+    for note in getattr(error, "__notes__", ()):
+        told.add_note(note)
     for one in (error, told):
         one.add_note("".join(traceback.format_exception(error)))
     try:

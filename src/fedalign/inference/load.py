@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedalign.client.workbench import Workbench
@@ -15,6 +15,8 @@ from fedalign.export.card import CARD, settings_of
 from fedalign.export.write import ADAPTER, Base, base_of, find_snapshot, open_model, with_classes
 from fedalign.moe.load import pick_device
 from fedalign.server.results import RunFolder
+
+BASE = "--set model.path=BASE"  # says where the base of an adapter is
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ def load(source: Source) -> Workbench:
         return Workbench.load(configured(source))
     about = json.loads(adapter.read_text(encoding="utf-8"))
     config = configured(source)
-    moe = Base(about["base_model_name_or_path"], about.get("revision"), config).open(folder.path)
+    moved = config.model.path != source.place
+    place = config.model.path if moved else about["base_model_name_or_path"]
+    moe = Base(place, None if moved else about.get("revision"), config, BASE).open(folder.path)
     moe.model.to(pick_device(source.device))
     return Workbench.around(moe, config)
 
@@ -70,7 +74,9 @@ def _of_run(source: Source, folder: RunFolder) -> Workbench:
     if source.start:
         return Workbench.load(config)
     snapshot = find_snapshot(folder.path, source.best)
-    moe = open_model(snapshot, base_of(snapshot))
+    moved = config.model.path != snapshot.config.model.path
+    base = base_of(snapshot, config.model.path if moved else None)
+    moe = open_model(snapshot, base and replace(base, option=BASE))
     if snapshot.weights is not None:
         moe.write(snapshot.weights)
     moe.model.to(pick_device(source.device))

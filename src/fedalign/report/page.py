@@ -55,6 +55,7 @@ def render(material: Material) -> str:
         bands=_bands(figures.seed_counts(material)),
         trained=any(run.round > 0 for run in material.runs),
         several=len(material.design.choices) > 1,
+        noised=any(run.cell.config.privacy.on for run in material.runs),
         verdicts=findings.verdicts(material),
         tables=_tables(material),
         ablations=findings.ablations(material),
