@@ -68,7 +68,10 @@ def test_one_tensor_at_a_time_is_there_twice(tmp_path: Path, monkeypatch: pytest
 def test_what_shares_memory_can_be_saved(tmp_path: Path) -> None:
     flat = torch.arange(6.0)
     tensors = {"a": flat, "same": flat, "part": flat[2:4], "across": flat.view(2, 3).T}
-    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    halves = dict(zip(("left", "right"), torch.arange(8.0).split(4), strict=True))
+    before = {name: tensor.clone() for name, tensor in (tensors | halves).items()}
+    assert all(apart(halves)[name] is half for name, half in halves.items())
+    tensors |= halves
     save_file(apart(tensors), tmp_path / "file")
     stored = load_file(tmp_path / "file")
     assert all(torch.equal(stored[name], before[name]) for name in tensors)

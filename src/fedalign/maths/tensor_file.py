@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -84,13 +85,18 @@ def unwritable(value: object) -> str | None:
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values, as safetensors wants them: each tensor's in one piece, and none of them another's as well."""
-    found, seen = dict[str, Tensor](), set[int]()
+    """The same values, as safetensors wants them: each tensor's in one piece, and none of them another's as well.
+
+    Parts of one tensor that do not overlap take no memory anew.
+    """
+    found, taken = dict[str, Tensor](), defaultdict[int, list[Range]](list)
     for name, tensor in tensors.items():
         whole = tensor.contiguous()
-        place = whole.untyped_storage().data_ptr()
-        found[name] = whole.clone() if place in seen else whole
-        seen.add(place)
+        start = whole.data_ptr()
+        others = taken[whole.untyped_storage().data_ptr()]
+        overlaps = any(first < start + whole.nbytes and start < last for first, last in others)
+        others.append((start, start + whole.nbytes))
+        found[name] = whole.clone() if overlaps else whole
     return found
 
 
