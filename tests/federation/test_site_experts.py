@@ -433,6 +433,7 @@ def test_a_site_learns_from_its_own_rows_what_it_loses_when_another_leaves(
         assert list(told["without"]) == [*SITES]
         assert told["without"]["b"]["accuracy"] == expected["accuracy"]
         assert told["without"]["b"]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert told["without"]["b"].keys() == expected.keys()
         assert told["whole"]["loss"] != told["without"]["b"]["loss"]
     code, out, errors = fedalign("evaluate", folder, "--data", mine, "--leaving", "c, a")
     assert code == 0, errors

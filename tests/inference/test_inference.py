@@ -123,6 +123,7 @@ def test_a_file_of_one_class_is_scored_among_all_that_the_model_knows(
     (place / "README.md").unlink()  # any model: nothing names its classes
     code, _, errors = fedalign("evaluate", str(place), "--data", str(tmp_path / "one.jsonl"))
     assert (code, "data.labels = []: which classes there are is not known" in errors) == (2, True)
+    assert fedalign("chat", str(place))[0] == 2  # before anything is typed
 
 
 def test_the_best_round_and_the_start_can_be_asked(made: Made) -> None:

@@ -76,11 +76,12 @@ def chat(
 
     What is typed is put as it was in training. A classifier answers with its classes and their probabilities.
     """
-    from fedalign.inference.talk import Sampling, Talk
+    from fedalign.inference.talk import Sampling, Talk, check_classes
     from fedalign.units import percent
 
     sampling = Sampling(max_new_tokens, temperature)
     bench = _loaded(model, best, start, device, set_)
+    check_classes(bench.config.data)
     talk = Talk(bench, sampling)
     kind = bench.config.data.kind
     asked = "a message" if kind == "chat" else talk.role
@@ -239,8 +240,6 @@ def evaluate(
     set_: SetOption = None,
 ) -> None:
     """Score a model on a file: accuracy by class, confusion, exact match, perplexity; a run beside its start."""
-    from dataclasses import asdict
-
     if harness is None and (tasks_in is not None or limit is not None):
         raise UserError(f"{'--limit' if tasks_in is None else '--tasks-in'}: goes with --harness TASKS.")
     if harness is not None and data is not None:
@@ -269,17 +268,23 @@ def evaluate(
 
     scores = scored(by)
     if as_json:
-        numbers = {name: asdict(one) | {"perplexity": one.perplexity} for name, one in scores.items()}
-        out.print_json(json.dumps(numbers))
+        out.print_json(json.dumps({name: _numbers(one) for name, one in scores.items()}))
         return
     _print_scores(scores)
+
+
+def _numbers(scores: Scores) -> dict[str, Any]:
+    """All that there is of scores, for a program to read."""
+    from dataclasses import asdict
+
+    return asdict(scores) | {"perplexity": scores.perplexity}
 
 
 def _evaluate_leaving(
     bench: Workbench, leaving: str, data: str | None, set_: Sequence[str] | None, *, as_json: bool
 ) -> None:
     """Scores of a model, and without the experts of owners, one at a time."""
-    from dataclasses import asdict, replace
+    from dataclasses import replace
 
     from fedalign.client.leaving import by_leaving
     from fedalign.inference.scores import score
@@ -291,8 +296,8 @@ def _evaluate_leaving(
     scores = dict(by_leaving(bench.moe, names, lambda moe: score(replace(bench, moe=moe), examples)))
     whole = scores.pop(None)
     if as_json:
-        without = {name: asdict(one) for name, one in scores.items()}
-        out.print_json(json.dumps({"whole": asdict(whole), "without": without}))
+        without = {name: _numbers(one) for name, one in scores.items()}
+        out.print_json(json.dumps({"whole": _numbers(whole), "without": without}))
         return
     _print_leaving(whole, {str(name): one for name, one in scores.items()})
 

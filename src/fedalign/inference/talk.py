@@ -28,7 +28,10 @@ def check_classes(data: DataConfig) -> None:
         UserError: data.labels is empty.
     """
     if FORMATS[data.kind].classes and not data.labels:
-        raise UserError("data.labels = []: which classes there are is not known. Give --set data.labels='[...]'.")
+        raise UserError(
+            "data.labels = []: which classes there are is not known. Give --set data.labels='[...]', or what the model "
+            "was tuned for, as --set data.kind=chat."
+        )
 
 
 @dataclass(frozen=True)
