@@ -431,8 +431,8 @@ class Plan:
     stretch or turn an update and never enter the normaliser. Zero weight: the group is never uploaded.
 
     A stream is a second sum over the same updates, which travel once: Σ_c stream · Δ of those of weight that arrived,
-    as they are. Of these sums, and of how many updates of each group are in them, `then` makes the state of the next
-    round, in place of `state`.
+    as they are, but for what `server.robust` cuts off. Of these sums, and of how many updates of each group are in
+    them, `then` makes the state of the next round, in place of `state`.
 
     With `centred`, each client's update of a softmax router has its mean over experts taken off before it is summed:
     one vector added to all rows changes no routing, but weighted row by row it would become noise [O].
