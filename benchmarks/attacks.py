@@ -388,7 +388,10 @@ class Bench:
             answer = {"accuracy": end.history[-1]["accuracy"]}
             if attack.trigger:
                 answer["success"] = self._success(bench, end.weights)
-            answer["failures"] = sum(len(past.get("failures", ())) for past in end.history)
+            failures = [failure for past in end.history for failure in past.get("failures", ())]
+            answer["failures"] = len(failures)
+            if failures:
+                answer["reasons"] = sorted({f"{failure['client']}: {failure['reason']}" for failure in failures})
         except UserError as error:
             answer = {"accuracy": None, "ended": str(error)}
         finally:

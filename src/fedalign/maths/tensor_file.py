@@ -6,7 +6,6 @@ import json
 import math
 import mmap
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -89,14 +88,12 @@ def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Parts of one tensor that do not overlap take no memory anew.
     """
-    found, taken = dict[str, Tensor](), defaultdict[int, list[Range]](list)
-    for name, tensor in tensors.items():
-        whole = tensor.contiguous()
-        start = whole.data_ptr()
-        others = taken[whole.untyped_storage().data_ptr()]
-        overlaps = any(first < start + whole.nbytes and start < last for first, last in others)
-        others.append((start, start + whole.nbytes))
-        found[name] = whole.clone() if overlaps else whole
+    found, end = {name: tensor.contiguous() for name, tensor in tensors.items()}, 0
+    for name, tensor in sorted(found.items(), key=lambda one: one[1].data_ptr()):
+        start = tensor.data_ptr()
+        if start < end:
+            found[name] = tensor.clone()
+        end = max(end, start + tensor.nbytes)
     return found
 
 
