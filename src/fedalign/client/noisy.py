@@ -44,6 +44,8 @@ class PrivateFit(LocalFit):
     terms: Terms
     secret: Secret
     clip: float
+    every: Sequence[Sequence[Encoded]]
+    equal_lengths: bool
 
     def agree(self, terms: Terms, secret: Secret, clip: float) -> None:
         """Take the terms of the round.
@@ -58,6 +60,7 @@ class PrivateFit(LocalFit):
                 raise UserError(f"{name}: its batch statistics couple examples, which [privacy] cannot have.")
         self.terms, self.secret, self.clip = terms, secret, clip
         self.every = by_example(self.client.train)
+        self.equal_lengths = self.moe.equal_lengths  # looked up once: it walks all modules
         self.autocast = make_autocast(self.moe.device, self.options.precision)
 
     def run(self) -> None:
@@ -127,8 +130,8 @@ class PrivateFit(LocalFit):
             loss.backward()
 
     def _parts(self, example: Sequence[Encoded]) -> Iterator[Batch]:
-        options, equal = self.options, self.moe.equal_lengths
-        return batches(example, options.batch_tokens, options.batch_examples, equal_lengths=equal)
+        options = self.options
+        return batches(example, options.batch_tokens, options.batch_examples, equal_lengths=self.equal_lengths)
 
     def _add_noise(self, sums: Sequence[Tensor], step: int) -> None:
         for number, total in enumerate(sums):
