@@ -1,15 +1,16 @@
 """The price of noise: accuracy at epsilon 2, 8 and without noise, tuned whole and by LoRA; and an audit of the claim.
 
     python benchmarks/private.py --minutes 30               # goes on where benchmarks/results/private.jsonl stops
-    python benchmarks/private.py --data DIR --minutes 60    # the same on train.jsonl and test.jsonl with clients
+    python benchmarks/private.py --data DIR --model BASE    # the same on train.jsonl and test.jsonl with clients
     python benchmarks/private.py --audit                    # canaries in one client's update, epsilon 1 and 2
     python benchmarks/private.py --table                    # writes the tables into docs/noise.md
 
 **Accuracy.** FedAvg on the demo's model and texts: ten clients, Dirichlet 1.0, five rounds, each example seen once a
 round. All cells have the same settings, among them learning rates that nobody tuned. With DIR a client is what the
-column `client` says, as `benchmarks/evidence/data.py` writes CLINC150 by domain, and a label a class. Each cell is one
-run, a line of private.jsonl; seed 0 of all comes first. Its processor time is that of the run's process and of those
-that it starts, of all rounds, loading and tests included; runs from before this was kept have none.
+column `client` says, as `benchmarks/evidence/data.py` writes CLINC150 by domain, and a label a class; BASE is the
+model, such as the one that `benchmarks/evidence/start.py` makes. Each cell is one run, a line of private.jsonl; seed 0
+of all comes first. Its processor time is that of the run's process and of those that it starts, of all rounds, loading
+and tests included; runs from before this was kept have none.
 
 **Audit in one run** (Steinke et al. 2023, arXiv 2305.08924): who sees the update guesses which of 240 canaries were
 trained on. Each is a text of one token that no other text has, so that token's row is its own: the easiest thing to
@@ -77,6 +78,7 @@ class Cell:
     kind: str
     epsilon: float | None
     seed: int
+    model: str = "demo"  # or the name of a folder
 
     @property
     def key(self) -> dict[str, Any]:
@@ -84,29 +86,29 @@ class Cell:
         return {**asdict(self), "learning_rate": RATES[self.kind], "revision": REVISION}
 
 
-def cells(data: str) -> Iterator[Cell]:
+def cells(data: str, model: str) -> Iterator[Cell]:
     """All of them, a seed after another."""
     for seed in range(SEEDS):
         for kind in reversed(RATES):
             for epsilon in EPSILONS:
-                yield Cell(data, kind, epsilon, seed)
+                yield Cell(data, kind, epsilon, seed, model)
 
 
-def settings(cell: Cell, data: Path | None) -> list[str]:
+def settings(cell: Cell, data: Path | None, model: Path | None) -> list[str]:
     """Of the run, for `--set`."""
     noise = [] if cell.epsilon is None else [f"privacy.epsilon={cell.epsilon}", "privacy.seed=0"]
-    own = []
+    own = [] if model is None else [f"model.path={model}"]
     if data is not None:
-        own = [f"data.train={data / 'train.jsonl'}", f"data.test={data / 'test.jsonl'}", "clients.partition=natural"]
+        own += [f"data.train={data / 'train.jsonl'}", f"data.test={data / 'test.jsonl'}", "clients.partition=natural"]
     more = [f"tuning.kind={cell.kind}", f"training.learning_rate={RATES[cell.kind]}", f"run.seed={cell.seed}"]
     return [*SETTINGS, *own, *more, *noise]
 
 
-def run(cell: Cell, data: Path | None) -> dict[str, Any]:
+def run(cell: Cell, data: Path | None, model: Path | None) -> dict[str, Any]:
     """A whole run: accuracy before and after, and what it cost."""
     started, worked = time.perf_counter(), processor_seconds()
     with tempfile.TemporaryDirectory(prefix="fedalign-private-") as folder:
-        made = fedalign.run("demo", overrides=settings(cell, data), out=Path(folder) / "run", progress=False)
+        made = fedalign.run("demo", overrides=settings(cell, data, model), out=Path(folder) / "run", progress=False)
         first, last = made.history[0], made.history[-1]
     found = {"before": first["accuracy"], "accuracy": last["accuracy"], "rows": last["test_examples"]}
     if cell.epsilon is not None:
@@ -227,8 +229,8 @@ BEGIN, END = "<!-- written by benchmarks/private.py -->", "<!-- until here -->"
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """All stored lines."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """All stored lines; the first of them do not name the model, which was the demo's."""
+    return [{"model": "demo"} | json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def found(lines: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -245,23 +247,28 @@ def write_table(lines: Sequence[Mapping[str, Any]]) -> None:
 
 def tables(lines: Sequence[Mapping[str, Any]]) -> str:
     """Accuracy and processor time by data, way of tuning and epsilon; audits; what was not run; the machine."""
-    names = dict.fromkeys(["demo", *sorted({line["data"] for line in lines if "data" in line})])
-    rows = ["| data | tuned | before | no noise | epsilon 8 | epsilon 2 |", "| --- | --- | --: | --: | --: | --: |"]
+    there = {(line["data"], line["model"]) for line in lines if "data" in line}
+    names = dict.fromkeys([("demo", "demo"), *sorted(there)])
+    rows = [
+        "| data | model | tuned | before | no noise | epsilon 8 | epsilon 2 |",
+        "| --- | --- | --- | --: | --: | --: | --: |",
+    ]
     times = [
         "",
-        "| data | tuned | processor seconds, no noise | epsilon 8 | epsilon 2 |",
-        "| --- | --- | --: | --: | --: |",
+        "| data | model | tuned | processor seconds, no noise | epsilon 8 | epsilon 2 |",
+        "| --- | --- | --- | --: | --: | --: |",
     ]
     missing = 0
-    for name in names:
+    for name, model in names:
         for kind in RATES:
-            kept = [(cell, found(lines, cell.key)) for cell in cells(name) if cell.kind == kind]
+            kept = [(cell, found(lines, cell.key)) for cell in cells(name, model) if cell.kind == kind]
             missing += sum(line is None for _, line in kept)
             before = [line["before"] for _, line in kept if line]
             mine = [[line["accuracy"] for c, line in kept if line and c.epsilon == e] for e in EPSILONS]
-            rows.append(f"| {name} | {kind} | {' | '.join(percent(column) for column in [before[:1], *mine])} |")
+            told = " | ".join(percent(column) for column in [before[:1], *mine])
+            rows.append(f"| {name} | {model} | {kind} | {told} |")
             spent = [[line.get("cpu_seconds") for c, line in kept if line and c.epsilon == e] for e in EPSILONS]
-            times.append(f"| {name} | {kind} | {' | '.join(map(processor, spent))} |")
+            times.append(f"| {name} | {model} | {kind} | {' | '.join(map(processor, spent))} |")
     rows += times
     audits = [line for line in lines if "audit" in line and line["revision"] == REVISION]
     for line in audits:
@@ -305,6 +312,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of private.jsonl")
     parser.add_argument("--minutes", type=float, default=30, help="after which no further run is begun")
     parser.add_argument("--data", type=Path, metavar="DIR", help="in place of the demo's texts")
+    parser.add_argument("--model", type=Path, metavar="BASE", help="in place of the demo's model")
     parser.add_argument("--audit", action="store_true", help="the audit, in place of accuracy")
     parser.add_argument("--table", action="store_true", help="write what there is into docs/noise.md, and end")
     args = parser.parse_args()
@@ -326,11 +334,11 @@ def main() -> None:
             if found(read(file), {"audit": epsilon, "noise": noise, "revision": REVISION}) is None:
                 keep(audit_of_demo(epsilon, noise))
         return
-    for cell in cells(args.data.name if args.data else "demo"):
+    for cell in cells(*(folder.name if folder else "demo" for folder in (args.data, args.model))):
         if time.monotonic() > end:
             break
         if found(read(file), cell.key) is None:
-            keep(cell.key | run(cell, args.data))
+            keep(cell.key | run(cell, args.data, args.model))
 
 
 if __name__ == "__main__":
