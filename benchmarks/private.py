@@ -1,16 +1,16 @@
 """The price of noise: accuracy at epsilon 2, 8 and without noise, tuned whole and by LoRA; and an audit of the claim.
 
     python benchmarks/private.py --minutes 30               # goes on where benchmarks/results/private.jsonl stops
-    python benchmarks/private.py --data DIR --model BASE    # the same on train.jsonl and test.jsonl with clients
+    python benchmarks/private.py --data DIR --model BASE --rounds 15 --rates 1e-2 2e-3    # of data of one's own
     python benchmarks/private.py --audit                    # canaries in one client's update, epsilon 1 and 2
     python benchmarks/private.py --table                    # writes the tables into docs/noise.md
 
 **Accuracy.** FedAvg on the demo's model and texts: ten clients, Dirichlet 1.0, five rounds, each example seen once a
-round. All cells have the same settings, among them learning rates that nobody tuned. With DIR a client is what the
-column `client` says, as `benchmarks/evidence/data.py` writes CLINC150 by domain, and a label a class; BASE is the
-model, such as the one that `benchmarks/evidence/start.py` makes. Each cell is one run, a line of private.jsonl; seed 0
-of all comes first. Its processor time is that of the run's process and of those that it starts, of all rounds, loading
-and tests included; runs from before this was kept have none.
+round. With or without noise the settings are the same, among them learning rates that nobody tuned. DIR has train.jsonl
+and test.jsonl; a client is what the column `client` says, as `benchmarks/evidence/data.py` writes CLINC150 by domain,
+and a label a class; BASE is the model, such as the one that `benchmarks/evidence/start.py` makes. Each cell is one run,
+a line of private.jsonl; seed 0 of all comes first. Its processor time is that of the run's process and of those that it
+starts, of all rounds, loading and tests included; runs from before this was kept have none.
 
 **Audit in one run** (Steinke et al. 2023, arXiv 2305.08924): who sees the update guesses which of 240 canaries were
 trained on. Each is a text of one token that no other text has, so that token's row is its own: the easiest thing to
@@ -29,7 +29,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -56,7 +56,7 @@ from watching import machine
 
 REVISION = 2  # goes up when what a cell means changes
 SEEDS = 3
-RATES = {"full": 2e-3, "lora": 2e-3}
+KINDS = ("lora", "full")
 EPSILONS = (None, 8.0, 2.0)
 SETTINGS = [
     "algorithm.name=fedavg",
@@ -64,34 +64,50 @@ SETTINGS = [
     "clients.held_out=0",  # with noise none is: all cells train on the same rows
     "training.batch_examples=64",
     "evaluation.clients=false",
-    "evaluation.every=5",
     "tracking.health=off",
     "run.check=false",
 ]
 
 
 @dataclass(frozen=True)
+class Study:
+    """What all cells of a table's row have in common; by default, that of the demo."""
+
+    data: str = "demo"  # or the name of a folder
+    model: str = "demo"
+    rounds: int = 5
+    kind: str = KINDS[0]
+    learning_rate: float = 2e-3
+
+    def cells(self) -> Iterator[Cell]:
+        """All of them, a seed after another."""
+        for seed in range(SEEDS):
+            for epsilon in EPSILONS:
+                yield Cell(self, epsilon, seed)
+
+
+@dataclass(frozen=True)
 class Cell:
     """One run."""
 
-    data: str  # "demo", or the name of a folder
-    kind: str
+    study: Study
     epsilon: float | None
     seed: int
-    model: str = "demo"  # or the name of a folder
 
     @property
     def key(self) -> dict[str, Any]:
         """What a stored cell must share with this one to count."""
-        return {**asdict(self), "learning_rate": RATES[self.kind], "revision": REVISION}
+        return {**asdict(self.study), "epsilon": self.epsilon, "seed": self.seed, "revision": REVISION}
 
 
-def cells(data: str, model: str) -> Iterator[Cell]:
-    """All of them, a seed after another."""
-    for seed in range(SEEDS):
-        for kind in reversed(RATES):
-            for epsilon in EPSILONS:
-                yield Cell(data, kind, epsilon, seed, model)
+def study_of(line: Mapping[str, Any]) -> Study:
+    """That a stored cell belongs to."""
+    return Study(**{field.name: line[field.name] for field in fields(Study)})
+
+
+def cells(studies: Sequence[Study]) -> list[Cell]:
+    """Those of all, a seed after another."""
+    return sorted((cell for study in studies for cell in study.cells()), key=lambda cell: cell.seed)
 
 
 def settings(cell: Cell, data: Path | None, model: Path | None) -> list[str]:
@@ -100,8 +116,9 @@ def settings(cell: Cell, data: Path | None, model: Path | None) -> list[str]:
     own = [] if model is None else [f"model.path={model}"]
     if data is not None:
         own += [f"data.train={data / 'train.jsonl'}", f"data.test={data / 'test.jsonl'}", "clients.partition=natural"]
-    more = [f"tuning.kind={cell.kind}", f"training.learning_rate={RATES[cell.kind]}", f"run.seed={cell.seed}"]
-    return [*SETTINGS, *own, *more, *noise]
+    study = cell.study
+    more = [f"tuning.kind={study.kind}", f"training.learning_rate={study.learning_rate}", f"run.seed={cell.seed}"]
+    return [*SETTINGS, f"run.rounds={study.rounds}", f"evaluation.every={study.rounds}", *own, *more, *noise]
 
 
 def run(cell: Cell, data: Path | None, model: Path | None) -> dict[str, Any]:
@@ -229,8 +246,9 @@ BEGIN, END = "<!-- written by benchmarks/private.py -->", "<!-- until here -->"
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """All stored lines; the first of them do not name the model, which was the demo's."""
-    return [{"model": "demo"} | json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """All stored lines; the first do not name what was the demo's then."""
+    then = {"model": "demo", "rounds": 5}
+    return [then | json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def found(lines: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -247,28 +265,21 @@ def write_table(lines: Sequence[Mapping[str, Any]]) -> None:
 
 def tables(lines: Sequence[Mapping[str, Any]]) -> str:
     """Accuracy and processor time by data, way of tuning and epsilon; audits; what was not run; the machine."""
-    there = {(line["data"], line["model"]) for line in lines if "data" in line}
-    names = dict.fromkeys([("demo", "demo"), *sorted(there)])
-    rows = [
-        "| data | model | tuned | before | no noise | epsilon 8 | epsilon 2 |",
-        "| --- | --- | --- | --: | --: | --: | --: |",
-    ]
-    times = [
-        "",
-        "| data | model | tuned | processor seconds, no noise | epsilon 8 | epsilon 2 |",
-        "| --- | --- | --- | --: | --: | --: |",
-    ]
+    default = [Study(kind=kind) for kind in KINDS]
+    studies = dict.fromkeys([*default, *(study_of(line) for line in lines if "data" in line)])
+    head = "| data | model | rounds | tuned | rate |"
+    rows = [f"{head} before | no noise | epsilon 8 | epsilon 2 |", f"| --- | --- | --: | --- {'| --: ' * 5}|"]
+    times = ["", f"{head} processor seconds, no noise | epsilon 8 | epsilon 2 |", rows[1].removesuffix(" --: |")]
     missing = 0
-    for name, model in names:
-        for kind in RATES:
-            kept = [(cell, found(lines, cell.key)) for cell in cells(name, model) if cell.kind == kind]
-            missing += sum(line is None for _, line in kept)
-            before = [line["before"] for _, line in kept if line]
-            mine = [[line["accuracy"] for c, line in kept if line and c.epsilon == e] for e in EPSILONS]
-            told = " | ".join(percent(column) for column in [before[:1], *mine])
-            rows.append(f"| {name} | {model} | {kind} | {told} |")
-            spent = [[line.get("cpu_seconds") for c, line in kept if line and c.epsilon == e] for e in EPSILONS]
-            times.append(f"| {name} | {model} | {kind} | {' | '.join(map(processor, spent))} |")
+    for study in studies:
+        kept = [(cell, found(lines, cell.key)) for cell in study.cells()]
+        missing += sum(line is None for _, line in kept)
+        before = [line["before"] for _, line in kept if line]
+        mine = [[line["accuracy"] for c, line in kept if line and c.epsilon == e] for e in EPSILONS]
+        spent = [[line.get("cpu_seconds") for c, line in kept if line and c.epsilon == e] for e in EPSILONS]
+        named = f"| {study.data} | {study.model} | {study.rounds} | {study.kind} | {study.learning_rate:g} |"
+        rows.append(f"{named} {' | '.join(percent(column) for column in [before[:1], *mine])} |")
+        times.append(f"{named} {' | '.join(map(processor, spent))} |")
     rows += times
     audits = [line for line in lines if "audit" in line and line["revision"] == REVISION]
     for line in audits:
@@ -279,7 +290,7 @@ def tables(lines: Sequence[Mapping[str, Any]]) -> str:
             f"{line['claimed']:.2f}, refuted up to {line['refuted']:.2f}, which {said}."
         )
     machines = sorted({line["machine"] for line in lines if "machine" in line})
-    told = [f"Not run: {missing} of {len(names) * len(RATES) * len(EPSILONS) * SEEDS} runs.", ""] if missing else []
+    told = [f"Not run: {missing} of {len(studies) * len(EPSILONS) * SEEDS} runs.", ""] if missing else []
     return "\n".join([*rows, "", *told, *(f"Run on: {one}." for one in machines), ""])
 
 
@@ -313,6 +324,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30, help="after which no further run is begun")
     parser.add_argument("--data", type=Path, metavar="DIR", help="in place of the demo's texts")
     parser.add_argument("--model", type=Path, metavar="BASE", help="in place of the demo's model")
+    parser.add_argument("--rounds", type=int, default=5, help="of each run")
+    parser.add_argument("--rates", type=float, nargs=2, default=(2e-3, 2e-3), metavar=("LORA", "FULL"))
     parser.add_argument("--audit", action="store_true", help="the audit, in place of accuracy")
     parser.add_argument("--table", action="store_true", help="write what there is into docs/noise.md, and end")
     args = parser.parse_args()
@@ -334,7 +347,8 @@ def main() -> None:
             if found(read(file), {"audit": epsilon, "noise": noise, "revision": REVISION}) is None:
                 keep(audit_of_demo(epsilon, noise))
         return
-    for cell in cells(*(folder.name if folder else "demo" for folder in (args.data, args.model))):
+    data, model = (folder.name if folder else "demo" for folder in (args.data, args.model))
+    for cell in cells([Study(data, model, args.rounds, *each) for each in zip(KINDS, args.rates, strict=True)]):
         if time.monotonic() > end:
             break
         if found(read(file), cell.key) is None:
