@@ -137,7 +137,7 @@ def _quadratic(table_E_C_C: Tensor, vector_E_C_1: Tensor) -> Tensor:
 
 
 def bimodality(similarity_E_C_C: Tensor, held_C_E: Tensor) -> Tensor:
-    """Sarle's bimodality coefficient of S over the pairs of holders: (skewness² + 1) / kurtosis, in [0, 1] [O].
+    """Sarle's bimodality coefficient [O] of S over the pairs of holders: (skewness² + 1) / kurtosis, in [0, 1].
 
     Above 5/9, that of a uniform distribution, the holders likely use the expert in two roles: averages serve neither.
 
