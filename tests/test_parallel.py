@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -59,9 +60,21 @@ class Shared:
     printed: str
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Shared:
-    place = tmp_path_factory.mktemp("parallel")
+    """Made once, by whichever of pytest's own processes comes first."""
+    several = "PYTEST_XDIST_WORKER" in os.environ
+    place = tmp_path_factory.getbasetemp().parent / "parallel" if several else tmp_path_factory.mktemp("parallel")
+    with FileLock(f"{place}.lock"):
+        printed = place / "printed.txt"
+        if not printed.exists():
+            place.mkdir(exist_ok=True)
+            printed.write_text(_make_shared(place, settings), encoding="utf-8")
+        return Shared(place / "two", place / "one", printed.read_text(encoding="utf-8"))
+
+
+def _make_shared(place: Path, settings: list[str]) -> str:
+    """What the two processes print."""
     two, one = place / "two", place / "one"
     sets = [word for value in (*settings, "training.keep_optimizer=true") for word in ("--set", value)]
     run = ["run", os.devnull, *sets, "--set", "run.rounds=2", "--out"]
@@ -79,7 +92,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Sha
     for name, more in ROUNDS.items():
         one_client(name.split(",")[0], one / name, *more)
     app([*run, str(one / "whole")], standalone_mode=False)
-    return Shared(two, one, printed)
+    return printed
 
 
 def _in_two_processes(*program: str) -> str:

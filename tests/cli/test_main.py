@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from fedalign import __version__, files
+from fedalign.cli.main import app
 from fedalign.cli.run import asked
 from fedalign.client.memory import ClientData
 from fedalign.client.trainer import Trainer
@@ -286,12 +288,18 @@ def test_an_exploding_run_stops_clearly(fedalign: Command, settings: list[str], 
 # ------------------------------------------------------------------------------- two processes, signals, full disks
 
 
-@pytest.fixture
-def begun(fedalign: Command, settings: list[str], tmp_path: Path) -> Path:
-    """The folder of a run of one round."""
-    out = tmp_path / "run"
-    assert fedalign("run", "--out", str(out), *sets(settings, "run.rounds=1"))[0] == 0
+@pytest.fixture(scope="module")
+def made(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one round, which no test may change."""
+    out = tmp_path_factory.mktemp("made") / "run"
+    app(["run", "--out", str(out), *sets(settings, "run.rounds=1")], standalone_mode=False)
     return out
+
+
+@pytest.fixture
+def begun(made: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(made, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("engine", ["in_process", "simulation", "flower"])

@@ -1,5 +1,6 @@
 """One client step on a tiny model of every family: it changes what it should, and reports what happened."""
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from fedalign.client.evaluation import TestSet
 from fedalign.client.fit import LocalFit, grouped, make_autocast, make_optimizer, make_schedule
 from fedalign.client.forward import answer_logits
 from fedalign.client.memory import ClientData, ClientMemory, Kept
+from fedalign.client.spent import Privacy, PrivacyLedger
 from fedalign.client.trainer import Trainer
 from fedalign.config.run import ClientLimits, Config, TrainingConfig
 from fedalign.config.toml import load_config
@@ -130,12 +132,31 @@ def test_a_penalty_that_is_no_number_is_told(penalty: Any, told: str, tmp_path: 
         Trainer(step.moe, None, Long(), step.config).train(client(tmp_path), broadcast(step.moe))
 
 
+@pytest.mark.parametrize("noise", [False, True])
+def test_a_penalty_that_is_not_finite_is_not_told_as_a_rate(noise: bool, tmp_path: Path) -> None:
+    class Lost(FedAvg):
+        def penalty(self, step: Step) -> Any:
+            return step.drift() * math.nan
+
+    settings = ["privacy.noise_multiplier=1", "evaluation.clients=false"] if noise else []
+    step, data = trainer("olmoe", "algorithm.name=fedavg", *settings), client(tmp_path)
+    if noise:
+        privacy = Privacy(step.config, PrivacyLedger(tmp_path / "ledger"), "here", tmp_path, "c")
+        data = replace(data, privacy=privacy)
+    with pytest.raises(TrainingFailedError, match=r"^the penalty of fedavg is nan at step 1$"):
+        Trainer(step.moe, None, Lost(), step.config).train(data, broadcast(step.moe))
+
+
 BAD_BEGINNINGS: dict[str, tuple[Callable[[LocalRound], object], str]] = {
     "start": (lambda local: local.start.update({SHARED: torch.zeros(3)}), r"`begin` left local\.start: .*3"),
     "none": (lambda local: local.start.pop(SHARED), r"its `begin` leaves no local\.start\[shared\]\."),
     "shift": (
         lambda local: setattr(local, "shift", {SHARED: torch.zeros(3)}),
         r"local\.shift\[shared\] of shape \[3\]",
+    ),
+    "lost": (
+        lambda local: setattr(local, "shift", {SHARED: torch.full_like(local.start[SHARED], math.nan)}),
+        r"local\.shift\[shared\] with a value that is not finite",
     ),
 }
 

@@ -28,7 +28,7 @@ from fedalign.errors import TrainingFailedError, UserError, within
 from fedalign.maths.hashing import derive_seed
 from fedalign.moe.groups import Slot
 from fedalign.moe.model import MoEModel
-from fedalign.moe.probe import Captured, RoutingProbe, RoutingStatistics, balancing_loss, idle_experts
+from fedalign.moe.probe import RoutingProbe, RoutingStatistics, balancing_loss, idle_experts
 from fedalign.protocol import Algorithm, LocalRound, ParameterGroup, Step, Weights
 
 BATCHES_TO_CHOOSE = 8  # that a client reads before it says which experts it trains
@@ -182,10 +182,15 @@ class LocalFit:
                 nll_sum = (answer if self.correction is None else self.correction(answer)).nll_N.sum()
             share = batch.answer_tokens / answer_tokens
             loss = nll_sum / answer_tokens
-            for extra in self._penalties(captured):
-                loss = loss + share * extra
+            penalty = self._penalty(Step(captured.routing, self._drift, self.state, self.prob_L_E))
+            if penalty is not None:
+                loss = loss + share * penalty
+            if self.options.balance_coefficient:
+                balance = self.options.balance_coefficient * balancing_loss(captured.routing, self.moe.experts)
+                loss = loss + share * balance
             loss.backward()
-            self._nll_sum += self._finite(parallel.total(nll_sum))
+            self._nll_sum += self._finite(nll_sum, f"its loss is {{}} at step {{}}; {REMEDY}")
+            self._look_at(penalty)  # after the loss: weights that are lost spoil both
             self._answer_tokens += batch.answer_tokens
             idle = idle_experts(captured)
             idle_L_E = idle if idle_L_E is None else idle_L_E & idle
@@ -209,18 +214,16 @@ class LocalFit:
                 parameter.copy_(master)
         self.steps += 1
 
-    def _finite(self, nll_sum: Tensor) -> float:
-        value = float(nll_sum.detach())
-        if not math.isfinite(value):
-            raise TrainingFailedError(f"its loss is {value} at step {self.steps + 1}; {REMEDY}")
-        return value
-
-    def _penalties(self, captured: Captured) -> Iterator[Tensor]:
-        penalty = self._penalty(Step(captured.routing, self._drift, self.state, self.prob_L_E))
+    def _look_at(self, penalty: Tensor | None) -> None:
         if penalty is not None:
-            yield penalty
-        if self.options.balance_coefficient:
-            yield self.options.balance_coefficient * balancing_loss(captured.routing, self.moe.experts)
+            self._finite(penalty, f"the penalty of {self.name} is {{}} at step {{}}")
+
+    def _finite(self, number: Tensor, told: str) -> float:
+        """The sum over processes, so that all of them go on or none does."""
+        value = float(parallel.total(number.detach()))
+        if not math.isfinite(value):
+            raise TrainingFailedError(told.format(value, self.steps + 1))
+        return value
 
     def _penalty(self, step: Step) -> Tensor | None:
         """The algorithm's own, which is one number."""

@@ -96,6 +96,7 @@ class PrivateFit(LocalFit):
         self._clear()
         # without any routing to look at, it is of the weights alone and needs no noise
         penalty = self._penalty(Step((), self._drift, self.state, None))
+        self._look_at(penalty)
         if penalty is not None:
             penalty.backward()
         for parameter, stepped, total in zip(self.parameters, self.stepped, sums, strict=True):

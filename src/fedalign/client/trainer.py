@@ -197,6 +197,8 @@ class Trainer:
                 raise UserError(
                     f"{told} local.shift[{group}] of shape {list(shift.shape)}, not [{sizes.get(group, 0)}]."
                 )
+            if not bool(shift.isfinite().all()):
+                raise UserError(f"{told} local.shift[{group}] with a value that is not finite.")
 
     def _kept(self, local: LocalRound, client: str, update: Mapping[ParameterGroup, Tensor]) -> Mapping[str, Tensor]:
         """Tensors that the algorithm keeps for the client's next round."""
