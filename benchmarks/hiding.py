@@ -159,7 +159,7 @@ class Lab:
         once = Once(SITE, "hiding", 3, MOST_CLIENTS)
         masks = Masks(SITE, once.run, private[SITE], 3)
         masks.meet({name: public_key(private[name]) for name in PEERS})
-        terms = Terms(self.layout, Shares(), 3, {LOSS} if self.epsilon is None else set(), seed=0)
+        terms = Terms(self.layout, Shares(), 3, {LOSS} if self.epsilon is None else set(), seed=0, settings="")
         site = Held(SITE, ClientMemory(self.folder), terms, masks, once)
         site.update = self.split(flat)
         site.count(report, "broadcast", (SITE, *PEERS))

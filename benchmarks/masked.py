@@ -67,7 +67,7 @@ def layout_of(values: int) -> Layout:
 def site_of(layout: Layout, peers: int) -> tuple[Site, tuple[str, ...]]:
     """A client with an update, and the names of all."""
     among = tuple(f"site-{number:03}" for number in range(peers + 1))
-    terms = Terms(layout, Shares(), 3, {LOSS}, seed=0)
+    terms = Terms(layout, Shares(), 3, {LOSS}, seed=0, settings="")
     once = Once(among[0], "benchmark", 3, MOST_CLIENTS)
     site = Site(among[0], ClientMemory(Path()), terms, Masks(among[0], once.run, once.key, 3), once)
     site.masks.meet({name: public_key(fresh_key()) for name in among[1:]})

@@ -60,7 +60,7 @@ from fedalign.maths import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-PROTOCOL = 10  # of these messages; sites that speak another are refused
+PROTOCOL = 11  # of these messages; sites that speak another are refused
 Kind = Literal["shared", "embeddings", "head", "gate", "expert"]
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus", "unknown"]
 WireDtype = Literal["float32", "bfloat16", "int8", "int4"]

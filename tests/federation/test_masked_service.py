@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from fedalign.client.log import SiteLog
 from fedalign.client.open import open_site
 from fedalign.config.run import Config
+from fedalign.config.settled import sha256_of
 from fedalign.config.site import SiteFolder
 from fedalign.config.toml import load_config
 from fedalign.errors import UserError
@@ -45,7 +46,7 @@ from fedalign.protocol import (
     Recount,
     Sum,
 )
-from tests.conftest import changed, make_site
+from tests.conftest import changed, make_site, site_toml
 from tests.federation.test_messages import travel
 
 NOTHING = Parcel({"protocol": PROTOCOL, "kind": "nothing"}, {})
@@ -448,3 +449,26 @@ def test_a_site_does_not_tell_whom_it_knows(ward: SiteFolder, config: Config, pe
     reason = fails(ward, config, "train", broadcast(config, keys_of(ward, config, peers)))
     assert "its node key is not among those that are known here" in reason
     assert "secret-partner" not in reason
+
+
+@pytest.mark.parametrize("lie", ["", "learning_rate"])
+def test_who_trains_by_another_configuration_has_masks_that_do_not_cancel(
+    lie: str, config: Config, texts: Path, olmoe: Path, tmp_path: Path
+) -> None:
+    """A coordinator that lets the others learn nothing would read one site's update off the sum."""
+    told = dict.fromkeys("abc", config) | ({"b": changed(config, "training", learning_rate=1e-30)} if lie else {})
+    sites = dict[str, SiteFolder]()
+    for name in told:
+        (tmp_path / name).mkdir()
+        sites[name] = make_site(tmp_path / name, site_toml(name, texts / "train.jsonl", olmoe))
+    keys = {name: ask(sites[name], told[name], "hello").mask_key for name in told}
+    counts = [ask(sites[name], told[name], "train", broadcast(told[name], keys)).residues[EXAMPLES] for name in told]
+    total = int(torch.stack(counts).sum())
+    assert (0 < total < 1 << 40) == (not lie)  # else any number of 64 bits
+
+
+def test_masks_depend_on_all_that_may_not_change_in_a_run(config: Config) -> None:
+    assert sha256_of(config) == sha256_of(changed(config, "run", rounds=99, workers=2))
+    assert sha256_of(config) == sha256_of(changed(config, "wire", piece_mb=1))
+    for section, other in (("training", {"epochs": 7}), ("data", {"max_train": 3}), ("statistics", {"min_tokens": 9})):
+        assert sha256_of(config) != sha256_of(changed(config, section, **other))

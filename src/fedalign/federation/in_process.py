@@ -17,6 +17,7 @@ from fedalign.client.memory import ClientData, ClientMemory
 from fedalign.client.trainer import Trainer
 from fedalign.client.workbench import Workbench
 from fedalign.config.run import Config
+from fedalign.config.settled import sha256_of
 from fedalign.data.batches import Batch
 from fedalign.data.deal import split_among_clients
 from fedalign.data.encode import Encoded
@@ -136,6 +137,7 @@ class MaskedInProcess(InProcess):
             config.privacy.masked_min_holders,
             config.tells,
             config.run.seed,
+            sha256_of(config),
         )
         run = secrets.token_hex(16)
         self.sites = dict[str, MaskedSite]()

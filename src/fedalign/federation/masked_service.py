@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedalign.client.memory import CONCEALED
 from fedalign.config.run import Config
+from fedalign.config.settled import sha256_of
 from fedalign.errors import TrainingFailedError
 from fedalign.federation.masked_site import MaskedSite, Terms, seen_of
 from fedalign.federation.masks import Masks, Once, public_key, signed, verify
@@ -185,7 +186,8 @@ class MaskedService(Service):
         """
         config, shares = self.masking.config, self.masking.config.algorithm.build().shares
         assert shares is not None  # the configuration was refused else
-        terms = Terms(self._layout(), shares, config.privacy.masked_min_holders, config.tells, config.run.seed)
+        least, settings = config.privacy.masked_min_holders, sha256_of(config)
+        terms = Terms(self._layout(), shares, least, config.tells, config.run.seed, settings)
         with self._locked():
             once = self._once()
             masks = Masks(self.name, self.masking.run, once.key, terms.least)

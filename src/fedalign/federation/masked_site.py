@@ -61,13 +61,14 @@ class Terms:
     least: int  # clients of a sum, and holders of a part that has weights of its own
     tells: Set[str]  # as of `protocol.count_shapes`
     seed: int  # of rounding
+    settings: str  # `settled.sha256_of` the run's configuration: whoever trains by another has other masks
 
     @property
     def told(self) -> str:
         """All of them, as a text that goes into the keys of masks: who was told others has masks that do not cancel."""
         sizes = sorted((str(group), size) for group, size in self.layout.sizes.items())
         rows = [str(rows) for rows in self.layout.token_rows]
-        return json.dumps([sizes, rows, str(self.shares), self.least, LOSS in self.tells, self.seed])
+        return json.dumps([sizes, rows, str(self.shares), self.least, LOSS in self.tells, self.seed, self.settings])
 
 
 @dataclass

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedalign import parallel
-from fedalign.config.run import Config, FederationConfig
+from fedalign.config.run import Config
+from fedalign.config.settled import RESUMABLE, settled
 from fedalign.config.toml import Overrides, as_texts, load_config
 from fedalign.errors import UserError
 from fedalign.files import rounds_in, write_text
@@ -23,25 +24,6 @@ from fedalign.server.masked import MaskedServer
 from fedalign.server.results import Progress, Recorder, RunFolder
 from fedalign.server.rounds import Observer, Server
 
-RESUMABLE = (  # may change on resume
-    "run.rounds",
-    "run.patience",
-    "run.device",
-    "run.threads",
-    "run.workers",
-    "run.check",
-    "evaluation.answers",
-    "evaluation.best",
-    "evaluation.leaving",
-    "tracking.loggers",
-    "wire.piece_mb",
-    "server.min_clients",
-    "server.memory_gb",
-    *(f"federation.{key}" for key in FederationConfig.model_fields if key != "engine"),
-)
-SINCE = {  # keys that came later, and the value that changes nothing: as if absent
-    "algorithm.vocabulary_half_life": 0.0,
-}
 Holdings = Mapping[str, Mapping[str, Any]]
 Marked = tuple[Evaluation, Mapping[str, Any]]  # a score, and for JSON what was answered
 
@@ -95,15 +77,7 @@ class Centre(Protocol):
 
 def identity(config: Config, architecture: str) -> dict[str, str]:
     """Fingerprints of the model's architecture and of the configuration, but for what may change on resume."""
-    tables = config.model_dump(mode="json")
-    for key in RESUMABLE:
-        section, name = key.split(".")
-        del tables[section][name]
-    for key, value in SINCE.items():
-        section, name = key.split(".")
-        if tables[section].get(name) == value:
-            del tables[section][name]
-    return {"model": architecture[:16], "configuration": digest(tables)}
+    return {"model": architecture[:16], "configuration": digest(settled(config))}
 
 
 def digest(value: object) -> str:
