@@ -17,7 +17,6 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import hiding
 import private
 
-
 FULL, LORA = (private.Study(kind=kind) for kind in ("full", "lora"))
 
 

@@ -58,7 +58,7 @@ def test_a_private_run(fedalign: Command, settings: list[str], tmp_path: Path, m
     assert "an even share of their layer's tokens" not in (card / "README.md").read_text()
     code, _, err = fedalign("report", tmp_path / "run", "--out", page)
     assert code == 0, err
-    assert f"Runs with noise: epsilon up to {max(last.values()):.3g} at delta 1e-05" in page.read_text()
+    assert f"Runs with noise: epsilon up to {max(last.values()):.3g}, at delta 1e-05" in page.read_text()
 
 
 def test_without_noise_nothing_says_so(fedalign: Command, settings: list[str], tmp_path: Path) -> None:
@@ -140,3 +140,36 @@ def test_noise_that_keeps_an_epsilon_in_some_rounds_is_not_used_for_more(
     else:  # no bound was asked for: what is spent is told
         assert code == 0, err
         assert len(lines) == 3
+
+
+@pytest.mark.parametrize(("noise", "most"), [("privacy.epsilon=8", 8.0), ("privacy.noise_multiplier=1", None)])
+def test_what_a_round_cost_that_broke_off_is_told(
+    fedalign: Command, settings: list[str], tmp_path: Path, noise: str, most: float | None
+) -> None:
+    """Across sites the coordinator has seen it; `--resume --set run.rounds` ends the run without training it again."""
+    out, more = tmp_path / "run", ["algorithm.name=fedavg", "evaluation.clients=false", noise]
+    config = load_config("demo", [*settings, *more, "training.epochs=1", "run.rounds=2", "run.check=false"])
+    folder = RunFolder(out)
+    folder.begin(config)
+    with pytest.raises(KeyboardInterrupt):
+        execute(prepare(config, folder.clients), folder, Silent(lambda *where: where == (2, "summing", 1)))
+    code, text, err = fedalign("run", "--resume", out, "--set", "run.rounds=1")
+    assert code == 0, err
+    paid = max(PrivacyLedger(led.parent).spent() for led in (out / "clients").glob("*/privacy.jsonl"))
+    told = max(json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["privacy_epsilons"].values())
+    assert paid > told
+    assert json.loads((out / "summary.json").read_text())["privacy_epsilon"] == most
+    assert paid <= (most or paid)
+    assert fedalign("export", out, "--to", tmp_path / "card")[0] == 0
+    card = " ".join((tmp_path / "card" / "README.md").read_text().split())
+    assert f"({told:.3g}, 1e-05)-differential privacy" not in card
+    assert fedalign("report", out, "--out", tmp_path / "report.html")[0] == 0
+    page = (tmp_path / "report.html").read_text()
+    if most:
+        assert "(8, 1e-05)-differential privacy" in card
+        assert "epsilon up to 8 at delta 1e-05 for one example" in text
+        assert "Runs with noise: epsilon up to 8, at delta 1e-05" in page
+    else:
+        assert f"({told:.3g}, 1e-05) by what clients told, which have trained since" in card
+        assert "a client may have spent more epsilon than it told" in text
+        assert f"epsilon up to {told:.3g} and more, since clients trained after they told" in page

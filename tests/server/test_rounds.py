@@ -663,8 +663,8 @@ def test_a_run_ends_when_its_patience_is_spent(tmp_path: Path, every: int, last:
     assert (again.round, log.improved) == (last, [])
     on, _ = run(tmp_path, federation, "run.rounds=9", state=state)
     assert (on.round, on.history[: last + 1]) == (9, state.history)
-    assert summarise(load_config(None, patient), state.history)["stopped"] == told
-    assert summarise(config, on.history)["stopped"] is None
+    assert summarise(load_config(None, patient), state.history, 0)["stopped"] == told
+    assert summarise(config, on.history, 0)["stopped"] is None
 
 
 def test_the_loss_decides_where_it_is_to(tmp_path: Path) -> None:
@@ -679,9 +679,9 @@ def test_the_loss_decides_where_it_is_to(tmp_path: Path) -> None:
     assert (state.round, log.improved) == (4, [True, True, True, False, False])
     told = "run.patience = 2: the lowest loss is of round 2, rounds scored since: 2"
     assert state.history[-1]["stopped"] == told
-    summary = summarise(load_config(None, more), state.history)
+    summary = summarise(load_config(None, more), state.history, 0)
     assert [summary[name] for name in ("best_by", "best_round", "best_loss", "best_accuracy")] == ["loss", 2, 1.0, 0.3]
-    summary = summarise(load_config(None, more[:2]), state.history)
+    summary = summarise(load_config(None, more[:2]), state.history, 0)
     assert [summary[name] for name in ("best_by", "best_round", "best_loss", "best_accuracy")] == [
         *("accuracy", 4, 1.4, 0.5)
     ]
@@ -705,7 +705,7 @@ def test_a_start_that_others_have_scored_is_not_shown_beside_the_end(tmp_path: P
         moves = {"a": (30, 1.0), "b": (10, 1.0)}
         place = tmp_path / str(fails[1])
         state, _ = run(place, Scripted(moves, spoil=spoil), "run.rounds=2", scores=lambda n, w: None)
-        return summarise(load_config(None, ["run.rounds=2"]), state.history), state.history
+        return summarise(load_config(None, ["run.rounds=2"]), state.history, 0), state.history
 
     (whole, _), (summary, history) = ended(("b", 9)), ended(("b", 1))
     assert whole["initial_loss"] is not None

@@ -494,10 +494,12 @@ def _by_client(accuracies: Mapping[str, float], rows: Mapping[str, int], most: i
 
 def _spent(summary: Mapping[str, Any]) -> str:
     """The epsilon and delta that noise has cost; empty: nobody told."""
-    epsilon = summary["privacy_epsilon"]
-    if epsilon is None:
+    epsilon, delta = summary["privacy_epsilon"], summary["privacy_delta"]
+    if delta is None:
         return ""
-    return f"epsilon up to {epsilon:.3g} at delta {summary['privacy_delta']:g} for one example"
+    if epsilon is None:
+        return "a client may have spent more epsilon than it told; its own privacy.jsonl says how much"
+    return f"epsilon up to {epsilon:.3g} at delta {delta:g} for one example"
 
 
 def _counted(failures: Sequence[Mapping[str, Any]]) -> str:

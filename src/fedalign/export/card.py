@@ -29,7 +29,7 @@ from fedalign.data.formats import FORMATS
 from fedalign.files import digests
 from fedalign.protocol import Metrics
 from fedalign.server.health import DEAD, OVERLOADED, Round
-from fedalign.server.scores import beside, epsilon_spent, is_scored, measure_of
+from fedalign.server.scores import Spent, beside, is_scored, measure_of
 from fedalign.units import nats, percent
 
 if TYPE_CHECKING:
@@ -151,6 +151,7 @@ class Trained:
     holdings: Mapping[str, Mapping[str, Any]]
     versions: Mapping[str, str]  # empty: the run is not finished, and recorded none
     health: Round | None
+    spent: Spent | None = None  # by noise, in all rounds, those after it and those that broke off too; None: not told
     checked: str | None = None  # how the run's own check of it with plain libraries went; None: it was not done
 
     @property
@@ -221,7 +222,7 @@ def render(made: Made, trained: Trained, weights: Mapping[str, str] = MappingPro
         scores=score_rows(made, trained),
         weights=weights,
         routing=routing_sentences(trained),
-        privacy=privacy_told(config, trained.history),
+        privacy=privacy_told(config, trained.spent),
         flags=_flags(made, trained),
         settings=public_settings(made, config),
         prompt=prompt_format(config.data),
@@ -330,7 +331,7 @@ def training_rows(trained: Trained) -> list[tuple[str, str]]:
         ("split among clients", _split(config)),
         ("clients a round", f"{100 * config.clients.sample:g} % of them"),
         ("tuning", _tuning(config)),
-        ("privacy", noise_told(trained.config, trained.history)),
+        ("privacy", noise_told(trained.config, trained.spent)),
         (
             "local training",
             f"epochs a round: {training.epochs}; {training.optimizer}, learning rate {training.learning_rate:g}, "
@@ -361,15 +362,20 @@ def _split(config: Config) -> str:
     return PARTITIONS["files" if at_sites else config.clients.partition].format(**config.clients.model_dump())
 
 
-def noise_told(config: Config, history: Sequence[Metrics]) -> str:
+def noise_told(config: Config, spent: Spent | None) -> str:
     """The promise of a run's noise to any single example, and its limits; empty: there was none."""
     if not config.privacy.on:
         return ""
     if config.privacy.seed is not None:
         return "noise from a seed that is written down: a study, which protects nobody"
-    spent = epsilon_spent(history)
-    if spent is not None:
-        cost = f"({spent[0]:.3g}, {spent[1]:g})-differential privacy"
+    most = spent and spent.most(config.privacy.epsilon)
+    if spent is not None and most is not None:
+        cost = f"({most:.3g}, {spent.delta:g})-differential privacy"
+    elif spent is not None:  # a round broke off, or a client was lost
+        known = f"({spent.epsilon:.3g}, {spent.delta:g})"
+        cost = (
+            f"differential privacy, {known} by what clients told, which have trained since: each knows what it spent,"
+        )
     else:  # masked: each site alone knows
         much = config.privacy.epsilon
         by = f"noise of {config.privacy.noise_multiplier:g} a step" if much is None else f"epsilon {much:g} at most"
@@ -381,9 +387,9 @@ def noise_told(config: Config, history: Sequence[Metrics]) -> str:
     )
 
 
-def privacy_told(config: Config, history: Sequence[Metrics]) -> list[str]:
+def privacy_told(config: Config, spent: Spent | None) -> list[str]:
     """A sentence on how an example is hidden, and one on how a site is."""
-    noise = noise_told(config, history)
+    noise = noise_told(config, spent)
     none = "No differential privacy was used, and nothing here bounds what can be learnt about single examples from the"
     return [f"{noise[0].upper()}{noise[1:]}." if noise else f"{none} model.", _seen(config)]
 

@@ -36,7 +36,7 @@ from fedalign.protocol import Metrics, Weights
 from fedalign.server.checkpoint import Checkpoints
 from fedalign.server.health import DamagedError, read_round
 from fedalign.server.results import ROUND, RunFolder, check_round, read_history
-from fedalign.server.scores import best_of
+from fedalign.server.scores import best_of, epsilon_spent
 
 CLIENTS = "clients"  # folder of personal models
 ADAPTER, CONFIG = "adapter_config.json", "config.json"
@@ -533,6 +533,7 @@ def _trained(snapshot: Snapshot, best: bool) -> Trained:
         _holdings(snapshot.folder),
         told.get("versions", {}),
         health,
+        epsilon_spent(read_history(snapshot.folder), snapshot.folder.last_asked()),
         None if best else told.get("checked"),
     )
 

@@ -21,8 +21,8 @@ from fedalign.compare.tables import (
     same_seeds,
     values_by_seed,
 )
-from fedalign.report.material import Material
-from fedalign.server.scores import beside, epsilon_spent, held_out_rows
+from fedalign.report.material import Material, Run
+from fedalign.server.scores import beside, held_out_rows
 
 ONE_SEED = "One seed: these are single runs, and no ground for saying which algorithm is better."
 
@@ -58,20 +58,26 @@ def verdicts(material: Material) -> list[str]:
     columns = qualities(runs)
     if not columns:
         scored = "No score: these runs have no test set, and no client's held-out rows were scored."
-        return [scored if any(run.finished for run in material.runs) else "No round is scored yet."]
-    said = [_verdict(design, runs, columns[0], point) for point in design.points]
-    return [sentence for sentence in (*said, privacy_spent(runs)) if sentence]
+        said = [scored if any(run.finished for run in material.runs) else "No round is scored yet."]
+    else:
+        said = [_verdict(design, runs, columns[0], point) for point in design.points]
+    return [sentence for sentence in (*said, privacy_spent(material.runs)) if sentence]
 
 
-def privacy_spent(runs: Sequence[Finished]) -> str:
-    """A sentence on private runs: the most that one of them cost an example; empty: there is none."""
-    costs = [spent for run in runs if (spent := epsilon_spent(run.history)) is not None]
+def privacy_spent(runs: Sequence[Run]) -> str:
+    """A sentence on private runs: the most that one of them cost an example; empty: nobody told.
+
+    Rounds that broke off count, and those after the last score.
+    """
+    costs = [(run.spent, run.spent.most(run.cell.config.privacy.epsilon)) for run in runs if run.spent is not None]
     if not costs:
         return ""
-    most, delta = max(costs)
+    epsilon = max(spent.epsilon if most is None else most for spent, most in costs)
+    delta = max(spent.delta for spent, _ in costs)
+    more = "" if all(most is not None for _, most in costs) else " and more, since clients trained after they told"
     return (
-        f"Runs with noise: epsilon up to {most:.3g} at delta {delta:g} for an example at one site and one run, by "
-        "Poisson sampling; runs on the same data add up, and the choice among them is not covered."
+        f"Runs with noise: epsilon up to {epsilon:.3g}{more}, at delta {delta:g} for an example at one site and one "
+        "run, by Poisson sampling; runs on the same data add up, and the choice among them is not covered."
     )
 
 

@@ -22,7 +22,7 @@ from fedalign.files import LOCK, held_by
 from fedalign.protocol import Metrics
 from fedalign.server.health import DamagedError
 from fedalign.server.results import RunFolder, read_history
-from fedalign.server.scores import is_scored, spent
+from fedalign.server.scores import Spent, epsilon_spent, is_scored, spent
 
 UNTOLD = (
     "run.seed",
@@ -73,6 +73,7 @@ class Run:
     versions: Mapping[str, str]
     held: Mapping[str, Held]  # empty: the run did not record it
     health: Sequence[Path]  # a file a round, in order; may be none
+    spent: Spent | None = None  # by noise, in all rounds, those that broke off too; None: not told
 
     @property
     def label(self) -> str:
@@ -250,6 +251,7 @@ def _read_run(cell: Cell, path: Path) -> Run | None:
             raise ValueError("its config.toml is that of another run")
         history = read_history(folder, strict=True)
         _check_history(history)
+        cost = epsilon_spent(history, folder.last_asked())
         summary = _read_table(folder.summary)
         held = {
             name: Held(int(about["examples"]), {str(key): int(count) for key, count in about["labels"].items()})
@@ -262,7 +264,8 @@ def _read_run(cell: Cell, path: Path) -> Run | None:
         return None
     options, by = cell.config.run, cell.config.evaluation.best
     finished = bool(summary) and (history[-1]["round"] >= options.rounds or bool(spent(history, options.patience, by)))
-    return Run(cell, path, history, finished, versions, held, sorted((path / "health").glob("round-*.safetensors")))
+    health = sorted((path / "health").glob("round-*.safetensors"))
+    return Run(cell, path, history, finished, versions, held, health, cost)
 
 
 def _read_table(path: Path) -> dict[str, Any]:

@@ -105,6 +105,7 @@ ARRIVED = (  # in transfers/
 WRITTEN = {  # to a run's folder, by whoever takes part in the run; model/ and best/ are marked themselves
     "run": (
         *("config.toml", "metrics.jsonl", "summary.json", "clients.json", "answers.json", "leaving.json"),
+        "asked.json",
         *("trackers.json", "report.html", "status.json", "run-key", "events.out.tfevents.#.*.#.#", "model/", "best/"),
         *(f"checkpoint/round-#/{name}" for name in (SUMS, *FILES, PUBLIC, f"{SCORED}/{SUMS}", f"{SCORED}/{LINE}")),
         *(f"checkpoint/constants/{name}" for name in (SUMS, "constants.safetensors")),
@@ -149,6 +150,7 @@ class RunFolder:
         self.holdings = path / "clients.json"
         self.answers = path / "answers.json"
         self.leaving = path / "leaving.json"
+        self.asked = path / "asked.json"
 
     def check_free(self, overwrite: bool) -> None:
         """Refuse a place where anything would be lost but a run that `overwrite` replaces.
@@ -204,6 +206,19 @@ class RunFolder:
             return int(json.loads(self.summary.read_text(encoding="utf-8"))["rounds"])
         except (OSError, ValueError, KeyError, TypeError):
             return 0
+
+    def last_asked(self) -> int:
+        """The last round that clients were asked to train with noise, complete or not; 0: none.
+
+        Raises:
+            UserError: What says so cannot be read.
+        """
+        if not self.asked.exists():
+            return 0
+        try:
+            return int(json.loads(self.asked.read_text(encoding="utf-8"))["round"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{str(self.asked)!r}: cannot be read: {error}") from None
 
     def stopped(self, config: Config) -> str | None:
         """Why the run that is here takes no more rounds of those that `config` asks for; None: it does."""
@@ -266,7 +281,9 @@ class Recorder:
         self._tell_trackers(resumed.history)  # a kill may have come before they were told
 
     def progress(self, round: int, stage: str, done: int, total: int) -> None:
-        """Nothing to record."""
+        """Of a run with noise, that clients are asked to train: it costs them, whatever becomes of the round."""
+        if self.config.privacy.on and stage == "training" and not done and parallel.is_first():
+            write_text(self.folder.asked, json.dumps({"round": round}) + "\n")
 
     def planned(self, round: int, reports: Sequence[Statistics], plan: Plan, layout: Layout) -> None:
         """Keep what a person will want to look at: routing, similarity, weights; not what [privacy] hides."""
@@ -328,7 +345,7 @@ class Recorder:
         self._save(state.weights, self.folder.model, state.history[-1])
         checked = self.centre.check_model(self.folder.model) if self.config.run.check and parallel.is_first() else None
         self._write_leaving(state, progress)
-        summary = summarise(self.config, state.history) | {"checked": checked}
+        summary = summarise(self.config, state.history, self.folder.last_asked()) | {"checked": checked}
         if parallel.is_first():
             write_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
         return summary
@@ -407,13 +424,17 @@ def check_round(folder: Path, line: Metrics) -> None:
         )
 
 
-def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
-    """The run in one flat record. Accuracies are shares in [0, 1], losses nats per answer token; None: never scored."""
+def summarise(config: Config, history: Sequence[Metrics], asked: int) -> dict[str, Any]:
+    """The run in one flat record. Accuracies are shares in [0, 1], losses nats per answer token; None: never scored.
+
+    `asked` is the last round that clients were asked to train. `privacy_epsilon` is what no client has spent more than;
+    None: there was no noise, or a client may have spent more than it told, and no epsilon was agreed on.
+    """
     by = config.evaluation.best
     scored: list[Metrics] = [line for line in history if is_scored(line)] or [{}]
     first, last, best = beside(scored[0], scored[-1]), scored[-1], best_of(history, by) or {}
     rounds = history[-1]["round"]
-    epsilon, delta = epsilon_spent(history) or (None, None)
+    cost = epsilon_spent(history, asked)
     return {
         "algorithm": config.algorithm.name,
         "seed": config.run.seed,
@@ -437,8 +458,8 @@ def summarise(config: Config, history: Sequence[Metrics]) -> dict[str, Any]:
         "bytes_up": sum(line.get("bytes_up", 0) for line in history),
         "bytes_down": sum(line.get("bytes_down", 0) for line in history),
         "failures": [failure | {"round": line["round"]} for line in history for failure in line.get("failures", ())],
-        "privacy_epsilon": epsilon,
-        "privacy_delta": delta,
+        "privacy_epsilon": cost and cost.most(config.privacy.epsilon),
+        "privacy_delta": cost and cost.delta,
         "seconds": sum(line.get("round_seconds", 0.0) for line in history),
         "versions": versions(),
     }

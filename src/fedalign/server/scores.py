@@ -294,14 +294,37 @@ def describe_training(reports: Sequence[Statistics], private: bool = False) -> M
     }
 
 
-def epsilon_spent(history: Sequence[Metrics]) -> tuple[float, float] | None:
-    """The largest epsilon that a client has spent in a run so far, and delta; None: no client has told any.
+@dataclass(frozen=True)
+class Spent:
+    """The largest epsilon that a client has told, and delta."""
 
-    >>> epsilon_spent([{"round": 0}, {"privacy_epsilons": {"a": 1.5, "b": 2.0}, "privacy_delta": 1e-5}])
-    (2.0, 1e-05)
+    epsilon: float
+    delta: float
+    whole: bool  # else a client was asked to train after it last told what it had spent, and may have spent more
+
+    def most(self, agreed: float | None) -> float | None:
+        """No client has spent more, if the run's epsilon is this; None: nobody but the clients knows."""
+        return self.epsilon if self.whole else agreed
+
+
+def epsilon_spent(history: Sequence[Metrics], asked: int = 0) -> Spent | None:
+    """What a run has cost an example of some client; None: no client has told any.
+
+    Args:
+        history: of the complete rounds.
+        asked: the last round that clients were asked to train, complete or not.
+
+    >>> epsilon_spent([{"round": 1, "privacy_epsilons": {"a": 1.5, "b": 2.0}, "privacy_delta": 1e-5}], asked=1)
+    Spent(epsilon=2.0, delta=1e-05, whole=True)
     """
     told = [(cost, line["privacy_delta"]) for line in history for cost in line.get("privacy_epsilons", {}).values()]
-    return max(told, default=None)
+    if not told:
+        return None
+    silent = set[str]()
+    for line in history:
+        silent |= {failure["client"] for failure in line.get("failures", ())}
+        silent -= line.get("privacy_epsilons", {}).keys()
+    return Spent(*max(told), whole=not silent and history[-1]["round"] >= asked)
 
 
 def routing_divergence(prob_C_L_E: Tensor) -> float:
