@@ -152,6 +152,40 @@ def test_lines_that_are_no_object_are_left_out_where_that_is_asked_for(
         load(tmp_path / "c.json", on_bad_row="skip")
 
 
+CELLS = {"a cell more": b"x,y,z\n", "a byte": b"x\xff,y\n", "behind a quote": b'"x"y,z\n'}
+
+
+@pytest.mark.parametrize("bad", CELLS.values(), ids=CELLS)
+def test_a_bad_row_of_a_csv_is_left_out_where_that_is_asked_for(
+    bad: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, good = tmp_path / "a.csv", b"x,y\n" * 3
+    path.write_bytes(b"text,label\n" + good + bad + good)
+    given = {"kind": "classification", "encoding": "utf-8", "delimiter": ","}
+    assert [one.where[-5:] for one in load(path, on_bad_row="skip", **given)] == [
+        f"row {n}" for n in (1, 2, 3, 5, 6, 7)
+    ]
+    assert "1 rows that cannot be read are left out" in caplog.text
+    with pytest.raises(UserError, match="not readable as csv"):
+        load(path, **given)
+
+
+def test_a_quote_that_nobody_closes_takes_what_follows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"text,label\nx,y\n" + b'"x,y\n' + b"x,y\n")
+    assert len(load(path, kind="classification", on_bad_row="skip", delimiter=",")) == 1
+    assert "lines 3 to 4 are not readable as csv" in caplog.text
+
+
+def test_a_byte_that_is_no_letter_costs_its_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, row = tmp_path / "a.jsonl", ROW.encode()
+    path.write_bytes(b"\n".join([row, row.replace(b'": "', b'": "\xff', 1), row]))
+    assert len(load(path, on_bad_row="skip", encoding="utf-8")) == 2
+    assert "line 3: byte 0xff is not utf-8." in caplog.text
+    with pytest.raises(UserError, match="can't decode byte 0xff"):
+        load(path, encoding="utf-8")
+
+
 def test_a_whole_character_may_be_written_in_halves(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00"}')
     assert load(tmp_path / "a.jsonl")[0].answer == "\N{GRINNING FACE}"

@@ -261,7 +261,7 @@ def read_file(path: Path, data: DataConfig, name: str, flaws: list[str] | None =
         with PACKED.get(packed, open)(path, "rb") as content:
             classes = _settled(_classes_of_parquet(content, path) if kind == ".parquet" else {}, data)
             encoding = "" if kind == ".parquet" else _encoding(content, own.encoding or data.encoding, path)
-            written = Written(path, encoding, own.delimiter or data.delimiter)
+            written = Written(path, encoding, own.delimiter or data.delimiter, data.on_bad_row == "skip")
             for number, values in enumerate(READERS[kind](content, written), 1):
                 if values is BLANK:
                     continue
@@ -296,6 +296,8 @@ def read_file(path: Path, data: DataConfig, name: str, flaws: list[str] | None =
 def _why_no_row(values: object) -> str:
     if isinstance(values, json.JSONDecodeError):
         return f"not readable as JSON: {values.msg} (column {values.colno})."
+    if isinstance(values, NoRowError):
+        return f"{values}."
     if isinstance(values, Exception):
         return f"not readable as JSON: {values}."
     return f"{shortened(values)}: must be an object with named columns."
@@ -347,6 +349,7 @@ class Written:
     path: Path
     encoding: str  # "": it holds no text
     delimiter: str  # of a csv
+    skip: bool = False  # whether a row that cannot be read is left out, and the others are read
 
 
 def written_as(path: Path) -> Written:
@@ -371,6 +374,10 @@ MARKS = (  # the longer before those that they begin with
 )
 CHUNK = 2**20  # bytes
 BLANK = object()  # a line that holds nothing
+
+
+class NoRowError(ValueError):
+    """A row that cannot be read, in a file of which others can."""
 
 
 def _encoding(content: IO[bytes], said: str, path: Path) -> str:
@@ -423,7 +430,15 @@ def _fits(content: IO[bytes], encoding: str) -> bool:
 
 
 def _text(content: IO[bytes], written: Written, newline: str | None = None) -> io.TextIOWrapper:
-    return io.TextIOWrapper(content, encoding=written.encoding, newline=newline)
+    """Its text; of a file whose bad rows are left out, a byte that is no letter is half of a character (`_unread`)."""
+    errors = "surrogateescape" if written.skip else "strict"
+    return io.TextIOWrapper(content, encoding=written.encoding, newline=newline, errors=errors)
+
+
+def _unread(text: str, written: Written) -> NoRowError | None:
+    """What is wrong with a row's text: a byte that is no letter."""
+    strange = next((letter for letter in text if "\udc80" <= letter <= "\udcff"), None) if written.skip else None
+    return NoRowError(f"byte 0x{ord(strange) - 0xDC00:02x} is not {written.encoding.removesuffix('-sig')}") if strange else None
 
 
 def _loads(text: str) -> Any:
@@ -451,7 +466,7 @@ def _read_jsonl(content: IO[bytes], written: Written) -> Iterator[Any]:
     with _text(content, written) as lines:
         for line in lines:
             try:
-                yield _loads(line) if line.strip() else BLANK
+                yield _unread(line, written) or (_loads(line) if line.strip() else BLANK)
             except (ValueError, RecursionError) as error:
                 yield error
 
@@ -472,10 +487,31 @@ def _read_csv(content: IO[bytes], written: Written) -> Iterator[Any]:
         reader = csv.DictReader(itertools.chain(head, lines), delimiter=delimiter, strict=True)
         if name := _twice(reader.fieldnames or []):
             raise ValueError(f"the header has {name!r} twice")
-        for values in reader:
-            if None in values:  # more cells than the header names
-                raise ValueError(f"line {reader.line_num} has more cells than the header, parted by {delimiter!r}")
-            yield {name: value or None for name, value in values.items()}
+        while (values := _record(reader, written)) is not None:
+            yield values
+
+
+def _record(reader: csv.DictReader[str], written: Written) -> Mapping[str, str | None] | NoRowError | None:
+    """The next row, or what is wrong with it where bad rows are left out; None: it was the last.
+
+    After a quote that nobody closes all that follows is one row.
+    """
+    first = reader.reader.line_num + 1
+    try:
+        values = next(reader, None)
+    except csv.Error as error:
+        if written.skip:
+            return NoRowError(f"lines {first} to {reader.reader.line_num} are not readable as csv: {error}")
+        raise
+    if values is None:
+        return None
+    if None in values:  # more cells than the header names
+        told = f"line {reader.line_num} has more cells than the header, parted by {reader.reader.dialect.delimiter!r}"
+        if written.skip:
+            return NoRowError(told)
+        raise ValueError(told)
+    strange = _unread("".join(value or "" for value in values.values()), written)
+    return strange or {name: value or None for name, value in values.items()}
 
 
 def _header(lines: Iterator[str]) -> list[str]:

@@ -372,10 +372,8 @@ def noise_told(config: Config, spent: Spent | None) -> str:
     if spent is not None and most is not None:
         cost = f"({most:.3g}, {spent.delta:g})-differential privacy"
     elif spent is not None:  # a round broke off, or a client was lost
-        known = f"({spent.epsilon:.3g}, {spent.delta:g})"
-        cost = (
-            f"differential privacy, {known} by what clients told, which have trained since: each knows what it spent,"
-        )
+        known = f"({spent.epsilon:.3g}, {spent.delta:g}) by what clients told, which have trained since"
+        cost = f"differential privacy, {known}: each knows what it spent,"
     else:  # masked: each site alone knows
         much = config.privacy.epsilon
         by = f"noise of {config.privacy.noise_multiplier:g} a step" if much is None else f"epsilon {much:g} at most"
