@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fedalign.client import noisy
 from fedalign.client.accountant import Terms
+from fedalign.client.forward import AnswerLogits, answer_logits
 from fedalign.client.memory import ClientData, ClientMemory, Kept
 from fedalign.client.noisy import PrivateFit, add_clipped, by_example, longest_share, possible
 from fedalign.client.spent import Privacy, PrivacyLedger, Secret
 from fedalign.client.trainer import Trainer
 from fedalign.config.toml import load_config
+from fedalign.data.batches import Batch
 from fedalign.data.encode import Encoded
 from fedalign.errors import TrainingFailedError, UserError
 from fedalign.moe.families import FAMILIES
@@ -224,8 +227,15 @@ def test_noise_has_the_standard_deviation_that_the_accountant_is_told(noise: flo
     assert bool((delta != 0).all())  # of idle experts and rows of other tokens, too
 
 
+FULL = (
+    torch.OutOfMemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"),
+)
+
+
+@pytest.mark.parametrize("error", FULL, ids=["GPU", "CPU"])
 def test_an_example_that_takes_too_much_memory_adds_nothing_and_is_told_here_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: RuntimeError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A failure would tell whoever chose the lengths that one example is long."""
     trainer, backward = private(), PrivateFit._backward
@@ -234,7 +244,7 @@ def test_an_example_that_takes_too_much_memory_adds_nothing_and_is_told_here_alo
     def one_is_long(self: PrivateFit, example: list[Encoded], probe: RoutingProbe) -> None:
         backward(self, example, probe)
         if example[0].example == 2:
-            raise torch.OutOfMemoryError
+            raise error
 
     terms = replace(TERMS, rate=1.0, steps=2, noise=1e-12)
     two = moved(trainer, data(trainer, tmp_path, every[:2]), terms)
@@ -242,6 +252,35 @@ def test_an_example_that_takes_too_much_memory_adds_nothing_and_is_told_here_alo
     three = moved(trainer, data(trainer, tmp_path, every), terms)
     torch.testing.assert_close(three, two)
     assert "does not fit into memory and adds nothing" in caplog.text
+
+
+@pytest.mark.parametrize("error", FULL, ids=["GPU", "CPU"])
+def test_nor_does_it_to_the_loads(error: RuntimeError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, every, forward = private(), examples(2), answer_logits
+    every.append(Encoded([3] * 30, [-100] * 29 + [3], 2))
+    terms = replace(TERMS, loads_noise=1e-9)
+
+    def one_is_long(moe: MoEModel, batch: Batch) -> AnswerLogits:
+        if batch.attention_mask_B_S.shape[1] == 30:
+            raise error
+        return forward(moe, batch)
+
+    def loads(count: int) -> Tensor:
+        return fit(trainer, data(trainer, tmp_path, every[:count]), terms).loads()
+
+    two = loads(2)
+    monkeypatch.setattr(noisy, "answer_logits", one_is_long)
+    torch.testing.assert_close(loads(3), two)
+
+
+def test_an_error_that_is_none_of_memory_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: PrivateFit, example: list[Encoded], probe: RoutingProbe) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    trainer = private()
+    monkeypatch.setattr(PrivateFit, "_backward", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        moved(trainer, data(trainer, tmp_path, examples(2)), replace(TERMS, rate=1.0, steps=1))
 
 
 def test_experts_that_saw_nothing_move_as_others_do(tmp_path: Path) -> None:

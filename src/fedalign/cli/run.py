@@ -363,8 +363,9 @@ def _print_headline(prepared: Prepared, console: Console) -> None:
     parameters = sum(p.numel() for p in moe.model.parameters())
     held = " to ".join(str(count) for count in sorted({min(examples), max(examples)}))
     clients = f"{len(examples)} client{'s' if len(examples) > 1 else ''}"
+    clients += "" if config.privacy.on else f" with {held} examples"  # which noise hides
     say(
-        f"{config.algorithm.name}: {clients} with {held} examples, "
+        f"{config.algorithm.name}: {clients}, "
         f"{moe.family} with {parameters / 1e6:.1f}M parameters "
         f"({moe.layout.layers} MoE layers x {moe.experts} experts, top-{moe.top_k}), on {device}: {hardware(device)}",
         console,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 
 import numpy as np
@@ -86,12 +87,9 @@ class PrivateFit(LocalFit):
         for example in self._sample(step):
             texts = [one.input_ids for one in example]  # dropout depends on these, and on no other example
             torch.manual_seed(self.secret.draw(self.seed, "dropout", step, texts) % 2**64)
-            try:
+            with fitting(example):
                 self._backward(example, probe)
-            except torch.OutOfMemoryError:  # as a failure it would tell of a long example
-                log.error("an example of %d tokens does not fit into memory and adds nothing", tokens(example))
-                continue
-            add_clipped(sums, [p.grad for p in self.parameters], self.clip)
+                add_clipped(sums, [p.grad for p in self.parameters], self.clip)
         self._add_noise(sums, step)
         self._clear()
         # without any routing to look at, it is of the weights alone and needs no noise
@@ -166,16 +164,28 @@ class PrivateFit(LocalFit):
         total_L_E = torch.zeros(self.frozen_L_E.shape, dtype=torch.float64)
         with RoutingProbe(self.moe) as probe:
             for example in self.every:
-                load_L_E = torch.zeros_like(total_L_E)
-                for batch in self._parts(example):
-                    here = batch.to(self.moe.device)
-                    with probe.capture(*here.masks()) as captured, self.autocast():
-                        answer_logits(self.moe, here)
-                    load_L_E += torch.cat([stack.load_M_E for stack in captured.stacks]).cpu()
-                share_L_E = load_L_E / load_L_E.sum(1, keepdim=True).clamp_min(1)
-                total_L_E += share_L_E * min(1.0, most / max(float(share_L_E.norm()), most))
+                with fitting(example):
+                    load_L_E = torch.zeros_like(total_L_E)
+                    for batch in self._parts(example):
+                        here = batch.to(self.moe.device)
+                        with probe.capture(*here.masks()) as captured, self.autocast():
+                            answer_logits(self.moe, here)
+                        load_L_E += torch.cat([stack.load_M_E for stack in captured.stacks]).cpu()
+                    share_L_E = load_L_E / load_L_E.sum(1, keepdim=True).clamp_min(1)
+                    total_L_E += share_L_E * min(1.0, most / max(float(share_L_E.norm()), most))
         drawn_L_E = torch.from_numpy(self._generator("loads").standard_normal(total_L_E.shape))
         return possible(total_L_E + noise * most * drawn_L_E, self.terms.examples)
+
+
+@contextmanager
+def fitting(example: Sequence[Encoded]) -> Iterator[None]:
+    """An example that memory cannot hold adds nothing to a sum: as a failure it would tell of a long example."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise  # of a CPU, torch says it in words alone
+        log.error("an example of %d tokens does not fit into memory and adds nothing", tokens(example))
 
 
 def by_example(every: Sequence[Encoded]) -> list[list[Encoded]]:
