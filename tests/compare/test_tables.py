@@ -18,6 +18,7 @@ from fedalign.compare.tables import (
     paired_differences,
     qualities,
     rounds_to,
+    start_line,
     to_latex,
     to_markdown,
     write_csv,
@@ -282,3 +283,24 @@ def test_a_figure_for_a_paper(ask: Ask, tmp_path: Path, suffix: str, seeds: int)
 def test_a_figure_that_cannot_be_drawn_is_refused_before_training(tmp_path: Path, name: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         check_figure(tmp_path / name)
+
+
+def test_the_start_is_told_seed_by_seed_and_of_a_run_that_can_be_shown_beside_its_end(ask: Ask) -> None:
+    design = ask("fedavg,fedprox", "2")
+
+    def run(label: str, seed: int, start: float, *clients: str) -> Finished:
+        line = {"round": 0, "client_accuracy_mean": start, "client_losses_nats": dict.fromkeys("ab", 1.0)}
+        end = {"round": 1, "client_accuracy_mean": 0.9, "client_losses_nats": dict.fromkeys(clients, 1.0)}
+        return Finished(by_name(design)[label, seed], [line, end])
+
+    whole = [run(label, seed, (seed + 1) / 10, "a", "b") for label in ("fedavg", "fedprox") for seed in (0, 1)]
+    (point,) = design.points
+    assert [cell.text for cell in start_line(design, whole, point)][:3] == [
+        "start, before training",
+        "2",
+        "15.0 (10.0, 20.0)",
+    ]
+    lost = [run("fedavg", 0, 0.1, "b"), *whole[1:]]  # of which a client failed
+    assert start_line(design, lost, point) == start_line(design, whole, point)
+    both = [run("fedavg", 0, 0.1, "b"), whole[1], run("fedprox", 0, 0.1, "b"), whole[3]]
+    assert start_line(design, both, point)[2].text == "20.0, of 1 seed"

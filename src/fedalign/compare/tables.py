@@ -142,21 +142,32 @@ def paired_differences(design: Design, runs: Sequence[Finished], spread: Spread 
 
 
 def start_line(design: Design, runs: Sequence[Finished], point: Point) -> tuple[TableCell, ...]:
-    """The line of `final_scores` that all algorithms begin with, before any training; empty without scores of it."""
-    begun = {
-        run.cell.seed: Finished(run.cell, [beside(run.history[0], run.history[-1])])
-        for run in reversed(runs)
-        if run.cell.point == point
-    }
-    values = [[v for run in begun.values() if (v := column.of(run)) is not None] for column in qualities(runs)]
+    """The line of `final_scores` that all algorithms begin with, before any training; empty without scores of it.
+
+    Runs of a seed have one start: its score is of the first that can be shown beside its end.
+    """
+    begun = [Finished(r.cell, [beside(r.history[0], r.history[-1])]) for r in runs if r.cell.point == point]
+    seeds = sorted({run.cell.seed for run in begun})
+    values = [_by_seed(begun, column) for column in qualities(runs)]
     if not any(values) or all(len(run.history) == 1 for run in runs):
         return ()
-    cells = [
-        TableCell(interval_text(mean_interval(each), column.format) if each else "-")
-        for each, column in zip(values, qualities(runs), strict=True)
-    ]
+    cells = []
+    for by_seed, column in zip(values, qualities(runs), strict=True):
+        known = [by_seed[seed] for seed in seeds if seed in by_seed]
+        plural = "s" if len(known) > 1 else ""
+        fewer = f", of {len(known)} seed{plural}" if len(known) < len(seeds) else ""
+        cells.append(TableCell(interval_text(mean_interval(known), column.format) + fewer if known else "-"))
     empty = (TableCell("-"),) * (2 if len(design.choices) > 1 else 1)
-    return (TableCell("start, before training"), TableCell(str(len(begun))), *cells, *empty)
+    return (TableCell("start, before training"), TableCell(str(len(seeds))), *cells, *empty)
+
+
+def _by_seed(runs: Sequence[Finished], column: Column) -> dict[int, float]:
+    """A number of each seed, of the first run that has it."""
+    found = dict[int, float]()
+    for run in runs:
+        if (value := column.of(run)) is not None:
+            found.setdefault(run.cell.seed, value)
+    return found
 
 
 def rows_scored(runs: Sequence[Finished]) -> str:
