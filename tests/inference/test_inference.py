@@ -231,7 +231,9 @@ def test_exact_matches_are_scored_where_answers_are_generated(
     assert scores["confusion"] is None
 
 
-def test_a_chat_remembers_what_was_said(made: Made, tmp_path: Path, olmoe: Path) -> None:
+def test_a_chat_remembers_what_was_said(
+    made: Made, tmp_path: Path, olmoe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     turns = [{"role": "user", "content": "rain falls"}, {"role": "assistant", "content": "weather"}]
     lines: list[Any] = [{"messages": turns}] * 24
     write_jsonl(tmp_path / "train.jsonl", lines)
@@ -249,8 +251,29 @@ def test_a_chat_remembers_what_was_said(made: Made, tmp_path: Path, olmoe: Path)
     assert "".join(heard).strip() == answer
     talk.remember("rain falls", answer)
     assert [message["role"] for message in talk.messages] == ["user", "assistant"]
-    longer = talk._asked([*talk.messages, {"role": "user", "content": "wind blows"}])
-    assert "rain falls" in talk.bench.tokenizer.decode(longer)
+    asked: list[str] = []
+    monkeypatch.setattr(talk, "_generate", lambda ids, say: asked.append(talk.bench.tokenizer.decode(ids)))
+    talk.answer({talk.role: "wind blows"})
+    assert asked[0].count("rain falls") == 1
+    assert asked[0].rstrip().endswith("assistant")
+    talk.remember("wind blows", "")  # many templates refuse an answer in which nothing is said
+    assert len(talk.messages) == 2
+
+
+def test_a_typed_line_is_no_chat_whatever_the_column_is_called(
+    made: Made, tmp_path: Path, olmoe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(olmoe, model)
+    (model / "chat_template.jinja").write_text(CHATML)
+    overrides = ["data.kind=chat", "data.columns.messages=text"]
+    talk = Talk(load(Source(str(model), settings=overrides)), Sampling(most=3))
+    asked: list[str] = []
+    monkeypatch.setattr(talk, "_generate", lambda ids, say: asked.append(talk.bench.tokenizer.decode(ids)))
+    talk.answer({talk.role: "rain falls"})
+    talk.answer({talk.role: [{"role": "user", "content": "rain falls"}]})
+    assert asked[0] == asked[1]
+    assert "rain falls" in asked[0]
 
 
 def test_lines_are_answered_as_they_are_typed(fedalign: Command, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

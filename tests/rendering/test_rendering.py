@@ -15,7 +15,7 @@ import pytest
 
 from fedalign.config.toml import load_config, read_config
 from fedalign.data.batches import batches
-from fedalign.data.chat import choose_template
+from fedalign.data.chat import ChatTemplate, choose_template
 from fedalign.data.encode import IGNORED, Encoded, Encoder, load_tokenizer
 from fedalign.data.formats import Chat, Example
 from fedalign.errors import UserError
@@ -521,6 +521,46 @@ def test_a_template_is_stopped_in_any_thread_and_where_only_one_rendering_is_end
         ]
         * 3
     )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_asks_for_an_answer_is_what_stands_before_one_in_training(family: str, shape: str) -> None:
+    chats = ChatTemplate(build("bytes", FAMILIES[family]))
+    messages = SHAPES[shape]
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    try:
+        trained = chats.last(chat(messages[: last + 1]))
+    except UserError:
+        with pytest.raises(UserError, match="the model's chat template refuses this chat"):
+            chats.asked(messages[:last], (), "prompt")
+        return
+    assert chats.asked(messages[:last], (), "prompt") == trained.text[: trained.answers[0][0]]
+
+
+def test_an_asking_person_is_refused_in_a_line_what_training_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedalign.data.chat.SECONDS", 0.2)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    raising = "{{ raise_exception('no system') }}"
+    for source, told in (
+        ("", "the model's tokenizer has no chat template"),
+        (endless + CHATML, r"prompt: the model's chat template does not end: it took more than 0\.2 seconds"),
+        ("{{ 9 ** 9 ** 9 }}" + CHATML, r"takes powers \(\*\*\)"),
+        (raising + CHATML, r"prompt: the model's chat template refuses this chat: no system\. "),
+    ):
+        chats = ChatTemplate(build("bytes", Family(source, FAMILIES["chatml"].special)))
+        with pytest.raises(UserError, match=told):
+            chats.asked(TWO[:1], (), "prompt")
+
+
+def test_asking_adds_no_thinking_block_that_training_leaves_out_and_writes_arguments_as_it_does() -> None:
+    thinks = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    chats = ChatTemplate(build("bytes", Family(thinks, FAMILIES["chatml"].special)))
+    assert chats.asked(TWO[:1], (), "prompt").endswith("<|im_start|>assistant\n")
+    joins = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.name + ' ' + c.arguments }}{% endfor %}{% endfor %}"
+    chats = ChatTemplate(build("bytes", Family(joins + CHATML, FAMILIES["chatml"].special)))
+    called = {"role": "assistant", "content": "", "tool_calls": [{"name": "get", "arguments": {"a": "town"}}]}
+    assert chats.asked([*TWO[:1], called], (), "prompt").startswith('get {"a": "town"}')
 
 
 def test_a_template_that_takes_powers_is_refused() -> None:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from fedalign.config.run import CHAT_TEMPLATES, is_template
 from fedalign.data.bounded import bounded
-from fedalign.data.formats import Example
+from fedalign.data.formats import Chat, Example
 from fedalign.data.sources import say, shortened
 from fedalign.errors import UserError
 
@@ -107,6 +107,15 @@ class ChatTemplate:
         """The chat up to its last answer, with that answer alone."""
         chat = _Chat(self, example)
         return chat.answer(chat.answers[-1])
+
+    def asked(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], where: str) -> str:
+        """What stands before an answer to these messages, as it does in training.
+
+        Raises:
+            UserError: As of `renderings`.
+        """
+        chat = Chat(tuple(messages), (), tuple(tools))
+        return _Chat(self, Example("", "", chat=chat, where=where)).asked()
 
 
 class _Chat:
@@ -217,14 +226,27 @@ class _Chat:
         earlier = len(spans(self.messages[:i])) if before else 0
         return tuple(every[earlier:])
 
+    def asked(self) -> str:
+        """What stands before an answer to the whole chat."""
+        asked, shown = self._before(len(self.messages))
+        return asked if shown is None else shown
+
+    def _before(self, i: int) -> tuple[str, str | None]:
+        """The words that ask for answer `i`, and those that stand before one if they are fewer.
+
+        A template may ask with more than it writes once the answer is there, say with an open thinking block.
+        """
+        asked = self.render(self.messages[:i], ask=True)
+        probed = self.attempt([*self.messages[:i], _said("assistant")])
+        header, found, _ = probed.partition(PROBE)
+        return asked, header if found and asked.startswith(header) and not probed.startswith(asked) else None
+
     def _begin(self, i: int, text: str) -> int:
         """Where answer `i` begins: after the words that ask for it."""
-        asked = self.render(self.messages[:i], ask=True)
+        asked, header = self._before(i)
         if text.startswith(asked):
             return len(asked)
-        # It asks with more than it writes once the answer is there, say with an open thinking block.
-        header, found, _ = self.attempt([*self.messages[:i], _said("assistant")]).partition(PROBE)
-        if not (found and text.startswith(header) and asked.startswith(header)):
+        if header is None or not text.startswith(header):
             raise UserError(
                 f"{self.where}: the model's chat template writes what stands before messages[{i}] in another way once "
                 "that is answered. Use a model with another template."

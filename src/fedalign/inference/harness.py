@@ -87,6 +87,8 @@ class Loaded:
         from lm_eval import simple_evaluate  # noqa: PLC0415 - of an extra, and slow to load
         from lm_eval.models.huggingface import HFLM  # noqa: PLC0415 - the same
 
+        if bench.config.data.kind == "chat":
+            bench.encoder.chats.source(None)  # refused here, if there is none
         moe, most = bench.moe, bench.encoder.max_length or None
         moe.model.eval()
         backend = "seq2seq" if moe.is_seq2seq else "causal"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,15 +80,22 @@ class Talk:
         if (classes := self.classes(row)) is not None:
             return next(iter(classes))
         if self._data.kind == "chat":
-            if self._data.columns.messages in row:
+            if self._holds_chat(row):
                 chat = asked(Row(row, "prompt", 1), self._data)
             else:
                 chat = Chat(({"role": "user", "content": row[self.role]},), ())
-            return self._generate(self._asked([*self.messages, *chat.messages], chat.tools), say)
+            text = self.bench.encoder.chats.asked([*self.messages, *chat.messages], chat.tools, "prompt")
+            return self._generate(self.bench.tokenizer(text, add_special_tokens=False)["input_ids"], say)
         if self._data.kind == "text":
             return self._generate(self.bench.tokenizer(str(row[self.role]))["input_ids"], say)
         (ids,) = self.bench.encoder.encode_prompts([self._example(Row(row, "prompt", 1))])
         return self._generate(ids, say)
+
+    def _holds_chat(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row has messages; a line that was typed is one of them, whatever the column is called."""
+        column = self._data.columns.messages
+        typed = column == self.role and isinstance(row.get(column), str) and not row[column].lstrip().startswith("[")
+        return column in row and not typed
 
     def _example(self, row: Row) -> Example:
         """A row without its answer; a package's format is given the whole row."""
@@ -99,8 +106,8 @@ class Talk:
         return example
 
     def remember(self, said: str, answer: str) -> None:
-        """Go on from here; only chats do."""
-        if self._data.kind == "chat":
+        """Go on from here; only chats do, and not from an answer in which nothing is said."""
+        if self._data.kind == "chat" and answer:
             self.messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
 
     def classes(self, row: Mapping[str, Any]) -> dict[str, float] | None:
@@ -119,17 +126,13 @@ class Talk:
         shares = torch.softmax(scores, 0).tolist()
         return dict(sorted(zip(names, shares, strict=True), key=lambda pair: -pair[1]))
 
-    def _asked(self, messages: list[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        template = self.bench.tokenizer.apply_chat_template
-        given = {"tools": list(tools) or None, "add_generation_prompt": True, "return_dict": True}
-        return list(template(messages, **given)["input_ids"])
-
     @torch.no_grad()
     def _generate(self, ids: list[int], say: Say | None) -> str:
         moe, tokenizer, limit = self.bench.moe, self.bench.tokenizer, self.bench.encoder.max_length
         room = limit - len(ids) if limit and not moe.is_seq2seq else self.sampling.most
         if room < 1:
-            raise UserError(f"{len(ids)} tokens: the model reads at most {limit}, answer included. Ask for less.")
+            anew = ", or begin anew with /new" if self.messages else ""
+            raise UserError(f"{len(ids)} tokens: the model reads at most {limit}, answer included. Ask for less{anew}.")
         moe.model.eval()
         streamer = _Said(tokenizer, say) if say is not None else None
         most, ends = min(self.sampling.most, room), stops(moe, tokenizer)
