@@ -30,7 +30,7 @@ class Hub:
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
             if asked["organization"] != "me":
-                return 403, {"error": "You have no rights there"}
+                return 403, {"error": "You have no\nrights there"}
             if name in self.repos:
                 return 409, {"error": "exists", "url": f"{self.address}/{name}"}
             self.repos[name], self.private[name] = {}, asked["visibility"] == "private"

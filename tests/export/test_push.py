@@ -48,6 +48,11 @@ def test_a_private_repository_holds_the_exported_folder(fedalign: Command, run: 
     hub.private["me/model"] = False
     code, out, errors = fedalign(*argv, "--overwrite")
     assert (code, "is public. Add --public" in errors) == (2, True)
+    hub.private["me/model"] = True
+    held = dict(hub.repos["me/model"])
+    code, out, errors = fedalign(*argv, "--overwrite", "--public")  # which no push makes it
+    assert (code, "is private. Leave --public out, or make it public" in errors) == (2, True)
+    assert (hub.repos["me/model"], hub.private) == (held, {"me/model": True})
 
 
 def test_all_may_read_what_is_said_to_be_public(fedalign: Command, run: Path, hub: Hub, tmp_path: Path) -> None:
@@ -80,6 +85,8 @@ def nothing(hub: Hub, patch: pytest.MonkeyPatch) -> None:
         (no_token, ["--push", "me/model"], "there is no token. Log in with", False),
         (no_network, ["--push", "me/model"], "the Hub cannot be reached", False),
         (nothing, ["--push", "you/model"], "refused (403): You have no rights there. The export itself is whole", True),
+        (nothing, ["--push", "you/model"], "Push it alone with: hf upload --private you/model '", True),
+        (nothing, ["--push", "you/model", "--public"], "Push it alone with: hf upload you/model '", True),
         (nothing, ["--push", "model"], "must be OWNER/NAME", False),
         (nothing, ["--push", "me/.."], "--push 'me/..'", False),
         (nothing, ["--push", "me/model", "--clients"], "Not with --push", False),
@@ -98,9 +105,9 @@ def test_what_goes_wrong_is_one_line(
     kept: bool,
 ) -> None:
     trouble(hub, monkeypatch)
-    code, _, errors = fedalign("export", run, "--to", tmp_path / "out", *argv)
+    code, _, errors = fedalign("export", run, "--to", tmp_path / "the export", *argv)
     assert (code, said in errors, "Traceback" in errors, len(errors.splitlines())) == (2, True, False, 1), errors
-    assert (tmp_path / "out").exists() == kept
+    assert (tmp_path / "the export").exists() == kept
     assert not hub.repos
 
 

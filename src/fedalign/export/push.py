@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import httpx
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from fedalign.errors import UserError
 from fedalign.export.card import Made
@@ -44,8 +45,14 @@ class Push:
                 raise UserError(
                     f"--push {self.repo!r}: is there already. Give another name; --overwrite makes it this model."
                 )
-            if not self.public and not api.model_info(self.repo).private:
+            private = api.model_info(self.repo).private
+            if not self.public and not private:
                 raise UserError(f"--push {self.repo!r}: is public. Add --public if all may read this model.")
+            if self.public and private:  # a push changes what it holds, and never who may read it
+                raise UserError(
+                    f"--push {self.repo!r}: is private. Leave --public out, or make it public in its settings on the "
+                    "Hub first."
+                )
 
     def send(self, folder: Path, made: Made) -> str:
         """Make the repository hold what `folder` holds, and nothing else; returns its address.
@@ -59,7 +66,9 @@ class Push:
                 "of this machine: name its Hub id with --base, or add --merge."
             )
         api = HfApi()
-        with self._told(f" The export itself is whole: {folder}. Push it alone with: hf upload {self.repo} {folder} ."):
+        private = "" if self.public else "--private "  # which the Hub's own command is not by itself
+        alone = f"hf upload {private}{self.repo} {shlex.quote(str(folder))} ."
+        with self._told(f" The export itself is whole: {folder}. Push it alone with: {alone}"):
             address = api.create_repo(self.repo, private=not self.public, exist_ok=self.overwrite)
             api.upload_folder(
                 repo_id=self.repo,
@@ -77,9 +86,9 @@ class Push:
         except HfHubHTTPError as error:
             status = error.response.status_code if error.response is not None else None
             advice = f" {LOGIN}" if status == httpx.codes.UNAUTHORIZED else ""
-            reason = (error.server_message or str(error).strip().splitlines()[0]).rstrip(".")
+            reason = " ".join((error.server_message or str(error).strip().splitlines()[0]).split()).rstrip(".")
             raise UserError(f"--push {self.repo!r}: the Hub refused ({status}): {reason}.{advice}{kept}") from None
-        except HFValidationError as error:
-            raise UserError(f"--push {self.repo!r}: {error}") from None
+        except ValueError as error:  # a name that the Hub does not allow, or an address that its library cannot read
+            raise UserError(f"--push {self.repo!r}: {' '.join(str(error).split())}{kept}") from None
         except (OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
             raise UserError(f"--push {self.repo!r}: the Hub cannot be reached ({error}).{kept}") from None
