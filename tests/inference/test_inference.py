@@ -450,6 +450,21 @@ def test_a_task_of_the_harness_scores_as_the_run_did(
     assert "subjects, acc" in out
 
 
+def test_a_group_of_tasks_has_its_own_score(fedalign: Command, made: Made, texts: Path, tmp_path: Path) -> None:
+    task = TASK.format(data=texts / "test.jsonl", cache=tmp_path / "cache")
+    group = (
+        "group: all_of_them\ntask: [subjects, again]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    for name, text in (("subjects", task), ("again", task.replace("subjects", "again")), ("all", group)):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    argv = ["evaluate", str(made()), "--harness", "all_of_them", "--tasks-in", str(tmp_path), "--json"]
+    code, out, errors = fedalign(*argv)
+    assert code == 0, errors
+    for results in json.loads(out).values():
+        scores = [results[name]["acc,none"] for name in ("all_of_them", "subjects", "again")]
+        assert scores[0] == pytest.approx(scores[1]) == scores[2]
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

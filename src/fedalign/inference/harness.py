@@ -50,7 +50,7 @@ class Tasks:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         manager = self._manager()
         try:
-            return Loaded(manager, list(manager.load(list(self.names))["tasks"].values()), self.limit)
+            return Loaded(manager, _highest(manager.load(list(self.names))), self.limit)
         except Exception as error:  # the libraries behind it raise many kinds for data that cannot be had
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"--harness {','.join(self.names)}: cannot be loaded: {reason}") from None
@@ -74,12 +74,20 @@ class Tasks:
         return manager
 
 
+def _highest(found: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    """Groups that no other holds, and tasks that none does: a group has a score of its own."""
+    inner = {name for children in found["group_map"].values() for name in children}
+    held = {task.task_name for group in found["groups"].values() for task in group.get_all_tasks()}
+    groups = [group for name, group in found["groups"].items() if name not in inner]
+    return [*groups, *(task for name, task in found["tasks"].items() if name not in held)]
+
+
 @dataclass(frozen=True)
 class Loaded:
     """Tasks with their data, to be scored on one model after another."""
 
     manager: TaskManager
-    tasks: list[Any]
+    tasks: list[Any]  # and groups of them
     limit: int | None
 
     def score(self, bench: Workbench) -> Results:
