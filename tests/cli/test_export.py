@@ -57,6 +57,9 @@ def test_an_unfinished_run_is_said_to_be_one(fedalign: Command, settings: list[s
     code, text, errors = fedalign("export", tmp_path / "run", "--to", tmp_path / "out")
     assert code == 0, errors
     assert "not finished: this is its model after round 1 of 3" in text
+    code, text, errors = fedalign("export", tmp_path / "run", "--to", tmp_path / "best", "--best")
+    assert code == 0, errors
+    assert "not finished: this is its model after round" in text
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from fedalign.compare.plan import Design, cells
 from fedalign.compare.tables import (
     Finished,
     Table,
+    faults,
     final_scores,
     judged_by,
     notes,
@@ -222,6 +223,7 @@ def test_results_are_tidy(ask: Ask, tmp_path: Path) -> None:
         "loss_nats",
         "bytes_up",
         "dead",
+        "failures",
     ]
     assert len(rows) == 2 * 2 * 2
     assert rows[-1] == {
@@ -233,6 +235,7 @@ def test_results_are_tidy(ask: Ask, tmp_path: Path) -> None:
         "loss_nats": "1.0",
         "bytes_up": "1000000",
         "dead": "3",
+        "failures": "0",
     }
     assert rows[0]["dead"] == ""
 
@@ -304,3 +307,18 @@ def test_the_start_is_told_seed_by_seed_and_of_a_run_that_can_be_shown_beside_it
     assert start_line(design, lost, point) == start_line(design, whole, point)
     both = [run("fedavg", 0, 0.1, "b"), whole[1], run("fedprox", 0, 0.1, "b"), whole[3]]
     assert start_line(design, both, point)[2].text == "20.0, of 1 seed"
+
+
+def test_runs_in_which_clients_failed_are_told_beside_the_tables_and_in_the_csv(ask: Ask, tmp_path: Path) -> None:
+    design = ask("fedavg,fedprox", "1")
+    lost = [{"client": "client-07", "stage": "train", "reason": "its loss is nan"}]
+    runs = [
+        finished(by_name(design)["fedavg", 0], 0.1, 0.4, 0.5, failures=lost),
+        finished(by_name(design)["fedprox", 0], 0.1, 0.4, 0.5),
+    ]
+    assert faults(runs) == ["Faults: fedavg, seed 0: client-07 in 1 round. The reasons are in its metrics.jsonl."]
+    write_csv(tmp_path / "results.csv", design, runs)
+    with (tmp_path / "results.csv").open() as file:
+        read = [(row["algorithm"], row["round"], row["failures"]) for row in csv.DictReader(file)]
+    assert [row for row in read if row[2] != "0"] == [("fedavg", "2", "1")]
+    assert len(read) == 6

@@ -94,7 +94,8 @@ def run(
         settings = _joined(settings, who, grown, overwrite)
     how = Beginning(fresh=resume is None, overwrite=overwrite)
     if resume is not None and (done := folder.finished()) >= settings.run.rounds:
-        say(f"All {done} rounds are complete. For more: fedalign run --resume {resume} --set run.rounds={2 * done}")
+        go_on = f"fedalign run --resume {shlex.quote(str(resume))} --set run.rounds={2 * done}"
+        say(f"All {done} rounds are complete. For more: {go_on}")
     elif resume is not None and (why := folder.stopped(settings)):
         say(f"{why}. To go on: fedalign run --resume {shlex.quote(str(resume))} --set run.patience=0")
     try:
@@ -206,7 +207,8 @@ def _joined(settings: Config, who: Sequence[str], place: Path, overwrite: bool) 
     if run.config.is_file():
         kept = find_snapshot(run.path, best=False).kept if run.finished() else None
         if kept is None:  # a run that goes on for more rounds has a model, and not its last one
-            raise UserError(f"{said}: the run in {path!r} is not finished. Go on with it: fedalign run --resume {path}")
+            go_on = f"fedalign run --resume {shlex.quote(path)}"
+            raise UserError(f"{said}: the run in {path!r} is not finished. Go on with it: {go_on}")
         model = str(kept)
     if settings.federation.engine == "flower":
         raise UserError(
@@ -449,7 +451,7 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     if folder.leaving.exists():
         say(f"Leaving   {folder.leaving}: what each client loses when another leaves; fedalign report shows it")
     if any(folder.path.glob("events.out.tfevents.*")):
-        say(f"Look      tensorboard --logdir {folder.path}")
+        say(f"Look      tensorboard --logdir {shlex.quote(str(folder.path))}")
 
 
 def _with_baseline(name: str) -> str:

@@ -20,6 +20,7 @@ from fedalign.compare.tables import (
     Finished,
     Spread,
     Table,
+    faults,
     final_scores,
     notes,
     paired_differences,
@@ -141,7 +142,7 @@ class Comparison:
         write_csv(self.folder.results, self.design, runs)
         tables = (final_scores(self.design, runs), paired_differences(self.design, runs))
         shown = tuple(table for table in tables if table.sections and any(lines for _, lines in table.sections))
-        said = (*notes(self.design, missing.items(), runs), *tuning)
+        said = (*notes(self.design, missing.items(), runs), *faults(runs), *tuning)
         write_text(self.folder.markdown, to_markdown(shown, said))
         self._for_a_paper(runs, shown, missing)
         return Outcome(self.folder.path, shown, said, missing, [_row(task) for task in done])
@@ -150,7 +151,7 @@ class Comparison:
         """table.tex, and the figure if one is wanted."""
         titles = {table.title for table in shown}
         tables = [table(self.design, runs, self.spread) for table in (final_scores, paired_differences)]
-        said = notes(self.design, missing.items(), runs, self.spread)
+        said = [*notes(self.design, missing.items(), runs, self.spread), *faults(runs)]
         write_text(self.folder.latex, to_latex([table for table in tables if table.title in titles], said))
         if self.figure is not None:
             draw(self.figure, self.design, runs)

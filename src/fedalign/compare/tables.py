@@ -8,6 +8,7 @@ to the baseline, taken seed by seed, excludes zero.
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -259,6 +260,20 @@ def notes(
     return said
 
 
+def faults(runs: Sequence[Finished], most: int = 5) -> list[str]:
+    """A note on each run in which clients failed: which, and in how many rounds."""
+    said = []
+    for run in runs:
+        failed = [{str(one["client"]) for one in line.get("failures", ())} for line in run.history]
+        counts = Counter(name for names in failed for name in names)
+        worst = sorted(counts.items(), key=lambda one: (-one[1], one[0]))[:most]
+        told = [f"{name} in {count} round{'s' if count > 1 else ''}" for name, count in worst]
+        more = f", and {len(counts) - most} more" if len(counts) > most else ""
+        if told:
+            said.append(f"Faults: {run.cell.name}: {', '.join(told)}{more}. The reasons are in its metrics.jsonl.")
+    return said
+
+
 def qualities(runs: Sequence[Finished]) -> list[Column]:
     """Accuracies that some run has, losses where there are none; where runs go by the loss, losses before accuracies.
 
@@ -378,7 +393,10 @@ def values_by_seed(group: Mapping[int, Finished], column: Column) -> BySeed:
 
 
 def write_csv(path: Path, design: Design, runs: Sequence[Finished]) -> None:
-    """One line a run and round: algorithm, seed, grid keys, and every number of the round that is not by client."""
+    """One line a run and round: algorithm, seed, grid keys, and every number of the round that is not by client.
+
+    Last, how many clients' faults it had: sums and means are without them.
+    """
     metrics = dict.fromkeys(
         name
         for run in runs
@@ -388,11 +406,12 @@ def write_csv(path: Path, design: Design, runs: Sequence[Finished]) -> None:
     )
     with replacing_file(path) as new, new.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["algorithm", "seed", *design.grid, "round", *metrics])
+        writer.writerow(["algorithm", "seed", *design.grid, "round", *metrics, "failures"])
         for run in runs:
             about = [run.cell.choice.label, run.cell.seed, *(value for _, value in run.cell.point)]
             for line in run.history:
-                writer.writerow([*about, line["round"], *(line.get(name, "") for name in metrics)])
+                told = [line.get(name, "") for name in metrics]
+                writer.writerow([*about, line["round"], *told, len(line.get("failures", ()))])
 
 
 def to_markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:

@@ -166,7 +166,12 @@ def check_names(data: DataConfig) -> None:
         UserError: One is not.
     """
     for name in data.files:
-        if name not in (there := {file.name for source in (data.train, data.test) for file in _every_file(source)}):
+        there = {file.name for source in (data.train, data.test) for file in _every_file(source)}
+        if not there:
+            raise UserError(
+                f"data.files = {name!r}: data.train = {data.train!r} is no file or folder of such in {Path.cwd()}."
+            )
+        if name not in there:
             raise unknown("data.files", name, there)
 
 

@@ -559,7 +559,7 @@ def _loader(folder: Path, trust_remote_code: bool) -> str:
 def _notes(snapshot: Snapshot, made: Made) -> list[str]:
     """Notes that a person has to know."""
     rounds, notes = snapshot.config.run.rounds, []
-    if snapshot.kept is None:
+    if not snapshot.folder.finished():
         notes.append(f"The run is not finished: this is its model after round {snapshot.round} of {rounds}.")
     if made.form == "adapter" and made.local_base:
         notes.append("The adapter names its base by a folder of this machine: for others, name its Hub id with --base.")

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedalign.compare.folder import ComparisonFolder
 from fedalign.compare.plan import Cell, Choice, Design, cells, line_name
-from fedalign.compare.tables import Finished, notes
+from fedalign.compare.tables import Finished, faults, notes
 from fedalign.compare.tune import Choices
 from fedalign.config.run import Config
 from fedalign.config.toml import flat, read_config
@@ -227,19 +227,9 @@ def _read_cells(planned: Sequence[tuple[Cell, Path]]) -> tuple[list[Run], list[s
             state = "Still at work" if is_held else "Broken off"
             go_on = "" if is_held else f" Go on with it: fedalign run --resume {shlex.quote(str(path))}"
             missing.append(f"{state}: {cell.name}: round {run.round} of {cell.config.run.rounds}.{go_on}")
-        if faults := _faults(run):
-            missing.append(f"Faults: {cell.name}: {faults}. The reasons are in its metrics.jsonl.")
+        missing += faults([Finished(cell, run.history)])
         runs.append(run)
     return runs, missing
-
-
-def _faults(run: Run, most: int = 5) -> str:
-    """Which clients failed, and in how many rounds."""
-    failed = [{str(one["client"]) for one in line.get("failures", ())} for line in run.history]
-    counts = Counter(name for names in failed for name in names)
-    worst = sorted(counts.items(), key=lambda one: (-one[1], one[0]))[:most]
-    told = [f"{name} in {count} round{'s' if count > 1 else ''}" for name, count in worst]
-    return ", ".join(told) + (f", and {len(counts) - most} more" if len(counts) > most else "")
 
 
 def _read_run(cell: Cell, path: Path) -> Run | None:

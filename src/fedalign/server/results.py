@@ -158,7 +158,7 @@ class RunFolder:
         Raises:
             UserError: Something would be lost.
         """
-        go_on = f"Go on with it: fedalign run --resume {self.path}. "
+        go_on = f"Go on with it: fedalign run --resume {shlex.quote(str(self.path))}. "
         check_free(self.path, "run", overwrite, go_on=go_on, written=WRITTEN)
 
     @contextmanager

@@ -19,6 +19,7 @@ import torch
 from scipy.stats import chisquare
 
 from fedalign.client.open import DealtClients, open_site
+from fedalign.client.spent import PrivacyLedger
 from fedalign.config.run import Config
 from fedalign.config.site import SiteFolder
 from fedalign.config.toml import load_config
@@ -585,3 +586,29 @@ def test_what_a_site_says_that_was_not_asked_for_is_not_summed(
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == (
         tmp_path / "here/model/model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_noise_with_and_without_masks_over_sites(masks: bool, olmoe: Path, house: Path, tmp_path: Path) -> None:
+    """Each site pays for its own rounds; without masks it tells what they cost, and with them nobody else knows."""
+    noise = ("privacy.epsilon=4", "evaluation.clients=false", "server.max_norm_ratio=0")
+    way = ("algorithm.name=by_use", "algorithm.vocabulary=average") if masks else ("algorithm.name=fedavg",)
+    config = as_coordinator(
+        olmoe, *noise, *way, f"privacy.masked={str(masks).lower()}", f"server.robust={'none' if masks else 'clip'}"
+    )
+    services = sites(tmp_path / "sites", house, config)
+    for one in () if masks else services.values():
+        file = one.folder.path / "site.toml"
+        file.write_text(file.read_text().replace("masked = true", "epsilon_total = 50.0"))
+        one.folder = SiteFolder.load(one.folder.path)
+    summary = run(tmp_path / "run", link(services), config)
+    assert (summary["failures"], summary["rounds"]) == ([], 2)
+    ledgers = {name: PrivacyLedger(one.folder.path) for name, one in services.items()}
+    spent = {name: ledger.spent(summary["privacy_delta"] or 1e-5) for name, ledger in ledgers.items()}
+    assert all(0 < cost <= 4 for cost in spent.values())
+    kinds = ["count", *(["training", "loads"] if masks else ["training"]) * 2]
+    assert [[line.kind for line in ledger.lines()] for ledger in ledgers.values()] == [kinds] * 4
+    last = metrics(tmp_path / "run")[-1]
+    assert last.get("privacy_epsilons", {}) == ({} if masks else pytest.approx(spent))
+    assert summary["privacy_epsilon"] == (None if masks else pytest.approx(max(spent.values())))
+    assert not {"train_loss_nats", "routing_divergence_nats"} & last.keys()

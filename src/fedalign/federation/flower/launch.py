@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -166,10 +167,11 @@ def watch_run(
         elif time.monotonic() - heard > SILENCE:
             heard = time.monotonic()
             reason, waits = (None, False) if is_running(folder.path) else flower.look(run_id)
-            if waits and noted != (unstarted := UNSTARTED.format(folder.path)):
+            if waits and noted != (unstarted := UNSTARTED.format(shlex.quote(str(folder.path)))):
                 tell(noted := unstarted)
         if reason and read_status(folder.path) == status:
-            raise UserError(f"{reason}. Complete rounds are kept; go on with: fedalign run --resume {folder.path}")
+            go_on = f"fedalign run --resume {shlex.quote(str(folder.path))}"
+            raise UserError(f"{reason}. Complete rounds are kept; go on with: {go_on}")
         seen = alive
         time.sleep(0.5)
 
