@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from fedalign.config.toml import load_config, read_config
 from fedalign.data.batches import batches
+from fedalign.data.bounded import bounded
 from fedalign.data.chat import ChatTemplate, choose_template
 from fedalign.data.encode import IGNORED, Encoded, Encoder, load_tokenizer
 from fedalign.data.formats import Chat, Example
@@ -495,6 +497,26 @@ def test_a_template_that_does_not_end_is_stopped(source: str, monkeypatch: pytes
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a stop may fall into a finaliser
+def test_a_stop_that_falls_into_a_finaliser_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow:
+        def __del__(self) -> None:
+            end = time.monotonic() + 0.5
+            while time.monotonic() < end:
+                pass
+
+    def endless() -> None:
+        slow = Slow()
+        del slow  # which is when the first stop comes, and is lost
+        while True:
+            pass
+
+    monkeypatch.setattr("fedalign.data.bounded.AGAIN", 0.1)
+    with pytest.raises(TimeoutError, match=r"it took more than 0\.2 seconds"):
+        bounded(endless, 0.2, 2**29)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the same
 def test_a_template_is_stopped_in_any_thread_and_where_only_one_rendering_is_endless(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

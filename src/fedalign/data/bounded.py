@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+AGAIN = 1.0  # seconds; longer than what is stopped takes to notice
 _ONE = threading.Lock()  # memory is bounded for the whole process
 
 
@@ -45,12 +46,15 @@ def _timed(program: Callable[[], T], seconds: float) -> T:
     thread, is_over, turn = threading.get_ident(), threading.Event(), threading.Lock()
 
     def stop() -> None:
-        with turn:
-            if not is_over.is_set():
+        is_over.wait(seconds)
+        while True:  # raised where an object is being finalised, it is lost: then again
+            with turn:
+                if is_over.is_set():
+                    return
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_OverdueError))
+            is_over.wait(AGAIN)
 
-    clock = threading.Timer(seconds, stop)
-    clock.daemon = True
+    clock = threading.Thread(target=stop, daemon=True)
     clock.start()
     try:
         try:
@@ -58,6 +62,5 @@ def _timed(program: Callable[[], T], seconds: float) -> T:
         finally:  # what was raised by now arrives in here, before the outer block is left
             with turn:
                 is_over.set()
-            clock.cancel()
     except _OverdueError:
         raise TimeoutError(f"it took more than {seconds:g} seconds") from None
