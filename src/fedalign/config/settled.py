@@ -1,4 +1,4 @@
-"""What of a run's configuration stays as it began: all but what may change on resume."""
+"""The part of a run's configuration that stays as it began: all but what may change on resume."""
 
 from __future__ import annotations
 

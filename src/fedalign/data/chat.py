@@ -109,7 +109,7 @@ class ChatTemplate:
         return chat.answer(chat.answers[-1])
 
     def asked(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], where: str) -> str:
-        """What stands before an answer to these messages, as it does in training.
+        """The text before an answer to these messages, as it is in training.
 
         Raises:
             UserError: As of `renderings`.
@@ -227,7 +227,7 @@ class _Chat:
         return tuple(every[earlier:])
 
     def asked(self) -> str:
-        """What stands before an answer to the whole chat."""
+        """The text before an answer to the whole chat."""
         asked, shown = self._before(len(self.messages))
         return asked if shown is None else shown
 

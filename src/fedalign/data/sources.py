@@ -441,7 +441,7 @@ def _text(content: IO[bytes], written: Written, newline: str | None = None) -> i
 
 
 def _unread(text: str, written: Written) -> NoRowError | None:
-    """What is wrong with a row's text: a byte that is no letter."""
+    """The flaw in a row's text, if it has one: a byte that is no letter."""
     strange = next((letter for letter in text if "\udc80" <= letter <= "\udcff"), None) if written.skip else None
     return (
         NoRowError(f"byte 0x{ord(strange) - 0xDC00:02x} is not {written.encoding.removesuffix('-sig')}")

@@ -308,7 +308,7 @@ class Spent:
 
 
 def epsilon_spent(history: Sequence[Metrics], asked: int = 0) -> Spent | None:
-    """What a run has cost an example of some client; None: no client has told any.
+    """The cost of a run to an example of some client; None: no client has told any.
 
     Args:
         history: of the complete rounds.
