@@ -307,7 +307,7 @@ class Spent:
         return self.epsilon if self.whole else agreed
 
 
-def epsilon_spent(history: Sequence[Metrics], asked: int = 0) -> Spent | None:
+def epsilon_spent(history: Sequence[Metrics], asked: int) -> Spent | None:
     """The cost of a run to an example of some client; None: no client has told any.
 
     Args:
