@@ -56,14 +56,15 @@ def test_the_table_has_what_was_run_and_says_what_was_not() -> None:
     lines = [cell.key | {"before": 0.2, "accuracy": 0.4 + cell.seed / 10, "machine": "one"} for cell in ran]
     lines[1] |= {"cpu_seconds": 1200.4}  # the others are from before it was kept
     stale = next(FULL.cells()).key | {"accuracy": 1.0, "revision": 0}
-    audit = {"audit": 2.0, "noise": False, "claimed": 1.9, "refuted": 3.9, "revision": private.REVISION}
+    audit = {"audit": 2.0, "noise": False, "batch": 80, "claimed": 1.9, "refuted": 3.9, "revision": private.REVISION}
     told = private.tables([*lines, stale, audit])
     assert "| demo | demo | 5 | lora | 0.002 | 20.0 (1) | not run | 50.0 | not run |" in told
     assert "| demo | demo | 5 | full | 0.002 | not run | not run | not run | not run |" in told
     assert "| demo | demo | 5 | lora | 0.002 | not run | 1,200 (1) | not run |" in told
     assert "| demo | demo | 5 | full | 0.002 | not run | not run | not run |" in told
     assert "Not run: 15 of 18 runs." in told
-    assert "- Audit at epsilon 2, noise off: claimed 1.90, refuted up to 3.90, which refutes it." in told
+    said = "- Audit at epsilon 2, noise off, a quarter of the examples in a step: claimed 1.90, refuted up to 3.90"
+    assert f"{said}, which refutes it." in told
     heads = [line for line in told.splitlines() if line.startswith("| ")]
     assert {line.count("|") for line in heads[:4]} == {10}
     assert {line.count("|") for line in heads[4:]} == {9}
