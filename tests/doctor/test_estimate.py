@@ -15,6 +15,8 @@ from fedalign.config.toml import load_config
 from fedalign.data.encode import Encoded
 from fedalign.data.formats import load_examples
 from fedalign.doctor.estimate import (
+    AT_CLIENT,
+    AT_SERVER,
     CARRIER,
     Kept,
     StepCost,
@@ -27,9 +29,11 @@ from fedalign.doctor.estimate import (
     measure_step,
     round_tokens,
     server_nbytes,
+    state_nbytes,
 )
 from fedalign.federation.in_process import prepare
 from fedalign.federation.messages import encode
+from fedalign.files import KEPT_BY_CLIENTS
 from fedalign.maths.rounding import broadcast_dtype, pack
 from fedalign.moe.model import MoEModel
 from fedalign.protocol import DEALT, Broadcast
@@ -195,7 +199,23 @@ def test_workers_share_the_time_and_what_is_frozen(
     frozen = [p for p in bench.moe.model.parameters() if not p.requires_grad]
     assert bool(frozen) == (kind == "lora")
     # weights, gradients and two moments; what was received and the update; activations
-    assert two.memory - one.memory == 4 * 6 * one.trained + 1000
+    own = AT_CLIENT * state_nbytes(config, bench.moe.layout)
+    assert two.memory - one.memory == 4 * 6 * one.trained + 1000 + own
+
+
+def test_variates_as_large_as_the_model_are_counted(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("fedalign.doctor.estimate.measure_step", lambda *_: StepCost(1000, 1e-3))
+    made, at_sites = [], []
+    for name in ("fedavg", "scaffold"):
+        bench = Workbench.load(load_config(None, [*settings, f"algorithm.name={name}"]))
+        made.append(estimate_run(bench, {"a": ClientData("a", examples(bench), None, ClientMemory(tmp_path))}, None))
+        at_sites.append(estimate_site(bench, "ward", DEALT))
+    variate = 4 * made[0].trained
+    assert made[1].memory - made[0].memory == (AT_CLIENT + AT_SERVER) * variate
+    assert at_sites[1].training - at_sites[0].training == AT_CLIENT * variate
+    assert at_sites[1].disk - at_sites[0].disk == (KEPT_BY_CLIENTS + 1) * variate
 
 
 def test_what_lies_in_files_takes_no_memory(

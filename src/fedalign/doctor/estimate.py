@@ -32,6 +32,8 @@ from fedalign.server import masked
 from fedalign.server.rounds import by_itself, scored_by_clients, select
 from fedalign.testing import reports
 
+AT_CLIENT = 3  # times an algorithm's state: as received, as kept from before, and what is made of both
+AT_SERVER = 3  # times: before, the sums that it is made of, and after
 CARRIER = 4  # bytes that Flower's process at a site holds at its peak for each byte of a message (flwr 1.41, measured)
 
 
@@ -89,8 +91,9 @@ def estimate_run(bench: Workbench, clients: Mapping[str, ClientData], test: Test
     together = min(config.run.workers, max(1, clients_a_round))
     seconds = step.seconds_a_token * tokens * clients_a_round / max(1, len(clients)) / together
     frozen = sum(p.nbytes for p in bench.moe.model.parameters() if not p.requires_grad)  # which workers share
-    own = training_nbytes(bench) - frozen + exchange_nbytes(trained, config) + step.activations
-    memory = frozen + together * own + server_nbytes(trained, config, clients_a_round)
+    state = state_nbytes(config, layout)
+    own = training_nbytes(bench) - frozen + exchange_nbytes(trained, config) + step.activations + AT_CLIENT * state
+    memory = frozen + together * own + server_nbytes(trained, config, clients_a_round) + AT_SERVER * state
     owners = len(layout.owners)
     last = 0.0  # seconds after the last round
     if owners and not not_told(config, bench.moe, sum(len(tests or ()) for tests in held)):
@@ -116,13 +119,15 @@ def estimate_site(bench: Workbench, site: str, consent: Consent) -> SiteEstimate
     """A site's needs for this model; a skeleton of it is enough."""
     config, layout = bench.config, bench.moe.layout
     _, trained = parameter_counts(bench)
-    told = state_nbytes(config, layout) + totals_nbytes(config, layout)  # beside weights
+    state = state_nbytes(config, layout)
+    told = state + totals_nbytes(config, layout)  # beside weights
     weights, update = weights_nbytes(config, layout) + told, update_nbytes(config, layout, site, consent)
     statistics, sent = statistics_nbytes(config, layout, consent), sent_nbytes(config, layout, site, consent)
     remembered = 4 * layout.layers * layout.experts + (4 * trained * moments(config) * config.training.keep_optimizer)
     remembered += 4 * trained * config.wire.feeds_back  # what rounding lost
+    remembered += state  # by the algorithm, which keeps about as much as it is told
     return SiteEstimate(
-        training=training_nbytes(bench),
+        training=training_nbytes(bench) + AT_CLIENT * state,
         loading=bench.moe.saved.before if bench.moe.saved else bench.moe.nbytes,
         exchange=exchange_nbytes(trained, config),
         carrier=CARRIER * max(weights, sent),
