@@ -219,7 +219,7 @@ def test_all_else_is_as_the_coordinator_says(tmp_path: Path) -> None:
 
 
 def test_a_site_may_trust_its_own_model_code(tmp_path: Path) -> None:
-    trusting = LEAST + "[model]\ntrust_remote_code = true\n"
+    trusting = LEAST + '[model]\npath = "own/model"\ntrust_remote_code = true\n'
     assert localised(tmp_path, trusting, "model.trust_remote_code=false")[1].model.trust_remote_code is True
 
 

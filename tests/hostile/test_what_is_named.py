@@ -153,3 +153,35 @@ def test_the_coordinator_does_not_say_which_files_are_read(attack: Attack) -> No
     assert isinstance(usual, Hello)
     for asked in ({"train_split": "other"}, {"train_split": "../private"}, {"test": str(data)}, {"subset": "x"}):
         assert site.ask("hello", **asked) == usual
+
+
+@pytest.mark.parametrize("role", ["history", "system", "tools", "input", "messages", "prompt", "response", "question"])
+def test_a_column_that_a_site_does_not_name_is_not_read_by_the_name_that_it_would_have(
+    role: str, tmp_path: Path
+) -> None:
+    """A site that names text and label has said so of no other column, though others have names by default."""
+    site = make_site(tmp_path, f'name = "a"\n[data]\ntrain = "{tmp_path}"\n[data.columns]\ntext = "note"\n')
+    with pytest.raises(UserError, match="is no column that this site lets a template read"):
+        site.localise(load_config(None, [f"data.template={{text}} {{{role}}}"]))
+    here = site.localise(load_config(None, ["data.template={text} {label}"])).data
+    assert here.template == "{note} {label}"
+    assert getattr(here.columns, role) == f"{role}: named by no site.toml"
+
+
+def test_whose_code_runs_and_which_is_the_sites_own_to_say(tmp_path: Path) -> None:
+    least = f'name = "a"\n[data]\ntrain = "{tmp_path}"\n[model]\n'
+    with pytest.raises(UserError, match="trust_remote_code needs path"):
+        make_site(tmp_path, least + "trust_remote_code = true\n")
+    asked = load_config(None, ["model.path=allenai/x", "model.revision=refs/pr/7"])
+    own = make_site(tmp_path, least + 'path = "org/ours"\ntrust_remote_code = true\n')
+    assert own.localise(asked).model.revision is None
+    pinned = make_site(tmp_path, least + 'path = "org/ours"\nrevision = "v1"\n')
+    assert pinned.localise(asked).model.revision == "v1"
+    assert make_site(tmp_path, least).localise(asked).model.revision == "refs/pr/7"
+
+
+def test_an_answer_is_generated_no_longer_than_a_site_allows(tmp_path: Path) -> None:
+    site = make_site(tmp_path, f'name = "a"\n[data]\ntrain = "{tmp_path}"\n')
+    for asked, given in ((10**9, 256), (20, 20)):
+        config = load_config(None, ["evaluation.generate=true", f"evaluation.max_new_tokens={asked}"])
+        assert site.localise(config).evaluation.max_new_tokens == given

@@ -141,6 +141,49 @@ def test_of_two_the_shorter_one_is_the_measure() -> None:
     assert typical_norms(norm_C_G, norm_C_G > 0, LAYOUT)[0] == 1
 
 
+def test_one_voice_a_client_however_many_experts_it_claims() -> None:
+    """Seven experts of eight that hardly anybody holds: a liar's own lengths were the median to which it was held."""
+    cells = [ParameterGroup("expert", 0, expert) for expert in range(8)]
+    layout = Layout(1, 8, {**dict.fromkeys(Layout(1, 8, {}).groups, 2), **dict.fromkeys(cells, 2)})
+    held_C_G = torch.zeros(4, len(layout.groups), dtype=torch.bool)
+    for client in range(3):
+        held_C_G[client, [layout.groups.index(cells[2 * client]), layout.groups.index(cells[2 * client + 1])]] = True
+    held_C_G[3, [layout.groups.index(cell) for cell in cells]] = True
+    norm_C_G = held_C_G * tensor([[1.0], [1.0], [1.0], [1e6]])
+    typical_G = typical_norms(norm_C_G, held_C_G, layout)
+    assert [float(typical_G[layout.groups.index(cell)]) for cell in cells] == [1.0] * 8
+
+
+def test_who_alone_trains_embeddings_moves_them_no_further_than_others_move_other_values() -> None:
+    norm_C_G = torch.ones(10, GROUPS) * tensor([float(LAYOUT.sizes[group]) for group in LAYOUT.groups]).sqrt()
+    column = LAYOUT.groups.index(EMBEDDINGS)
+    norm_C_G[:, column] = 0
+    norm_C_G[9, column] = 1e12
+    held_C_G = norm_C_G > 0
+    assert_close(typical_norms(norm_C_G, held_C_G, LAYOUT)[column], tensor(2.0))  # four values, each moved by one
+    new = guarded(Plan(tuple(NAMES), held_C_G / held_C_G.sum(0).clamp_min(1)), norm_C_G, LAYOUT, 0.5, 3.0, 3.0)
+    assert new.factor_C_G is not None
+    assert_close(norm_C_G[9, column] * new.factor_C_G[9, column], tensor(6.0))
+    assert_close(new.factor_C_G[:9], torch.ones(9, GROUPS))
+
+
+def test_those_whom_an_algorithm_leaves_out_still_say_what_is_long() -> None:
+    """Liars that agree with each other can have a method take everybody else for the odd ones."""
+    norm_C_G = torch.ones(10, GROUPS)
+    norm_C_G[8:] = 1e6
+    held_C_G = torch.zeros(10, GROUPS, dtype=torch.bool)
+    held_C_G[7:] = True  # one honest among them
+    assert typical_norms(norm_C_G, held_C_G, LAYOUT)[LAYOUT.groups.index(EXPERTS[0])] == 1
+
+
+def test_a_stream_is_no_longer_than_others_whatever_steps_a_client_claims() -> None:
+    plan = Plan(tuple(NAMES), torch.full((10, GROUPS), 0.1), streams={"s": torch.full((10, GROUPS), 0.01)})
+    plan.streams["s"][9] = 1.0  # one step, it says, where the others had a hundred
+    new = guarded(plan, torch.ones(10, GROUPS), LAYOUT, 0.5, 3.0, 3.0)
+    assert_close(new.streams["s"][:, 0], tensor([0.01] * 9 + [0.03]))
+    assert_close(new.weight_C_G, plan.weight_C_G)
+
+
 def test_a_guarded_plan_by_hand() -> None:
     weight_C_G = tensor([[0.9] * GROUPS, [0.06] * GROUPS, [0.04] * GROUPS])
     norm_C_G = tensor([[30.0] * GROUPS, [1.0] * GROUPS, [2.0] * GROUPS])

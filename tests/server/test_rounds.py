@@ -40,6 +40,7 @@ from fedalign.server.checks import check_evaluation, check_statistics, find_outl
 from fedalign.server.results import summarise
 from fedalign.server.rounds import Server, select
 from fedalign.server.scores import (
+    Scores,
     Traffic,
     best_of,
     describe_clients,
@@ -479,6 +480,8 @@ def test_sketches_of_another_width_leave_the_client_out_and_the_round_goes_on(tm
         ({"examples": 0}, "its loss is 0.5 on 0 examples"),
         ({"examples": -1}, "its loss is 0.5 on -1 examples"),
         ({"loss": float("nan")}, "its loss is nan on 10 examples"),
+        ({"loss": -1e-5}, None),
+        ({"loss": -1e15}, "its loss is -1000000000000000.0 on 10 examples"),
         ({"loss": float("inf")}, "its loss is inf on 10 examples"),
         ({"accuracy": 1.1}, "its accuracy is 1.1"),
         ({"accuracy": -0.1}, "its accuracy is -0.1"),
@@ -488,6 +491,20 @@ def test_sketches_of_another_width_leave_the_client_out_and_the_round_goes_on(tm
 def test_scores_are_checked(change: dict[str, Any], reason: str | None) -> None:
     score = replace(Evaluation("a", 10, 0.5, 0.5), **change)
     assert check_evaluation(score) == reason
+
+
+def test_no_site_says_alone_which_round_is_the_best() -> None:
+    """How many it holds out is its own word, and its loss what it tells."""
+    scores = Scores()
+    for name, examples, loss, accuracy in (("a", 10, 1.0, 0.2), ("b", 20, 1.0, 0.2), ("liar", 10**12, 1e9, 1.0)):
+        scores.add(Evaluation(name, examples, loss, accuracy))
+    trusting, wary = (load_config(None, [f"server.robust={rule}"]) for rule in ("none", "clip"))
+    told = describe_clients(scores.counted(trusting), all_asked=True)
+    assert told["client_accuracy_weighted"] == pytest.approx(1.0)
+    told = describe_clients(scores.counted(wary), all_asked=True)
+    assert told["client_examples"] == {"a": 10, "b": 20, "liar": 60}
+    assert told["client_accuracy_weighted"] == pytest.approx((30 * 0.2 + 60) / 90)
+    assert told["client_loss_mean_nats"] == pytest.approx((30 + 60 * 100) / 90)  # a loss counts as 100 nats at most
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Set
 from string import Formatter
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -207,6 +207,7 @@ class Section(BaseModel):
     """A table of the TOML file: immutable, and no key is ever ignored. Its docstring stands beside its name there."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    writes_what_is_set: ClassVar[bool] = False  # in TOML, what nobody set stands behind a #
 
 
 class RunConfig(Section):

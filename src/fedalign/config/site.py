@@ -12,9 +12,10 @@ import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from fedalign.config.run import (
     AUTO,
@@ -47,6 +48,7 @@ from fedalign.files import folder_name, write_private
 from fedalign.protocol import Consent, is_name
 
 FILE = "site.toml"
+TOGETHER = ({"text", "label"}, {"prompt", "response"}, {"question", "choices", "answer"})  # parts of one kind of row
 HUB_ID = re.compile(r"(?!.*(\.\.|--))\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
 NODE_KEY = re.compile(r"ecdsa-sha2-nistp(256|384|521) [A-Za-z0-9+/=.]+", re.ASCII)
 HEAD = """\
@@ -73,7 +75,20 @@ NodeKey = Annotated[str, AfterValidator(_node_key)]
 
 
 class SiteColumns(Columns):
-    """Names of the columns in your files. Nobody can have any other column read, and `client` is never."""
+    """Names of the columns in your files. If one is named here, nobody can have others read but those that go with it.
+
+    These are text and label; prompt and response; question, choices and answer. `client` is never read.
+    """
+
+    writes_what_is_set: ClassVar[bool] = True
+
+    @property
+    def read(self) -> Columns:
+        """The same for a run; if some are named, each other part has a name that no column has."""
+        named = {"client", *self.model_fields_set}
+        named |= {role for roles in TOGETHER if named & roles for role in roles}
+        others = [role for role in type(self).model_fields if self.model_fields_set and role not in named]
+        return self.model_copy(update={role: f"{role}: named by no site.toml" for role in others})
 
 
 class SiteFile(Section):
@@ -104,7 +119,7 @@ class SiteData(Section):
             "subset": self.subset,
             "train_split": self.train_split,
             "test_split": self.test_split,
-            "columns": self.columns,
+            "columns": self.columns.read,
             "delimiter": self.delimiter,
             "encoding": self.encoding,
             "files": {name: FileConfig(**vars(file)) for name, file in self.files.items()},
@@ -115,7 +130,18 @@ class SiteModel(Section):
     """The model: the one that the coordinator names on the hub, unless this site has its own."""
 
     path: str | None = key(None, "this site's own copy", examples=["/models/OLMoE-1B-7B"])
-    trust_remote_code: bool = key(False, "run the code that comes with the model; the coordinator cannot set this")
+    revision: str | None = key(None, "of path, if that is a hub id; it is never the coordinator's", examples=["main"])
+    trust_remote_code: bool = key(
+        False, "run the code that comes with path, which has to be given; the coordinator cannot set this"
+    )
+
+    @model_validator(mode="after")
+    def _name_whose_code_runs(self) -> SiteModel:
+        if self.trust_remote_code and self.path is None:
+            raise PydanticCustomError("whose", "trust_remote_code needs path, or the coordinator names whose code runs")
+        if self.revision and self.path is None:
+            raise PydanticCustomError("whose", "revision is of path, and none is given")
+        return self
 
 
 class SiteLimits(ClientLimits):
@@ -140,6 +166,7 @@ class SiteLimits(ClientLimits):
     evaluations: Positive = key(120, "and scores at most, in one run")
     all_rounds: Positive = key(1000, "the same of all runs together, for ever")
     all_evaluations: Positive = key(1000, "and of scores")
+    new_tokens: Positive = key(256, "generated of an answer at most, where answers are scored by generating them")
     readings: Positive = key(
         50,
         "ways at most in which runs without noise have the rows read, of all runs together: with other labels, "
@@ -302,6 +329,7 @@ class SiteFolder:
                 "model": config.model.model_copy(
                     update={
                         "path": self.resolve(site.model.path) if site.model.path else config.model.path,
+                        "revision": site.model.revision if site.model.path else config.model.revision,
                         "trust_remote_code": site.model.trust_remote_code,
                     }
                 ),
@@ -317,7 +345,10 @@ class SiteFolder:
                     update={"batch_tokens": min(config.training.batch_tokens, most)}
                 ),
                 "evaluation": config.evaluation.model_copy(
-                    update={"batch_tokens": min(config.evaluation.batch_tokens, most)}
+                    update={
+                        "batch_tokens": min(config.evaluation.batch_tokens, most),
+                        "max_new_tokens": min(config.evaluation.max_new_tokens, limits.new_tokens),
+                    }
                 ),
                 "statistics": config.statistics.model_copy(
                     update={
@@ -404,7 +435,8 @@ class SiteFolder:
         """The coordinator's template over this site's columns: {column} is the one of its role, or its name here."""
         if data.template is None:
             return None
-        mine, theirs = (columns.model_dump(exclude={"client"}) for columns in (self.config.data.columns, data.columns))
+        both = self.config.data.columns.read, data.columns
+        mine, theirs = (columns.model_dump(exclude={"client"}) for columns in both)
         readable: dict[str, str] = {name: name for name in mine.values()} | {
             name: mine[role] for role, name in theirs.items()
         }

@@ -279,6 +279,7 @@ def _lines(section: Section, path: str = "", asleep: bool = False) -> Iterator[s
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         unset = value is None or value == {}
+        unset = unset or (section.writes_what_is_set and name not in section.model_fields_set)
         shown, sleeps = field.examples[0] if unset and field.examples else value, asleep or unset
         if isinstance(shown, Section):
             tables.append((f"{path}{name}", shown, sleeps))

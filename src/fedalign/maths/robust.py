@@ -68,14 +68,17 @@ def guarded(
     """
     factor_C_G = torch.ones_like(plan.weight_C_G) if plan.factor_C_G is None else plan.factor_C_G
     length_C_G = (norm_C_G.double() * factor_C_G.double().abs()).float()
-    most_G = clip * typical_norms(length_C_G, holders(plan, norm_C_G), layout)
-    shorter_C_G = torch.where(length_C_G > most_G, most_G / length_C_G, 1.0)
+    held_C_G = holders(plan, norm_C_G)
+    shorter_C_G = _shorter(length_C_G, held_C_G, layout, clip)
     weight_C_G = capped(plan.weight_C_G, max_share, max_share_ratio)
     new = replace(
         plan,
         weight_C_G=weight_C_G,
         factor_C_G=factor_C_G * shorter_C_G,
-        streams={name: stream_C_G * shorter_C_G for name, stream_C_G in plan.streams.items()},
+        streams={
+            name: stream_C_G * shorter_C_G * _shorter(norm_C_G * stream_C_G.abs() * shorter_C_G, held_C_G, layout, clip)
+            for name, stream_C_G in plan.streams.items()
+        },
     )
     if plan.token_weight_C_M_V is None:
         return new
@@ -91,6 +94,12 @@ def guarded(
         row_most_M_V=_row_lengths(length_C_M, held_C_M, met_C_M_V),
         metrics={**plan.metrics, "token_rows_of_one_kept": int(kept_M_V.sum())},
     )
+
+
+def _shorter(length_C_G: Tensor, held_C_G: Tensor, layout: Layout, clip: float) -> Tensor:
+    """Factors that leave no length above `clip` medians; of streams too: their weights follow from what clients say."""
+    most_G = clip * typical_norms(length_C_G, held_C_G, layout)
+    return torch.where(length_C_G > most_G, most_G / length_C_G, 1.0)
 
 
 def _row_weights(weight_C_M_V: Tensor, met_C_M_V: Tensor, wanted_C_M: Tensor) -> Tensor:
@@ -133,24 +142,48 @@ def capped(weight_C_X: Tensor, share: float, ratio: float = math.inf) -> Tensor:
 def typical_norms(norm_C_G: Tensor, held_C_G: Tensor, layout: Layout) -> Tensor:
     """The median norm of each group's holders, [G]; the lower one of two.
 
-    Where there are fewer than three, the median over the other groups of its kind and layer, if any has holders: a lone
-    holder of an expert is held to what other experts of the layer moved. Infinite where nothing is to compare with.
+    Where there are fewer than three, or most of those who moved the group have no weight, what a client moved in the
+    other groups of that kind and layer, in the median over clients: a lone holder of an expert is held to what others
+    moved of the layer. A client has one voice there, however many groups it holds, and one without any weight has it,
+    too. Where no such group moved, as of embeddings or a head: what a client moved in all other groups, for as many
+    values [O]. If none of these voices is of a client that does not hold the group, they compare nothing: then two
+    holders have their own median, and a lone one any length.
     """
     known_C_G = norm_C_G.masked_fill(~held_C_G, torch.nan)
+    moved_C_G = norm_C_G.masked_fill(norm_C_G <= 0, torch.nan)
     median_G = known_C_G.nanmedian(dim=0).values
+    size_G = torch.tensor([layout.sizes[group] for group in layout.groups], dtype=torch.float32)
     alike: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
     for column, group in enumerate(layout.groups):
         alike[group.kind, group.layer].append(column)
-    holders_G = held_C_G.sum(0)
+    holders_G, movers_G = held_C_G.sum(0), (norm_C_G > 0).sum(0)
     for columns in alike.values():
+        rest = [other for other in range(len(layout.groups)) if other not in columns]
         for column in columns:
-            if holders_G[column] < FEW:
-                others = known_C_G[:, [other for other in columns if other != column]].nanmedian()
-                if not others.isnan():
-                    median_G[column] = others
-                elif holders_G[column] < 2:
+            if holders_G[column] >= FEW and 2 * holders_G[column] >= movers_G[column]:
+                continue
+            others = [other for other in columns if other != column]
+            own_C, any_C = _middle_of_each(known_C_G[:, others]), _middle_of_each(moved_C_G[:, others])
+            voices = own_C.where(~own_C.isnan(), any_C), _moved_a_value(moved_C_G[:, rest], size_G[rest])
+            for voice_C, length in zip(voices, (1.0, float(size_G[column].sqrt())), strict=True):
+                if not bool(voice_C[~held_C_G[:, column]].isnan().all()):
+                    median_G[column] = length * voice_C.nanmedian()
+                    break
+            else:
+                if holders_G[column] < 2:
                     median_G[column] = torch.inf
     return median_G
+
+
+def _middle_of_each(norm_C_G: Tensor) -> Tensor:
+    """Each client's median over these groups, [C]; NaN: it has none."""
+    return norm_C_G.nanmedian(dim=1).values if norm_C_G.shape[1] else norm_C_G.new_full((len(norm_C_G),), torch.nan)
+
+
+def _moved_a_value(moved_C_G: Tensor, size_G: Tensor) -> Tensor:
+    """Root mean square of what each client moved a value, of the groups that it moved, [C]; NaN: it moved none."""
+    values_C = (~moved_C_G.isnan() * size_G).sum(1)
+    return (moved_C_G.square().nansum(1) / values_C).sqrt().where(values_C > 0, torch.nan)
 
 
 def liars(clients: int, share: float) -> int:

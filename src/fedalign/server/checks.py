@@ -53,6 +53,7 @@ OF_EVERY_ROUND = {  # in metrics.jsonl; no algorithm fills them in, nor those th
     "uploaded_share",
 }
 OF_A_KIND = ("bytes_", "client_", "privacy_")
+ROUNDED = 1e-3  # nats below zero that a loss may be: it has none, but float16 rounds
 MOST = 1e15  # of any number: its square is still one in float32, and so is that of its inverse
 WITHHELD = ("token_count_M_V", "token_met_M_B")  # what a client may keep to itself
 SUM_SLACK = 1e-3  # of sums: rounding
@@ -199,7 +200,7 @@ def check_weights(weights: Weights) -> str | None:
 
 def check_evaluation(score: Evaluation) -> str | None:
     """Why a client's score cannot be used, or None."""
-    if not 0 < score.examples <= MOST or not abs(score.loss) <= MOST:
+    if not 0 < score.examples <= MOST or not -ROUNDED <= score.loss <= MOST:
         return f"its loss is {score.loss} on {score.examples} examples"
     if score.accuracy is not None and not 0 <= score.accuracy <= 1:
         return f"its accuracy is {score.accuracy}"

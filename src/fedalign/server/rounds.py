@@ -183,7 +183,7 @@ class Server:
             )
         if state.pending is not None:
             trained = time.perf_counter()
-            told = describe_clients(scores.of, all_asked=len(chosen) == len(members))
+            told = describe_clients(scores.counted(self.config), all_asked=len(chosen) == len(members))
             state = self._scored(state, state.pending, told, scores.failures)
             started += time.perf_counter() - trained  # saving the round before is no part of this one
         reports, silent, left_out = self._on_trial(state, reports)
@@ -488,7 +488,7 @@ class Server:
         for reply in self.federation.evaluate(broadcast, members):
             scores.add(reply)
             self.observer.progress(state.round, "evaluating", len(scores), max(len(scores), len(members)))
-        return describe_clients(scores.of, all_asked=True), scores.failures
+        return describe_clients(scores.counted(self.config), all_asked=True), scores.failures
 
     def _scored(self, state: ServerState, line: Metrics, told: Metrics, failures: Sequence[Failure]) -> ServerState:
         """A round's line is complete; it is kept before it is told."""

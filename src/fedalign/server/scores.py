@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import statistics as stats
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedalign.config.run import Measure
-from fedalign.protocol import UNIT, Evaluation, Failure, HeldOut, Layout, Metrics, Moved, Plan, Statistics
+from fedalign.config.run import Config, Measure
+from fedalign.protocol import MOST_LOSS, UNIT, Evaluation, Failure, HeldOut, Layout, Metrics, Moved, Plan, Statistics
 from fedalign.server.checks import check_evaluation
 
 MEANS = (  # over clients
@@ -60,7 +60,18 @@ class Scores:
         elif problem := check_evaluation(reply):
             self.failures.append(Failure(str(reply.client), "evaluate", problem))
         else:
-            self.of.append(reply)
+            self.of.append(replace(reply, loss=min(max(reply.loss, 0.0), MOST_LOSS)))
+
+    def counted(self, config: Config) -> list[Evaluation]:
+        """Those that can be used; against liars, none for more examples than so many times the median client's [O].
+
+        How many a site holds out is its own word: with it one site alone could say which round is the best, and end
+        the run.
+        """
+        if config.robust == "none" or not self.of:
+            return self.of
+        most = max(1, int(config.server.max_share_ratio * stats.median_low([score.examples for score in self.of])))
+        return [replace(score, examples=min(score.examples, most)) for score in self.of]
 
     def __len__(self) -> int:
         """How many came."""

@@ -45,7 +45,6 @@ def init_site(name: str, folder: Path, wishes: Wishes) -> SiteFolder:
     config = configure(name, wishes)
     files = (FILE, config.coordinator.key, f"{config.coordinator.key}.pub", INVITED)
     check_new(f"site {name!r}", [folder / file for file in files], "Choose another folder with --dir.")
-    check_first_rows(config)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # a run's updates are kept here
     except OSError as error:
@@ -68,7 +67,12 @@ def configure(name: str, wishes: Wishes) -> SiteConfig:
         "limits": _given({"device": wishes.device, "seed": secrets.randbits(62)}),
         "coordinator": _given(_link(wishes)),
     }
-    return checked(SiteConfig, tables)
+    config = checked(SiteConfig, tables)
+    check_first_rows(config)
+    there = _first_columns(config)
+    default = {role: name for role, name in Columns().model_dump(exclude={"client"}).items() if name in there}
+    columns = default | dict(wishes.columns or {})  # what is not there now is not read later, either
+    return checked(SiteConfig, tables | {"data": {"train": _absolute(wishes.data), "columns": columns}})
 
 
 def _link(wishes: Wishes) -> dict[str, Any]:
@@ -114,11 +118,14 @@ def parse_columns(pairs: list[str]) -> dict[str, str]:
 
 def readable_columns(config: SiteConfig) -> list[str]:
     """The columns of the first rows that a coordinator can have read."""
-    columns = config.data.columns
+    columns, there = config.data.columns.read, _first_columns(config)
     named = [*columns.model_dump(exclude={"client"}).values(), *choice_columns(columns.choices)]
-    data = DataConfig(train=config.data.train, **config.data.own)
-    there = {column for row in islice(read_rows(data.train, data, "train"), FIRST_ROWS) for column in row.values}
     return [column for column in named if column in there]
+
+
+def _first_columns(config: SiteConfig) -> set[str]:
+    data = DataConfig(train=config.data.train, **config.data.own)
+    return {column for row in islice(read_rows(data.train, data, "train"), FIRST_ROWS) for column in row.values}
 
 
 def check_first_rows(config: SiteConfig) -> None:
