@@ -93,14 +93,14 @@ def test_a_kept_optimizer_is_on_the_disk_too(config: Config) -> None:
 def test_what_is_frozen_needs_neither_gradient_nor_moments(
     tuning: list[str], nbytes: Callable[[int, int], int], settings: list[str]
 ) -> None:
-    config = load_config(None, [*settings, *tuning])
+    config = load_config(None, [*settings, "algorithm.name=fedavg", *tuning])  # which has no state
     moe = MoEModel.skeleton(config.model.path, tuning=config.tuning)
     total, trained = sum(p.numel() for p in moe.model.parameters()), sum(moe.layout.sizes.values())
     assert estimate_site(Workbench.around(moe, config), "ward", DEALT).training == nbytes(total, trained)
 
 
 def test_a_bfloat16_model_has_masters(settings: list[str]) -> None:
-    config = load_config(None, [*settings, "tuning.dtype=bfloat16"])
+    config = load_config(None, [*settings, "algorithm.name=fedavg", "tuning.dtype=bfloat16"])
     moe = MoEModel.skeleton(config.model.path, dtype="bfloat16")
     total = sum(p.numel() for p in moe.model.parameters())
     routers = sum(size for group, size in moe.layout.sizes.items() if group.kind == "gate")

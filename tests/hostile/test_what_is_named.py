@@ -107,9 +107,17 @@ def test_a_folder_that_is_called_as_a_model_on_the_hub_is_not_opened(
 
 def test_a_model_of_the_hub_is_sent(attack: Attack, monkeypatch: pytest.MonkeyPatch, olmoe: Path) -> None:
     site = attack(model=False)
-    monkeypatch.setattr(opening, "snapshot_download", lambda name, **_: str(olmoe))
+    given: dict[str, object] = {}
+
+    def hub(name: str, **options: object) -> str:
+        given.update(options)
+        return str(olmoe)
+
+    monkeypatch.setattr(opening, "snapshot_download", hub)
     site.config = changed(site.config, "model", path="allenai/tiny")
     assert isinstance(site.ask("start"), Start)
+    assert given["token"] is False  # what this account may read and others may not is not sent on
+    assert given["cache_dir"] == site.site.path / "hub"  # nor what it has read already
 
 
 def test_a_model_that_the_site_names_is_the_one_that_is_sent(attack: Attack, olmoe: Path) -> None:

@@ -26,6 +26,7 @@ from fedalign.files import LOCK, folder_name, locked, write_private
 from fedalign.moe.load import hardware, pick_device
 from fedalign.protocol import PROTOCOL, Hello
 
+HUB = "hub"  # in a site's folder: models that a coordinator has named
 HUB_FILES = ["*.json", "*.jinja", "*.model", "*.py", "*.safetensors", "*.tiktoken", "*.txt"]
 DEMO, PARTS, READINGS = "demo", "parts.json", "readings.json"
 log = logging.getLogger("fedalign")
@@ -50,7 +51,7 @@ def open_site(folder: SiteFolder, config: Config, run: str) -> OpenClient:
     local = folder.localise(config)
     if config.privacy.on:
         local = leaving_out(local)
-    bench = _own_model(local) if folder.config.model.path else _model_of_the_hub(local)
+    bench = _own_model(local) if folder.config.model.path else _model_of_the_hub(local, folder.path / HUB)
     if not config.privacy.on:
         _note_reading(folder, config)
     client, parts = site_client(folder, bench, config, run)
@@ -159,13 +160,19 @@ def _own_model(local: Config) -> Workbench:
         raise ModelError(str(error)) from None
 
 
-def _model_of_the_hub(local: Config) -> Workbench:
-    """From where the Hub's files are kept, so that no folder of this site that is called alike is ever opened."""
+def _model_of_the_hub(local: Config, kept: Path) -> Workbench:
+    """As anybody gets it, kept in a folder of its own: its weights are sent on.
+
+    So neither a folder that is called alike is ever opened, nor a model that this machine's account may read and others
+    may not, from the Hub or from what is here of it already.
+    """
     name = local.model.path
     if name == DEMO:
         return Workbench.load(local)
     try:
-        folder = snapshot_download(name, revision=local.model.revision, allow_patterns=HUB_FILES)
+        folder = snapshot_download(
+            name, revision=local.model.revision, allow_patterns=HUB_FILES, token=False, cache_dir=kept
+        )
     except Exception as error:  # the library raises dozens of kinds, and what they say tells of this machine
         log.error("model.path = %r: %s", name, error)
         raise UserError(NO_MODEL) from None
