@@ -21,6 +21,7 @@ from fedalign.client.trainer import Trainer
 from fedalign.config.toml import load_config
 from fedalign.doctor.estimate import StepCost, estimate, estimate_site
 from fedalign.doctor.what_leaves import OWN_ROWS, empty_messages, tokens_told
+from fedalign.errors import UserError
 from fedalign.federation.in_process import prepare
 from fedalign.maths.average import StreamingSum
 from fedalign.moe.load import load_plain
@@ -30,7 +31,7 @@ from fedalign.moe.site_experts import owners
 from fedalign.protocol import DEALT, Evaluation, Failure, ParameterGroup, Piece, Update, Weights
 from fedalign.server.results import RunFolder
 from tests.conftest import Command, rows, save_tokenizer, write_jsonl
-from tests.moe.tiny import EXPERTS
+from tests.moe.tiny import EXPERTS, build
 
 SITES = ("a", "b", "c")
 Run = Callable[..., Path]
@@ -593,3 +594,20 @@ def test_bytes_are_told_before_of_what_each_site_trains(run: Run, changes: dict[
         of_tokens = tokens_told(name, prepared.bench.moe.layout, prepared.config, DEALT)
         assert OWN_ROWS in of_tokens
         assert ("neither their rows nor counts" in of_tokens) == (changes["algorithm__shared"] == '"frozen"')
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["training.loss=label_shift"], 'training.loss = "label_shift": '),
+        (["tuning.dtype=bfloat16", 'clients.only=["b"]'], 'tuning.dtype = "bfloat16": '),
+    ],
+)
+def test_what_would_touch_anothers_expert_is_refused(settings: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        load_config(None, ["algorithm.name=site_experts", *settings])
+
+
+def test_a_router_that_scales_what_it_reads_can_have_no_row_computed_for_it() -> None:
+    with pytest.raises(UserError, match=r"gemma4.*: scales or normalises what a router reads"):
+        grown(MoEModel.wrap(build("gemma4")), ["a"], 0)

@@ -194,11 +194,6 @@ def _joined(settings: Config, who: Sequence[str], place: Path, overwrite: bool) 
             f'{said}: {chosen} would train what others have. Choose algorithm.name = "{ALGORITHM}" with shared = '
             '"frozen", or leave it out.'
         )
-    if settings.tuning.dtype != "float32":
-        raise UserError(
-            f'{said}: tuning.dtype = "{settings.tuning.dtype}": would round what others have, which is to stay as it '
-            'is. Choose "float32".'
-        )
     if set(settings.clients.only) != set(who):
         raise UserError(f"{said}: clients.only = {', '.join(settings.clients.only)} says otherwise. Leave one out.")
     if settings.model.weights_hash is not None:
@@ -222,7 +217,7 @@ def _joined(settings: Config, who: Sequence[str], place: Path, overwrite: bool) 
     source = DenseSource.find(model, settings.model.revision)
     split_among_clients(settings)  # a name that no client has is told before anything is written
     with out.status("Adding experts ..."), replacing(place, "model") as fresh:
-        write_grown(source, who, settings.run.seed, fresh)
+        write_grown(source, who, 0, fresh)  # the seed of `upcycle`, whatever the run's: as if all had begun together
     say(f"{said}: an expert a layer each, beside those of {model}, which stay as they are; it starts from {place}")
     return settings.model_copy(
         update={"model": settings.model.model_copy(update={"path": str(place), "revision": None})}

@@ -749,6 +749,16 @@ class Config(Section):
             raise UserError(
                 f'server.optimizer = "{self.server.optimizer}": {name}, and takes it over as it is. Choose: average.'
             )
+        if self.algorithm.build().shared == "frozen" and self.training.loss == "label_shift":
+            raise UserError(
+                f'training.loss = "label_shift": {name}, and how often other sites have a label would be in it. Choose '
+                "another loss."
+            )
+        if self.algorithm.build().shared == "frozen" and self.clients.only and self.tuning.dtype != "float32":
+            raise UserError(
+                f'tuning.dtype = "{self.tuning.dtype}": would round what others have, where clients.only trains the '
+                'experts of some. Choose "float32".'
+            )
         if self.tuning.kind not in ("full", "moe", "lora"):
             raise UserError(
                 f'tuning.kind = "{self.tuning.kind}": {name}, which it trains whole or by adapters, with its router '

@@ -93,7 +93,7 @@ UNTOLD = {  # of the configuration: paths, names of clients, what the machines w
     "run": ("device", "threads", "workers"),
     "model": ("path", "revision"),
     "data": ("train", "test", "subset", "train_split", "test_split", "columns", "files"),
-    "clients": ("limits",),
+    "clients": ("limits", "only"),
 }
 
 

@@ -26,6 +26,7 @@ from fedalign.protocol import ParameterGroup
 
 ROWS, LENGTH = 64, 64  # of public text
 STEPS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of t, in standard deviations of logits
+UNLIKE = 0.1  # relative: of bfloat16 a product is off by a hundredth
 RIDGE = 1e-3  # of the mean square of what a router reads
 
 
@@ -59,10 +60,14 @@ def refuse_unlike(moe: MoEModel) -> None:
         "is an encoder-decoder": moe.is_seq2seq,
     }
     if why := next((reason for reason, true in unlike.items() if true), None):
-        raise UserError(
-            f"model = {moe.family}: {why}. Sites can have experts of their own where routers send a token to its "
-            "highest softmax scores, such as: olmoe, flex_olmo, mixtral, qwen2_moe, qwen3_moe, gpt_oss."
-        )
+        raise _unlike(moe, why)
+
+
+def _unlike(moe: MoEModel, why: str) -> UserError:
+    return UserError(
+        f"model = {moe.family}: {why}. Sites can have experts of their own where routers send a token to its highest "
+        "softmax scores, such as: olmoe, flex_olmo, mixtral, qwen2_moe, qwen3_moe, gpt_oss."
+    )
 
 
 @torch.no_grad()
@@ -112,8 +117,14 @@ def look(moe: MoEModel, text: Iterable[Text], among: Sequence[int]) -> list[Seen
 
 
 def _seen(moe: MoEModel, layer: MoELayer, input_T_H: Tensor, logits_T_E: Tensor, among: Sequence[int]) -> Seen:
-    if _bias(moe.model.get_submodule(layer.router)) is not None:
+    router = moe.model.get_submodule(layer.router)
+    weight_E_H, bias_E = router_weight(router), _bias(router)
+    if bias_E is not None:
         input_T_H = torch.cat([input_T_H, input_T_H.new_ones(len(input_T_H), 1)], 1)
+        weight_E_H = torch.cat([weight_E_H, bias_E.unsqueeze(1)], 1)
+    product_T_E = input_T_H @ weight_E_H.detach().double().cpu()[list(among)].T
+    if float((product_T_E - logits_T_E).norm()) > UNLIKE * float(logits_T_E.norm()):
+        raise _unlike(moe, "scales or normalises what a router reads")
     top = logits_T_E.topk(layer.top_k, dim=1)
     load_E = torch.zeros(layer.size, dtype=torch.int64)
     load_E[list(among)] = top.indices.flatten().bincount(minlength=len(among))
