@@ -9,6 +9,7 @@ import pytest
 from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
 from opacus.accountants import PRVAccountant
+from scipy.stats import norm
 
 from fedalign.client.accountant import (
     COUNT,
@@ -151,3 +152,24 @@ def test_what_hides_nothing_is_not_counted_for_gigabytes() -> None:
 @pytest.mark.parametrize("release", [Release(1.0, 2e-3, 1_000_000), Release(0.1), Release(0.5, 0.05, 1000)])
 def test_what_is_worth_counting_is(release: Release) -> None:
     assert loss([release]) < MOST_LOSS
+
+
+@pytest.mark.parametrize(("one", "ten"), [(1.0, 14.4), (2.0, 33.2), (8.0, 209.0)])
+def test_ten_rows_of_one_person_cost_more_than_ten_times(one: float, ten: float) -> None:
+    """What docs/privacy.md says of a patient: a sum that ten rows move is one of a tenth of the noise."""
+    low, high = 0.05, 50.0
+    for _ in range(40):
+        noise = math.sqrt(low * high)
+        low, high = (noise, high) if exact_gaussian(noise) > one else (low, noise)
+    assert exact_gaussian(noise / 10) == pytest.approx(ten, rel=0.01)
+
+
+def exact_gaussian(noise: float, delta: float = 1e-5) -> float:
+    """Of one release of that noise (Balle and Wang 2018, arXiv 1805.06530, theorem 8)."""
+    low, high = 0.0, 1000.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        tail = norm.logcdf(-1 / (2 * noise) - middle * noise) + middle
+        lost = norm.cdf(1 / (2 * noise) - middle * noise) - math.exp(tail)
+        low, high = (middle, high) if lost > delta else (low, middle)
+    return high
