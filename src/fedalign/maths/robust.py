@@ -157,15 +157,20 @@ def typical_norms(norm_C_G: Tensor, held_C_G: Tensor, layout: Layout) -> Tensor:
     for column, group in enumerate(layout.groups):
         alike[group.kind, group.layer].append(column)
     holders_G, movers_G = held_C_G.sum(0), (norm_C_G > 0).sum(0)
+    few_G = (holders_G < FEW) | (2 * holders_G < movers_G)
     for columns in alike.values():
+        if not bool(few_G[columns].any()):
+            continue
         rest = [other for other in range(len(layout.groups)) if other not in columns]
+        a_value_C = _moved_a_value(moved_C_G[:, rest], size_G[rest])
         for column in columns:
-            if holders_G[column] >= FEW and 2 * holders_G[column] >= movers_G[column]:
+            if not few_G[column]:
                 continue
             others = [other for other in columns if other != column]
-            own_C, any_C = _middle_of_each(known_C_G[:, others]), _middle_of_each(moved_C_G[:, others])
-            voices = own_C.where(~own_C.isnan(), any_C), _moved_a_value(moved_C_G[:, rest], size_G[rest])
-            for voice_C, length in zip(voices, (1.0, float(size_G[column].sqrt())), strict=True):
+            own_C = _middle_of_each(known_C_G[:, others])
+            if bool(own_C.isnan().any()):
+                own_C = own_C.where(~own_C.isnan(), _middle_of_each(moved_C_G[:, others]))
+            for voice_C, length in ((own_C, 1.0), (a_value_C, float(size_G[column].sqrt()))):
                 if not bool(voice_C[~held_C_G[:, column]].isnan().all()):
                     median_G[column] = length * voice_C.nanmedian()
                     break
