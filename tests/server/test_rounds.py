@@ -498,11 +498,12 @@ def test_no_site_says_alone_which_round_is_the_best() -> None:
     scores = Scores()
     for name, examples, loss, accuracy in (("a", 10, 1.0, 0.2), ("b", 20, 1.0, 0.2), ("liar", 10**12, 1e9, 1.0)):
         scores.add(Evaluation(name, examples, loss, accuracy))
-    trusting, wary = (load_config(None, [f"server.robust={rule}"]) for rule in ("none", "clip"))
-    told = describe_clients(scores.counted(trusting), all_asked=True)
+    told = describe_clients(scores.of, all_asked=True)
     assert told["client_accuracy_weighted"] == pytest.approx(1.0)
-    told = describe_clients(scores.counted(wary), all_asked=True)
-    assert told["client_examples"] == {"a": 10, "b": 20, "liar": 60}
+    assert told["client_losses_nats"]["liar"] == 1e9  # where nobody is suspected, numbers are as they were told
+    told = describe_clients(scores.of, all_asked=True, ratio=3.0)
+    assert told["client_examples"] == {"a": 10, "b": 20, "liar": 10**12}
+    assert told["client_examples_counted"] == {"a": 10, "b": 20, "liar": 60}
     assert told["client_accuracy_weighted"] == pytest.approx((30 * 0.2 + 60) / 90)
     assert told["client_loss_mean_nats"] == pytest.approx((30 + 60 * 100) / 90)  # a loss counts as 100 nats at most
 

@@ -737,7 +737,7 @@ class Config(Section):
 
     def _check_owned(self) -> None:
         """Refuse what holds a site's update against others', or changes other experts than its own."""
-        if self.algorithm.build().shared is None:
+        if (shared := self.algorithm.build().shared) is None:
             return
         name = f'with algorithm.name = "{self.algorithm.name}" nobody but its owner trains an expert'
         if self.robust != "none":
@@ -749,12 +749,12 @@ class Config(Section):
             raise UserError(
                 f'server.optimizer = "{self.server.optimizer}": {name}, and takes it over as it is. Choose: average.'
             )
-        if self.algorithm.build().shared == "frozen" and self.training.loss == "label_shift":
+        if shared == "frozen" and self.training.loss == "label_shift":
             raise UserError(
                 f'training.loss = "label_shift": {name}, and how often other sites have a label would be in it. Choose '
                 "another loss."
             )
-        if self.algorithm.build().shared == "frozen" and self.clients.only and self.tuning.dtype != "float32":
+        if shared == "frozen" and self.clients.only and self.tuning.dtype != "float32":
             raise UserError(
                 f'tuning.dtype = "{self.tuning.dtype}": would round what others have, where clients.only trains the '
                 'experts of some. Choose "float32".'

@@ -228,24 +228,25 @@ class _Chat:
 
     def asked(self) -> str:
         """The text before an answer to the whole chat."""
-        asked, shown = self._before(len(self.messages))
-        return asked if shown is None else shown
+        asked = self.render(self.messages, ask=True)
+        header = self._header(len(self.messages), asked)
+        return asked if header is None else header
 
-    def _before(self, i: int) -> tuple[str, str | None]:
-        """The words that ask for answer `i`, and those that stand before one if they are fewer.
+    def _header(self, i: int, asked: str) -> str | None:
+        """The text before answer `i`, where that is less than what asks for it; None: it is not.
 
         A template may ask with more than it writes once the answer is there, say with an open thinking block.
         """
-        asked = self.render(self.messages[:i], ask=True)
         probed = self.attempt([*self.messages[:i], _said("assistant")])
         header, found, _ = probed.partition(PROBE)
-        return asked, header if found and asked.startswith(header) and not probed.startswith(asked) else None
+        return header if found and asked.startswith(header) and not probed.startswith(asked) else None
 
     def _begin(self, i: int, text: str) -> int:
         """Where answer `i` begins: after the words that ask for it."""
-        asked, header = self._before(i)
+        asked = self.render(self.messages[:i], ask=True)
         if text.startswith(asked):
             return len(asked)
+        header = self._header(i, asked)
         if header is None or not text.startswith(header):
             raise UserError(
                 f"{self.where}: the model's chat template writes what stands before messages[{i}] in another way once "

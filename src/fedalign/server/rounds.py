@@ -183,7 +183,7 @@ class Server:
             )
         if state.pending is not None:
             trained = time.perf_counter()
-            told = describe_clients(scores.counted(self.config), all_asked=len(chosen) == len(members))
+            told = self._told(scores, all_asked=len(chosen) == len(members))
             state = self._scored(state, state.pending, told, scores.failures)
             started += time.perf_counter() - trained  # saving the round before is no part of this one
         reports, silent, left_out = self._on_trial(state, reports)
@@ -488,7 +488,12 @@ class Server:
         for reply in self.federation.evaluate(broadcast, members):
             scores.add(reply)
             self.observer.progress(state.round, "evaluating", len(scores), max(len(scores), len(members)))
-        return describe_clients(scores.counted(self.config), all_asked=True), scores.failures
+        return self._told(scores, all_asked=True), scores.failures
+
+    def _told(self, scores: Scores, *, all_asked: bool) -> Metrics:
+        """The clients' scores by name, with what a liar's count for where rules are on."""
+        ratio = math.inf if self.config.robust == "none" else self.config.server.max_share_ratio
+        return describe_clients(scores.of, all_asked=all_asked, ratio=ratio)
 
     def _scored(self, state: ServerState, line: Metrics, told: Metrics, failures: Sequence[Failure]) -> ServerState:
         """A round's line is complete; it is kept before it is told."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedalign.config.run import Config, Measure
+from fedalign.config.run import Measure
 from fedalign.protocol import MOST_LOSS, UNIT, Evaluation, Failure, HeldOut, Layout, Metrics, Moved, Plan, Statistics
 from fedalign.server.checks import check_evaluation
 
@@ -60,18 +60,7 @@ class Scores:
         elif problem := check_evaluation(reply):
             self.failures.append(Failure(str(reply.client), "evaluate", problem))
         else:
-            self.of.append(replace(reply, loss=min(max(reply.loss, 0.0), MOST_LOSS)))
-
-    def counted(self, config: Config) -> list[Evaluation]:
-        """Those that can be used; against liars, none for more examples than so many times the median client's [O].
-
-        How many a site holds out is its own word: with it one site alone could say which round is the best, and end
-        the run.
-        """
-        if config.robust == "none" or not self.of:
-            return self.of
-        most = max(1, int(config.server.max_share_ratio * stats.median_low([score.examples for score in self.of])))
-        return [replace(score, examples=min(score.examples, most)) for score in self.of]
+            self.of.append(reply)
 
     def __len__(self) -> int:
         """How many came."""
@@ -183,7 +172,8 @@ def _is_better(line: Metrics, best: Metrics, by: Measure) -> bool:
 
 def _scores_of(line: Metrics, clients: Collection[str]) -> list[Evaluation]:
     """Some clients' scores of a round."""
-    losses, accuracies, counts = line["client_losses_nats"], line.get("client_accuracies", {}), line["client_examples"]
+    losses, accuracies = line["client_losses_nats"], line.get("client_accuracies", {})
+    counts = line["client_examples_counted" if "client_examples_counted" in line else "client_examples"]
     return [Evaluation(name, counts[name], losses[name], accuracies.get(name)) for name in clients]
 
 
@@ -237,16 +227,30 @@ def describe_test(overall: Evaluation | None) -> Metrics:
     return metrics if overall.accuracy is None else metrics | {"accuracy": overall.accuracy}
 
 
-def describe_clients(replies: Sequence[Evaluation], *, all_asked: bool) -> Metrics:
+def describe_clients(replies: Sequence[Evaluation], *, all_asked: bool, ratio: float = math.inf) -> Metrics:
     """Scores over the clients' own held-out parts by name.
 
     Means are of all clients: where only some were asked there are none, since those of other rounds are of others.
+
+    Args:
+        replies: scores that were checked.
+        all_asked: whether all clients were.
+        ratio: against liars, no client counts in means for more examples than so many times the median one's, and no
+            loss for more than MOST_LOSS [O]. How many a site holds out is its own word: with it one alone could say
+            which round is the best, and end the run.
     """
     scores = sorted(replies, key=lambda score: str(score.client))  # arrival order must not matter
     metrics: Metrics = {}
     if scores:
-        metrics["client_losses_nats"] = {str(score.client): score.loss for score in scores}
         metrics["client_examples"] = {str(score.client): score.examples for score in scores}
+    if scores and ratio < math.inf:
+        most = max(1, int(ratio * stats.median_low([score.examples for score in scores])))
+        if any(score.examples > most for score in scores):
+            scores = [replace(score, examples=min(score.examples, most)) for score in scores]
+            metrics["client_examples_counted"] = {str(score.client): score.examples for score in scores}
+        scores = [replace(score, loss=min(max(score.loss, 0.0), MOST_LOSS)) for score in scores]
+    if scores:
+        metrics["client_losses_nats"] = {str(score.client): score.loss for score in scores}
     accuracies = {str(score.client): score.accuracy for score in scores if score.accuracy is not None}
     if accuracies:
         metrics["client_accuracies"] = accuracies
